@@ -1,0 +1,57 @@
+"""The hub's public API; every name is imported when it is first used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from experthub.hub.composition import Composition, compose
+    from experthub.hub.errors import HubError
+    from experthub.hub.evaluation import evaluate
+    from experthub.hub.expert import Expert
+    from experthub.hub.plan import Plan, resolve
+    from experthub.hub.recipe import Recipe
+    from experthub.hub.registry import Registry
+    from experthub.hub.store import Store
+    from experthub.hub.train import Settings, train_gate, train_lora
+
+_HOMES = {
+    "Composition": "composition",
+    "Expert": "expert",
+    "HubError": "errors",
+    "Plan": "plan",
+    "Recipe": "recipe",
+    "Registry": "registry",
+    "Settings": "train",
+    "Store": "store",
+    "compose": "composition",
+    "evaluate": "evaluation",
+    "resolve": "plan",
+    "train_gate": "train",
+    "train_lora": "train",
+}
+
+__all__ = [
+    "Composition",
+    "Expert",
+    "HubError",
+    "Plan",
+    "Recipe",
+    "Registry",
+    "Settings",
+    "Store",
+    "compose",
+    "evaluate",
+    "resolve",
+    "train_gate",
+    "train_lora",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"experthub.hub.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

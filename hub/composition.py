@@ -1,0 +1,193 @@
+"""Composing: a plan becomes a model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from experthub.hub.bases import Report, load_model, silent
+from experthub.hub.errors import HubError, IntegrityError, UsageError
+from experthub.hub.plan import Plan, resolve
+from experthub.hub.recipe import Recipe
+from experthub.hub.registry import Registry
+from experthub.hub.store import Store
+from experthub.hub.weights import gates, task_vector
+from experthub.merge import LowRank, TaskVector, merges
+from experthub.routing import ExpertStack, RoutedLinear, routers
+
+
+@dataclass
+class Composition:
+    """A composed model and the plan it was made from.
+
+    model: a transformers model, frozen, in eval mode.  merged: for a merge, the task vector that
+    was added to the base.
+    """
+
+    model: Any
+    plan: Plan
+    merged: TaskVector | None = None
+    _originals: dict[str, nn.Module] = field(default_factory=dict)
+
+    @property
+    def lock(self) -> dict[str, Any]:
+        """Everything the model is made of, pinned by digest."""
+        return self.plan.lock
+
+    def detach(self) -> Any:
+        """Put a routed model's original modules back, bit for bit, and return the model.
+
+        Raises UsageError for a merge: its base was changed, and is loaded again instead.
+        """
+        if self.plan.recipe.route is None:
+            raise UsageError("a merged model has no routed modules", "load the base instead")
+        for name, module in self._originals.items():
+            self.model.set_submodule(name, module)
+        self._originals.clear()
+        return self.model
+
+    def save(self, folder: Path | str, format: Literal["hf", "peft"] = "hf") -> Path:
+        """Write a merged model as a folder that transformers loads, or as one PEFT adapter.
+
+        format: `hf`, the whole model with its tokenizer; `peft`, the exact merged LoRA, its rank
+        the sum of the experts' ranks.  Raises UsageError for a routed model, which is no set of
+        weights.
+        """
+        from experthub.hub.export import save
+
+        return save(self, Path(folder), format)
+
+
+def compose(
+    recipe: Recipe | Plan | str | Path | dict[str, Any],
+    *,
+    device: str | None = None,
+    model: Any = None,
+    registry: Registry | None = None,
+    store: Store | None = None,
+    report: Report = silent,
+) -> Composition:
+    """Compose a base with experts, by a merge or a router.
+
+    recipe: a path, a mapping, a Recipe, or a Plan.  device: where the model is put, `cpu` by
+    default.  model: an already loaded base, whose weights are shared where they do not change and
+    are themselves never changed.  Raises HubError for anything that is wrong with the recipe.
+    """
+    store = store or Store()
+    if isinstance(recipe, str | Path):
+        recipe = Recipe.read(recipe)
+    elif isinstance(recipe, dict):
+        recipe = Recipe.of(recipe)
+    plan = recipe if isinstance(recipe, Plan) else resolve(recipe, registry, store, report)
+    report("loading the base", 0, 0)
+    if model is None:
+        target = load_model(plan.base, plan.recipe.dtype, device)
+    else:
+        target = _shell(model)
+        wrong = plan.recipe.dtype and str(target.dtype) != f"torch.{plan.recipe.dtype}"
+        if wrong or (device and target.device != torch.device(device)):
+            raise UsageError(
+                f"the model given is {target.dtype} on {target.device}",
+                "load it with the dtype and on the device that are asked for",
+            )
+    report(f"composing {len(plan.experts)} experts", 0, 0)
+    with torch.no_grad():
+        if plan.recipe.merge:
+            return Composition(target, plan, _merge(target, plan, store, in_place=model is None))
+        return Composition(target, plan, None, _route(target, plan, store))
+
+
+def _shell(model: Any) -> Any:
+    """A copy of the module tree that shares every parameter and buffer."""
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared).eval()
+
+
+def _merge(model: Any, plan: Plan, store: Store, in_place: bool) -> TaskVector:
+    method = plan.recipe.method
+    vectors = [task_vector(expert, plan, store) for expert in plan.experts]
+    weights = torch.tensor([expert.weight for expert in plan.experts])
+    with _as_hub_error(method.method):
+        merged: TaskVector = merges[method.method].call(vectors, weights, **method.options)
+    _untie(model, merged)
+    for name in merged:
+        parameter = model.get_parameter(name)
+        delta = merged[name]
+        if in_place:
+            delta.add_to_(parameter)
+        else:
+            owner, _, leaf = name.rpartition(".")
+            changed = nn.Parameter(delta.add_to(parameter), requires_grad=False)
+            model.get_submodule(owner).register_parameter(leaf, changed)
+        if not bool(torch.isfinite(model.get_parameter(name)).all()):
+            raise IntegrityError(f"{name} overflows {plan.dtype}", "use smaller weights or float32")
+    return merged
+
+
+def _untie(model: Any, merged: TaskVector) -> None:
+    """Give tied input and output embeddings weights of their own where a merge changes one.
+
+    A LoRA on one of them changes that use of the weight only, as peft applies it.
+    """
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    if inputs is None or outputs is None or inputs.weight is not outputs.weight:
+        return
+    names = {name for name in merged if model.get_parameter(name) is inputs.weight}
+    if names:
+        outputs.weight = nn.Parameter(inputs.weight.detach().clone(), requires_grad=False)
+        model.config = copy.deepcopy(model.config)
+        model.config.tie_word_embeddings = False
+
+
+def _route(model: Any, plan: Plan, store: Store) -> dict[str, nn.Module]:
+    """Replace every routed module; returns the originals by name."""
+    method = plan.recipe.method
+    strategy = routers[method.method]
+    vectors = [task_vector(expert, plan, store) for expert in plan.experts]
+    gated = "gates" in strategy.needs
+    states = [gates(expert, store) if gated else {} for expert in plan.experts]
+    originals = {}
+    for name in plan.parameters:
+        module_name = name.removesuffix(".weight")
+        module = model.get_submodule(module_name)
+        here = [e for e, vector in enumerate(vectors) if name in vector.load]
+        deltas = {e: _for_module(module_name, module, vectors[e], plan.experts[e].weight) for e in here}
+        with _as_hub_error(module_name):
+            stack = ExpertStack.of(
+                deltas, len(vectors), {e: states[e][module_name] for e in here} if gated else None
+            )
+            router = strategy.call(stack, **method.options)
+            routed = RoutedLinear(module, stack, router, method.combine)
+        model.set_submodule(module_name, routed)
+        originals[module_name] = module
+    return originals
+
+
+def _for_module(name: str, module: nn.Module, vector: TaskVector, weight: float) -> LowRank:
+    """The change of a linear module as A `[R, I]` and B `[O, R]`, however its weight is stored."""
+    delta = vector[f"{name}.weight"].scaled(weight)
+    conv = type(module).__name__ == "Conv1D"
+    if not isinstance(delta, LowRank) or not (conv or isinstance(module, nn.Linear)):
+        raise HubError(
+            f"{name} is a {type(module).__name__}, and only linear modules can be routed",
+            "leave it out with targets:, or use merge: instead of route:",
+        )
+    if conv:
+        return LowRank(delta.b.T.contiguous(), delta.a.T.contiguous(), delta.scale)
+    return delta
+
+
+@contextmanager
+def _as_hub_error(what: str) -> Iterator[None]:
+    """The boundary where short facts of the algebra get their context."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(f"{what}: {error}", "change the recipe's weights or options") from None

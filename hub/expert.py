@@ -1,0 +1,118 @@
+"""Experts as records: what a registry says of one, and what its content is."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StringConstraints
+
+from experthub.hub._files import digest_of
+from experthub.hub._yaml import Closed
+from experthub.hub.errors import UsageError
+
+NAME = r"[a-z0-9][a-z0-9._-]{0,95}"
+Name = Annotated[str, StringConstraints(pattern=f"^{NAME}$")]
+Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
+Kind = Literal["lora", "task_vector"]
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER = "adapter_model.safetensors"
+TASK_VECTOR = "task_vector.safetensors"
+GATES = "phatgoose_gates.safetensors"
+DESCRIPTION = "expert.json"
+
+
+class Score(Closed):
+    """How the expert and its base did on one split of one task."""
+
+    task: str
+    split: str
+    metric: str
+    n: int
+    base: float
+    expert: float
+    delta_ci95: tuple[float, float] | None = Field(default=None, strict=False)
+
+
+class Expert(Closed):
+    """A registry's entry: a name for a digest, where to get it, and its description."""
+
+    name: Name
+    version: Annotated[int, Field(ge=1)] = 1
+    kind: Kind = "lora"
+    base: str
+    sources: Annotated[list[str], Field(min_length=1)]
+    digest: Digest
+    task: str | None = None
+    license: str | None = None
+    description: str = ""
+    tags: list[str] = []
+    training: dict[str, Any] = {}
+    scores: list[Score] = []
+
+    @property
+    def reference(self) -> str:
+        return f"{self.name}@{self.version}"
+
+
+class FileInfo(Closed):
+    """One file of an expert, by content."""
+
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+    size: Annotated[int, Field(ge=0)]
+
+
+class Identity(Closed):
+    """What an expert is, whatever it is called: the digest of this record names it."""
+
+    schema_: Annotated[Literal[1], Field(alias="schema")] = 1
+    kind: Kind
+    base_fingerprint: Digest | None
+    files: dict[str, FileInfo]
+
+    def record(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", by_alias=True)
+
+    @property
+    def digest(self) -> str:
+        return digest_of(self.record())
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A parsed reference to an expert or base: a name, or a folder, or a remote place.
+
+    Exactly one of name, folder and remote is set; version and digest narrow a name.
+    """
+
+    text: str
+    name: str = ""
+    version: int | None = None
+    digest: str = ""
+    folder: Path | None = None
+    remote: str = ""
+
+    @classmethod
+    def parse(cls, text: str, folder: Path | None = None) -> Reference:
+        """Read `name`, `name@2`, `name@sha256:...`, `./x`, `/x`, `../x`, `file:DIR`, `hf:...`, `pypi:...`.
+
+        folder: what relative paths are relative to; the current one by default.
+        """
+        near = folder or Path.cwd()
+        if text.startswith(("./", "../", "/")) or text in (".", ".."):
+            return cls(text, folder=near / text)
+        if text.startswith("file:"):
+            return cls(text, folder=near / text.removeprefix("file:"))
+        if re.match(r"(hf|pypi|s3|oci):", text):
+            return cls(text, remote=text)
+        found = re.fullmatch(rf"({NAME})(?:@(?:(\d+)|(sha256:[0-9a-f]{{8,64}})))?", text)
+        if not found:
+            raise UsageError(
+                f"{text!r} is not a reference",
+                "write name, name@2, name@sha256:<8 or more digits>, ./folder or hf:org/name",
+            )
+        name, version, digest = found.groups()
+        return cls(text, name, int(version) if version else None, digest or "")

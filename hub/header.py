@@ -1,0 +1,130 @@
+"""Reading safetensors headers, with checks that the format's own reader does not make.
+
+No tensor library is needed: names, dtypes, shapes and finiteness are read off the bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from experthub.hub.errors import IntegrityError
+
+MAX_HEADER = 8 << 20
+MAX_TENSORS = 100_000
+NAME = re.compile(r"[A-Za-z0-9_.\-]+")
+SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
+SIZES["BOOL"] = 1
+FLOATS = ("F64", "F32", "F16", "BF16")
+# The bits of the exponent: all of them set means infinity or NaN.
+EXPONENTS = {
+    "F64": ("<u8", 0x7FF0_0000_0000_0000),
+    "F32": ("<u4", 0x7F80_0000),
+    "F16": ("<u2", 0x7C00),
+    "BF16": ("<u2", 0x7F80),
+}
+HINT = "get the file again from its source, or save it again with safetensors"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as its file declares it; begin and end count bytes from the start of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def bytes(self) -> int:
+        return self.end - self.begin
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of a safetensors file, by name.
+
+    Raises IntegrityError for anything that is not exactly one well-formed file: a pickle, a cut
+    or padded file, an oversized header, duplicate or odd names, unknown dtypes, holes.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+            raise IntegrityError(f"{path} is a pickle, not safetensors", "only safetensors is read")
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= min(MAX_HEADER, size - 8):
+            raise IntegrityError(f"{path} is damaged: header of {length} bytes in {size}", HINT)
+        text = file.read(length)
+    try:
+        fields = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
+        tensors = {name: _tensor(name, f, 8 + length) for name, f in fields.items()
+                   if name != "__metadata__"}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise IntegrityError(f"{path} is damaged: {error}", HINT) from None
+    end = 8 + length
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if info.begin != end:
+            raise IntegrityError(f"{path} is damaged: tensor {name} does not follow the last", HINT)
+        end = info.end
+    if end != size or len(tensors) > MAX_TENSORS:
+        raise IntegrityError(f"{path} is damaged: {end} bytes declared, {size} found", HINT)
+    return tensors
+
+
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    names = dict(pairs)
+    if len(names) != len(pairs):
+        raise ValueError("a name stands twice in the header")
+    return names
+
+
+def _tensor(name: str, fields: dict[str, object], offset: int) -> TensorInfo:
+    if not NAME.fullmatch(name):
+        raise ValueError(f"odd tensor name {name!r}")
+    dtype, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]  # type: ignore[misc]
+    if dtype not in SIZES:
+        raise ValueError(f"tensor {name} has the dtype {dtype}")
+    count = 1
+    for side in shape:  # type: ignore[attr-defined]
+        if type(side) is not int or side < 0:
+            raise ValueError(f"tensor {name} has the shape {shape}")
+        count *= side
+    if type(begin) is not int or type(end) is not int or end - begin != count * SIZES[str(dtype)]:
+        raise ValueError(f"tensor {name} has {end - begin} bytes for {dtype} {shape}")
+    return TensorInfo(str(dtype), tuple(shape), offset + begin, offset + end)  # type: ignore[arg-type]
+
+
+def check_finite(path: Path, tensors: dict[str, TensorInfo]) -> None:
+    """Raise IntegrityError for the first tensor that holds NaN or infinity."""
+    import numpy
+
+    for name, info in tensors.items():
+        if info.dtype not in EXPONENTS or info.bytes == 0:
+            continue
+        kind, mask = EXPONENTS[info.dtype]
+        count = info.bytes // SIZES[info.dtype]
+        bits = numpy.memmap(path, dtype=kind, mode="r", offset=info.begin, shape=(count,))
+        if bool(((bits & mask) == mask).any()):
+            raise IntegrityError(
+                f"{path}: tensor {name} holds NaN or infinity",
+                "such weights break every composition; train or export the expert again",
+            )
+
+
+def hashed_tensors(path: Path) -> Iterator[tuple[str, str, tuple[int, ...], str]]:
+    """(name, dtype, shape, sha256 of the bytes) of every tensor."""
+    import hashlib
+
+    with path.open("rb") as file:
+        for name, info in read_header(path).items():
+            file.seek(info.begin)
+            digest, left = hashlib.sha256(), info.bytes
+            while left:
+                chunk = file.read(min(left, 1 << 22))
+                digest.update(chunk)
+                left -= len(chunk)
+            yield name, info.dtype, info.shape, digest.hexdigest()

@@ -1,0 +1,135 @@
+"""Log-likelihoods of answer choices under a causal language model, each prompt read once.
+
+Shapes: B prompts or choices in a batch, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One prompt with its choices, as token ids; the choices' ids follow the prompt's."""
+
+    prompt: tuple[int, ...]
+    choices: tuple[tuple[int, ...], ...]
+
+
+def encode(tokenizer: Any, prompt: str, choices: Sequence[str]) -> list[Encoded]:
+    """Token ids as lm-evaluation-harness takes them: those of prompt + choice minus the prompt's.
+
+    One item per choice group that shares its prompt ids: nearly always a single one, more only
+    where a choice merges with the prompt's last token.
+    """
+    length = len(tokenizer(prompt)["input_ids"])
+    whole = [tuple(ids) for ids in tokenizer([prompt + choice for choice in choices])["input_ids"]]
+    if all(ids[:length] == whole[0][:length] for ids in whole):
+        return [Encoded(whole[0][:length], tuple(ids[length:] for ids in whole))]
+    return [Encoded(ids[:length], (ids[length:],)) for ids in whole]
+
+
+@torch.no_grad()
+def choice_logprobs(
+    model: Any,
+    items: Sequence[Encoded],
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    done: Callable[[int], None] = lambda items: None,
+) -> list[list[float]]:
+    """Mean log-probability per token of every choice, in the order given.
+
+    The prompts of a batch run once with a key/value cache; then their choices, each on its own
+    copy of its prompt's cache.  Prompts of like length share a batch, so that padding is small.
+
+    batch_tokens: prompt tokens, padding included, that run at once.  done: called with the number
+    of items finished after every batch.
+    """
+    scores: list[list[float]] = [[] for _ in items]
+    for batch in _batches(items, batch_tokens):
+        for index, values in zip(batch, _score(model, [items[i] for i in batch]), strict=True):
+            scores[index] = values
+        done(len(batch))
+    return scores
+
+
+def _batches(items: Sequence[Encoded], batch_tokens: int) -> Iterator[list[int]]:
+    batch: list[int] = []
+    longest = 0
+    for index in sorted(range(len(items)), key=lambda i: len(items[i].prompt)):
+        longest = len(items[index].prompt)
+        if batch and longest * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def _score(model: Any, items: Sequence[Encoded]) -> list[list[float]]:
+    device = next(model.parameters()).device
+    prompts, prompt_mask = _padded([item.prompt for item in items], left=True, device=device)
+    positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)
+    read = model(
+        input_ids=prompts,
+        attention_mask=prompt_mask,
+        position_ids=positions,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    first = read.logits[:, -1].float().log_softmax(-1)  # of every choice's first token
+    owner = [row for row, item in enumerate(items) for _ in item.choices]
+    choices = [choice for item in items for choice in item.choices]
+    rows = torch.tensor(owner, device=device)
+    heads = torch.tensor([choice[0] for choice in choices], device=device)
+    sums = first[rows, heads]
+    if max(map(len, choices)) > 1:
+        sums = sums + _rest(model, read.past_key_values, choices, rows, prompt_mask)
+    means = (sums / torch.tensor([len(c) for c in choices], device=device)).tolist()
+    grouped: list[list[float]] = [[] for _ in items]
+    for row, value in zip(owner, means, strict=True):
+        grouped[row].append(value)
+    return grouped
+
+
+def _rest(
+    model: Any,
+    cache: Any,
+    choices: Sequence[tuple[int, ...]],
+    rows: Tensor,
+    prompt_mask: Tensor,
+) -> Tensor:
+    """Summed log-probability of the tokens after the first, for every choice."""
+    cache.batch_select_indices(rows)
+    inputs, mask = _padded([choice[:-1] for choice in choices], left=False, device=rows.device)
+    targets, _ = _padded([choice[1:] for choice in choices], left=False, device=rows.device)
+    start = prompt_mask.sum(1)[rows]
+    steps = torch.arange(inputs.shape[1], device=rows.device)
+    logits = model(
+        input_ids=inputs,
+        attention_mask=torch.cat([prompt_mask[rows], mask], dim=1),
+        position_ids=start[:, None] + steps,
+        past_key_values=cache,
+        use_cache=True,
+    ).logits
+    chosen = logits.float().log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    return (chosen * mask).sum(1)
+
+
+def _padded(rows: Sequence[Sequence[int]], *, left: bool, device: Any) -> tuple[Tensor, Tensor]:
+    """Token ids `[B, T]` and their mask; padding carries the id 0 and is never attended to."""
+    width = max(map(len, rows))
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        at = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[i, at] = torch.tensor(row, dtype=torch.long)
+        mask[i, at] = 1
+    return ids.to(device), mask.to(device)

@@ -1,0 +1,219 @@
+"""Recipes: which base, which experts, and one way to put them together."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from experthub.hub import _yaml
+from experthub.hub._yaml import Closed, Document
+from experthub.hub.errors import HubError, NotFoundError
+from experthub.hub.expert import Name, Reference
+
+Weight = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class ExpertUse(Closed):
+    """One expert of a recipe: a reference, how much of it, and a name for it in reports."""
+
+    expert: str
+    weight: Weight = 1.0
+    as_: Annotated[Name | None, Field(alias="as")] = None
+
+    @field_validator("expert")
+    @classmethod
+    def _reference(cls, text: str) -> str:
+        try:
+            Reference.parse(text)
+        except HubError as error:
+            raise _error(error.message, "expert", error.hint) from None
+        return text
+
+
+class Method(Closed):
+    """A merge or a router with its options, checked against the method's signature."""
+
+    kind: Literal["merge", "route"]
+    method: str
+    combine: Literal["outputs", "parameters"] = "outputs"
+    options: dict[str, Any] = {}
+
+
+def _error(message: str, key: str, hint: str) -> PydanticCustomError:
+    """An error at one key of the mapping that is being read."""
+    context = {"message": message, "key": key, "hint": hint}
+    return PydanticCustomError("hub_error", "{message}", context)
+
+
+def _method(kind: Literal["merge", "route"], value: Any) -> Method:
+    from experthub.merge import merges
+    from experthub.routing import routers
+
+    catalogue = merges if kind == "merge" else routers
+    if isinstance(value, Method):
+        return value
+    if not isinstance(value, dict) or not isinstance(value.get("method"), str):
+        raise PydanticCustomError("method", "expected a mapping with the key 'method'")
+    given = dict(value)
+    name = given.pop("method")
+    if name not in catalogue:
+        other = routers if kind == "merge" else merges
+        hint = _yaml.did_you_mean(name, catalogue)
+        if name in other:
+            hint = f"{name} is a {other.kind}: write it under '{other.kind}:'"
+        raise _error(f"unknown {kind} method {name!r}", "method", hint)
+    combine = given.pop("combine", "outputs") if kind == "route" else "outputs"
+    if combine not in ("outputs", "parameters"):
+        raise _error(
+            f"expected outputs or parameters, found {combine!r}",
+            "combine",
+            "outputs mixes B A x, parameters mixes the B and the A",
+        )
+    strategy = catalogue[name]
+    try:
+        options = strategy.bind(given)
+    except KeyError as error:
+        key = error.args[0]
+        known = ", ".join(["method", *(["combine"] if kind == "route" else []), *strategy.options])
+        raise PydanticCustomError("unknown_key", "", {"key": key, "known": known}) from None
+    except ValueError as error:
+        key = next((k for k in given if repr(k) in str(error)), "method")
+        raise _error(f"{name}: {error}", key, f"see hub methods {name}") from None
+    return Method(kind=kind, method=name, combine=combine, options=options)
+
+
+class NestedMerge(Closed):
+    """An expert that is itself a merge of experts, one level deep.
+
+    rank: that of the result, by SVD; None keeps it exact.
+    """
+
+    merge: Method
+    experts: Annotated[list[ExpertUse], Field(min_length=1)]
+    rank: Annotated[int, Field(ge=1)] | None = None
+    as_: Annotated[Name | None, Field(alias="as")] = None
+    weight: Weight = 1.0
+
+    @field_validator("merge", mode="before")
+    @classmethod
+    def _merge(cls, value: Any) -> Method:
+        return _method("merge", value)
+
+    @field_validator("experts", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        return _as_uses(value)
+
+
+def _use_kind(value: Any) -> str:
+    nested = isinstance(value, NestedMerge) or (isinstance(value, dict) and "merge" in value)
+    return "<merge>" if nested else "<expert>"
+
+
+Use = Annotated[
+    Annotated[ExpertUse, Tag("<expert>")] | Annotated[NestedMerge, Tag("<merge>")],
+    Discriminator(_use_kind),
+]
+
+
+class Recipe(Closed):
+    """A base, experts, and exactly one of merge and route.
+
+    targets: a regular expression that module paths must match whole to be changed.  dtype: of the
+    composed model, the base's own by default.
+    """
+
+    version: Literal[1] = 1
+    base: str
+    experts: Annotated[list[Use], Field(min_length=1)]
+    merge: Method | None = None
+    route: Method | None = None
+    targets: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    seed: int = 0
+    allow_base_mismatch: bool = False
+
+    @field_validator("experts", mode="before")
+    @classmethod
+    def _uses(cls, value: Any) -> Any:
+        return _as_uses(value)
+
+    @field_validator("merge", mode="before")
+    @classmethod
+    def _merge(cls, value: Any) -> Method | None:
+        return None if value is None else _method("merge", value)
+
+    @field_validator("route", mode="before")
+    @classmethod
+    def _route(cls, value: Any) -> Method | None:
+        return None if value is None else _method("route", value)
+
+    @field_validator("targets")
+    @classmethod
+    def _pattern(cls, value: str | None) -> str | None:
+        try:
+            re.compile(value or "")
+        except re.error as error:
+            raise ValueError(f"{value!r} is no regular expression: {error}") from None
+        return value
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Recipe:
+        if (self.merge is None) == (self.route is None):
+            raise ValueError("expected exactly one of merge and route")
+        return self
+
+    @property
+    def method(self) -> Method:
+        method = self.merge or self.route
+        if method is None:
+            raise ValueError("expected exactly one of merge and route")
+        return method
+
+    @classmethod
+    def read(cls, path: Path | str) -> Recipe:
+        """Read a recipe file; relative folders in it are relative to it.
+
+        Raises NotFoundError for no file, UsageError with file and line for anything wrong in it.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise NotFoundError(f"there is no recipe {path}", "see docs/recipes.md for a first one")
+        document = _yaml.read(path)
+        return cls.of(document, path.resolve().parent)
+
+    @classmethod
+    def of(cls, value: Document | dict[str, Any], folder: Path | None = None) -> Recipe:
+        """A recipe from plain values; folder is what relative paths are relative to."""
+        document = value if isinstance(value, Document) else Document(value, {}, "recipe")
+        if not isinstance(document.value, dict):
+            document = Document({}, {}, document.name)
+        recipe = _yaml.validated(cls, document)
+        near = folder or Path.cwd()
+        experts = [_located(use, near) for use in recipe.experts]
+        return recipe.model_copy(update={"base": _absolute(recipe.base, near), "experts": experts})
+
+
+def _as_uses(value: Any) -> Any:
+    """A bare reference stands for a use of that expert."""
+    if not isinstance(value, list):
+        return value
+    return [{"expert": item} if isinstance(item, str) else item for item in value]
+
+
+def _absolute(text: str, folder: Path) -> str:
+    if text.startswith(("./", "../", "file:")) or text in (".", ".."):
+        reference = Reference.parse(text, folder)
+        return str(reference.folder.resolve()) if reference.folder else text
+    return text
+
+
+def _located(use: ExpertUse | NestedMerge, folder: Path) -> ExpertUse | NestedMerge:
+    if isinstance(use, ExpertUse):
+        return use.model_copy(update={"expert": _absolute(use.expert, folder)})
+    inner = [u.model_copy(update={"expert": _absolute(u.expert, folder)}) for u in use.experts]
+    return use.model_copy(update={"experts": inner})

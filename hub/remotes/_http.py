@@ -1,0 +1,103 @@
+"""Downloads over HTTP: ranged, resumable, checked."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import ssl
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from experthub.hub._files import CHUNK
+from experthub.hub.errors import AuthError, HubError, IntegrityError, NotFoundError
+
+if TYPE_CHECKING:
+    import httpx
+
+# Called with bytes done and bytes in all (0 when unknown).
+Progress = Callable[[int, int], None]
+
+
+def quiet(done: int, size: int) -> None:
+    """Progress that nobody watches."""
+
+
+def check_online(what: str) -> None:
+    """Raise HubError, before any socket is opened, when the user asked to stay offline."""
+    if os.environ.get("HUB_OFFLINE", "") not in ("", "0"):
+        raise HubError(f"HUB_OFFLINE is set, and {what} is not here", "unset HUB_OFFLINE to fetch it")
+
+
+@contextmanager
+def client() -> Iterator[httpx.Client]:
+    """An HTTP client that trusts the system's certificates and certifi's; errors become HubError."""
+    import certifi
+    import httpx
+
+    context = ssl.create_default_context()
+    context.load_verify_locations(certifi.where())
+    try:
+        with httpx.Client(verify=context, follow_redirects=True, timeout=60) as session:
+            yield session
+    except httpx.HTTPStatusError as error:
+        raise _status_error(error) from None
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        url = str(getattr(getattr(error, "_request", None), "url", "") or "the server")
+        raise HubError(
+            f"no answer from {url}: {error or type(error).__name__}",
+            "check the network, or set HUB_OFFLINE=1 to use only what is here",
+        ) from None
+
+
+def _status_error(error: httpx.HTTPStatusError) -> HubError:
+    status, url = error.response.status_code, error.request.url
+    if status in (401, 403):
+        return AuthError(f"{url} answered {status}", "check your token and your access")
+    if status in (404, 410):
+        return NotFoundError(f"{url} does not exist", "check the name and the version")
+    return HubError(f"{url} answered {status}", "try again later")
+
+
+def download(url: str, sha256: str, folder: Path, progress: Progress = quiet) -> Path:
+    """Fetch a file to `folder/<sha256>`, going on from where an earlier try stopped.
+
+    Raises IntegrityError, and keeps nothing, when the bytes are not those of the digest.
+    """
+    check_online(url)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / sha256
+    with partial.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with client() as session:
+            _fill(session, url, file, progress)
+        file.flush()
+        os.fsync(file.fileno())
+        with partial.open("rb") as whole:
+            found = hashlib.file_digest(whole, "sha256").hexdigest()
+        if found != sha256:
+            partial.unlink()
+            raise IntegrityError(
+                f"{url} has the sha256 {found[:12]}, expected {sha256[:12]}",
+                "the file was changed on its way or at its source; try again",
+            )
+    return partial
+
+
+def _fill(session: httpx.Client, url: str, file, progress: Progress) -> None:  # type: ignore[no-untyped-def]
+    start = file.seek(0, os.SEEK_END)
+    headers = {"Range": f"bytes={start}-"} if start else {}
+    with session.stream("GET", url, headers=headers) as answer:
+        if answer.status_code == 416:  # nothing is left to send: the digest will tell
+            return
+        answer.raise_for_status()
+        if start and answer.status_code != 206:
+            file.truncate(0)
+            start = 0
+        size = start + int(answer.headers.get("Content-Length", 0))
+        for chunk in answer.iter_bytes(CHUNK):
+            file.write(chunk)
+            start += len(chunk)
+            progress(start, size)

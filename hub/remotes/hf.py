@@ -1,0 +1,38 @@
+"""Model folders from the Hugging Face Hub, by its own client."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from experthub.hub.errors import AuthError, HubError, NotFoundError, UsageError
+from experthub.hub.remotes._http import check_online
+
+MODEL_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt"]
+
+
+def fetch(source: str, folder: Path) -> Path:
+    """A snapshot of `hf:org/name[@revision]` in the client's cache: safetensors and JSON only."""
+    found = re.fullmatch(r"hf:([\w.-]+/[\w.-]+|[\w.-]+)(?:@([\w./-]+))?", source)
+    if not found:
+        raise UsageError(f"{source!r} is no source", "write hf:org/name or hf:org/name@revision")
+    check_online(source)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(
+            found.group(1), revision=found.group(2), allow_patterns=MODEL_FILES, cache_dir=folder
+        ))
+    except GatedRepoError as error:
+        raise AuthError(f"{source} is gated", "ask for access and set HF_TOKEN") from error
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise NotFoundError(f"{source} does not exist", "check the name, or set HF_TOKEN") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise HubError(f"cannot fetch {source}: {str(error).splitlines()[0]}",
+                       "check the network and HF_ENDPOINT") from error

@@ -1,0 +1,194 @@
+"""The content-addressed store: an object under its digest is complete, and never changes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from experthub.hub._files import canonical_json, hub_home, sha256_of, sync_file, sync_folder
+from experthub.hub._files import written
+from experthub.hub.errors import HubError, IntegrityError, NotFoundError
+from experthub.hub.expert import ADAPTER_CONFIG, GATES, FileInfo, Identity
+from experthub.hub.formats import check_config, kind_of, read_adapter, read_gates, read_json
+from experthub.hub.header import check_finite, read_header
+
+MAX_SMALL = 8 << 20  # bytes of a JSON file
+
+
+@dataclass(frozen=True)
+class Store:
+    """Objects by sha256 under a root folder; any number of processes may use one at a time.
+
+    root: the folder; `$HUB_HOME` by default.
+    """
+
+    root: Path = field(default_factory=hub_home)
+
+    def path(self, sha256: str) -> Path:
+        """Where the object with these 64 hex digits is, or would be."""
+        return self.root / "objects" / "sha256" / sha256[:2] / sha256[2:]
+
+    def __contains__(self, sha256: str) -> bool:
+        return self.path(sha256).is_file()
+
+    def put(self, source: Path, sha256: str) -> Path:
+        """Copy a file in under its digest; IntegrityError when its content is another."""
+        target = self.path(sha256)
+        if target.is_file():
+            return target
+        partial = self.root / "partial"
+        partial.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=partial)
+        os.close(handle)
+        draft = Path(name)
+        try:
+            shutil.copyfile(source, draft)
+            sync_file(draft)
+            found = sha256_of(draft)
+            if found != sha256:
+                raise IntegrityError(
+                    f"{source} is damaged: sha256 {found[:12]}, expected {sha256[:12]}",
+                    "get it again from its source",
+                )
+            draft.chmod(0o444)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(draft, target)
+            sync_folder(target.parent)
+        finally:
+            draft.unlink(missing_ok=True)
+        return target
+
+    def identity(self, digest: str) -> Identity:
+        """The files of an expert, by its digest; NotFoundError when it is not here whole."""
+        path = self.path(digest.removeprefix("sha256:"))
+        if not path.is_file():
+            raise NotFoundError(f"expert {digest[:19]} is not in the store", "run hub pull first")
+        if path.stat().st_size > MAX_SMALL or "sha256:" + sha256_of(path) != digest:
+            raise _damaged(path)
+        identity = Identity.model_validate(read_json(path))
+        for name, info in identity.files.items():
+            file = self.path(info.sha256)
+            if not file.is_file():
+                raise NotFoundError(
+                    f"{name} of expert {digest[:19]} is missing from the store", "run hub pull again"
+                )
+            if file.stat().st_size != info.size:
+                raise _damaged(file)
+        return identity
+
+    def file(self, digest: str, name: str) -> Path:
+        """One file of an expert, its bytes checked against its digest."""
+        info = self.identity(digest).files.get(name)
+        if info is None:
+            raise IntegrityError(f"expert {digest[:19]} has no {name}", "pull or add it again")
+        path = self.path(info.sha256)
+        if sha256_of(path) != info.sha256:
+            raise _damaged(path)
+        return path
+
+    def add(self, folder: Path, expected: str | None = None) -> tuple[str, Identity]:
+        """Take an expert's folder in: checked, copied, verified; nothing stays when it is refused.
+
+        expected: the digest it must have.  Returns its digest and identity.
+        """
+        identity = read_folder(folder)
+        if expected and identity.digest != expected:
+            raise IntegrityError(
+                f"{folder} is {identity.digest[:19]}, and the registry says {expected[:19]}",
+                "the source has changed: add it as a new version, or get the original",
+            )
+        for name, info in identity.files.items():
+            self.put(folder / name, info.sha256)
+        self._put_identity(identity)
+        return identity.digest, identity
+
+    def _put_identity(self, identity: Identity) -> None:
+        path = self.path(identity.digest.removeprefix("sha256:"))
+        if not path.is_file():
+            with written(path) as file:
+                file.write(canonical_json(identity.record()))
+            path.chmod(0o444)
+
+    def copy_out(self, digest: str, folder: Path) -> None:
+        """Write an expert's files, as stored, into a folder; never links, which could be written through."""
+        for name in self.identity(digest).files:
+            with written(folder / name) as target:
+                target.write(self.file(digest, name).read_bytes())
+
+
+def _damaged(path: Path) -> IntegrityError:
+    return IntegrityError(
+        f"object {path.name[:12]} in the store is damaged",
+        f"remove {path} and run hub pull again",
+    )
+
+
+def read_folder(folder: Path) -> Identity:
+    """The identity of an expert's folder, every file of it checked.
+
+    Raises NotFoundError for no folder, IntegrityError for anything but a plain, finite adapter or
+    task vector.
+    """
+    if not folder.is_dir():
+        raise NotFoundError(f"there is no folder {folder}", "name the folder that holds the adapter")
+    declared = _declared(folder)
+    kind = kind_of(folder)
+    weights = f"{'adapter_model' if kind == 'lora' else 'task_vector'}.safetensors"
+    header = read_header(folder / weights)
+    names = [weights]
+    if kind == "lora":
+        if not (folder / ADAPTER_CONFIG).is_file():
+            raise IntegrityError(f"{folder} has no {ADAPTER_CONFIG}", "peft writes it beside the weights")
+        config = read_json(folder / ADAPTER_CONFIG)
+        check_config(config, str(folder))
+        modules = {change.module for change in read_adapter(config, header, str(folder))}
+        names.append(ADAPTER_CONFIG)
+        if (folder / GATES).is_file():
+            names.append(GATES)
+            stray = set(read_gates(folder / GATES)) - modules
+            if stray:
+                raise IntegrityError(f"{folder}: a gate for {min(stray)}, which it does not adapt")
+            check_finite(folder / GATES, read_header(folder / GATES))
+    check_finite(folder / weights, header)
+    files = {
+        name: FileInfo(sha256=sha256_of(folder / name), size=(folder / name).stat().st_size)
+        for name in sorted(names)
+    }
+    identity = Identity(kind=kind, base_fingerprint=None, files=files)
+    if declared is None:
+        return identity
+    if declared.files != files or declared.kind != kind:
+        raise IntegrityError(
+            f"{folder}: its files are not those of its expert.json",
+            "a file was changed, damaged or lost; get the folder again, or remove expert.json",
+        )
+    return declared
+
+
+def _declared(folder: Path) -> Identity | None:
+    """The identity that a folder's expert.json states, if it has one."""
+    path = folder / "expert.json"
+    if not path.is_file():
+        return None
+    try:
+        return Identity.model_validate(read_json(path).get("identity"))
+    except ValidationError as error:
+        raise IntegrityError(
+            f"{path}: no valid identity: {error.errors()[0]['msg']}", "remove expert.json to read the adapter"
+        ) from None
+
+
+def ensure_space(folder: Path, needed: int) -> None:
+    """Raise HubError unless the disk under the folder has the bytes and a little to spare."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < needed + (64 << 20):
+        raise HubError(
+            f"{folder} has {free >> 20} MiB free, {needed >> 20} MiB are needed",
+            "make room, or set HUB_HOME to a larger disk",
+        )

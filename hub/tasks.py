@@ -1,0 +1,207 @@
+"""Tasks: examples with their right answers, split by content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from experthub.hub import _yaml
+from experthub.hub._files import (
+    canonical_json, digest_of, hub_home, new_folder, write_text,
+)
+from experthub.hub._yaml import Closed, did_you_mean
+from experthub.hub.errors import ConflictError, HubError, IntegrityError, NotFoundError, UsageError
+
+Split = Literal["train", "validation", "test", "all"]
+CARD, EXAMPLES = "card.yaml", "examples.jsonl"
+CHOICE = "\n  choice: "
+
+
+class Card(Closed):
+    """What a task is: card.yaml.
+
+    source: the dataset underneath.  template: the prompt, with `{input}` and, to list the answers,
+    `{choices}`.  labels: fixed ones, the same for every example.
+    """
+
+    name: str
+    source: str
+    license: str | None = None
+    category: str | None = None
+    kind: Literal["choices", "generation", "labels"] = "choices"
+    metric: str = "accuracy"
+    template: str = "{input}\nAnswer:"
+    labels: list[str] | None = None
+
+    @model_validator(mode="after")
+    def _has_input(self) -> Card:
+        if "{input}" not in self.template:
+            raise ValueError("the template has no {input}")
+        return self
+
+
+class Example(Closed):
+    """One line of examples.jsonl: `choices` and `answer`, the index of the right one; or `targets`."""
+
+    id: str
+    input: str
+    choices: Annotated[list[str], Field(min_length=2)] | None = None
+    answer: Annotated[int, Field(ge=0)] | None = None
+    targets: Annotated[list[str], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Example:
+        if (self.choices is None) == (self.targets is None):
+            raise ValueError("expected either choices with an answer, or targets")
+        if self.choices is not None and not 0 <= (-1 if self.answer is None else self.answer) < len(
+            self.choices
+        ):
+            raise ValueError(f"the answer {self.answer} is none of the {len(self.choices)} choices")
+        return self
+
+    @property
+    def part(self) -> Split:
+        """The split this example belongs to."""
+        place = int(self.id, 16) % 100
+        return "train" if place < 70 else "validation" if place < 85 else "test"
+
+
+def example_id(text: str, choices: Iterable[str]) -> str:
+    """16 hex digits of the hash of input and choices: equal examples share a split."""
+    return hashlib.sha256(canonical_json([text, *choices])).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task with its examples, sorted by id."""
+
+    reference: str
+    card: Card
+    examples: tuple[Example, ...]
+
+    @property
+    def digest(self) -> str:
+        return digest_of(
+            [self.card.model_dump(mode="json"), [e.model_dump(mode="json") for e in self.examples]]
+        )
+
+    def split(self, name: Split, limit: int | None = None) -> list[Example]:
+        """The examples of a split, at most `limit`, always the same ones; HubError when none."""
+        chosen = [e for e in self.examples if name in ("all", e.part)]
+        if not chosen:
+            raise HubError(
+                f"task {self.reference} has no {name} examples",
+                f"it has {len(self.examples)} in all; choose another --split",
+            )
+        return chosen[:limit]
+
+    def prompt(self, example: Example) -> str:
+        """The text before the answer."""
+        listed = "".join(CHOICE + choice for choice in example.choices or ())
+        template = self.card.template.replace("{choices}", "\0")
+        return template.replace("{input}", example.input).replace("\0", listed)
+
+    def answers(self, example: Example) -> list[str]:
+        """What may follow the prompt: every choice, after one space."""
+        return [" " + choice for choice in example.choices or ()]
+
+    def right_answer(self, example: Example) -> str:
+        """What should follow the prompt."""
+        if example.choices is not None and example.answer is not None:
+            return " " + example.choices[example.answer]
+        return " " + (example.targets or [""])[0]
+
+
+def tasks_folder() -> Path:
+    return hub_home() / "tasks"
+
+
+def read_task(reference: str) -> Task:
+    """A task by `suite:name` or folder.
+
+    Raises NotFoundError with a did-you-mean, IntegrityError for a damaged one, HubError for one
+    without examples.
+    """
+    suite, colon, name = reference.partition(":")
+    if colon and not reference.startswith(("/", ".")):
+        if any(part in ("", ".", "..") for part in (suite, *name.split("/"))):
+            raise UsageError(f"{reference!r} is no task", "write suite:name or a folder")
+        folder = tasks_folder() / suite / name
+        if not (folder / CARD).is_file():
+            hint = f"run hub tasks import {suite} {name}" if suite == "bigbench" else ""
+            known = [r for r in list_references() if r.startswith(f"{suite}:")]
+            close = did_you_mean(reference, known)
+            raise NotFoundError(
+                f"there is no task {reference} here",
+                close if close.startswith("did") else hint or "see hub tasks list",
+            )
+        return read_folder(folder, reference)
+    if not (Path(reference) / CARD).is_file():
+        raise NotFoundError(f"there is no task {reference}", f"its folder needs a {CARD}")
+    return read_folder(Path(reference), reference)
+
+
+def read_folder(folder: Path, reference: str) -> Task:
+    """Read and check a task's folder."""
+    card = _yaml.validated(Card, _yaml.read(folder / CARD))
+    path = folder / EXAMPLES
+    if not path.is_file():
+        raise IntegrityError(f"task {reference} has no {EXAMPLES}", "import it again")
+    examples: dict[str, Example] = {}
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                example = Example.model_validate_json(line)
+                int(example.id, 16)
+            except (ValidationError, ValueError) as error:
+                found = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+                raise IntegrityError(f"{path}, line {number}: {found}", "mend it") from None
+            examples[example.id] = example
+    if not examples:
+        raise HubError(f"task {reference} is empty", f"{path} has no examples")
+    return Task(reference, card, tuple(examples[key] for key in sorted(examples)))
+
+
+def list_references() -> list[str]:
+    """Every imported task."""
+    root = tasks_folder()
+    folders = [card.parent.relative_to(root) for card in root.glob(f"*/**/{CARD}")]
+    return sorted(f"{f.parts[0]}:{'/'.join(f.parts[1:])}" for f in folders)
+
+
+def write_task(suite: str, card: Card, examples: Iterable[Example]) -> str:
+    """Write a task under `$HUB_HOME/tasks`, replacing nothing; returns its reference.
+
+    The same content again is a no-op; ConflictError when the name has other content.
+    """
+    reference = f"{suite}:{card.name}"
+    target = tasks_folder() / suite / card.name
+    task = Task(reference, card, tuple(sorted({e.id: e for e in examples}.values(), key=lambda e: e.id)))
+    if not task.examples:
+        raise HubError(f"task {reference} is empty", "it has no usable examples")
+    if (target / CARD).is_file():
+        if read_folder(target, reference).digest == task.digest:
+            return reference
+        raise ConflictError(f"{reference} exists with other content", f"remove {target} first")
+    with new_folder(target) as draft:
+        record = card.model_dump(mode="json", exclude_none=True)
+        write_text(draft / CARD, _yaml.dump(record))
+        lines = (e.model_dump(exclude_none=True) for e in task.examples)
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_text(draft / EXAMPLES, text)
+    return reference
+
+
+def import_folder(folder: Path, suite: str) -> list[str]:
+    """Import a task's folder, or every task folder directly inside it."""
+    folders = [folder] if (folder / CARD).is_file() else sorted(p.parent for p in folder.glob(f"*/{CARD}"))
+    if not folders:
+        raise NotFoundError(f"{folder} holds no {CARD}", "see docs/registry.md for the format")
+    tasks = [read_folder(f, f"{suite}:{f.name}") for f in folders]
+    return [write_task(suite, task.card, task.examples) for task in tasks]

@@ -1,0 +1,78 @@
+"""The tensors of stored experts, as task vectors and gates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experthub.hub.expert import ADAPTER, GATES, TASK_VECTOR
+from experthub.hub.formats import Adapted
+from experthub.hub.plan import Member, Plan, PlannedExpert
+from experthub.hub.store import Store
+from experthub.merge import Delta, Dense, LowRank, TaskVector, merges, tensorwise, truncated
+
+
+def task_vector(expert: PlannedExpert, plan: Plan, store: Store) -> TaskVector:
+    """One expert of a plan as a lazy task vector, in float32, limited to the plan's parameters."""
+    keep = set(plan.parameters)
+    vectors = [_stored_vector(member, plan, store, keep) for member in expert.members]
+    if expert.merge is None:
+        return vectors[0]
+    weights = torch.tensor([member.weight for member in expert.members])
+    merged: TaskVector = merges[expert.merge.method].call(vectors, weights, **expert.merge.options)
+    if expert.rank is None:
+        return merged
+    return tensorwise(partial(truncated, rank=expert.rank), [merged])[0]
+
+
+def _stored_vector(member: Member, plan: Plan, store: Store, keep: set[str]) -> TaskVector:
+    load: dict[str, Callable[[], Delta]]
+    if member.kind == "task_vector":
+        file = _open(store.file(member.digest, TASK_VECTOR))
+        load = {n: partial(_dense, file, n) for n in member.changes if n in keep}
+    else:
+        file = _open(store.file(member.digest, ADAPTER))
+        load = {
+            f"{a.module}.weight": partial(_low_rank, file, a)
+            for a in member.adapted if f"{a.module}.weight" in keep
+        }
+    return TaskVector(plan.base.fingerprint, load, seed=member.digest)
+
+
+def _open(path: Path) -> Any:
+    from safetensors import safe_open
+
+    return safe_open(path, framework="pt")
+
+
+def _dense(file: Any, name: str) -> Delta:
+    return Dense(file.get_tensor(name).float())
+
+
+def _low_rank(file: Any, adapted: Adapted) -> Delta:
+    """The change of the parameter as stored: PEFT's B A, transposed for Conv1D and embeddings."""
+    a, b = file.get_tensor(adapted.a).float(), file.get_tensor(adapted.b).float()
+    if adapted.transposed or adapted.embedding:
+        a, b = b.T.contiguous(), a.T.contiguous()
+    return LowRank(a, b, adapted.scale)
+
+
+def gates(expert: PlannedExpert, store: Store) -> dict[str, Tensor]:
+    """Module -> gate `[I]`; for a merge of experts, the mean of its members' standardised gates."""
+    from experthub.routing import standardised
+
+    found: dict[str, list[Tensor]] = {}
+    for member in expert.members:
+        if not member.gated:
+            continue
+        file = _open(store.file(member.digest, GATES))
+        for module in member.gated:
+            found.setdefault(module, []).append(file.get_tensor(f"{module}.gate").float())
+    if expert.merge is None:
+        return {module: rows[0] for module, rows in found.items()}
+    return {module: standardised(torch.stack(rows)).mean(0) for module, rows in found.items()}

@@ -1,0 +1,187 @@
+"""Catalogues of methods: a name, a function, its paper, and options read off the signature."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a number option may take, for `Annotated[float, Range(0, 1)]`.
+
+    low, high: the ends, both included; None is unbounded.
+    """
+
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        if self.high is None:
+            return f">= {self.low}"
+        if self.low is None:
+            return f"<= {self.high}"
+        return f"from {self.low} to {self.high}"
+
+    def holds(self, value: float) -> bool:
+        return (self.low is None or value >= self.low) and (
+            self.high is None or value <= self.high
+        )
+
+
+@dataclass(frozen=True)
+class Option:
+    """One keyword-only parameter of a method: what a recipe may say and what it means."""
+
+    name: str
+    types: tuple[type, ...]
+    choices: tuple[str, ...]
+    range: Range | None
+    default: Any
+    required: bool
+    description: str
+
+    @property
+    def type_name(self) -> str:
+        if self.choices:
+            return " | ".join(self.choices)
+        return " | ".join("null" if t is NoneType else t.__name__ for t in self.types)
+
+    def check(self, value: object) -> object:
+        """The value, an int widened where a float is meant; ValueError says what was expected."""
+        if float in self.types and type(value) is int:
+            value = float(value)
+        if type(value) not in self.types or (self.choices and value not in self.choices):
+            raise ValueError(f"option {self.name!r}: expected {self.type_name}, found {value!r}")
+        if self.range and isinstance(value, int | float) and not self.range.holds(value):
+            raise ValueError(f"option {self.name!r}: expected {self.range}, found {value!r}")
+        return value
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A merge or a router under its name in recipes.
+
+    needs: what it needs besides the experts' weights, of `gates`, `data`.
+    order_dependent: permuting the experts may change the result.
+    """
+
+    name: str
+    call: Callable[..., Any]
+    kind: Literal["merge", "route"]
+    paper: str
+    options: Mapping[str, Option]
+    needs: tuple[str, ...] = ()
+    order_dependent: bool = False
+
+    @property
+    def summary(self) -> str:
+        return (inspect.getdoc(self.call) or "").split("\n\n")[0].replace("\n", " ")
+
+    def bind(self, given: Mapping[str, object]) -> dict[str, object]:
+        """The options of a recipe, checked and completed by the defaults.
+
+        Raises KeyError with the name of an unknown option, ValueError for a wrong value.
+        """
+        for name in given:
+            if name not in self.options:
+                raise KeyError(name)
+        for option in self.options.values():
+            if option.required and option.name not in given:
+                raise ValueError(f"option {option.name!r} is required")
+        return {
+            name: option.check(given[name]) if name in given else option.default
+            for name, option in self.options.items()
+        }
+
+
+class Catalogue(Mapping[str, Strategy]):
+    """Name -> strategy; methods of other packages enter by the entry-point group."""
+
+    def __init__(self, kind: Literal["merge", "route"], group: str) -> None:
+        self.kind = kind
+        self.group = group
+        self._strategies: dict[str, Strategy] = {}
+        self._plugins_loaded = False
+
+    def register(
+        self, *, paper: str, needs: tuple[str, ...] = (), order_dependent: bool = False
+    ) -> Callable[[Function], Function]:
+        """Enter the decorated function under its own name; its keyword-only parameters are the options.
+
+        paper: where the method comes from, a URL.  Raises ValueError for a name that is taken.
+        """
+
+        def enter(function: Function) -> Function:
+            name = function.__name__
+            if name in self._strategies:
+                raise ValueError(f"the {self.kind} {name!r} is registered already")
+            self._strategies[name] = Strategy(
+                name, function, self.kind, paper, _options(function), needs, order_dependent
+            )
+            return function
+
+        return enter
+
+    def _loaded(self) -> dict[str, Strategy]:
+        if not self._plugins_loaded:
+            self._plugins_loaded = True
+            for point in entry_points(group=self.group):
+                point.load()
+        return self._strategies
+
+    def __getitem__(self, name: str) -> Strategy:
+        return self._loaded()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._loaded()))
+
+    def __len__(self) -> int:
+        return len(self._loaded())
+
+
+def _options(function: Callable[..., Any]) -> dict[str, Option]:
+    hints = get_type_hints(function, include_extras=True)
+    words = _descriptions(inspect.getdoc(function) or "")
+    return {
+        name: _option(name, hints[name], parameter, words.get(name, ""))
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+
+
+def _option(name: str, hint: Any, parameter: inspect.Parameter, description: str) -> Option:
+    limits = None
+    if get_origin(hint) is Annotated:
+        hint, *extras = get_args(hint)
+        limits = next((extra for extra in extras if isinstance(extra, Range)), None)
+    choices: tuple[str, ...] = ()
+    if get_origin(hint) is Literal:
+        choices, hint = get_args(hint), str
+    types = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    required = parameter.default is inspect.Parameter.empty
+    default = None if required else parameter.default
+    return Option(name, types, choices, limits, default, required, description)
+
+
+def _descriptions(doc: str) -> dict[str, str]:
+    """`name: words` paragraphs of a docstring, as far as the next such line or blank line."""
+    found: dict[str, str] = {}
+    name = ""
+    for line in doc.splitlines():
+        start = re.match(r"([a-z_]+): (.+)", line)
+        if start:
+            name, words = start.groups()
+            found[name] = words
+        elif not line.strip():
+            name = ""
+        elif name:
+            found[name] += " " + line.strip()
+    return found

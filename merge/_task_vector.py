@@ -1,0 +1,76 @@
+"""Task vectors: what an expert adds to the parameters of its base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from experthub.merge._delta import Delta, total
+
+
+@dataclass(frozen=True, eq=False)
+class TaskVector(Mapping[str, Delta]):
+    """Named changes of one base's parameters, each made only when it is asked for.
+
+    base: the identity of the base (its fingerprint).  load: parameter name -> function that
+    makes the delta; an absent name is a zero change.  seed: the identity of the expert, from
+    which random masks are drawn.  weights: the base's own parameters, for methods that work on
+    whole weights (`vector.weights[name]`).
+    """
+
+    base: str
+    load: Mapping[str, Callable[[], Delta]]
+    seed: str = ""
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Delta:
+        return self.load[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.load)
+
+    def __len__(self) -> int:
+        return len(self.load)
+
+
+def _of_one_base(vectors: Sequence[TaskVector]) -> str:
+    bases = {vector.base for vector in vectors}
+    if len(bases) != 1:
+        raise ValueError(f"expected task vectors of one base, found {sorted(bases)}")
+    return bases.pop()
+
+
+def combine(vectors: Sequence[TaskVector], weights: Tensor) -> TaskVector:
+    """The weighted sum of task vectors, `sum_e weights[e] * vectors[e]`, made lazily.
+
+    weights: `[E]`, finite; gradients flow to it.  A parameter that a vector lacks is a zero
+    change there.  Raises ValueError for vectors of different bases or a wrong number of weights.
+    """
+    base = _of_one_base(vectors)
+    if tuple(weights.shape) != (len(vectors),):
+        raise ValueError(f"expected {len(vectors)} weights, found shape {list(weights.shape)}")
+    if not bool(torch.isfinite(weights).all()):
+        raise ValueError(f"expected finite weights, found {weights.tolist()}")
+    factors: list[float | Tensor] = list(weights) if weights.requires_grad else weights.tolist()
+
+    def at(name: str) -> Delta:
+        pairs = zip(vectors, factors, strict=True)
+        return total([v[name].scaled(w) for v, w in pairs if name in v.load])
+
+    names = dict.fromkeys(name for vector in vectors for name in vector)
+    return TaskVector(
+        base, {name: (lambda name=name: at(name)) for name in names}, weights=vectors[0].weights
+    )
+
+
+def tensorwise(change: Callable[[Delta], Delta], vectors: Sequence[TaskVector]) -> list[TaskVector]:
+    """Each vector with `change` applied to every one of its deltas, lazily."""
+
+    def changed(vector: TaskVector) -> TaskVector:
+        load = {name: (lambda name=name: change(vector[name])) for name in vector}
+        return TaskVector(vector.base, load, vector.seed, vector.weights)
+
+    return [changed(vector) for vector in vectors]

@@ -1,0 +1,64 @@
+"""PHATGOOSE: each token goes to the experts whose own trained gates it agrees with most.
+
+Muqeeth et al., "Learning to Route Among Specialized Experts for Zero-Shot Generalization",
+https://arxiv.org/abs/2402.05859, section 3.  Two deviations: the weights of the top k are
+renormalised exactly, where the authors' code divides by their sum + 1e-6; and LayerNorm of the
+token is folded into the scores, `LN(x) . v = (x . v) / std(x)`, which holds because a standardised
+gate v has mean zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from experthub.merge import Range
+from experthub.routing._methods import routers
+from experthub.routing._router import ExpertStack, Router, standardised, top_k_softmax
+
+EPS = 1e-5  # of both LayerNorms
+
+
+@dataclass(frozen=True, eq=False)
+class Phatgoose:
+    """Softmax over the top k of `LN(x) . LN(gate_e) / sqrt(I)`."""
+
+    probes_PI: Tensor
+    top_k: int
+
+    def weights(self, x_TI: Tensor, scores_TP: Tensor) -> Tensor:
+        variance_T = x_TI.float().var(-1, correction=0, keepdim=True)
+        scale_T = ((variance_T + EPS) * x_TI.shape[-1]).rsqrt()
+        return top_k_softmax(scores_TP * scale_T, self.top_k)
+
+
+@routers.register(paper="https://arxiv.org/abs/2402.05859", needs=("gates",))
+def phatgoose(stack: ExpertStack, *, top_k: Annotated[int, Range(1)] = 2) -> Router:
+    """Token-wise gates, trained for each expert alone and compared at composition.
+
+    Every token, at every module, goes to the `top_k` experts whose standardised gates have the
+    largest product with the standardised input; their outputs are summed with softmax weights.
+
+    top_k: experts per token and module, at least 1; more than there are means all.
+    """
+    if stack.gates_EI is None:
+        raise ValueError("phatgoose expects a gate of every expert, found none")
+    return Phatgoose(standardised(stack.gates_EI, EPS), top_k)
+
+
+@dataclass(frozen=True, eq=False)
+class SigmoidGate:
+    """The gate as it is trained: one expert, with the weight `sigmoid(x . gate)` (section 3.1)."""
+
+    probes_PI: Tensor
+
+    def weights(self, x_TI: Tensor, scores_TP: Tensor) -> Tensor:
+        return torch.sigmoid(scores_TP)
+
+
+def untrained_gate(stack: ExpertStack) -> SigmoidGate:
+    """A gate of zeros for the stack's single expert: every token with weight 1/2."""
+    return SigmoidGate(torch.zeros(1, stack.a_RI.shape[1]))

@@ -1,0 +1,32 @@
+"""Uniform: every expert of the recipe with the same weight, whatever the input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from experthub.routing._methods import routers
+from experthub.routing._router import ExpertStack, Router
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """The weight 1 / E for each, E counting the recipe's experts, so that the merge `linear` is equal."""
+
+    n_here: int
+    n_experts: int
+    probes_PI: None = None
+
+    def weights(self, x_TI: Tensor, scores_TP: Tensor) -> Tensor:
+        return torch.full((self.n_here,), 1 / self.n_experts, device=x_TI.device)
+
+
+@routers.register(paper="https://arxiv.org/abs/2408.07057")
+def uniform(stack: ExpertStack) -> Router:
+    """Mean of the experts, `y = W x + sum_e s_e B_e A_e x / E`; the control for every router.
+
+    With the outputs combined it is the same function as the merge `linear` with equal weights.
+    """
+    return Uniform(len(stack.experts), stack.n_experts)
