@@ -30,7 +30,7 @@ def written(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, path)
+        Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
@@ -62,9 +62,9 @@ def new_folder(path: Path) -> Iterator[Path]:
             if file.is_file():
                 sync_file(file)
         draft.chmod(0o755)
-        if path.is_dir():
-            os.rmdir(path) if not any(path.iterdir()) else None
-        os.rename(draft, path)
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+        draft.rename(path)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise

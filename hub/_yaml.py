@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from experthub.hub.errors import UsageError
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
-
-from experthub.hub.errors import UsageError
 
 MAX_BYTES = 1 << 20
 Where = tuple[int | str, ...]
@@ -80,7 +79,9 @@ def parse(text: str, name: str) -> Document:
         mark = getattr(error, "problem_mark", None)
         place = f"{name}, line {mark.line + 1}" if mark else name
         problem = getattr(error, "problem", None) or "not YAML"
-        raise UsageError(f"{place}: {problem}", "check indentation, quotes and repeated keys") from None
+        raise UsageError(
+            f"{place}: {problem}", "check indentation, quotes and repeated keys"
+        ) from None
     except (RecursionError, ValueError) as error:
         raise UsageError(f"{name}: not YAML: {error}", "check the file") from None
     lines: dict[Where, int] = {}
@@ -139,8 +140,10 @@ def as_usage_error(error: ValidationError, document: Document) -> UsageError:
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "missing":
         message = f"the key {str(first['loc'][-1])!r} is missing"
-    return UsageError(f"{place}: {key}: {message}" if key else f"{place}: {message}",
-                      "see docs/recipes.md for the format")
+    return UsageError(
+        f"{place}: {key}: {message}" if key else f"{place}: {message}",
+        "see docs/recipes.md for the format",
+    )
 
 
 def _in_document(document: Document, location: Iterable[int | str]) -> Where:

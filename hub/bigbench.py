@@ -7,6 +7,7 @@ import json
 import re
 import tarfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -24,12 +25,20 @@ MAX_LABELS = 20  # a task with at most so many different targets has them as its
 MAX_PREFIX_WORDS = 60  # longer instructions would make up most of every prompt: left out
 # The dataset underneath, for tasks that were not written for BIG-bench.
 SOURCES = {
-    "bbq_lite": "bbq", "bbq_lite_json": "bbq", "discourse_marker_prediction": "discovery",
-    "elementary_math_qa": "mathqa", "fact_checker": "fever", "goal_step_wikihow": "wikihow",
-    "intent_recognition": "snips", "international_phonetic_alphabet_nli": "anli",
-    "movie_recommendation": "movielens", "presuppositions_as_nli": "nope",
-    "reasoning_about_colored_objects": "colored_objects", "social_iqa": "socialiqa",
-    "strategyqa": "strategyqa", "winowhy": "wsc273",
+    "bbq_lite": "bbq",
+    "bbq_lite_json": "bbq",
+    "discourse_marker_prediction": "discovery",
+    "elementary_math_qa": "mathqa",
+    "fact_checker": "fever",
+    "goal_step_wikihow": "wikihow",
+    "intent_recognition": "snips",
+    "international_phonetic_alphabet_nli": "anli",
+    "movie_recommendation": "movielens",
+    "presuppositions_as_nli": "nope",
+    "reasoning_about_colored_objects": "colored_objects",
+    "social_iqa": "socialiqa",
+    "strategyqa": "strategyqa",
+    "winowhy": "wsc273",
 }
 
 
@@ -40,15 +49,21 @@ def archive(store: Store, report: Report = silent) -> Path:
 
         ensure_space(store.root, 2 * SIZE)
         partial = pypi.fetch(
-            "bigbench", VERSION, ".tar.gz", hub_home() / "partial",
-            lambda done, size: report("fetching BIG-bench", done, size), SHA256,
+            "bigbench",
+            VERSION,
+            ".tar.gz",
+            hub_home() / "partial",
+            lambda done, size: report("fetching BIG-bench", done, size),
+            SHA256,
         )
         store.put(partial, SHA256)
         partial.unlink()
     return store.path(SHA256)
 
 
-def import_tasks(names: list[str], store: Store, report: Report = silent) -> tuple[list[str], list[str]]:
+def import_tasks(
+    names: list[str], store: Store, report: Report = silent
+) -> tuple[list[str], list[str]]:
     """Import the tasks named, or all of them; returns the references, and names left out with why.
 
     A name may be a task (`implicatures`), a sub-task (`natural_instructions/subtask046...`, cut as
@@ -69,7 +84,9 @@ def import_archive(
     for name, load, at in _tasks(path):
         known.append(name)
         report("reading BIG-bench", at, size)
-        chosen = [n for n in names if name == n or name.startswith((f"{n}/", n if "/" in n else f"{n}/"))]
+        chosen = [
+            n for n in names if name == n or name.startswith((f"{n}/", n if "/" in n else f"{n}/"))
+        ]
         if names and not chosen:
             continue
         found.update(chosen)
@@ -79,7 +96,9 @@ def import_archive(
             left_out.append(f"{name}: {error.message}")
     missing = [n for n in names if n not in found]
     if missing:
-        raise NotFoundError(f"BIG-bench has no task {missing[0]!r}", did_you_mean(missing[0], known))
+        raise NotFoundError(
+            f"BIG-bench has no task {missing[0]!r}", did_you_mean(missing[0], known)
+        )
     return done, left_out
 
 
@@ -90,7 +109,7 @@ def _tasks(path: Path) -> Iterator[tuple[str, Callable[[], dict[str, Any]], int]
             found = re.search(r"/benchmark_tasks/(.+)/task\.json$", member.name)
             if found and member.isfile():
                 file = cast(IO[bytes], tar.extractfile(member))
-                yield found.group(1), lambda file=file: json.load(file), raw.tell()
+                yield found.group(1), partial(json.load, file), raw.tell()
 
 
 def convert(name: str, content: dict[str, Any]) -> tuple[Card, list[Example]]:
@@ -146,7 +165,9 @@ def _labels(raw: list[dict[str, Any]]) -> list[str] | None:
 
 def _targets(item: dict[str, Any]) -> list[str]:
     target = item.get("target")
-    return [t.strip() for t in (target if isinstance(target, list) else [target]) if isinstance(t, str)]
+    return [
+        t.strip() for t in (target if isinstance(target, list) else [target]) if isinstance(t, str)
+    ]
 
 
 def _example(item: dict[str, Any], labels: list[str] | None) -> Example | None:
@@ -155,11 +176,16 @@ def _example(item: dict[str, Any], labels: list[str] | None) -> Example | None:
         scores = {choice.strip(): score for choice, score in item["target_scores"].items()}
         best = max(scores.values())
         right = [choice for choice, score in scores.items() if score == best]
-        choices = labels or sorted(scores, key=lambda c: hashlib.sha256(f"{text}\0{c}".encode()).digest())
+        choices = labels or sorted(
+            scores, key=lambda c: hashlib.sha256(f"{text}\0{c}".encode()).digest()
+        )
         if len(right) != 1 or len(choices) < 2 or "" in choices:
             return None
         return Example(
-            id=example_id(text, choices), input=text, choices=choices, answer=choices.index(right[0])
+            id=example_id(text, choices),
+            input=text,
+            choices=choices,
+            answer=choices.index(right[0]),
         )
     targets = _targets(item)
     if not targets or not text:

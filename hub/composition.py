@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
-
 from experthub.hub.bases import Report, load_model, silent
 from experthub.hub.errors import HubError, IntegrityError, UsageError
 from experthub.hub.plan import Plan, resolve
@@ -21,6 +19,7 @@ from experthub.hub.store import Store
 from experthub.hub.weights import gates, task_vector
 from experthub.merge import LowRank, TaskVector, merges
 from experthub.routing import ExpertStack, RoutedLinear, routers
+from torch import nn
 
 
 @dataclass
@@ -158,7 +157,9 @@ def _route(model: Any, plan: Plan, store: Store) -> dict[str, nn.Module]:
         module_name = name.removesuffix(".weight")
         module = model.get_submodule(module_name)
         here = [e for e, vector in enumerate(vectors) if name in vector.load]
-        deltas = {e: _for_module(module_name, module, vectors[e], plan.experts[e].weight) for e in here}
+        deltas = {
+            e: _for_module(module_name, module, vectors[e], plan.experts[e].weight) for e in here
+        }
         with _as_hub_error(module_name):
             stack = ExpertStack.of(
                 deltas, len(vectors), {e: states[e][module_name] for e in here} if gated else None

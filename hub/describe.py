@@ -5,18 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from experthub.hub._files import write_json
-from experthub.hub.bases import Base
-from experthub.hub.errors import NotFoundError
-from experthub.hub.expert import DESCRIPTION, Expert, Identity
+from experthub.hub._files import new_folder, write_json
+from experthub.hub.bases import Base, Report, silent
+from experthub.hub.errors import ConflictError, NotFoundError
+from experthub.hub.expert import DESCRIPTION, Expert, Identity, Reference
 from experthub.hub.formats import read_json
+from experthub.hub.pull import pull
 from experthub.hub.registry import Registry, next_version, register
 from experthub.hub.store import Store, read_folder
 
 
 def describe(
-    folder: Path, name: str, version: int, base: Base, store: Store, *, task: str | None,
-    training: dict[str, Any], like: Expert | None = None,
+    folder: Path,
+    name: str,
+    version: int,
+    base: Base,
+    store: Store,
+    *,
+    task: str | None,
+    training: dict[str, Any],
+    like: Expert | None = None,
 ) -> Expert:
     """Give a freshly trained folder its identity and description, store it, and register it.
 
@@ -26,8 +34,14 @@ def describe(
     identity = bare.model_copy(update={"base_fingerprint": base.fingerprint})
     kept = {} if like is None else like.model_dump(include={"license", "description", "tags"})
     expert = Expert(
-        name=name, version=version, kind=identity.kind, base=base.name, digest=identity.digest,
-        sources=[f"file:{folder}"], task=task, training=training,
+        name=name,
+        version=version,
+        kind=identity.kind,
+        base=base.name,
+        digest=identity.digest,
+        sources=[f"file:{folder}"],
+        task=task,
+        training=training,
         **(kept or {"license": "apache-2.0"}),
     )
     write_description(folder, expert, identity)
@@ -43,8 +57,15 @@ def write_description(folder: Path, expert: Expert, identity: Identity) -> None:
 
 
 def add_folder(
-    folder: Path, name: str, registry: Registry, store: Store, *, version: int | None = None,
-    base: str | None = None, task: str | None = None, description: str | None = None,
+    folder: Path,
+    name: str,
+    registry: Registry,
+    store: Store,
+    *,
+    version: int | None = None,
+    base: str | None = None,
+    task: str | None = None,
+    description: str | None = None,
     file: Path | None = None,
 ) -> Expert:
     """Take someone's folder into the store and register it under a name.
@@ -90,3 +111,17 @@ def base_of(folder: Path, registry: Registry) -> str:
         return registry.base(str(named))[0]
     except NotFoundError:
         return str(named)
+
+
+def export_folder(
+    name: str, folder: Path, registry: Registry, store: Store, report: Report = silent
+) -> Expert:
+    """Write an expert's files and description into a new folder; ConflictError if it is in use."""
+    expert = registry.expert(Reference.parse(name))
+    pull(expert, store, report)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConflictError(f"{folder} is not empty", "name a new folder")
+    with new_folder(folder) as draft:
+        store.copy_out(expert.digest, draft)
+        write_description(draft, expert, store.identity(expert.digest))
+    return expert

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from experthub.hub._files import digest_of
 from experthub.hub.bases import Base, Report, load_model, load_tokenizer, silent
 from experthub.hub.composition import compose
@@ -76,8 +75,13 @@ def evaluate(
     for name, plan in {BASE: None, **plans}.items():
         composed = compose(plan, model=model, store=store).model if plan else model
         outcomes[name] = [
-            score(composed, tokenizer, task, chosen[task.reference],
-                  lambda done, size, what=f"{name} on {task.reference}": report(what, done, size))
+            score(
+                composed,
+                tokenizer,
+                task,
+                chosen[task.reference],
+                lambda done, size, what=f"{name} on {task.reference}": report(what, done, size),
+            )
             for task in read
         ]
     return _result(plans, read, chosen, outcomes, split, seed)
@@ -153,8 +157,12 @@ def score(
 
 
 def _result(
-    plans: Mapping[str, Plan], tasks: Sequence[Task], chosen: Mapping[str, Sequence[Example]],
-    outcomes: Mapping[str, Sequence[Outcome]], split: Split, seed: int,
+    plans: Mapping[str, Plan],
+    tasks: Sequence[Task],
+    chosen: Mapping[str, Sequence[Example]],
+    outcomes: Mapping[str, Sequence[Outcome]],
+    split: Split,
+    seed: int,
 ) -> dict[str, Any]:
     rows = [
         {
@@ -178,7 +186,10 @@ def _result(
         "average": average,
         "recipes": {name: {"digest": plan.digest} for name, plan in plans.items()},
         "protocol": {
-            "score": "mean-token-logprob", "template": templates, "shots": 0, "seed": seed,
+            "score": "mean-token-logprob",
+            "template": templates,
+            "shots": 0,
+            "seed": seed,
         },
         "environment": {
             "torch": torch.__version__,
@@ -198,7 +209,8 @@ def _scores(found: Sequence[Outcome], base: Sequence[Outcome], seed: int) -> dic
     one = len(found) == 1
     return {
         "accuracy": _mean(accuracies),
-        "ci95": wilson(sum(found[0].right), len(found[0].right)) if one
+        "ci95": wilson(sum(found[0].right), len(found[0].right))
+        if one
         else bootstrap([o.right for o in found], seed),
         "logprob": _mean([_mean(o.logprobs) for o in found]),
         "delta_to_base": {

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints
-
 from experthub.hub._files import digest_of
 from experthub.hub._yaml import Closed
 from experthub.hub.errors import UsageError
+from pydantic import Field, StringConstraints
 
 NAME = r"[a-z0-9][a-z0-9._-]{0,95}"
 Name = Annotated[str, StringConstraints(pattern=f"^{NAME}$")]

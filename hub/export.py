@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
-
 from experthub.hub import _yaml
 from experthub.hub._files import new_folder, write_json, write_text
 from experthub.hub.bases import load_tokenizer
 from experthub.hub.errors import ConflictError, UsageError
 from experthub.hub.expert import ADAPTER, ADAPTER_CONFIG
 from experthub.hub.formats import PREFIX
-from experthub.merge import LowRank
+from experthub.merge import Delta, LowRank
+from torch import Tensor
 
 if TYPE_CHECKING:
     from experthub.hub.composition import Composition
@@ -44,7 +44,7 @@ def _save_peft(composition: Composition, folder: Path) -> None:
     """One LoRA with the scales folded into B, of one rank: smaller ones are padded with zeros."""
     from safetensors.torch import save_file
 
-    merged = composition.merged or {}
+    merged: Mapping[str, Delta] = composition.merged or {}
     deltas = {name: merged[name] for name in merged}
     how = {f"{a.module}.weight": a for m in composition.plan.members for a in m.adapted}
     low = {n: d for n, d in deltas.items() if isinstance(d, LowRank) and n in how}
@@ -63,8 +63,14 @@ def _save_peft(composition: Composition, folder: Path) -> None:
         tensors[f"{module}.lora_B.weight"] = _padded(b, rank, 1)
     save_file(tensors, folder / ADAPTER, metadata={"format": "pt"})
     config: dict[str, Any] = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank,
-        "lora_dropout": 0.0, "bias": "none", "inference_mode": True, "use_rslora": False,
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+        "use_rslora": False,
         "fan_in_fan_out": any(how[n].transposed for n in low),
         "target_modules": sorted(n.removesuffix(".weight") for n in low),
         "base_model_name_or_path": composition.plan.base.name,

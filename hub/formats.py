@@ -19,22 +19,52 @@ from experthub.hub.header import FLOATS, TensorInfo, read_header
 PREFIX = "base_model.model."
 # Keys of a LoRA configuration that change nothing, or whose meaning is honoured below.
 HONOURED = {
-    "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern",
-    "fan_in_fan_out", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "fan_in_fan_out",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
 }
 HARMLESS = {
-    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
-    "inference_mode", "lora_dropout", "init_lora_weights", "megatron_core", "runtime_config",
-    "qalora_group_size", "eva_config", "corda_config", "lora_ga_config", "loftq_config",
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "lora_dropout",
+    "init_lora_weights",
+    "megatron_core",
+    "runtime_config",
+    "qalora_group_size",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "loftq_config",
     "ensure_weight_tying",
 }
 # Keys that change the function, with the values under which they do not.
 REFUSED: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False,), "bias": ("none",), "lora_bias": (False,), "modules_to_save": (None, []),
-    "trainable_token_indices": (None, [], {}), "layer_replication": (None, []),
-    "target_parameters": (None, []), "alora_invocation_tokens": (None, []),
-    "use_qalora": (False,), "use_bdlora": (None, False), "arrow_config": (None,),
-    "kasa_config": (None,), "megatron_config": (None,), "velora_config": (None,),
+    "use_dora": (False,),
+    "bias": ("none",),
+    "lora_bias": (False,),
+    "modules_to_save": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "layer_replication": (None, []),
+    "target_parameters": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "use_qalora": (False,),
+    "use_bdlora": (None, False),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "megatron_config": (None,),
+    "velora_config": (None,),
     "monteclora_config": (None,),
 }
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", None)
@@ -63,9 +93,13 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise IntegrityError(f"{path} is damaged: {error}", "get it again from its source") from None
+        raise IntegrityError(
+            f"{path} is damaged: {error}", "get it again from its source"
+        ) from None
     if not isinstance(value, dict):
-        raise IntegrityError(f"{path} is damaged: not a JSON object", "get it again from its source")
+        raise IntegrityError(
+            f"{path} is damaged: not a JSON object", "get it again from its source"
+        )
     return value
 
 
@@ -136,11 +170,16 @@ def read_adapter(config: dict[str, Any], header: dict[str, TensorInfo], name: st
 
 
 def _adapted(
-    config: dict[str, Any], header: dict[str, TensorInfo], name: str, module: str,
+    config: dict[str, Any],
+    header: dict[str, TensorInfo],
+    name: str,
+    module: str,
     pair: dict[str, str],
 ) -> Adapted:
     embedding = "embedding_A" in pair
-    first, second = (pair["embedding_A"], pair["embedding_B"]) if embedding else (pair["A"], pair["B"])
+    first, second = (
+        (pair["embedding_A"], pair["embedding_B"]) if embedding else (pair["A"], pair["B"])
+    )
     (rank, inputs), (outputs, rank_b) = header[first].shape, header[second].shape
     declared = _pattern(config.get("rank_pattern"), module, config.get("r", 8))
     if rank != rank_b or rank != declared:
@@ -235,7 +274,7 @@ def kind_of(folder: Path) -> Literal["lora", "task_vector"]:
 
 def read_gates(path: Path) -> dict[str, tuple[int, ...]]:
     """Module -> shape of the gates in a file; IntegrityError for anything else in it."""
-    gates = {}
+    gates: dict[str, tuple[int, ...]] = {}
     for tensor, info in read_header(path).items():
         if not tensor.endswith(".gate") or info.dtype not in FLOATS or len(info.shape) != 1:
             raise IntegrityError(f"{path}: tensor {tensor} is not a gate [d_in]")

@@ -6,11 +6,13 @@ No tensor library is needed: names, dtypes, shapes and finiteness are read off t
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from experthub.hub.errors import IntegrityError
 
@@ -61,8 +63,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         text = file.read(length)
     try:
         fields = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
-        tensors = {name: _tensor(name, f, 8 + length) for name, f in fields.items()
-                   if name != "__metadata__"}
+        tensors = {
+            name: _tensor(name, f, 8 + length)
+            for name, f in fields.items()
+            if name != "__metadata__"
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise IntegrityError(f"{path} is damaged: {error}", HINT) from None
     end = 8 + length
@@ -82,20 +87,17 @@ def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return names
 
 
-def _tensor(name: str, fields: dict[str, object], offset: int) -> TensorInfo:
+def _tensor(name: str, fields: dict[str, Any], offset: int) -> TensorInfo:
     if not NAME.fullmatch(name):
         raise ValueError(f"odd tensor name {name!r}")
-    dtype, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]  # type: ignore[misc]
+    dtype, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
     if dtype not in SIZES:
         raise ValueError(f"tensor {name} has the dtype {dtype}")
-    count = 1
-    for side in shape:  # type: ignore[attr-defined]
-        if type(side) is not int or side < 0:
-            raise ValueError(f"tensor {name} has the shape {shape}")
-        count *= side
-    if type(begin) is not int or type(end) is not int or end - begin != count * SIZES[str(dtype)]:
+    if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
+        raise ValueError(f"tensor {name} has the shape {shape} at {begin}..{end}")
+    if end - begin != math.prod(shape) * SIZES[dtype]:
         raise ValueError(f"tensor {name} has {end - begin} bytes for {dtype} {shape}")
-    return TensorInfo(str(dtype), tuple(shape), offset + begin, offset + end)  # type: ignore[arg-type]
+    return TensorInfo(dtype, tuple(shape), offset + begin, offset + end)
 
 
 def check_finite(path: Path, tensors: dict[str, TensorInfo]) -> None:

@@ -120,7 +120,8 @@ def _rest(
         use_cache=True,
     ).logits
     chosen = logits.float().log_softmax(-1).gather(-1, targets[..., None])[..., 0]
-    return (chosen * mask).sum(1)
+    sums: Tensor = (chosen * mask).sum(1)
+    return sums
 
 
 def _padded(rows: Sequence[Sequence[int]], *, left: bool, device: Any) -> tuple[Tensor, Tensor]:

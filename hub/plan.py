@@ -13,7 +13,12 @@ from experthub.hub.bases import Base, Report, find, silent
 from experthub.hub.errors import HubError, IntegrityError, UsageError
 from experthub.hub.expert import ADAPTER, ADAPTER_CONFIG, GATES, TASK_VECTOR, Identity, Reference
 from experthub.hub.formats import (
-    Adapted, check_config, check_shapes, read_adapter, read_gates, read_json,
+    Adapted,
+    check_config,
+    check_shapes,
+    read_adapter,
+    read_gates,
+    read_json,
 )
 from experthub.hub.header import read_header
 from experthub.hub.pull import pull, source_folder
@@ -121,12 +126,19 @@ def _locked(expert: PlannedExpert) -> dict[str, Any]:
     if expert.merge is None:
         return {**members[0], "as": expert.label, "weight": expert.weight}
     inner = [m | {"weight": x.weight} for m, x in zip(members, expert.members, strict=True)]
-    return {"merge": _method_record(expert.merge), "experts": inner, "rank": expert.rank,
-            "as": expert.label, "weight": expert.weight}
+    return {
+        "merge": _method_record(expert.merge),
+        "experts": inner,
+        "rank": expert.rank,
+        "as": expert.label,
+        "weight": expert.weight,
+    }
 
 
 def resolve(
-    recipe: Recipe, registry: Registry | None = None, store: Store | None = None,
+    recipe: Recipe,
+    registry: Registry | None = None,
+    store: Store | None = None,
     report: Report = silent,
 ) -> Plan:
     """Look up, fetch and check everything that a recipe names.
@@ -139,8 +151,13 @@ def resolve(
     stored = [[_find(use, registry, store, report) for use in _uses(e)] for e in recipe.experts]
     base = find(recipe.base, registry, report)
     experts = tuple(
-        _plan_expert(entry, [_member(use, found, base, recipe, store) for use, found in
-                             zip(_uses(entry), group, strict=True)])
+        _plan_expert(
+            entry,
+            [
+                _member(use, found, base, recipe, store)
+                for use, found in zip(_uses(entry), group, strict=True)
+            ],
+        )
         for entry, group in zip(recipe.experts, stored, strict=True)
     )
     parameters = _targets(recipe, experts, base)
@@ -184,7 +201,9 @@ def _member(
     size = sum(info.size for info in identity.files.values())
     if identity.kind == "task_vector":
         changes = _dense_changes(store, identity, digest, reference, base)
-        return Member(reference, digest, "task_vector", task, use.weight, size, changes, (), frozenset())
+        return Member(
+            reference, digest, "task_vector", task, use.weight, size, changes, (), frozenset()
+        )
     config = read_json(store.file(digest, ADAPTER_CONFIG))
     check_config(config, reference)
     adapted = read_adapter(config, read_header(store.file(digest, ADAPTER)), reference)
@@ -193,9 +212,7 @@ def _member(
     if GATES in identity.files:
         gated = frozenset(read_gates(store.file(digest, GATES)))
     changes = {f"{a.module}.weight": a.shape for a in adapted}
-    return Member(
-        reference, digest, "lora", task, use.weight, size, changes, tuple(adapted), gated
-    )
+    return Member(reference, digest, "lora", task, use.weight, size, changes, tuple(adapted), gated)
 
 
 def _dense_changes(
@@ -249,7 +266,8 @@ def _check_method(
             )
         for member in expert.members:
             missing = sorted(
-                n.removesuffix(".weight") for n in member.changes
+                n.removesuffix(".weight")
+                for n in member.changes
                 if n in parameters and n.removesuffix(".weight") not in member.gated
             )
             if "gates" in routers[recipe.route.method].needs and missing:
@@ -258,8 +276,13 @@ def _check_method(
                     f"which {recipe.route.method} needs",
                     f"run hub train gate {member.reference}",
                 )
-    embedding = [a.module for e in experts for m in e.members for a in m.adapted
-                 if a.embedding and f"{a.module}.weight" in parameters]
+    embedding = [
+        a.module
+        for e in experts
+        for m in e.members
+        for a in m.adapted
+        if a.embedding and f"{a.module}.weight" in parameters
+    ]
     if embedding:
         raise HubError(
             f"{embedding[0]} is an embedding, and only linear modules can be routed",
@@ -273,7 +296,9 @@ def _check_equal_ranks(experts: tuple[PlannedExpert, ...], parameters: tuple[str
     ranks: dict[str, dict[int, str]] = {}
     for expert in experts:
         for name in parameters:
-            found = [a.rank for m in expert.members for a in m.adapted if f"{a.module}.weight" == name]
+            found = [
+                a.rank for m in expert.members for a in m.adapted if f"{a.module}.weight" == name
+            ]
             rank = min(sum(found), expert.rank or sum(found))
             if found:
                 ranks.setdefault(name, {})[rank] = expert.label

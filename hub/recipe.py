@@ -6,13 +6,12 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
-from pydantic_core import PydanticCustomError
-
 from experthub.hub import _yaml
 from experthub.hub._yaml import Closed, Document
 from experthub.hub.errors import HubError, NotFoundError
 from experthub.hub.expert import Name, Reference
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 Weight = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -66,7 +65,7 @@ def _method(kind: Literal["merge", "route"], value: Any) -> Method:
         if name in other:
             hint = f"{name} is a {other.kind}: write it under '{other.kind}:'"
         raise _error(f"unknown {kind} method {name!r}", "method", hint)
-    combine = given.pop("combine", "outputs") if kind == "route" else "outputs"
+    combine: Any = given.pop("combine", "outputs") if kind == "route" else "outputs"
     if combine not in ("outputs", "parameters"):
         raise _error(
             f"expected outputs or parameters, found {combine!r}",

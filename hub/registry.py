@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints, field_validator
-
 from experthub.hub import _yaml
 from experthub.hub._files import hub_home, write_text
 from experthub.hub._yaml import Closed, did_you_mean
 from experthub.hub.errors import ConflictError, HubError, NotFoundError, UsageError
 from experthub.hub.expert import NAME, Digest, Expert, Reference
+from pydantic import Field, StringConstraints, field_validator
 
 HEX = r"^[0-9a-f]{64}$"
 
@@ -76,8 +75,10 @@ class Registry:
                 raise NotFoundError(f"there is no registry {file}", "name a registry.yaml")
             paths.append(file)
         here = Path.cwd()
-        found = next((d / "registry.yaml" for d in (here, *here.parents)
-                      if (d / "registry.yaml").is_file()), None)
+        found = next(
+            (d / "registry.yaml" for d in (here, *here.parents) if (d / "registry.yaml").is_file()),
+            None,
+        )
         if found:
             paths.append(found)
         paths += sorted((hub_home() / "registry").glob("*/*.yaml"))
@@ -147,7 +148,8 @@ class Registry:
                 return known, entry
         raise NotFoundError(
             f"no registry knows a base {name!r}",
-            did_you_mean(name, bases) or "name a folder, hf:org/name, or a base of hub list --bases",
+            did_you_mean(name, bases)
+            or "name a folder, hf:org/name, or a base of hub list --bases",
         )
 
     def base_folder_of(self, name: str) -> Path:

@@ -8,14 +8,19 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from experthub.hub._files import canonical_json, hub_home, sha256_of, sync_file, sync_folder
-from experthub.hub._files import written
+from experthub.hub._files import (
+    canonical_json,
+    hub_home,
+    sha256_of,
+    sync_file,
+    sync_folder,
+    written,
+)
 from experthub.hub.errors import HubError, IntegrityError, NotFoundError
 from experthub.hub.expert import ADAPTER_CONFIG, GATES, FileInfo, Identity
 from experthub.hub.formats import check_config, kind_of, read_adapter, read_gates, read_json
 from experthub.hub.header import check_finite, read_header
+from pydantic import ValidationError
 
 MAX_SMALL = 8 << 20  # bytes of a JSON file
 
@@ -57,7 +62,7 @@ class Store:
                 )
             draft.chmod(0o444)
             target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(draft, target)
+            draft.replace(target)
             sync_folder(target.parent)
         finally:
             draft.unlink(missing_ok=True)
@@ -75,7 +80,8 @@ class Store:
             file = self.path(info.sha256)
             if not file.is_file():
                 raise NotFoundError(
-                    f"{name} of expert {digest[:19]} is missing from the store", "run hub pull again"
+                    f"{name} of expert {digest[:19]} is missing from the store",
+                    "run hub pull again",
                 )
             if file.stat().st_size != info.size:
                 raise _damaged(file)
@@ -135,7 +141,9 @@ def read_folder(folder: Path) -> Identity:
     task vector.
     """
     if not folder.is_dir():
-        raise NotFoundError(f"there is no folder {folder}", "name the folder that holds the adapter")
+        raise NotFoundError(
+            f"there is no folder {folder}", "name the folder that holds the adapter"
+        )
     declared = _declared(folder)
     kind = kind_of(folder)
     weights = f"{'adapter_model' if kind == 'lora' else 'task_vector'}.safetensors"
@@ -143,7 +151,9 @@ def read_folder(folder: Path) -> Identity:
     names = [weights]
     if kind == "lora":
         if not (folder / ADAPTER_CONFIG).is_file():
-            raise IntegrityError(f"{folder} has no {ADAPTER_CONFIG}", "peft writes it beside the weights")
+            raise IntegrityError(
+                f"{folder} has no {ADAPTER_CONFIG}", "peft writes it beside the weights"
+            )
         config = read_json(folder / ADAPTER_CONFIG)
         check_config(config, str(folder))
         modules = {change.module for change in read_adapter(config, header, str(folder))}
@@ -179,7 +189,8 @@ def _declared(folder: Path) -> Identity | None:
         return Identity.model_validate(read_json(path).get("identity"))
     except ValidationError as error:
         raise IntegrityError(
-            f"{path}: no valid identity: {error.errors()[0]['msg']}", "remove expert.json to read the adapter"
+            f"{path}: no valid identity: {error.errors()[0]['msg']}",
+            "remove expert.json to read the adapter",
         ) from None
 
 

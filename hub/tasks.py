@@ -7,16 +7,19 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
-
-from pydantic import Field, ValidationError, model_validator
+from typing import Annotated, Literal, cast, get_args
 
 from experthub.hub import _yaml
 from experthub.hub._files import (
-    canonical_json, digest_of, hub_home, new_folder, write_text,
+    canonical_json,
+    digest_of,
+    hub_home,
+    new_folder,
+    write_text,
 )
 from experthub.hub._yaml import Closed, did_you_mean
 from experthub.hub.errors import ConflictError, HubError, IntegrityError, NotFoundError, UsageError
+from pydantic import Field, ValidationError, model_validator
 
 Split = Literal["train", "validation", "test", "all"]
 CARD, EXAMPLES = "card.yaml", "examples.jsonl"
@@ -118,6 +121,13 @@ class Task:
         return " " + (example.targets or [""])[0]
 
 
+def as_split(text: str) -> Split:
+    """The name of a split; UsageError for any other."""
+    if text not in get_args(Split):
+        raise UsageError(f"unknown split {text!r}", f"use one of {', '.join(get_args(Split))}")
+    return cast(Split, text)
+
+
 def tasks_folder() -> Path:
     return hub_home() / "tasks"
 
@@ -182,7 +192,9 @@ def write_task(suite: str, card: Card, examples: Iterable[Example]) -> str:
     """
     reference = f"{suite}:{card.name}"
     target = tasks_folder() / suite / card.name
-    task = Task(reference, card, tuple(sorted({e.id: e for e in examples}.values(), key=lambda e: e.id)))
+    task = Task(
+        reference, card, tuple(sorted({e.id: e for e in examples}.values(), key=lambda e: e.id))
+    )
     if not task.examples:
         raise HubError(f"task {reference} is empty", "it has no usable examples")
     if (target / CARD).is_file():
@@ -200,7 +212,11 @@ def write_task(suite: str, card: Card, examples: Iterable[Example]) -> str:
 
 def import_folder(folder: Path, suite: str) -> list[str]:
     """Import a task's folder, or every task folder directly inside it."""
-    folders = [folder] if (folder / CARD).is_file() else sorted(p.parent for p in folder.glob(f"*/{CARD}"))
+    folders = (
+        [folder]
+        if (folder / CARD).is_file()
+        else sorted(p.parent for p in folder.glob(f"*/{CARD}"))
+    )
     if not folders:
         raise NotFoundError(f"{folder} holds no {CARD}", "see docs/registry.md for the format")
     tasks = [read_folder(f, f"{suite}:{f.name}") for f in folders]

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from experthub.hub._files import digest_of, hub_home, new_folder, write_json
 from experthub.hub.bases import Report, find, load_model, load_tokenizer, silent
 from experthub.hub.describe import describe
@@ -26,7 +24,7 @@ from experthub.hub.tasks import Task, read_task
 from experthub.hub.weights import task_vector
 from experthub.merge import LowRank
 from experthub.routing import ExpertStack, RoutedLinear, untrained_gate
-
+from torch import Tensor, nn
 
 TRAINABLE = "trainable.safetensors"
 
@@ -48,8 +46,16 @@ class Settings:
 
 
 def train_lora(
-    base: str, task: str, name: str, settings: Settings, *, rank: int = 4, alpha: float | None = None,
-    device: str | None = None, registry: Registry | None = None, store: Store | None = None,
+    base: str,
+    task: str,
+    name: str,
+    settings: Settings,
+    *,
+    rank: int = 4,
+    alpha: float | None = None,
+    device: str | None = None,
+    registry: Registry | None = None,
+    store: Store | None = None,
     report: Report = silent,
 ) -> Expert:
     """Train a LoRA on every linear layer of a base, on one task's training split, and store it.
@@ -70,7 +76,9 @@ def train_lora(
     torch.manual_seed(settings.seed)
     model = load_model(found, "float32", device)
     config = LoraConfig(
-        r=rank, lora_alpha=2 * rank if alpha is None else alpha, task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=2 * rank if alpha is None else alpha,
+        task_type="CAUSAL_LM",
         target_modules="all-linear",
     )
     adapted = get_peft_model(model, config)
@@ -89,8 +97,13 @@ def train_lora(
 
 
 def train_gate(
-    name: str, settings: Settings, *, device: str | None = None, registry: Registry | None = None,
-    store: Store | None = None, report: Report = silent,
+    name: str,
+    settings: Settings,
+    *,
+    device: str | None = None,
+    registry: Registry | None = None,
+    store: Store | None = None,
+    report: Report = silent,
 ) -> Expert:
     """Train PHATGOOSE's gates for a stored expert, on the data it was trained on itself.
 
@@ -103,8 +116,10 @@ def train_gate(
     registry, store = registry or Registry.read(), store or Store()
     expert = registry.expert(Reference.parse(name))
     if expert.task is None:
-        raise UsageError(f"{expert.reference} does not say which task it was trained on",
-                         "add it again with --task")
+        raise UsageError(
+            f"{expert.reference} does not say which task it was trained on",
+            "add it again with --task",
+        )
     read = read_task(expert.task)
     pull(expert, store, report)
     found = find(expert.base, registry, report)
@@ -114,26 +129,44 @@ def train_gate(
     key = {"kind": "gate", "expert": expert.digest, "task": read.digest, **asdict(settings)}
     run = _run_folder(f"{expert.name}-gate", key)
     loss = fit(model, load_tokenizer(found), read, settings, run, report)
-    gates = {f"{module}.gate": linear.probes_PI[0].detach().cpu() for module, linear in gated.items()
-             if linear.probes_PI is not None}
+    gates = {
+        f"{module}.gate": linear.probes_PI[0].detach().cpu()
+        for module, linear in gated.items()
+        if linear.probes_PI is not None
+    }
     with new_folder(run / "expert") as folder:
         store.copy_out(expert.digest, folder)
         (folder / GATES).unlink(missing_ok=True)
-        save_file({n: g.bfloat16().contiguous() for n, g in gates.items()}, folder / GATES,
-                  metadata={"format": "pt"})
+        save_file(
+            {n: g.bfloat16().contiguous() for n, g in gates.items()},
+            folder / GATES,
+            metadata={"format": "pt"},
+        )
     training = {**expert.training, "gate": {**asdict(settings), "loss": loss}}
     version = next_version(expert.name, registry.experts())
-    return describe(run / "expert", expert.name, version, found, store, task=expert.task,
-                    training=training, like=expert)
+    return describe(
+        run / "expert",
+        expert.name,
+        version,
+        found,
+        store,
+        task=expert.task,
+        training=training,
+        like=expert,
+    )
 
 
 def _gated(
     model: nn.Module, expert: Expert, registry: Registry, store: Store
 ) -> dict[str, RoutedLinear]:
     """Put the expert, and a trainable gate, beside every linear that it adapts."""
-    recipe = Recipe.of({
-        "base": expert.base, "experts": [expert.reference], "route": {"method": "uniform"},
-    })
+    recipe = Recipe.of(
+        {
+            "base": expert.base,
+            "experts": [expert.reference],
+            "route": {"method": "uniform"},
+        }
+    )
     plan = resolve(recipe, registry, store)
     vector = task_vector(plan.experts[0], plan, store)
     gated = {}
@@ -178,7 +211,8 @@ def fit(
     if len(examples) < settings.batch_size:
         raise HubError(
             f"{task.reference} has {len(examples)} training examples, "
-            f"a batch needs {settings.batch_size}", "choose a smaller batch or another task",
+            f"a batch needs {settings.batch_size}",
+            "choose a smaller batch or another task",
         )
 
     class Watch(TrainerCallback):  # type: ignore[misc]
@@ -201,16 +235,31 @@ def fit(
 
     set_seed(settings.seed)
     arguments = TrainingArguments(
-        output_dir=str(run), max_steps=settings.steps, learning_rate=settings.lr,
-        per_device_train_batch_size=settings.batch_size, warmup_steps=math.ceil(settings.steps / 10),
-        lr_scheduler_type="linear", weight_decay=0.0, max_grad_norm=1.0, logging_steps=1,
-        save_steps=20, save_total_limit=1, report_to=[], disable_tqdm=True,
-        remove_unused_columns=False, dataloader_drop_last=True, seed=settings.seed,
-        use_cpu=next(model.parameters()).device.type == "cpu", log_level="error",
+        output_dir=str(run),
+        max_steps=settings.steps,
+        learning_rate=settings.lr,
+        per_device_train_batch_size=settings.batch_size,
+        warmup_steps=math.ceil(settings.steps / 10),
+        lr_scheduler_type="linear",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        logging_steps=1,
+        save_steps=20,
+        save_total_limit=1,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_drop_last=True,
+        seed=settings.seed,
+        use_cpu=next(model.parameters()).device.type == "cpu",
+        log_level="error",
         dataloader_pin_memory=False,
     )
     trainer = AnswerTrainer(
-        model=model, args=arguments, train_dataset=examples, data_collator=_collate,
+        model=model,
+        args=arguments,
+        train_dataset=examples,
+        data_collator=_collate,
         callbacks=[Watch()],
     )
     trainer.remove_callback(PrinterCallback)

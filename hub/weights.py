@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from experthub.hub.expert import ADAPTER, GATES, TASK_VECTOR
 from experthub.hub.formats import Adapted
 from experthub.hub.plan import Member, Plan, PlannedExpert
 from experthub.hub.store import Store
 from experthub.merge import Delta, Dense, LowRank, TaskVector, merges, tensorwise, truncated
+from torch import Tensor
 
 
 def task_vector(expert: PlannedExpert, plan: Plan, store: Store) -> TaskVector:
@@ -39,7 +38,8 @@ def _stored_vector(member: Member, plan: Plan, store: Store, keep: set[str]) -> 
         file = _open(store.file(member.digest, ADAPTER))
         load = {
             f"{a.module}.weight": partial(_low_rank, file, a)
-            for a in member.adapted if f"{a.module}.weight" in keep
+            for a in member.adapted
+            if f"{a.module}.weight" in keep
         }
     return TaskVector(plan.base.fingerprint, load, seed=member.digest)
 

@@ -31,9 +31,7 @@ class Range:
         return f"from {self.low} to {self.high}"
 
     def holds(self, value: float) -> bool:
-        return (self.low is None or value >= self.low) and (
-            self.high is None or value <= self.high
-        )
+        return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
 
 
 @dataclass(frozen=True)

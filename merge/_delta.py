@@ -31,9 +31,7 @@ class LowRank:
                 f"found {list(self.a.shape)} and {list(self.b.shape)}"
             )
         if not self.a.is_floating_point() or self.a.dtype != self.b.dtype:
-            raise ValueError(
-                f"expected one float dtype, found {self.a.dtype} and {self.b.dtype}"
-            )
+            raise ValueError(f"expected one float dtype, found {self.a.dtype} and {self.b.dtype}")
         if self.a.device != self.b.device:
             raise ValueError(f"expected one device, found {self.a.device} and {self.b.device}")
 

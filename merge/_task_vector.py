@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
-from torch import Tensor
-
 from experthub.merge._delta import Delta, total
+from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,16 +61,18 @@ def combine(vectors: Sequence[TaskVector], weights: Tensor) -> TaskVector:
         return total([v[name].scaled(w) for v, w in pairs if name in v.load])
 
     names = dict.fromkeys(name for vector in vectors for name in vector)
-    return TaskVector(
-        base, {name: (lambda name=name: at(name)) for name in names}, weights=vectors[0].weights
-    )
+    return TaskVector(base, {n: partial(at, n) for n in names}, weights=vectors[0].weights)
+
+
+def _changed(change: Callable[[Delta], Delta], vector: TaskVector, name: str) -> Delta:
+    return change(vector[name])
 
 
 def tensorwise(change: Callable[[Delta], Delta], vectors: Sequence[TaskVector]) -> list[TaskVector]:
     """Each vector with `change` applied to every one of its deltas, lazily."""
 
     def changed(vector: TaskVector) -> TaskVector:
-        load = {name: (lambda name=name: change(vector[name])) for name in vector}
+        load = {name: partial(_changed, change, vector, name) for name in vector}
         return TaskVector(vector.base, load, vector.seed, vector.weights)
 
     return [changed(vector) for vector in vectors]

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from experthub.merge._methods import merges
 from experthub.merge._task_vector import TaskVector, combine
+from torch import Tensor
 
 
 @merges.register(paper="https://arxiv.org/abs/2203.05482")

@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated
 
-from torch import Tensor
-
 from experthub.merge._catalogue import Range
 from experthub.merge._methods import merges
 from experthub.merge._task_vector import TaskVector, combine
+from torch import Tensor
 
 
 @merges.register(paper="https://arxiv.org/abs/2212.04089")

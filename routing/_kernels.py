@@ -6,9 +6,8 @@ Shapes as in `_router.py`, with the tokens flattened to T.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from experthub.routing._router import ExpertStack, Router
+from torch import Tensor
 
 
 def read(x_TI: Tensor, rows: Tensor, n_ranks: int) -> tuple[Tensor, Tensor]:

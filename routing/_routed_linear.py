@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Literal, cast
 
 import torch
-from torch import Tensor, nn
-
 from experthub.routing._kernels import mix_outputs, mix_parameters, read, scored
 from experthub.routing._router import ExpertStack, Router
+from torch import Tensor, nn
 
 Combine = Literal["outputs", "parameters"]
 
@@ -39,7 +38,6 @@ class RoutedLinear(nn.Module):
         if combine == "parameters" and not stack.equal_ranks:
             raise ValueError("combine: parameters expects experts of one rank")
         weight = cast(Tensor, base.weight)
-        place = {"device": weight.device, "dtype": weight.dtype}
         probes = None if router.probes_PI is None else router.probes_PI.float().to(weight.device)
         # One product reads x for A and the probes; in a narrower dtype the scores need their own.
         self.fused = probes is not None and weight.dtype == torch.float32 and not train_probes
@@ -47,11 +45,11 @@ class RoutedLinear(nn.Module):
         self.register_parameter("weight", cast(nn.Parameter, weight))
         self.register_parameter("bias", cast("nn.Parameter | None", getattr(base, "bias", None)))
         self.n_ranks = len(stack.a_RI)
-        rows = stack.a_RI.to(**place)
+        rows = stack.a_RI.to(weight.device, weight.dtype)
         if self.fused and probes is not None:
             rows = torch.cat([rows, probes])
         self.register_buffer("rows", rows, persistent=False)
-        self.register_buffer("b_RO", stack.b_RO.to(**place), persistent=False)
+        self.register_buffer("b_RO", stack.b_RO.to(weight.device, weight.dtype), persistent=False)
         self.register_buffer("owner_R", stack.owner_R.to(weight.device), persistent=False)
         if train_probes and probes is not None:
             self.probes_PI = nn.Parameter(probes)

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
-
 from experthub.merge import LowRank
+from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)

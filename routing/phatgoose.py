@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-from torch import Tensor
-
 from experthub.merge import Range
 from experthub.routing._methods import routers
 from experthub.routing._router import ExpertStack, Router, standardised, top_k_softmax
+from torch import Tensor
 
 EPS = 1e-5  # of both LayerNorms
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from experthub.routing._methods import routers
 from experthub.routing._router import ExpertStack, Router
+from torch import Tensor
 
 
 @dataclass(frozen=True)

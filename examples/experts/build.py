@@ -40,23 +40,30 @@ class Starter:
 
 STARTERS = (
     Starter(
-        "sentiment", "bigbench:multiemo/all_sentence_en", 80,
+        "sentiment",
+        "bigbench:multiemo/all_sentence_en",
+        80,
         "Sentiment of a sentence from a review: positive, negative, neutral or ambivalent.",
         ("sentiment", "classification", "english"),
     ),
     Starter(
-        "intent-recognition", "bigbench:intent_recognition", 50,
+        "intent-recognition",
+        "bigbench:intent_recognition",
+        50,
         "Intent of an utterance to a voice assistant, one of seven.",
         ("intent", "classification", "english"),
     ),
     Starter(
         "question-typing",
-        "bigbench:natural_instructions/subtask046_miscellaenous_question_typing", 80,
+        "bigbench:natural_instructions/subtask046_miscellaenous_question_typing",
+        80,
         "Type of the answer that a question asks for: a date, a place, a person, ...",
         ("questions", "classification", "english"),
     ),
     Starter(
-        "social-commonsense", "bigbench:social_iqa", 140,
+        "social-commonsense",
+        "bigbench:social_iqa",
+        140,
         "Which of three answers fits a question about people in everyday situations.",
         ("commonsense", "multiple-choice", "english"),
     ),
@@ -99,9 +106,13 @@ def measure(starter: Starter) -> Score:
     found = row["methods"]["expert"]
     low, high = (round(x, 4) for x in found["delta_to_base"]["ci95"])
     return Score(
-        task=starter.task, split="test", metric="accuracy", n=row["n"],
+        task=starter.task,
+        split="test",
+        metric="accuracy",
+        n=row["n"],
         base=round(row["methods"]["base"]["accuracy"], 4),
-        expert=round(found["accuracy"], 4), delta_ci95=(low, high),
+        expert=round(found["accuracy"], 4),
+        delta_ci95=(low, high),
     )
 
 
@@ -116,10 +127,14 @@ def publish(starter: Starter) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     store = hub.Store()
     store.copy_out(expert.digest, folder)
-    described = expert.model_copy(update={
-        "version": 1, "description": starter.description, "tags": list(starter.tags),
-        "scores": [score],
-    })
+    described = expert.model_copy(
+        update={
+            "version": 1,
+            "description": starter.description,
+            "tags": list(starter.tags),
+            "scores": [score],
+        }
+    )
     write_description(folder, described, store.identity(expert.digest))
     add_folder(folder, starter.name, hub.Registry.read(), store, version=1, file=REGISTRY)
 

@@ -28,7 +28,9 @@ def quiet(done: int, size: int) -> None:
 def check_online(what: str) -> None:
     """Raise HubError, before any socket is opened, when the user asked to stay offline."""
     if os.environ.get("HUB_OFFLINE", "") not in ("", "0"):
-        raise HubError(f"HUB_OFFLINE is set, and {what} is not here", "unset HUB_OFFLINE to fetch it")
+        raise HubError(
+            f"HUB_OFFLINE is set, and {what} is not here", "unset HUB_OFFLINE to fetch it"
+        )
 
 
 @contextmanager

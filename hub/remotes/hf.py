@@ -21,18 +21,30 @@ def fetch(source: str, folder: Path) -> Path:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
-        GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
     try:
-        return Path(snapshot_download(
-            found.group(1), revision=found.group(2), allow_patterns=MODEL_FILES, cache_dir=folder
-        ))
+        return Path(
+            snapshot_download(
+                found.group(1),
+                revision=found.group(2),
+                allow_patterns=MODEL_FILES,
+                cache_dir=folder,
+            )
+        )
     except GatedRepoError as error:
         raise AuthError(f"{source} is gated", "ask for access and set HF_TOKEN") from error
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise NotFoundError(f"{source} does not exist", "check the name, or set HF_TOKEN") from error
+        raise NotFoundError(
+            f"{source} does not exist", "check the name, or set HF_TOKEN"
+        ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise HubError(f"cannot fetch {source}: {str(error).splitlines()[0]}",
-                       "check the network and HF_ENDPOINT") from error
+        raise HubError(
+            f"cannot fetch {source}: {str(error).splitlines()[0]}",
+            "check the network and HF_ENDPOINT",
+        ) from error

@@ -37,7 +37,10 @@ def index_url() -> str:
     try:
         listed = subprocess.run(
             [sys.executable, "-m", "pip", "config", "list"],
-            capture_output=True, text=True, timeout=60, check=False,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
         ).stdout
     except (OSError, subprocess.TimeoutExpired):
         listed = ""
@@ -47,7 +50,11 @@ def index_url() -> str:
 
 
 def fetch(
-    package: str, version: str, ending: str, folder: Path, progress: Progress = quiet,
+    package: str,
+    version: str,
+    ending: str,
+    folder: Path,
+    progress: Progress = quiet,
     sha256: str | None = None,
 ) -> Path:
     """Download a package's file to `folder/<sha256>`.
@@ -62,8 +69,10 @@ def fetch(
         )
         page.raise_for_status()
         if JSON_API in page.headers.get("Content-Type", ""):
-            files = [(f["filename"], f["url"], f["hashes"].get("sha256", ""))
-                     for f in page.json()["files"]]
+            files = [
+                (f["filename"], f["url"], f["hashes"].get("sha256", ""))
+                for f in page.json()["files"]
+            ]
         else:
             links = re.findall(r'<a [^>]*href="([^"#]+)#sha256=(\w+)"[^>]*>([^<]+)</a>', page.text)
             files = [(name.strip(), html.unescape(url), digest) for url, digest, name in links]

@@ -1,0 +1,143 @@
+"""compose, generate: recipes become models."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from experthub.cli._output import (
+    DeviceOption,
+    JsonOption,
+    RegistryOption,
+    print_fields,
+    print_json,
+    print_table,
+    progress,
+    say,
+)
+
+if TYPE_CHECKING:
+    from experthub.hub.plan import Plan
+
+RecipeArgument = Annotated[Path, typer.Argument(help="A recipe.yaml.")]
+
+
+def compose(
+    recipe: RecipeArgument,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write the model to this new folder.")
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Only say what would be done.")] = False,
+    format: Annotated[
+        str, typer.Option("--format", help="hf: a whole model; peft: one LoRA adapter.")
+    ] = "hf",
+    json: JsonOption = False,
+    device: DeviceOption = None,
+    registry: RegistryOption = None,
+) -> None:
+    """Print what a recipe will do, or with --out compose it and write the model.
+
+    Examples: hub compose recipe.yaml; hub compose recipe.yaml --out ./model;
+    hub compose recipe.yaml --out ./adapter --format peft
+    """
+    from experthub.hub.errors import ConflictError, UsageError
+    from experthub.hub.plan import resolve
+    from experthub.hub.recipe import Recipe
+    from experthub.hub.registry import Registry
+
+    if format not in ("hf", "peft"):
+        raise UsageError(f"unknown format {format!r}", "use hf or peft")
+    kind: Literal["hf", "peft"] = "peft" if format == "peft" else "hf"
+    with progress() as report:
+        resolved = resolve(Recipe.read(recipe), Registry.read(registry), report=report)
+        if out is not None and not plan:
+            if resolved.recipe.route is not None:
+                raise UsageError(
+                    "a routed model is more than a set of weights, and cannot be written as one",
+                    "use the recipe where the model is used (hub generate, hub eval, hub.compose), "
+                    "or write merge: instead of route:",
+                )
+            if out.exists() and any(out.iterdir()):
+                raise ConflictError(f"{out} is not empty", "name a new folder")
+            from experthub.hub.composition import compose as composed
+
+            composed(resolved, device=device, report=report).save(out, kind)
+    if json:
+        print_json({"plan": resolved.record()} | ({"out": str(out)} if out and not plan else {}))
+    else:
+        _print_plan(resolved)
+        if out is not None and not plan:
+            say(f"wrote {out}")
+
+
+def _print_plan(plan: Plan) -> None:
+    method = plan.recipe.method
+    options = ", ".join(f"{k} {v}" for k, v in method.options.items())
+    modules = {name.rpartition(".")[0] for name in plan.parameters}
+    print_fields(
+        {
+            "base": f"{plan.base.name}  {plan.base.fingerprint[:19]}",
+            method.kind: method.method + (f" ({options})" if options else ""),
+            "changes": f"{len(plan.parameters)} weights in {len(modules)} modules",
+            "dtype": plan.dtype,
+            "reads": f"{plan.reads / 1e6:.1f} MB",
+            "memory": f"{plan.memory / 1e6:.1f} MB",
+            "digest": plan.digest,
+        }
+    )
+    rows = [
+        [
+            e.label,
+            f"{e.weight:g}",
+            m.reference,
+            m.digest[:19],
+            m.kind,
+            str(len(m.changes)),
+            f"{m.size / 1e6:.1f} MB",
+        ]
+        for e in plan.experts
+        for m in e.members
+    ]
+    print_table(["expert", ">weight", "from", "digest", "kind", ">weights", ">size"], rows)
+
+
+def generate(
+    recipe: RecipeArgument,
+    prompt: Annotated[str, typer.Option("--prompt", help="The text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write, at most.", min=1)] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0.0)] = 0.0,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the prompt into the chat template.")
+    ] = False,
+    json: JsonOption = False,
+    device: DeviceOption = None,
+    registry: RegistryOption = None,
+) -> None:
+    """Compose a recipe and let it write.
+
+    Examples: hub generate recipe.yaml --prompt "Q: What is the capital of France?\\nA:" ;
+    hub generate recipe.yaml --prompt "Name three fruits." --chat
+    """
+    from experthub.hub.composition import compose as composed
+    from experthub.hub.generation import generate_text
+    from experthub.hub.registry import Registry
+
+    with progress() as report:
+        composition = composed(
+            recipe, device=device, registry=Registry.read(registry), report=report
+        )
+        report("writing", 0, 0)
+        text = generate_text(
+            composition, prompt, max_new_tokens=max_new_tokens, temperature=temperature, chat=chat
+        )
+    if json:
+        print_json({"prompt": prompt, "text": text, "recipe": composition.plan.digest})
+    else:
+        sys.stdout.write(text + "\n")
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(compose)
+    app.command()(generate)

@@ -1,0 +1,217 @@
+"""list, show, add, pull, export: what the hub holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from experthub.cli._output import (
+    JsonOption,
+    QuietOption,
+    RegistryOption,
+    print_fields,
+    print_json,
+    print_lines,
+    print_table,
+    progress,
+    say,
+)
+
+
+def list_(
+    bases: Annotated[bool, typer.Option("--bases", help="List the base models.")] = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    registry: RegistryOption = None,
+) -> None:
+    """List the experts that the registries know.
+
+    Examples: hub list; hub list --bases; hub list --json | jq '.experts[].name'
+    """
+    from experthub.hub.registry import Registry
+
+    known = Registry.read(registry)
+    if bases:
+        entries = known.bases()
+        if json:
+            print_json(
+                {"bases": [{"name": n} | e.model_dump(mode="json") for n, e in entries.items()]}
+            )
+        elif quiet:
+            print_lines(list(entries))
+        else:
+            print_table(
+                ["base", "licence", "source"],
+                [[n, e.license or "", e.sources[0]] for n, e in entries.items()],
+            )
+        return
+    experts = known.experts()
+    if json:
+        print_json({"experts": [_record(e) for e in experts]})
+    elif quiet:
+        print_lines([e.reference for e in experts])
+    else:
+        rows = [
+            [e.reference, e.kind, e.base, e.task or "", "yes" if _stored(e) else "", e.description]
+            for e in experts
+        ]
+        print_table(["expert", "kind", "base", "trained on", "here", "description"], rows)
+
+
+def _stored(expert: Any) -> bool:
+    from experthub.hub.store import Store
+
+    return expert.digest.removeprefix("sha256:") in Store()
+
+
+def _record(expert: Any) -> dict[str, Any]:
+    record: dict[str, Any] = expert.model_dump(mode="json")
+    return record | {"in_store": _stored(expert)}
+
+
+def show(
+    name: Annotated[str, typer.Argument(help="An expert or a base: NAME, NAME@2, NAME@sha256:...")],
+    json: JsonOption = False,
+    registry: RegistryOption = None,
+) -> None:
+    """Show what is known of one expert or base.
+
+    Examples: hub show sentiment; hub show sentiment@1 --json; hub show smollm2-135m-instruct
+    """
+    from experthub.hub.expert import Reference
+    from experthub.hub.registry import Registry
+
+    known = Registry.read(registry)
+    if name in known.bases():
+        entry = known.bases()[name]
+        record = {"name": name} | entry.model_dump(mode="json")
+        print_json({"base": record}) if json else print_fields(_flat(record))
+        return
+    expert = known.expert(Reference.parse(name))
+    if json:
+        print_json({"expert": _record(expert)})
+        return
+    record = _record(expert)
+    scores = record.pop("scores")
+    print_fields(_flat(record))
+    if scores:
+        print_table(
+            ["score on", "split", ">n", ">base", ">expert"],
+            [
+                [s["task"], s["split"], str(s["n"]), f"{s['base']:.3f}", f"{s['expert']:.3f}"]
+                for s in scores
+            ],
+        )
+
+
+def _flat(record: dict[str, Any]) -> dict[str, str]:
+    flat = {}
+    for key, value in record.items():
+        if isinstance(value, list):
+            flat[key] = ", ".join(map(str, value))
+        elif isinstance(value, dict):
+            flat[key] = ", ".join(f"{k} {v}" for k, v in value.items() if not isinstance(v, dict))
+        elif value is not None:
+            flat[key] = (
+                {True: "yes", False: "no"}.get(value, str(value))
+                if isinstance(value, bool)
+                else str(value)
+            )
+    return flat
+
+
+def add(
+    folder: Annotated[Path, typer.Argument(help="A folder that peft's save_pretrained wrote.")],
+    name: Annotated[str, typer.Option("--name", help="What to call it.")],
+    version: Annotated[
+        int | None, typer.Option(help="Its version, the next one by default.", min=1)
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Its base, by default what the folder says.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="What it was trained on: suite:name.")] = None,
+    description: Annotated[str | None, typer.Option(help="One line.")] = None,
+    json: JsonOption = False,
+    registry: Annotated[
+        Path | None,
+        typer.Option("--registry", metavar="FILE", help="Write the entry into this file."),
+    ] = None,
+) -> None:
+    """Take an adapter into the store, checked, under a name.
+
+    Examples: hub add ./my-lora --name my-lora; hub add ./my-lora --name my-lora --task bigbench:snarks
+    """
+    from experthub.hub.describe import add_folder
+    from experthub.hub.registry import Registry, checked_name
+    from experthub.hub.store import Store
+
+    expert = add_folder(
+        folder,
+        checked_name(name),
+        Registry.read(),
+        Store(),
+        version=version,
+        base=base,
+        task=task,
+        description=description,
+        file=registry,
+    )
+    print_json({"expert": _record(expert)}) if json else print_lines([expert.reference])
+
+
+def pull(
+    names: Annotated[list[str], typer.Argument(help="Experts or bases.")],
+    json: JsonOption = False,
+    registry: RegistryOption = None,
+) -> None:
+    """Bring experts or bases here, verified.
+
+    Examples: hub pull sentiment; hub pull smollm2-135m-instruct sentiment intent-recognition@1
+    """
+    from experthub.hub.pull import pull_by_name
+    from experthub.hub.registry import Registry
+    from experthub.hub.store import Store
+
+    known = Registry.read(registry)
+    pulled: list[dict[str, str]] = []
+    with progress() as report:
+        for name in names:
+            if name in known.bases():
+                from experthub.hub.bases import find
+
+                base = find(name, known, report)
+                pulled.append({"name": name, "digest": base.fingerprint})
+            else:
+                expert = pull_by_name(name, known, Store(), report)
+                pulled.append({"name": expert.reference, "digest": expert.digest})
+    if json:
+        print_json({"pulled": pulled})
+    else:
+        print_lines([f"{p['name']}  {p['digest']}" for p in pulled])
+
+
+def export(
+    name: Annotated[str, typer.Argument(help="A stored expert.")],
+    folder: Annotated[Path, typer.Argument(help="A new folder.")],
+    registry: RegistryOption = None,
+) -> None:
+    """Copy an expert's files, as stored, into a folder that peft loads.
+
+    Examples: hub export sentiment ./sentiment
+    """
+    from experthub.hub.describe import export_folder
+    from experthub.hub.registry import Registry
+    from experthub.hub.store import Store
+
+    with progress() as report:
+        export_folder(name, folder, Registry.read(registry), Store(), report)
+    say(f"wrote {folder}")
+
+
+def register(app: typer.Typer) -> None:
+    app.command("list")(list_)
+    app.command()(show)
+    app.command()(add)
+    app.command()(pull)
+    app.command()(export)

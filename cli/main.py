@@ -1,0 +1,75 @@
+"""The command `hub`, and the one place where errors become sentences."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Annotated, Any
+
+import typer
+from experthub.cli import compose, evaluate, experts, methods, tasks, train
+from experthub.hub.errors import HubError
+
+
+class Interrupted(BaseException):
+    """The user pressed Ctrl-C."""
+
+
+class HubApp(typer.Typer):
+    """The application; errors of the hub end it with a sentence, a hint and their exit code."""
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        def interrupt(*_: object) -> None:
+            raise Interrupted
+
+        signal.signal(signal.SIGINT, interrupt)
+        try:
+            return super().__call__(*args, **options)
+        except HubError as error:
+            if os.environ.get("HUB_DEBUG") == "1":
+                raise
+            sys.stderr.write(f"error: {error.message}\n")
+            if error.hint:
+                sys.stderr.write(f"hint: {error.hint}\n")
+            sys.exit(error.code)
+        except Interrupted:
+            sys.stderr.write(
+                "error: interrupted\nhint: the same command goes on where it stopped\n"
+            )
+            sys.exit(130)
+
+
+app = HubApp(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Store experts (LoRA adapters, task vectors), and merge or route them on a frozen base.",
+    epilog="Start with: hub list; hub show NAME; hub compose recipe.yaml. "
+    "Errors say what to do next; HUB_DEBUG=1 shows where they arose.",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        sys.stdout.write(f"experthub {version('experthub')}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+experts.register(app)
+methods.register(app)
+compose.register(app)
+evaluate.register(app)
+app.add_typer(train.app, name="train")
+app.add_typer(tasks.app, name="tasks")

@@ -1,0 +1,91 @@
+"""methods: the merges and routers a recipe may name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from experthub.cli._output import JsonOption, QuietOption, print_json, print_lines, print_table
+
+if TYPE_CHECKING:
+    from experthub.merge import Strategy
+
+
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method, with its options.")] = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """List the merges and routers, or show one with its options.
+
+    Examples: hub methods; hub methods phatgoose; hub methods --json
+    """
+    from experthub.hub._yaml import did_you_mean
+    from experthub.hub.errors import NotFoundError
+    from experthub.merge import merges
+    from experthub.routing import routers
+
+    known = [*merges.values(), *routers.values()]
+    chosen = [s for s in known if name in (None, s.name)]
+    if not chosen:
+        raise NotFoundError(
+            f"there is no method {name!r}", did_you_mean(str(name), [s.name for s in known])
+        )
+    if json:
+        print_json({"methods": [record(s) for s in chosen]})
+    elif quiet:
+        print_lines([s.name for s in chosen])
+    elif name is None:
+        print_table(
+            ["method", "kind", "options", "what it is"],
+            [[s.name, s.kind, ", ".join(s.options), s.summary] for s in chosen],
+        )
+    else:
+        for strategy in chosen:
+            print_lines(
+                [
+                    f"{strategy.name} ({strategy.kind})",
+                    "",
+                    strategy.summary,
+                    "",
+                    f"paper: {strategy.paper}",
+                    *([f"needs: {', '.join(strategy.needs)}"] if strategy.needs else []),
+                ]
+            )
+            if strategy.options:
+                print_table(
+                    ["option", "type", "default", "meaning"],
+                    [
+                        [
+                            o.name,
+                            o.type_name,
+                            "required" if o.required else str(o.default),
+                            o.description,
+                        ]
+                        for o in strategy.options.values()
+                    ],
+                )
+
+
+def record(strategy: Strategy) -> dict[str, Any]:
+    """A method as plain values."""
+    return {
+        "name": strategy.name,
+        "kind": strategy.kind,
+        "paper": strategy.paper,
+        "options": {
+            o.name: {
+                "type": o.type_name,
+                "default": o.default,
+                "required": o.required,
+                "range": str(o.range) if o.range else None,
+                "description": o.description,
+            }
+            for o in strategy.options.values()
+        },
+        "needs": list(strategy.needs),
+    }
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(methods)

@@ -1,0 +1,87 @@
+"""tasks: what recipes are measured on, and experts trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from experthub.cli._output import (
+    JsonOption,
+    QuietOption,
+    print_json,
+    print_lines,
+    print_table,
+    progress,
+    say,
+)
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List and import tasks.")
+
+
+@app.command("list")
+def list_(json: JsonOption = False, quiet: QuietOption = False) -> None:
+    """List the imported tasks.
+
+    Examples: hub tasks list; hub tasks list --json
+    """
+    from experthub.hub.tasks import list_references, read_task
+
+    references = list_references()
+    if quiet:
+        print_lines(references)
+        return
+    tasks = [read_task(reference) for reference in references]
+    if json:
+        print_json(
+            {
+                "tasks": [
+                    {"task": t.reference, "digest": t.digest, "n": len(t.examples)}
+                    | t.card.model_dump(mode="json")
+                    for t in tasks
+                ]
+            }
+        )
+        return
+    if not tasks:
+        say("no tasks are imported; try: hub tasks import bigbench implicatures")
+    print_table(
+        ["task", "kind", ">examples", "source", "category"],
+        [
+            [t.reference, t.card.kind, str(len(t.examples)), t.card.source, t.card.category or ""]
+            for t in tasks
+        ],
+    )
+
+
+@app.command("import")
+def import_(
+    source: Annotated[
+        str, typer.Argument(help="bigbench, or a folder with card.yaml, or of such.")
+    ],
+    names: Annotated[
+        list[str] | None, typer.Argument(help="BIG-bench's tasks; all by default.")
+    ] = None,
+    suite: Annotated[
+        str, typer.Option(help="The suite that a folder's tasks belong to.")
+    ] = "local",
+    json: JsonOption = False,
+) -> None:
+    """Import tasks from BIG-bench, or from a folder.
+
+    Examples: hub tasks import bigbench implicatures snarks; hub tasks import ./my-task --suite mine
+    """
+    left_out: list[str] = []
+    if source == "bigbench":
+        from experthub.hub.bigbench import import_tasks
+        from experthub.hub.store import Store
+
+        with progress() as report:
+            imported, left_out = import_tasks(names or [], Store(), report)
+    else:
+        from experthub.hub.tasks import import_folder
+
+        imported = import_folder(Path(source), suite)
+    for line in left_out:
+        say(f"left out {line}")
+    print_json({"imported": imported, "left_out": left_out}) if json else print_lines(imported)

@@ -1,0 +1,152 @@
+"""Tiny random models, experts and tasks, in a hub home of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_DISABLE_XET"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+import pytest
+import torch
+from experthub.hub import bases
+from experthub.hub.bases import Base
+from experthub.hub.tasks import Card, Example, example_id, write_task
+from safetensors.torch import save_file
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty HUB_HOME, and a current folder without a registry."""
+    for name in ("HUB_OFFLINE", "HUB_DEBUG", "HF_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HUB_HOME", str(tmp_path / "home"))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "home"
+
+
+def tiny_llama(folder: Path, seed: int = 0, tied: bool = True, **changes: Any) -> Path:
+    """A random two-layer Llama with a byte-level tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": 260,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": tied,
+        "initializer_range": 0.2,
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+        "pad_token_id": 258,
+    }
+    LlamaForCausalLM(LlamaConfig(**(settings | changes))).save_pretrained(folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {c: i for i, c in enumerate([*alphabet, "<s>", "</s>", "<pad>"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def base(base_folder: Path) -> Base:
+    return bases.read(base_folder, str(base_folder))
+
+
+@pytest.fixture
+def base_model(base: Base) -> Any:
+    return bases.load_model(base, None, None)
+
+
+def make_expert(
+    folder: Path,
+    base: Path,
+    seed: int,
+    rank: int = 4,
+    targets: tuple[str, ...] = LINEARS,
+    gates: bool = True,
+    size: float = 0.5,
+    **config: Any,
+) -> Path:
+    """A random PEFT LoRA, written as peft writes it, with random gates."""
+    torch.manual_seed(1000 + seed)
+    shapes = bases.read(base, "base").shapes
+    modules = [
+        n.removesuffix(".weight") for n in shapes if n.removesuffix(".weight").endswith(targets)
+    ]
+    tensors, gate = {}, {}
+    for module in modules:
+        outputs, inputs = shapes[f"{module}.weight"]
+        tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(rank, inputs) * size
+        tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(outputs, rank) * size
+        gate[f"{module}.gate"] = torch.randn(inputs)
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": list(targets),
+        "bias": "none",
+        "base_model_name_or_path": str(base),
+    }
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(settings | config))
+    if gates:
+        save_file(gate, folder / "phatgoose_gates.safetensors")
+    return folder
+
+
+@pytest.fixture
+def expert_folder(tmp_path: Path, base_folder: Path) -> Callable[..., Path]:
+    """Make a random expert of the tiny base: expert_folder(seed, rank=..., targets=...)."""
+    count = 0
+
+    def make(seed: int = 0, **options: Any) -> Path:
+        nonlocal count
+        count += 1
+        return make_expert(tmp_path / f"expert-{count}", base_folder, seed, **options)
+
+    return make
+
+
+@pytest.fixture
+def tiny_task() -> str:
+    """A task with enough examples for every split."""
+    card = Card(name="parity", source="made-up", template="Is {input} even?\nAnswer:")
+    examples = []
+    for number in range(120):
+        choices = ["yes", "no"]
+        text = str(number)
+        examples.append(
+            Example(id=example_id(text, choices), input=text, choices=choices, answer=number % 2)
+        )
+    return write_task("local", card, examples)
+
+
+def logits(model: Any, rows: list[list[int]] | None = None) -> torch.Tensor:
+    """Logits on a fixed input."""
+    ids = torch.tensor(rows or [[5, 77, 130, 9, 200, 33, 41]])
+    with torch.no_grad():
+        return model(input_ids=ids).logits
