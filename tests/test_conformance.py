@@ -1,0 +1,173 @@
+"""What every merge and every router must hold, over the whole catalogues."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from experthub.merge import Dense, LowRank, Strategy, TaskVector, merges
+from experthub.routing import ExpertStack, RoutedLinear, reference, routers
+from torch import Tensor, nn
+
+SHAPES = {"a.weight": (6, 5), "b.weight": (4, 6), "c.weight": (3, 3)}
+MERGES = [pytest.param(s, id=name) for name, s in merges.items()]
+ROUTERS = [pytest.param(s, id=name) for name, s in routers.items()]
+COMBINES = ("outputs", "parameters")
+
+
+def vectors(form: str = "low-rank", zero: bool = False, count: int = 3) -> list[TaskVector]:
+    """Random task vectors; the last lacks a parameter."""
+    made = []
+    for e in range(count):
+        random = torch.Generator().manual_seed(e)
+        load: dict[str, Callable[[], Any]] = {}
+        for name, (o, i) in SHAPES.items():
+            if e == count - 1 and name == "c.weight":
+                continue
+            a, b = torch.randn(2, i, generator=random), torch.randn(o, 2, generator=random)
+            delta = LowRank(a, b * (0 if zero else 1), 0.5 + e)
+            value = delta if form == "low-rank" else Dense(delta.dense())
+            load[name] = lambda value=value: value
+        made.append(TaskVector("base", load, seed=f"expert-{e}"))
+    return made
+
+
+def merged(strategy: Strategy, given: list[TaskVector], weights: Tensor) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    result = strategy.call(given, weights, **strategy.bind({}))
+    return {name: result[name].dense() for name in result}
+
+
+WEIGHTS = torch.tensor([1.0, 0.5, 2.0])
+
+
+@pytest.mark.parametrize("strategy", MERGES)
+class TestMerges:
+    def test_keeps_keys_shapes_and_dtype(self, strategy: Strategy) -> None:
+        for dtype in (torch.float32, torch.float64):
+            given = [
+                TaskVector("base", {n: (lambda d=v[n]: Dense(d.dense().to(dtype))) for n in v})
+                for v in vectors()
+            ]
+            result = strategy.call(given, WEIGHTS, **strategy.bind({}))
+            assert {n: result[n].shape for n in result} == SHAPES
+            assert {result[n].dtype for n in result} == {dtype}
+
+    def test_leaves_inputs_untouched(self, strategy: Strategy) -> None:
+        given = vectors()
+        before = [{n: v[n].dense().clone() for n in v} for v in given]
+        merged(strategy, given, WEIGHTS)
+        for vector, old in zip(given, before, strict=True):
+            assert all(torch.equal(vector[n].dense(), old[n]) for n in vector)
+
+    def test_order_of_experts_does_not_matter(self, strategy: Strategy) -> None:
+        if strategy.order_dependent:
+            return
+        given, order = vectors(), [2, 0, 1]
+        first = merged(strategy, given, WEIGHTS)
+        again = merged(strategy, [given[e] for e in order], WEIGHTS[order])
+        for name in first:
+            torch.testing.assert_close(first[name], again[name])
+
+    def test_zero_vectors_give_zero(self, strategy: Strategy) -> None:
+        result = merged(strategy, vectors(zero=True), WEIGHTS)
+        assert all(bool((d == 0).all()) for d in result.values())
+
+    def test_low_rank_and_dense_agree(self, strategy: Strategy) -> None:
+        low, dense = merged(strategy, vectors(), WEIGHTS), merged(strategy, vectors("dense"), WEIGHTS)
+        for name in low:
+            torch.testing.assert_close(low[name], dense[name])
+
+    def test_is_lazy_and_the_same_bits_again(self, strategy: Strategy) -> None:
+        asked: list[str] = []
+
+        def watched(vector: TaskVector) -> TaskVector:
+            def load(name: str) -> Any:
+                asked.append(name)
+                return vector[name]
+
+            return TaskVector("base", {n: (lambda n=n: load(n)) for n in vector}, vector.seed)
+
+        torch.manual_seed(0)
+        result = strategy.call([watched(v) for v in vectors()], WEIGHTS, **strategy.bind({}))
+        assert not asked
+        one = result["b.weight"].dense()
+        assert set(asked) == {"b.weight"}
+        assert torch.equal(one, merged(strategy, vectors(), WEIGHTS)["b.weight"])
+
+    def test_refuses_vectors_of_two_bases(self, strategy: Strategy) -> None:
+        one, two, three = vectors()
+        other = TaskVector("other", two.load)
+        with pytest.raises(ValueError, match="one base"):
+            strategy.call([one, other, three], WEIGHTS, **strategy.bind({}))
+
+
+def stack(
+    count: int = 3, ranks: tuple[int, ...] = (2, 2, 2), zero: bool = False, missing: int | None = None
+) -> ExpertStack:
+    random = torch.Generator().manual_seed(0)
+    deltas, gates = {}, {}
+    for e in range(count):
+        a = torch.randn(ranks[e % len(ranks)], 8, generator=random)
+        b = torch.randn(5, ranks[e % len(ranks)], generator=random)
+        if e != missing:
+            deltas[e] = LowRank(a, b * (0 if zero else 1), 0.5 + e)
+            gates[e] = torch.randn(8, generator=random)
+    return ExpertStack.of(deltas, count, gates)
+
+
+def linear(dtype: torch.dtype = torch.float32) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(8, 5).requires_grad_(False).to(dtype)
+
+
+def inputs() -> Tensor:
+    return torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("strategy", ROUTERS)
+@pytest.mark.parametrize("combine", COMBINES)
+class TestRouters:
+    def routed(self, strategy: Strategy, combine: Any, experts: ExpertStack) -> RoutedLinear:
+        router = strategy.call(experts, **strategy.bind({}))
+        return RoutedLinear(linear(), experts, router, combine)
+
+    def test_weights_are_finite(self, strategy: Strategy, combine: str) -> None:
+        module = self.routed(strategy, combine, stack())
+        for x in (inputs(), torch.zeros(1, 2, 8), inputs() * 1e4):
+            w = module.routing(x)
+            assert w.shape == (*x.shape[:-1], 3) and bool(torch.isfinite(w).all())
+
+    def test_experts_that_change_nothing_give_the_base(
+        self, strategy: Strategy, combine: str
+    ) -> None:
+        module = self.routed(strategy, combine, stack(zero=True))
+        assert torch.equal(module(inputs()), linear()(inputs()))
+
+    def test_a_row_depends_on_itself_only(self, strategy: Strategy, combine: str) -> None:
+        module, x = self.routed(strategy, combine, stack()), inputs()
+        whole = module(x)
+        for b in range(3):
+            for t in range(4):
+                alone = module(x[b : b + 1, t : t + 1])[0, 0]
+                torch.testing.assert_close(alone, whole[b, t], atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize("missing", [None, 1])
+    def test_kernels_agree_with_the_reference(
+        self, strategy: Strategy, combine: str, missing: int | None
+    ) -> None:
+        experts = stack(missing=missing, ranks=(2, 2, 2) if combine == "parameters" else (1, 2, 3))
+        router = strategy.call(experts, **strategy.bind({}))
+        x = inputs().view(-1, 8)
+        expected = reference(x, linear()(x), experts, router, combine)
+        fused = RoutedLinear(linear(), experts, router, combine)  # type: ignore[arg-type]
+        torch.testing.assert_close(fused(x), expected, atol=1e-4, rtol=1e-5)
+        half = RoutedLinear(linear(torch.bfloat16), experts, router, combine)  # type: ignore[arg-type]
+        torch.testing.assert_close(half(x.bfloat16()).float(), expected, atol=0.5, rtol=0.1)
+
+    def test_parameters_keep_their_names(self, strategy: Strategy, combine: str) -> None:
+        module = self.routed(strategy, combine, stack())
+        assert set(module.state_dict()) == {"weight", "bias"}
+        assert module.base.weight is module.weight
