@@ -42,7 +42,8 @@ def compose(
     Examples: hub compose recipe.yaml; hub compose recipe.yaml --out ./model;
     hub compose recipe.yaml --out ./adapter --format peft
     """
-    from experthub.hub.errors import ConflictError, UsageError
+    from experthub.hub._files import check_free
+    from experthub.hub.errors import UsageError
     from experthub.hub.plan import resolve
     from experthub.hub.recipe import Recipe
     from experthub.hub.registry import Registry
@@ -59,8 +60,7 @@ def compose(
                     "use the recipe where the model is used (hub generate, hub eval, hub.compose), "
                     "or write merge: instead of route:",
                 )
-            if out.exists() and any(out.iterdir()):
-                raise ConflictError(f"{out} is not empty", "name a new folder")
+            check_free(out)
             from experthub.hub.composition import compose as composed
 
             composed(resolved, device=device, report=report).save(out, kind)

@@ -71,8 +71,6 @@ def eval_(
             registry=Registry.read(registry),
             report=report,
         )
-    for name, record in result["recipes"].items():
-        record["path"] = next(f for f in files if Path(f).stem == name)
     if out is not None:
         write_json(out, result)
         say(f"wrote {out}")

@@ -33,6 +33,11 @@ class HubApp(typer.Typer):
             if error.hint:
                 sys.stderr.write(f"hint: {error.hint}\n")
             sys.exit(error.code)
+        except OSError as error:
+            if os.environ.get("HUB_DEBUG") == "1":
+                raise
+            sys.stderr.write(f"error: {error}\nhint: check the path, its permissions and the disk\n")
+            sys.exit(1)
         except Interrupted:
             sys.stderr.write(
                 "error: interrupted\nhint: the same command goes on where it stopped\n"

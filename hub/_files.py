@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from experthub.hub.errors import ConflictError
+
 CHUNK = 1 << 20
 
 
@@ -69,6 +71,12 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
         raise
     sync_folder(path.parent)
+
+
+def check_free(folder: Path) -> None:
+    """Raise ConflictError unless the path is free for a new folder."""
+    if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
+        raise ConflictError(f"{folder} is in use", "name a new folder")
 
 
 def sync_file(path: Path) -> None:

@@ -19,7 +19,7 @@ from experthub.hub._files import (
     write_json,
     written,
 )
-from experthub.hub.errors import HubError, IntegrityError, NotFoundError
+from experthub.hub.errors import HubError, IntegrityError, NotFoundError, UsageError
 from experthub.hub.expert import Reference
 from experthub.hub.formats import read_json
 from experthub.hub.header import hashed_tensors, read_header
@@ -60,11 +60,13 @@ def find(name: str, registry: Registry, report: Report = silent) -> Base:
 
     name: a registry name, one that the base is also known as, a folder, `hf:...` or `pypi:...`.
     """
-    reference = Reference.parse(name) if "/" not in name or ":" in name or name[0] in "./" else None
-    if reference is not None and reference.folder is not None:
-        return read(reference.folder, str(reference.folder))
-    if reference is not None and reference.remote:
-        return read(_fetch(name, BaseEntry(sources=[name]), "remote", Path.cwd(), report), name)
+    if not registry.has_base(name):
+        reference = Reference.parse(name)
+        if reference.folder is not None:
+            return read(reference.folder, str(reference.folder))
+        if reference.remote:
+            entry = BaseEntry(sources=[name])
+            return read(_fetch(name, entry, "remote", Path.cwd(), report), name)
     known, entry = registry.base(name)
     folder = _fetch_any(known, entry, registry.base_folder_of(known), report)
     base = read(folder, known)
@@ -238,6 +240,7 @@ def load_model(base: Base, dtype: str | None, device: str | None) -> Any:
     """
     import transformers
 
+    check_device(device)
     config = transformers.AutoConfig.from_pretrained(base.folder)
     names = config.architectures or []
     kind = getattr(transformers, names[0], None) if names else None
@@ -251,6 +254,19 @@ def load_model(base: Base, dtype: str | None, device: str | None) -> Any:
             base.folder, config=config, dtype=dtype or "auto", local_files_only=True
         )
     return model.to(device or "cpu").eval().requires_grad_(False)
+
+
+def check_device(device: str | None) -> None:
+    """Raise UsageError for a device that torch cannot use here."""
+    import torch
+
+    try:
+        torch.empty(0, device=device or "cpu")
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"cannot use the device {device!r}: {str(error).splitlines()[0]}",
+            "use cpu, or install a torch that supports the device",
+        ) from None
 
 
 def load_tokenizer(base: Base) -> Any:

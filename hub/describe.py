@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from experthub.hub._files import new_folder, write_json
+from experthub.hub._files import check_free, new_folder, write_json
 from experthub.hub.bases import Base, Report, silent
-from experthub.hub.errors import ConflictError, NotFoundError
+from experthub.hub.errors import NotFoundError
 from experthub.hub.expert import DESCRIPTION, Expert, Identity, Reference
 from experthub.hub.formats import read_json
 from experthub.hub.pull import pull
@@ -119,8 +119,7 @@ def export_folder(
     """Write an expert's files and description into a new folder; ConflictError if it is in use."""
     expert = registry.expert(Reference.parse(name))
     pull(expert, store, report)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConflictError(f"{folder} is not empty", "name a new folder")
+    check_free(folder)
     with new_folder(folder) as draft:
         store.copy_out(expert.digest, draft)
         write_description(draft, expert, store.identity(expert.digest))

@@ -56,7 +56,8 @@ def evaluate(
     bootstrap.
     """
     registry, store = registry or Registry.read(), store or Store()
-    named = recipes if isinstance(recipes, Mapping) else _named(recipes)
+    paths = {} if isinstance(recipes, Mapping) else _named(recipes)
+    named = recipes if isinstance(recipes, Mapping) else {n: Recipe.read(p) for n, p in paths.items()}
     read = [read_task(reference) for reference in tasks]
     chosen = {task.reference: task.split(split, limit) for task in read}
     for task in read:
@@ -69,7 +70,7 @@ def evaluate(
     tokenizer = load_tokenizer(base)
     report("loading the base", 0, 0)
     model = load_model(base, next(iter(plans.values())).recipe.dtype, device)
-    if not hasattr(model, "lm_head"):
+    if not model.can_generate():
         raise UsageError(f"{base.name} is no causal language model", "evaluate on another base")
     outcomes: dict[str, list[Outcome]] = {}
     for name, plan in {BASE: None, **plans}.items():
@@ -84,11 +85,15 @@ def evaluate(
             )
             for task in read
         ]
-    return _result(plans, read, chosen, outcomes, split, seed)
+    result = _result(read, chosen, outcomes, split, seed)
+    result["recipes"] = {
+        name: {"digest": plan.digest, "path": paths.get(name)} for name, plan in plans.items()
+    }
+    return result
 
 
-def _named(paths: Sequence[str | Path]) -> dict[str, Recipe]:
-    named = {Path(path).stem: Recipe.read(path) for path in paths}
+def _named(paths: Sequence[str | Path]) -> dict[str, str]:
+    named = {Path(path).stem: str(path) for path in paths}
     if len(named) < len(paths) or BASE in named:
         raise UsageError(
             "recipes are told apart by their file names, and two are the same or 'base'",
@@ -157,7 +162,6 @@ def score(
 
 
 def _result(
-    plans: Mapping[str, Plan],
     tasks: Sequence[Task],
     chosen: Mapping[str, Sequence[Example]],
     outcomes: Mapping[str, Sequence[Outcome]],
@@ -184,7 +188,6 @@ def _result(
         "schema": 1,
         "tasks": rows,
         "average": average,
-        "recipes": {name: {"digest": plan.digest} for name, plan in plans.items()},
         "protocol": {
             "score": "mean-token-logprob",
             "template": templates,

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from experthub.hub import _yaml
-from experthub.hub._files import new_folder, write_json, write_text
+from experthub.hub._files import check_free, new_folder, write_json, write_text
 from experthub.hub.bases import load_tokenizer
-from experthub.hub.errors import ConflictError, UsageError
+from experthub.hub.errors import UsageError
 from experthub.hub.expert import ADAPTER, ADAPTER_CONFIG
 from experthub.hub.formats import PREFIX
 from experthub.merge import Delta, LowRank
@@ -27,8 +27,7 @@ def save(composition: Composition, folder: Path, format: Literal["hf", "peft"]) 
             "a routed model is more than a set of weights",
             "keep its recipe and compose it where it is used, or write merge: instead of route:",
         )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConflictError(f"{folder} is not empty", "name a new folder")
+    check_free(folder)
     with new_folder(folder) as draft:
         if format == "peft":
             _save_peft(composition, draft)

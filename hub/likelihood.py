@@ -26,14 +26,15 @@ class Encoded:
 def encode(tokenizer: Any, prompt: str, choices: Sequence[str]) -> list[Encoded]:
     """Token ids as lm-evaluation-harness takes them: those of prompt + choice minus the prompt's.
 
-    One item per choice group that shares its prompt ids: nearly always a single one, more only
-    where a choice merges with the prompt's last token.
+    One item for all choices that share their prompt ids: nearly always a single one, more only
+    where a choice merges with the prompt's last token.  Every choice has at least one token.
     """
     length = len(tokenizer(prompt)["input_ids"])
     whole = [tuple(ids) for ids in tokenizer([prompt + choice for choice in choices])["input_ids"]]
-    if all(ids[:length] == whole[0][:length] for ids in whole):
+    if all(ids[:length] == whole[0][:length] and len(ids) > length for ids in whole):
         return [Encoded(whole[0][:length], tuple(ids[length:] for ids in whole))]
-    return [Encoded(ids[:length], (ids[length:],)) for ids in whole]
+    starts = [min(length, len(ids) - 1) for ids in whole]
+    return [Encoded(ids[:at], (ids[at:],)) for ids, at in zip(whole, starts, strict=True)]
 
 
 @torch.no_grad()

@@ -89,7 +89,17 @@ class Plan:
     @property
     def digest(self) -> str:
         """Names the composition by content: the same digest and code give the same bits."""
-        return digest_of(self.lock)
+        pinned = self.lock
+        content = [
+            [
+                [(m.digest, m.weight) for m in e.members],
+                e.weight,
+                e.rank,
+                e.merge and _method_record(e.merge),
+            ]
+            for e in self.experts
+        ]
+        return digest_of({**pinned, "base": self.base.fingerprint, "experts": content})
 
     @property
     def lock(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from experthub.hub._files import hub_home
 from experthub.hub.bases import Report, silent
 from experthub.hub.errors import HubError, NotFoundError
 from experthub.hub.expert import Expert, Reference
-from experthub.hub.registry import Registry, absolute, register
+from experthub.hub.registry import Registry, register
 from experthub.hub.store import Store
 
 
@@ -51,5 +51,5 @@ def pull_by_name(name: str, registry: Registry, store: Store, report: Report = s
     """Pull an expert by reference and enter it into the user's own registry."""
     expert = registry.expert(Reference.parse(name))
     pull(expert, store, report)
-    register(absolute(expert, Path.cwd()))
+    register(expert)
     return expert

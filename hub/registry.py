@@ -138,6 +138,10 @@ class Registry:
             raise NotFoundError(f"there is no {reference.text}", f"known: {known}")
         return versions[-1]
 
+    def has_base(self, name: str) -> bool:
+        """Whether a base has this name, or is also known by it."""
+        return any(name == known or name in entry.aka for known, entry in self.bases().items())
+
     def base(self, name: str) -> tuple[str, BaseEntry]:
         """A base by name or by one of the names it is also known as; NotFoundError otherwise."""
         bases = self.bases()

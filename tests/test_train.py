@@ -1,0 +1,123 @@
+"""Training real (tiny) experts and gates."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from experthub import hub
+from experthub.hub.errors import UsageError
+from experthub.hub.expert import GATES, Reference
+from experthub.hub.likelihood import encode
+from experthub.hub.registry import Registry
+from experthub.hub.tasks import Card, Example, example_id, write_task
+from experthub.hub.train import Settings, _collate, answer_loss, train_gate, train_lora
+from safetensors.torch import load_file
+
+SETTINGS = Settings(steps=40, batch_size=8, lr=1e-2)
+
+
+@pytest.fixture
+def letters() -> str:
+    """Which of two letters was named: easy for a tiny model to learn."""
+    card = Card(name="letters", source="made-up", template="{input} =")
+    examples = []
+    for n in range(160):
+        text, choices = f"{n} {'xy'[n % 2]}", ["p", "q"]
+        examples.append(
+            Example(id=example_id(text, choices), input=text, choices=choices, answer=n % 2)
+        )
+    return write_task("local", card, examples)
+
+
+class Stop(BaseException):
+    pass
+
+
+def stop_at(step: int) -> Any:
+    def report(what: str, done: int, size: int) -> None:
+        if what.startswith("training") and done == step:
+            raise Stop
+
+    return report
+
+
+def test_an_expert_and_its_gate_learn(base_folder: Path, letters: str, home: Path) -> None:
+    expert = train_lora(str(base_folder), letters, "letters", SETTINGS)
+    loss = expert.training["loss"]
+    assert loss["last"] < 0.5 * loss["first"]
+    curve = json.loads(next((home / "runs").glob("letters-*/loss.json")).read_text())
+    assert len(curve) == SETTINGS.steps
+    store = hub.Store()
+    weights = load_file(store.file(expert.digest, "adapter_model.safetensors"))
+    assert {t.dtype for t in weights.values()} == {torch.bfloat16}
+    recipe = {"base": str(base_folder), "experts": ["letters@1"], "merge": {"method": "linear"}}
+    result = hub.evaluate({"trained": hub.Recipe.of(recipe)}, [letters])
+    assert result["tasks"][0]["methods"]["trained"]["delta_to_base"]["ci95"][0] > 0
+
+    gated = train_gate("letters", Settings(steps=5, lr=5e-3))
+    assert (gated.version, gated.task) == (2, letters)
+    gates = load_file(store.file(gated.digest, GATES))
+    adapted = {n.split(".lora_")[0].removeprefix("base_model.model.") for n in weights}
+    assert {n.removesuffix(".gate") for n in gates} == adapted
+    assert all(g.ndim == 1 and bool(g.abs().sum() > 0) for g in gates.values())
+    same = load_file(store.file(gated.digest, "adapter_model.safetensors"))
+    assert all(torch.equal(same[n], weights[n]) for n in weights)
+    routed = {"base": str(base_folder), "experts": ["letters"], "route": {"method": "phatgoose"}}
+    assert hub.compose(routed).plan.members[0].digest == gated.digest
+    assert Registry.read().expert(Reference.parse("letters@1")).digest == expert.digest
+
+
+@pytest.mark.parametrize("kind", ["lora", "gate"])
+def test_an_interrupted_run_goes_on_to_the_same_weights(
+    kind: str, base_folder: Path, letters: str
+) -> None:
+    settings = Settings(steps=24, lr=1e-2)
+    if kind == "lora":
+        whole = train_lora(str(base_folder), letters, "whole", settings)
+
+        def again(**options: Any) -> Any:
+            return train_lora(str(base_folder), letters, "parts", settings, **options)
+    else:
+        train_lora(str(base_folder), letters, "parts", Settings(steps=2))
+        train_lora(str(base_folder), letters, "whole", Settings(steps=2))
+        whole = train_gate("whole@1", settings)
+
+        def again(**options: Any) -> Any:
+            return train_gate("parts@1", settings, **options)
+
+    with pytest.raises(Stop):
+        again(report=stop_at(22))
+    steps: list[int] = []
+    resumed = again(report=lambda what, done, size: steps.append(done) if size else None)
+    assert min(steps) == 21, "it started again from nothing"
+    assert resumed.digest == whole.digest
+
+
+def test_a_gate_needs_to_know_the_experts_task(base_folder: Path, expert_folder: Any) -> None:
+    from experthub.hub.describe import add_folder
+
+    add_folder(expert_folder(1), "foreign", Registry.read(), hub.Store())
+    with pytest.raises(UsageError, match="which task"):
+        train_gate("foreign", SETTINGS)
+
+
+def test_loss_is_the_mean_cross_entropy_of_the_answers(base_model: Any, base: Any) -> None:
+    from experthub.hub.bases import load_tokenizer
+
+    tokenizer = load_tokenizer(base)
+    pairs = [("short", " ab"), ("a longer prompt", " c"), ("mid", " long answer")]
+    rows = []
+    expected = []
+    for prompt, answer in pairs:
+        item = encode(tokenizer, prompt, [answer])[0]
+        ids = [*item.prompt, *item.choices[0]]
+        rows.append((ids, len(item.prompt)))
+        logprobs = base_model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        picked = [logprobs[t - 1, ids[t]] for t in range(len(item.prompt), len(ids))]
+        expected.append(-torch.stack(picked).mean())
+    loss = answer_loss(base_model, **_collate(rows))
+    torch.testing.assert_close(loss, torch.stack(expected).mean(), atol=1e-5, rtol=1e-5)
