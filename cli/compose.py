@@ -44,9 +44,9 @@ def compose(
     """
     from experthub.hub._files import check_free
     from experthub.hub.errors import UsageError
-    from experthub.hub.plan import resolve
     from experthub.hub.recipe import Recipe
     from experthub.hub.registry import Registry
+    from experthub.hub.resolution import resolve
 
     if format not in ("hf", "peft"):
         raise UsageError(f"unknown format {format!r}", "use hf or peft")

@@ -36,7 +36,9 @@ class HubApp(typer.Typer):
         except OSError as error:
             if os.environ.get("HUB_DEBUG") == "1":
                 raise
-            sys.stderr.write(f"error: {error}\nhint: check the path, its permissions and the disk\n")
+            sys.stderr.write(
+                f"error: {error}\nhint: check the path, its permissions and the disk\n"
+            )
             sys.exit(1)
         except Interrupted:
             sys.stderr.write(

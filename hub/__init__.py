@@ -10,11 +10,13 @@ if TYPE_CHECKING:
     from experthub.hub.errors import HubError
     from experthub.hub.evaluation import evaluate
     from experthub.hub.expert import Expert
-    from experthub.hub.plan import Plan, resolve
+    from experthub.hub.fit import Settings
+    from experthub.hub.plan import Plan
     from experthub.hub.recipe import Recipe
     from experthub.hub.registry import Registry
+    from experthub.hub.resolution import resolve
     from experthub.hub.store import Store
-    from experthub.hub.train import Settings, train_gate, train_lora
+    from experthub.hub.train import train_gate, train_lora
 
 _HOMES = {
     "Composition": "composition",
@@ -23,11 +25,11 @@ _HOMES = {
     "Plan": "plan",
     "Recipe": "recipe",
     "Registry": "registry",
-    "Settings": "train",
+    "Settings": "fit",
     "Store": "store",
     "compose": "composition",
     "evaluate": "evaluation",
-    "resolve": "plan",
+    "resolve": "resolution",
     "train_gate": "train",
     "train_lora": "train",
 }

@@ -12,9 +12,10 @@ from typing import Any, Literal
 import torch
 from experthub.hub.bases import Report, load_model, silent
 from experthub.hub.errors import HubError, IntegrityError, UsageError
-from experthub.hub.plan import Plan, resolve
+from experthub.hub.plan import Plan
 from experthub.hub.recipe import Recipe
 from experthub.hub.registry import Registry
+from experthub.hub.resolution import resolve
 from experthub.hub.store import Store
 from experthub.hub.weights import gates, task_vector
 from experthub.merge import LowRank, TaskVector, merges

@@ -14,9 +14,10 @@ from experthub.hub.bases import Base, Report, load_model, load_tokenizer, silent
 from experthub.hub.composition import compose
 from experthub.hub.errors import HubError, UsageError
 from experthub.hub.likelihood import choice_logprobs, encode
-from experthub.hub.plan import Plan, resolve
+from experthub.hub.plan import Plan
 from experthub.hub.recipe import Recipe
 from experthub.hub.registry import Registry
+from experthub.hub.resolution import resolve
 from experthub.hub.statistics import bootstrap, wilson
 from experthub.hub.store import Store
 from experthub.hub.tasks import Example, Split, Task, read_task
@@ -57,7 +58,9 @@ def evaluate(
     """
     registry, store = registry or Registry.read(), store or Store()
     paths = {} if isinstance(recipes, Mapping) else _named(recipes)
-    named = recipes if isinstance(recipes, Mapping) else {n: Recipe.read(p) for n, p in paths.items()}
+    named = (
+        recipes if isinstance(recipes, Mapping) else {n: Recipe.read(p) for n, p in paths.items()}
+    )
     read = [read_task(reference) for reference in tasks]
     chosen = {task.reference: task.split(split, limit) for task in read}
     for task in read:

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import LINEARS, logits, tiny_llama
 from experthub import hub
 from experthub.hub.errors import ConflictError, HubError, UsageError
 from safetensors.torch import load_file, save_file
-
-from conftest import LINEARS, logits, tiny_llama
 
 Make = Callable[..., Path]
 

@@ -48,7 +48,7 @@ class TestMerges:
     def test_keeps_keys_shapes_and_dtype(self, strategy: Strategy) -> None:
         for dtype in (torch.float32, torch.float64):
             given = [
-                TaskVector("base", {n: (lambda d=v[n]: Dense(d.dense().to(dtype))) for n in v})
+                TaskVector("base", {n: (lambda d=v[n], t=dtype: Dense(d.dense().to(t))) for n in v})
                 for v in vectors()
             ]
             result = strategy.call(given, WEIGHTS, **strategy.bind({}))
@@ -76,7 +76,10 @@ class TestMerges:
         assert all(bool((d == 0).all()) for d in result.values())
 
     def test_low_rank_and_dense_agree(self, strategy: Strategy) -> None:
-        low, dense = merged(strategy, vectors(), WEIGHTS), merged(strategy, vectors("dense"), WEIGHTS)
+        low, dense = (
+            merged(strategy, vectors(), WEIGHTS),
+            merged(strategy, vectors("dense"), WEIGHTS),
+        )
         for name in low:
             torch.testing.assert_close(low[name], dense[name])
 
@@ -105,7 +108,10 @@ class TestMerges:
 
 
 def stack(
-    count: int = 3, ranks: tuple[int, ...] = (2, 2, 2), zero: bool = False, missing: int | None = None
+    count: int = 3,
+    ranks: tuple[int, ...] = (2, 2, 2),
+    zero: bool = False,
+    missing: int | None = None,
 ) -> ExpertStack:
     random = torch.Generator().manual_seed(0)
     deltas, gates = {}, {}

@@ -39,7 +39,11 @@ PROMPTS = [
 @pytest.mark.parametrize("batch_tokens", [1, 60, 10_000])
 @pytest.mark.parametrize("routed", [False, True])
 def test_choices_score_as_in_a_plain_forward(
-    batch_tokens: int, routed: bool, base: Base, base_folder: Path, base_model: Any,
+    batch_tokens: int,
+    routed: bool,
+    base: Base,
+    base_folder: Path,
+    base_model: Any,
     expert_folder: Callable[..., Path],
 ) -> None:
     """Whatever the batch: padding and the shared cache change nothing."""
@@ -72,9 +76,13 @@ def test_a_choice_that_merges_with_the_prompt_has_its_own_prompt() -> None:
 def test_result_has_the_form_of_the_contract(
     base_folder: Path, tiny_task: str, expert_folder: Callable[..., Path]
 ) -> None:
-    recipe = hub.Recipe.of({
-        "base": str(base_folder), "experts": [str(expert_folder(1))], "merge": {"method": "linear"},
-    })
+    recipe = hub.Recipe.of(
+        {
+            "base": str(base_folder),
+            "experts": [str(expert_folder(1))],
+            "merge": {"method": "linear"},
+        }
+    )
     result = hub.evaluate({"merged": recipe}, [tiny_task], split="test")
     row = result["tasks"][0]
     task = read_task(tiny_task)
@@ -92,15 +100,15 @@ def test_result_has_the_form_of_the_contract(
     assert again == result
 
 
-def test_accuracy_and_logprob_of_known_scores(
-    base: Base, base_model: Any, tiny_task: str
-) -> None:
+def test_accuracy_and_logprob_of_known_scores(base: Base, base_model: Any, tiny_task: str) -> None:
     task = read_task(tiny_task)
     examples = task.split("validation")
     tokenizer = load_tokenizer(base)
     outcome = score(base_model, tokenizer, task, examples)
     for example, right, logprob in zip(examples, outcome.right, outcome.logprobs, strict=True):
-        values = [naive(base_model, tokenizer, task.prompt(example), c) for c in task.answers(example)]
+        values = [
+            naive(base_model, tokenizer, task.prompt(example), c) for c in task.answers(example)
+        ]
         assert right == float(values.index(max(values)) == example.answer)
         total = math.log(sum(math.exp(v) for v in values))
         assert logprob == pytest.approx(values[example.answer or 0] - total, abs=2e-4)
@@ -120,7 +128,11 @@ def test_recipes_of_different_bases_are_refused(
     from conftest import make_expert, tiny_llama
 
     other = tiny_llama(tmp_path / "other", seed=7)
-    one = {"base": str(base_folder), "experts": [str(expert_folder(1))], "merge": {"method": "linear"}}
+    one = {
+        "base": str(base_folder),
+        "experts": [str(expert_folder(1))],
+        "merge": {"method": "linear"},
+    }
     two = {**one, "base": str(other), "experts": [str(make_expert(tmp_path / "e", other, 1))]}
     recipes = {"one": hub.Recipe.of(one), "two": hub.Recipe.of(two)}
     with pytest.raises(UsageError, match="different bases"):

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = ("cli", "hub", "routing", "merge")
 SOURCES = sorted(p for package in ORDER for p in (ROOT / package).rglob("*.py"))
 # Modules of hub that load or run models; weights and composition are what they hand on.
-MODEL_MODULES = {"bases", "composition", "evaluation", "generation", "train"}
+MODEL_MODULES = {"bases", "composition", "evaluation", "fit", "generation", "train"}
 SOCKETS = {"socket", "http", "urllib", "httpx", "requests", "huggingface_hub"}
 
 

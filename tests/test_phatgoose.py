@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import LINEARS, logits
 from experthub import hub
 from safetensors.torch import load_file
 from torch import nn
-
-from conftest import LINEARS, logits
 
 Make = Callable[..., Path]
 

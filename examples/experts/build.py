@@ -37,6 +37,11 @@ class Starter:
     description: str
     tags: tuple[str, ...]
 
+    @property
+    def draft(self) -> str:
+        """Its name in the user's own registry until it is published."""
+        return f"{self.name}-draft"
+
 
 STARTERS = (
     Starter(
@@ -85,21 +90,21 @@ def known(reference: str) -> bool:
 
 def train(starter: Starter) -> None:
     settings = hub.Settings(steps=starter.steps)
-    if not known(f"{starter.name}@1"):
+    if not known(f"{starter.draft}@1"):
         print(f"{starter.name}: training", flush=True)
-        print(hub.train_lora(BASE, starter.task, starter.name, settings, report=report).training)
+        print(hub.train_lora(BASE, starter.task, starter.draft, settings, report=report).training)
 
 
 def gate(starter: Starter) -> None:
-    if not known(f"{starter.name}@2"):
+    if not known(f"{starter.draft}@2"):
         print(f"{starter.name}: training gates", flush=True)
-        print(hub.train_gate(f"{starter.name}@1", GATE, report=report).training)
+        print(hub.train_gate(f"{starter.draft}@1", GATE, report=report).training)
 
 
 def measure(starter: Starter) -> Score:
     """The expert beside its base, on test examples that its training did not see."""
     recipe = hub.Recipe.of(
-        {"base": BASE, "experts": [f"{starter.name}@2"], "merge": {"method": "linear"}}
+        {"base": BASE, "experts": [f"{starter.draft}@2"], "merge": {"method": "linear"}}
     )
     result = hub.evaluate({"expert": recipe}, [starter.task], limit=TEST_EXAMPLES, report=report)
     row = result["tasks"][0]
@@ -122,13 +127,14 @@ def publish(starter: Starter) -> None:
     print(starter.name, score, flush=True)
     if score.delta_ci95 is None or score.delta_ci95[0] <= 0:
         sys.exit(f"{starter.name} does not clearly beat its base: not published")
-    expert = hub.Registry.read().expert(Reference.parse(f"{starter.name}@2"))
+    expert = hub.Registry.read().expert(Reference.parse(f"{starter.draft}@2"))
     folder = HERE / starter.name
     shutil.rmtree(folder, ignore_errors=True)
     store = hub.Store()
     store.copy_out(expert.digest, folder)
     described = expert.model_copy(
         update={
+            "name": starter.name,
             "version": 1,
             "description": starter.description,
             "tags": list(starter.tags),

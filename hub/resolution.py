@@ -1,0 +1,196 @@
+"""Resolving: from the names in a recipe to a plan."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from experthub.hub._yaml import did_you_mean
+from experthub.hub.bases import Base, Report, find, silent
+from experthub.hub.errors import HubError, IntegrityError, UsageError
+from experthub.hub.expert import ADAPTER, ADAPTER_CONFIG, GATES, TASK_VECTOR, Identity, Reference
+from experthub.hub.formats import check_config, check_shapes, read_adapter, read_gates, read_json
+from experthub.hub.header import read_header
+from experthub.hub.plan import Member, Plan, PlannedExpert
+from experthub.hub.pull import pull, source_folder
+from experthub.hub.recipe import ExpertUse, NestedMerge, Recipe
+from experthub.hub.registry import Registry
+from experthub.hub.store import Store
+
+WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "F32": 4, "BF16": 2, "F16": 2}
+
+
+def resolve(
+    recipe: Recipe,
+    registry: Registry | None = None,
+    store: Store | None = None,
+    report: Report = silent,
+) -> Plan:
+    """Look up, fetch and check everything that a recipe names.
+
+    Raises NotFoundError for unknown experts or bases, IntegrityError for another base or damaged
+    content, HubError for shapes and targets that do not fit or state that the method lacks.
+    """
+    registry, store = registry or Registry.read(), store or Store()
+    # Cheap refusals first: names before downloads.
+    stored = [[_find(use, registry, store, report) for use in _uses(e)] for e in recipe.experts]
+    base = find(recipe.base, registry, report)
+    experts = tuple(
+        _plan_expert(
+            entry,
+            [
+                _member(use, found, base, recipe, store)
+                for use, found in zip(_uses(entry), group, strict=True)
+            ],
+        )
+        for entry, group in zip(recipe.experts, stored, strict=True)
+    )
+    parameters = _targets(recipe, experts, base)
+    _check_method(recipe, experts, parameters)
+    dtype = recipe.dtype or {"BF16": "bfloat16", "F16": "float16"}.get(base.dtype, "float32")
+    reads = base.tensor_bytes + sum(m.size for e in experts for m in e.members)
+    memory = base.tensor_bytes * WIDTH[dtype] // WIDTH.get(base.dtype, 4)
+    if recipe.route:
+        memory += sum(m.size for e in experts for m in e.members)
+    return Plan(recipe, base, experts, parameters, dtype, reads, memory)
+
+
+def _uses(entry: ExpertUse | NestedMerge) -> list[ExpertUse]:
+    return [entry] if isinstance(entry, ExpertUse) else entry.experts
+
+
+def _find(
+    use: ExpertUse, registry: Registry, store: Store, report: Report
+) -> tuple[str, str, str | None]:
+    """Reference, digest and training task of an expert, pulled if it is not here."""
+    reference = Reference.parse(use.expert)
+    if reference.name:
+        expert = registry.expert(reference)
+        return expert.reference, pull(expert, store, report), expert.task
+    digest, _ = store.add(source_folder(use.expert, Path.cwd(), report))
+    return use.expert, digest, None
+
+
+def _member(
+    use: ExpertUse, found: tuple[str, str, str | None], base: Base, recipe: Recipe, store: Store
+) -> Member:
+    reference, digest, task = found
+    identity = store.identity(digest)
+    other = identity.base_fingerprint
+    if other and other != base.fingerprint and not recipe.allow_base_mismatch:
+        raise IntegrityError(
+            f"expert {reference} was made for the base {other[:19]}, "
+            f"and {base.name} is {base.fingerprint[:19]}",
+            "use its own base, or say allow_base_mismatch: true if you know that it fits",
+        )
+    size = sum(info.size for info in identity.files.values())
+    if identity.kind == "task_vector":
+        changes = _dense_changes(store, identity, digest, reference, base)
+        return Member(
+            reference, digest, "task_vector", task, use.weight, size, changes, (), frozenset()
+        )
+    config = read_json(store.file(digest, ADAPTER_CONFIG))
+    check_config(config, reference)
+    adapted = read_adapter(config, read_header(store.file(digest, ADAPTER)), reference)
+    check_shapes(adapted, base.shapes, reference, base.name)
+    gated: frozenset[str] = frozenset()
+    if GATES in identity.files:
+        gated = frozenset(read_gates(store.file(digest, GATES)))
+    changes = {f"{a.module}.weight": a.shape for a in adapted}
+    return Member(reference, digest, "lora", task, use.weight, size, changes, tuple(adapted), gated)
+
+
+def _dense_changes(
+    store: Store, identity: Identity, digest: str, reference: str, base: Base
+) -> dict[str, tuple[int, ...]]:
+    changes = {n: i.shape for n, i in read_header(store.file(digest, TASK_VECTOR)).items()}
+    for name, shape in changes.items():
+        if base.shapes.get(name) != shape:
+            raise HubError(
+                f"{reference}: changes {name} {list(shape)}, where {base.name} has "
+                f"{list(base.shapes.get(name, ())) or 'nothing'}",
+                did_you_mean(name, base.shapes),
+            )
+    return changes
+
+
+def _plan_expert(entry: ExpertUse | NestedMerge, members: list[Member]) -> PlannedExpert:
+    if isinstance(entry, ExpertUse):
+        label = entry.as_ or members[0].reference.split("@")[0].rstrip("/").rsplit("/", 1)[-1]
+        return PlannedExpert(label, entry.weight, tuple(members))
+    label = entry.as_ or "+".join(m.reference.split("@")[0] for m in members)
+    return PlannedExpert(label, entry.weight, tuple(members), entry.merge, entry.rank)
+
+
+def _targets(recipe: Recipe, experts: tuple[PlannedExpert, ...], base: Base) -> tuple[str, ...]:
+    names = sorted({name for expert in experts for name in expert.changes})
+    if recipe.targets is None:
+        return tuple(names)
+    chosen = [n for n in names if re.fullmatch(recipe.targets, n.rpartition(".")[0])]
+    if not chosen:
+        raise HubError(
+            f"targets {recipe.targets!r} matches no module that the experts change",
+            f"they change {names[0].rpartition('.')[0]} and {len(names) - 1} more",
+        )
+    return tuple(chosen)
+
+
+def _check_method(
+    recipe: Recipe, experts: tuple[PlannedExpert, ...], parameters: tuple[str, ...]
+) -> None:
+    """Refuse by name what the recipe's method cannot work with."""
+    if recipe.route is None:
+        return
+    from experthub.routing import routers
+
+    for expert in experts:
+        if not expert.low_rank:
+            raise UsageError(
+                f"expert {expert.label} is dense, and a route needs low-rank experts",
+                "give its merge a rank, or use merge: instead of route:",
+            )
+        for member in expert.members:
+            missing = sorted(
+                n.removesuffix(".weight")
+                for n in member.changes
+                if n in parameters and n.removesuffix(".weight") not in member.gated
+            )
+            if "gates" in routers[recipe.route.method].needs and missing:
+                raise HubError(
+                    f"expert {member.reference} has no gate for {missing[0]}, "
+                    f"which {recipe.route.method} needs",
+                    f"run hub train gate {member.reference}",
+                )
+    embedding = [
+        a.module
+        for e in experts
+        for m in e.members
+        for a in m.adapted
+        if a.embedding and f"{a.module}.weight" in parameters
+    ]
+    if embedding:
+        raise HubError(
+            f"{embedding[0]} is an embedding, and only linear modules can be routed",
+            "leave it out with targets:, or use merge: instead of route:",
+        )
+    if recipe.route.combine == "parameters":
+        _check_equal_ranks(experts, parameters)
+
+
+def _check_equal_ranks(experts: tuple[PlannedExpert, ...], parameters: tuple[str, ...]) -> None:
+    ranks: dict[str, dict[int, str]] = {}
+    for expert in experts:
+        for name in parameters:
+            found = [
+                a.rank for m in expert.members for a in m.adapted if f"{a.module}.weight" == name
+            ]
+            rank = min(sum(found), expert.rank or sum(found))
+            if found:
+                ranks.setdefault(name, {})[rank] = expert.label
+    for name, by_rank in ranks.items():
+        if len(by_rank) > 1:
+            raise HubError(
+                f"combine: parameters needs one rank, and {name.removesuffix('.weight')} has "
+                + ", ".join(f"{rank} ({label})" for rank, label in sorted(by_rank.items())),
+                "use combine: outputs",
+            )
