@@ -1,4 +1,4 @@
-"""What the benchmarks share: random experts, the peer's process, rounds, and their statistics."""
+"""What the benchmarks share: options, random experts, rounds, and their statistics."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import gc
 import json
 import os
 import platform
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -27,7 +25,6 @@ from safetensors.torch import save_file
 BASE = "smollm2-135m-instruct"
 THREADS, EXPERTS, RANK = 2, 8, 8
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-HERE = Path(__file__).parent
 Times = dict[str, list[float]]
 
 
@@ -50,7 +47,8 @@ def arguments(description: str | None) -> argparse.Namespace:
 
 def make_experts(folder: Path, base: Base) -> list[Path]:
     """Random rank-8 LoRAs of all linear kinds with gates, small enough for sane logits."""
-    modules = [n.removesuffix(".weight") for n in base.shapes if n.endswith(tuple(_weights()))]
+    kinds = tuple(f".{linear}.weight" for linear in LINEARS)
+    modules = [name.removesuffix(".weight") for name in base.shapes if name.endswith(kinds)]
     folders = []
     for seed in range(EXPERTS):
         random = torch.Generator().manual_seed(seed)
@@ -73,10 +71,6 @@ def make_experts(folder: Path, base: Base) -> list[Path]:
     return folders
 
 
-def _weights() -> list[str]:
-    return [f".{linear}.weight" for linear in LINEARS]
-
-
 def add_experts(folder: Path, experts: list[Path]) -> tuple[Store, Path]:
     """A store under a folder that holds the experts, and the registry that names them."""
     store, registry = Store(folder / "store"), folder / "registry.yaml"
@@ -86,52 +80,6 @@ def add_experts(folder: Path, experts: list[Path]) -> tuple[Store, Path]:
             Expert(name=place.name, base=BASE, sources=[f"file:{place}"], digest=digest), registry
         )
     return store, registry
-
-
-class Peer:
-    """`_peft.py` in its own virtual environment: does one command at a time, and waits between."""
-
-    def __init__(self, cache: Path, base: Base, experts: list[Path]) -> None:
-        python = _environment(cache / "peft-venv")
-        command = [python, "-I", HERE / "_peft.py", str(THREADS), base.folder, *experts]
-        variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=variables | {"HF_HUB_OFFLINE": "1"},
-        )
-        self.versions = self.ask("versions")
-
-    def ask(self, command: str) -> Any:
-        """The peer's answer; for a measured command, the seconds it took there."""
-        if self._process.stdin is None or self._process.stdout is None:
-            raise RuntimeError("the peer has no pipes")
-        self._process.stdin.write(command + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the peer ended at {command!r}; its error is above")
-        return json.loads(line)
-
-    def close(self) -> None:
-        """Let the process end."""
-        self._process.communicate()
-
-
-def _environment(folder: Path) -> Path:
-    """The peer's interpreter; the environment is made once for one set of constraints."""
-    constraints, mark = HERE / "constraints.txt", folder / "constraints.txt"
-    python = folder / "bin" / "python"
-    if not mark.is_file() or mark.read_bytes() != constraints.read_bytes():
-        shutil.rmtree(folder, ignore_errors=True)
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        packages = ["torch==2.13.0", "transformers", "peft"]
-        install = [python, "-m", "pip", "install", "--quiet", "-c", constraints, *packages]
-        subprocess.run(install, check=True, stdout=sys.stderr)
-        shutil.copyfile(constraints, mark)
-    return python
 
 
 def timed(call: Callable[[], Any]) -> Callable[[], float]:
@@ -165,16 +113,21 @@ def ratio(times: Times, name: str, to: str) -> float:
     return median(a / b for a, b in zip(times[name], times[to], strict=True))
 
 
-def surroundings(peer: Peer) -> dict[str, Any]:
+def spread(seconds: list[float]) -> str:
+    """Median, smallest and largest, as a column of a table."""
+    return f"{median(seconds):8.3f} s ({min(seconds):.3f} to {max(seconds):.3f})"
+
+
+def surroundings(peer_versions: dict[str, str]) -> dict[str, Any]:
     """What the figures depend on besides the code."""
     ours = {name: version(name) for name in ("torch", "transformers")}
     load = [round(x, 2) for x in os.getloadavg()]
     machine = {"processors": os.cpu_count(), "threads": THREADS, "machine": platform.machine()}
-    return machine | {"load_average": load, "ours": ours, "peft_process": peer.versions}
+    return machine | {"load_average": load, "ours": ours, "peft_process": peer_versions}
 
 
 def finish(result: dict[str, Any], to: Path | None) -> None:
-    """Write the result, after a check that the peer stayed out of this process."""
+    """Write the result, with whether the peer stayed out of this process."""
     result["peft_imported_here"] = "peft" in sys.modules
     print(f"load average before: {result['surroundings']['load_average']}")
     if to:

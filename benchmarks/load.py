@@ -15,16 +15,17 @@ import torch
 from _bench import (
     BASE,
     THREADS,
-    Peer,
     add_experts,
     arguments,
     finish,
     make_experts,
     ratio,
     run_rounds,
+    spread,
     surroundings,
     timed,
 )
+from _peer import Peer
 from experthub.hub import Recipe, Registry, compose, resolve
 from experthub.hub.bases import find, load_model, weight_files
 
@@ -58,7 +59,7 @@ def main() -> None:
         experts = make_experts(folder / "experts", found)
         store, file = add_experts(folder, experts)
         peer = Peer(options.cache, found, experts)
-        around = surroundings(peer)
+        around = surroundings(peer.versions)
         recipe = {"base": BASE, "experts": [e.name for e in experts], "dtype": "float32"}
         recipes = {kind: recipe | method for kind, method in METHODS.items()}
         base = load_model(found, "float32", "cpu")
@@ -89,10 +90,10 @@ def main() -> None:
         times = run_rounds(cases, options.rounds)
         peer.close()
         sizes = {"base_bytes": read(base_files), "expert_bytes": read(files)}
-    print(f"{'':24} {'median':>10}  x bare load  x peft")
+    print(f"{'':24} {'median (smallest to largest)':32} x bare load  x peft")
     for case, seconds in times.items():
         to_bare, to_peft = ratio(times, case, "bare load"), ratio(times, case, "onto a base, peft")
-        print(f"{case:24} {median(seconds):8.3f} s  {to_bare:11.3f}  {to_peft:6.3f}")
+        print(f"{case:24} {spread(seconds):32} {to_bare:11.3f}  {to_peft:6.3f}")
     print("targets: compose <= 3 x bare load; onto a base <= 0.1 x peft")
     print(f"bytes: base {sizes['base_bytes']:,}, eight experts {sizes['expert_bytes']:,}")
     result = {

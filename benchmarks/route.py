@@ -17,16 +17,17 @@ from _bench import (
     EXPERTS,
     RANK,
     THREADS,
-    Peer,
     add_experts,
     arguments,
     finish,
     make_experts,
     ratio,
     run_rounds,
+    spread,
     surroundings,
     timed,
 )
+from _peer import Peer
 from experthub.hub import Plan, Recipe, Registry, compose, resolve
 from experthub.hub.bases import find, load_model
 from torch import Tensor
@@ -74,7 +75,7 @@ def main() -> None:
         experts = make_experts(folder / "experts", found)
         store, file = add_experts(folder, experts)
         peer = Peer(options.cache, found, experts)
-        around = surroundings(peer)
+        around = surroundings(peer.versions)
         recipe = {"base": BASE, "experts": [e.name for e in experts], "dtype": "float32"}
         registry = Registry.read(file)
         route = {"method": "phatgoose", "top_k": TOP_K}
@@ -101,9 +102,9 @@ def main() -> None:
     _, sparse = flops(plan, base.config, TOP_K * RANK)
     limits = {"all eight": 1 + dense / of_base, f"top {TOP_K} only": 1 + sparse / of_base}
     for case, seconds in times.items():
-        print(f"{case:24} {median(seconds):8.3f} s  {ratio(times, case, 'base'):6.3f} x base")
+        print(f"{case:24} {spread(seconds):32} {ratio(times, case, 'base'):6.3f} x base")
     for what, limit in limits.items():
-        print(f"limit by flops, {what:8}           {limit:6.3f} x base")
+        print(f"{'limit by flops, ' + what:57} {limit:6.3f} x base")
     print(f"target: routed <= {TARGET} x base")
     print("parity, peft eight active against task_arithmetic:", agreement)
     result = {

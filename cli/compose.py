@@ -117,7 +117,7 @@ def generate(
 ) -> None:
     """Compose a recipe and let it write.
 
-    Examples: hub generate recipe.yaml --prompt "Q: What is the capital of France?\\nA:" ;
+    Examples: hub generate recipe.yaml --prompt "The capital of France is";
     hub generate recipe.yaml --prompt "Name three fruits." --chat
     """
     from experthub.hub.composition import compose as composed

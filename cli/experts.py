@@ -1,4 +1,4 @@
-"""list, show, add, pull, export: what the hub holds."""
+"""list, show, add, pull: what the hub holds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from experthub.cli._output import (
     print_lines,
     print_table,
     progress,
-    say,
 )
 
 
@@ -191,27 +190,8 @@ def pull(
         print_lines([f"{p['name']}  {p['digest']}" for p in pulled])
 
 
-def export(
-    name: Annotated[str, typer.Argument(help="A stored expert.")],
-    folder: Annotated[Path, typer.Argument(help="A new folder.")],
-    registry: RegistryOption = None,
-) -> None:
-    """Copy an expert's files, as stored, into a folder that peft loads.
-
-    Examples: hub export sentiment ./sentiment
-    """
-    from experthub.hub.describe import export_folder
-    from experthub.hub.registry import Registry
-    from experthub.hub.store import Store
-
-    with progress() as report:
-        export_folder(name, folder, Registry.read(registry), Store(), report)
-    say(f"wrote {folder}")
-
-
 def register(app: typer.Typer) -> None:
     app.command("list")(list_)
     app.command()(show)
     app.command()(add)
     app.command()(pull)
-    app.command()(export)

@@ -11,6 +11,9 @@ import typer
 from experthub.cli import compose, evaluate, experts, methods, tasks, train
 from experthub.hub.errors import HubError
 
+# Click's UsageError, wherever typer keeps it.
+CommandLineError: type[Any] = typer.BadParameter.mro()[1]
+
 
 class Interrupted(BaseException):
     """The user pressed Ctrl-C."""
@@ -25,7 +28,11 @@ class HubApp(typer.Typer):
 
         signal.signal(signal.SIGINT, interrupt)
         try:
-            return super().__call__(*args, **options)
+            code = super().__call__(*args, prog_name="hub", standalone_mode=False, **options)
+            sys.exit(code if isinstance(code, int) else 0)
+        except CommandLineError as error:
+            sys.stderr.write(_wrong_words(error))
+            sys.exit(2)
         except HubError as error:
             if os.environ.get("HUB_DEBUG") == "1":
                 raise
@@ -45,6 +52,16 @@ class HubApp(typer.Typer):
                 "error: interrupted\nhint: the same command goes on where it stopped\n"
             )
             sys.exit(130)
+
+
+def _wrong_words(error: Any) -> str:
+    """A wrong command line as error and hint; the help alone where there were no words at all."""
+    text = str(error.format_message())
+    if text.startswith("Usage:"):
+        return f"{text}\n"
+    text = " ".join(text.split()).rstrip(".")
+    command = error.ctx.command_path if error.ctx else "hub"
+    return f"error: {text[:1].lower()}{text[1:]}\nhint: see {command} --help\n"
 
 
 app = HubApp(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -32,6 +33,7 @@ def written(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        Path(name).chmod(0o644)
         Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
@@ -77,6 +79,15 @@ def check_free(folder: Path) -> None:
     """Raise ConflictError unless the path is free for a new folder."""
     if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
         raise ConflictError(f"{folder} is in use", "name a new folder")
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time inside, by a lock file that stays; the lock ends with its process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def sync_file(path: Path) -> None:

@@ -66,7 +66,7 @@ def parse(text: str, name: str) -> Document:
     """As `read`, of a text."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
-    from ruamel.yaml.events import AliasEvent
+    from ruamel.yaml.events import AliasEvent, ScalarEvent
 
     yaml = YAML(pure=True)
     try:
@@ -74,6 +74,9 @@ def parse(text: str, name: str) -> Document:
             if isinstance(event, AliasEvent):
                 line = event.start_mark.line + 1
                 raise UsageError(f"{name}, line {line}: an alias", "write the value out")
+            if isinstance(event, ScalarEvent) and event.value == "<<" and not event.style:
+                line = event.start_mark.line + 1
+                raise UsageError(f"{name}, line {line}: a merge key", "write the keys out")
         loaded = yaml.load(text)
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -114,15 +117,15 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"known: {', '.join(known)}" if known else ""
 
 
-def validated(model: type[Model], document: Document) -> Model:
+def validated(model: type[Model], document: Document, guide: str = "docs/recipes.md") -> Model:
     """The document as a model; UsageError names file, line and key, with a did-you-mean."""
     try:
         return model.model_validate(document.value)
     except ValidationError as error:
-        raise as_usage_error(error, document) from None
+        raise as_usage_error(error, document, guide) from None
 
 
-def as_usage_error(error: ValidationError, document: Document) -> UsageError:
+def as_usage_error(error: ValidationError, document: Document, guide: str) -> UsageError:
     """The first error of a validation, unknown keys before all others, as one sentence."""
     problems = error.errors()
     first = next((p for p in problems if p["type"] == "unknown_key"), problems[0])
@@ -142,7 +145,7 @@ def as_usage_error(error: ValidationError, document: Document) -> UsageError:
         message = f"the key {str(first['loc'][-1])!r} is missing"
     return UsageError(
         f"{place}: {key}: {message}" if key else f"{place}: {message}",
-        "see docs/recipes.md for the format",
+        f"see {guide} for the format",
     )
 
 
@@ -162,6 +165,7 @@ def dump(value: Any) -> str:
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.allow_unicode = True
+    yaml.width = 1000
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     out = io.StringIO()
     yaml.dump(value, out)

@@ -61,7 +61,7 @@ def find(name: str, registry: Registry, report: Report = silent) -> Base:
     name: a registry name, one that the base is also known as, a folder, `hf:...` or `pypi:...`.
     """
     if not registry.has_base(name):
-        reference = Reference.parse(name)
+        reference = _reference(name)
         if reference.folder is not None:
             return read(reference.folder, str(reference.folder))
         if reference.remote:
@@ -77,6 +77,14 @@ def find(name: str, registry: Registry, report: Report = silent) -> Base:
             f"remove {folder} to fetch it again",
         )
     return base
+
+
+def _reference(name: str) -> Reference:
+    """The folder or remote place that a base's name may be; a plain name otherwise."""
+    try:
+        return Reference.parse(name)
+    except UsageError:
+        return Reference(name, name)
 
 
 def read(folder: Path, name: str) -> Base:
@@ -203,7 +211,7 @@ def convert_gguf(weights: Path, target: Path) -> None:
         "pretrained_model_name_or_path": str(weights.parent),
         "gguf_file": weights.name,
     }
-    with _no_bars():
+    with without_bars():
         model = AutoModelForCausalLM.from_pretrained(**place, dtype="float32")
     AutoTokenizer.from_pretrained(**place).save_pretrained(target)
     model.config.architectures = [type(model).__name__]
@@ -220,7 +228,7 @@ def convert_gguf(weights: Path, target: Path) -> None:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """Keep transformers' progress bars off the terminal: the hub has its own."""
     from transformers.utils import logging
 
@@ -233,10 +241,10 @@ def _no_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_model(base: Base, dtype: str | None, device: str | None) -> Any:
+def load_model(base: Base, dtype: str, device: str | None) -> Any:
     """The base as a frozen transformers model in eval mode.
 
-    dtype: `float32`, `bfloat16`, `float16`, or None for the base's own.
+    dtype: `float32`, `bfloat16` or `float16`.  device: `cpu` by default.
     """
     import transformers
 
@@ -249,10 +257,8 @@ def load_model(base: Base, dtype: str | None, device: str | None) -> Any:
             f"base {base.name}: transformers has no class {names[0] if names else '(none stated)'}",
             "state one in the architectures of its config.json",
         )
-    with _no_bars():
-        model = kind.from_pretrained(
-            base.folder, config=config, dtype=dtype or "auto", local_files_only=True
-        )
+    with without_bars():
+        model = kind.from_pretrained(base.folder, config=config, dtype=dtype, local_files_only=True)
     return model.to(device or "cpu").eval().requires_grad_(False)
 
 

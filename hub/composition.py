@@ -88,17 +88,18 @@ def compose(
     plan = recipe if isinstance(recipe, Plan) else resolve(recipe, registry, store, report)
     report("loading the base", 0, 0)
     if model is None:
-        target = load_model(plan.base, plan.recipe.dtype, device)
+        target = load_model(plan.base, plan.dtype, device)
     else:
         target = _shell(model)
-        wrong = plan.recipe.dtype and str(target.dtype) != f"torch.{plan.recipe.dtype}"
+        wrong = str(target.dtype) != f"torch.{plan.dtype}"
         if wrong or (device and target.device != torch.device(device)):
             raise UsageError(
                 f"the model given is {target.dtype} on {target.device}",
                 "load it with the dtype and on the device that are asked for",
             )
+    _check_orientation(target, plan)
     report(f"composing {len(plan.experts)} experts", 0, 0)
-    with torch.no_grad():
+    with torch.no_grad(), _as_hub_error(plan.recipe.method.method):
         if plan.recipe.merge:
             return Composition(target, plan, _merge(target, plan, store, in_place=model is None))
         return Composition(target, plan, None, _route(target, plan, store))
@@ -110,12 +111,26 @@ def _shell(model: Any) -> Any:
     return copy.deepcopy(model, shared).eval()
 
 
+def _check_orientation(model: Any, plan: Plan) -> None:
+    """Refuse a fan_in_fan_out that does not fit the module: a square weight shows no other sign."""
+    for member in plan.members:
+        for adapted in member.adapted:
+            if f"{adapted.module}.weight" not in plan.parameters or adapted.embedding:
+                continue
+            module = model.get_submodule(adapted.module)
+            if (type(module).__name__ == "Conv1D") != adapted.transposed:
+                raise HubError(
+                    f"{member.reference}: fan_in_fan_out is {adapted.transposed}, "
+                    f"and {adapted.module} is a {type(module).__name__}",
+                    "correct it in adapter_config.json: true for Conv1D, false for Linear",
+                )
+
+
 def _merge(model: Any, plan: Plan, store: Store, in_place: bool) -> TaskVector:
     method = plan.recipe.method
     vectors = [task_vector(expert, plan, store) for expert in plan.experts]
     weights = torch.tensor([expert.weight for expert in plan.experts])
-    with _as_hub_error(method.method):
-        merged: TaskVector = merges[method.method].call(vectors, weights, **method.options)
+    merged: TaskVector = merges[method.method].call(vectors, weights, **method.options)
     _untie(model, merged)
     for name in merged:
         parameter = model.get_parameter(name)
@@ -175,8 +190,13 @@ def _route(model: Any, plan: Plan, store: Store) -> dict[str, nn.Module]:
 def _for_module(name: str, module: nn.Module, vector: TaskVector, weight: float) -> LowRank:
     """The change of a linear module as A `[R, I]` and B `[O, R]`, however its weight is stored."""
     delta = vector[f"{name}.weight"].scaled(weight)
+    if not isinstance(delta, LowRank):
+        raise HubError(
+            f"the change of {name} is dense, and a route needs low-rank experts",
+            "give the nested merge a rank, or use merge: instead of route:",
+        )
     conv = type(module).__name__ == "Conv1D"
-    if not isinstance(delta, LowRank) or not (conv or isinstance(module, nn.Linear)):
+    if not (conv or isinstance(module, nn.Linear)):
         raise HubError(
             f"{name} is a {type(module).__name__}, and only linear modules can be routed",
             "leave it out with targets:, or use merge: instead of route:",

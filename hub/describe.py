@@ -5,21 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from experthub.hub._files import check_free, new_folder, write_json
-from experthub.hub.bases import Base, Report, silent
-from experthub.hub.errors import NotFoundError
-from experthub.hub.expert import DESCRIPTION, Expert, Identity, Reference
+from experthub.hub._files import write_json
+from experthub.hub.bases import Base
+from experthub.hub.errors import IntegrityError, NotFoundError
+from experthub.hub.expert import DESCRIPTION, Expert, Identity
 from experthub.hub.formats import read_json
-from experthub.hub.pull import pull
-from experthub.hub.registry import Registry, next_version, register
+from experthub.hub.registry import Registry, check_same_content, next_version, register
 from experthub.hub.store import Store, read_folder
+from pydantic import ValidationError
 
 
 def describe(
     folder: Path,
     name: str,
-    version: int,
     base: Base,
+    registry: Registry,
     store: Store,
     *,
     task: str | None,
@@ -28,6 +28,8 @@ def describe(
 ) -> Expert:
     """Give a freshly trained folder its identity and description, store it, and register it.
 
+    It becomes the next version of the name, unless a version has this very content.
+
     like: the expert it goes on from, whose licence, description and tags it keeps.
     """
     bare = read_folder(folder)
@@ -35,24 +37,27 @@ def describe(
     kept = {} if like is None else like.model_dump(include={"license", "description", "tags"})
     expert = Expert(
         name=name,
-        version=version,
+        version=next_version(name, registry.experts()),
         kind=identity.kind,
         base=base.name,
         digest=identity.digest,
         sources=[f"file:{folder}"],
         task=task,
         training=training,
-        **(kept or {"license": "apache-2.0"}),
+        **kept,
     )
     write_description(folder, expert, identity)
     store.add(folder, identity.digest)
+    known = [e for e in registry.experts() if (e.name, e.digest) == (name, identity.digest)]
+    if known:
+        return known[-1]
     register(expert)
     return expert
 
 
 def write_description(folder: Path, expert: Expert, identity: Identity) -> None:
     """Write expert.json: what the registry says of the expert, and its identity."""
-    record = expert.model_dump(mode="json", exclude={"sources", "digest"}, exclude_defaults=True)
+    record = expert.model_dump(mode="json", exclude={"sources", "digest"})
     write_json(folder / DESCRIPTION, {**record, "identity": identity.record()})
 
 
@@ -79,10 +84,11 @@ def add_folder(
     if version is None and same and file is None:
         return same[-1]
     stated = read_json(folder / DESCRIPTION) if (folder / DESCRIPTION).is_file() else {}
+    own = stated.get("version") if stated.get("name") == name else None
     entry = {key: stated[key] for key in Expert.model_fields if key in stated}
     entry |= {
         "name": name,
-        "version": version or stated.get("version") or next_version(name, registry.experts()),
+        "version": version or own or next_version(name, registry.experts()),
         "kind": identity.kind,
         "base": base or stated.get("base") or base_of(folder, registry),
         "sources": [f"file:{_relative(folder, file)}"],
@@ -90,7 +96,17 @@ def add_folder(
     }
     given = {"task": task, "description": description}
     entry |= {key: value for key, value in given.items() if value is not None}
-    expert = Expert.model_validate(entry)
+    try:
+        expert = Expert.model_validate(entry)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise IntegrityError(
+            f"{folder / DESCRIPTION}: {where}: {first['msg']}", "correct the field, or remove it"
+        ) from None
+    for known in registry.experts():
+        if known.reference == expert.reference:
+            check_same_content(known, expert)
     register(expert, file)
     return expert
 
@@ -111,16 +127,3 @@ def base_of(folder: Path, registry: Registry) -> str:
         return registry.base(str(named))[0]
     except NotFoundError:
         return str(named)
-
-
-def export_folder(
-    name: str, folder: Path, registry: Registry, store: Store, report: Report = silent
-) -> Expert:
-    """Write an expert's files and description into a new folder; ConflictError if it is in use."""
-    expert = registry.expert(Reference.parse(name))
-    pull(expert, store, report)
-    check_free(folder)
-    with new_folder(folder) as draft:
-        store.copy_out(expert.digest, draft)
-        write_description(draft, expert, store.identity(expert.digest))
-    return expert

@@ -64,7 +64,7 @@ def evaluate(
     read = [read_task(reference) for reference in tasks]
     chosen = {task.reference: task.split(split, limit) for task in read}
     for task in read:
-        if task.card.kind != "choices":
+        if task.card.kind != "choices" or any(e.choices is None for e in task.examples):
             raise UsageError(f"task {task.reference} has no choices to rank", "choose another task")
     plans = {name: resolve(recipe, registry, store, report) for name, recipe in named.items()}
     base = _one_base(plans)
@@ -72,7 +72,7 @@ def evaluate(
         _refuse_trained(plans, read)
     tokenizer = load_tokenizer(base)
     report("loading the base", 0, 0)
-    model = load_model(base, next(iter(plans.values())).recipe.dtype, device)
+    model = load_model(base, next(iter(plans.values())).dtype, device)
     if not model.can_generate():
         raise UsageError(f"{base.name} is no causal language model", "evaluate on another base")
     outcomes: dict[str, list[Outcome]] = {}
@@ -120,14 +120,27 @@ def _one_base(plans: Mapping[str, Plan]) -> Base:
 
 
 def _refuse_trained(plans: Mapping[str, Plan], tasks: Sequence[Task]) -> None:
+    """Refuse tasks, by content, on which an expert of a recipe was trained."""
+    unseen = {task.digest: task.reference for task in tasks}
     for name, plan in plans.items():
         for member in plan.members:
-            for task in tasks:
-                if member.task == task.reference:
-                    raise UsageError(
-                        f"--split all: {member.reference} of {name} was trained on {task.reference}",
-                        "use --split test, which its training did not see",
-                    )
+            trained = _digest_of(member.task, tasks)
+            if trained in unseen:
+                raise UsageError(
+                    f"--split all: {member.reference} of {name} was trained on {unseen[trained]}",
+                    "use --split test, which its training did not see",
+                )
+
+
+def _digest_of(reference: str | None, tasks: Sequence[Task]) -> str | None:
+    """The content of the task that an expert names, as far as it is here."""
+    for task in tasks:
+        if task.reference == reference:
+            return task.digest
+    try:
+        return read_task(reference).digest if reference else None
+    except HubError:
+        return None
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from experthub.hub import _yaml
 from experthub.hub._files import check_free, new_folder, write_json, write_text
-from experthub.hub.bases import load_tokenizer
+from experthub.hub.bases import load_tokenizer, without_bars
 from experthub.hub.errors import UsageError
 from experthub.hub.expert import ADAPTER, ADAPTER_CONFIG
 from experthub.hub.formats import PREFIX
@@ -32,7 +32,8 @@ def save(composition: Composition, folder: Path, format: Literal["hf", "peft"]) 
         if format == "peft":
             _save_peft(composition, draft)
         else:
-            composition.model.save_pretrained(draft)
+            with without_bars():
+                composition.model.save_pretrained(draft)
             if composition.plan.base.has_tokenizer:
                 load_tokenizer(composition.plan.base).save_pretrained(draft)
         write_text(draft / "recipe.lock.yaml", _yaml.dump(composition.lock))

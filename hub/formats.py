@@ -15,59 +15,9 @@ from typing import Any, Literal
 from experthub.hub._yaml import did_you_mean
 from experthub.hub.errors import HubError, IntegrityError
 from experthub.hub.header import FLOATS, TensorInfo, read_header
+from experthub.hub.lora_config import by_pattern, targeted
 
 PREFIX = "base_model.model."
-# Keys of a LoRA configuration that change nothing, or whose meaning is honoured below.
-HONOURED = {
-    "peft_type",
-    "r",
-    "lora_alpha",
-    "use_rslora",
-    "rank_pattern",
-    "alpha_pattern",
-    "fan_in_fan_out",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-}
-HARMLESS = {
-    "task_type",
-    "auto_mapping",
-    "peft_version",
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
-    "lora_dropout",
-    "init_lora_weights",
-    "megatron_core",
-    "runtime_config",
-    "qalora_group_size",
-    "eva_config",
-    "corda_config",
-    "lora_ga_config",
-    "loftq_config",
-    "ensure_weight_tying",
-}
-# Keys that change the function, with the values under which they do not.
-REFUSED: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False,),
-    "bias": ("none",),
-    "lora_bias": (False,),
-    "modules_to_save": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "layer_replication": (None, []),
-    "target_parameters": (None, []),
-    "alora_invocation_tokens": (None, []),
-    "use_qalora": (False,),
-    "use_bdlora": (None, False),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "megatron_config": (None,),
-    "velora_config": (None,),
-    "monteclora_config": (None,),
-}
-PLAIN_INITS = (True, False, "gaussian", "orthogonal", None)
 
 
 @dataclass(frozen=True)
@@ -103,37 +53,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def check_config(config: dict[str, Any], name: str) -> None:
-    """Refuse, by name, whatever would silently change the function that the adapter computes."""
-    if config.get("peft_type") != "LORA":
-        raise IntegrityError(
-            f"{name}: peft_type is {config.get('peft_type')!r}", "only LORA adapters are experts"
-        )
-    for key, value in config.items():
-        if key in REFUSED:
-            if value not in REFUSED[key]:
-                raise IntegrityError(
-                    f"{name}: {key} is {value!r}, which is more than a low-rank change",
-                    "merge the adapter with peft and store it as a task vector",
-                )
-        elif key not in HONOURED | HARMLESS:
-            raise IntegrityError(
-                f"{name}: unknown key {key!r} in its configuration",
-                did_you_mean(key, HONOURED | set(REFUSED)),
-            )
-    if config.get("init_lora_weights") not in PLAIN_INITS:
-        raise IntegrityError(
-            f"{name}: init_lora_weights is {config['init_lora_weights']!r}, which changes the base",
-            "save it with peft's path_initial_model_for_weight_conversion",
-        )
-    if config.get("ensure_weight_tying"):
-        raise IntegrityError(f"{name}: ensure_weight_tying is set", "train without it")
-    for key, kinds in {"r": int, "lora_alpha": (int, float)}.items():
-        value = config.get(key, 8)
-        if not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value < 1e6:  # type: ignore[arg-type]
-            raise IntegrityError(f"{name}: {key} is {value!r}", "a positive number is meant")
-
-
 def read_adapter(config: dict[str, Any], header: dict[str, TensorInfo], name: str) -> list[Adapted]:
     """What a PEFT LoRA changes, module by module, sorted by module.
 
@@ -151,13 +70,19 @@ def read_adapter(config: dict[str, Any], header: dict[str, TensorInfo], name: st
                 "DoRA, bias and saved modules are refused: they are more than a low-rank change",
             )
         if info.dtype not in FLOATS or len(info.shape) != 2:
-            raise IntegrityError(f"{name}: tensor {tensor} is {info.dtype} {list(info.shape)}")
+            raise IntegrityError(
+                f"{name}: tensor {tensor} is {info.dtype} {list(info.shape)}",
+                "a LoRA's factors are matrices of floats",
+            )
         module, linear, embedding = found.groups()
         pairs.setdefault(module, {})[linear or f"embedding_{embedding}"] = tensor
     adapted = []
     for module, pair in sorted(pairs.items()):
         if set(pair) not in ({"A", "B"}, {"embedding_A", "embedding_B"}):
-            raise IntegrityError(f"{name}: module {module} has {sorted(pair)} and no partner")
+            raise IntegrityError(
+                f"{name}: module {module} has {sorted(pair)} and no partner",
+                "is the file complete?",
+            )
         if not targeted(config, module):
             raise IntegrityError(
                 f"{name}: has weights for {module}, which its target_modules do not match",
@@ -181,54 +106,20 @@ def _adapted(
         (pair["embedding_A"], pair["embedding_B"]) if embedding else (pair["A"], pair["B"])
     )
     (rank, inputs), (outputs, rank_b) = header[first].shape, header[second].shape
-    declared = _pattern(config.get("rank_pattern"), module, config.get("r", 8))
+    declared = by_pattern(config.get("rank_pattern"), module, config.get("r", 8))
     if rank != rank_b or rank != declared:
         raise IntegrityError(
             f"{name}: module {module} has A of rank {rank} and B of rank {rank_b}, "
-            f"and its configuration says {declared}"
+            f"and its configuration says {declared}",
+            "correct r or rank_pattern in adapter_config.json",
         )
-    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    alpha = by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
     scale = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
     transposed = embedding or bool(config.get("fan_in_fan_out"))
     shape = (inputs, outputs) if transposed else (outputs, inputs)
     return Adapted(
         module, rank, scale, shape, first, second, transposed and not embedding, embedding
     )
-
-
-def _pattern(pattern: Any, module: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the end of the module's path."""
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
-
-
-def targeted(config: dict[str, Any], module: str) -> bool:
-    """Whether PEFT's target_modules, exclude_modules and layers_to_transform choose the module."""
-    exclude = config.get("exclude_modules")
-    if exclude and _named(exclude, module):
-        return False
-    target = config.get("target_modules")
-    if target is None or target == "all-linear":
-        return True
-    if not _named(target, module):
-        return False
-    layers = config.get("layers_to_transform")
-    if layers is None or isinstance(target, str):
-        return True
-    patterns = config.get("layers_pattern") or [r"[^.]+"]
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        found = re.match(rf".*\.{pattern}\.(\d+)\.", module)
-        if found:
-            return int(found.group(1)) in ([layers] if isinstance(layers, int) else layers)
-    return False
-
-
-def _named(target: Any, module: str) -> bool:
-    if isinstance(target, str):
-        return re.fullmatch(target, module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in target)
 
 
 def check_shapes(
@@ -250,6 +141,18 @@ def check_shapes(
                 f"{name}: changes {change.module} by {list(change.shape)}, "
                 f"where {base_name} has {list(shape)}",
                 "the expert was trained on another base",
+            )
+
+
+def check_gates(gates: dict[str, tuple[int, ...]], adapted: list[Adapted], name: str) -> None:
+    """Raise HubError for a gate of a module that is not adapted, or of another width than its input."""
+    widths = {a.module: a.shape[0] if a.transposed else a.shape[1] for a in adapted}
+    for module, shape in sorted(gates.items()):
+        if shape != (widths.get(module),):
+            raise HubError(
+                f"{name}: a gate {list(shape)} for {module}, "
+                + (f"which has {widths[module]} inputs" if module in widths else "not adapted"),
+                "train the gates again",
             )
 
 
@@ -277,6 +180,8 @@ def read_gates(path: Path) -> dict[str, tuple[int, ...]]:
     gates: dict[str, tuple[int, ...]] = {}
     for tensor, info in read_header(path).items():
         if not tensor.endswith(".gate") or info.dtype not in FLOATS or len(info.shape) != 1:
-            raise IntegrityError(f"{path}: tensor {tensor} is not a gate [d_in]")
+            raise IntegrityError(
+                f"{path}: tensor {tensor} is not a gate [d_in]", "train the gates again"
+            )
         gates[tensor.removesuffix(".gate")] = info.shape
     return gates

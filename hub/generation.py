@@ -36,6 +36,8 @@ def generate_text(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
         )
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    if not inputs["input_ids"].numel():
+        raise UsageError("the prompt is empty", "write some text after --prompt")
     torch.manual_seed(plan.recipe.seed)
     sampling = (
         {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}

@@ -62,13 +62,16 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise IntegrityError(f"{path} is damaged: header of {length} bytes in {size}", HINT)
         text = file.read(length)
     try:
-        fields = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
+        fields = json.loads(
+            text.decode(), object_pairs_hook=_without_duplicates, parse_constant=_no_number
+        )
+        _check_metadata(fields.get("__metadata__", {}))
         tensors = {
             name: _tensor(name, f, 8 + length)
             for name, f in fields.items()
             if name != "__metadata__"
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise IntegrityError(f"{path} is damaged: {error}", HINT) from None
     end = 8 + length
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
@@ -87,13 +90,30 @@ def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return names
 
 
+def _no_number(text: str) -> object:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _check_metadata(metadata: dict[str, str]) -> None:
+    """Raise ValueError, or what a wrong type leads to, for anything but texts under texts."""
+    for key, value in metadata.items():
+        if not isinstance(value, str):
+            raise ValueError(f"metadata {key!r} is not text")
+        f"{key}{value}".encode()  # UnicodeEncodeError, a ValueError, for half a surrogate pair
+
+
 def _tensor(name: str, fields: dict[str, Any], offset: int) -> TensorInfo:
     if not NAME.fullmatch(name):
         raise ValueError(f"odd tensor name {name!r}")
+    if set(fields) != {"dtype", "shape", "data_offsets"} or not isinstance(fields["shape"], list):
+        raise ValueError(f"tensor {name} is {fields}")
     dtype, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
     if dtype not in SIZES:
         raise ValueError(f"tensor {name} has the dtype {dtype}")
-    if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
+    numbers = (*shape, begin, end)
+    if any(type(n) is not int or not 0 <= n < 1 << 62 for n in numbers) or (
+        math.prod(n or 1 for n in shape) >= 1 << 62
+    ):
         raise ValueError(f"tensor {name} has the shape {shape} at {begin}..{end}")
     if end - begin != math.prod(shape) * SIZES[dtype]:
         raise ValueError(f"tensor {name} has {end - begin} bytes for {dtype} {shape}")

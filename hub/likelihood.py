@@ -50,7 +50,7 @@ def choice_logprobs(
     The prompts of a batch run once with a key/value cache; then their choices, each on its own
     copy of its prompt's cache.  Prompts of like length share a batch, so that padding is small.
 
-    batch_tokens: prompt tokens, padding included, that run at once.  done: called with the number
+    batch_tokens: tokens, padding included, that run at once.  done: called with the number
     of items finished after every batch.
     """
     scores: list[list[float]] = [[] for _ in items]
@@ -62,14 +62,18 @@ def choice_logprobs(
 
 
 def _batches(items: Sequence[Encoded], batch_tokens: int) -> Iterator[list[int]]:
+    """Items by length, cut where prompts or choices, padding included, exceed the tokens allowed."""
     batch: list[int] = []
-    longest = 0
+    rows = longest = 0
     for index in sorted(range(len(items)), key=lambda i: len(items[i].prompt)):
-        longest = len(items[index].prompt)
-        if batch and longest * (len(batch) + 1) > batch_tokens:
+        item = items[index]
+        width = max(longest, *map(len, item.choices))
+        prompts, choices = len(item.prompt) * (len(batch) + 1), width * (rows + len(item.choices))
+        if batch and max(prompts, choices) > batch_tokens:
             yield batch
-            batch = []
+            batch, rows, width = [], 0, max(map(len, item.choices))
         batch.append(index)
+        rows, longest = rows + len(item.choices), width
     if batch:
         yield batch
 
@@ -120,9 +124,8 @@ def _rest(
         past_key_values=cache,
         use_cache=True,
     ).logits
-    chosen = logits.float().log_softmax(-1).gather(-1, targets[..., None])[..., 0]
-    sums: Tensor = (chosen * mask).sum(1)
-    return sums
+    chosen: Tensor = logits.float().log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    return (chosen * mask).sum(1)
 
 
 def _padded(rows: Sequence[Sequence[int]], *, left: bool, device: Any) -> tuple[Tensor, Tensor]:

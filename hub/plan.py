@@ -95,6 +95,7 @@ class Plan:
             "targets": self.recipe.targets,
             "dtype": self.dtype,
             "seed": self.recipe.seed,
+            "allow_base_mismatch": self.recipe.allow_base_mismatch,
         }
 
     def record(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from experthub.hub import _yaml
-from experthub.hub._files import hub_home, write_text
+from experthub.hub._files import hub_home, locked, write_text
 from experthub.hub._yaml import Closed, did_you_mean
 from experthub.hub.errors import ConflictError, HubError, NotFoundError, UsageError
 from experthub.hub.expert import NAME, Digest, Expert, Reference
@@ -69,30 +69,24 @@ class Registry:
         file: a registry to look in before all others.  Raises UsageError for a malformed layer,
         NotFoundError for a missing file.
         """
-        paths: list[Path] = []
-        if file is not None:
-            if not file.is_file():
-                raise NotFoundError(f"there is no registry {file}", "name a registry.yaml")
-            paths.append(file)
+        if file is not None and not file.is_file():
+            raise NotFoundError(f"there is no registry {file}", "name a registry.yaml")
         here = Path.cwd()
-        found = next(
-            (d / "registry.yaml" for d in (here, *here.parents) if (d / "registry.yaml").is_file()),
-            None,
-        )
-        if found:
-            paths.append(found)
-        paths += sorted((hub_home() / "registry").glob("*/*.yaml"))
+        near = (folder / "registry.yaml" for folder in (here, *here.parents))
+        project = next((path for path in near if path.is_file()), None)
         starter = Path(__file__).with_name("registry.yaml")
-        if starter.is_file():
-            paths.append(starter)
-        unique = {path.resolve(): path for path in paths}
-        return cls(tuple(_read_layer(path) for path in unique.values()))
+        before = {path.resolve(): path for path in (file, project) if path}
+        layers = [_read_layer(path) for path in before.values()]
+        layers.append(_user_layer())
+        if starter.is_file() and starter.resolve() not in before:
+            layers.append(_read_layer(starter))
+        return cls(tuple(layers))
 
     def experts(self) -> list[Expert]:
-        """Every expert that a name can reach, by name and version."""
+        """Every expert that a name and a version can reach."""
         found: dict[tuple[str, int], Expert] = {}
-        for name in {e.name for layer in self.layers for e in layer.content.experts}:
-            for expert in self._versions(name):
+        for layer in self.layers:
+            for expert in layer.content.experts:
                 found.setdefault((expert.name, expert.version), expert)
         return [found[key] for key in sorted(found)]
 
@@ -103,40 +97,40 @@ class Registry:
             merged |= layer.content.bases
         return dict(sorted(merged.items()))
 
-    def _versions(self, name: str) -> list[Expert]:
-        """All versions of a name; the user's own layers, one file each, count as one."""
-        entries: dict[int, Expert] = {}
-        for layer in self.layers:
-            for expert in layer.content.experts:
-                if expert.name == name:
-                    entries.setdefault(expert.version, absolute(expert, layer.folder))
-        return [entries[version] for version in sorted(entries)]
-
     def expert(self, reference: Reference) -> Expert:
-        """The expert that a name means: the newest version unless the reference narrows it.
+        """The expert that a reference means.
 
-        Raises NotFoundError with a did-you-mean, HubError for a digest prefix that fits several.
+        A bare name means the newest version in the nearest layer that knows it; `name@2` and
+        `name@sha256:...` mean the nearest entry that fits.  Raises NotFoundError with a
+        did-you-mean, HubError for a digest prefix that fits several.
         """
-        versions = self._versions(reference.name)
-        if not versions:
-            names = {expert.name for expert in self.experts()}
-            raise NotFoundError(
-                f"no registry knows an expert {reference.name!r}",
-                did_you_mean(reference.name, names) or "run hub list",
-            )
-        if reference.version is not None:
-            versions = [e for e in versions if e.version == reference.version]
-        if reference.digest:
-            versions = [e for e in versions if e.digest.startswith(reference.digest)]
-            if len({e.digest for e in versions}) > 1:
-                raise HubError(
-                    f"{reference.text!r} is ambiguous: " + ", ".join(e.reference for e in versions),
-                    "write more digits of the digest",
-                )
-        if not versions:
-            known = ", ".join(e.reference for e in self._versions(reference.name))
+        layers = [
+            [e for e in layer.content.experts if e.name == reference.name] for layer in self.layers
+        ]
+        entries = [expert for known in layers for expert in known]
+        if not entries:
+            name = reference.name or reference.text
+            close = did_you_mean(name, {expert.name for expert in self.experts()})
+            raise NotFoundError(f"no registry knows an expert {name!r}", close or "run hub list")
+        if reference.version is None and not reference.digest:
+            nearest = next(known for known in layers if known)
+            return max(nearest, key=lambda e: e.version)
+        fitting = [
+            e
+            for e in entries
+            if e.version == reference.version
+            or (reference.digest and e.digest.startswith(reference.digest))
+        ]
+        if not fitting:
+            known = ", ".join(sorted({e.reference for e in entries}))
             raise NotFoundError(f"there is no {reference.text}", f"known: {known}")
-        return versions[-1]
+        if reference.digest and len({e.digest for e in fitting}) > 1:
+            raise HubError(
+                f"{reference.text!r} is ambiguous: "
+                + ", ".join(f"{e.reference} {e.digest[:23]}" for e in fitting),
+                "write more digits of the digest",
+            )
+        return fitting[0]
 
     def has_base(self, name: str) -> bool:
         """Whether a base has this name, or is also known by it."""
@@ -162,15 +156,28 @@ class Registry:
 
 
 def _read_layer(path: Path) -> Layer:
-    return Layer(path, _yaml.validated(RegistryFile, _yaml.read(path)))
+    """A registry file, its experts' relative sources made absolute."""
+    layer = Layer(path, _read_file(path))
+    experts = [_absolute(expert, layer.folder) for expert in layer.content.experts]
+    return Layer(path, layer.content.model_copy(update={"experts": experts}))
 
 
-def absolute(expert: Expert, folder: Path) -> Expert:
-    """The entry with its file sources made absolute."""
-    sources = [
-        f"file:{(folder / s.removeprefix('file:')).resolve()}" if s.startswith("file:") else s
-        for s in expert.sources
+def _read_file(path: Path) -> RegistryFile:
+    return _yaml.validated(RegistryFile, _yaml.read(path), "docs/registry.md")
+
+
+def _user_layer() -> Layer:
+    """The user's own registry, one small file per expert and version, as one layer."""
+    folder = hub_home() / "registry"
+    experts = [
+        e for path in sorted(folder.glob("*/*.yaml")) for e in _read_layer(path).content.experts
     ]
+    return Layer(folder / "registry.yaml", RegistryFile(version=1, experts=experts))
+
+
+def _absolute(expert: Expert, folder: Path) -> Expert:
+    places = [(s, Reference.parse(s, folder).folder) for s in expert.sources]
+    sources = [f"file:{place.resolve()}" if place else source for source, place in places]
     return expert.model_copy(update={"sources": sources})
 
 
@@ -180,15 +187,15 @@ def register(expert: Expert, file: Path | None = None) -> Path:
     The same content again is a no-op; ConflictError when the name and version have other content.
     """
     path = file or hub_home() / "registry" / expert.name / f"{expert.version}.yaml"
-    layer = _read_layer(path).content if path.is_file() else RegistryFile(version=1)
+    with locked(hub_home() / "registry.lock"):
+        return _register(expert, path)
+
+
+def _register(expert: Expert, path: Path) -> Path:
+    layer = _read_file(path) if path.is_file() else RegistryFile(version=1)
     for known in layer.experts:
-        if (known.name, known.version) == (expert.name, expert.version):
-            if known.digest != expert.digest:
-                raise ConflictError(
-                    f"{expert.reference} is {known.digest[:19]} already, "
-                    f"and this is {expert.digest[:19]}",
-                    f"give it a new version: --version {expert.version + 1}",
-                )
+        if known.reference == expert.reference:
+            check_same_content(known, expert)
             if known == expert:
                 return path
     others = [e for e in layer.experts if e.reference != expert.reference]
@@ -196,6 +203,15 @@ def register(expert: Expert, file: Path | None = None) -> Path:
     record = RegistryFile(version=1, bases=layer.bases, experts=entries)
     write_text(path, _yaml.dump(record.model_dump(mode="json", exclude_unset=True)))
     return path
+
+
+def check_same_content(known: Expert, expert: Expert) -> None:
+    """Raise ConflictError when a name and version stand for two contents."""
+    if known.digest != expert.digest:
+        raise ConflictError(
+            f"{expert.reference} is {known.digest[:19]} already, and this is {expert.digest[:19]}",
+            f"give it a new version: --version {expert.version + 1}",
+        )
 
 
 def next_version(name: str, experts: Iterable[Expert]) -> int:

@@ -8,9 +8,18 @@ from pathlib import Path
 from experthub.hub._yaml import did_you_mean
 from experthub.hub.bases import Base, Report, find, silent
 from experthub.hub.errors import HubError, IntegrityError, UsageError
-from experthub.hub.expert import ADAPTER, ADAPTER_CONFIG, GATES, TASK_VECTOR, Identity, Reference
-from experthub.hub.formats import check_config, check_shapes, read_adapter, read_gates, read_json
+from experthub.hub.expert import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    DESCRIPTION,
+    GATES,
+    TASK_VECTOR,
+    Identity,
+    Reference,
+)
+from experthub.hub.formats import check_shapes, read_adapter, read_gates, read_json
 from experthub.hub.header import read_header
+from experthub.hub.lora_config import check_config
 from experthub.hub.plan import Member, Plan, PlannedExpert
 from experthub.hub.pull import pull, source_folder
 from experthub.hub.recipe import ExpertUse, NestedMerge, Recipe
@@ -67,8 +76,10 @@ def _find(
     if reference.name:
         expert = registry.expert(reference)
         return expert.reference, pull(expert, store, report), expert.task
-    digest, _ = store.add(source_folder(use.expert, Path.cwd(), report))
-    return use.expert, digest, None
+    folder = source_folder(use.expert, Path.cwd(), report)
+    digest, _ = store.add(folder)
+    stated = read_json(folder / DESCRIPTION) if (folder / DESCRIPTION).is_file() else {}
+    return use.expert, digest, stated.get("task")
 
 
 def _member(
@@ -159,7 +170,9 @@ def _check_method(
                 raise HubError(
                     f"expert {member.reference} has no gate for {missing[0]}, "
                     f"which {recipe.route.method} needs",
-                    f"run hub train gate {member.reference}",
+                    f"run hub train gate {member.reference}"
+                    if member.task and "/" not in member.reference
+                    else "register it (hub add --task), then run hub train gate",
                 )
     embedding = [
         a.module

@@ -18,8 +18,9 @@ from experthub.hub._files import (
 )
 from experthub.hub.errors import HubError, IntegrityError, NotFoundError
 from experthub.hub.expert import ADAPTER_CONFIG, GATES, FileInfo, Identity
-from experthub.hub.formats import check_config, kind_of, read_adapter, read_gates, read_json
+from experthub.hub.formats import check_gates, kind_of, read_adapter, read_gates, read_json
 from experthub.hub.header import check_finite, read_header
+from experthub.hub.lora_config import check_config
 from pydantic import ValidationError
 
 MAX_SMALL = 8 << 20  # bytes of a JSON file
@@ -75,7 +76,12 @@ class Store:
             raise NotFoundError(f"expert {digest[:19]} is not in the store", "run hub pull first")
         if path.stat().st_size > MAX_SMALL or "sha256:" + sha256_of(path) != digest:
             raise _damaged(path)
-        identity = Identity.model_validate(read_json(path))
+        try:
+            identity = Identity.model_validate(read_json(path))
+        except ValidationError:
+            raise IntegrityError(
+                f"object {path.name[:12]} in the store is no expert", "correct the digest"
+            ) from None
         for name, info in identity.files.items():
             file = self.path(info.sha256)
             if not file.is_file():
@@ -156,13 +162,11 @@ def read_folder(folder: Path) -> Identity:
             )
         config = read_json(folder / ADAPTER_CONFIG)
         check_config(config, str(folder))
-        modules = {change.module for change in read_adapter(config, header, str(folder))}
+        adapted = read_adapter(config, header, str(folder))
         names.append(ADAPTER_CONFIG)
         if (folder / GATES).is_file():
             names.append(GATES)
-            stray = set(read_gates(folder / GATES)) - modules
-            if stray:
-                raise IntegrityError(f"{folder}: a gate for {min(stray)}, which it does not adapt")
+            check_gates(read_gates(folder / GATES), adapted, str(folder))
             check_finite(folder / GATES, read_header(folder / GATES))
     check_finite(folder / weights, header)
     files = {

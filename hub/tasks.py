@@ -132,6 +132,13 @@ def tasks_folder() -> Path:
     return hub_home() / "tasks"
 
 
+def _folder_of(suite: str, name: str) -> Path:
+    """Where a task is kept; UsageError for a name that leads elsewhere."""
+    if {"", ".", ".."} & {*suite.split("/"), *name.split("/")}:
+        raise UsageError(f"'{suite}:{name}' is no task", "write suite:name or a folder")
+    return tasks_folder() / suite / name
+
+
 def read_task(reference: str) -> Task:
     """A task by `suite:name` or folder.
 
@@ -140,9 +147,7 @@ def read_task(reference: str) -> Task:
     """
     suite, colon, name = reference.partition(":")
     if colon and not reference.startswith(("/", ".")):
-        if any(part in ("", ".", "..") for part in (suite, *name.split("/"))):
-            raise UsageError(f"{reference!r} is no task", "write suite:name or a folder")
-        folder = tasks_folder() / suite / name
+        folder = _folder_of(suite, name)
         if not (folder / CARD).is_file():
             hint = f"run hub tasks import {suite} {name}" if suite == "bigbench" else ""
             known = [r for r in list_references() if r.startswith(f"{suite}:")]
@@ -159,20 +164,23 @@ def read_task(reference: str) -> Task:
 
 def read_folder(folder: Path, reference: str) -> Task:
     """Read and check a task's folder."""
-    card = _yaml.validated(Card, _yaml.read(folder / CARD))
+    card = _yaml.validated(Card, _yaml.read(folder / CARD), "docs/registry.md")
     path = folder / EXAMPLES
     if not path.is_file():
         raise IntegrityError(f"task {reference} has no {EXAMPLES}", "import it again")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise IntegrityError(f"{path} is not text: {error}", "save it as UTF-8") from None
     examples: dict[str, Example] = {}
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                example = Example.model_validate_json(line)
-                int(example.id, 16)
-            except (ValidationError, ValueError) as error:
-                found = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-                raise IntegrityError(f"{path}, line {number}: {found}", "mend it") from None
-            examples[example.id] = example
+    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else (), 1):
+        try:
+            example = Example.model_validate_json(line)
+            int(example.id, 16)
+        except (ValidationError, ValueError) as error:
+            found = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+            raise IntegrityError(f"{path}, line {number}: {found}", "mend it") from None
+        examples[example.id] = example
     if not examples:
         raise HubError(f"task {reference} is empty", f"{path} has no examples")
     return Task(reference, card, tuple(examples[key] for key in sorted(examples)))
@@ -191,7 +199,7 @@ def write_task(suite: str, card: Card, examples: Iterable[Example]) -> str:
     The same content again is a no-op; ConflictError when the name has other content.
     """
     reference = f"{suite}:{card.name}"
-    target = tasks_folder() / suite / card.name
+    target = _folder_of(suite, card.name)
     task = Task(
         reference, card, tuple(sorted({e.id: e for e in examples}.values(), key=lambda e: e.id))
     )

@@ -16,7 +16,7 @@ from experthub.hub.expert import ADAPTER, GATES, Expert, Reference
 from experthub.hub.fit import Settings, fit
 from experthub.hub.pull import pull
 from experthub.hub.recipe import Recipe
-from experthub.hub.registry import Registry, checked_name, next_version
+from experthub.hub.registry import Registry, checked_name
 from experthub.hub.resolution import resolve
 from experthub.hub.store import Store
 from experthub.hub.tasks import read_task
@@ -43,14 +43,14 @@ def train_lora(
 
     rank: of every LoRA, at least 1.  alpha: LoRA's alpha, twice the rank by default.  A run that
     was interrupted goes on from its last checkpoint when it is started again with the same
-    settings.  The loss curve is `loss.json` in the run's folder, `$HUB_HOME/runs/<name>`.
+    settings.  The loss curve is `loss.json` in the run's folder, `$HUB_HOME/runs/<name>-<digest of
+    the settings>`.
     """
     from peft import LoraConfig, get_peft_model
     from safetensors.torch import load_file, save_file
 
     registry, store = registry or Registry.read(), store or Store()
     checked_name(name)
-    version = next_version(name, registry.experts())
     read = read_task(task)
     found = find(base, registry, report)
     tokenizer = load_tokenizer(found)
@@ -74,7 +74,7 @@ def train_lora(
         save_file(half, folder / ADAPTER, metadata={"format": "pt"})
         (folder / "README.md").unlink(missing_ok=True)
     record |= {"examples": min(settings.examples, len(read.split("train"))), "loss": loss}
-    return describe(run / "expert", name, version, found, store, task=task, training=record)
+    return describe(run / "expert", name, found, registry, store, task=task, training=record)
 
 
 def train_gate(
@@ -124,12 +124,11 @@ def train_gate(
             metadata={"format": "pt"},
         )
     training = {**expert.training, "gate": {**asdict(settings), "loss": loss}}
-    version = next_version(expert.name, registry.experts())
     return describe(
         run / "expert",
         expert.name,
-        version,
         found,
+        registry,
         store,
         task=expert.task,
         training=training,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -17,14 +17,12 @@ class TaskVector(Mapping[str, Delta]):
 
     base: the identity of the base (its fingerprint).  load: parameter name -> function that
     makes the delta; an absent name is a zero change.  seed: the identity of the expert, from
-    which random masks are drawn.  weights: the base's own parameters, for methods that work on
-    whole weights (`vector.weights[name]`).
+    which random masks are drawn.
     """
 
     base: str
     load: Mapping[str, Callable[[], Delta]]
     seed: str = ""
-    weights: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Delta:
         return self.load[name]()
@@ -61,7 +59,7 @@ def combine(vectors: Sequence[TaskVector], weights: Tensor) -> TaskVector:
         return total([v[name].scaled(w) for v, w in pairs if name in v.load])
 
     names = dict.fromkeys(name for vector in vectors for name in vector)
-    return TaskVector(base, {n: partial(at, n) for n in names}, weights=vectors[0].weights)
+    return TaskVector(base, {n: partial(at, n) for n in names})
 
 
 def _changed(change: Callable[[Delta], Delta], vector: TaskVector, name: str) -> Delta:
@@ -73,6 +71,6 @@ def tensorwise(change: Callable[[Delta], Delta], vectors: Sequence[TaskVector]) 
 
     def changed(vector: TaskVector) -> TaskVector:
         load = {name: partial(_changed, change, vector, name) for name in vector}
-        return TaskVector(vector.base, load, vector.seed, vector.weights)
+        return TaskVector(vector.base, load, vector.seed)
 
     return [changed(vector) for vector in vectors]

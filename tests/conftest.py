@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import io
 import json
 import os
-from collections.abc import Callable
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -150,3 +157,73 @@ def logits(model: Any, rows: list[list[int]] | None = None) -> torch.Tensor:
     ids = torch.tensor(rows or [[5, 77, 130, 9, 200, 33, 41]])
     with torch.no_grad():
         return model(input_ids=ids).logits
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command left behind: its exit code, and what it wrote where."""
+
+    code: int
+    out: str
+    err: str
+
+    def lines(self, start: str) -> list[str]:
+        """The lines on standard error that begin so."""
+        return [line for line in self.err.splitlines() if line.startswith(start)]
+
+    @property
+    def json(self) -> Any:
+        """Standard output as one JSON document."""
+        return json.loads(self.out)
+
+
+def run_hub(*arguments: str | Path) -> Ran:
+    """The command `hub`, in this process: the real application, with its own exit code."""
+    from experthub.cli.main import app
+
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            app([str(argument) for argument in arguments])
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    return Ran(code, out.getvalue(), err.getvalue())
+
+
+def at_once(script: str, *jobs: Sequence[str | Path]) -> list[str]:
+    """Run a script with each job's arguments, all at once; what each printed.
+
+    The script does its imports, prints `ready` and reads a line; the lines come together.
+    """
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, *map(str, job)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for job in jobs
+    ]
+    for process in running:
+        assert process.stdout and process.stdout.readline() == "ready\n"
+    for process in running:
+        assert process.stdin
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    printed = [process.communicate(timeout=120)[0].strip() for process in running]
+    assert [process.returncode for process in running] == [0] * len(running)
+    return printed
+
+
+def snapshot(folder: Path, *without: str) -> dict[str, str]:
+    """Path -> mode and sha256 of every file below a folder, but for those below `without`."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_file() and not name.startswith(without):
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            found[name] = f"{path.stat().st_mode:o} {digest}"
+    return found

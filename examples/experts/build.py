@@ -65,13 +65,6 @@ STARTERS = (
         "Type of the answer that a question asks for: a date, a place, a person, ...",
         ("questions", "classification", "english"),
     ),
-    Starter(
-        "social-commonsense",
-        "bigbench:social_iqa",
-        140,
-        "Which of three answers fits a question about people in everyday situations.",
-        ("commonsense", "multiple-choice", "english"),
-    ),
 )
 
 

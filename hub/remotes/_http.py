@@ -25,9 +25,14 @@ def quiet(done: int, size: int) -> None:
     """Progress that nobody watches."""
 
 
+def is_offline() -> bool:
+    """Whether the user asked not to open a socket."""
+    return os.environ.get("HUB_OFFLINE", "") not in ("", "0")
+
+
 def check_online(what: str) -> None:
     """Raise HubError, before any socket is opened, when the user asked to stay offline."""
-    if os.environ.get("HUB_OFFLINE", "") not in ("", "0"):
+    if is_offline():
         raise HubError(
             f"HUB_OFFLINE is set, and {what} is not here", "unset HUB_OFFLINE to fetch it"
         )

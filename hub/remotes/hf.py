@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from experthub.hub.errors import AuthError, HubError, NotFoundError, UsageError
-from experthub.hub.remotes._http import check_online
+from experthub.hub.remotes._http import is_offline
 
 MODEL_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt"]
 
@@ -17,7 +17,6 @@ def fetch(source: str, folder: Path) -> Path:
     found = re.fullmatch(r"hf:([\w.-]+/[\w.-]+|[\w.-]+)(?:@([\w./-]+))?", source)
     if not found:
         raise UsageError(f"{source!r} is no source", "write hf:org/name or hf:org/name@revision")
-    check_online(source)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -34,6 +33,7 @@ def fetch(source: str, folder: Path) -> Path:
                 found.group(1),
                 revision=found.group(2),
                 allow_patterns=MODEL_FILES,
+                local_files_only=is_offline(),
                 cache_dir=folder,
             )
         )

@@ -1,0 +1,163 @@
+"""adapter_config.json of a LoRA: the keys that are honoured, those that are refused, and peft's rules."""
+
+from __future__ import annotations
+
+import re
+from reprlib import repr as short
+from typing import Annotated, Any
+
+from experthub.hub._yaml import did_you_mean
+from experthub.hub.errors import IntegrityError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+# Keys of a LoRA configuration that change nothing, or whose meaning is honoured below.
+HONOURED = {
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "fan_in_fan_out",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+}
+HARMLESS = {
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "lora_dropout",
+    "init_lora_weights",
+    "megatron_core",
+    "runtime_config",
+    "qalora_group_size",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "loftq_config",
+    "ensure_weight_tying",
+}
+# Keys that change the function, with the values under which they do not.
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "use_dora": (False,),
+    "bias": ("none",),
+    "lora_bias": (False,),
+    "modules_to_save": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "layer_replication": (None, []),
+    "target_parameters": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "use_qalora": (False,),
+    "use_bdlora": (None, False),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "megatron_config": (None,),
+    "velora_config": (None,),
+    "monteclora_config": (None,),
+}
+PLAIN_INITS = (True, False, "gaussian", "orthogonal", None)
+
+
+def _compiled(text: str) -> str:
+    try:
+        re.compile(f"({text})")
+    except re.error as error:
+        raise ValueError(f"no regular expression: {error}") from None
+    return text
+
+
+Pattern = Annotated[str, AfterValidator(_compiled)]
+Rank = Annotated[int, Field(gt=0, lt=1e6)]
+Alpha = Annotated[float, Field(gt=0, lt=1e6)]
+
+
+class _Lora(BaseModel):
+    """The types of the keys that are honoured."""
+
+    model_config = ConfigDict(strict=True)
+
+    r: Rank = 8
+    lora_alpha: Alpha = 8
+    use_rslora: bool | None = False
+    rank_pattern: dict[Pattern, Rank] | None = None
+    alpha_pattern: dict[Pattern, Alpha] | None = None
+    fan_in_fan_out: bool | None = False
+    target_modules: Pattern | list[str] | None = None
+    exclude_modules: Pattern | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: Pattern | list[Pattern] | None = None
+
+
+def check_config(config: dict[str, Any], name: str) -> None:
+    """Refuse, by name, whatever would silently change the function that the adapter computes."""
+    if config.get("peft_type") != "LORA":
+        raise IntegrityError(
+            f"{name}: peft_type is {config.get('peft_type')!r}", "only LORA adapters are experts"
+        )
+    for key, value in config.items():
+        if key in REFUSED:
+            if value not in REFUSED[key]:
+                raise IntegrityError(
+                    f"{name}: {key} is {value!r}, which is more than a low-rank change",
+                    "merge the adapter with peft and store it as a task vector",
+                )
+        elif key not in HONOURED | HARMLESS:
+            raise IntegrityError(
+                f"{name}: unknown key {key!r} in its configuration",
+                did_you_mean(key, HONOURED | set(REFUSED)),
+            )
+    if config.get("init_lora_weights") not in PLAIN_INITS:
+        raise IntegrityError(
+            f"{name}: init_lora_weights is {config['init_lora_weights']!r}, which changes the base",
+            "save it with peft's path_initial_model_for_weight_conversion",
+        )
+    if config.get("ensure_weight_tying"):
+        raise IntegrityError(f"{name}: ensure_weight_tying is set", "train without it")
+    try:
+        _Lora.model_validate(config)
+    except ValidationError as error:
+        key = str(error.errors()[0]["loc"][0])
+        raise IntegrityError(
+            f"{name}: {key} is {short(config[key])}", f"expected: {error.errors()[0]['msg']}"
+        ) from None
+
+
+def by_pattern(pattern: Any, module: str, default: Any) -> Any:
+    """PEFT's rule: the first pattern that matches the end of the module's path."""
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def targeted(config: dict[str, Any], module: str) -> bool:
+    """Whether PEFT's target_modules, exclude_modules and layers_to_transform choose the module."""
+    exclude = config.get("exclude_modules")
+    if exclude and _named(exclude, module):
+        return False
+    target = config.get("target_modules")
+    if target is None or target == "all-linear":
+        return True
+    if not _named(target, module):
+        return False
+    layers = config.get("layers_to_transform")
+    if layers in (None, []) or isinstance(target, str) or module in target:
+        return True
+    named = config.get("layers_pattern") or []
+    places = [rf"(?:^|.*?\.){p}" for p in ([named] if isinstance(named, str) else named)]
+    for place in places or [r".*?\.[^.]*"]:
+        found = re.match(rf"{place}\.(?P<idx>\d+)\.", module)
+        if found:
+            return int(found["idx"]) in ([layers] if isinstance(layers, int) else layers)
+    return False
+
+
+def _named(target: Any, module: str) -> bool:
+    if isinstance(target, str):
+        return re.fullmatch(target, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in target)
