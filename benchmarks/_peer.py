@@ -50,13 +50,13 @@ class Peer:
 
 def _environment(folder: Path) -> Path:
     """The peer's interpreter; the environment is made once for one set of constraints."""
-    constraints, mark = HERE / "constraints.txt", folder / "constraints.txt"
+    constraints, mark = HERE.parent / "constraints.txt", folder / "constraints.txt"
     python = folder / "bin" / "python"
     if not mark.is_file() or mark.read_bytes() != constraints.read_bytes():
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         packages = ["torch==2.13.0", "transformers", "peft"]
-        install = [python, "-m", "pip", "install", "--quiet", "-c", constraints, *packages]
+        install = [python, "-m", "pip", "install", "-qq", "-c", constraints, *packages]
         subprocess.run(install, check=True, stdout=sys.stderr)
         shutil.copyfile(constraints, mark)
     return python

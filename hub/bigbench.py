@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
 
-from experthub.hub._files import hub_home
+from experthub.hub._files import hub_home, locked
 from experthub.hub._yaml import did_you_mean
 from experthub.hub.bases import Report, silent
 from experthub.hub.errors import HubError, NotFoundError
@@ -44,20 +44,23 @@ SOURCES = {
 
 def archive(store: Store, report: Report = silent) -> Path:
     """BIG-bench's source archive, downloaded once into the store."""
-    if SHA256 not in store:
-        from experthub.hub.remotes import pypi
+    if SHA256 in store:
+        return store.path(SHA256)
+    with locked(hub_home() / "locks" / "bigbench"):
+        if SHA256 not in store:
+            from experthub.hub.remotes import pypi
 
-        ensure_space(store.root, 2 * SIZE)
-        partial = pypi.fetch(
-            "bigbench",
-            VERSION,
-            ".tar.gz",
-            hub_home() / "partial",
-            lambda done, size: report("fetching BIG-bench", done, size),
-            SHA256,
-        )
-        store.put(partial, SHA256)
-        partial.unlink()
+            ensure_space(store.root, 2 * SIZE)
+            partial = pypi.fetch(
+                "bigbench",
+                VERSION,
+                ".tar.gz",
+                hub_home() / "partial",
+                lambda done, size: report("fetching BIG-bench", done, size),
+                SHA256,
+            )
+            store.put(partial, SHA256)
+            partial.unlink()
     return store.path(SHA256)
 
 

@@ -187,7 +187,7 @@ def register(expert: Expert, file: Path | None = None) -> Path:
     The same content again is a no-op; ConflictError when the name and version have other content.
     """
     path = file or hub_home() / "registry" / expert.name / f"{expert.version}.yaml"
-    with locked(hub_home() / "registry.lock"):
+    with locked(hub_home() / "locks" / "registry"):
         return _register(expert, path)
 
 

@@ -20,6 +20,7 @@ from experthub.hub.store import Store, read_folder
 from experthub.hub.tasks import Card, Example, example_id, write_task
 from safetensors.torch import load_file, save_file
 
+CACHES = ("home/fingerprints", "home/locks", "home/hf")
 ADAPTER = "adapter_model.safetensors"
 LINEAR = "merge: {method: linear}"
 
@@ -101,7 +102,7 @@ def case(code: int, error: str, hint: str = "") -> Callable[[Arrange], Arrange]:
 def check_refusal(place: Place, words: Words, code: int, error: str, hint: str) -> None:
     """Run the command; it must be refused as said, and change no file."""
     root = place.work.parent
-    before = snapshot(root, "home/fingerprints")
+    before = snapshot(root, *CACHES)
     ran = run_hub(*words)
     assert ran.code == code, ran.err
     assert ran.out == ""
@@ -109,7 +110,7 @@ def check_refusal(place: Place, words: Words, code: int, error: str, hint: str) 
     assert len(ran.lines("error:")) == 1 and len(ran.lines("hint:")) == 1, ran.err
     assert re.search(error, ran.lines("error:")[0]), ran.err
     assert re.search(hint, ran.lines("hint:")[0]) and ran.lines("hint:")[0] != "hint: ", ran.err
-    assert snapshot(root, "home/fingerprints") == before
+    assert snapshot(root, *CACHES) == before
 
 
 # Recipes

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer.main
 from conftest import logits, run_hub, snapshot
 from experthub import hub
@@ -303,7 +304,7 @@ def test_generate(two: list[Path], base_folder: Path) -> None:
     ids = tokenizer("ab", return_tensors="pt").input_ids
     for _ in range(6):  # greedy, by hand
         step = logits(hub.compose(path).model, ids.tolist())[:, -1:].argmax(-1)
-        ids = __import__("torch").cat([ids, step], 1)
+        ids = torch.cat([ids, step], 1)
         if int(step) == tokenizer.eos_token_id:
             break
     assert document["text"] == tokenizer.decode(ids[0, 2:], skip_special_tokens=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,15 +53,20 @@ def client() -> Iterator[httpx.Client]:
     except httpx.HTTPStatusError as error:
         raise _status_error(error) from None
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        url = str(getattr(getattr(error, "_request", None), "url", "") or "the server")
+        url = getattr(getattr(error, "_request", None), "url", "") or "the server"
         raise HubError(
-            f"no answer from {url}: {error or type(error).__name__}",
+            f"no answer from {shown(url)}: {str(error) or type(error).__name__}",
             "check the network, or set HUB_OFFLINE=1 to use only what is here",
         ) from None
 
 
+def shown(url: object) -> str:
+    """A URL without the name and password that it may carry."""
+    return re.sub(r"//[^/@]*@", "//", str(url))
+
+
 def _status_error(error: httpx.HTTPStatusError) -> HubError:
-    status, url = error.response.status_code, error.request.url
+    status, url = error.response.status_code, shown(error.request.url)
     if status in (401, 403):
         return AuthError(f"{url} answered {status}", "check your token and your access")
     if status in (404, 410):
@@ -73,13 +79,18 @@ def download(url: str, sha256: str, folder: Path, progress: Progress = quiet) ->
 
     Raises IntegrityError, and keeps nothing, when the bytes are not those of the digest.
     """
-    check_online(url)
+    check_online(shown(url))
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / sha256
     with partial.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with client() as session:
-            _fill(session, url, file, progress)
+        try:
+            with client() as session:
+                _fill(session, url, file, progress)
+        except BaseException:
+            if not file.tell():  # nothing to go on from
+                partial.unlink()
+            raise
         file.flush()
         os.fsync(file.fileno())
         with partial.open("rb") as whole:
@@ -87,7 +98,7 @@ def download(url: str, sha256: str, folder: Path, progress: Progress = quiet) ->
         if found != sha256:
             partial.unlink()
             raise IntegrityError(
-                f"{url} has the sha256 {found[:12]}, expected {sha256[:12]}",
+                f"{shown(url)} has the sha256 {found[:12]}, expected {sha256[:12]}",
                 "the file was changed on its way or at its source; try again",
             )
     return partial
@@ -95,7 +106,8 @@ def download(url: str, sha256: str, folder: Path, progress: Progress = quiet) ->
 
 def _fill(session: httpx.Client, url: str, file, progress: Progress) -> None:  # type: ignore[no-untyped-def]
     start = file.seek(0, os.SEEK_END)
-    headers = {"Range": f"bytes={start}-"} if start else {}
+    # As they are stored: a server may call a .tar.gz gzip-encoded, and it must not be unpacked.
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
     with session.stream("GET", url, headers=headers) as answer:
         if answer.status_code == 416:  # nothing is left to send: the digest will tell
             return
@@ -104,7 +116,7 @@ def _fill(session: httpx.Client, url: str, file, progress: Progress) -> None:  #
             file.truncate(0)
             start = 0
         size = start + int(answer.headers.get("Content-Length", 0))
-        for chunk in answer.iter_bytes(CHUNK):
+        for chunk in answer.iter_raw(CHUNK):
             file.write(chunk)
             start += len(chunk)
             progress(start, size)

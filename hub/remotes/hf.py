@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from experthub.hub.errors import AuthError, HubError, NotFoundError, UsageError
-from experthub.hub.remotes._http import is_offline
+from experthub.hub.remotes._http import check_online, is_offline
 
 MODEL_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt"]
 
@@ -22,6 +22,7 @@ def fetch(source: str, folder: Path) -> Path:
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -43,8 +44,14 @@ def fetch(source: str, folder: Path) -> Path:
         raise NotFoundError(
             f"{source} does not exist", "check the name, or set HF_TOKEN"
         ) from error
+    except HFValidationError as error:
+        raise UsageError(f"{source!r} is no source: {error}", "write hf:org/name") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        check_online(source)
+        answer = getattr(error, "response", None)
+        if answer is not None and answer.status_code in (401, 403):
+            raise AuthError(f"{source} answered {answer.status_code}", "set HF_TOKEN") from error
         raise HubError(
-            f"cannot fetch {source}: {str(error).splitlines()[0]}",
+            f"cannot fetch {source}: {' '.join(str(error).split())[:200]}",
             "check the network and HF_ENDPOINT",
         ) from error

@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import urljoin
 
 from experthub.hub.errors import HubError, NotFoundError, UsageError
-from experthub.hub.remotes._http import Progress, check_online, client, download, quiet
+from experthub.hub.remotes._http import Progress, check_online, client, download, quiet, shown
 
 JSON_API = "application/vnd.pypi.simple.v1+json"
 
@@ -69,10 +69,15 @@ def fetch(
         )
         page.raise_for_status()
         if JSON_API in page.headers.get("Content-Type", ""):
-            files = [
-                (f["filename"], f["url"], f["hashes"].get("sha256", ""))
-                for f in page.json()["files"]
-            ]
+            try:
+                files = [
+                    (f["filename"], f["url"], f["hashes"].get("sha256", ""))
+                    for f in page.json()["files"]
+                ]
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise HubError(
+                    f"{shown(page.url)} is no list of files: {error!r}", "check the index"
+                ) from None
         else:
             links = re.findall(r'<a [^>]*href="([^"#]+)#sha256=(\w+)"[^>]*>([^<]+)</a>', page.text)
             files = [(name.strip(), html.unescape(url), digest) for url, digest, name in links]
