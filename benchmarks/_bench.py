@@ -16,10 +16,9 @@ from statistics import median
 from typing import Any
 
 import torch
-from experthub.hub import Expert, Store
+from experthub.hub import Store
 from experthub.hub._files import hub_home
 from experthub.hub.bases import Base
-from experthub.hub.registry import register
 from safetensors.torch import save_file
 
 BASE = "smollm2-135m-instruct"
@@ -74,11 +73,12 @@ def make_experts(folder: Path, base: Base) -> list[Path]:
 def add_experts(folder: Path, experts: list[Path]) -> tuple[Store, Path]:
     """A store under a folder that holds the experts, and the registry that names them."""
     store, registry = Store(folder / "store"), folder / "registry.yaml"
+    entries = []
     for place in experts:
         digest, _ = store.add(place)
-        register(
-            Expert(name=place.name, base=BASE, sources=[f"file:{place}"], digest=digest), registry
-        )
+        entry = {"name": place.name, "base": BASE, "sources": [f"file:{place}"], "digest": digest}
+        entries.append(entry)
+    registry.write_text(json.dumps({"version": 1, "experts": entries}))  # JSON is YAML
     return store, registry
 
 

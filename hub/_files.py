@@ -15,8 +15,6 @@ from typing import IO
 
 from experthub.hub.errors import ConflictError
 
-CHUNK = 1 << 20
-
 
 def hub_home() -> Path:
     """Where the hub keeps its store, registry and tasks: `HUB_HOME` or `~/.experthub`."""

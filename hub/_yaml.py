@@ -70,7 +70,8 @@ def parse(text: str, name: str) -> Document:
 
     yaml = YAML(pure=True)
     try:
-        for event in YAML(pure=True).parse(io.StringIO(text)):
+        suspicious = "*" in text or "<<" in text  # a second pass over a large registry is slow
+        for event in YAML(pure=True).parse(io.StringIO(text)) if suspicious else ():
             if isinstance(event, AliasEvent):
                 line = event.start_mark.line + 1
                 raise UsageError(f"{name}, line {line}: an alias", "write the value out")

@@ -90,7 +90,7 @@ def compose(
     if model is None:
         target = load_model(plan.base, plan.dtype, device)
     else:
-        target = _shell(model)
+        target = _shell(model).eval()
         wrong = str(target.dtype) != f"torch.{plan.dtype}"
         if wrong or (device and target.device != torch.device(device)):
             raise UsageError(
@@ -101,23 +101,33 @@ def compose(
     report(f"composing {len(plan.experts)} experts", 0, 0)
     with torch.no_grad(), _as_hub_error(plan.recipe.method.method):
         if plan.recipe.merge:
-            return Composition(target, plan, _merge(target, plan, store, in_place=model is None))
+            return Composition(target, plan, _merge(target, plan, store))
         return Composition(target, plan, None, _route(target, plan, store))
 
 
-def _shell(model: Any) -> Any:
-    """A copy of the module tree that shares every parameter and buffer."""
-    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared).eval()
+def _shell(module: Any, made: dict[int, Any] | None = None) -> Any:
+    """A copy of the module tree that shares every parameter and buffer with it."""
+    made = {} if made is None else made
+    if id(module) not in made:
+        clone = made[id(module)] = copy.copy(module)
+        # The module's own dicts (parameters, buffers, children, hooks) are its own to change.
+        own = {k: v.copy() if isinstance(v, dict) else v for k, v in vars(module).items()}
+        own["_modules"] = {
+            name: None if child is None else _shell(child, made)
+            for name, child in module._modules.items()
+        }
+        vars(clone).update(own)
+    return made[id(module)]
 
 
 def _check_orientation(model: Any, plan: Plan) -> None:
     """Refuse a fan_in_fan_out that does not fit the module: a square weight shows no other sign."""
+    modules, changed = dict(model.named_modules()), set(plan.parameters)
     for member in plan.members:
         for adapted in member.adapted:
-            if f"{adapted.module}.weight" not in plan.parameters or adapted.embedding:
+            if f"{adapted.module}.weight" not in changed or adapted.embedding:
                 continue
-            module = model.get_submodule(adapted.module)
+            module = modules[adapted.module]
             if (type(module).__name__ == "Conv1D") != adapted.transposed:
                 raise HubError(
                     f"{member.reference}: fan_in_fan_out is {adapted.transposed}, "
@@ -126,22 +136,20 @@ def _check_orientation(model: Any, plan: Plan) -> None:
                 )
 
 
-def _merge(model: Any, plan: Plan, store: Store, in_place: bool) -> TaskVector:
+def _merge(model: Any, plan: Plan, store: Store) -> TaskVector:
     method = plan.recipe.method
     vectors = [task_vector(expert, plan, store) for expert in plan.experts]
     weights = torch.tensor([expert.weight for expert in plan.experts])
     merged: TaskVector = merges[method.method].call(vectors, weights, **method.options)
     _untie(model, merged)
     for name in merged:
-        parameter = model.get_parameter(name)
-        delta = merged[name]
-        if in_place:
-            delta.add_to_(parameter)
-        else:
-            owner, _, leaf = name.rpartition(".")
-            changed = nn.Parameter(delta.add_to(parameter), requires_grad=False)
-            model.get_submodule(owner).register_parameter(leaf, changed)
-        if not bool(torch.isfinite(model.get_parameter(name)).all()):
+        # A new tensor, not a sum in place: the base's file stays mapped, and nobody else's changes.
+        owner, _, leaf = name.rpartition(".")
+        changed = merged[name].add_to(model.get_parameter(name))
+        parameter = nn.Parameter(changed, requires_grad=False)
+        model.get_submodule(owner).register_parameter(leaf, parameter)
+        # Only the narrowest range can be left by finite weights of a usual size.
+        if plan.dtype == "float16" and not bool(torch.isfinite(changed).all()):
             raise IntegrityError(f"{name} overflows {plan.dtype}", "use smaller weights or float32")
     return merged
 

@@ -43,8 +43,7 @@ def fit(
     Checkpoints every 20 steps into `run`; goes on from the last one.  Writes `loss.json`, a list
     of losses by step; returns the mean of the first and of the last ten.
     """
-    from safetensors.torch import load_file, save_file
-    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+    from transformers import PrinterCallback, set_seed
 
     examples = [
         _tokens(tokenizer, task.prompt(e), task.right_answer(e))
@@ -57,9 +56,32 @@ def fit(
             "choose a smaller batch or another task",
         )
 
+    set_seed(settings.seed)
+    trainer = _trainer(model, examples, settings, run, f"training on {task.reference}", report)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=_last_checkpoint(run))
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    write_json(run / "loss.json", losses)
+    for checkpoint in run.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    return {"first": _mean(losses[:10]), "last": _mean(losses[-10:])}
+
+
+def _trainer(
+    model: nn.Module,
+    examples: list[tuple[list[int], int]],
+    settings: Settings,
+    run: Path,
+    what: str,
+    report: Report,
+) -> Any:
+    """transformers' trainer, for the answers' loss and with small checkpoints."""
+    from safetensors.torch import load_file, save_file
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
     class Watch(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            report(f"training on {task.reference}", state.global_step, settings.steps)
+            report(what, state.global_step, settings.steps)
 
     class AnswerTrainer(Trainer):  # type: ignore[misc]
         def compute_loss(self, model: Any, inputs: Any, **_: Any) -> Tensor:
@@ -75,7 +97,6 @@ def fit(
             for name, parameter in _trainable(self.model).items():
                 parameter.copy_(stored[name])
 
-    set_seed(settings.seed)
     arguments = TrainingArguments(
         output_dir=str(run),
         max_steps=settings.steps,
@@ -97,20 +118,13 @@ def fit(
         log_level="error",
         dataloader_pin_memory=False,
     )
-    trainer = AnswerTrainer(
+    return AnswerTrainer(
         model=model,
         args=arguments,
         train_dataset=examples,
         data_collator=_collate,
         callbacks=[Watch()],
     )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=_last_checkpoint(run))
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    write_json(run / "loss.json", losses)
-    for checkpoint in run.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
-    return {"first": _mean(losses[:10]), "last": _mean(losses[-10:])}
 
 
 def _last_checkpoint(run: Path) -> str | None:

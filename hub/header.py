@@ -54,13 +54,21 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """
     size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(8)
-        if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-            raise IntegrityError(f"{path} is a pickle, not safetensors", "only safetensors is read")
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(MAX_HEADER, size - 8):
-            raise IntegrityError(f"{path} is damaged: header of {length} bytes in {size}", HINT)
-        text = file.read(length)
+        length = _header_length(file.read(8), size, str(path))
+        return _parsed(file.read(length), size, str(path))
+
+
+def _header_length(start: bytes, size: int, name: str) -> int:
+    if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        raise IntegrityError(f"{name} is a pickle, not safetensors", "only safetensors is read")
+    length: int = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+    if not 2 <= length <= min(MAX_HEADER, size - 8):
+        raise IntegrityError(f"{name} is damaged: header of {length} bytes in {size}", HINT)
+    return length
+
+
+def _parsed(text: bytes, size: int, path: str) -> dict[str, TensorInfo]:
+    length = len(text)
     try:
         fields = json.loads(
             text.decode(), object_pairs_hook=_without_duplicates, parse_constant=_no_number
@@ -110,11 +118,14 @@ def _tensor(name: str, fields: dict[str, Any], offset: int) -> TensorInfo:
     dtype, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
     if dtype not in SIZES:
         raise ValueError(f"tensor {name} has the dtype {dtype}")
-    numbers = (*shape, begin, end)
-    if any(type(n) is not int or not 0 <= n < 1 << 62 for n in numbers) or (
-        math.prod(n or 1 for n in shape) >= 1 << 62
-    ):
-        raise ValueError(f"tensor {name} has the shape {shape} at {begin}..{end}")
+    most = 1
+    for number in (*shape, begin, end):
+        if type(number) is not int or not 0 <= number < 1 << 62:
+            raise ValueError(f"tensor {name} has the shape {shape} at {begin}..{end}")
+    for side in shape:
+        most *= side or 1
+    if most >= 1 << 62:
+        raise ValueError(f"tensor {name} has the shape {shape}, which overflows")
     if end - begin != math.prod(shape) * SIZES[dtype]:
         raise ValueError(f"tensor {name} has {end - begin} bytes for {dtype} {shape}")
     return TensorInfo(dtype, tuple(shape), offset + begin, offset + end)

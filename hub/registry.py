@@ -126,8 +126,7 @@ class Registry:
             raise NotFoundError(f"there is no {reference.text}", f"known: {known}")
         if reference.digest and len({e.digest for e in fitting}) > 1:
             raise HubError(
-                f"{reference.text!r} is ambiguous: "
-                + ", ".join(f"{e.reference} {e.digest[:23]}" for e in fitting),
+                f"{reference.text!r} is ambiguous: " + ", ".join(e.reference for e in fitting),
                 "write more digits of the digest",
             )
         return fitting[0]

@@ -102,11 +102,11 @@ def _member(
         )
     config = read_json(store.file(digest, ADAPTER_CONFIG))
     check_config(config, reference)
-    adapted = read_adapter(config, read_header(store.file(digest, ADAPTER)), reference)
+    adapted = read_adapter(config, read_header(store.locate(digest, ADAPTER)), reference)
     check_shapes(adapted, base.shapes, reference, base.name)
     gated: frozenset[str] = frozenset()
     if GATES in identity.files:
-        gated = frozenset(read_gates(store.file(digest, GATES)))
+        gated = frozenset(read_gates(store.locate(digest, GATES)))
     changes = {f"{a.module}.weight": a.shape for a in adapted}
     return Member(reference, digest, "lora", task, use.weight, size, changes, tuple(adapted), gated)
 
@@ -114,7 +114,7 @@ def _member(
 def _dense_changes(
     store: Store, identity: Identity, digest: str, reference: str, base: Base
 ) -> dict[str, tuple[int, ...]]:
-    changes = {n: i.shape for n, i in read_header(store.file(digest, TASK_VECTOR)).items()}
+    changes = {n: i.shape for n, i in read_header(store.locate(digest, TASK_VECTOR)).items()}
     for name, shape in changes.items():
         if base.shapes.get(name) != shape:
             raise HubError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -93,15 +94,29 @@ class Store:
                 raise _damaged(file)
         return identity
 
-    def file(self, digest: str, name: str) -> Path:
-        """One file of an expert, its bytes checked against its digest."""
+    def locate(self, digest: str, name: str) -> Path:
+        """Where one file of an expert is; its size is checked, its bytes are not: for headers."""
         info = self.identity(digest).files.get(name)
         if info is None:
             raise IntegrityError(f"expert {digest[:19]} has no {name}", "pull or add it again")
-        path = self.path(info.sha256)
-        if sha256_of(path) != info.sha256:
+        return self.path(info.sha256)
+
+    def file(self, digest: str, name: str) -> Path:
+        """One file of an expert, its bytes checked against its digest."""
+        path = self.locate(digest, name)
+        if sha256_of(path) != _sha256(path):
             raise _damaged(path)
         return path
+
+    def read(self, digest: str, name: str) -> bytearray:
+        """The bytes of one file of an expert, checked: what is used is what was hashed."""
+        path = self.locate(digest, name)
+        data = bytearray(path.stat().st_size)
+        with path.open("rb") as file:
+            file.readinto(data)
+        if hashlib.sha256(data).hexdigest() != _sha256(path):
+            raise _damaged(path)
+        return data
 
     def add(self, folder: Path, expected: str | None = None) -> tuple[str, Identity]:
         """Take an expert's folder in: checked, copied, verified; nothing stays when it is refused.
@@ -130,7 +145,12 @@ class Store:
         """Write an expert's files, as stored, into a folder; never links, which could be written through."""
         for name in self.identity(digest).files:
             with written(folder / name) as target:
-                target.write(self.file(digest, name).read_bytes())
+                target.write(self.read(digest, name))
+
+
+def _sha256(path: Path) -> str:
+    """The digest that an object's place states."""
+    return path.parent.name + path.name
 
 
 def _damaged(path: Path) -> IntegrityError:

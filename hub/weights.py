@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,13 @@ from experthub.hub.plan import Member, Plan, PlannedExpert
 from experthub.hub.store import Store
 from experthub.merge import Delta, Dense, LowRank, TaskVector, merges, tensorwise, truncated
 from torch import Tensor
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 
 
 def task_vector(expert: PlannedExpert, plan: Plan, store: Store) -> TaskVector:
@@ -32,31 +40,46 @@ def task_vector(expert: PlannedExpert, plan: Plan, store: Store) -> TaskVector:
 def _stored_vector(member: Member, plan: Plan, store: Store, keep: set[str]) -> TaskVector:
     load: dict[str, Callable[[], Delta]]
     if member.kind == "task_vector":
-        file = _open(store.file(member.digest, TASK_VECTOR))
+        from safetensors import safe_open
+
+        file = safe_open(store.file(member.digest, TASK_VECTOR), framework="pt")
         load = {n: partial(_dense, file, n) for n in member.changes if n in keep}
     else:
-        file = _open(store.file(member.digest, ADAPTER))
+        tensors = _Tensors(store.read(member.digest, ADAPTER))
         load = {
-            f"{a.module}.weight": partial(_low_rank, file, a)
+            f"{a.module}.weight": partial(_low_rank, tensors, a)
             for a in member.adapted
             if f"{a.module}.weight" in keep
         }
     return TaskVector(plan.base.fingerprint, load, seed=member.digest)
 
 
-def _open(path: Path) -> Any:
-    from safetensors import safe_open
+class _Tensors:
+    """The tensors of one small stored file in memory, each a view of its bytes.
 
-    return safe_open(path, framework="pt")
+    The header is read without checks: they were made when the file came into the store.
+    """
+
+    def __init__(self, data: bytearray) -> None:
+        self.data = data
+        self.start = 8 + int.from_bytes(data[:8], "little")
+        self.fields = json.loads(data[8 : self.start])
+
+    def __getitem__(self, name: str) -> Tensor:
+        field = self.fields[name]
+        begin = self.start + field["data_offsets"][0]
+        count, dtype = math.prod(field["shape"]), DTYPES[field["dtype"]]
+        flat = torch.frombuffer(self.data, dtype=dtype, count=count, offset=begin)
+        return flat.view(field["shape"])
 
 
 def _dense(file: Any, name: str) -> Delta:
     return Dense(file.get_tensor(name).float())
 
 
-def _low_rank(file: Any, adapted: Adapted) -> Delta:
+def _low_rank(tensors: _Tensors, adapted: Adapted) -> Delta:
     """The change of the parameter as stored: PEFT's B A, transposed for Conv1D and embeddings."""
-    a, b = file.get_tensor(adapted.a).float(), file.get_tensor(adapted.b).float()
+    a, b = tensors[adapted.a].float(), tensors[adapted.b].float()
     if adapted.transposed or adapted.embedding:
         a, b = b.T.contiguous(), a.T.contiguous()
     return LowRank(a, b, adapted.scale)
@@ -70,9 +93,9 @@ def gates(expert: PlannedExpert, store: Store) -> dict[str, Tensor]:
     for member in expert.members:
         if not member.gated:
             continue
-        file = _open(store.file(member.digest, GATES))
+        tensors = _Tensors(store.read(member.digest, GATES))
         for module in member.gated:
-            found.setdefault(module, []).append(file.get_tensor(f"{module}.gate").float())
+            found.setdefault(module, []).append(tensors[f"{module}.gate"].float())
     if expert.merge is None:
         return {module: rows[0] for module, rows in found.items()}
     return {module: standardised(torch.stack(rows)).mean(0) for module, rows in found.items()}

@@ -63,14 +63,6 @@ class LowRank:
         a, b = self.a.to(weight.device, wide), self.b.to(weight.device, wide)
         return torch.addmm(weight.to(wide), b, a, alpha=self.scale).to(weight.dtype)
 
-    def add_to_(self, weight: Tensor) -> None:
-        """`add_to` in place: no second copy of the weight where the dtypes agree."""
-        if weight.dtype == self.dtype:
-            a, b = self.a.to(weight.device), self.b.to(weight.device)
-            weight.addmm_(b, a, alpha=self.scale)
-        else:
-            weight.copy_(self.add_to(weight))
-
 
 @dataclass(frozen=True, eq=False)
 class Dense:
@@ -102,10 +94,6 @@ class Dense:
         """`weight + d` as a new tensor of the weight's dtype, summed in the wider one."""
         wide = torch.promote_types(weight.dtype, self.dtype)
         return (weight.to(wide) + self.d.to(weight.device, wide)).to(weight.dtype)
-
-    def add_to_(self, weight: Tensor) -> None:
-        """`add_to` in place."""
-        weight.copy_(self.add_to(weight))
 
 
 Delta = LowRank | Dense

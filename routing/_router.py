@@ -49,7 +49,7 @@ class ExpertStack:
         shapes = {deltas[e].shape for e in experts}
         if len(shapes) > 1:
             raise ValueError(f"expected changes of one module, found shapes {sorted(shapes)}")
-        ranks = torch.tensor([deltas[e].rank for e in experts])
+        owner = [row for row, e in enumerate(experts) for _ in range(deltas[e].rank)]
         stacked = None if gates is None else torch.stack([gates[e].float() for e in experts])
         width = deltas[experts[0]].shape[1]
         if stacked is not None and tuple(stacked.shape) != (len(experts), width):
@@ -57,7 +57,7 @@ class ExpertStack:
         return cls(
             torch.cat([deltas[e].a for e in experts]),
             torch.cat([deltas[e].b * deltas[e].scale for e in experts], dim=1).T.contiguous(),
-            torch.repeat_interleave(torch.arange(len(experts)), ranks),
+            torch.tensor(owner),
             experts,
             n_experts,
             stacked,

@@ -29,8 +29,10 @@ class Phatgoose:
     top_k: int
 
     def weights(self, x_TI: Tensor, scores_TP: Tensor) -> Tensor:
-        variance_T = x_TI.float().var(-1, correction=0, keepdim=True)
-        scale_T = ((variance_T + EPS) * x_TI.shape[-1]).rsqrt()
+        # sqrt(I) std(x), as a norm: several times faster on CPUs than torch's variance.
+        wide = x_TI.float()
+        norm_T = torch.linalg.vector_norm(wide - wide.mean(-1, keepdim=True), dim=-1, keepdim=True)
+        scale_T = (norm_T.square() + EPS * x_TI.shape[-1]).rsqrt()
         return top_k_softmax(scores_TP * scale_T, self.top_k)
 
 

@@ -16,7 +16,7 @@ from experthub import hub
 from experthub.hub.errors import HubError, IntegrityError
 from experthub.hub.formats import Adapted, read_adapter
 from experthub.hub.header import check_finite, read_header
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
@@ -237,6 +237,7 @@ def test_refused_even_when_the_configuration_denies_it(tmp_path: Path, base_fold
 
 # The header reader, against the safetensors library.
 
+CALM = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 VALID = save(
     {
         "model.a.weight": torch.arange(6, dtype=torch.float32).reshape(2, 3),
@@ -283,7 +284,7 @@ def test_valid_file_is_taken() -> None:
     assert agree(with_header(HEADER))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(CALM, max_examples=150)
 @given(st.data())
 def test_flipped_bytes(data: st.DataObject) -> None:
     content = bytearray(VALID)
@@ -293,14 +294,14 @@ def test_flipped_bytes(data: st.DataObject) -> None:
     agree(bytes(content))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(CALM, max_examples=60)
 @given(st.integers(0, len(VALID) - 1), st.binary(max_size=12))
 def test_cut_and_padded(end: int, tail: bytes) -> None:
     assert not agree(VALID[:end])
     assert agree(VALID + tail) is (tail == b"")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(CALM, max_examples=60)
 @given(st.binary(max_size=80))
 def test_noise(content: bytes) -> None:
     agree(content)
@@ -322,7 +323,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(CALM, max_examples=200)
 @given(
     st.sampled_from([*HEADER, "new", "../../x", ""]),
     st.sampled_from(["", "dtype", "shape", "data_offsets", "more"]),

@@ -281,7 +281,7 @@ def test_a_description_is_taken_over(base_folder: Path, expert_folder: Make) -> 
     folder = expert_folder(1)
     identity = read_folder(folder)
     expert = Expert(
-        **entry("theirs", 3), task="local:t", license="mit", description="theirs", tags=["a"]
+        **entry("x", 3), task="local:t", license="mit", description="theirs", tags=["a"]
     )
     write_description(folder, expert, identity)
     added = add_folder(folder, "x", Registry.read(), Store(), description="mine")

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experthub.hub._files import CHUNK
 from experthub.hub.errors import AuthError, HubError, IntegrityError, NotFoundError
 
 if TYPE_CHECKING:
@@ -116,7 +115,7 @@ def _fill(session: httpx.Client, url: str, file, progress: Progress) -> None:  #
             file.truncate(0)
             start = 0
         size = start + int(answer.headers.get("Content-Length", 0))
-        for chunk in answer.iter_raw(CHUNK):
+        for chunk in answer.iter_raw():  # of any size: what came before a broken line is kept
             file.write(chunk)
             start += len(chunk)
             progress(start, size)

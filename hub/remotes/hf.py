@@ -48,7 +48,7 @@ def fetch(source: str, folder: Path) -> Path:
         raise UsageError(f"{source!r} is no source: {error}", "write hf:org/name") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         check_online(source)
-        answer = getattr(error, "response", None)
+        answer = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
         if answer is not None and answer.status_code in (401, 403):
             raise AuthError(f"{source} answered {answer.status_code}", "set HF_TOKEN") from error
         raise HubError(
