@@ -7,6 +7,8 @@ import os
 import shutil
 import tempfile
 from dataclasses import dataclass, field
+from functools import lru_cache
+from mmap import ACCESS_COPY, mmap
 from pathlib import Path
 
 from experthub.hub._files import (
@@ -75,14 +77,8 @@ class Store:
         path = self.path(digest.removeprefix("sha256:"))
         if not path.is_file():
             raise NotFoundError(f"expert {digest[:19]} is not in the store", "run hub pull first")
-        if path.stat().st_size > MAX_SMALL or "sha256:" + sha256_of(path) != digest:
-            raise _damaged(path)
-        try:
-            identity = Identity.model_validate(read_json(path))
-        except ValidationError:
-            raise IntegrityError(
-                f"object {path.name[:12]} in the store is no expert", "correct the digest"
-            ) from None
+        stat = path.stat()
+        identity = _read_identity(path, digest, stat.st_size, stat.st_mtime_ns)
         for name, info in identity.files.items():
             file = self.path(info.sha256)
             if not file.is_file():
@@ -108,12 +104,11 @@ class Store:
             raise _damaged(path)
         return path
 
-    def read(self, digest: str, name: str) -> bytearray:
-        """The bytes of one file of an expert, checked: what is used is what was hashed."""
+    def read(self, digest: str, name: str) -> mmap:
+        """The bytes of one file of an expert, checked and mapped into memory."""
         path = self.locate(digest, name)
-        data = bytearray(path.stat().st_size)
         with path.open("rb") as file:
-            file.readinto(data)
+            data = mmap(file.fileno(), 0, access=ACCESS_COPY)
         if hashlib.sha256(data).hexdigest() != _sha256(path):
             raise _damaged(path)
         return data
@@ -146,6 +141,19 @@ class Store:
         for name in self.identity(digest).files:
             with written(folder / name) as target:
                 target.write(self.read(digest, name))
+
+
+@lru_cache(maxsize=1024)
+def _read_identity(path: Path, digest: str, size: int, mtime: int) -> Identity:
+    """An identity from its object; size and mtime make a changed file another one."""
+    if size > MAX_SMALL or "sha256:" + sha256_of(path) != digest:
+        raise _damaged(path)
+    try:
+        return Identity.model_validate(read_json(path))
+    except ValidationError:
+        raise IntegrityError(
+            f"object {path.name[:12]} in the store is no expert", "correct the digest"
+        ) from None
 
 
 def _sha256(path: Path) -> str:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from functools import partial
+from mmap import mmap
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ class _Tensors:
     The header is read without checks: they were made when the file came into the store.
     """
 
-    def __init__(self, data: bytearray) -> None:
+    def __init__(self, data: mmap) -> None:
         self.data = data
         self.start = 8 + int.from_bytes(data[:8], "little")
         self.fields = json.loads(data[8 : self.start])

@@ -50,13 +50,18 @@ class ExpertStack:
         if len(shapes) > 1:
             raise ValueError(f"expected changes of one module, found shapes {sorted(shapes)}")
         owner = [row for row, e in enumerate(experts) for _ in range(deltas[e].rank)]
+        first = deltas[experts[0]]
+        b_RO = first.b.new_empty(len(owner), first.shape[0])
+        parts = torch.split(b_RO, [deltas[e].rank for e in experts])
+        for part, e in zip(parts, experts, strict=True):
+            torch.mul(deltas[e].b.T, deltas[e].scale, out=part)
         stacked = None if gates is None else torch.stack([gates[e].float() for e in experts])
-        width = deltas[experts[0]].shape[1]
+        width = first.shape[1]
         if stacked is not None and tuple(stacked.shape) != (len(experts), width):
             raise ValueError(f"expected gates [{len(experts)}, {width}], found {stacked.shape}")
         return cls(
             torch.cat([deltas[e].a for e in experts]),
-            torch.cat([deltas[e].b * deltas[e].scale for e in experts], dim=1).T.contiguous(),
+            b_RO,
             torch.tensor(owner),
             experts,
             n_experts,

@@ -198,6 +198,21 @@ def test_bfloat16_adapter_is_widened_exactly(
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-6)
 
 
+def test_header_of_an_odd_length(base_folder: Path, expert_folder: Callable[..., Path]) -> None:
+    """Nothing in the format aligns the tensors; safetensors' own writer only pads its headers."""
+    folder = expert_folder(1)
+    recipe = {"base": str(base_folder), "experts": [str(folder)], "merge": {"method": "linear"}}
+    expected = logits(hub.compose(recipe).model)
+    path = folder / "adapter_model.safetensors"
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = content[8:end].rstrip()
+    header += b" " * (1 - len(header) % 2)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[end:])
+    assert len(header) % 2 == 1 and len(load_file(path)) == 28
+    assert torch.equal(logits(hub.compose(recipe).model), expected)
+
+
 # What peft itself writes for the kinds that are refused.
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"use_dora": True}, "use_dora"),
