@@ -109,12 +109,12 @@ def _plain(node: Any, where: Where, lines: dict[Where, int]) -> Any:
     return str(node)
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A hint for a word that is none of the known ones."""
+def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """A hint for a word that is none of the known ones; prefix is put before the one it is like."""
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     if close:
-        return f"did you mean {close[0]!r}?"
+        return f"did you mean {prefix + close[0]!r}?"
     return f"known: {', '.join(known)}" if known else ""
 
 

@@ -150,8 +150,8 @@ def read_task(reference: str) -> Task:
         folder = _folder_of(suite, name)
         if not (folder / CARD).is_file():
             hint = f"run hub tasks import {suite} {name}" if suite == "bigbench" else ""
-            known = [r for r in list_references() if r.startswith(f"{suite}:")]
-            close = did_you_mean(reference, known)
+            known = [n for s, _, n in (r.partition(":") for r in list_references()) if s == suite]
+            close = did_you_mean(name, known, f"{suite}:")
             raise NotFoundError(
                 f"there is no task {reference} here",
                 close if close.startswith("did") else hint or "see hub tasks list",

@@ -744,6 +744,7 @@ def test_import_from_the_index(
     assert "left out ties: " in ran.err
     assert sha256(content) in Store()
     assert not list((index.home / "partial").iterdir())
+    assert index.server.seen[-1].headers["Accept-Encoding"] == "identity"
     count = len(index.server.seen)
     assert run_hub("tasks", "import", "bigbench", "simple").out == "bigbench:simple\n"
     assert len(index.server.seen) == count, "from the store"
