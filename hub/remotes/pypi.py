@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import os
 import re
 import subprocess
 import sys
@@ -33,20 +34,25 @@ class PypiSource:
 
 
 def index_url() -> str:
-    """The index of pip's configuration (files and environment), PyPI's own by default."""
+    """The index that pip uses here, its files, environment and default considered.
+
+    pip's help is the one place that prints it; the wide terminal keeps the address on one line.
+    """
     try:
-        listed = subprocess.run(
-            [sys.executable, "-m", "pip", "config", "list"],
+        text = subprocess.run(
+            [sys.executable, "-m", "pip", "download", "--help"],
             capture_output=True,
             text=True,
             timeout=60,
             check=False,
+            env={**os.environ, "COLUMNS": "10000"},
         ).stdout
     except (OSError, subprocess.TimeoutExpired):
-        listed = ""
-    found = dict(re.findall(r"^(\S+?)\.index-url='([^']+)'", listed, re.MULTILINE))
-    url: str = found.get(":env:") or found.get("global") or "https://pypi.org/simple"
-    return url.rstrip("/")
+        text = ""
+    found = re.search(r"--index-url <url>[^()]*\(default (\S+?)\)", text)
+    if not found:
+        raise HubError("pip does not say which index it uses", "install pip: python -m ensurepip")
+    return found.group(1).rstrip("/")
 
 
 def fetch(
