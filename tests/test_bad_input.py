@@ -749,7 +749,7 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_configuration_refused_by_name(name: str, place: Place) -> None:
     changes, error = CONFIGURATIONS[name]
-    refuse_folder(place, place.expert(1, **changes), error)
+    check_refusal(place, ["add", place.expert(1, **changes), "--name", "x"], 3, error, "")
 
 
 def refuse_folder(place: Place, folder: Path, error: str, code: int = 3) -> None:
