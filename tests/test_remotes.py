@@ -27,7 +27,7 @@ from experthub.hub import bases, bigbench
 from experthub.hub.bigbench import convert, import_archive
 from experthub.hub.errors import HubError, NotFoundError
 from experthub.hub.remotes import pypi
-from experthub.hub.store import Store
+from experthub.hub.store import Store, read_folder
 from experthub.hub.tasks import Task, read_task
 
 JSON_API = "application/vnd.pypi.simple.v1+json"
@@ -524,18 +524,24 @@ def test_base_from_the_hugging_face_hub(server: Server, home: Path, base_folder:
 
 
 def test_expert_from_the_hugging_face_hub(
-    server: Server, home: Path, base_folder: Path, expert_folder: Callable[..., Path]
+    server: Server, home: Path, expert_folder: Callable[..., Path]
 ) -> None:
+    """The second source, when the first is not there; the store checks its digest."""
     folder = expert_folder(1)
-    hf_repository(server, "org/expert", {p.name: p.read_bytes() for p in folder.iterdir()})
-    Path("recipe.yaml").write_text(
-        f"base: {base_folder}\nexperts: ['hf:org/expert']\nmerge: {{method: linear}}\n"
-    )
-    (ran,) = hf_session(server, home, ["compose", "recipe.yaml", "--json"])
-    assert ran[0] == 0, ran
-    (expert,) = json.loads(ran[1])["plan"]["experts"]
-    assert expert["expert"] == "hf:org/expert"
-    assert expert["digest"] == Store().add(folder)[0]
+    files = {p.name: p.read_bytes() for p in folder.iterdir()}
+    hf_repository(server, "org/expert", files)
+    hf_repository(server, "org/changed", files | {"adapter_config.json": b'{"peft_type": "IA3"}'})
+    digest = read_folder(folder).digest
+    entries = [
+        {"name": name, "base": "b", "digest": digest, "sources": ["file:nowhere", f"hf:org/{name}"]}
+        for name in ("expert", "changed")
+    ]
+    Path("registry.yaml").write_text(json.dumps({"version": 1, "experts": entries}))
+    changed, whole = hf_session(server, home, ["pull", "changed"], ["pull", "expert", "--json"])
+    assert changed[0] == 4 and "nowhere" in changed[2], "the first source's error is told"
+    assert whole[0] == 0, whole
+    assert json.loads(whole[1])["pulled"] == [{"name": "expert@1", "digest": digest}]
+    assert Store().identity(digest).digest == digest
 
 
 def test_what_the_hugging_face_hub_refuses(server: Server, home: Path) -> None:
