@@ -14,6 +14,7 @@ from _bench import THREADS
 from experthub.hub.bases import Base
 
 HERE = Path(__file__).parent
+PACKAGES = ("torch==", "transformers==", "peft==")
 
 
 class Peer:
@@ -49,14 +50,14 @@ class Peer:
 
 
 def _environment(folder: Path) -> Path:
-    """The peer's interpreter; the environment is made once for one set of constraints."""
-    constraints, mark = HERE.parent / "constraints.txt", folder / "constraints.txt"
+    """The peer's interpreter; the environment is made once for one set of pinned versions."""
+    constraints, mark = HERE.parent / "constraints.txt", folder / "versions.txt"
+    pins = [p for p in constraints.read_text().splitlines() if p.startswith(PACKAGES)]
     python = folder / "bin" / "python"
-    if not mark.is_file() or mark.read_bytes() != constraints.read_bytes():
+    if not mark.is_file() or mark.read_text().splitlines() != pins:
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        packages = ["torch==2.13.0", "transformers", "peft"]
-        install = [python, "-m", "pip", "install", "-qq", "-c", constraints, *packages]
+        install = [python, "-m", "pip", "install", "-qq", "-c", constraints, *pins]
         subprocess.run(install, check=True, stdout=sys.stderr)
-        shutil.copyfile(constraints, mark)
+        mark.write_text("\n".join(pins))
     return python

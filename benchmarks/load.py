@@ -73,10 +73,19 @@ def main() -> None:
         def bare() -> Any:
             return AutoModelForCausalLM.from_pretrained(found.folder, dtype="float32")
 
+        def resident() -> Any:
+            model = bare()
+            for parameter in model.parameters():
+                parameter.data = parameter.data.clone()
+            return model
+
+        shapes = [found.shapes[name] for name in resolved().parameters]
+        changed = sum(outputs * inputs for outputs, inputs in shapes)
         base_files = weight_files(found.folder)
         files = [path for place in experts for path in place.glob("*.safetensors")]
         cases: dict[str, Callable[[], float]] = {
             "bare load": timed(bare),
+            "bare load, in memory": timed(resident),
             "compose, route": timed(lambda: composed("route")),
             "compose, merge": timed(lambda: composed("merge")),
             "onto a base, route": timed(lambda: composed("route", base)),
@@ -86,16 +95,23 @@ def main() -> None:
             "the same, low_cpu_mem": lambda: peer.ask("load low_cpu_mem_usage"),
             "read base": timed(lambda: read(base_files)),
             "read experts": timed(lambda: read(files)),
+            "fill merged weights": timed(lambda: torch.empty(changed).fill_(1.0)),
         }
         times = run_rounds(cases, options.rounds)
         peer.close()
         sizes = {"base_bytes": read(base_files), "expert_bytes": read(files)}
+        sizes["merged_bytes"] = 4 * changed
     print(f"{'':24} {'median (smallest to largest)':32} x bare load  x peft")
     for case, seconds in times.items():
         to_bare, to_peft = ratio(times, case, "bare load"), ratio(times, case, "onto a base, peft")
         print(f"{case:24} {spread(seconds):32} {to_bare:11.3f}  {to_peft:6.3f}")
+    in_memory = ratio(times, "compose, merge", "bare load, in memory")
+    print(f"compose, merge: {in_memory:.3f} x bare load, in memory")
     print("targets: compose <= 3 x bare load; onto a base <= 0.1 x peft")
-    print(f"bytes: base {sizes['base_bytes']:,}, eight experts {sizes['expert_bytes']:,}")
+    print(
+        f"bytes: base {sizes['base_bytes']:,}, eight experts {sizes['expert_bytes']:,}, "
+        f"merged weights {sizes['merged_bytes']:,}"
+    )
     result = {
         "benchmark": "load",
         "surroundings": around,
@@ -104,7 +120,7 @@ def main() -> None:
         "ratio_to_bare_load": {case: ratio(times, case, "bare load") for case in times},
         "ratio_to_peft": {case: ratio(times, case, "onto a base, peft") for case in times},
         "targets": {"compose / bare load": 3.0, "onto a base / peft": 0.1},
-        "bytes_read": sizes,
+        "bytes": sizes,
     }
     finish(result, options.json)
 

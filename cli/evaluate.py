@@ -47,9 +47,9 @@ def eval_(
     """
     from experthub.hub._files import write_json
     from experthub.hub.errors import UsageError
-    from experthub.hub.evaluation import evaluate
     from experthub.hub.registry import Registry
-    from experthub.hub.tasks import as_split
+    from experthub.hub.scoring.evaluation import evaluate
+    from experthub.hub.tasks.task import as_split
 
     named = _task_references(tasks or [])
     # `--tasks a:x b:y` leaves b:y among the arguments: a reference to a task is no file's name.

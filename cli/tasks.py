@@ -25,7 +25,7 @@ def list_(json: JsonOption = False, quiet: QuietOption = False) -> None:
 
     Examples: hub tasks list; hub tasks list --json
     """
-    from experthub.hub.tasks import list_references, read_task
+    from experthub.hub.tasks.task import list_references, read_task
 
     references = list_references()
     if quiet:
@@ -73,13 +73,13 @@ def import_(
     """
     left_out: list[str] = []
     if source == "bigbench":
-        from experthub.hub.bigbench import import_tasks
         from experthub.hub.store import Store
+        from experthub.hub.tasks.bigbench import import_tasks
 
         with progress() as report:
             imported, left_out = import_tasks(names or [], Store(), report)
     else:
-        from experthub.hub.tasks import import_folder
+        from experthub.hub.tasks.task import import_folder
 
         imported = import_folder(Path(source), suite)
     for line in left_out:

@@ -46,9 +46,9 @@ def lora(
 
     Examples: hub train lora --base smollm2-135m-instruct --task bigbench:intent_recognition --name intents
     """
-    from experthub.hub.fit import Settings
     from experthub.hub.registry import Registry
-    from experthub.hub.train import train_lora
+    from experthub.hub.training.fit import Settings
+    from experthub.hub.training.train import train_lora
 
     settings = Settings(steps, examples, batch_size, lr, seed)
     with progress() as report:
@@ -82,9 +82,9 @@ def gate(
 
     Examples: hub train gate intents; hub train gate intents@1 --steps 100
     """
-    from experthub.hub.fit import Settings
     from experthub.hub.registry import Registry
-    from experthub.hub.train import train_gate
+    from experthub.hub.training.fit import Settings
+    from experthub.hub.training.train import train_gate
 
     settings = Settings(steps, examples, batch_size, lr, seed)
     with progress() as report:

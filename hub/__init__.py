@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from experthub.hub.composition import Composition, compose
     from experthub.hub.errors import HubError
-    from experthub.hub.evaluation import evaluate
     from experthub.hub.expert import Expert
-    from experthub.hub.fit import Settings
     from experthub.hub.plan import Plan
     from experthub.hub.recipe import Recipe
     from experthub.hub.registry import Registry
     from experthub.hub.resolution import resolve
+    from experthub.hub.scoring.evaluation import evaluate
     from experthub.hub.store import Store
-    from experthub.hub.train import train_gate, train_lora
+    from experthub.hub.training.fit import Settings
+    from experthub.hub.training.train import train_gate, train_lora
 
 _HOMES = {
     "Composition": "composition",
@@ -25,13 +25,13 @@ _HOMES = {
     "Plan": "plan",
     "Recipe": "recipe",
     "Registry": "registry",
-    "Settings": "fit",
+    "Settings": "training.fit",
     "Store": "store",
     "compose": "composition",
-    "evaluate": "evaluation",
+    "evaluate": "scoring.evaluation",
     "resolve": "resolution",
-    "train_gate": "train",
-    "train_lora": "train",
+    "train_gate": "training.train",
+    "train_lora": "training.train",
 }
 
 __all__ = [

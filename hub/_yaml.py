@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import io
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +14,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 MAX_BYTES = 1 << 20
+MAX_DEPTH = 100
+INTEGER = r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"
+FLOAT = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+CONSTANTS: dict[str, bool | float | None] = dict.fromkeys(("", "~", "null", "Null", "NULL"))
+CONSTANTS |= dict.fromkeys(("true", "True", "TRUE"), True)
+CONSTANTS |= dict.fromkeys(("false", "False", "FALSE"), False)
+INFINITIES = [sign + word for sign in ("", "+", "-") for word in (".inf", ".Inf", ".INF")]
+CONSTANTS |= {word: float(word.replace(".", "")) for word in (*INFINITIES, ".nan", ".NaN", ".NAN")}
 Where = tuple[int | str, ...]
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -64,49 +72,92 @@ def read(path: Path) -> Document:
 
 def parse(text: str, name: str) -> Document:
     """As `read`, of a text."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-    from ruamel.yaml.events import AliasEvent, ScalarEvent
+    import yaml
 
-    yaml = YAML(pure=True)
+    events = yaml.parse(text, Loader=getattr(yaml, "CBaseLoader", yaml.BaseLoader))
+    reader = _Reader(iter(events), name)
     try:
-        suspicious = "*" in text or "<<" in text  # a second pass over a large registry is slow
-        for event in YAML(pure=True).parse(io.StringIO(text)) if suspicious else ():
-            if isinstance(event, AliasEvent):
-                line = event.start_mark.line + 1
-                raise UsageError(f"{name}, line {line}: an alias", "write the value out")
-            if isinstance(event, ScalarEvent) and event.value == "<<" and not event.style:
-                line = event.start_mark.line + 1
-                raise UsageError(f"{name}, line {line}: a merge key", "write the keys out")
-        loaded = yaml.load(text)
-    except YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{name}, line {mark.line + 1}" if mark else name
-        problem = getattr(error, "problem", None) or "not YAML"
+        return Document(reader.document(), reader.lines, name)
+    except yaml.MarkedYAMLError as error:
+        place = f"{name}, line {error.problem_mark.line + 1}" if error.problem_mark else name
+        hint = "check indentation, quotes and brackets"
+        raise UsageError(f"{place}: {error.problem or 'not YAML'}", hint) from None
+    except (yaml.YAMLError, ValueError) as error:
         raise UsageError(
-            f"{place}: {problem}", "check indentation, quotes and repeated keys"
+            f"{name}: not YAML: {str(error).splitlines()[0]}", "check the file"
         ) from None
-    except (RecursionError, ValueError) as error:
-        raise UsageError(f"{name}: not YAML: {error}", "check the file") from None
-    lines: dict[Where, int] = {}
-    return Document(_plain(loaded, (), lines), lines, name)
 
 
-def _plain(node: Any, where: Where, lines: dict[Where, int]) -> Any:
-    if isinstance(node, dict):
-        for key in node:
-            lines[(*where, str(key))] = node.lc.key(key)[0] + 1  # type: ignore[attr-defined]
-        return {str(key): _plain(value, (*where, str(key)), lines) for key, value in node.items()}
-    if isinstance(node, list):
-        for index in range(len(node)):
-            lines[(*where, index)] = node.lc.item(index)[0] + 1  # type: ignore[attr-defined]
-        return [_plain(value, (*where, index), lines) for index, value in enumerate(node)]
-    if isinstance(node, bool) or node is None:
-        return node
-    for kind in (int, float, str):
-        if isinstance(node, kind):
-            return kind(node)
-    return str(node)
+class _Reader:
+    """Plain values from a parser's events, and the lines where they stand."""
+
+    def __init__(self, events: Iterator[Any], name: str) -> None:
+        self.events, self.name = events, name
+        self.lines: dict[Where, int] = {}
+
+    def document(self) -> Any:
+        """The one document of the text; None for an empty one."""
+        value = None
+        for count, event in enumerate(self._documents()):
+            if count:
+                raise self._error(event, "a second document", "keep one document in a file")
+            value = self._value(next(self.events), ())
+            next(self.events)
+        return value
+
+    def _documents(self) -> Iterator[Any]:
+        for event in self.events:
+            if type(event).__name__ == "DocumentStartEvent":
+                yield event
+
+    def _value(self, event: Any, where: Where) -> Any:
+        kind = type(event).__name__
+        if kind == "AliasEvent":
+            raise self._error(event, "an alias", "write the value out")
+        if event.tag is not None and event.tag != "!":
+            raise self._error(event, f"the tag {event.tag}", "write plain YAML without tags")
+        if len(where) > MAX_DEPTH:
+            raise self._error(event, f"nested deeper than {MAX_DEPTH}", "is it the right file?")
+        if kind == "SequenceStartEvent":
+            return self._items(where)
+        if kind == "MappingStartEvent":
+            return self._entries(where)
+        return event.value if event.style else _scalar(event.value)
+
+    def _items(self, where: Where) -> list[Any]:
+        items: list[Any] = []
+        while type(event := next(self.events)).__name__ != "SequenceEndEvent":
+            place = (*where, len(items))
+            self.lines[place] = event.start_mark.line + 1
+            items.append(self._value(event, place))
+        return items
+
+    def _entries(self, where: Where) -> dict[str, Any]:
+        entries: dict[str, Any] = {}
+        while type(event := next(self.events)).__name__ != "MappingEndEvent":
+            key = getattr(event, "value", None)
+            if key is None or event.tag not in (None, "!"):
+                raise self._error(event, "a key that is not text", "write key: value")
+            if key == "<<" and not event.style:
+                raise self._error(event, "a merge key", "write the keys out")
+            if key in entries:
+                raise self._error(event, f"the key {key!r} stands twice", "remove one of them")
+            place = (*where, key)
+            self.lines[place] = event.start_mark.line + 1
+            entries[key] = self._value(next(self.events), place)
+        return entries
+
+    def _error(self, event: Any, what: str, hint: str) -> UsageError:
+        return UsageError(f"{self.name}, line {event.start_mark.line + 1}: {what}", hint)
+
+
+def _scalar(text: str) -> Any:
+    """A plain scalar by the core schema of YAML 1.2 (section 10.3.2)."""
+    if text in CONSTANTS:
+        return CONSTANTS[text]
+    if re.fullmatch(INTEGER, text):
+        return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+    return float(text) if re.fullmatch(FLOAT, text) else text
 
 
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
@@ -161,13 +212,15 @@ def _in_document(document: Document, location: Iterable[int | str]) -> Where:
 
 def dump(value: Any) -> str:
     """Plain values as YAML."""
-    from ruamel.yaml import YAML
+    import yaml
 
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.allow_unicode = True
-    yaml.width = 1000
-    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    out = io.StringIO()
-    yaml.dump(value, out)
-    return out.getvalue()
+    class Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
+        """Quotes what YAML 1.2 would read as a number, besides what 1.1 would."""
+
+    for tag, pattern in (("int", INTEGER), ("float", FLOAT)):
+        signs = list("-+.0123456789")
+        Dumper.add_implicit_resolver(
+            f"tag:yaml.org,2002:{tag}", re.compile(f"(?:{pattern})$"), signs
+        )
+    text: str = yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1000)
+    return text

@@ -22,8 +22,8 @@ from experthub.hub._files import (
 )
 from experthub.hub.errors import HubError, IntegrityError, NotFoundError, UsageError
 from experthub.hub.expert import Reference
-from experthub.hub.formats import read_json
-from experthub.hub.header import hashed_tensors, read_header
+from experthub.hub.formats.adapter import read_json
+from experthub.hub.formats.header import hashed_tensors, read_header
 from experthub.hub.registry import BaseEntry, Registry
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")

@@ -17,7 +17,7 @@ from experthub.hub.recipe import Recipe
 from experthub.hub.registry import Registry
 from experthub.hub.resolution import resolve
 from experthub.hub.store import Store
-from experthub.hub.weights import gates, task_vector
+from experthub.hub.weights import Contents, gates, task_vector
 from experthub.merge import LowRank, TaskVector, merges
 from experthub.routing import ExpertStack, RoutedLinear, routers
 from torch import nn
@@ -87,22 +87,31 @@ def compose(
         recipe = Recipe.of(recipe)
     plan = recipe if isinstance(recipe, Plan) else resolve(recipe, registry, store, report)
     report("loading the base", 0, 0)
-    if model is None:
-        target = load_model(plan.base, plan.dtype, device)
-    else:
-        target = _shell(model).eval()
-        wrong = str(target.dtype) != f"torch.{plan.dtype}"
-        if wrong or (device and target.device != torch.device(device)):
-            raise UsageError(
-                f"the model given is {target.dtype} on {target.device}",
-                "load it with the dtype and on the device that are asked for",
-            )
-    _check_orientation(target, plan)
-    report(f"composing {len(plan.experts)} experts", 0, 0)
-    with torch.no_grad(), _as_hub_error(plan.recipe.method.method):
-        if plan.recipe.merge:
-            return Composition(target, plan, _merge(target, plan, store))
-        return Composition(target, plan, None, _route(target, plan, store))
+    with Contents(plan, store, gates=_gated(plan)) as contents:
+        if model is None:
+            target = load_model(plan.base, plan.dtype, device)
+        else:
+            target = _checked_shell(model, plan.dtype, device)
+        _check_orientation(target, plan)
+        report(f"composing {len(plan.experts)} experts", 0, 0)
+        with torch.no_grad(), _as_hub_error(plan.recipe.method.method):
+            if plan.recipe.merge:
+                return Composition(target, plan, _merge(target, plan, contents))
+            return Composition(target, plan, None, _route(target, plan, contents))
+
+
+def _gated(plan: Plan) -> bool:
+    return plan.recipe.route is not None and "gates" in routers[plan.recipe.route.method].needs
+
+
+def _checked_shell(model: Any, dtype: str, device: str | None) -> Any:
+    wrong = str(model.dtype) != f"torch.{dtype}"
+    if wrong or (device and model.device != torch.device(device)):
+        raise UsageError(
+            f"the model given is {model.dtype} on {model.device}",
+            "load it with the dtype and on the device that are asked for",
+        )
+    return _shell(model).eval()
 
 
 def _shell(module: Any, made: dict[int, Any] | None = None) -> Any:
@@ -136,18 +145,18 @@ def _check_orientation(model: Any, plan: Plan) -> None:
                 )
 
 
-def _merge(model: Any, plan: Plan, store: Store) -> TaskVector:
+def _merge(model: Any, plan: Plan, contents: Contents) -> TaskVector:
     method = plan.recipe.method
-    vectors = [task_vector(expert, plan, store) for expert in plan.experts]
+    vectors = [task_vector(expert, plan, contents) for expert in plan.experts]
     weights = torch.tensor([expert.weight for expert in plan.experts])
     merged: TaskVector = merges[method.method].call(vectors, weights, **method.options)
     _untie(model, merged)
+    modules = dict(model.named_modules())
     for name in merged:
         # A new tensor, not a sum in place: the base's file stays mapped, and nobody else's changes.
         owner, _, leaf = name.rpartition(".")
-        changed = merged[name].add_to(model.get_parameter(name))
-        parameter = nn.Parameter(changed, requires_grad=False)
-        model.get_submodule(owner).register_parameter(leaf, parameter)
+        changed = merged[name].add_to(getattr(modules[owner], leaf))
+        modules[owner].register_parameter(leaf, nn.Parameter(changed, requires_grad=False))
         # Only the narrowest range can be left by finite weights of a usual size.
         if plan.dtype == "float16" and not bool(torch.isfinite(changed).all()):
             raise IntegrityError(f"{name} overflows {plan.dtype}", "use smaller weights or float32")
@@ -169,17 +178,19 @@ def _untie(model: Any, merged: TaskVector) -> None:
         model.config.tie_word_embeddings = False
 
 
-def _route(model: Any, plan: Plan, store: Store) -> dict[str, nn.Module]:
+def _route(model: Any, plan: Plan, contents: Contents) -> dict[str, nn.Module]:
     """Replace every routed module; returns the originals by name."""
     method = plan.recipe.method
     strategy = routers[method.method]
-    vectors = [task_vector(expert, plan, store) for expert in plan.experts]
-    gated = "gates" in strategy.needs
-    states = [gates(expert, store) if gated else {} for expert in plan.experts]
+    vectors = [task_vector(expert, plan, contents) for expert in plan.experts]
+    gated = _gated(plan)
+    states = [gates(expert, contents) if gated else {} for expert in plan.experts]
     originals = {}
+    modules = dict(model.named_modules())
     for name in plan.parameters:
         module_name = name.removesuffix(".weight")
-        module = model.get_submodule(module_name)
+        owner, _, leaf = module_name.rpartition(".")
+        module = modules[module_name]
         here = [e for e, vector in enumerate(vectors) if name in vector.load]
         deltas = {
             e: _for_module(module_name, module, vectors[e], plan.experts[e].weight) for e in here
@@ -190,7 +201,7 @@ def _route(model: Any, plan: Plan, store: Store) -> dict[str, nn.Module]:
             )
             router = strategy.call(stack, **method.options)
             routed = RoutedLinear(module, stack, router, method.combine)
-        model.set_submodule(module_name, routed)
+        setattr(modules[owner], leaf, routed)
         originals[module_name] = module
     return originals
 

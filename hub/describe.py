@@ -9,7 +9,7 @@ from experthub.hub._files import write_json
 from experthub.hub.bases import Base
 from experthub.hub.errors import IntegrityError, NotFoundError
 from experthub.hub.expert import DESCRIPTION, Expert, Identity
-from experthub.hub.formats import read_json
+from experthub.hub.formats.adapter import read_json
 from experthub.hub.registry import Registry, check_same_content, next_version, register
 from experthub.hub.store import Store, read_folder
 from pydantic import ValidationError

@@ -12,7 +12,7 @@ from experthub.hub._files import check_free, new_folder, write_json, write_text
 from experthub.hub.bases import load_tokenizer, without_bars
 from experthub.hub.errors import UsageError
 from experthub.hub.expert import ADAPTER, ADAPTER_CONFIG
-from experthub.hub.formats import PREFIX
+from experthub.hub.formats.adapter import PREFIX
 from experthub.merge import Delta, LowRank
 from torch import Tensor
 

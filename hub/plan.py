@@ -7,7 +7,7 @@ from typing import Any
 
 from experthub.hub._files import digest_of
 from experthub.hub.bases import Base
-from experthub.hub.formats import Adapted
+from experthub.hub.formats.adapter import Adapted
 from experthub.hub.recipe import Method, Recipe
 
 

@@ -17,9 +17,8 @@ from experthub.hub.expert import (
     Identity,
     Reference,
 )
-from experthub.hub.formats import check_shapes, read_adapter, read_gates, read_json
-from experthub.hub.header import read_header
-from experthub.hub.lora_config import check_config
+from experthub.hub.formats.adapter import check_shapes, read_adapter, read_gates, read_json
+from experthub.hub.formats.header import read_header
 from experthub.hub.plan import Member, Plan, PlannedExpert
 from experthub.hub.pull import pull, source_folder
 from experthub.hub.recipe import ExpertUse, NestedMerge, Recipe
@@ -100,15 +99,14 @@ def _member(
         return Member(
             reference, digest, "task_vector", task, use.weight, size, changes, (), frozenset()
         )
-    config = read_json(store.file(digest, ADAPTER_CONFIG))
-    check_config(config, reference)
-    adapted = read_adapter(config, read_header(store.locate(digest, ADAPTER)), reference)
+    config, weights = store.file(digest, ADAPTER_CONFIG), store.locate(digest, ADAPTER)
+    adapted = read_adapter(config, weights, reference)
     check_shapes(adapted, base.shapes, reference, base.name)
     gated: frozenset[str] = frozenset()
     if GATES in identity.files:
         gated = frozenset(read_gates(store.locate(digest, GATES)))
     changes = {f"{a.module}.weight": a.shape for a in adapted}
-    return Member(reference, digest, "lora", task, use.weight, size, changes, tuple(adapted), gated)
+    return Member(reference, digest, "lora", task, use.weight, size, changes, adapted, gated)
 
 
 def _dense_changes(

@@ -21,9 +21,8 @@ from experthub.hub._files import (
 )
 from experthub.hub.errors import HubError, IntegrityError, NotFoundError
 from experthub.hub.expert import ADAPTER_CONFIG, GATES, FileInfo, Identity
-from experthub.hub.formats import check_gates, kind_of, read_adapter, read_gates, read_json
-from experthub.hub.header import check_finite, read_header
-from experthub.hub.lora_config import check_config
+from experthub.hub.formats.adapter import check_gates, kind_of, read_adapter, read_gates, read_json
+from experthub.hub.formats.header import check_finite, read_header
 from pydantic import ValidationError
 
 MAX_SMALL = 8 << 20  # bytes of a JSON file
@@ -188,9 +187,7 @@ def read_folder(folder: Path) -> Identity:
             raise IntegrityError(
                 f"{folder} has no {ADAPTER_CONFIG}", "peft writes it beside the weights"
             )
-        config = read_json(folder / ADAPTER_CONFIG)
-        check_config(config, str(folder))
-        adapted = read_adapter(config, header, str(folder))
+        adapted = read_adapter(folder / ADAPTER_CONFIG, folder / weights, str(folder))
         names.append(ADAPTER_CONFIG)
         if (folder / GATES).is_file():
             names.append(GATES)

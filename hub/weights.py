@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from mmap import mmap
 from typing import Any
 
 import torch
 from experthub.hub.expert import ADAPTER, GATES, TASK_VECTOR
-from experthub.hub.formats import Adapted
+from experthub.hub.formats.adapter import Adapted
+from experthub.hub.formats.header import parsed
 from experthub.hub.plan import Member, Plan, PlannedExpert
 from experthub.hub.store import Store
 from experthub.merge import Delta, Dense, LowRank, TaskVector, merges, tensorwise, truncated
 from torch import Tensor
 
+READERS = 2  # threads that verify files: hashing is bound by the processor
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -25,10 +27,40 @@ DTYPES = {
 }
 
 
-def task_vector(expert: PlannedExpert, plan: Plan, store: Store) -> TaskVector:
+class Contents:
+    """The verified files of a plan's experts, read by threads while other work goes on."""
+
+    def __init__(self, plan: Plan, store: Store, gates: bool) -> None:
+        """gates: whether they are wanted too."""
+        self._pool = ThreadPoolExecutor(READERS)
+        self._files: dict[tuple[str, str], Future[Any]] = {}
+        for member in plan.members:
+            if member.kind == "task_vector":
+                self._submit(store.file, member.digest, TASK_VECTOR)
+            else:
+                self._submit(store.read, member.digest, ADAPTER)
+            if gates and member.gated:
+                self._submit(store.read, member.digest, GATES)
+
+    def _submit(self, read: Callable[[str, str], Any], digest: str, name: str) -> None:
+        if (digest, name) not in self._files:
+            self._files[digest, name] = self._pool.submit(read, digest, name)
+
+    def __getitem__(self, place: tuple[str, str]) -> Any:
+        """One file by digest and name; IntegrityError when its bytes are damaged."""
+        return self._files[place].result()
+
+    def __enter__(self) -> Contents:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+def task_vector(expert: PlannedExpert, plan: Plan, contents: Contents) -> TaskVector:
     """One expert of a plan as a lazy task vector, in float32, limited to the plan's parameters."""
     keep = set(plan.parameters)
-    vectors = [_stored_vector(member, plan, store, keep) for member in expert.members]
+    vectors = [_stored_vector(member, plan, contents, keep) for member in expert.members]
     if expert.merge is None:
         return vectors[0]
     weights = torch.tensor([member.weight for member in expert.members])
@@ -38,15 +70,15 @@ def task_vector(expert: PlannedExpert, plan: Plan, store: Store) -> TaskVector:
     return tensorwise(partial(truncated, rank=expert.rank), [merged])[0]
 
 
-def _stored_vector(member: Member, plan: Plan, store: Store, keep: set[str]) -> TaskVector:
+def _stored_vector(member: Member, plan: Plan, contents: Contents, keep: set[str]) -> TaskVector:
     load: dict[str, Callable[[], Delta]]
     if member.kind == "task_vector":
         from safetensors import safe_open
 
-        file = safe_open(store.file(member.digest, TASK_VECTOR), framework="pt")
+        file = safe_open(contents[member.digest, TASK_VECTOR], framework="pt")
         load = {n: partial(_dense, file, n) for n in member.changes if n in keep}
     else:
-        tensors = _Tensors(store.read(member.digest, ADAPTER))
+        tensors = _Tensors(contents[member.digest, ADAPTER])
         load = {
             f"{a.module}.weight": partial(_low_rank, tensors, a)
             for a in member.adapted
@@ -56,22 +88,17 @@ def _stored_vector(member: Member, plan: Plan, store: Store, keep: set[str]) -> 
 
 
 class _Tensors:
-    """The tensors of one small stored file in memory, each a view of its bytes.
-
-    The header is read without checks: they were made when the file came into the store.
-    """
+    """The tensors of one small stored file in memory, each a view of its bytes."""
 
     def __init__(self, data: mmap) -> None:
         self.data = data
-        self.start = 8 + int.from_bytes(data[:8], "little")
-        self.fields = json.loads(data[8 : self.start])
+        self.header = parsed(data[8 : 8 + int.from_bytes(data[:8], "little")], len(data))
 
     def __getitem__(self, name: str) -> Tensor:
-        field = self.fields[name]
-        begin = self.start + field["data_offsets"][0]
-        count, dtype = math.prod(field["shape"]), DTYPES[field["dtype"]]
-        flat = torch.frombuffer(self.data, dtype=dtype, count=count, offset=begin)
-        return flat.view(field["shape"])
+        info = self.header[name]
+        dtype, count = DTYPES[info.dtype], math.prod(info.shape)
+        flat = torch.frombuffer(self.data, dtype=dtype, count=count, offset=info.begin)
+        return flat.view(info.shape)
 
 
 def _dense(file: Any, name: str) -> Delta:
@@ -86,7 +113,7 @@ def _low_rank(tensors: _Tensors, adapted: Adapted) -> Delta:
     return LowRank(a, b, adapted.scale)
 
 
-def gates(expert: PlannedExpert, store: Store) -> dict[str, Tensor]:
+def gates(expert: PlannedExpert, contents: Contents) -> dict[str, Tensor]:
     """Module -> gate `[I]`; for a merge of experts, the mean of its members' standardised gates."""
     from experthub.routing import standardised
 
@@ -94,7 +121,7 @@ def gates(expert: PlannedExpert, store: Store) -> dict[str, Tensor]:
     for member in expert.members:
         if not member.gated:
             continue
-        tensors = _Tensors(store.read(member.digest, GATES))
+        tensors = _Tensors(contents[member.digest, GATES])
         for module in member.gated:
             found.setdefault(module, []).append(tensors[f"{module}.gate"].float())
     if expert.merge is None:

@@ -113,10 +113,11 @@ def total(deltas: Sequence[Delta]) -> Delta:
         return deltas[0]
     low = [delta for delta in deltas if isinstance(delta, LowRank)]
     if len(low) == len(deltas):
-        return LowRank(
-            torch.cat([delta.a for delta in low]),
-            torch.cat([delta.b * delta.scale for delta in low], dim=1),
-        )
+        a, b = torch.cat([delta.a for delta in low]), torch.cat([delta.b for delta in low], 1)
+        if len({delta.scale for delta in low}) == 1:
+            return LowRank(a, b, low[0].scale)
+        scales = [delta.scale for delta in low for _ in range(delta.rank)]
+        return LowRank(a, b * torch.tensor(scales, dtype=b.dtype, device=b.device))
     return Dense(torch.stack([delta.dense() for delta in deltas]).sum(0))
 
 

@@ -38,23 +38,22 @@ class RoutedLinear(nn.Module):
         if combine == "parameters" and not stack.equal_ranks:
             raise ValueError("combine: parameters expects experts of one rank")
         weight = cast(Tensor, base.weight)
-        probes = None if router.probes_PI is None else router.probes_PI.float().to(weight.device)
+        probes = router.probes_PI
         # One product reads x for A and the probes; in a narrower dtype the scores need their own.
         self.fused = probes is not None and weight.dtype == torch.float32 and not train_probes
         self._base = (base,)  # in a tuple: the module's parameters are registered once, below
         self.register_parameter("weight", cast(nn.Parameter, weight))
         self.register_parameter("bias", cast("nn.Parameter | None", getattr(base, "bias", None)))
-        self.n_ranks = len(stack.a_RI)
-        rows = stack.a_RI.to(weight.device, weight.dtype)
-        if self.fused and probes is not None:
-            rows = torch.cat([rows, probes])
-        self.register_buffer("rows", rows, persistent=False)
+        rows = stack.rows(router.probes_PI if self.fused else None)
+        self.n_ranks = len(stack.owner_R)
+        self.register_buffer("rows", rows.to(weight.device, weight.dtype), persistent=False)
         self.register_buffer("b_RO", stack.b_RO.to(weight.device, weight.dtype), persistent=False)
         self.register_buffer("owner_R", stack.owner_R.to(weight.device), persistent=False)
         if train_probes and probes is not None:
-            self.probes_PI = nn.Parameter(probes)
+            self.probes_PI = nn.Parameter(probes.to(weight.device, torch.float32))
         else:
-            self.register_buffer("probes_PI", None if self.fused else probes, persistent=False)
+            kept = None if probes is None or self.fused else probes.to(weight.device, torch.float32)
+            self.register_buffer("probes_PI", kept, persistent=False)
         self.experts = stack.experts
         self.router = router
         self.mix = mix_outputs if combine == "outputs" else mix_parameters

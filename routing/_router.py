@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -19,16 +20,12 @@ from torch import Tensor
 class ExpertStack:
     """All experts of one linear module, stacked once and never again.
 
-    a_RI: the experts' A, one below the other.  b_RO: their B transposed, with scale and recipe
-    weight folded in.  owner_R: the expert of every row.  experts: which of the recipe's experts
-    these are, in its order; one that does not adapt the module is not among them.  n_experts: how
-    many the recipe has.  gates_EI: the gates that the experts ship with, or None.
+    deltas: the experts' changes, by their place in the recipe and in its order; one that does not
+    adapt the module is not among them.  n_experts: how many the recipe has.  gates_EI: the gates
+    that the experts ship with, or None.
     """
 
-    a_RI: Tensor
-    b_RO: Tensor
-    owner_R: Tensor
-    experts: tuple[int, ...]
+    deltas: Mapping[int, LowRank]
     n_experts: int
     gates_EI: Tensor | None = None
 
@@ -43,34 +40,54 @@ class ExpertStack:
 
         Raises ValueError for no experts, or for changes or gates that do not fit one module.
         """
-        experts = tuple(sorted(deltas))
+        experts = sorted(deltas)
         if not experts or experts[-1] >= n_experts:
             raise ValueError(f"expected experts among 0..{n_experts - 1}, found {experts}")
-        shapes = {deltas[e].shape for e in experts}
+        shapes = {delta.shape for delta in deltas.values()}
         if len(shapes) > 1:
             raise ValueError(f"expected changes of one module, found shapes {sorted(shapes)}")
-        owner = [row for row, e in enumerate(experts) for _ in range(deltas[e].rank)]
-        first = deltas[experts[0]]
-        b_RO = first.b.new_empty(len(owner), first.shape[0])
-        parts = torch.split(b_RO, [deltas[e].rank for e in experts])
-        for part, e in zip(parts, experts, strict=True):
-            torch.mul(deltas[e].b.T, deltas[e].scale, out=part)
         stacked = None if gates is None else torch.stack([gates[e].float() for e in experts])
-        width = first.shape[1]
+        width = shapes.pop()[1]
         if stacked is not None and tuple(stacked.shape) != (len(experts), width):
             raise ValueError(f"expected gates [{len(experts)}, {width}], found {stacked.shape}")
-        return cls(
-            torch.cat([deltas[e].a for e in experts]),
-            b_RO,
-            torch.tensor(owner),
-            experts,
-            n_experts,
-            stacked,
-        )
+        return cls({e: deltas[e] for e in experts}, n_experts, stacked)
+
+    @property
+    def experts(self) -> tuple[int, ...]:
+        """Which of the recipe's experts adapt the module."""
+        return tuple(self.deltas)
+
+    @property
+    def width(self) -> int:
+        """I, the module's inputs."""
+        return next(iter(self.deltas.values())).shape[1]
+
+    @cached_property
+    def a_RI(self) -> Tensor:
+        """The experts' A, one below the other."""
+        return self.rows(None)
+
+    def rows(self, probes_PI: Tensor | None) -> Tensor:
+        """The experts' A above the probes, `[R + P, I]`, for one product with x."""
+        below = [] if probes_PI is None else [probes_PI]
+        return torch.cat([*(delta.a for delta in self.deltas.values()), *below])
+
+    @cached_property
+    def b_RO(self) -> Tensor:
+        """The experts' B transposed, with scale and recipe weight folded in."""
+        b_RO = torch.cat([delta.b.T for delta in self.deltas.values()])
+        scales = [delta.scale for delta in self.deltas.values() for _ in range(delta.rank)]
+        return b_RO.mul_(torch.tensor(scales, dtype=b_RO.dtype, device=b_RO.device)[:, None])
+
+    @cached_property
+    def owner_R(self) -> Tensor:
+        """For every row of A and B its expert: a place in `experts`."""
+        ranks = [delta.rank for delta in self.deltas.values()]
+        return torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
 
     @property
     def equal_ranks(self) -> bool:
-        return len(set(torch.bincount(self.owner_R).tolist())) == 1
+        return len({delta.rank for delta in self.deltas.values()}) == 1
 
 
 class Router(Protocol):

@@ -62,4 +62,4 @@ class SigmoidGate:
 
 def untrained_gate(stack: ExpertStack) -> SigmoidGate:
     """A gate of zeros for the stack's single expert: every token with weight 1/2."""
-    return SigmoidGate(torch.zeros(1, stack.a_RI.shape[1]))
+    return SigmoidGate(torch.zeros(1, stack.width))

@@ -22,7 +22,7 @@ import pytest
 import torch
 from experthub.hub import bases
 from experthub.hub.bases import Base
-from experthub.hub.tasks import Card, Example, example_id, write_task
+from experthub.hub.tasks.task import Card, Example, example_id, write_task
 from safetensors.torch import save_file
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

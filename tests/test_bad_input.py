@@ -17,7 +17,7 @@ from conftest import run_hub, snapshot, tiny_llama
 from experthub.hub.describe import write_description
 from experthub.hub.expert import Expert
 from experthub.hub.store import Store, read_folder
-from experthub.hub.tasks import Card, Example, example_id, write_task
+from experthub.hub.tasks.task import Card, Example, example_id, write_task
 from safetensors.torch import load_file, save_file
 
 CACHES = ("home/fingerprints", "home/locks", "home/hf")
@@ -224,7 +224,7 @@ def malformed_yaml(place: Place) -> Words:
     return ["compose", place.write("base: x\nexperts: [a, b\nmerge: {method: linear}\n")]
 
 
-@case(2, "line 3: .*duplicate key", "repeated keys")
+@case(2, "line 3: the key 'base' stands twice", "remove one")
 def repeated_key(place: Place) -> Words:
     return ["compose", place.write("base: x\nexperts: [a]\nbase: y\n")]
 
@@ -237,6 +237,26 @@ def yaml_alias(place: Place) -> Words:
 @case(2, "line 4: .*merge key", "write the keys out")
 def yaml_merge_key(place: Place) -> Words:
     return ["compose", place.recipe("x", more="<<: {seed: 1}")]
+
+
+@case(2, "line 2: the tag tag:yaml.org,2002:int", "without tags")
+def yaml_tag(place: Place) -> Words:
+    return ["compose", place.write("base: x\nseed: !!int '3'\nexperts: [a]\n")]
+
+
+@case(2, "line 3: a second document", "one document")
+def yaml_documents(place: Place) -> Words:
+    return ["compose", place.write("base: x\nexperts: [a]\n---\nbase: y\n")]
+
+
+@case(2, "line 1: a key that is not text", "key: value")
+def yaml_key_of_a_list(place: Place) -> Words:
+    return ["compose", place.write("[base]: x\nexperts: [a]\n")]
+
+
+@case(2, "line 1: nested deeper than 100", "right file")
+def yaml_nested_deeply(place: Place) -> Words:
+    return ["compose", place.write("[" * 200_000)]
 
 
 @case(2, "not text", "UTF-8")

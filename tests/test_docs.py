@@ -37,7 +37,7 @@ from experthub.hub.errors import HubError
 from experthub.hub.expert import Expert
 from experthub.hub.registry import RegistryFile
 from experthub.hub.store import read_folder
-from experthub.hub.tasks import Card, Example, example_id, write_task
+from experthub.hub.tasks.task import Card, Example, example_id, write_task
 from experthub.merge import merges
 from experthub.routing import routers
 
@@ -306,5 +306,5 @@ def test_every_page_is_linked_from_the_readme() -> None:
 
 def test_architecture_names_every_module_of_hub() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    names = {p.stem for p in (ROOT / "hub").glob("*.py")} - {"__init__"}
+    names = {p.stem for p in (ROOT / "hub").rglob("*.py")} - {"__init__"}
     assert {name for name in names if f"`{name}`" not in text} == set()

@@ -13,10 +13,10 @@ import torch
 from experthub import hub
 from experthub.hub.bases import Base, load_tokenizer
 from experthub.hub.errors import HubError, UsageError
-from experthub.hub.evaluation import score
-from experthub.hub.likelihood import choice_logprobs, encode
-from experthub.hub.statistics import bootstrap, wilson
-from experthub.hub.tasks import Card, Example, example_id, read_task, write_task
+from experthub.hub.scoring.evaluation import score
+from experthub.hub.scoring.likelihood import choice_logprobs, encode
+from experthub.hub.scoring.statistics import bootstrap, wilson
+from experthub.hub.tasks.task import Card, Example, example_id, read_task, write_task
 
 
 def naive(model: Any, tokenizer: Any, prompt: str, choice: str) -> float:

@@ -14,8 +14,8 @@ import torch
 from conftest import logits
 from experthub import hub
 from experthub.hub.errors import HubError, IntegrityError
-from experthub.hub.formats import Adapted, read_adapter
-from experthub.hub.header import check_finite, read_header
+from experthub.hub.formats.adapter import Adapted, read_adapter
+from experthub.hub.formats.header import check_finite, read_header
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
@@ -40,9 +40,8 @@ def peft_adapter(base: Path, folder: Path, **config: Any) -> Any:
 
 
 def adapted_modules(folder: Path) -> dict[str, Adapted]:
-    config = json.loads((folder / "adapter_config.json").read_text())
-    header = read_header(folder / "adapter_model.safetensors")
-    return {a.module: a for a in read_adapter(config, header, "x")}
+    weights = folder / "adapter_model.safetensors"
+    return {a.module: a for a in read_adapter(folder / "adapter_config.json", weights, "x")}
 
 
 # Configuration, and by module's ending the scale that it means; the rest has the first one.

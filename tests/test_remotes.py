@@ -23,12 +23,13 @@ from typing import Any
 
 import pytest
 from conftest import at_once, run_hub, snapshot
-from experthub.hub import bases, bigbench
-from experthub.hub.bigbench import convert, import_archive
+from experthub.hub import bases
 from experthub.hub.errors import HubError, NotFoundError
 from experthub.hub.remotes import pypi
 from experthub.hub.store import Store, read_folder
-from experthub.hub.tasks import Task, read_task
+from experthub.hub.tasks import bigbench
+from experthub.hub.tasks.bigbench import convert, import_archive
+from experthub.hub.tasks.task import Task, read_task
 
 JSON_API = "application/vnd.pypi.simple.v1+json"
 WHEEL = "tiny_base-1.0-py3-none-any.whl"

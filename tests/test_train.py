@@ -11,11 +11,11 @@ import torch
 from experthub import hub
 from experthub.hub.errors import UsageError
 from experthub.hub.expert import GATES, Reference
-from experthub.hub.fit import Settings, _collate, answer_loss
-from experthub.hub.likelihood import encode
 from experthub.hub.registry import Registry
-from experthub.hub.tasks import Card, Example, example_id, write_task
-from experthub.hub.train import train_gate, train_lora
+from experthub.hub.scoring.likelihood import encode
+from experthub.hub.tasks.task import Card, Example, example_id, write_task
+from experthub.hub.training.fit import Settings, _collate, answer_loss
+from experthub.hub.training.train import train_gate, train_lora
 from safetensors.torch import load_file
 
 SETTINGS = Settings(steps=40, batch_size=8, lr=1e-2)

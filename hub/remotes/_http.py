@@ -9,6 +9,7 @@ import re
 import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,16 +39,23 @@ def check_online(what: str) -> None:
         )
 
 
-@contextmanager
-def client() -> Iterator[httpx.Client]:
-    """An HTTP client that trusts the system's certificates and certifi's; errors become HubError."""
+@cache
+def _trust() -> ssl.SSLContext:
+    """The system's certificates and certifi's; reading them takes a tenth of a second."""
     import certifi
-    import httpx
 
     context = ssl.create_default_context()
     context.load_verify_locations(certifi.where())
+    return context
+
+
+@contextmanager
+def client() -> Iterator[httpx.Client]:
+    """An HTTP client that trusts the system's certificates and certifi's; errors become HubError."""
+    import httpx
+
     try:
-        with httpx.Client(verify=context, follow_redirects=True, timeout=60) as session:
+        with httpx.Client(verify=_trust(), follow_redirects=True, timeout=60) as session:
             yield session
     except httpx.HTTPStatusError as error:
         raise _status_error(error) from None

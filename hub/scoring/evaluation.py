@@ -13,14 +13,14 @@ from experthub.hub._files import digest_of
 from experthub.hub.bases import Base, Report, load_model, load_tokenizer, silent
 from experthub.hub.composition import compose
 from experthub.hub.errors import HubError, UsageError
-from experthub.hub.likelihood import choice_logprobs, encode
 from experthub.hub.plan import Plan
 from experthub.hub.recipe import Recipe
 from experthub.hub.registry import Registry
 from experthub.hub.resolution import resolve
-from experthub.hub.statistics import bootstrap, wilson
+from experthub.hub.scoring.likelihood import choice_logprobs, encode
+from experthub.hub.scoring.statistics import bootstrap, wilson
 from experthub.hub.store import Store
-from experthub.hub.tasks import Example, Split, Task, read_task
+from experthub.hub.tasks.task import Example, Split, Task, read_task
 
 BASE = "base"
 

@@ -13,7 +13,7 @@ import torch
 from experthub.hub._files import write_json
 from experthub.hub.bases import Report
 from experthub.hub.errors import HubError
-from experthub.hub.tasks import Task
+from experthub.hub.tasks.task import Task
 from torch import Tensor, nn
 
 TRAINABLE = "trainable.safetensors"

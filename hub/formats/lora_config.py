@@ -93,37 +93,37 @@ class _Lora(BaseModel):
     layers_pattern: Pattern | list[Pattern] | None = None
 
 
-def check_config(config: dict[str, Any], name: str) -> None:
+def check_config(config: dict[str, Any]) -> None:
     """Refuse, by name, whatever would silently change the function that the adapter computes."""
     if config.get("peft_type") != "LORA":
         raise IntegrityError(
-            f"{name}: peft_type is {config.get('peft_type')!r}", "only LORA adapters are experts"
+            f"peft_type is {config.get('peft_type')!r}", "only LORA adapters are experts"
         )
     for key, value in config.items():
         if key in REFUSED:
             if value not in REFUSED[key]:
                 raise IntegrityError(
-                    f"{name}: {key} is {value!r}, which is more than a low-rank change",
+                    f"{key} is {value!r}, which is more than a low-rank change",
                     "merge the adapter with peft and store it as a task vector",
                 )
         elif key not in HONOURED | HARMLESS:
             raise IntegrityError(
-                f"{name}: unknown key {key!r} in its configuration",
+                f"unknown key {key!r} in its configuration",
                 did_you_mean(key, HONOURED | set(REFUSED)),
             )
     if config.get("init_lora_weights") not in PLAIN_INITS:
         raise IntegrityError(
-            f"{name}: init_lora_weights is {config['init_lora_weights']!r}, which changes the base",
+            f"init_lora_weights is {config['init_lora_weights']!r}, which changes the base",
             "save it with peft's path_initial_model_for_weight_conversion",
         )
     if config.get("ensure_weight_tying"):
-        raise IntegrityError(f"{name}: ensure_weight_tying is set", "train without it")
+        raise IntegrityError("ensure_weight_tying is set", "train without it")
     try:
         _Lora.model_validate(config)
     except ValidationError as error:
         key = str(error.errors()[0]["loc"][0])
         raise IntegrityError(
-            f"{name}: {key} is {short(config[key])}", f"expected: {error.errors()[0]['msg']}"
+            f"{key} is {short(config[key])}", f"expected: {error.errors()[0]['msg']}"
         ) from None
 
 

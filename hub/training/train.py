@@ -13,14 +13,14 @@ from experthub.hub.bases import Report, find, load_model, load_tokenizer, silent
 from experthub.hub.describe import describe
 from experthub.hub.errors import UsageError
 from experthub.hub.expert import ADAPTER, GATES, Expert, Reference
-from experthub.hub.fit import Settings, fit
 from experthub.hub.pull import pull
 from experthub.hub.recipe import Recipe
 from experthub.hub.registry import Registry, checked_name
 from experthub.hub.resolution import resolve
 from experthub.hub.store import Store
-from experthub.hub.tasks import read_task
-from experthub.hub.weights import task_vector
+from experthub.hub.tasks.task import read_task
+from experthub.hub.training.fit import Settings, fit
+from experthub.hub.weights import Contents, task_vector
 from experthub.merge import LowRank
 from experthub.routing import ExpertStack, RoutedLinear, untrained_gate
 from torch import nn
@@ -148,7 +148,8 @@ def _gated(
         }
     )
     plan = resolve(recipe, registry, store)
-    vector = task_vector(plan.experts[0], plan, store)
+    with Contents(plan, store, gates=False) as contents:
+        vector = task_vector(plan.experts[0], plan, contents)
     gated = {}
     for parameter in plan.parameters:
         module = parameter.removesuffix(".weight")

@@ -8,14 +8,16 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 from experthub.hub._yaml import did_you_mean
 from experthub.hub.errors import HubError, IntegrityError
-from experthub.hub.header import FLOATS, TensorInfo, read_header
-from experthub.hub.lora_config import by_pattern, targeted
+from experthub.hub.formats.header import FLOATS, Header, header_text, parsed, read_header
+from experthub.hub.formats.lora_config import by_pattern, check_config, targeted
 
 PREFIX = "base_model.model."
 
@@ -53,12 +55,29 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_adapter(config: dict[str, Any], header: dict[str, TensorInfo], name: str) -> list[Adapted]:
+def read_adapter(config: Path, weights: Path, name: str) -> tuple[Adapted, ...]:
     """What a PEFT LoRA changes, module by module, sorted by module.
 
-    config, header: of the adapter, the former checked by `check_config`.  Raises IntegrityError
-    for tensors without a partner, of the wrong rank, or that the configuration does not target.
+    config, weights: the adapter's files.  name: what errors call it.  Raises IntegrityError for a
+    configuration that asks for more than a low-rank change, and for tensors without a partner, of
+    the wrong rank, or that the configuration does not target.
     """
+    read_json(config), read_header(weights)  # for their errors, which name the file
+    try:
+        return _read_adapter(config.read_bytes(), *header_text(weights))
+    except HubError as error:
+        raise type(error)(f"{name}: {error.message}", error.hint) from None
+
+
+@lru_cache(maxsize=64)
+def _read_adapter(config_text: bytes, header: bytes, size: int) -> tuple[Adapted, ...]:
+    """Remembered by content: a hub's experts are many, and their shapes few."""
+    config = json.loads(config_text)
+    check_config(config)
+    return tuple(_adapters(config, parsed(header, size)))
+
+
+def _adapters(config: dict[str, Any], header: Header) -> list[Adapted]:
     pairs: dict[str, dict[str, str]] = {}
     for tensor, info in header.items():
         found = re.fullmatch(
@@ -66,12 +85,12 @@ def read_adapter(config: dict[str, Any], header: dict[str, TensorInfo], name: st
         )
         if not found:
             raise IntegrityError(
-                f"{name}: tensor {tensor!r} is not a part of a plain LoRA",
+                f"tensor {tensor!r} is not a part of a plain LoRA",
                 "DoRA, bias and saved modules are refused: they are more than a low-rank change",
             )
         if info.dtype not in FLOATS or len(info.shape) != 2:
             raise IntegrityError(
-                f"{name}: tensor {tensor} is {info.dtype} {list(info.shape)}",
+                f"tensor {tensor} is {info.dtype} {list(info.shape)}",
                 "a LoRA's factors are matrices of floats",
             )
         module, linear, embedding = found.groups()
@@ -80,24 +99,23 @@ def read_adapter(config: dict[str, Any], header: dict[str, TensorInfo], name: st
     for module, pair in sorted(pairs.items()):
         if set(pair) not in ({"A", "B"}, {"embedding_A", "embedding_B"}):
             raise IntegrityError(
-                f"{name}: module {module} has {sorted(pair)} and no partner",
+                f"module {module} has {sorted(pair)} and no partner",
                 "is the file complete?",
             )
         if not targeted(config, module):
             raise IntegrityError(
-                f"{name}: has weights for {module}, which its target_modules do not match",
+                f"has weights for {module}, which its target_modules do not match",
                 "peft would not load them either; correct the configuration",
             )
-        adapted.append(_adapted(config, header, name, module, pair))
+        adapted.append(_adapted(config, header, module, pair))
     if not adapted:
-        raise IntegrityError(f"{name}: holds no LoRA weights", "is the file complete?")
+        raise IntegrityError("holds no LoRA weights", "is the file complete?")
     return adapted
 
 
 def _adapted(
     config: dict[str, Any],
-    header: dict[str, TensorInfo],
-    name: str,
+    header: Header,
     module: str,
     pair: dict[str, str],
 ) -> Adapted:
@@ -109,7 +127,7 @@ def _adapted(
     declared = by_pattern(config.get("rank_pattern"), module, config.get("r", 8))
     if rank != rank_b or rank != declared:
         raise IntegrityError(
-            f"{name}: module {module} has A of rank {rank} and B of rank {rank_b}, "
+            f"module {module} has A of rank {rank} and B of rank {rank_b}, "
             f"and its configuration says {declared}",
             "correct r or rank_pattern in adapter_config.json",
         )
@@ -123,7 +141,7 @@ def _adapted(
 
 
 def check_shapes(
-    adapted: list[Adapted], base: dict[str, tuple[int, ...]], name: str, base_name: str
+    adapted: Iterable[Adapted], base: dict[str, tuple[int, ...]], name: str, base_name: str
 ) -> None:
     """Raise HubError for the first module that the base lacks or whose shape does not fit.
 
@@ -144,7 +162,7 @@ def check_shapes(
             )
 
 
-def check_gates(gates: dict[str, tuple[int, ...]], adapted: list[Adapted], name: str) -> None:
+def check_gates(gates: dict[str, tuple[int, ...]], adapted: Iterable[Adapted], name: str) -> None:
     """Raise HubError for a gate of a module that is not adapted, or of another width than its input."""
     widths = {a.module: a.shape[0] if a.transposed else a.shape[1] for a in adapted}
     for module, shape in sorted(gates.items()):

@@ -9,9 +9,11 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from experthub.hub.errors import IntegrityError
@@ -46,16 +48,27 @@ class TensorInfo:
         return self.end - self.begin
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
+Header = Mapping[str, TensorInfo]
+
+
+def read_header(path: Path) -> Header:
     """The tensors of a safetensors file, by name.
 
     Raises IntegrityError for anything that is not exactly one well-formed file: a pickle, a cut
     or padded file, an oversized header, duplicate or odd names, unknown dtypes, holes.
     """
+    text, size = header_text(path)
+    try:
+        return parsed(text, size)
+    except ValueError as fact:
+        raise IntegrityError(f"{path} is damaged: {fact}", HINT) from None
+
+
+def header_text(path: Path) -> tuple[bytes, int]:
+    """The header of a safetensors file as bytes, and the size of the file."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        length = _header_length(file.read(8), size, str(path))
-        return _parsed(file.read(length), size, str(path))
+        return file.read(_header_length(file.read(8), size, str(path))), size
 
 
 def _header_length(start: bytes, size: int, name: str) -> int:
@@ -67,7 +80,12 @@ def _header_length(start: bytes, size: int, name: str) -> int:
     return length
 
 
-def _parsed(text: bytes, size: int, path: str) -> dict[str, TensorInfo]:
+@lru_cache(maxsize=64)
+def parsed(text: bytes, size: int) -> Header:
+    """The tensors that a header declares; ValueError when they are not exactly the file's bytes.
+
+    Remembered by content: experts of one shape share one header.
+    """
     length = len(text)
     try:
         fields = json.loads(
@@ -80,15 +98,15 @@ def _parsed(text: bytes, size: int, path: str) -> dict[str, TensorInfo]:
             if name != "__metadata__"
         }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise IntegrityError(f"{path} is damaged: {error}", HINT) from None
+        raise ValueError(str(error)) from None
     end = 8 + length
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if info.begin != end:
-            raise IntegrityError(f"{path} is damaged: tensor {name} does not follow the last", HINT)
+            raise ValueError(f"tensor {name} does not follow the last")
         end = info.end
     if end != size or len(tensors) > MAX_TENSORS:
-        raise IntegrityError(f"{path} is damaged: {end} bytes declared, {size} found", HINT)
-    return tensors
+        raise ValueError(f"{end} bytes declared, {size} found")
+    return MappingProxyType(tensors)
 
 
 def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -131,7 +149,7 @@ def _tensor(name: str, fields: dict[str, Any], offset: int) -> TensorInfo:
     return TensorInfo(dtype, tuple(shape), offset + begin, offset + end)
 
 
-def check_finite(path: Path, tensors: dict[str, TensorInfo]) -> None:
+def check_finite(path: Path, tensors: Header) -> None:
     """Raise IntegrityError for the first tensor that holds NaN or infinity."""
     import numpy
 

@@ -16,7 +16,7 @@ from experthub.hub._yaml import did_you_mean
 from experthub.hub.bases import Report, silent
 from experthub.hub.errors import HubError, NotFoundError
 from experthub.hub.store import Store, ensure_space
-from experthub.hub.tasks import Card, Example, example_id, write_task
+from experthub.hub.tasks.task import Card, Example, example_id, write_task
 
 VERSION = "1.0.0"
 SHA256 = "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2"

@@ -1,0 +1,1 @@
+"""Tasks: their format, splits and sources."""
