@@ -36,6 +36,7 @@ class Starter:
     steps: int
     description: str
     tags: tuple[str, ...]
+    examples: int = 480
 
     @property
     def draft(self) -> str:
@@ -65,6 +66,56 @@ STARTERS = (
         "Type of the answer that a question asks for: a date, a place, a person, ...",
         ("questions", "classification", "english"),
     ),
+    Starter(
+        "adjective-order",
+        "bigbench:hyperbaton",
+        60,
+        "Which of two sentences has its adjectives in the usual English order.",
+        ("grammar", "multiple choice", "english"),
+    ),
+    Starter(
+        "social-support",
+        "bigbench:social_support",
+        70,
+        "Whether a reply in an online conversation is supportive, neutral or unsupportive.",
+        ("sentiment", "conversation", "classification", "english"),
+    ),
+    Starter(
+        "goal-inference",
+        "bigbench:goal_step_wikihow/goal_inference",
+        100,
+        "The goal that a step of a how-to guide serves, one of four.",
+        ("commonsense", "inference", "multiple choice", "english"),
+        800,
+    ),
+    Starter(
+        "epistemic-reasoning",
+        "bigbench:epistemic_reasoning",
+        60,
+        "Whether a premise about what somebody knows or believes entails a hypothesis.",
+        ("inference", "entailment", "english"),
+    ),
+    Starter(
+        "movie-recommendation",
+        "bigbench:movie_recommendation",
+        60,
+        "The movie most similar to four others, one of four.",
+        ("recommendation", "multiple choice", "english"),
+    ),
+    Starter(
+        "ruin-names",
+        "bigbench:ruin_names",
+        60,
+        "The humorous one-letter edit of an artist's or movie's name, one of four.",
+        ("humor", "multiple choice", "english"),
+    ),
+    Starter(
+        "temporal-presence",
+        "bigbench:natural_instructions/subtask018_mctaco_temporal_reasoning_presence",
+        70,
+        "Whether a sentence answers a question about time.",
+        ("time", "reading", "english"),
+    ),
 )
 
 
@@ -82,7 +133,7 @@ def known(reference: str) -> bool:
 
 
 def train(starter: Starter) -> None:
-    settings = hub.Settings(steps=starter.steps)
+    settings = hub.Settings(steps=starter.steps, examples=starter.examples)
     if not known(f"{starter.draft}@1"):
         print(f"{starter.name}: training", flush=True)
         print(hub.train_lora(BASE, starter.task, starter.draft, settings, report=report).training)
