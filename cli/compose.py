@@ -120,10 +120,12 @@ def generate(
     Examples: hub generate recipe.yaml --prompt "The capital of France is";
     hub generate recipe.yaml --prompt "Name three fruits." --chat
     """
+    from experthub.hub._memory import reuse_memory
     from experthub.hub.composition import compose as composed
     from experthub.hub.generation import generate_text
     from experthub.hub.registry import Registry
 
+    reuse_memory()
     with progress() as report:
         composition = composed(
             recipe, device=device, registry=Registry.read(registry), report=report

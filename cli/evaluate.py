@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,23 +19,48 @@ from experthub.cli._output import (
     say,
 )
 
+TasksOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tasks",
+        "-t",
+        help="Tasks: suite:name, folders, or @FILE with one per line; "
+        "repeated, or separated by commas or spaces.",
+    ),
+]
+ScoreOption = Annotated[
+    str, typer.Option(help="Of a choice, from its tokens' log-probabilities: mean, sum or byte.")
+]
+ControlsOption = Annotated[
+    bool, typer.Option("--controls", help="Add the best single expert, the oracle, and the mean.")
+]
+CacheOption = Annotated[
+    bool, typer.Option("--cache/--no-cache", help="Use and keep the scores of earlier runs.")
+]
+OutOption = Annotated[Path | None, typer.Option("--out", help="Write the result as JSON.")]
+SamplesOption = Annotated[
+    Path | None,
+    typer.Option("--samples", help="Write every example's scores, one JSON record per line."),
+]
+PlotsOption = Annotated[
+    Path | None,
+    typer.Option("--plots", help="Write pictures into this folder: table and routing maps."),
+]
+
 
 def eval_(
     recipes: Annotated[
         list[str], typer.Argument(help="Recipes; their file names are the columns.")
     ],
-    tasks: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--tasks",
-            "-t",
-            help="Tasks: suite:name, folders, or @FILE with one per line; "
-            "repeated, or separated by commas or spaces.",
-        ),
-    ] = None,
+    tasks: TasksOption = None,
     split: Annotated[str, typer.Option(help="train, validation, test or all.")] = "test",
     limit: Annotated[int | None, typer.Option(help="Examples per task, at most.", min=1)] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Write the result as JSON.")] = None,
+    score: ScoreOption = "mean",
+    controls: ControlsOption = False,
+    cache: CacheOption = True,
+    out: OutOption = None,
+    samples: SamplesOption = None,
+    plots: PlotsOption = None,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
     json: JsonOption = False,
     device: DeviceOption = None,
@@ -43,41 +69,83 @@ def eval_(
     """Score recipes and their base on tasks, by ranking the choices.
 
     Examples: hub eval phatgoose.yaml uniform.yaml --tasks bigbench:implicatures;
-    hub eval *.yaml --tasks @unseen.txt --split all --limit 100 --out results.json
+    hub eval *.yaml --tasks @unseen.txt --split all --limit 100 --out results.json;
+    hub eval phatgoose.yaml --tasks @unseen.txt --controls --plots pictures
     """
-    from experthub.hub._files import write_json
-    from experthub.hub.errors import UsageError
+    from experthub.hub._memory import reuse_memory
     from experthub.hub.registry import Registry
     from experthub.hub.scoring.evaluation import evaluate
+    from experthub.hub.scoring.scorer import as_measure
     from experthub.hub.tasks.task import as_split
 
-    named = _task_references(tasks or [])
-    # `--tasks a:x b:y` leaves b:y among the arguments: a reference to a task is no file's name.
-    extra = [r for r in recipes if re.fullmatch(r"[a-z0-9_-]+:[^/:].*", r)]
-    files = [r for r in recipes if r not in extra]
-    chosen = as_split(split)
-    if not named + extra:
-        raise UsageError(
-            "there is no task to evaluate on", "name some with --tasks; see hub tasks list"
-        )
+    reuse_memory()
+    files, named = _files_and_tasks(recipes, tasks or [])
+    layers = Registry.read(registry)
     with progress() as report:
         result = evaluate(
             files,
-            [*named, *extra],
-            split=chosen,
+            named,
+            split=as_split(split),
             limit=limit,
+            score=as_measure(score),
+            controls=controls,
+            cache=cache,
+            with_samples=samples is not None,
             device=device,
             seed=seed,
-            registry=Registry.read(registry),
+            registry=layers,
             report=report,
         )
-    if out is not None:
-        write_json(out, result)
-        say(f"wrote {out}")
+    _write(result, out, samples)
+    if plots is not None:
+        _plot(result, files, layers, plots)
     if json:
         print_json(result)
     else:
         print_result(result)
+
+
+def _files_and_tasks(recipes: list[str], tasks: list[str]) -> tuple[list[str], list[str]]:
+    """The recipes' files, and the tasks that were named.
+
+    `--tasks a:x b:y` leaves b:y among the arguments: a reference to a task is no file's name.
+    """
+    named = _task_references(tasks)
+    named += [r for r in recipes if re.fullmatch(r"[a-z0-9_-]+:[^/:].*", r)]
+    if not named:
+        from experthub.hub.errors import UsageError
+
+        raise UsageError(
+            "there is no task to evaluate on", "name some with --tasks; see hub tasks list"
+        )
+    return [r for r in recipes if r not in named], named
+
+
+def _write(result: dict[str, Any], out: Path | None, samples: Path | None) -> None:
+    from experthub.hub._files import write_json, write_text
+
+    if samples is not None:
+        lines = (dumps(row, ensure_ascii=False) + "\n" for row in result.pop("samples"))
+        write_text(samples, "".join(lines))
+        say(f"wrote {samples}")
+    if out is not None:
+        write_json(out, result)
+        say(f"wrote {out}")
+
+
+def _plot(result: dict[str, Any], files: list[str], registry: Any, folder: Path) -> None:
+    from experthub.hub.recipe import Recipe
+    from experthub.hub.scoring.plots import plot_result, plot_routing
+    from experthub.hub.scoring.routing_map import routing_map
+
+    plot_result(result, folder / "table.png")
+    say(f"wrote {folder / 'table.png'}")
+    tasks = [row["task"] for row in result["tasks"]]
+    for path in map(Path, files):
+        if Recipe.read(path).route is not None:
+            picture = folder / f"{path.stem}-routing.png"
+            plot_routing(routing_map(path, tasks, registry=registry), path.stem, picture)
+            say(f"wrote {picture}")
 
 
 def _task_references(given: list[str]) -> list[str]:
@@ -118,8 +186,35 @@ def print_result(result: dict[str, Any]) -> None:
             "",
             f"accuracy, zero-shot, {result['tasks'][0]['split']} split; "
             "log-probability of the right choice, mean over examples",
+            *in_words(result),
         ]
     )
+
+
+def in_words(result: dict[str, Any]) -> list[str]:
+    """What the table shows, in plain sentences: a difference is clear if its interval is."""
+    said = []
+    for name in result["recipes"]:
+        delta = result["average"][name]["delta_to_base"]
+        tasks = [row["methods"][name]["delta_to_base"]["ci95"] for row in result["tasks"]]
+        better, worse = sum(low > 0 for low, _ in tasks), sum(high < 0 for _, high in tasks)
+        said.append(
+            f"{name}: {_verdict(delta, 'the base')} on average; "
+            f"clearly better on {better} and worse on {worse} of {len(tasks)} tasks"
+        )
+    said += [
+        f"{pair['recipe']}: {_verdict(pair, pair['than'])} on average"
+        for pair in result["comparisons"]
+    ]
+    if "controls" in result:
+        said.append(f"best_single is {result['controls']['best_single']}")
+    return said
+
+
+def _verdict(delta: dict[str, Any], than: str) -> str:
+    low, high = delta["ci95"]
+    words = "better than" if low > 0 else "worse than" if high < 0 else "not clearly other than"
+    return f"{words} {than} ({delta['value']:+.3f}, 95 % {_interval(delta['ci95'], '+.3f')})"
 
 
 def _interval(ends: list[float], form: str = ".3f") -> str:

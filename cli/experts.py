@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from experthub.cli import _completion
 from experthub.cli._output import (
     JsonOption,
     QuietOption,
@@ -70,7 +71,13 @@ def _record(expert: Any) -> dict[str, Any]:
 
 
 def show(
-    name: Annotated[str, typer.Argument(help="An expert or a base: NAME, NAME@2, NAME@sha256:...")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="An expert or a base: NAME, NAME@2, NAME@sha256:...",
+            autocompletion=_completion.experts,
+        ),
+    ],
     json: JsonOption = False,
     registry: RegistryOption = None,
 ) -> None:
@@ -129,7 +136,10 @@ def add(
     base: Annotated[
         str | None, typer.Option(help="Its base, by default what the folder says.")
     ] = None,
-    task: Annotated[str | None, typer.Option(help="What it was trained on: suite:name.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="What it was trained on: suite:name.", autocompletion=_completion.tasks),
+    ] = None,
     description: Annotated[str | None, typer.Option(help="One line.")] = None,
     json: JsonOption = False,
     registry: Annotated[
@@ -160,7 +170,10 @@ def add(
 
 
 def pull(
-    names: Annotated[list[str], typer.Argument(help="Experts or bases.")],
+    names: Annotated[
+        list[str],
+        typer.Argument(help="Experts or bases.", autocompletion=_completion.experts),
+    ],
     json: JsonOption = False,
     registry: RegistryOption = None,
 ) -> None:

@@ -8,7 +8,7 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from experthub.cli import compose, evaluate, experts, methods, tasks, train
+from experthub.cli import compose, doctor, evaluate, experts, methods, tasks, train
 from experthub.hub.errors import HubError
 
 # Click's UsageError, wherever typer keeps it.
@@ -69,8 +69,8 @@ app = HubApp(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Store experts (LoRA adapters, task vectors), and merge or route them on a frozen base.",
-    epilog="Start with: hub list; hub show NAME; hub compose recipe.yaml. "
-    "Errors say what to do next; HUB_DEBUG=1 shows where they arose.",
+    epilog="Errors say what to do next; HUB_DEBUG=1 shows where they arose. "
+    "Examples: hub list; hub show sentiment; hub compose recipe.yaml",
 )
 
 
@@ -95,5 +95,6 @@ experts.register(app)
 methods.register(app)
 compose.register(app)
 evaluate.register(app)
-app.add_typer(train.app, name="train")
-app.add_typer(tasks.app, name="tasks")
+doctor.register(app)
+app.add_typer(train.app, name="train", epilog="Example: hub train gate sentiment --steps 30")
+app.add_typer(tasks.app, name="tasks", epilog="Example: hub tasks import bigbench implicatures")

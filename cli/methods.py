@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from experthub.cli import _completion
 from experthub.cli._output import JsonOption, QuietOption, print_json, print_lines, print_table
 
 if TYPE_CHECKING:
@@ -12,7 +13,10 @@ if TYPE_CHECKING:
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(help="One method, with its options.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="One method, with its options.", autocompletion=_completion.methods),
+    ] = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:

@@ -46,10 +46,12 @@ def lora(
 
     Examples: hub train lora --base smollm2-135m-instruct --task bigbench:intent_recognition --name intents
     """
+    from experthub.hub._memory import reuse_memory
     from experthub.hub.registry import Registry
     from experthub.hub.training.fit import Settings
     from experthub.hub.training.train import train_lora
 
+    reuse_memory()
     settings = Settings(steps, examples, batch_size, lr, seed)
     with progress() as report:
         expert = train_lora(
@@ -82,10 +84,12 @@ def gate(
 
     Examples: hub train gate intents; hub train gate intents@1 --steps 100
     """
+    from experthub.hub._memory import reuse_memory
     from experthub.hub.registry import Registry
     from experthub.hub.training.fit import Settings
     from experthub.hub.training.train import train_gate
 
+    reuse_memory()
     settings = Settings(steps, examples, batch_size, lr, seed)
     with progress() as report:
         expert = train_gate(

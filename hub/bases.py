@@ -55,6 +55,21 @@ class Base:
     def has_tokenizer(self) -> bool:
         return any((self.folder / name).is_file() for name in TOKENIZER_FILES)
 
+    @property
+    def architecture(self) -> str:
+        """The class that its config.json names."""
+        return str((read_json(self.folder / "config.json").get("architectures") or [""])[0])
+
+    @property
+    def causal(self) -> bool:
+        """Whether it is a causal language model."""
+        return self.architecture.endswith(("ForCausalLM", "LMHeadModel"))
+
+    @property
+    def encoder(self) -> bool:
+        """Whether it is a bare encoder, whose hidden states are what it gives."""
+        return self.architecture.endswith("Model") and not self.causal
+
 
 def find(name: str, registry: Registry, report: Report = silent) -> Base:
     """The base of a recipe, fetched if it is not here yet.

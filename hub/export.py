@@ -64,7 +64,7 @@ def _save_peft(composition: Composition, folder: Path) -> None:
     save_file(tensors, folder / ADAPTER, metadata={"format": "pt"})
     config: dict[str, Any] = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if composition.plan.base.causal else "FEATURE_EXTRACTION",
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,

@@ -71,6 +71,30 @@ def tiny_llama(folder: Path, seed: int = 0, tied: bool = True, **changes: Any) -
     return folder
 
 
+def tiny_bert(folder: Path, seed: int = 0) -> Path:
+    """A random two-layer BERT encoder with a character-level tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=132,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        initializer_range=0.2,
+    )
+    BertModel(config).save_pretrained(folder)
+    vocabulary = {c: i for i, c in enumerate(["[PAD]", "[UNK]", *map(chr, range(128))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=512
+    ).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_llama(tmp_path_factory.mktemp("base"))

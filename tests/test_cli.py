@@ -346,6 +346,7 @@ RESULT = {
         "mean": {"digest": str, "path": str},
         "routed": {"digest": str, "path": str},
     },
+    "comparisons": [{"recipe": str, "than": str, "value": float, "ci95": INTERVAL}],
     "protocol": {"score": str, "template": str, "shots": int, "seed": int},
     "environment": {"torch": str, "transformers": str, "experthub": str},
 }
@@ -404,6 +405,71 @@ def test_eval_as_a_table(recipes: list[Path], tiny_task: str) -> None:
     assert lines[2].split()[0] == "average"
     assert "test split" in ran.out
     assert "loading the base" in ran.err and "loading the base" not in ran.out
+
+
+def test_eval_says_in_words_what_it_shows() -> None:
+    from experthub.cli.evaluate import in_words
+
+    def scores(value: float, low: float, high: float) -> dict[str, Any]:
+        return {"delta_to_base": {"value": value, "ci95": [low, high]}}
+
+    tasks = [{"methods": {"a": scores(0.1, 0.02, 0.2)}}, {"methods": {"a": scores(-0.1, -0.2, 0)}}]
+    pair = {"recipe": "a", "than": "b", "value": -0.03, "ci95": [-0.05, -0.01]}
+    result = {
+        "recipes": {"a": {}},
+        "tasks": tasks,
+        "average": {"a": scores(0.0, -0.1, 0.1)},
+        "comparisons": [pair],
+        "controls": {"best_single": "x@1"},
+    }
+    assert in_words(result) == [
+        "a: not clearly other than the base (+0.000, 95 % -0.100..+0.100) on average; "
+        "clearly better on 1 and worse on 0 of 2 tasks",
+        "a: worse than b (-0.030, 95 % -0.050..-0.010) on average",
+        "best_single is x@1",
+    ]
+
+
+def test_eval_with_controls_samples_and_pictures(recipes: list[Path], tiny_task: str) -> None:
+    words = ["eval", *recipes, "-t", tiny_task, "--limit", "5", "--controls", "--score", "byte"]
+    ran = run_hub(*words, "--samples", "out/samples.jsonl", "--plots", "pictures", "--json")
+    assert ran.code == 0, ran.err
+    columns = {"base", "mean", "routed", "merged_average", "best_single", "oracle"}
+    assert set(ran.json["average"]) == columns
+    assert ran.json["protocol"]["score"] == "mean-byte-logprob"
+    assert "samples" not in ran.json
+    rows = [json.loads(line) for line in Path("out/samples.jsonl").read_text().splitlines()]
+    assert len(rows) == 5 * len(columns)
+    assert set(rows[0]) == {"task", "id", "method", "scores", "answer", "right"}
+    for row in rows:
+        best = max(range(len(row["scores"])), key=row["scores"].__getitem__)
+        assert row["right"] == (best == row["answer"])
+    pictures = {path.name: path.read_bytes() for path in Path("pictures").iterdir()}
+    assert set(pictures) == {"table.png", "routed-routing.png"}
+    assert all(data.startswith(b"\x89PNG") and len(data) > 5000 for data in pictures.values())
+    assert run_hub(*words, "--json").json == ran.json
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--score", "median"], 2, "unknown score 'median'"),
+        (["--split", "dev"], 2, "unknown split 'dev'"),
+    ],
+)
+def test_eval_options_that_mean_nothing(
+    words: list[str], code: int, said: str, recipes: list[Path], tiny_task: str
+) -> None:
+    ran = run_hub("eval", recipes[0], "-t", tiny_task, *words)
+    assert (ran.code, ran.out) == (code, "") and said in ran.err
+
+
+def test_a_control_cannot_share_its_name_with_a_recipe(
+    two: list[Path], base_folder: Path, tiny_task: str
+) -> None:
+    path = recipe("oracle", base_folder, "merge: {method: linear}", "one", "two")
+    ran = run_hub("eval", path, "-t", tiny_task, "--controls")
+    assert ran.code == 2 and "oracle is the name of a control" in ran.err
 
 
 def test_ways_to_name_tasks(recipes: list[Path], tiny_task: str, tmp_path: Path) -> None:

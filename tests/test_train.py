@@ -14,7 +14,8 @@ from experthub.hub.expert import GATES, Reference
 from experthub.hub.registry import Registry
 from experthub.hub.scoring.likelihood import encode
 from experthub.hub.tasks.task import Card, Example, example_id, write_task
-from experthub.hub.training.fit import Settings, _collate, answer_loss
+from experthub.hub.training.fit import Settings
+from experthub.hub.training.objectives import Answers
 from experthub.hub.training.train import train_gate, train_lora
 from safetensors.torch import load_file
 
@@ -120,5 +121,6 @@ def test_loss_is_the_mean_cross_entropy_of_the_answers(base_model: Any, base: An
         logprobs = base_model(torch.tensor([ids])).logits[0].log_softmax(-1)
         picked = [logprobs[t - 1, ids[t]] for t in range(len(item.prompt), len(ids))]
         expected.append(-torch.stack(picked).mean())
-    loss = answer_loss(base_model, **_collate(rows))
+    answers = Answers(tokenizer)
+    loss = answers.loss(base_model, answers.batch(rows))
     torch.testing.assert_close(loss, torch.stack(expected).mean(), atol=1e-5, rtol=1e-5)

@@ -1,15 +1,12 @@
-"""Zero-shot evaluation: rank classification by log-likelihood, next to the base."""
+"""Zero-shot evaluation: every choice scored under every composition, next to the base."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from experthub.hub._files import digest_of
 from experthub.hub.bases import Base, Report, load_model, load_tokenizer, silent
 from experthub.hub.composition import compose
 from experthub.hub.errors import HubError, UsageError
@@ -17,24 +14,23 @@ from experthub.hub.plan import Plan
 from experthub.hub.recipe import Recipe
 from experthub.hub.registry import Registry
 from experthub.hub.resolution import resolve
-from experthub.hub.scoring.likelihood import choice_logprobs, encode
-from experthub.hub.scoring.statistics import bootstrap, wilson
+from experthub.hub.scoring.cache import units
+from experthub.hub.scoring.controls import AVERAGE, control_recipes, pick
+from experthub.hub.scoring.likelihood import Likelihood
+from experthub.hub.scoring.result import (
+    BASE,
+    MEASURES,
+    Chosen,
+    Outcome,
+    comparisons,
+    result,
+    samples,
+    versions,
+)
+from experthub.hub.scoring.scorer import Measure, Scorer, Scores
+from experthub.hub.scoring.similarity import Similarity
 from experthub.hub.store import Store
-from experthub.hub.tasks.task import Example, Split, Task, read_task
-
-BASE = "base"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How one model did on one task, example by example.
-
-    right: 1 where the likeliest choice is the right one.  logprobs: log-softmax over the choices,
-    of their mean token log-probabilities, at the right one.
-    """
-
-    right: tuple[float, ...]
-    logprobs: tuple[float, ...]
+from experthub.hub.tasks.task import Split, Task, read_task
 
 
 def evaluate(
@@ -43,6 +39,10 @@ def evaluate(
     *,
     split: Split = "test",
     limit: int | None = None,
+    score: Measure = "mean",
+    controls: bool = False,
+    cache: bool = True,
+    with_samples: bool = False,
     device: str | None = None,
     seed: int = 0,
     registry: Registry | None = None,
@@ -51,48 +51,116 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score the base and every recipe on every task; returns the result of the contracts.
 
-    recipes: paths, whose file stems name the columns, or names with recipes; all of one base.
-    tasks: references.  split: `train`, `validation`, `test` or `all`; `all` only for tasks on
-    which no expert of a recipe was trained.  limit: examples per task, at most.  seed: of the
-    bootstrap.
+    recipes: paths, whose file stems name the columns, or names with recipes; all of one base, a
+    causal language model or a sentence encoder.  tasks: references.  split: `train`,
+    `validation`, `test` or `all`; `all` only for tasks on which no expert of a recipe was trained.
+    limit: examples per task, at most.  score: of a choice, from its tokens' log-probabilities:
+    their `mean`, their `sum`, or the sum per `byte` of the choice.  controls: add the columns
+    `best_single`, `oracle` and `merged_average`.  cache: use and keep the scores of earlier runs.
+    with_samples: add `samples`, the scores of every example.  seed: of the bootstrap.
     """
     registry, store = registry or Registry.read(), store or Store()
     paths = {} if isinstance(recipes, Mapping) else _named(recipes)
     named = (
         recipes if isinstance(recipes, Mapping) else {n: Recipe.read(p) for n, p in paths.items()}
     )
-    read = [read_task(reference) for reference in tasks]
-    chosen = {task.reference: task.split(split, limit) for task in read}
-    for task in read:
-        if task.card.kind != "choices" or any(e.choices is None for e in task.examples):
-            raise UsageError(f"task {task.reference} has no choices to rank", "choose another task")
+    chosen = _chosen(tasks, split, limit)
     plans = {name: resolve(recipe, registry, store, report) for name, recipe in named.items()}
     base = _one_base(plans)
     if split == "all":
-        _refuse_trained(plans, read)
-    tokenizer = load_tokenizer(base)
-    report("loading the base", 0, 0)
-    model = load_model(base, next(iter(plans.values())).dtype, device)
-    if not model.can_generate():
-        raise UsageError(f"{base.name} is no causal language model", "evaluate on another base")
-    outcomes: dict[str, list[Outcome]] = {}
-    for name, plan in {BASE: None, **plans}.items():
-        composed = compose(plan, model=model, store=store).model if plan else model
-        outcomes[name] = [
-            score(
-                composed,
-                tokenizer,
-                task,
-                chosen[task.reference],
-                lambda done, size, what=f"{name} on {task.reference}": report(what, done, size),
-            )
-            for task in read
-        ]
-    result = _result(read, chosen, outcomes, split, seed)
-    result["recipes"] = {
+        _refuse_trained(plans, [one.task for one in chosen])
+    bench = _Bench(base, next(iter(plans.values())).dtype, device, store, report, cache)
+    outcomes = {
+        name: bench.outcomes(name, plan, chosen, score)
+        for name, plan in {BASE: None, **plans}.items()
+    }
+    between = {name: outcomes[name] for name in plans}
+    picked: dict[str, Any] = {}
+    if controls:
+        together, alone = control_recipes(plans)
+        plans[AVERAGE] = resolve(together, registry, store, report)
+        outcomes[AVERAGE] = bench.outcomes(AVERAGE, plans[AVERAGE], chosen, score)
+        singles = {
+            name: bench.outcomes(name, resolve(recipe, registry, store, report), chosen, score)
+            for name, recipe in alone.items()
+        }
+        columns, picked = pick(singles, chosen)
+        outcomes |= columns
+    protocol = MEASURES[score] if base.causal else Similarity.name
+    found = result(chosen, outcomes, split=split, score=protocol, seed=seed)
+    found["recipes"] = {
         name: {"digest": plan.digest, "path": paths.get(name)} for name, plan in plans.items()
     }
-    return result
+    found["comparisons"] = comparisons(between, seed)
+    extra = {"controls": picked} if controls else {}
+    return found | extra | ({"samples": samples(chosen, outcomes)} if with_samples else {})
+
+
+class _Bench:
+    """One base, loaded when a score is not known yet, and the models composed on it."""
+
+    def __init__(
+        self, base: Base, dtype: str, device: str | None, store: Store, report: Report, cache: bool
+    ) -> None:
+        self.base, self.dtype, self.device = base, dtype, device or "cpu"
+        self.store, self.report, self.cache = store, report, cache
+        if not (base.causal or base.encoder):
+            raise UsageError(
+                f"{base.name} is a {base.architecture}, neither a causal language model nor an encoder",
+                "evaluate on another base",
+            )
+        self.tokenizer = load_tokenizer(base)
+
+    @cached_property
+    def model(self) -> Any:
+        self.report("loading the base", 0, 0)
+        return load_model(self.base, self.dtype, self.device)
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        if self.base.causal:
+            return Likelihood(self.tokenizer)
+        return Similarity(lambda: self.model, self.tokenizer)
+
+    def outcomes(
+        self, name: str, plan: Plan | None, chosen: Sequence[Chosen], measure: Measure
+    ) -> list[Outcome]:
+        """How the base, or the composition of a plan, does on every task."""
+        surroundings = {
+            "composition": plan.digest if plan else [self.base.fingerprint, self.dtype],
+            "scorer": self.scorer.name,
+            "device": self.device.partition(":")[0],
+            "versions": versions(),
+        }
+        model: Any = None
+        found = []
+        for one in chosen:
+            what = f"{name} on {one.task.reference}"
+            questions = [self.scorer.question(one.task, example) for example in one.examples]
+            scores: list[Scores] = []
+            for unit in units(surroundings, questions):
+                known = unit.read() if self.cache else None
+                if known is None:
+                    model = model or self._composed(plan)
+                    known = self.scorer.scores(model, unit.questions)
+                    if self.cache:
+                        unit.write(known)
+                scores += known
+                self.report(what, len(scores), len(questions))
+            found.append(Outcome.of(one.task, one.examples, questions, scores, measure))
+        return found
+
+    def _composed(self, plan: Plan | None) -> Any:
+        return compose(plan, model=self.model, store=self.store).model if plan else self.model
+
+
+def _chosen(references: Sequence[str], split: Split, limit: int | None) -> list[Chosen]:
+    chosen = []
+    for task in (read_task(reference) for reference in references):
+        if not task.ranked:
+            raise UsageError(f"task {task.reference} has no choices to rank", "choose another task")
+        chosen.append(Chosen(task, tuple(task.split(split, limit))))
+    return chosen
 
 
 def _named(paths: Sequence[str | Path]) -> dict[str, str]:
@@ -141,103 +209,3 @@ def _digest_of(reference: str | None, tasks: Sequence[Task]) -> str | None:
         return read_task(reference).digest if reference else None
     except HubError:
         return None
-
-
-@torch.no_grad()
-def score(
-    model: Any, tokenizer: Any, task: Task, examples: Sequence[Example], progress: Any = None
-) -> Outcome:
-    """Rank the choices of every example by their mean token log-probability after the prompt."""
-    items, owner = [], []
-    for index, example in enumerate(examples):
-        encoded = encode(tokenizer, task.prompt(example), task.answers(example))
-        items += encoded
-        owner += [index] * len(encoded)
-    count = 0
-
-    def done(finished: int) -> None:
-        nonlocal count
-        count += finished
-        if progress:
-            progress(min(count, len(examples)), len(examples))
-
-    scores: list[list[float]] = [[] for _ in examples]
-    for index, values in zip(owner, choice_logprobs(model, items, done=done), strict=True):
-        scores[index] += values
-    right, logprobs = [], []
-    for example, values in zip(examples, scores, strict=True):
-        row = torch.tensor(values, dtype=torch.float64)
-        if not bool(torch.isfinite(row).all()):
-            raise HubError(
-                f"the model gives NaN or infinity on {task.reference}", "try dtype: float32"
-            )
-        answer = example.answer or 0
-        right.append(float(int(row.argmax()) == answer))
-        logprobs.append(float(row.log_softmax(0)[answer]))
-    return Outcome(tuple(right), tuple(logprobs))
-
-
-def _result(
-    tasks: Sequence[Task],
-    chosen: Mapping[str, Sequence[Example]],
-    outcomes: Mapping[str, Sequence[Outcome]],
-    split: Split,
-    seed: int,
-) -> dict[str, Any]:
-    rows = [
-        {
-            "task": task.reference,
-            "digest": task.digest,
-            "split": split,
-            "n": len(chosen[task.reference]),
-            "metric": "accuracy",
-            "methods": {
-                name: _scores([found[i]], [outcomes[BASE][i]], seed)
-                for name, found in outcomes.items()
-            },
-        }
-        for i, task in enumerate(tasks)
-    ]
-    average = {name: _scores(found, outcomes[BASE], seed) for name, found in outcomes.items()}
-    templates = digest_of({task.reference: task.card.template for task in tasks})
-    return {
-        "schema": 1,
-        "tasks": rows,
-        "average": average,
-        "protocol": {
-            "score": "mean-token-logprob",
-            "template": templates,
-            "shots": 0,
-            "seed": seed,
-        },
-        "environment": {
-            "torch": torch.__version__,
-            "transformers": version("transformers"),
-            "experthub": version("experthub"),
-        },
-    }
-
-
-def _scores(found: Sequence[Outcome], base: Sequence[Outcome], seed: int) -> dict[str, Any]:
-    """Scores over one task, or the mean over several, each task counting the same."""
-    accuracies = [sum(o.right) / len(o.right) for o in found]
-    differences = [
-        [a - b for a, b in zip(o.right, p.right, strict=True)]
-        for o, p in zip(found, base, strict=True)
-    ]
-    one = len(found) == 1
-    return {
-        "accuracy": _mean(accuracies),
-        "ci95": wilson(sum(found[0].right), len(found[0].right))
-        if one
-        else bootstrap([o.right for o in found], seed),
-        "logprob": _mean([_mean(o.logprobs) for o in found]),
-        "delta_to_base": {
-            "value": _mean([_mean(d) for d in differences]),
-            "ci95": bootstrap(differences, seed),
-        },
-    }
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

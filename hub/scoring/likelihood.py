@@ -5,14 +5,40 @@ Shapes: B prompts or choices in a batch, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from experthub.hub.scoring.scorer import Question, Scores
+from experthub.hub.tasks.task import Example, Task
 from torch import Tensor
 
 BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Scores choices by the log-probabilities of their tokens after the prompt."""
+
+    tokenizer: Any
+    name = "logprob"
+
+    def question(self, task: Task, example: Example) -> Question:
+        return Question(task.prompt(example), tuple(" " + c for c in task.choices(example)))
+
+    def scores(self, model: Any, questions: Sequence[Question]) -> list[Scores]:
+        items, owner = [], []
+        for index, question in enumerate(questions):
+            encoded = encode(self.tokenizer, question.text, question.choices)
+            items += encoded
+            owner += [index] * len(encoded)
+        sums: list[list[float]] = [[] for _ in questions]
+        tokens: list[list[int]] = [[] for _ in questions]
+        for index, item, values in zip(owner, items, choice_logprobs(model, items), strict=True):
+            sums[index] += values
+            tokens[index] += map(len, item.choices)
+        return [Scores(tuple(s), tuple(t)) for s, t in zip(sums, tokens, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -43,21 +69,18 @@ def choice_logprobs(
     items: Sequence[Encoded],
     *,
     batch_tokens: int = BATCH_TOKENS,
-    done: Callable[[int], None] = lambda items: None,
 ) -> list[list[float]]:
-    """Mean log-probability per token of every choice, in the order given.
+    """Summed log-probability of every choice's tokens, in the order given.
 
     The prompts of a batch run once with a key/value cache; then their choices, each on its own
     copy of its prompt's cache.  Prompts of like length share a batch, so that padding is small.
 
-    batch_tokens: tokens, padding included, that run at once.  done: called with the number
-    of items finished after every batch.
+    batch_tokens: tokens, padding included, that run at once.
     """
     scores: list[list[float]] = [[] for _ in items]
     for batch in _batches(items, batch_tokens):
         for index, values in zip(batch, _score(model, [items[i] for i in batch]), strict=True):
             scores[index] = values
-        done(len(batch))
     return scores
 
 
@@ -97,9 +120,8 @@ def _score(model: Any, items: Sequence[Encoded]) -> list[list[float]]:
     sums = first[rows, heads]
     if max(map(len, choices)) > 1:
         sums = sums + _rest(model, read.past_key_values, choices, rows, prompt_mask)
-    means = (sums / torch.tensor([len(c) for c in choices], device=device)).tolist()
     grouped: list[list[float]] = [[] for _ in items]
-    for row, value in zip(owner, means, strict=True):
+    for row, value in zip(owner, sums.tolist(), strict=True):
         grouped[row].append(value)
     return grouped
 

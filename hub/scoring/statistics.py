@@ -19,13 +19,46 @@ def wilson(successes: float, n: int) -> Interval:
     return [max(0.0, centre - half), min(1.0, centre + half)]
 
 
-def bootstrap(groups: Sequence[Sequence[float]], seed: int = 0) -> Interval:
-    """95 % percentile interval of the mean of the groups' means, resampling within each group."""
-    random = numpy.random.default_rng(seed)
-    means = numpy.zeros(RESAMPLES)
-    for group in groups:
-        values = numpy.asarray(group, dtype=float)
-        picks = random.integers(0, len(values), (RESAMPLES, len(values)))
-        means += values[picks].mean(1) / len(groups)
+def bootstrap(values: Sequence[float], seed: int = 0, resamples: int = RESAMPLES) -> Interval:
+    """95 % percentile interval of a mean; of paired differences, the paired bootstrap."""
+    return _percentiles(_means(numpy.asarray(values, float), _random(seed), resamples))
+
+
+def hierarchical(
+    groups: Sequence[Sequence[float]], seed: int = 0, resamples: int = RESAMPLES
+) -> Interval:
+    """95 % percentile interval of the mean of the groups' means, for groups like these.
+
+    Both levels are resampled: the groups with replacement, and each one's values anew every time
+    that it is drawn.  With a single group it is `bootstrap`.
+    """
+    random, arrays = _random(seed), [numpy.asarray(group, float) for group in groups]
+    total = numpy.zeros(resamples)
+    for _ in arrays:
+        drawn = random.integers(0, len(arrays), resamples)
+        for index, values in enumerate(arrays):
+            here = numpy.flatnonzero(drawn == index)
+            total[here] += _means(values, random, len(here))
+    return _percentiles(total / len(arrays))
+
+
+def _random(seed: int) -> numpy.random.Generator:
+    return numpy.random.default_rng(seed)
+
+
+def _means(
+    values: numpy.ndarray[tuple[int], numpy.dtype[numpy.float64]],
+    random: numpy.random.Generator,
+    resamples: int,
+) -> numpy.ndarray[tuple[int], numpy.dtype[numpy.float64]]:
+    """Means of samples with replacement, a thousand at a time for the memory's sake."""
+    parts = [
+        values[random.integers(0, len(values), (min(1000, resamples - at), len(values)))].mean(1)
+        for at in range(0, resamples, 1000)
+    ]
+    return numpy.concatenate(parts) if parts else numpy.zeros(0)
+
+
+def _percentiles(means: numpy.ndarray[tuple[int], numpy.dtype[numpy.float64]]) -> Interval:
     low, high = numpy.percentile(means, [2.5, 97.5])
     return [float(low), float(high)]

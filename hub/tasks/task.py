@@ -110,9 +110,21 @@ class Task:
         template = self.card.template.replace("{choices}", "\0")
         return template.replace("{input}", example.input).replace("\0", listed)
 
-    def answers(self, example: Example) -> list[str]:
-        """What may follow the prompt: every choice, after one space."""
-        return [" " + choice for choice in example.choices or ()]
+    @property
+    def ranked(self) -> bool:
+        """Whether every example has choices, of its own or the card's labels, to rank."""
+        return all(self.choices(e) and self.answer(e) is not None for e in self.examples)
+
+    def choices(self, example: Example) -> list[str]:
+        """What the answer is one of: the example's choices, or the card's labels."""
+        return example.choices or self.card.labels or []
+
+    def answer(self, example: Example) -> int | None:
+        """The place of the right answer among the choices; None when it is not among them."""
+        if example.choices is not None:
+            return example.answer
+        labels, targets = self.card.labels or [], example.targets or []
+        return labels.index(targets[0]) if targets and targets[0] in labels else None
 
     def right_answer(self, example: Example) -> str:
         """What should follow the prompt."""

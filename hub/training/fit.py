@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from experthub.hub._files import write_json
 from experthub.hub.bases import Report
 from experthub.hub.errors import HubError
 from experthub.hub.tasks.task import Task
+from experthub.hub.training.objectives import Objective
 from torch import Tensor, nn
 
 TRAINABLE = "trainable.safetensors"
@@ -36,19 +36,21 @@ class Settings:
 
 
 def fit(
-    model: nn.Module, tokenizer: Any, task: Task, settings: Settings, run: Path, report: Report
+    model: nn.Module,
+    objective: Objective,
+    task: Task,
+    settings: Settings,
+    run: Path,
+    report: Report,
 ) -> dict[str, float]:
-    """Minimise the loss of the right answers' tokens over the trainable parameters.
+    """Minimise an objective on a task's training split over the trainable parameters.
 
     Checkpoints every 20 steps into `run`; goes on from the last one.  Writes `loss.json`, a list
     of losses by step; returns the mean of the first and of the last ten.
     """
     from transformers import PrinterCallback, set_seed
 
-    examples = [
-        _tokens(tokenizer, task.prompt(e), task.right_answer(e))
-        for e in task.split("train", settings.examples)
-    ]
+    examples = [objective.row(task, e) for e in task.split("train", settings.examples)]
     if len(examples) < settings.batch_size:
         raise HubError(
             f"{task.reference} has {len(examples)} training examples, "
@@ -57,7 +59,9 @@ def fit(
         )
 
     set_seed(settings.seed)
-    trainer = _trainer(model, examples, settings, run, f"training on {task.reference}", report)
+    trainer = _trainer(
+        model, objective, examples, settings, run, f"training on {task.reference}", report
+    )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=_last_checkpoint(run))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -69,13 +73,14 @@ def fit(
 
 def _trainer(
     model: nn.Module,
-    examples: list[tuple[list[int], int]],
+    objective: Objective,
+    examples: list[Any],
     settings: Settings,
     run: Path,
     what: str,
     report: Report,
 ) -> Any:
-    """transformers' trainer, for the answers' loss and with small checkpoints."""
+    """transformers' trainer, for the objective's loss and with small checkpoints."""
     from safetensors.torch import load_file, save_file
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -83,9 +88,9 @@ def _trainer(
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             report(what, state.global_step, settings.steps)
 
-    class AnswerTrainer(Trainer):  # type: ignore[misc]
+    class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         def compute_loss(self, model: Any, inputs: Any, **_: Any) -> Tensor:
-            return answer_loss(model, **inputs)
+            return objective.loss(model, inputs)
 
         # A checkpoint is the trainable part: the frozen base is the same in every one.
         def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
@@ -118,11 +123,11 @@ def _trainer(
         log_level="error",
         dataloader_pin_memory=False,
     )
-    return AnswerTrainer(
+    return ObjectiveTrainer(
         model=model,
         args=arguments,
         train_dataset=examples,
-        data_collator=_collate,
+        data_collator=objective.batch,
         callbacks=[Watch()],
     )
 
@@ -139,38 +144,3 @@ def _trainable(model: nn.Module) -> dict[str, Tensor]:
 
 def _mean(values: Sequence[float]) -> float:
     return round(sum(values) / len(values), 4)
-
-
-def _tokens(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], int]:
-    """Token ids of prompt and answer, and where the answer starts."""
-    ids = tokenizer(prompt + answer)["input_ids"]
-    return ids, len(tokenizer(prompt)["input_ids"])
-
-
-def _collate(rows: Sequence[tuple[list[int], int]]) -> dict[str, Tensor]:
-    """Right-padded ids, and targets that are -100 outside of the answers, shifted by one."""
-    width = max(len(ids) for ids, _ in rows)
-    ids_BT = torch.zeros(len(rows), width, dtype=torch.long)
-    targets_BT = torch.full((len(rows), width), -100)
-    mask_BT = torch.zeros(len(rows), width, dtype=torch.long)
-    for i, (ids, start) in enumerate(rows):
-        ids_BT[i, : len(ids)] = torch.tensor(ids)
-        mask_BT[i, : len(ids)] = 1
-        targets_BT[i, start - 1 : len(ids) - 1] = torch.tensor(ids[start:])
-    return {"input_ids": ids_BT, "attention_mask": mask_BT, "targets": targets_BT}
-
-
-def answer_loss(model: Any, input_ids: Tensor, attention_mask: Tensor, targets: Tensor) -> Tensor:
-    """Mean over examples of the mean cross-entropy of their answers' tokens.
-
-    The logits are computed at the answers only: most of a short prompt's cost would be the output
-    layer.  input_ids, attention_mask, targets: `[B, T]`.
-    """
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = causal.base_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-    chosen = targets >= 0
-    logits = causal.get_output_embeddings()(hidden[chosen])
-    losses = nn.functional.cross_entropy(logits.float(), targets[chosen], reduction="none")
-    row = chosen.nonzero()[:, 0]
-    sums = torch.zeros(len(targets), device=losses.device).index_add(0, row, losses)
-    return (sums / chosen.sum(1)).mean()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from experthub.hub._files import digest_of, hub_home, new_folder, write_json
-from experthub.hub.bases import Report, find, load_model, load_tokenizer, silent
+from experthub.hub.bases import Report, find, load_model, silent
 from experthub.hub.describe import describe
 from experthub.hub.errors import UsageError
 from experthub.hub.expert import ADAPTER, GATES, Expert, Reference
@@ -20,6 +20,7 @@ from experthub.hub.resolution import resolve
 from experthub.hub.store import Store
 from experthub.hub.tasks.task import read_task
 from experthub.hub.training.fit import Settings, fit
+from experthub.hub.training.objectives import objective_for
 from experthub.hub.weights import Contents, task_vector
 from experthub.merge import LowRank
 from experthub.routing import ExpertStack, RoutedLinear, untrained_gate
@@ -53,20 +54,24 @@ def train_lora(
     checked_name(name)
     read = read_task(task)
     found = find(base, registry, report)
-    tokenizer = load_tokenizer(found)
     torch.manual_seed(settings.seed)
     model = load_model(found, "float32", device)
+    objective = objective_for(found, device)
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
-        task_type="CAUSAL_LM",
+        task_type="CAUSAL_LM" if found.causal else "FEATURE_EXTRACTION",
         target_modules="all-linear",
+        # What a bare encoder's embedding does not pass through cannot learn.
+        exclude_modules=None
+        if found.causal
+        else [n for n, _ in model.named_modules() if n.startswith("pooler.")],
     )
     adapted = get_peft_model(model, config)
     record = {**asdict(settings), "rank": rank, "alpha": config.lora_alpha}
     key = {"kind": "lora", "base": found.fingerprint, "task": read.digest, **record}
     run = _run_folder(name, key)
-    loss = fit(adapted, tokenizer, read, settings, run, report)
+    loss = fit(adapted, objective, read, settings, run, report)
     with new_folder(run / "expert") as folder:
         adapted.peft_config["default"].base_model_name_or_path = found.name
         adapted.save_pretrained(folder)
@@ -106,10 +111,11 @@ def train_gate(
     found = find(expert.base, registry, report)
     torch.manual_seed(settings.seed)
     model = load_model(found, "float32", device)
+    objective = objective_for(found, device)
     gated = _gated(model, expert, registry, store)
     key = {"kind": "gate", "expert": expert.digest, "task": read.digest, **asdict(settings)}
     run = _run_folder(f"{expert.name}-gate", key)
-    loss = fit(model, load_tokenizer(found), read, settings, run, report)
+    loss = fit(model, objective, read, settings, run, report)
     gates = {
         f"{module}.gate": linear.probes_PI[0].detach().cpu()
         for module, linear in gated.items()

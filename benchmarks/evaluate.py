@@ -1,0 +1,284 @@
+"""Time the scoring of multiple-choice examples against lm-evaluation-harness, and compare decisions.
+
+The same model, prompts and choices, float32, two threads; tokenising included, loading excluded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from _bench import BASE, THREADS, Times, arguments, finish, run_rounds, surroundings, timed
+from _peer import Peer
+from experthub.hub import Registry
+from experthub.hub.bases import find, load_model, load_tokenizer
+from experthub.hub.scoring.likelihood import choice_logprobs, encode
+from experthub.hub.tasks.task import read_task
+
+HERE = Path(__file__).parent
+TASKS = (
+    "bigbench:social_iqa",
+    "bigbench:goal_step_wikihow/goal_inference",
+    "bigbench:disambiguation_qa",
+    "bigbench:similarities_abstraction",
+)
+EXAMPLES, TARGET = 60, 2.0
+BATCHES = (
+    2,
+    4,
+    8,
+    16,
+    32,
+)  # tried for lm-eval; its `auto` probes for longer than a task takes here
+PINS = ("lm_eval[hf]==0.4.13", "datasets==5.2.0", "evaluate==0.4.6")
+SHARED = ("torch==", "transformers==", "tokenizers==")  # the same as ours
+
+
+@dataclass(frozen=True)
+class Question:
+    """One example: what both sides are asked.  choices: without the space before them."""
+
+    prompt: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What one side makes of one example, choice by choice.
+
+    ids: of what is read before the choice, and of the choice.  sums: of the log-probabilities of
+    the choice's tokens.
+    """
+
+    ids: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    sums: tuple[float, ...]
+
+    @property
+    def means(self) -> tuple[float, ...]:
+        """Log-probability per token of the choice."""
+        return tuple(s / len(choice) for s, (_, choice) in zip(self.sums, self.ids, strict=True))
+
+
+class LmEval(Peer):
+    """`_lm_eval.py` in its own virtual environment.  folder: for its tasks and its caches."""
+
+    def __init__(self, cache: Path, model: Path, folder: Path) -> None:
+        # -I: this folder must not be on its path, where `evaluate` is one of its own packages.
+        command = [environment(cache), "-I", HERE / "_lm_eval.py", str(THREADS), model]
+        variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hf")}
+        self._folder = folder
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=variables | offline,
+        )
+        self.versions = self.ask(json.dumps(["versions"]))
+
+    def score(self, name: str, questions: Sequence[Question]) -> list[Scored]:
+        """Evaluate the questions as a local task.
+
+        RuntimeError when it read another text than ours, or its `acc` is not that of its sums.
+        """
+        file = self._folder / f"{name}.jsonl"
+        rows = (
+            {"prompt": q.prompt, "choices": list(q.choices), "answer": q.answer} for q in questions
+        )
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        scored = []
+        answers = self.ask(json.dumps(["score", name, str(file)]))
+        for question, answer in zip(questions, answers, strict=True):
+            expected = [question.prompt + text for text in after(question)]
+            if ["".join(texts) for texts in answer["texts"]] != expected:
+                raise RuntimeError(f"lm-eval reads {answer['texts']}, expected {expected}")
+            if (best(answer["sums"]) == question.answer) != bool(answer["acc"]):
+                raise RuntimeError(f"acc {answer['acc']} does not follow from {answer['sums']}")
+            ids = tuple((tuple(context), tuple(choice)) for context, choice in answer["ids"])
+            scored.append(Scored(ids, tuple(answer["sums"])))
+        return scored
+
+    def seconds(self, name: str, batch: int) -> float:
+        """How long the log-likelihoods of a scored task take with a batch size."""
+        taken: float = self.ask(json.dumps(["seconds", name, batch]))
+        return taken
+
+
+def environment(cache: Path) -> Path:
+    """lm-eval's interpreter; the environment is made once for one set of pinned versions.
+
+    CalledProcessError when it cannot be installed.
+    """
+    folder, constraints = cache / "lm-eval-venv", HERE.parent / "constraints.txt"
+    mark, python = folder / "versions.txt", folder / "bin" / "python"
+    shared = [line for line in constraints.read_text().splitlines() if line.startswith(SHARED)]
+    pins = [*PINS, *shared]
+    if not mark.is_file() or mark.read_text().splitlines() != pins:
+        shutil.rmtree(folder, ignore_errors=True)
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        install = [python, "-m", "pip", "install", "-qq", "-c", constraints, *pins]
+        subprocess.run(install, check=True, stdout=sys.stderr)
+        mark.write_text("\n".join(pins))
+    return python
+
+
+def after(question: Question) -> list[str]:
+    """What may follow the prompt: every choice, after one space."""
+    return [" " + choice for choice in question.choices]
+
+
+def score(model: Any, tokenizer: Any, questions: Sequence[Question]) -> list[Scored]:
+    """experthub's side: tokenise, and score the choices."""
+    encoded = [encode(tokenizer, question.prompt, after(question)) for question in questions]
+    sums = iter(choice_logprobs(model, [item for items in encoded for item in items]))
+    return [
+        Scored(
+            tuple((item.prompt, choice) for item in items for choice in item.choices),
+            tuple(value for _ in items for value in next(sums)),
+        )
+        for items in encoded
+    ]
+
+
+def best(values: Sequence[float]) -> int:
+    """The first of the highest, as numpy's argmax."""
+    return max(range(len(values)), key=values.__getitem__)
+
+
+def margin(values: Sequence[float]) -> float:
+    """How far the best is above the second."""
+    first, second = sorted(values, reverse=True)[:2]
+    return first - second
+
+
+def compare(ours: Sequence[Scored], theirs: Sequence[Scored]) -> dict[str, Any]:
+    """Where the two sides agree and differ, over examples.
+
+    A tie: the best two choices of an example are equal, to the last bit, on either side.
+    """
+    pairs = list(zip(ours, theirs, strict=True))
+    found: dict[str, Any] = {
+        "examples": len(pairs),
+        "other_ids": sum(a.ids != b.ids for a, b in pairs),
+        "max_abs_difference_of_sums": max(
+            abs(x - y) for a, b in pairs for x, y in zip(a.sums, b.sums, strict=True)
+        ),
+    }
+    for measure in ("sums", "means"):
+        values = [(getattr(a, measure), getattr(b, measure)) for a, b in pairs]
+        margins = [(margin(a), margin(b)) for a, b in values]
+        found[measure] = {
+            "other_decisions": sum(best(a) != best(b) for a, b in values),
+            "ties": sum(0.0 in pair for pair in margins),
+            "smallest_margin": min(min(pair) for pair in margins),
+        }
+    return found
+
+
+def questions_of(reference: str) -> list[Question]:
+    """The first examples of a task, in the order of their ids."""
+    task = read_task(reference)
+    return [
+        Question(task.prompt(example), tuple(task.choices(example)), task.answer(example) or 0)
+        for example in task.split("all", EXAMPLES)
+    ]
+
+
+def tune(peer: LmEval, name: str) -> dict[int, float]:
+    """Seconds of lm-eval by batch size, on one task."""
+    peer.seconds(name, BATCHES[0])
+    taken = {batch: peer.seconds(name, batch) for batch in BATCHES}
+    print(f"lm-eval, {name}, by batch size:", taken, file=sys.stderr)
+    return taken
+
+
+def rates(seconds: Sequence[float], examples: int) -> str:
+    """Examples per second: median, smallest and largest."""
+    found = [examples / s for s in seconds]
+    return f"{median(found):7.2f} ({min(found):.2f} to {max(found):.2f})"
+
+
+def row(name: str, examples: int, ours: list[float], theirs: list[float]) -> dict[str, Any]:
+    """Print one line of the table; its figures."""
+    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
+    spread = f"{median(ratios):5.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    print(f"{name:42} {rates(ours, examples):26} {rates(theirs, examples):26} {spread}")
+    return {
+        "examples": examples,
+        "examples_per_second": median(examples / s for s in ours),
+        "lm_eval_examples_per_second": median(examples / s for s in theirs),
+        "ratio": median(ratios),
+        "ratio_smallest_and_largest": [min(ratios), max(ratios)],
+    }
+
+
+def report(asked: dict[str, list[Question]], times: Times) -> dict[str, Any]:
+    """The table of speeds, by task and over all of them."""
+    print(f"{'examples/s, median (smallest, largest)':42} {'experthub':26} {'lm-eval':26} ratio")
+    found = {}
+    for reference, questions in asked.items():
+        ours, theirs = times[f"{reference}, experthub"], times[f"{reference}, lm-eval"]
+        found[reference] = row(reference, len(questions), ours, theirs)
+    total = sum(map(len, asked.values()))
+    sides = [
+        [sum(ts) for ts in zip(*(times[f"{name}, {side}"] for name in asked), strict=True)]
+        for side in ("experthub", "lm-eval")
+    ]
+    found["all"] = row("all", total, *sides)
+    print(f"target: at least {TARGET} times lm-eval's examples per second, on all")
+    return found
+
+
+def main() -> None:
+    """Run the benchmark and print its tables."""
+    options = arguments(__doc__)
+    torch.set_num_threads(THREADS)
+    found = find(BASE, Registry.read())
+    asked = {reference: questions_of(reference) for reference in TASKS}
+    tokenizer, model = load_tokenizer(found), load_model(found, "float32", "cpu")
+    agreement, tuned = {}, {}
+    cases: dict[str, Callable[[], float]] = {}
+    with TemporaryDirectory() as folder:
+        peer = LmEval(options.cache, found.folder, Path(folder))
+        around = surroundings({})
+        around["lm_eval_process"] = peer.versions
+        for reference, questions in asked.items():
+            name = reference.rpartition(":")[2].replace("/", "_")
+            theirs = peer.score(name, questions)
+            agreement[reference] = compare(score(model, tokenizer, questions), theirs)
+            tuned[reference] = tune(peer, name)
+            batch = min(tuned[reference], key=tuned[reference].__getitem__)
+            cases[f"{reference}, experthub"] = timed(partial(score, model, tokenizer, questions))
+            cases[f"{reference}, lm-eval"] = partial(peer.seconds, name, batch)
+        times = run_rounds(cases, options.rounds)
+        peer.close()
+    speeds = report(asked, times)
+    for reference, numbers in agreement.items():
+        print(f"{reference}: {json.dumps(numbers)}")
+    result = {
+        "benchmark": "evaluate",
+        "surroundings": around,
+        "seconds": times,
+        "speeds": speeds,
+        "lm_eval_seconds_by_batch_size": tuned,
+        "agreement": agreement,
+        "target": TARGET,
+    }
+    finish(result, options.json)
+
+
+if __name__ == "__main__":
+    main()
