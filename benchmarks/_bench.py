@@ -123,7 +123,7 @@ def surroundings(peer_versions: dict[str, str]) -> dict[str, Any]:
     ours = {name: version(name) for name in ("torch", "transformers")}
     load = [round(x, 2) for x in os.getloadavg()]
     machine = {"processors": os.cpu_count(), "threads": THREADS, "machine": platform.machine()}
-    return machine | {"load_average": load, "ours": ours, "peft_process": peer_versions}
+    return machine | {"load_average": load, "ours": ours, "peer": peer_versions}
 
 
 def finish(result: dict[str, Any], to: Path | None) -> None:

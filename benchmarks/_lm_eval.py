@@ -1,4 +1,4 @@
-"""lm-evaluation-harness's side of `evaluate.py`; run by it with the interpreter of an environment of its own.
+"""lm-evaluation-harness's side of the benchmarks; run by `_peer.Peer` with its own interpreter.
 
 Reads one command a line from stdin, and answers each with one line of JSON on stdout.
 """
@@ -48,9 +48,9 @@ class Side:
 
     def do(self, command: str) -> Any:
         """The answer to one command."""
-        word, *arguments = json.loads(command)
-        if word == "versions":
+        if command == "versions":
             return {name: version(name) for name in PACKAGES}
+        word, *arguments = json.loads(command)
         return self.score(*arguments) if word == "score" else self.seconds(*arguments)
 
     def score(self, name: str, file: str) -> list[dict[str, Any]]:
@@ -84,10 +84,10 @@ class Side:
             for sample in samples
         ]
 
-    def seconds(self, name: str, batch: int | str) -> float:
-        """How long the log-likelihoods of a scored task's requests take, tokenising included."""
+    def seconds(self, name: str, batch: int, examples: int) -> float:
+        """How long the log-likelihoods of a scored task's first examples take, tokenising included."""
         self.model.batch_size_per_gpu = batch
-        requests = self.requests[name]
+        requests = [request for request in self.requests[name] if request.doc_id < examples]
         gc.collect()
         start = time.perf_counter()
         self.model.loglikelihood(requests)
@@ -103,7 +103,7 @@ def main() -> None:
     torch.set_num_threads(int(threads))
     side = Side(folder)
     for line in sys.stdin:
-        print(json.dumps(side.do(line)), file=answers, flush=True)
+        print(json.dumps(side.do(line.strip())), file=answers, flush=True)
 
 
 if __name__ == "__main__":

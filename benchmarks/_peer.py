@@ -1,4 +1,4 @@
-"""The peer's process as ours sees it: its virtual environment, and a line of JSON per command."""
+"""A peer's process as ours sees it: its virtual environment, and a line of JSON per command."""
 
 from __future__ import annotations
 
@@ -11,25 +11,27 @@ from pathlib import Path
 from typing import Any
 
 from _bench import THREADS
-from experthub.hub.bases import Base
 
 HERE = Path(__file__).parent
-PACKAGES = ("torch==", "transformers==", "peft==")
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TQDM_DISABLE": "1"}
 
 
 class Peer:
-    """`_peft.py` in its own virtual environment: does one command at a time, and waits between."""
+    """A script of this folder in its own virtual environment.
 
-    def __init__(self, cache: Path, base: Base, experts: list[Path]) -> None:
-        python = _environment(cache / "peft-venv")
-        command = [python, "-I", HERE / "_peft.py", str(THREADS), base.folder, *experts]
-        variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    It does one command at a time, and waits between.  variables: of its environment, besides ours.
+    """
+
+    def __init__(
+        self, python: Path, script: str, *options: str | Path, variables: dict[str, str] = OFFLINE
+    ) -> None:
+        # -I: this folder must not be on its path, where `evaluate` is one of lm-eval's own packages.
         self._process = subprocess.Popen(
-            command,
+            [python, "-I", HERE / script, str(THREADS), *options],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=variables | {"HF_HUB_OFFLINE": "1"},
+            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | variables,
         )
         self.versions = self.ask("versions")
 
@@ -49,15 +51,26 @@ class Peer:
         self._process.communicate()
 
 
-def _environment(folder: Path) -> Path:
-    """The peer's interpreter; the environment is made once for one set of pinned versions."""
+def environment(folder: Path, packages: tuple[str, ...], pins: tuple[str, ...] = ()) -> Path:
+    """The interpreter of an environment, made once for one set of versions.
+
+    packages: pinned as ours are.  pins: requirements of its own.  CalledProcessError when it cannot
+    be installed.
+    """
     constraints, mark = HERE.parent / "constraints.txt", folder / "versions.txt"
-    pins = [p for p in constraints.read_text().splitlines() if p.startswith(PACKAGES)]
+    starts = tuple(f"{name}==" for name in packages)
+    wanted = [*pins, *(p for p in constraints.read_text().splitlines() if p.startswith(starts))]
     python = folder / "bin" / "python"
-    if not mark.is_file() or mark.read_text().splitlines() != pins:
+    if not mark.is_file() or mark.read_text().splitlines() != wanted:
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        install = [python, "-m", "pip", "install", "-qq", "-c", constraints, *pins]
+        install = [python, "-m", "pip", "install", "-qq", "-c", constraints, *wanted]
         subprocess.run(install, check=True, stdout=sys.stderr)
-        mark.write_text("\n".join(pins))
+        mark.write_text("\n".join(wanted))
     return python
+
+
+def peft(cache: Path, base: Path, experts: list[Path]) -> Peer:
+    """`_peft.py`, with the base and the experts loaded."""
+    python = environment(cache / "peft-venv", ("torch", "transformers", "peft"))
+    return Peer(python, "_peft.py", base, *experts)

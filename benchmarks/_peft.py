@@ -1,4 +1,4 @@
-"""peft's side of the benchmarks; run by `_bench.Peer` with the interpreter of peft's own environment.
+"""peft's side of the benchmarks; run by `_peer.Peer` with the interpreter of peft's own environment.
 
 Reads one command a line from stdin, and answers each with one line of JSON on stdout.
 """

@@ -25,7 +25,7 @@ from _bench import (
     surroundings,
     timed,
 )
-from _peer import Peer
+from _peer import peft
 from experthub.hub import Recipe, Registry, compose, resolve
 from experthub.hub.bases import find, load_model, weight_files
 
@@ -58,7 +58,7 @@ def main() -> None:
         folder = Path(name)
         experts = make_experts(folder / "experts", found)
         store, file = add_experts(folder, experts)
-        peer = Peer(options.cache, found, experts)
+        peer = peft(options.cache, found.folder, experts)
         around = surroundings(peer.versions)
         recipe = {"base": BASE, "experts": [e.name for e in experts], "dtype": "float32"}
         recipes = {kind: recipe | method for kind, method in METHODS.items()}

@@ -27,7 +27,7 @@ from _bench import (
     surroundings,
     timed,
 )
-from _peer import Peer
+from _peer import Peer, peft
 from experthub.hub import Plan, Recipe, Registry, compose, resolve
 from experthub.hub.bases import find, load_model
 from torch import Tensor
@@ -74,7 +74,7 @@ def main() -> None:
         folder = Path(name)
         experts = make_experts(folder / "experts", found)
         store, file = add_experts(folder, experts)
-        peer = Peer(options.cache, found, experts)
+        peer = peft(options.cache, found.folder, experts)
         around = surroundings(peer.versions)
         recipe = {"base": BASE, "experts": [e.name for e in experts], "dtype": "float32"}
         registry = Registry.read(file)

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, get_args
+
 import typer
+
+if TYPE_CHECKING:
+    from experthub.hub.registry import Registry
 
 
 def experts(ctx: typer.Context, incomplete: str) -> list[str]:
     """Experts and bases that the registries know; with versions once there is an @."""
+    known = _registry(ctx)
+    if "@" in incomplete:
+        return [e.reference for e in known.experts()] if known else []
+    return sorted({e.name for e in known.experts()} | set(known.bases())) if known else []
+
+
+def bases(ctx: typer.Context) -> list[str]:
+    """The bases that the registries know."""
+    known = _registry(ctx)
+    return list(known.bases()) if known else []
+
+
+def _registry(ctx: typer.Context) -> Registry | None:
+    """The registry that the command would read; None when it cannot be read."""
     from experthub.hub.errors import HubError
     from experthub.hub.registry import Registry
 
     try:
-        known = Registry.read(ctx.params.get("registry"))
+        return Registry.read(ctx.params.get("registry"))
     except (HubError, OSError):  # a shell in the middle of a line has no use for an error
-        return []
-    if "@" in incomplete:
-        return [e.reference for e in known.experts()]
-    return sorted({e.name for e in known.experts()} | set(known.bases()))
+        return None
 
 
 def tasks() -> list[str]:
@@ -24,6 +40,20 @@ def tasks() -> list[str]:
     from experthub.hub.tasks.task import list_references
 
     return list_references()
+
+
+def splits() -> list[str]:
+    """The splits of a task."""
+    from experthub.hub.tasks.task import Split
+
+    return list(get_args(Split))
+
+
+def measures() -> list[str]:
+    """What a choice is scored by."""
+    from experthub.hub.scoring.scorer import Measure
+
+    return list(get_args(Measure))
 
 
 def methods() -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from experthub.cli import _completion
 from experthub.cli._output import (
     DeviceOption,
     JsonOption,
@@ -26,10 +27,15 @@ TasksOption = Annotated[
         "-t",
         help="Tasks: suite:name, folders, or @FILE with one per line; "
         "repeated, or separated by commas or spaces.",
+        autocompletion=_completion.tasks,
     ),
 ]
 ScoreOption = Annotated[
-    str, typer.Option(help="Of a choice, from its tokens' log-probabilities: mean, sum or byte.")
+    str,
+    typer.Option(
+        help="Of a choice, from its tokens' log-probabilities: mean, sum or byte.",
+        autocompletion=_completion.measures,
+    ),
 ]
 ControlsOption = Annotated[
     bool, typer.Option("--controls", help="Add the best single expert, the oracle, and the mean.")
@@ -53,7 +59,10 @@ def eval_(
         list[str], typer.Argument(help="Recipes; their file names are the columns.")
     ],
     tasks: TasksOption = None,
-    split: Annotated[str, typer.Option(help="train, validation, test or all.")] = "test",
+    split: Annotated[
+        str,
+        typer.Option(help="train, validation, test or all.", autocompletion=_completion.splits),
+    ] = "test",
     limit: Annotated[int | None, typer.Option(help="Examples per task, at most.", min=1)] = None,
     score: ScoreOption = "mean",
     controls: ControlsOption = False,

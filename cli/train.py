@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from experthub.cli import _completion
 from experthub.cli._output import (
     DeviceOption,
     JsonOption,
@@ -26,8 +27,16 @@ SeedOption = Annotated[int, typer.Option(help="Of initialisation and order.")]
 
 @app.command()
 def lora(
-    base: Annotated[str, typer.Option("--base", help="The base: a name, a folder, hf:org/name.")],
-    task: Annotated[str, typer.Option("--task", help="The task: suite:name or a folder.")],
+    base: Annotated[
+        str,
+        typer.Option(
+            help="The base: a name, a folder, hf:org/name.", autocompletion=_completion.bases
+        ),
+    ],
+    task: Annotated[
+        str,
+        typer.Option(help="The task: suite:name or a folder.", autocompletion=_completion.tasks),
+    ],
     name: Annotated[str, typer.Option("--name", help="What to call the expert.")],
     rank: Annotated[int, typer.Option(help="Rank of every LoRA.", min=1)] = 4,
     alpha: Annotated[
@@ -70,7 +79,12 @@ def lora(
 
 @app.command()
 def gate(
-    name: Annotated[str, typer.Argument(help="A stored expert that says its task.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A stored expert that says its task.", autocompletion=_completion.experts
+        ),
+    ],
     steps: StepsOption = 30,
     examples: ExamplesOption = 480,
     batch_size: BatchOption = 8,

@@ -59,7 +59,7 @@ def harness() -> Any:
         patch.syspath_prepend(BENCHMARKS)
         module = importlib.import_module("evaluate")
     try:
-        module.environment(CACHE)
+        module.environment(CACHE / "lm-eval-venv", module.SHARED, module.PINS)
     except subprocess.CalledProcessError as error:
         pytest.skip(f"lm-eval cannot be installed here: {error}")
     return module

@@ -85,6 +85,10 @@ def in_zsh(line: str) -> set[str]:
         ("hub methods pha", {"phatgoose"}),
         ("hub list --b", {"--bases"}),
         ("hub show nothing-like-it", set()),
+        ("hub train gate fart", {"farther"}),
+        ("hub train lora --base fa", {"fare"}),
+        ("hub eval r.yaml --split t", {"test", "train"}),
+        ("hub eval r.yaml --score s", {"sum"}),
     ],
 )
 def test_completion(offered: Any, line: str, expected: set[str]) -> None:
@@ -94,7 +98,8 @@ def test_completion(offered: Any, line: str, expected: set[str]) -> None:
 def test_completion_of_versions_and_tasks(tiny_task: str) -> None:
     """In zsh; bash takes words apart at @ and at colons before it asks."""
     assert in_zsh("hub show far@") == {"far@1"}
-    assert in_zsh("hub add x --task loc") == {tiny_task}
+    for command in ("hub add x --task", "hub eval r.yaml --tasks", "hub train lora --task"):
+        assert in_zsh(f"{command} loc") == {tiny_task}
 
 
 def test_every_command_is_offered() -> None:

@@ -84,8 +84,12 @@ def test_every_module_is_in_the_wheel(sources: Path, installed: Path) -> None:
     assert {p.name for p in (installed / "experthub").iterdir()} == set(PACKAGES)
     starter = installed / "experthub" / "hub" / "registry.yaml"
     assert starter.read_bytes() == (sources / "registry.yaml").read_bytes()
+    starters = sources / "examples" / "experts"
+    shipped = installed / "experthub" / "hub" / "examples" / "experts"
+    files = {p.relative_to(starters): p.read_bytes() for p in starters.glob("*/*")}
+    assert {p.relative_to(shipped): p.read_bytes() for p in shipped.rglob("*.*")} == files
     size = sum(p.stat().st_size for p in (installed / "experthub").rglob("*.*"))
-    assert size < 2_000_000, "code alone; caches of compiled modules included"
+    assert size - sum(map(len, files.values())) < 2_000_000, "code, and caches of compiled modules"
 
 
 def test_the_command_works_in_an_empty_folder(
@@ -102,6 +106,16 @@ def test_the_command_works_in_an_empty_folder(
     script = "from experthub import hub; print(hub.Recipe, hub.Recipe.of, hub.__file__)"
     assert str(installed) in run(python, "-c", script, folder=folder)
     assert not list(folder.iterdir()) and not home.exists()
+
+
+def test_a_starter_expert_is_pulled_from_the_wheel(
+    environment: Path, installed: Path, tmp_path: Path, home: Path
+) -> None:
+    assert "sentiment@1" in run(environment / "bin" / "hub", "pull", "sentiment", folder=tmp_path)
+    shipped = installed / "experthub" / "hub" / "examples" / "experts" / "sentiment"
+    stored = [p.read_bytes() for p in (home / "objects").rglob("*") if p.is_file()]
+    for name in ("adapter_model.safetensors", "phatgoose_gates.safetensors"):
+        assert (shipped / name).read_bytes() in stored
 
 
 CONSUMER = '''\

@@ -50,17 +50,20 @@ class Encoded:
 
 
 def encode(tokenizer: Any, prompt: str, choices: Sequence[str]) -> list[Encoded]:
-    """Token ids as lm-evaluation-harness takes them: those of prompt + choice minus the prompt's.
+    """Token ids as lm-evaluation-harness takes them: those of prompt + choice after as many as the
+    prompt has; white space at the prompt's end counts as the choice's.
 
-    One item for all choices that share their prompt ids: nearly always a single one, more only
-    where a choice merges with the prompt's last token.  Every choice has at least one token.
+    The prompt keeps its own ids even where a choice merges with its last token.  One item for all
+    choices; one each where a choice would be left without a token: there it is the last one.
     """
-    length = len(tokenizer(prompt)["input_ids"])
+    own = tuple(tokenizer(prompt.rstrip() or prompt)["input_ids"])
     whole = [tuple(ids) for ids in tokenizer([prompt + choice for choice in choices])["input_ids"]]
-    if all(ids[:length] == whole[0][:length] and len(ids) > length for ids in whole):
-        return [Encoded(whole[0][:length], tuple(ids[length:] for ids in whole))]
-    starts = [min(length, len(ids) - 1) for ids in whole]
-    return [Encoded(ids[:at], (ids[at:],)) for ids, at in zip(whole, starts, strict=True)]
+    if all(len(ids) > len(own) for ids in whole):
+        return [Encoded(own, tuple(ids[len(own) :] for ids in whole))]
+    return [
+        Encoded(own, (ids[len(own) :],)) if len(ids) > len(own) else Encoded(ids[:-1], (ids[-1:],))
+        for ids in whole
+    ]
 
 
 @torch.no_grad()
