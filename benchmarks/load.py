@@ -27,7 +27,8 @@ from _bench import (
 )
 from _peer import peft
 from experthub.hub import Recipe, Registry, compose, resolve
-from experthub.hub.bases import find, load_model, weight_files
+from experthub.hub.base_sources import find
+from experthub.hub.bases import load_model, weight_files
 
 METHODS = {
     "route": {"route": {"method": "phatgoose", "top_k": 2}},

@@ -14,6 +14,7 @@ import typer
 
 if TYPE_CHECKING:
     from experthub.hub.bases import Report
+    from experthub.hub.lock import Pins
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print names only, one per line.")]
@@ -24,7 +25,22 @@ RegistryOption = Annotated[
 DeviceOption = Annotated[
     str | None, typer.Option("--device", help="Where the model runs: cpu, cuda, cuda:1, mps.")
 ]
+LockedOption = Annotated[
+    bool, typer.Option("--locked", help="Use what the lock pins; refuse a stale one.")
+]
+FrozenOption = Annotated[
+    bool, typer.Option("--frozen", help="Use what the lock pins, without asking a registry.")
+]
 SECONDS_BETWEEN_LINES = 10.0
+
+
+def pins_of(locked: bool, frozen: bool) -> Pins | None:
+    """What --locked and --frozen ask for; UsageError for both."""
+    if locked and frozen:
+        from experthub.hub.errors import UsageError
+
+        raise UsageError("--locked and --frozen exclude each other", "--frozen asks no registry")
+    return "locked" if locked else "frozen" if frozen else None
 
 
 def print_json(value: dict[str, Any]) -> None:

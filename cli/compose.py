@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from experthub.cli._output import (
     DeviceOption,
+    FrozenOption,
     JsonOption,
+    LockedOption,
     RegistryOption,
+    pins_of,
     print_fields,
     print_json,
     print_table,
@@ -33,6 +36,8 @@ def compose(
     format: Annotated[
         str, typer.Option("--format", help="hf: a whole model; peft: one LoRA adapter.")
     ] = "hf",
+    locked: LockedOption = False,
+    frozen: FrozenOption = False,
     json: JsonOption = False,
     device: DeviceOption = None,
     registry: RegistryOption = None,
@@ -40,19 +45,18 @@ def compose(
     """Print what a recipe will do, or with --out compose it and write the model.
 
     Examples: hub compose recipe.yaml; hub compose recipe.yaml --out ./model;
-    hub compose recipe.yaml --out ./adapter --format peft
+    hub compose recipe.yaml --out ./adapter --format peft; hub compose recipe.yaml --locked --out ./model
     """
     from experthub.hub._files import check_free
     from experthub.hub.errors import UsageError
-    from experthub.hub.recipe import Recipe
+    from experthub.hub.lock import plan_of
     from experthub.hub.registry import Registry
-    from experthub.hub.resolution import resolve
 
     if format not in ("hf", "peft"):
         raise UsageError(f"unknown format {format!r}", "use hf or peft")
     kind: Literal["hf", "peft"] = "peft" if format == "peft" else "hf"
     with progress() as report:
-        resolved = resolve(Recipe.read(recipe), Registry.read(registry), report=report)
+        resolved = plan_of(recipe, pins_of(locked, frozen), Registry.read(registry), report=report)
         if out is not None and not plan:
             if resolved.recipe.route is not None:
                 raise UsageError(
@@ -111,6 +115,8 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat", help="Put the prompt into the chat template.")
     ] = False,
+    locked: LockedOption = False,
+    frozen: FrozenOption = False,
     json: JsonOption = False,
     device: DeviceOption = None,
     registry: RegistryOption = None,
@@ -123,13 +129,13 @@ def generate(
     from experthub.hub._memory import reuse_memory
     from experthub.hub.composition import compose as composed
     from experthub.hub.generation import generate_text
+    from experthub.hub.lock import plan_of
     from experthub.hub.registry import Registry
 
     reuse_memory()
     with progress() as report:
-        composition = composed(
-            recipe, device=device, registry=Registry.read(registry), report=report
-        )
+        plan = plan_of(recipe, pins_of(locked, frozen), Registry.read(registry), report=report)
+        composition = composed(plan, device=device, report=report)
         report("writing", 0, 0)
         text = generate_text(
             composition, prompt, max_new_tokens=max_new_tokens, temperature=temperature, chat=chat

@@ -5,20 +5,26 @@ from __future__ import annotations
 import re
 from json import dumps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from experthub.cli import _completion
 from experthub.cli._output import (
     DeviceOption,
+    FrozenOption,
     JsonOption,
+    LockedOption,
     RegistryOption,
+    pins_of,
     print_json,
     print_lines,
     print_table,
     progress,
     say,
 )
+
+if TYPE_CHECKING:
+    from experthub.hub.plan import Plan
 
 TasksOption = Annotated[
     list[str] | None,
@@ -71,6 +77,8 @@ def eval_(
     samples: SamplesOption = None,
     plots: PlotsOption = None,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    locked: LockedOption = False,
+    frozen: FrozenOption = False,
     json: JsonOption = False,
     device: DeviceOption = None,
     registry: RegistryOption = None,
@@ -82,6 +90,7 @@ def eval_(
     hub eval phatgoose.yaml --tasks @unseen.txt --controls --plots pictures
     """
     from experthub.hub._memory import reuse_memory
+    from experthub.hub.lock import plan_of
     from experthub.hub.registry import Registry
     from experthub.hub.scoring.evaluation import evaluate
     from experthub.hub.scoring.scorer import as_measure
@@ -89,7 +98,7 @@ def eval_(
 
     reuse_memory()
     files, named = _files_and_tasks(recipes, tasks or [])
-    layers = Registry.read(registry)
+    layers, pins = Registry.read(registry), pins_of(locked, frozen)
     with progress() as report:
         result = evaluate(
             files,
@@ -100,6 +109,7 @@ def eval_(
             controls=controls,
             cache=cache,
             with_samples=samples is not None,
+            pins=pins,
             device=device,
             seed=seed,
             registry=layers,
@@ -107,7 +117,7 @@ def eval_(
         )
     _write(result, out, samples)
     if plots is not None:
-        _plot(result, files, layers, plots)
+        _plot(result, {Path(f).stem: plan_of(f, pins, layers) for f in files}, plots)
     if json:
         print_json(result)
     else:
@@ -142,18 +152,17 @@ def _write(result: dict[str, Any], out: Path | None, samples: Path | None) -> No
         say(f"wrote {out}")
 
 
-def _plot(result: dict[str, Any], files: list[str], registry: Any, folder: Path) -> None:
-    from experthub.hub.recipe import Recipe
+def _plot(result: dict[str, Any], plans: dict[str, Plan], folder: Path) -> None:
     from experthub.hub.scoring.plots import plot_result, plot_routing
     from experthub.hub.scoring.routing_map import routing_map
 
     plot_result(result, folder / "table.png")
     say(f"wrote {folder / 'table.png'}")
     tasks = [row["task"] for row in result["tasks"]]
-    for path in map(Path, files):
-        if Recipe.read(path).route is not None:
-            picture = folder / f"{path.stem}-routing.png"
-            plot_routing(routing_map(path, tasks, registry=registry), path.stem, picture)
+    for name, plan in plans.items():
+        if plan.recipe.route is not None:
+            picture = folder / f"{name}-routing.png"
+            plot_routing(routing_map(plan, tasks), name, picture)
             say(f"wrote {picture}")
 
 

@@ -190,7 +190,7 @@ def pull(
     with progress() as report:
         for name in names:
             if name in known.bases():
-                from experthub.hub.bases import find
+                from experthub.hub.base_sources import find
 
                 base = find(name, known, report)
                 pulled.append({"name": name, "digest": base.fingerprint})

@@ -8,7 +8,7 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from experthub.cli import compose, doctor, evaluate, experts, methods, tasks, train
+from experthub.cli import compose, doctor, evaluate, experts, lock, methods, tasks, train
 from experthub.hub.errors import HubError
 
 # Click's UsageError, wherever typer keeps it.
@@ -94,6 +94,7 @@ def _main(
 experts.register(app)
 methods.register(app)
 compose.register(app)
+lock.register(app)
 evaluate.register(app)
 doctor.register(app)
 app.add_typer(train.app, name="train", epilog="Example: hub train gate sentiment --steps 30")

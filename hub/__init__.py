@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from experthub.hub.composition import Composition, compose
     from experthub.hub.errors import HubError
     from experthub.hub.expert import Expert
+    from experthub.hub.lock import Lock, plan_of
     from experthub.hub.plan import Plan
     from experthub.hub.recipe import Recipe
     from experthub.hub.registry import Registry
@@ -22,6 +23,7 @@ _HOMES = {
     "Composition": "composition",
     "Expert": "expert",
     "HubError": "errors",
+    "Lock": "lock",
     "Plan": "plan",
     "Recipe": "recipe",
     "Registry": "registry",
@@ -29,6 +31,7 @@ _HOMES = {
     "Store": "store",
     "compose": "composition",
     "evaluate": "scoring.evaluation",
+    "plan_of": "lock",
     "resolve": "resolution",
     "train_gate": "training.train",
     "train_lora": "training.train",
@@ -38,6 +41,7 @@ __all__ = [
     "Composition",
     "Expert",
     "HubError",
+    "Lock",
     "Plan",
     "Recipe",
     "Registry",
@@ -45,6 +49,7 @@ __all__ = [
     "Store",
     "compose",
     "evaluate",
+    "plan_of",
     "resolve",
     "train_gate",
     "train_lora",

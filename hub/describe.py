@@ -8,7 +8,7 @@ from typing import Any
 from experthub.hub._files import write_json
 from experthub.hub.bases import Base
 from experthub.hub.errors import IntegrityError, NotFoundError
-from experthub.hub.expert import DESCRIPTION, Expert, Identity
+from experthub.hub.expert import DESCRIPTION, Expert, Identity, relative_source
 from experthub.hub.formats.adapter import read_json
 from experthub.hub.registry import Registry, check_same_content, next_version, register
 from experthub.hub.store import Store, read_folder
@@ -91,7 +91,7 @@ def add_folder(
         "version": version or own or next_version(name, registry.experts()),
         "kind": identity.kind,
         "base": base or stated.get("base") or base_of(folder, registry),
-        "sources": [f"file:{_relative(folder, file)}"],
+        "sources": [_source(folder, file)],
         "digest": digest,
     }
     given = {"task": task, "description": description}
@@ -111,10 +111,10 @@ def add_folder(
     return expert
 
 
-def _relative(folder: Path, file: Path | None) -> Path:
-    whole = folder.resolve()
-    near = file.resolve().parent if file else None
-    return whole.relative_to(near) if near and whole.is_relative_to(near) else whole
+def _source(folder: Path, file: Path | None) -> str:
+    """The folder as a source in a registry file; the user's own registry is no place near it."""
+    whole = f"file:{folder.resolve()}"
+    return relative_source(whole, file.resolve().parent) if file else whole
 
 
 def base_of(folder: Path, registry: Registry) -> str:

@@ -258,7 +258,7 @@ def _bases(registry: Registry) -> Check:
 
 
 def _is_here(name: str, registry: Registry) -> bool:
-    """Whether `hub.bases.find` would fetch nothing; the folders are named as it names them."""
+    """Whether `hub.base_sources.find` would fetch nothing; the folders are named as it names them."""
     entry, home = registry.bases()[name], hub_home()
     for source in entry.sources:
         place = Reference.parse(source, registry.base_folder_of(name))

@@ -115,3 +115,16 @@ class Reference:
             )
         name, version, digest = found.groups()
         return cls(text, name, int(version) if version else None, digest or "")
+
+
+def absolute_source(source: str, folder: Path) -> str:
+    """A source as it means the same from everywhere; folder: what it is relative to."""
+    place = Reference.parse(source, folder).folder
+    return f"file:{place.resolve()}" if place else source
+
+
+def relative_source(source: str, folder: Path) -> str:
+    """A source as it is written into a file of a folder: relative to it for what lies inside."""
+    place, near = Reference.parse(source).folder, folder.resolve()
+    inside = place is not None and place.resolve().is_relative_to(near)
+    return f"file:{place.resolve().relative_to(near)}" if place and inside else source

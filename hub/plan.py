@@ -8,6 +8,7 @@ from typing import Any
 from experthub.hub._files import digest_of
 from experthub.hub.bases import Base
 from experthub.hub.formats.adapter import Adapted
+from experthub.hub.pull import Content
 from experthub.hub.recipe import Method, Recipe
 
 
@@ -18,15 +19,25 @@ class Member:
     changes: parameter name -> shape.  adapted: for a LoRA, how.  gated: modules with a gate.
     """
 
-    reference: str
-    digest: str
+    content: Content
     kind: str
-    task: str | None
     weight: float
     size: int
     changes: dict[str, tuple[int, ...]]
     adapted: tuple[Adapted, ...]
     gated: frozenset[str]
+
+    @property
+    def reference(self) -> str:
+        return self.content.reference
+
+    @property
+    def digest(self) -> str:
+        return self.content.digest
+
+    @property
+    def task(self) -> str | None:
+        return self.content.task
 
 
 @dataclass(frozen=True)
@@ -71,7 +82,6 @@ class Plan:
     @property
     def digest(self) -> str:
         """Names the composition by content: the same digest and code give the same bits."""
-        pinned = self.lock
         content = [
             [
                 [(m.digest, m.weight) for m in e.members],
@@ -81,21 +91,31 @@ class Plan:
             ]
             for e in self.experts
         ]
-        return digest_of({**pinned, "base": self.base.fingerprint, "experts": content})
+        return digest_of({**self._options, "base": self.base.fingerprint, "experts": content})
 
     @property
-    def lock(self) -> dict[str, Any]:
-        """Everything the composition is made of, pinned."""
+    def _options(self) -> dict[str, Any]:
+        """What the recipe says besides base and experts."""
         method = self.recipe.method
         return {
             "version": 1,
-            "base": {"name": self.base.name, "fingerprint": self.base.fingerprint},
-            "experts": [_locked(expert) for expert in self.experts],
             method.kind: _method_record(method),
             "targets": self.recipe.targets,
             "dtype": self.dtype,
             "seed": self.recipe.seed,
             "allow_base_mismatch": self.recipe.allow_base_mismatch,
+        }
+
+    @property
+    def lock(self) -> dict[str, Any]:
+        """Everything the composition is made of, pinned; the content of a lock file."""
+        base = {"name": self.base.name, "fingerprint": self.base.fingerprint}
+        return {
+            "version": 1,
+            "composition": self.digest,
+            "base": base | {"sources": list(self.base.sources), "sha256": self.base.sha256},
+            "experts": [_locked(expert) for expert in self.experts],
+            **self._options,
         }
 
     def record(self) -> dict[str, Any]:
@@ -115,7 +135,11 @@ def _method_record(method: Method) -> dict[str, Any]:
 
 
 def _locked(expert: PlannedExpert) -> dict[str, Any]:
-    members = [{"expert": m.reference, "digest": m.digest} for m in expert.members]
+    members = [
+        {"expert": m.reference, "digest": m.digest, "sources": list(m.content.sources)}
+        | ({"task": m.task} if m.task else {})
+        for m in expert.members
+    ]
     if expert.merge is None:
         return {**members[0], "as": expert.label, "weight": expert.weight}
     inner = [m | {"weight": x.weight} for m, x in zip(members, expert.members, strict=True)]

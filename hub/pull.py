@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from experthub.hub._files import hub_home
@@ -25,31 +26,46 @@ def source_folder(source: str, near: Path, report: Report = silent) -> Path:
     raise HubError(f"an expert cannot come from {source}", "use file:, hf:, or a folder")
 
 
-def pull(expert: Expert, store: Store, report: Report = silent) -> str:
-    """Bring an expert's content into the store unless it is there whole; returns its digest.
+@dataclass(frozen=True)
+class Content:
+    """An expert's content: what it is called, what it is, where to get it, and for which task."""
+
+    reference: str
+    digest: str
+    sources: tuple[str, ...]
+    task: str | None
+
+    @classmethod
+    def of(cls, expert: Expert) -> Content:
+        return cls(expert.reference, expert.digest, tuple(expert.sources), expert.task)
+
+
+def pull(content: Content, store: Store, report: Report = silent) -> None:
+    """Bring an expert's content into the store unless it is there whole.
 
     Its sources are tried in order; the first error is raised when all of them fail.
     """
     try:
-        store.identity(expert.digest)
-        return expert.digest
+        store.identity(content.digest)
+        return
     except NotFoundError:
         pass
     problems: list[HubError] = []
-    for source in expert.sources:
+    for source in content.sources:
         try:
-            report(f"pulling {expert.reference} from {source}", 0, 0)
-            return store.add(source_folder(source, Path.cwd(), report), expert.digest)[0]
+            report(f"pulling {content.reference} from {source}", 0, 0)
+            store.add(source_folder(source, Path.cwd(), report), content.digest)
+            return
         except HubError as error:
             problems.append(error)
     first = problems[0]
-    first.message = f"cannot pull {expert.reference}: {first.message}"
+    first.message = f"cannot pull {content.reference}: {first.message}"
     raise first
 
 
 def pull_by_name(name: str, registry: Registry, store: Store, report: Report = silent) -> Expert:
     """Pull an expert by reference and enter it into the user's own registry."""
     expert = registry.expert(Reference.parse(name))
-    pull(expert, store, report)
+    pull(Content.of(expert), store, report)
     register(expert)
     return expert

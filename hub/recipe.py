@@ -173,6 +173,11 @@ class Recipe(Closed):
             raise ValueError("expected exactly one of merge and route")
         return method
 
+    @property
+    def uses(self) -> list[ExpertUse]:
+        """The experts, those of nested merges included, in order."""
+        return [use for entry in self.experts for use in members_of(entry)]
+
     @classmethod
     def read(cls, path: Path | str) -> Recipe:
         """Read a recipe file; relative folders in it are relative to it.
@@ -195,6 +200,11 @@ class Recipe(Closed):
         near = folder or Path.cwd()
         experts = [_located(use, near) for use in recipe.experts]
         return recipe.model_copy(update={"base": _absolute(recipe.base, near), "experts": experts})
+
+
+def members_of(entry: ExpertUse | NestedMerge) -> list[ExpertUse]:
+    """The experts that one entry of a recipe names."""
+    return [entry] if isinstance(entry, ExpertUse) else entry.experts
 
 
 def _as_uses(value: Any) -> Any:

@@ -12,7 +12,7 @@ from experthub.hub import _yaml
 from experthub.hub._files import hub_home, locked, write_text
 from experthub.hub._yaml import Closed, did_you_mean
 from experthub.hub.errors import ConflictError, HubError, NotFoundError, UsageError
-from experthub.hub.expert import NAME, Digest, Expert, Reference
+from experthub.hub.expert import NAME, Digest, Expert, Reference, absolute_source
 from pydantic import Field, StringConstraints, field_validator
 
 HEX = r"^[0-9a-f]{64}$"
@@ -175,9 +175,9 @@ def _user_layer() -> Layer:
 
 
 def _absolute(expert: Expert, folder: Path) -> Expert:
-    places = [(s, Reference.parse(s, folder).folder) for s in expert.sources]
-    sources = [f"file:{place.resolve()}" if place else source for source, place in places]
-    return expert.model_copy(update={"sources": sources})
+    return expert.model_copy(
+        update={"sources": [absolute_source(source, folder) for source in expert.sources]}
+    )
 
 
 def register(expert: Expert, file: Path | None = None) -> Path:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from experthub.hub._yaml import did_you_mean
-from experthub.hub.bases import Base, Report, find, silent
+from experthub.hub.base_sources import find
+from experthub.hub.bases import Base, Report, silent
 from experthub.hub.errors import HubError, IntegrityError, UsageError
 from experthub.hub.expert import (
     ADAPTER,
@@ -16,12 +18,13 @@ from experthub.hub.expert import (
     TASK_VECTOR,
     Identity,
     Reference,
+    absolute_source,
 )
 from experthub.hub.formats.adapter import check_shapes, read_adapter, read_gates, read_json
 from experthub.hub.formats.header import read_header
 from experthub.hub.plan import Member, Plan, PlannedExpert
-from experthub.hub.pull import pull, source_folder
-from experthub.hub.recipe import ExpertUse, NestedMerge, Recipe
+from experthub.hub.pull import Content, pull, source_folder
+from experthub.hub.recipe import ExpertUse, NestedMerge, Recipe, members_of
 from experthub.hub.registry import Registry
 from experthub.hub.store import Store
 
@@ -33,22 +36,27 @@ def resolve(
     registry: Registry | None = None,
     store: Store | None = None,
     report: Report = silent,
+    pinned: Sequence[Content] | None = None,
 ) -> Plan:
     """Look up, fetch and check everything that a recipe names.
 
+    pinned: the contents of the recipe's experts in its order, which are looked up by default.
     Raises NotFoundError for unknown experts or bases, IntegrityError for another base or damaged
     content, HubError for shapes and targets that do not fit or state that the method lacks.
     """
     registry, store = registry or Registry.read(), store or Store()
     # Cheap refusals first: names before downloads.
-    stored = [[_find(use, registry, store, report) for use in _uses(e)] for e in recipe.experts]
+    contents = iter(pinned or (find_content(use, registry, store, report) for use in recipe.uses))
+    stored = [[next(contents) for _ in members_of(entry)] for entry in recipe.experts]
+    for content in (content for group in stored for content in group):
+        pull(content, store, report)
     base = find(recipe.base, registry, report)
     experts = tuple(
         _plan_expert(
             entry,
             [
                 _member(use, found, base, recipe, store)
-                for use, found in zip(_uses(entry), group, strict=True)
+                for use, found in zip(members_of(entry), group, strict=True)
             ],
         )
         for entry, group in zip(recipe.experts, stored, strict=True)
@@ -63,28 +71,19 @@ def resolve(
     return Plan(recipe, base, experts, parameters, dtype, reads, memory)
 
 
-def _uses(entry: ExpertUse | NestedMerge) -> list[ExpertUse]:
-    return [entry] if isinstance(entry, ExpertUse) else entry.experts
-
-
-def _find(
-    use: ExpertUse, registry: Registry, store: Store, report: Report
-) -> tuple[str, str, str | None]:
-    """Reference, digest and training task of an expert, pulled if it is not here."""
+def find_content(use: ExpertUse, registry: Registry, store: Store, report: Report) -> Content:
+    """The content that a use means now; a folder's is in the store when this returns."""
     reference = Reference.parse(use.expert)
     if reference.name:
-        expert = registry.expert(reference)
-        return expert.reference, pull(expert, store, report), expert.task
+        return Content.of(registry.expert(reference))
     folder = source_folder(use.expert, Path.cwd(), report)
     digest, _ = store.add(folder)
     stated = read_json(folder / DESCRIPTION) if (folder / DESCRIPTION).is_file() else {}
-    return use.expert, digest, stated.get("task")
+    return Content(use.expert, digest, (absolute_source(use.expert, folder),), stated.get("task"))
 
 
-def _member(
-    use: ExpertUse, found: tuple[str, str, str | None], base: Base, recipe: Recipe, store: Store
-) -> Member:
-    reference, digest, task = found
+def _member(use: ExpertUse, found: Content, base: Base, recipe: Recipe, store: Store) -> Member:
+    reference, digest = found.reference, found.digest
     identity = store.identity(digest)
     other = identity.base_fingerprint
     if other and other != base.fingerprint and not recipe.allow_base_mismatch:
@@ -96,9 +95,7 @@ def _member(
     size = sum(info.size for info in identity.files.values())
     if identity.kind == "task_vector":
         changes = _dense_changes(store, identity, digest, reference, base)
-        return Member(
-            reference, digest, "task_vector", task, use.weight, size, changes, (), frozenset()
-        )
+        return Member(found, "task_vector", use.weight, size, changes, (), frozenset())
     config, weights = store.file(digest, ADAPTER_CONFIG), store.locate(digest, ADAPTER)
     adapted = read_adapter(config, weights, reference)
     check_shapes(adapted, base.shapes, reference, base.name)
@@ -106,7 +103,7 @@ def _member(
     if GATES in identity.files:
         gated = frozenset(read_gates(store.locate(digest, GATES)))
     changes = {f"{a.module}.weight": a.shape for a in adapted}
-    return Member(reference, digest, "lora", task, use.weight, size, changes, adapted, gated)
+    return Member(found, "lora", use.weight, size, changes, adapted, gated)
 
 
 def _dense_changes(

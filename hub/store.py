@@ -120,7 +120,7 @@ class Store:
         identity = read_folder(folder)
         if expected and identity.digest != expected:
             raise IntegrityError(
-                f"{folder} is {identity.digest[:19]}, and the registry says {expected[:19]}",
+                f"{folder} is {identity.digest[:19]}, expected {expected[:19]}",
                 "the source has changed: add it as a new version, or get the original",
             )
         for name, info in identity.files.items():

@@ -456,7 +456,7 @@ def missing_registry(place: Place) -> Words:
     return ["list", "--registry", "nothing.yaml"]
 
 
-@case(3, "and the registry says sha256:", "new version")
+@case(3, "expected sha256:", "new version")
 def source_that_changed(place: Place) -> Words:
     folder = place.expert(1)
     registry = place.work / "registry.yaml"

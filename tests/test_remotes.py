@@ -404,7 +404,7 @@ def test_partial_of_something_else(index: Index) -> None:
 
 PULL = """
 import sys
-from experthub.hub.bases import find
+from experthub.hub.base_sources import find
 from experthub.hub.registry import Registry
 print("ready", flush=True)
 sys.stdin.readline()

@@ -10,20 +10,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from experthub.hub.bases import Report
 from experthub.hub.errors import UsageError
 from experthub.hub.plan import Plan
+from experthub.hub.pull import Content
 from experthub.hub.recipe import Recipe
+from experthub.hub.registry import Registry
+from experthub.hub.resolution import resolve
 from experthub.hub.scoring.result import Chosen, Outcome, mean
+from experthub.hub.store import Store
 
 BEST, ORACLE, AVERAGE = "best_single", "oracle", "merged_average"
 
 
-def control_recipes(plans: Mapping[str, Plan]) -> tuple[Recipe, dict[str, Recipe]]:
-    """The mean of all experts that the recipes name, and each of them alone, by label."""
-    experts: dict[str, str] = {}
-    plan = next(iter(plans.values()))
+def control_plans(
+    plans: Mapping[str, Plan], registry: Registry, store: Store, report: Report
+) -> tuple[Plan, dict[str, Plan]]:
+    """The mean of all experts that the plans hold, and each of them alone, by reference."""
+    contents: dict[str, Content] = {}
     for member in (m for p in plans.values() for m in p.members):
-        experts.setdefault(member.digest, member.reference)
+        contents.setdefault(member.digest, member.content)
+    experts = list(contents.values())
+    plan = next(iter(plans.values()))
     common = {
         "base": plan.recipe.base,
         "dtype": plan.dtype,
@@ -33,8 +41,12 @@ def control_recipes(plans: Mapping[str, Plan]) -> tuple[Recipe, dict[str, Recipe
     taken = {BEST, ORACLE, AVERAGE} & set(plans)
     if taken:
         raise UsageError(f"{taken.pop()} is the name of a control", "rename the recipe's file")
-    together = Recipe.of({**common, "experts": list(experts.values())})
-    return together, {r: Recipe.of({**common, "experts": [r]}) for r in experts.values()}
+
+    def mean_of(members: list[Content]) -> Plan:
+        recipe = Recipe.of({**common, "experts": [m.reference for m in members]})
+        return resolve(recipe, registry, store, report, pinned=members)
+
+    return mean_of(experts), {m.reference: mean_of([m]) for m in experts}
 
 
 def pick(

@@ -10,12 +10,13 @@ from typing import Any
 from experthub.hub.bases import Base, Report, load_model, load_tokenizer, silent
 from experthub.hub.composition import compose
 from experthub.hub.errors import HubError, UsageError
+from experthub.hub.lock import Pins, plan_of
 from experthub.hub.plan import Plan
 from experthub.hub.recipe import Recipe
 from experthub.hub.registry import Registry
 from experthub.hub.resolution import resolve
 from experthub.hub.scoring.cache import units
-from experthub.hub.scoring.controls import AVERAGE, control_recipes, pick
+from experthub.hub.scoring.controls import AVERAGE, control_plans, pick
 from experthub.hub.scoring.likelihood import Likelihood
 from experthub.hub.scoring.result import (
     BASE,
@@ -43,6 +44,7 @@ def evaluate(
     controls: bool = False,
     cache: bool = True,
     with_samples: bool = False,
+    pins: Pins | None = None,
     device: str | None = None,
     seed: int = 0,
     registry: Registry | None = None,
@@ -57,15 +59,17 @@ def evaluate(
     limit: examples per task, at most.  score: of a choice, from its tokens' log-probabilities:
     their `mean`, their `sum`, or the sum per `byte` of the choice.  controls: add the columns
     `best_single`, `oracle` and `merged_average`.  cache: use and keep the scores of earlier runs.
-    with_samples: add `samples`, the scores of every example.  seed: of the bootstrap.
+    with_samples: add `samples`, the scores of every example.  pins: for recipes given as files,
+    see `hub.lock.plan_of`.  seed: of the bootstrap.
     """
     registry, store = registry or Registry.read(), store or Store()
-    paths = {} if isinstance(recipes, Mapping) else _named(recipes)
-    named = (
-        recipes if isinstance(recipes, Mapping) else {n: Recipe.read(p) for n, p in paths.items()}
-    )
     chosen = _chosen(tasks, split, limit)
-    plans = {name: resolve(recipe, registry, store, report) for name, recipe in named.items()}
+    paths: dict[str, str] = {}
+    if isinstance(recipes, Mapping):
+        plans = {name: resolve(one, registry, store, report) for name, one in recipes.items()}
+    else:
+        paths = _named(recipes)
+        plans = {name: plan_of(path, pins, registry, store, report) for name, path in paths.items()}
     base = _one_base(plans)
     if split == "all":
         _refuse_trained(plans, [one.task for one in chosen])
@@ -77,13 +81,9 @@ def evaluate(
     between = {name: outcomes[name] for name in plans}
     picked: dict[str, Any] = {}
     if controls:
-        together, alone = control_recipes(plans)
-        plans[AVERAGE] = resolve(together, registry, store, report)
+        plans[AVERAGE], alone = control_plans(plans, registry, store, report)
         outcomes[AVERAGE] = bench.outcomes(AVERAGE, plans[AVERAGE], chosen, score)
-        singles = {
-            name: bench.outcomes(name, resolve(recipe, registry, store, report), chosen, score)
-            for name, recipe in alone.items()
-        }
+        singles = {name: bench.outcomes(name, plan, chosen, score) for name, plan in alone.items()}
         columns, picked = pick(singles, chosen)
         outcomes |= columns
     protocol = MEASURES[score] if base.causal else Similarity.name

