@@ -1,9 +1,9 @@
-"""list, show, add, pull: what the hub holds."""
+"""list, search, show, add, pull: what the hub holds."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from experthub.cli import _completion
@@ -17,6 +17,9 @@ from experthub.cli._output import (
     print_table,
     progress,
 )
+
+if TYPE_CHECKING:
+    from experthub.hub.expert import Expert
 
 
 def list_(
@@ -52,11 +55,45 @@ def list_(
     elif quiet:
         print_lines([e.reference for e in experts])
     else:
-        rows = [
-            [e.reference, e.kind, e.base, e.task or "", "yes" if _stored(e) else "", e.description]
-            for e in experts
-        ]
-        print_table(["expert", "kind", "base", "trained on", "here", "description"], rows)
+        _print_experts(experts)
+
+
+def search(
+    words: Annotated[list[str], typer.Argument(help="Words; all of them must occur.")],
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    registry: RegistryOption = None,
+) -> None:
+    """Find experts by words in their names, tags, tasks, bases and descriptions.
+
+    Examples: hub search sentiment; hub search "multiple choice" commonsense; hub search minilm -q
+    """
+    from experthub.hub._yaml import did_you_mean
+    from experthub.hub.errors import NotFoundError
+    from experthub.hub.registry import Registry
+
+    known = Registry.read(registry)
+    found = known.search(words)
+    if json:
+        print_json({"experts": [_record(e) for e in found]})
+    elif not found:
+        everything = {word for e in known.experts() for word in [e.name, *e.tags]}
+        raise NotFoundError(
+            f"no expert has {' and '.join(map(repr, words))}",
+            did_you_mean(words[0], everything) if len(words) == 1 else "try fewer words",
+        )
+    elif quiet:
+        print_lines([e.reference for e in found])
+    else:
+        _print_experts(found)
+
+
+def _print_experts(experts: list[Expert]) -> None:
+    rows = [
+        [e.reference, e.kind, e.base, e.task or "", "yes" if _stored(e) else "", e.description]
+        for e in experts
+    ]
+    print_table(["expert", "kind", "base", "trained on", "here", "description"], rows)
 
 
 def _stored(expert: Any) -> bool:
@@ -205,6 +242,7 @@ def pull(
 
 def register(app: typer.Typer) -> None:
     app.command("list")(list_)
+    app.command()(search)
     app.command()(show)
     app.command()(add)
     app.command()(pull)

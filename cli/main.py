@@ -8,7 +8,7 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from experthub.cli import compose, doctor, evaluate, experts, lock, methods, tasks, train
+from experthub.cli import compose, doctor, evaluate, experts, lock, methods, store, tasks, train
 from experthub.hub.errors import HubError
 
 # Click's UsageError, wherever typer keeps it.
@@ -96,6 +96,7 @@ methods.register(app)
 compose.register(app)
 lock.register(app)
 evaluate.register(app)
+store.register(app)
 doctor.register(app)
 app.add_typer(train.app, name="train", epilog="Example: hub train gate sentiment --steps 30")
 app.add_typer(tasks.app, name="tasks", epilog="Example: hub tasks import bigbench implicatures")

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -22,21 +23,39 @@ def hub_home() -> Path:
 
 
 @contextmanager
-def written(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that appears under its name whole, or not at all."""
+def written(path: Path, mode: int = 0o644) -> Iterator[IO[bytes]]:
+    """A binary file that appears under its name whole, or not at all.
+
+    Where the file system can, it has no name while it is written: nothing stays of a killed process.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name[:80]}.", dir=path.parent)
+    draft = path.with_name(f".{path.name[:80]}.{secrets.token_hex(8)}")
+    handle, unnamed = _open_draft(draft)
+    folder = os.open(path.parent, os.O_RDONLY)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
+            os.fchmod(handle, mode)
+            os.fsync(handle)
+            if unnamed:
+                # A link takes no file's place; with a folder's handle it is linkat, which follows.
+                os.link(f"/proc/self/fd/{handle}", draft.name, dst_dir_fd=folder)
+        draft.replace(path)
+        os.fsync(folder)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    finally:
+        os.close(folder)
+
+
+def _open_draft(path: Path) -> tuple[int, bool]:
+    """A new file to write, and whether it has no name yet."""
+    try:
+        return os.open(path.parent, os.O_TMPFILE | os.O_WRONLY, 0o600), True
+    except (AttributeError, OSError):
+        return os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), False
 
 
 def write_text(path: Path, text: str) -> None:
@@ -80,11 +99,11 @@ def check_free(folder: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """One process at a time inside, by a lock file that stays; the lock ends with its process."""
+def locked(path: Path, shared: bool = False) -> Iterator[None]:
+    """One process at a time inside, or any number that share it; the lock ends with its process."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         yield
 
 

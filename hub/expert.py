@@ -79,6 +79,11 @@ class Identity(Closed):
     def digest(self) -> str:
         return digest_of(self.record())
 
+    @property
+    def objects(self) -> set[str]:
+        """The sha256 of everything that the store has of it, this record included."""
+        return {self.digest.removeprefix("sha256:"), *(f.sha256 for f in self.files.values())}
+
 
 @dataclass(frozen=True)
 class Reference:

@@ -17,6 +17,7 @@ from experthub.hub.pull import Content
 from experthub.hub.recipe import ExpertUse, Recipe
 from experthub.hub.registry import BaseEntry, Layer, Registry, RegistryFile
 from experthub.hub.resolution import find_content, resolve
+from experthub.hub.roots import remember
 from experthub.hub.store import Store
 from pydantic import Field
 
@@ -97,6 +98,7 @@ class Lock(Closed):
         """Write the file; sources inside its folder are relative to it, so that both can move."""
         near = self._placed(lambda source: relative_source(source, path.resolve().parent))
         write_text(path, _yaml.dump(near.record()))
+        remember(path)
 
     def record(self) -> dict[str, Any]:
         """The lock as plain values, for `--json` and the file."""

@@ -82,6 +82,11 @@ class Registry:
             layers.append(_read_layer(starter))
         return cls(tuple(layers))
 
+    @property
+    def user(self) -> Layer:
+        """The user's own layer."""
+        return next(layer for layer in self.layers if layer.folder == _user_folder().resolve())
+
     def experts(self) -> list[Expert]:
         """Every expert that a name and a version can reach."""
         found: dict[tuple[str, int], Expert] = {}
@@ -89,6 +94,27 @@ class Registry:
             for expert in layer.content.experts:
                 found.setdefault((expert.name, expert.version), expert)
         return [found[key] for key in sorted(found)]
+
+    def search(self, words: Iterable[str]) -> list[Expert]:
+        """The experts that have every word in a name, tag, task, base or description, best first.
+
+        A word in a name counts most, then one in a tag or task, then one elsewhere.
+        """
+        wanted = [word.lower() for word in words]
+        ranked = []
+        for expert in self.experts():
+            fields = (
+                expert.name,
+                " ".join([*expert.tags, expert.task or ""]),
+                f"{expert.description} {expert.base} {expert.kind}",
+            )
+            places = [
+                next((i for i, text in enumerate(fields) if word in text.lower()), None)
+                for word in wanted
+            ]
+            if None not in places:
+                ranked.append((sum(place or 0 for place in places), expert))
+        return [e for _, e in sorted(ranked, key=lambda r: (r[0], r[1].name, -r[1].version))]
 
     def bases(self) -> dict[str, BaseEntry]:
         """Every base, by name."""
@@ -165,9 +191,13 @@ def _read_file(path: Path) -> RegistryFile:
     return _yaml.validated(RegistryFile, _yaml.read(path), "docs/registry.md")
 
 
+def _user_folder() -> Path:
+    return hub_home() / "registry"
+
+
 def _user_layer() -> Layer:
     """The user's own registry, one small file per expert and version, as one layer."""
-    folder = hub_home() / "registry"
+    folder = _user_folder()
     experts = [
         e for path in sorted(folder.glob("*/*.yaml")) for e in _read_layer(path).content.experts
     ]
@@ -180,12 +210,17 @@ def _absolute(expert: Expert, folder: Path) -> Expert:
     )
 
 
+def entry_path(expert: Expert) -> Path:
+    """Where the user's own registry has an expert's entry."""
+    return _user_folder() / expert.name / f"{expert.version}.yaml"
+
+
 def register(expert: Expert, file: Path | None = None) -> Path:
     """Write an entry into the user's registry, or into the file given; returns where.
 
     The same content again is a no-op; ConflictError when the name and version have other content.
     """
-    path = file or hub_home() / "registry" / expert.name / f"{expert.version}.yaml"
+    path = file or entry_path(expert)
     with locked(hub_home() / "locks" / "registry"):
         return _register(expert, path)
 

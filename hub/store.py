@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
+import re
+import secrets
 import shutil
-import tempfile
 from dataclasses import dataclass, field
 from functools import lru_cache
 from mmap import ACCESS_COPY, mmap
 from pathlib import Path
+from typing import IO
 
-from experthub.hub._files import (
-    canonical_json,
-    hub_home,
-    sha256_of,
-    sync_file,
-    sync_folder,
-    written,
-)
+from experthub.hub._files import canonical_json, hub_home, locked, sha256_of, written
 from experthub.hub.errors import HubError, IntegrityError, NotFoundError
 from experthub.hub.expert import ADAPTER_CONFIG, GATES, FileInfo, Identity
 from experthub.hub.formats.adapter import check_gates, kind_of, read_adapter, read_gates, read_json
@@ -26,6 +22,11 @@ from experthub.hub.formats.header import check_finite, read_header
 from pydantic import ValidationError
 
 MAX_SMALL = 8 << 20  # bytes of a JSON file
+CHUNK = 1 << 20
+TRASH, LEASES, COLLECTING = "trash", "leases", "locks/collecting"
+
+# One per store: this process's, by root folder.
+_leases: dict[Path, IO[bytes]] = {}
 
 
 @dataclass(frozen=True)
@@ -44,43 +45,46 @@ class Store:
     def __contains__(self, sha256: str) -> bool:
         return self.path(sha256).is_file()
 
+    def objects(self) -> dict[str, Path]:
+        """Every object here, by sha256."""
+        found = (self.root / "objects" / "sha256").glob("[0-9a-f][0-9a-f]/*")
+        return {_sha256(p): p for p in sorted(found) if re.fullmatch("[0-9a-f]{62}", p.name)}
+
     def put(self, source: Path, sha256: str) -> Path:
         """Copy a file in under its digest; IntegrityError when its content is another."""
         target = self.path(sha256)
-        if target.is_file():
+        if self._here(target):
             return target
-        partial = self.root / "partial"
-        partial.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=partial)
-        os.close(handle)
-        draft = Path(name)
-        try:
-            shutil.copyfile(source, draft)
-            sync_file(draft)
-            found = sha256_of(draft)
-            if found != sha256:
+        with source.open("rb") as data, written(target, 0o444) as file:
+            digest = hashlib.sha256()
+            while chunk := data.read(CHUNK):
+                digest.update(chunk)
+                file.write(chunk)
+            if digest.hexdigest() != sha256:
                 raise IntegrityError(
-                    f"{source} is damaged: sha256 {found[:12]}, expected {sha256[:12]}",
+                    f"{source} is damaged: sha256 {digest.hexdigest()[:12]}, expected {sha256[:12]}",
                     "get it again from its source",
                 )
-            draft.chmod(0o444)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            draft.replace(target)
-            sync_folder(target.parent)
-        finally:
-            draft.unlink(missing_ok=True)
         return target
+
+    def _here(self, path: Path) -> bool:
+        """Whether an object is here; one that waits to be deleted comes back."""
+        if path.is_file():
+            return True
+        try:
+            (self.root / TRASH / _sha256(path)).rename(path)
+        except OSError:
+            return False
+        return True
 
     def identity(self, digest: str) -> Identity:
         """The files of an expert, by its digest; NotFoundError when it is not here whole."""
-        path = self.path(digest.removeprefix("sha256:"))
-        if not path.is_file():
+        identity = self.manifest(digest)
+        if identity is None:
             raise NotFoundError(f"expert {digest[:19]} is not in the store", "run hub pull first")
-        stat = path.stat()
-        identity = _read_identity(path, digest, stat.st_size, stat.st_mtime_ns)
         for name, info in identity.files.items():
             file = self.path(info.sha256)
-            if not file.is_file():
+            if not self._here(file):
                 raise NotFoundError(
                     f"{name} of expert {digest[:19]} is missing from the store",
                     "run hub pull again",
@@ -123,17 +127,40 @@ class Store:
                 f"{folder} is {identity.digest[:19]}, expected {expected[:19]}",
                 "the source has changed: add it as a new version, or get the original",
             )
+        self.hold(identity.digest, identity)
         for name, info in identity.files.items():
             self.put(folder / name, info.sha256)
-        self._put_identity(identity)
+        path = self.path(identity.digest.removeprefix("sha256:"))
+        if not self._here(path):
+            with written(path, 0o444) as file:
+                file.write(canonical_json(identity.record()))
         return identity.digest, identity
 
-    def _put_identity(self, identity: Identity) -> None:
-        path = self.path(identity.digest.removeprefix("sha256:"))
-        if not path.is_file():
-            with written(path) as file:
-                file.write(canonical_json(identity.record()))
-            path.chmod(0o444)
+    def hold(self, digest: str, identity: Identity | None = None) -> None:
+        """Keep an expert from being collected for as long as this process runs.
+
+        identity: of one that is not here yet.
+        """
+        with locked(self.root / COLLECTING, shared=True):
+            identity = identity or self.manifest(digest)
+            lines = identity.objects if identity else {digest.removeprefix("sha256:")}
+            lease = _leases.get(self.root)
+            if lease is None or not os.fstat(lease.fileno()).st_nlink:
+                folder = self.root / LEASES
+                folder.mkdir(parents=True, exist_ok=True)
+                # It stays open, and locked, until the process ends.
+                lease = (folder / f"{os.getpid()}-{secrets.token_hex(8)}").open("ab", buffering=0)
+                fcntl.flock(lease, fcntl.LOCK_EX)
+                _leases[self.root] = lease
+            lease.write("".join(f"{line}\n" for line in lines).encode())
+
+    def manifest(self, digest: str) -> Identity | None:
+        """What an expert consists of, whether its files are here or not; None when it is not here."""
+        path = self.path(digest.removeprefix("sha256:"))
+        if not self._here(path):
+            return None
+        stat = path.stat()
+        return _read_identity(path, digest, stat.st_size, stat.st_mtime_ns)
 
     def copy_out(self, digest: str, folder: Path) -> None:
         """Write an expert's files, as stored, into a folder; never links, which could be written through."""
@@ -163,7 +190,7 @@ def _sha256(path: Path) -> str:
 def _damaged(path: Path) -> IntegrityError:
     return IntegrityError(
         f"object {path.name[:12]} in the store is damaged",
-        f"remove {path} and run hub pull again",
+        "run hub verify --repair",
     )
 
 

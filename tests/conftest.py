@@ -243,11 +243,15 @@ def at_once(script: str, *jobs: Sequence[str | Path]) -> list[str]:
 
 
 def snapshot(folder: Path, *without: str) -> dict[str, str]:
-    """Path -> mode and sha256 of every file below a folder, but for those below `without`."""
+    """Path -> mode and sha256 of every file below a folder, but for those below `without`.
+
+    What lasts as long as a process, its lease and locks, does not count.
+    """
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if path.is_file() and not name.startswith(without):
+        stays = not {"leases", "locks"} & set(path.parts)
+        if stays and path.is_file() and not name.startswith(without):
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             found[name] = f"{path.stat().st_mode:o} {digest}"
     return found

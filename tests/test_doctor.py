@@ -133,7 +133,7 @@ def test_experts_here_gone_and_lost(expert_folder: Make, base_folder: Path, home
     path.write_text("damaged")
     check = found()["experts"]
     assert check["status"] == "problem" and check["details"]["damaged"] == ["three@1"]
-    assert "three@1: object" in check["found"] and f"remove {path}" in check["next"]
+    assert "three@1: object" in check["found"] and "hub verify --repair" in check["next"]
     assert found()["bases"]["details"]["tiny"] is True
 
 

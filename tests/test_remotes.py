@@ -242,7 +242,10 @@ def test_base_from_a_package(
     (folder,) = (index.home / "bases").iterdir()
     files = {p.name for p in folder.iterdir()}
     assert "code.py" not in files and "__init__.py" not in files
-    for name in files:
+    manifest = json.loads((folder / "files.json").read_text())
+    assert set(manifest) == files - {"files.json"}
+    for name, digest in manifest.items():
+        assert sha256((folder / name).read_bytes()) == digest
         assert (folder / name).read_bytes() == (base_folder / name).read_bytes()
     assert not list((index.home / "partial").iterdir())
     recipe = Path("recipe.yaml")

@@ -80,7 +80,7 @@ def in_zsh(line: str) -> set[str]:
     ("line", "expected"),
     [
         ("hub sho", {"show"}),
-        ("hub show fa", {"far", "fare", "farther"}),
+        ("hub show far", {"far", "fare", "farther"}),
         ("hub pull sentiment farth", {"farther"}),
         ("hub methods pha", {"phatgoose"}),
         ("hub list --b", {"--bases"}),

@@ -107,14 +107,6 @@ STARTERS = (
         "The choice that says: the passage does not tell.",
         ("reading", "multiple choice", "english"),
     ),
-    Starter(
-        "reactions",
-        "bigbench:social_iqa",
-        160,
-        "What people feel, want or do next in an everyday situation, one of three.",
-        ("commonsense", "multiple choice", "english"),
-        1280,
-    ),
     *(
         Starter(f"{name}-minilm", f"bigbench:{task}", 60, text, tags, 1000, ENCODER, 16)
         for name, task, text, tags in (
@@ -131,9 +123,6 @@ STARTERS = (
             ("goals", "goal_step_wikihow/goal_inference", "Goal of a step.", ("commonsense",)),
             ("claims", "fact_checker/fever", "Truth of a claim.", ("knowledge",)),
             ("unanswerable", "bbq_lite_json/age_ambig", "What a text does not say.", ("reading",)),
-            ("metaphors", "metaphor_boolean", "Paraphrase of a metaphor.", ("figures of speech",)),
-            ("sports", "sports_understanding", "Plausibility in sports.", ("knowledge",)),
-            ("analogies", "analogical_similarity", "Kind of a likeness.", ("analogy",)),
         )
     ),
 )

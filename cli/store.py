@@ -1,0 +1,170 @@
+"""verify, rm, du, gc: what the hub keeps on disk."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from experthub.cli import _completion
+from experthub.cli._output import (
+    JsonOption,
+    RegistryOption,
+    print_json,
+    print_lines,
+    print_table,
+    progress,
+    say,
+)
+
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+
+
+def verify(
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Pull what is damaged again, from its sources.")
+    ] = False,
+    json: JsonOption = False,
+    registry: RegistryOption = None,
+) -> None:
+    """Hash everything that is stored; end with 3 if something is damaged.
+
+    Examples: hub verify; hub verify --repair; hub verify --json
+    """
+    from experthub.hub.registry import Registry
+    from experthub.hub.store import Store
+    from experthub.hub.verification import check
+    from experthub.hub.verification import verify as verified
+
+    with progress() as report:
+        found = verified(Registry.read(registry), Store(), repair=repair, report=report)
+    if json:
+        print_json({"verify": found.record()})
+    else:
+        lines = [f"{found.objects} objects, {found.bytes / 1e6:.1f} MB"]
+        for sha256, users in found.damaged.items():
+            state = "repaired" if sha256 in found.repaired else "damaged"
+            lines.append(f"{state}  {sha256[:12]}  {', '.join(users) or 'used by no entry'}")
+        for base, files in found.bases.items():
+            state = "repaired" if base in found.repaired else "damaged"
+            lines.append(f"{state}  base {base}: {', '.join(files)}")
+        for reference in found.incomplete:
+            state = "repaired" if reference in found.repaired else "incomplete"
+            lines.append(f"{state}  {reference}")
+        lines += [f"no object  {name}" for name in found.strangers]
+        if found.absent:
+            lines.append(f"not pulled  {', '.join(found.absent)}")
+        if found.orphans:
+            lines.append(f"{len(found.orphans)} objects that no entry uses; hub gc deletes them")
+        print_lines(lines)
+    check(found)
+
+
+def rm(
+    name: Annotated[
+        str,
+        typer.Argument(help="An expert: NAME, NAME@2.", autocompletion=_completion.experts),
+    ],
+    yes: YesOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Take an expert out of your registry; its content goes with the next hub gc.
+
+    Examples: hub rm intents; hub rm intents@1 --yes
+    """
+    from experthub.hub.collection import removable, remove
+    from experthub.hub.registry import Registry
+
+    known = Registry.read()
+    mine = removable(name, known)
+    _confirm(f"remove {', '.join(e.reference for e in mine)}?", yes)
+    remove(mine)
+    if json:
+        print_json({"removed": [{"name": e.reference, "digest": e.digest} for e in mine]})
+    else:
+        print_lines([f"{e.reference}  {e.digest}" for e in mine])
+
+
+def du(json: JsonOption = False, registry: RegistryOption = None) -> None:
+    """Say how much disk the hub takes, and what for.
+
+    Examples: hub du; hub du --json
+    """
+    from experthub.hub.registry import Registry
+    from experthub.hub.store import Store
+    from experthub.hub.usage import usage
+
+    found = usage(Registry.read(registry), Store())
+    if json:
+        print_json(found)
+        return
+    rows = [[f["folder"], _mb(f["bytes"]), f["purpose"]] for f in found["folders"] if f["bytes"]]
+    print_table(
+        ["folder", ">size", "what for"], [*rows, ["in all", _mb(found["bytes"]), found["root"]]]
+    )
+    if found["experts"]:
+        print_lines([""])
+        print_table(
+            ["expert", ">size", ">not shared"],
+            [[e["expert"], _mb(e["bytes"]), _mb(e["own"])] for e in found["experts"]],
+        )
+
+
+def gc(
+    grace: Annotated[
+        float, typer.Option(help="Seconds that an unused object stays, before each step.", min=0.0)
+    ] = 3600.0,
+    dry_run: DryRunOption = False,
+    yes: YesOption = False,
+    json: JsonOption = False,
+    registry: RegistryOption = None,
+) -> None:
+    """Delete content that no registry, lock or running process needs, in two steps.
+
+    The first run moves it to the trash, from where any use brings it back; a later run deletes it.
+    Examples: hub gc --dry-run; hub gc; hub gc --grace 0 --yes
+    """
+    from experthub.hub.collection import collect
+    from experthub.hub.registry import Registry
+    from experthub.hub.store import Store
+
+    known, store = Registry.read(registry), Store()
+    planned = collect(known, store, grace=grace, dry_run=True)
+    done = planned
+    if not dry_run:
+        if planned.deleted:
+            size = _mb(sum(planned.deleted.values()))
+            _confirm(f"delete {len(planned.deleted)} objects, {size}?", yes)
+        done = collect(known, store, grace=grace)
+    if json:
+        print_json({"gc": vars(done) | {"dry_run": dry_run}})
+        return
+    parts = {"to the trash": done.trashed, "deleted": done.deleted, "leftovers": done.leftovers}
+    would = "would be " if dry_run else ""
+    lines = [
+        f"{would}{what}: {len(found)}, {_mb(sum(found.values()))}" for what, found in parts.items()
+    ]
+    print_lines([*lines, f"{would}restored: {len(done.restored)}"])
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
+
+
+def _confirm(question: str, yes: bool) -> None:
+    """Ask on a terminal; refuse to act unasked elsewhere."""
+    from experthub.hub.errors import UsageError
+
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise UsageError(f"{question} nobody is there to ask", "say --yes")
+    say(f"{question} [y/N] ")
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise UsageError("nothing was done", "answer y, or say --yes")
+
+
+def register(app: typer.Typer) -> None:
+    for command in (verify, rm, du, gc):
+        app.command()(command)

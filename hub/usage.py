@@ -1,0 +1,63 @@
+"""How much disk the hub takes, and what for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from experthub.hub.registry import Registry
+from experthub.hub.store import Store
+
+PURPOSES = {
+    "objects": "experts",
+    "trash": "what hub gc deletes next",
+    "damaged": "what hub verify could not repair",
+    "bases": "base models",
+    "hf": "what was fetched from model hubs",
+    "partial": "downloads that are not complete",
+    "tasks": "tasks",
+    "results": "scores of earlier evaluations",
+    "runs": "training runs",
+    "benchmarks": "environments of the benchmarks",
+}
+
+
+def usage(registry: Registry, store: Store) -> dict[str, Any]:
+    """Bytes by purpose, and of every stored expert: in all, and of what no other expert shares."""
+    sizes = {p.name: size_of(p) for p in sorted(store.root.glob("*")) if p.is_dir()}
+    folders = [
+        {"folder": name, "bytes": size, "purpose": PURPOSES.get(name, "")}
+        for name, size in sizes.items()
+    ]
+    manifests = {}
+    for expert in registry.experts():
+        identity = store.manifest(expert.digest)
+        if identity is not None:
+            manifests[expert.reference] = identity
+    users: dict[str, set[str]] = {}
+    for identity in manifests.values():
+        for info in identity.files.values():
+            users.setdefault(info.sha256, set()).add(identity.digest)
+    experts = [
+        {
+            "expert": reference,
+            "bytes": sum(info.size for info in identity.files.values()),
+            "own": sum(i.size for i in identity.files.values() if len(users[i.sha256]) == 1),
+        }
+        for reference, identity in manifests.items()
+    ]
+    return {
+        "root": str(store.root),
+        "bytes": sum(sizes.values()),
+        "folders": folders,
+        "experts": experts,
+    }
+
+
+def size_of(folder: Path) -> int:
+    """The bytes of all files below a folder, links not followed."""
+    return sum(
+        path.lstat().st_size
+        for path in folder.rglob("*")
+        if path.is_file() and not path.is_symlink()
+    )
