@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO := build/demo
 RECIPES := $(addprefix examples/demo/, task_arithmetic.yaml uniform.yaml phatgoose.yaml)
 
-.PHONY: demo demo-controls test test-all docs experts clean
+.PHONY: demo demo-controls demo-skills test test-all docs experts clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -22,6 +22,14 @@ demo: .venv/.installed
 demo-controls: demo
 	$(BIN)/hub eval $(RECIPES) --tasks @examples/demo/unseen.txt \
 		--split all --limit 64 --controls --out $(DEMO)/controls.json
+
+# What the composed models keep of the experts' own skills: the test split of the training tasks.
+demo-skills: .venv/.installed
+	$(BIN)/hub pull smollm2-135m-instruct $$(cat examples/demo/experts.txt)
+	$(BIN)/hub tasks import bigbench $$(sed 's/^bigbench://' examples/demo/trained.txt)
+	mkdir -p $(DEMO)
+	$(BIN)/hub eval $(RECIPES) --tasks @examples/demo/trained.txt \
+		--split test --limit 64 --out $(DEMO)/skills.json
 
 test: .venv/.installed
 	$(BIN)/ruff check .

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from experthub import hub
+from experthub.hub._files import hub_home
 from experthub.hub.errors import UsageError
 from experthub.hub.expert import GATES, Reference
 from experthub.hub.registry import Registry
@@ -71,6 +76,33 @@ def test_an_expert_and_its_gate_learn(base_folder: Path, letters: str, home: Pat
     routed = {"base": str(base_folder), "experts": ["letters"], "route": {"method": "phatgoose"}}
     assert hub.compose(routed).plan.members[0].digest == gated.digest
     assert Registry.read().expert(Reference.parse("letters@1")).digest == expert.digest
+
+
+TRAIN = """
+import sys
+from experthub.hub.training.fit import Settings
+from experthub.hub.training.train import train_gate, train_lora
+settings = Settings(steps=2, batch_size=8)
+print(train_lora(sys.argv[1], sys.argv[2], "x", settings).digest)
+print(train_gate("x", settings).digest)
+"""
+
+
+def test_the_digest_is_the_same_in_every_process(base_folder: Path, letters: str) -> None:
+    """Whatever order Python's sets have: peft writes some of them into its configuration."""
+    found = []
+    for seed in ("1", "2"):
+        shutil.rmtree(hub_home() / "runs", ignore_errors=True)
+        shutil.rmtree(hub_home() / "registry", ignore_errors=True)
+        done = subprocess.run(
+            [sys.executable, "-c", TRAIN, base_folder, letters],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        found.append(done.stdout)
+    assert found[0] == found[1] and found[0].count("sha256:") == 2
 
 
 @pytest.mark.parametrize("kind", ["lora", "gate"])
