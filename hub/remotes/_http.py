@@ -7,16 +7,20 @@ import hashlib
 import os
 import re
 import ssl
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from experthub.hub.errors import AuthError, HubError, IntegrityError, NotFoundError
 
 if TYPE_CHECKING:
     import httpx
+
+TRIES, WAIT = 5, 0.5  # tries without a byte, and seconds before the second; each wait is doubled
+BUSY = (429, 500, 502, 503, 504)
 
 # Called with bytes done and bytes in all (0 when unknown).
 Progress = Callable[[int, int], None]
@@ -50,12 +54,17 @@ def _trust() -> ssl.SSLContext:
 
 
 @contextmanager
-def client() -> Iterator[httpx.Client]:
-    """An HTTP client that trusts the system's certificates and certifi's; errors become HubError."""
+def client(headers: dict[str, str] | None = None) -> Iterator[httpx.Client]:
+    """An HTTP client that trusts the system's certificates and certifi's; errors become HubError.
+
+    headers: of every request; an Authorization among them does not follow to another host.
+    """
     import httpx
 
     try:
-        with httpx.Client(verify=_trust(), follow_redirects=True, timeout=60) as session:
+        with httpx.Client(
+            verify=_trust(), follow_redirects=True, timeout=60, headers=headers
+        ) as session:
             yield session
     except httpx.HTTPStatusError as error:
         raise _status_error(error) from None
@@ -81,10 +90,20 @@ def _status_error(error: httpx.HTTPStatusError) -> HubError:
     return HubError(f"{url} answered {status}", "try again later")
 
 
-def download(url: str, sha256: str, folder: Path, progress: Progress = quiet) -> Path:
+def download(
+    url: str,
+    sha256: str,
+    folder: Path,
+    progress: Progress = quiet,
+    *,
+    headers: dict[str, str] | None = None,
+    size: int | None = None,
+) -> Path:
     """Fetch a file to `folder/<sha256>`, going on from where an earlier try stopped.
 
-    Raises IntegrityError, and keeps nothing, when the bytes are not those of the digest.
+    A line that breaks, and a server that is busy, are tried again a few times.  size: the bytes
+    that it must have; no more are read.  Raises IntegrityError, and keeps nothing, when the bytes
+    are not those of the digest.
     """
     check_online(shown(url))
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,8 +111,8 @@ def download(url: str, sha256: str, folder: Path, progress: Progress = quiet) ->
     with partial.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         try:
-            with client() as session:
-                _fill(session, url, file, progress)
+            with client(headers) as session:
+                _fill_patiently(session, url, file, progress, size)
         except BaseException:
             if not file.tell():  # nothing to go on from
                 partial.unlink()
@@ -111,8 +130,62 @@ def download(url: str, sha256: str, folder: Path, progress: Progress = quiet) ->
     return partial
 
 
-def _fill(session: httpx.Client, url: str, file, progress: Progress) -> None:  # type: ignore[no-untyped-def]
+def fetch_small(session: httpx.Client, url: str, size: int) -> bytes:
+    """The bytes of a small file, of which the size is known; IntegrityError for another size."""
+    content = bytearray()
+    with session.stream("GET", url, headers={"Accept-Encoding": "identity"}) as answer:
+        answer.raise_for_status()
+        for chunk in answer.iter_raw():
+            content += chunk
+            if len(content) > size:
+                break
+    if len(content) != size:
+        raise IntegrityError(
+            f"{shown(url)} has {'more' if len(content) > size else 'fewer'} than {size} bytes",
+            "it was cut or changed on its way; try again",
+        )
+    return bytes(content)
+
+
+def _fill_patiently(
+    session: httpx.Client, url: str, file: IO[bytes], progress: Progress, size: int | None
+) -> None:
+    """Fill the file, again after what passes; a try that brought something does not count."""
+    import httpx
+
+    tries = TRIES
+    while True:
+        before = file.seek(0, os.SEEK_END)
+        wait = WAIT * 2 ** (TRIES - tries)
+        try:
+            return _fill(session, url, file, progress, size)
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code not in BUSY:
+                raise
+            wait = max(wait, _retry_after(error.response))
+            failure: httpx.HTTPError = error
+        except httpx.TransportError as error:
+            if isinstance(error, httpx.ConnectError | httpx.UnsupportedProtocol):
+                raise  # nobody is there
+            failure = error
+        tries = TRIES if file.seek(0, os.SEEK_END) > before else tries - 1
+        if not tries:
+            raise failure
+        time.sleep(wait)
+
+
+def _retry_after(answer: httpx.Response) -> float:
+    """The seconds that a server asks for, a minute at most."""
+    stated = answer.headers.get("Retry-After", "")
+    return min(60.0, float(stated)) if stated.isdigit() else 0.0
+
+
+def _fill(
+    session: httpx.Client, url: str, file: IO[bytes], progress: Progress, limit: int | None
+) -> None:
     start = file.seek(0, os.SEEK_END)
+    if limit is not None and start == limit:
+        return
     # As they are stored: a server may call a .tar.gz gzip-encoded, and it must not be unpacked.
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
     with session.stream("GET", url, headers=headers) as answer:
@@ -122,8 +195,10 @@ def _fill(session: httpx.Client, url: str, file, progress: Progress) -> None:  #
         if start and answer.status_code != 206:
             file.truncate(0)
             start = 0
-        size = start + int(answer.headers.get("Content-Length", 0))
+        size = limit or start + int(answer.headers.get("Content-Length", 0))
         for chunk in answer.iter_raw():  # of any size: what came before a broken line is kept
             file.write(chunk)
             start += len(chunk)
             progress(start, size)
+            if limit is not None and start > limit:
+                return
