@@ -71,13 +71,15 @@ def add_folder(
     base: str | None = None,
     task: str | None = None,
     description: str | None = None,
+    source: str | None = None,
     file: Path | None = None,
 ) -> Expert:
     """Take someone's folder into the store and register it under a name.
 
     version: the next one of the name by default, or the present one if the content is the same.
     base: what it was trained on; by default what its expert.json or adapter_config.json says,
-    which need not be here.  file: the registry to write to, the user's own by default.
+    which need not be here.  source: where the folder came from, itself by default.  file: the
+    registry to write to, the user's own by default.
     """
     digest, identity = store.add(folder)
     same = [e for e in registry.experts() if e.name == name and e.digest == digest]
@@ -91,7 +93,7 @@ def add_folder(
         "version": version or own or next_version(name, registry.experts()),
         "kind": identity.kind,
         "base": base or stated.get("base") or base_of(folder, registry),
-        "sources": [_source(folder, file)],
+        "sources": [source or _source(folder, file)],
         "digest": digest,
     }
     given = {"task": task, "description": description}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from experthub.hub._files import hub_home
 from experthub.hub.bases import Report, silent
-from experthub.hub.errors import HubError, NotFoundError
-from experthub.hub.expert import Expert, Reference
-from experthub.hub.registry import Registry, register
+from experthub.hub.errors import HubError, NotFoundError, UsageError
+from experthub.hub.expert import DESCRIPTION, Expert, Reference
+from experthub.hub.formats.adapter import read_json
+from experthub.hub.registry import Registry, checked_name, register
 from experthub.hub.store import Store
 
 
@@ -67,9 +69,40 @@ def pull(content: Content, store: Store, report: Report = silent) -> None:
     raise first
 
 
-def pull_by_name(name: str, registry: Registry, store: Store, report: Report = silent) -> Expert:
-    """Pull an expert by reference and enter it into the user's own registry."""
-    expert = registry.expert(Reference.parse(name))
+def pull_by_name(
+    name: str,
+    registry: Registry,
+    store: Store,
+    report: Report = silent,
+    *,
+    as_name: str | None = None,
+) -> Expert:
+    """Pull an expert by reference and enter it into the user's own registry.
+
+    name: one that a registry knows, or `hf:org/name[@revision]`, which is pinned to its commit.
+    as_name: what to call one from a model hub; by default what its expert.json or its repository says.
+    """
+    reference = Reference.parse(name)
+    if reference.remote:
+        return _pull_remote(name, registry, store, report, as_name)
+    if as_name:
+        raise UsageError(f"{name} has a name already", "--name is for what comes from a model hub")
+    expert = registry.expert(reference)
     pull(Content.of(expert), store, report)
     register(expert)
     return expert
+
+
+def _pull_remote(
+    source: str, registry: Registry, store: Store, report: Report, as_name: str | None
+) -> Expert:
+    from experthub.hub.describe import add_folder
+    from experthub.hub.remotes.hf import HfSource
+
+    folder = source_folder(source, Path.cwd(), report)
+    place = HfSource.parse(source)
+    stated = read_json(folder / DESCRIPTION) if (folder / DESCRIPTION).is_file() else {}
+    own = re.sub(r"[^a-z0-9._-]+", "-", place.repository.rpartition("/")[2].lower())
+    pinned = f"hf:{place.repository}@{folder.name[:40]}"
+    name = as_name or str(stated.get("name") or own)
+    return add_folder(folder, checked_name(name), registry, store, source=pinned)

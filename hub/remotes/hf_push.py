@@ -1,0 +1,76 @@
+"""Writing to the Hugging Face Hub, by its own client: one atomic commit on a known parent."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from experthub.hub.errors import AuthError, ConflictError, HubError, NotFoundError, UsageError
+from experthub.hub.remotes._http import check_online
+from experthub.hub.remotes.hf import HfSource, endpoint, token
+
+
+def target(text: str) -> HfSource:
+    """Where to push; UsageError for anything but `hf:org/name[@branch]`."""
+    if not text.startswith("hf:"):
+        raise UsageError(f"cannot push to {text!r}", "write hf:org/name or hf:org/name@branch")
+    return HfSource.parse(text)
+
+
+def push(place: HfSource, folder: Path, message: str, *, private: bool, tag: str | None) -> str:
+    """Commit a folder's files; returns the commit.  What is there already is not sent again."""
+    name = f"hf:{place.repository}"
+    check_online(name)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    api = HfApi(endpoint=endpoint(), token=token())
+    try:
+        api.create_repo(place.repository, private=private or None, exist_ok=True)
+        if place.revision != "main":
+            api.create_branch(place.repository, branch=place.revision, exist_ok=True)
+        parent = api.model_info(place.repository, revision=place.revision).sha
+        files = [
+            CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=str(path))
+            for path in sorted(folder.iterdir())
+        ]
+        made = api.create_commit(
+            place.repository,
+            files,
+            commit_message=message,
+            revision=place.revision,
+            parent_commit=parent,
+        )
+        if tag:
+            api.create_tag(place.repository, tag=tag, revision=made.oid)
+    except HFValidationError as error:
+        raise UsageError(f"{name} is no repository: {error}", "write hf:org/name") from None
+    except HfHubHTTPError as error:
+        raise _in_words(error, name) from None
+    except OSError as error:
+        raise HubError(
+            f"cannot push to {name}: {' '.join(str(error).split())[:200]}",
+            "check the network and HF_ENDPOINT; pushing again sends only what is missing",
+        ) from None
+    return str(made.oid)
+
+
+def _in_words(error: HubError | OSError, name: str) -> HubError:
+    """An error of the Hub, as what to do about it."""
+    answer = getattr(error, "response", None)
+    status = answer.status_code if answer is not None else 0
+    if status in (401, 403):
+        return AuthError(
+            f"{name} answered {status}", "set HF_TOKEN to a token that may write there"
+        )
+    if status == 404:
+        return NotFoundError(f"{name} does not exist for you", "check the name and HF_TOKEN")
+    if status in (409, 412):
+        return ConflictError(
+            f"somebody else pushed to {name} meanwhile",
+            f"look at it (hub pull {name}), and push again",
+        )
+    return HubError(
+        f"cannot push to {name}: {' '.join(str(error).split())[:200]}", "try again later"
+    )
