@@ -31,7 +31,7 @@ TASKS = (
     "bigbench:disambiguation_qa",
     "bigbench:similarities_abstraction",
 )
-EXAMPLES, TUNED, TARGET = 60, 20, 2.0
+EXAMPLES, TUNED, TARGET = 32, 16, 2.0
 BATCHES = (2, 4, 8, 16, 32)  # tried for lm-eval: its `auto` probes for longer than a task takes
 PINS = ("lm_eval[hf]==0.4.13", "datasets==5.2.0", "evaluate==0.4.6")
 SHARED = ("torch", "transformers", "tokenizers")  # of the same version as ours

@@ -230,15 +230,19 @@ def pull(
 
     known = Registry.read(registry)
     pulled: list[dict[str, str]] = []
+    if name and len(names) > 1:
+        from experthub.hub.errors import UsageError
+
+        raise UsageError("--name is for one expert", "pull them one by one")
     with progress() as report:
-        for name in names:
-            if name in known.bases():
+        for wanted in names:
+            if wanted in known.bases():
                 from experthub.hub.base_sources import find
 
-                base = find(name, known, report)
-                pulled.append({"name": name, "digest": base.fingerprint})
+                base = find(wanted, known, report)
+                pulled.append({"name": wanted, "digest": base.fingerprint})
             else:
-                expert = pull_by_name(name, known, Store(), report)
+                expert = pull_by_name(wanted, known, Store(), report, as_name=name)
                 pulled.append({"name": expert.reference, "digest": expert.digest})
     if json:
         print_json({"pulled": pulled})

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 from experthub import hub
+from experthub.hub import _yaml
+from experthub.hub._files import write_text
 from experthub.hub._memory import reuse_memory
 from experthub.hub.describe import add_folder, write_description
 from experthub.hub.errors import NotFoundError
@@ -222,7 +224,15 @@ def publish(starter: Starter) -> None:
         }
     )
     write_description(folder, described, store.identity(expert.digest))
+    forget(starter.name)
     add_folder(folder, starter.name, hub.Registry.read(), store, version=1, file=REGISTRY)
+
+
+def forget(name: str) -> None:
+    """Make room in the starter registry for an expert that was trained again."""
+    document = _yaml.read(REGISTRY).value
+    document["experts"] = [e for e in document["experts"] if e["name"] != name]
+    write_text(REGISTRY, _yaml.dump(document))
 
 
 def main(names: list[str]) -> None:
