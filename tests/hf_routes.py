@@ -104,8 +104,8 @@ def validate(call: Call) -> Answer:
 @route("GET", API + r"(/revision/(?P<rev>[^/]+))?")
 def info(call: Call) -> Answer:
     repo = call.repository()
-    sha = repo.revision(call.names["rev"] or "main")
-    state, siblings = repo.state, []
+    sha, state = repo.revision(call.names["rev"] or "main"), repo.state
+    siblings: list[dict[str, Any]] = []
     for path, file in repo.files(sha).items():
         siblings.append({"rfilename": path})
         if "blobs" in call.request.query:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 from hf_store import PIECE, Refused, Repository
@@ -105,7 +105,7 @@ class Faults:
 class Body:
     """The body of a request, whole or in chunks; it breaks off where the line does."""
 
-    def __init__(self, file: BinaryIO, request: Request, take: int | None) -> None:
+    def __init__(self, file: io.BufferedIOBase, request: Request, take: int | None) -> None:
         self.file, self.request, self.take = file, request, take
         self.chunked = request.headers.get("transfer-encoding", "").lower() == "chunked"
         self.left = 0 if self.chunked else int(request.headers.get("content-length", 0))
