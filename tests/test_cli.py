@@ -103,7 +103,7 @@ def test_list(two: list[Path]) -> None:
     assert "the one" in rows["one@1"] and "lora" in rows["one@1"] and " yes " in rows["one@1"]
     quiet = run_hub("list", "--quiet").out.splitlines()
     assert {"one@1", "two@1"} <= set(quiet)
-    assert quiet == sorted(quiet)
+    assert quiet == sorted(quiet, key=lambda reference: reference.split("@"))
 
 
 def test_list_as_json(two: list[Path]) -> None:

@@ -119,10 +119,13 @@ def download(
             raise
         file.flush()
         os.fsync(file.fileno())
-        with partial.open("rb") as whole:
-            found = hashlib.file_digest(whole, "sha256").hexdigest()
+        try:
+            with partial.open("rb") as whole:
+                found = hashlib.file_digest(whole, "sha256").hexdigest()
+        except FileNotFoundError:  # whoever had the lock before has taken it away, whole
+            return partial
         if found != sha256:
-            partial.unlink()
+            partial.unlink(missing_ok=True)
             raise IntegrityError(
                 f"{shown(url)} has the sha256 {found[:12]}, expected {sha256[:12]}",
                 "the file was changed on its way or at its source; try again",

@@ -14,11 +14,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial as partial_of
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urljoin
 
-from experthub.hub._files import new_folder, write_text
+from experthub.hub._files import locked, new_folder, write_text
 from experthub.hub.errors import AuthError, HubError, IntegrityError, NotFoundError, UsageError
 from experthub.hub.remotes._http import (
     Progress,
@@ -122,9 +123,11 @@ def fetch(
     with client(headers=headers()) as session:
         commit = _commit(session, place, source)
         target = mine / f"{commit}-{kind}"
-        if not target.is_dir():
-            files = list(_files(session, place, commit, patterns, source))
-            _fetch_all(session, place, commit, files, target, folder.parent / "partial", progress)
+        with locked(folder.parent / "locks" / f"hf-{mine.name}"):
+            if not target.is_dir():
+                files = list(_files(session, place, commit, patterns, source))
+                partial = folder.parent / "partial"
+                _fetch_all(session, place, commit, files, target, partial, progress)
     write_text(remembered, commit + "\n")
     return target
 
@@ -201,14 +204,15 @@ def _fetch_all(
     done = dict.fromkeys((file.name for file in files), 0)
     size = sum(file.size for file in files)
 
-    def fetch_one(file: RemoteFile) -> Path | bytes:
+    def fetch_one(file: RemoteFile, draft: Path) -> None:
         def note(bytes_done: int, _: int) -> None:
             done[file.name] = bytes_done
             progress(sum(done.values()), size)
 
         url = f"{endpoint()}/{place.repository}/resolve/{commit}/{quote(file.name)}"
         if file.sha256 is not None:
-            return download(url, file.sha256, partial, note, headers=headers(), size=file.size)
+            _move(url, file, partial, draft / file.name, note)
+            return
         content = fetch_small(session, url, file.size)
         found = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
         if found != file.blob:
@@ -216,15 +220,26 @@ def _fetch_all(
                 f"{shown(url)} is not the file that its repository lists",
                 "it was changed on its way or at its source; try again",
             )
+        (draft / file.name).write_bytes(content)
         note(len(content), 0)
-        return content
 
     with new_folder(target) as draft, ThreadPoolExecutor(AT_ONCE) as pool:
-        for file, got in zip(files, pool.map(fetch_one, files), strict=True):
-            if isinstance(got, Path):
-                got.rename(draft / file.name)
-            else:
-                (draft / file.name).write_bytes(got)
+        for _ in pool.map(partial_of(fetch_one, draft=draft), files):
+            pass
+
+
+def _move(url: str, file: RemoteFile, partial: Path, target: Path, note: Progress) -> None:
+    """Download a large file to where it belongs.
+
+    Another process that wants the same content, of another repository, may take it away first.
+    """
+    while True:
+        got = download(url, str(file.sha256), partial, note, headers=headers(), size=file.size)
+        try:
+            got.rename(target)
+        except FileNotFoundError:
+            continue
+        return
 
 
 def _ask(session: httpx.Client, url: str, source: str) -> httpx.Response:
