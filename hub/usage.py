@@ -9,7 +9,7 @@ from experthub.hub.registry import Registry
 from experthub.hub.store import Store
 
 PURPOSES = {
-    "objects": "experts",
+    "objects": "experts, and the archives that tasks are read from",
     "trash": "what hub gc deletes next",
     "damaged": "what hub verify could not repair",
     "bases": "base models",
