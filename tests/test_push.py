@@ -171,6 +171,17 @@ def test_a_race_is_lost_with_a_way_out(server: HfServer, pushed: str, expert_fol
     assert code == 6 and "somebody else pushed" in err and "hub pull" in err
 
 
+def test_an_answer_that_is_lost(server: HfServer, mine: str) -> None:
+    """The commit is there, and nobody said so: pushing again sends nothing more."""
+    server.fault(r"/commit/main$", method="POST", lose=True, times=1)
+    code, out, err = push("mine", "hf:alice/mine")
+    assert (code, out) == (1, "") and "error: cannot push to hf:alice/mine" in err
+    assert "Traceback" not in err and "pushing again" in err
+    server.requests.clear()
+    assert push("mine", "hf:alice/mine")[0] == 0
+    assert not server.seen(method="PUT") and not server.seen(r"/commit/", "POST")
+
+
 @pytest.mark.parametrize(
     ("login", "target", "code"),
     [

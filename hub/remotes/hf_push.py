@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 
 from experthub.hub.errors import AuthError, ConflictError, HubError, NotFoundError, UsageError
@@ -48,12 +50,21 @@ def push(place: HfSource, folder: Path, message: str, *, private: bool, tag: str
         raise UsageError(f"{name} is no repository: {error}", "write hf:org/name") from None
     except HfHubHTTPError as error:
         raise _in_words(error, name) from None
-    except OSError as error:
+    except _no_answer() as error:
         raise HubError(
             f"cannot push to {name}: {' '.join(str(error).split())[:200]}",
             "check the network and HF_ENDPOINT; pushing again sends only what is missing",
         ) from None
     return str(made.oid)
+
+
+def _no_answer() -> tuple[type[Exception], ...]:
+    """What the client lets through when no answer comes; its versions use different packages."""
+    found: list[type[Exception]] = [OSError]
+    for package in ("httpx", "httpx2"):
+        with suppress(ImportError):
+            found.append(import_module(package).HTTPError)
+    return tuple(found)
 
 
 def _in_words(error: HubError | OSError, name: str) -> HubError:
