@@ -31,6 +31,7 @@ LockedOption = Annotated[
 FrozenOption = Annotated[
     bool, typer.Option("--frozen", help="Use what the lock pins, without asking a registry.")
 ]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -72,6 +73,10 @@ def print_fields(fields: dict[str, str]) -> None:
     """Names and values, aligned."""
     width = max(map(len, fields), default=0)
     print_lines([f"{name:<{width}}  {value}" for name, value in fields.items() if value])
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
 
 
 def say(message: str) -> None:

@@ -13,6 +13,7 @@ from experthub.cli._output import (
     JsonOption,
     LockedOption,
     RegistryOption,
+    megabytes,
     pins_of,
     print_fields,
     print_json,
@@ -86,8 +87,8 @@ def _print_plan(plan: Plan) -> None:
             method.kind: method.method + (f" ({options})" if options else ""),
             "changes": f"{len(plan.parameters)} weights in {len(modules)} modules",
             "dtype": plan.dtype,
-            "reads": f"{plan.reads / 1e6:.1f} MB",
-            "memory": f"{plan.memory / 1e6:.1f} MB",
+            "reads": megabytes(plan.reads),
+            "memory": megabytes(plan.memory),
             "digest": plan.digest,
         }
     )
@@ -99,7 +100,7 @@ def _print_plan(plan: Plan) -> None:
             m.digest[:19],
             m.kind,
             str(len(m.changes)),
-            f"{m.size / 1e6:.1f} MB",
+            megabytes(m.size),
         ]
         for e in plan.experts
         for m in e.members

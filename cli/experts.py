@@ -1,4 +1,4 @@
-"""list, search, show, add, pull, push: what the hub holds."""
+"""list, search, show, add: what the hub holds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from experthub.cli._output import (
     print_json,
     print_lines,
     print_table,
-    progress,
 )
 
 if TYPE_CHECKING:
@@ -206,101 +205,8 @@ def add(
     print_json({"expert": _record(expert)}) if json else print_lines([expert.reference])
 
 
-def pull(
-    names: Annotated[
-        list[str],
-        typer.Argument(
-            help="Experts or bases; hf:org/name[@revision].", autocompletion=_completion.experts
-        ),
-    ],
-    name: Annotated[
-        str | None, typer.Option("--name", help="What to call an expert from a model hub.")
-    ] = None,
-    json: JsonOption = False,
-    registry: RegistryOption = None,
-) -> None:
-    """Bring experts or bases here, verified.
-
-    Examples: hub pull sentiment; hub pull smollm2-135m-instruct sentiment intent-recognition@1;
-    hub pull hf:someone/boolq-lora@main --name boolq
-    """
-    from experthub.hub.pull import pull_by_name
-    from experthub.hub.registry import Registry
-    from experthub.hub.store import Store
-
-    known = Registry.read(registry)
-    pulled: list[dict[str, str]] = []
-    if name and len(names) > 1:
-        from experthub.hub.errors import UsageError
-
-        raise UsageError("--name is for one expert", "pull them one by one")
-    with progress() as report:
-        for wanted in names:
-            if wanted in known.bases():
-                from experthub.hub.base_sources import find
-
-                base = find(wanted, known, report)
-                pulled.append({"name": wanted, "digest": base.fingerprint})
-            else:
-                expert = pull_by_name(wanted, known, Store(), report, as_name=name)
-                pulled.append({"name": expert.reference, "digest": expert.digest})
-    if json:
-        print_json({"pulled": pulled})
-    else:
-        print_lines([f"{p['name']}  {p['digest']}" for p in pulled])
-
-
-def push(
-    name: Annotated[str, typer.Argument(help="An expert.", autocompletion=_completion.experts)],
-    target: Annotated[str, typer.Argument(help="Where to: hf:org/name[@branch].")],
-    private: Annotated[
-        bool, typer.Option("--private", help="If the repository is new, only for you.")
-    ] = False,
-    message: Annotated[str | None, typer.Option("--message", "-m", help="Of the commit.")] = None,
-    tag: Annotated[str | None, typer.Option(help="A tag for the commit.")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what would be sent.")
-    ] = False,
-    json: JsonOption = False,
-    registry: RegistryOption = None,
-) -> None:
-    """Publish an expert, as it is stored, with a card, in one commit.
-
-    Examples: hub push intents hf:me/intents --dry-run; hub push intents@2 hf:me/intents --tag v2
-    """
-    from experthub.hub.expert import Reference
-    from experthub.hub.pull import Content
-    from experthub.hub.pull import pull as pulled
-    from experthub.hub.push import push as pushed
-    from experthub.hub.registry import Registry
-    from experthub.hub.store import Store
-
-    known, store = Registry.read(registry), Store()
-    expert = known.expert(Reference.parse(name))
-    with progress() as report:
-        pulled(Content.of(expert), store, report)
-        done = pushed(
-            expert,
-            target,
-            known,
-            store,
-            private=private,
-            message=message,
-            tag=tag,
-            dry_run=dry_run,
-            report=report,
-        )
-    if json:
-        print_json({"pushed": vars(done) | {"expert": expert.reference, "digest": expert.digest}})
-        return
-    print_table(["file", ">bytes"], [[file, str(size)] for file, size in done.files.items()])
-    print_lines([f"{target}@{done.commit}" if done.commit else "nothing was sent"])
-
-
 def register(app: typer.Typer) -> None:
     app.command("list")(list_)
     app.command()(search)
     app.command()(show)
     app.command()(add)
-    app.command()(pull)
-    app.command()(push)

@@ -99,7 +99,7 @@ def _print(locks: dict[Path, Lock], json: bool) -> None:
         print_lines([f"{lock_path(path)}  {made.composition}"])
         print_table(
             ["pinned", "digest", "source"],
-            [[m.expert, m.digest[:19], m.sources[0]] for m in [*made.members]],
+            [[m.expert, m.digest[:19], m.sources[0]] for m in made.members],
         )
 
 

@@ -8,8 +8,10 @@ from typing import Annotated
 import typer
 from experthub.cli import _completion
 from experthub.cli._output import (
+    DryRunOption,
     JsonOption,
     RegistryOption,
+    megabytes,
     print_json,
     print_lines,
     print_table,
@@ -17,7 +19,6 @@ from experthub.cli._output import (
     say,
 )
 
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 
@@ -42,7 +43,7 @@ def verify(
     if json:
         print_json({"verify": found.record()})
     else:
-        lines = [f"{found.objects} objects, {found.bytes / 1e6:.1f} MB"]
+        lines = [f"{found.objects} objects, {megabytes(found.bytes)}"]
         for sha256, users in found.damaged.items():
             state = "repaired" if sha256 in found.repaired else "damaged"
             lines.append(f"{state}  {sha256[:12]}  {', '.join(users) or 'used by no entry'}")
@@ -99,15 +100,18 @@ def du(json: JsonOption = False, registry: RegistryOption = None) -> None:
     if json:
         print_json(found)
         return
-    rows = [[f["folder"], _mb(f["bytes"]), f["purpose"]] for f in found["folders"] if f["bytes"]]
+    rows = [
+        [f["folder"], megabytes(f["bytes"]), f["purpose"]] for f in found["folders"] if f["bytes"]
+    ]
     print_table(
-        ["folder", ">size", "what for"], [*rows, ["in all", _mb(found["bytes"]), found["root"]]]
+        ["folder", ">size", "what for"],
+        [*rows, ["in all", megabytes(found["bytes"]), found["root"]]],
     )
     if found["experts"]:
         print_lines([""])
         print_table(
             ["expert", ">size", ">not shared"],
-            [[e["expert"], _mb(e["bytes"]), _mb(e["own"])] for e in found["experts"]],
+            [[e["expert"], megabytes(e["bytes"]), megabytes(e["own"])] for e in found["experts"]],
         )
 
 
@@ -134,7 +138,7 @@ def gc(
     done = planned
     if not dry_run:
         if planned.deleted:
-            size = _mb(sum(planned.deleted.values()))
+            size = megabytes(sum(planned.deleted.values()))
             _confirm(f"delete {len(planned.deleted)} objects, {size}?", yes)
         done = collect(known, store, grace=grace)
     if json:
@@ -143,13 +147,10 @@ def gc(
     parts = {"to the trash": done.trashed, "deleted": done.deleted, "leftovers": done.leftovers}
     would = "would be " if dry_run else ""
     lines = [
-        f"{would}{what}: {len(found)}, {_mb(sum(found.values()))}" for what, found in parts.items()
+        f"{would}{what}: {len(found)}, {megabytes(sum(found.values()))}"
+        for what, found in parts.items()
     ]
     print_lines([*lines, f"{would}restored: {len(done.restored)}"])
-
-
-def _mb(size: int) -> str:
-    return f"{size / 1e6:.1f} MB"
 
 
 def _confirm(question: str, yes: bool) -> None:

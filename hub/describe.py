@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from experthub.hub._files import write_json
+from experthub.hub._files import json_text, write_text
 from experthub.hub.bases import Base
 from experthub.hub.errors import IntegrityError, NotFoundError
 from experthub.hub.expert import DESCRIPTION, Expert, Identity, relative_source
@@ -56,9 +56,14 @@ def describe(
 
 
 def write_description(folder: Path, expert: Expert, identity: Identity) -> None:
-    """Write expert.json: what the registry says of the expert, and its identity."""
+    """Write expert.json: see `description`."""
+    write_text(folder / DESCRIPTION, description(expert, identity))
+
+
+def description(expert: Expert, identity: Identity) -> str:
+    """The content of expert.json: what the registry says of the expert, and its identity."""
     record = expert.model_dump(mode="json", exclude={"sources", "digest"})
-    write_json(folder / DESCRIPTION, {**record, "identity": identity.record()})
+    return json_text({**record, "identity": identity.record()})
 
 
 def add_folder(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import shlex
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from experthub.hub._files import hub_home
+from experthub.hub.base_sources import is_here
 from experthub.hub.errors import HubError, NotFoundError
 from experthub.hub.expert import Expert, Reference
 from experthub.hub.registry import Registry
@@ -174,7 +174,7 @@ def _leftovers() -> Check:
         hidden = [i for i, part in enumerate(path.parts) if part.startswith(".")]
         if path.parts[0] == "partial":
             left[str(path)] += size
-        elif hidden and path.parts[0] != "hf":  # huggingface_hub has hidden files of its own
+        elif hidden:
             left[str(Path(*path.parts[: hidden[0] + 1]))] += size
     if not left:
         return Check("leftovers", "ok", "none")
@@ -245,7 +245,7 @@ def _has_source(expert: Expert) -> bool:
 
 def _bases(registry: Registry) -> Check:
     """Which bases are here; those that an expert is for are missed."""
-    here = {name: _is_here(name, registry) for name in registry.bases()}
+    here = {name: is_here(name, registry) for name in registry.bases()}
     needed = {registry.base(e.base)[0] for e in registry.experts() if registry.has_base(e.base)}
     missing = sorted(name for name in needed if not here[name])
     found = ", ".join(name if here[name] else f"{name} (not fetched)" for name in here) or "none"
@@ -255,20 +255,6 @@ def _bases(registry: Registry) -> Check:
     return Check(
         "bases", "warning", found, f"unset HUB_OFFLINE; {step}" if is_offline() else step, here
     )
-
-
-def _is_here(name: str, registry: Registry) -> bool:
-    """Whether `hub.base_sources.find` would fetch nothing; the folders are named as it names them."""
-    entry, home = registry.bases()[name], hub_home()
-    for source in entry.sources:
-        place = Reference.parse(source, registry.base_folder_of(name))
-        key = entry.sha256 or hashlib.sha256(source.encode()).hexdigest()
-        model = source.removeprefix("hf:").partition("@")[0].replace("/", "--")
-        folders = [place.folder or home / "bases" / f"{name}-{key[:12]}"]
-        folders += (home / "hf").glob(f"models--{model}/snapshots/*")
-        if any((folder / "config.json").is_file() for folder in folders):
-            return True
-    return False
 
 
 def _variables() -> Check:

@@ -22,6 +22,7 @@ ADAPTER = "adapter_model.safetensors"
 TASK_VECTOR = "task_vector.safetensors"
 GATES = "phatgoose_gates.safetensors"
 DESCRIPTION = "expert.json"
+EXPERT_FILES = (ADAPTER_CONFIG, ADAPTER, TASK_VECTOR, GATES, DESCRIPTION)
 
 
 class Score(Closed):
@@ -89,7 +90,8 @@ class Identity(Closed):
 class Reference:
     """A parsed reference to an expert or base: a name, or a folder, or a remote place.
 
-    Exactly one of name, folder and remote is set; version and digest narrow a name.
+    Exactly one of name, folder and remote is set; version and digest narrow a name.  member: the
+    `name@version` that is meant of the experts in a shared folder or archive.
     """
 
     text: str
@@ -98,10 +100,11 @@ class Reference:
     digest: str = ""
     folder: Path | None = None
     remote: str = ""
+    member: str = ""
 
     @classmethod
     def parse(cls, text: str, folder: Path | None = None) -> Reference:
-        """Read `name`, `name@2`, `name@sha256:...`, `./x`, `/x`, `../x`, `file:DIR`, `hf:...`, `pypi:...`.
+        """Read `name`, `name@2`, `name@sha256:...`, `./x`, `/x`, `../x`, `file:DIR`, `hf:...`, ...
 
         folder: what relative paths are relative to; the current one by default.
         """
@@ -109,7 +112,10 @@ class Reference:
         if text.startswith(("./", "../", "/")) or text in (".", ".."):
             return cls(text, folder=near / text)
         if text.startswith("file:"):
-            return cls(text, folder=near / text.removeprefix("file:"))
+            place = text.removeprefix("file:")
+            found = re.search(rf"#({NAME}@\d+)$", place)
+            member = found.group(1) if found else ""
+            return cls(text, folder=near / place.removesuffix(f"#{member}"), member=member)
         if re.match(r"(hf|pypi|s3|oci):", text):
             return cls(text, remote=text)
         found = re.fullmatch(rf"({NAME})(?:@(?:(\d+)|(sha256:[0-9a-f]{{8,64}})))?", text)
@@ -124,12 +130,17 @@ class Reference:
 
 def absolute_source(source: str, folder: Path) -> str:
     """A source as it means the same from everywhere; folder: what it is relative to."""
-    place = Reference.parse(source, folder).folder
-    return f"file:{place.resolve()}" if place else source
+    reference = Reference.parse(source, folder)
+    return _written(reference.folder.resolve(), reference) if reference.folder else source
 
 
 def relative_source(source: str, folder: Path) -> str:
     """A source as it is written into a file of a folder: relative to it for what lies inside."""
-    place, near = Reference.parse(source).folder, folder.resolve()
-    inside = place is not None and place.resolve().is_relative_to(near)
-    return f"file:{place.resolve().relative_to(near)}" if place and inside else source
+    reference, near = Reference.parse(source), folder.resolve()
+    place = reference.folder and reference.folder.resolve()
+    inside = place is not None and place.is_relative_to(near)
+    return _written(place.relative_to(near), reference) if place and inside else source
+
+
+def _written(place: Path, reference: Reference) -> str:
+    return f"file:{place}" + (f"#{reference.member}" if reference.member else "")

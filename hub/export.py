@@ -1,7 +1,8 @@
-"""Writing merged compositions for other programs."""
+"""Writing compositions and experts for other programs."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,8 +12,11 @@ from experthub.hub import _yaml
 from experthub.hub._files import check_free, new_folder, write_json, write_text
 from experthub.hub.bases import load_tokenizer, without_bars
 from experthub.hub.errors import UsageError
-from experthub.hub.expert import ADAPTER, ADAPTER_CONFIG
-from experthub.hub.formats.adapter import PREFIX
+from experthub.hub.expert import ADAPTER, ADAPTER_CONFIG, Expert
+from experthub.hub.formats.adapter import PREFIX, read_adapter, read_json
+from experthub.hub.registry import Registry
+from experthub.hub.store import Store
+from experthub.hub.weights import Tensors
 from experthub.merge import Delta, LowRank
 from torch import Tensor
 
@@ -41,9 +45,7 @@ def save(composition: Composition, folder: Path, format: Literal["hf", "peft"]) 
 
 
 def _save_peft(composition: Composition, folder: Path) -> None:
-    """One LoRA with the scales folded into B, of one rank: smaller ones are padded with zeros."""
-    from safetensors.torch import save_file
-
+    """One LoRA in the portable profile."""
     merged: Mapping[str, Delta] = composition.merged or {}
     deltas = {name: merged[name] for name in merged}
     how = {f"{a.module}.weight": a for m in composition.plan.members for a in m.adapted}
@@ -52,28 +54,84 @@ def _save_peft(composition: Composition, folder: Path) -> None:
         raise UsageError(
             "the merge is not low-rank on linear modules", "save it with the format hf"
         )
-    rank = max(delta.rank for delta in low.values())
     tensors: dict[str, Tensor] = {}
     for name, delta in low.items():
         a, b = delta.a, delta.b * delta.scale
         if how[name].transposed:
             a, b = b.T, a.T
         module = PREFIX + name.removesuffix(".weight")
-        tensors[f"{module}.lora_A.weight"] = _padded(a, rank, 0)
-        tensors[f"{module}.lora_B.weight"] = _padded(b, rank, 1)
-    save_file(tensors, folder / ADAPTER, metadata={"format": "pt"})
+        tensors[f"{module}.lora_A.weight"] = a
+        tensors[f"{module}.lora_B.weight"] = b
+    modules = [name.removesuffix(".weight") for name in low]
+    task_type = "CAUSAL_LM" if composition.plan.base.causal else "FEATURE_EXTRACTION"
+    transposed = any(how[n].transposed for n in low)
+    _write_portable(folder, tensors, modules, composition.plan.base.name, task_type, transposed)
+
+
+def export_portable(expert: Expert, folder: Path, registry: Registry, store: Store) -> Path:
+    """Write an expert as a folder that peft, vLLM, SGLang and llama.cpp load alike.
+
+    One rank, no patterns, and the scale folded into B: of the factors' own dtype where that is
+    exact, in float32 elsewhere.  Gates are left out.  Raises UsageError for a task vector.
+    """
+    if expert.kind != "lora":
+        raise UsageError(
+            f"{expert.reference} is a task vector, and the profile is for LoRAs",
+            "compose it and save the model (hub compose --out), or hub diff --rank",
+        )
+    check_free(folder)
+    config = store.file(expert.digest, ADAPTER_CONFIG)
+    adapted = read_adapter(config, store.locate(expert.digest, ADAPTER), expert.reference)
+    stored = Tensors(store.read(expert.digest, ADAPTER))
+    exact = all(math.frexp(change.scale)[0] == 0.5 for change in adapted)  # a power of two
+    tensors: dict[str, Tensor] = {}
+    for change in adapted:
+        a, b = stored[change.a], stored[change.b]
+        tensors[change.a], tensors[change.b] = (
+            (a, b * change.scale) if exact else (a.float(), b.float() * change.scale)
+        )
+    known = registry.bases().get(expert.base)
+    base = known.aka[0] if known and known.aka else expert.base
+    settings = read_json(config)
+    with new_folder(folder) as draft:
+        _write_portable(
+            draft,
+            tensors,
+            [change.module for change in adapted],
+            base,
+            settings.get("task_type"),
+            bool(settings.get("fan_in_fan_out")),
+        )
+    return folder
+
+
+def _write_portable(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    modules: list[str],
+    base: str,
+    task_type: str | None,
+    transposed: bool,
+) -> None:
+    """A LoRA of one rank, smaller ones padded with zeros; tensors: under PEFT's names."""
+    from safetensors.torch import save_file
+
+    first = {name: 0 if "lora_A" in name or "embedding_A" in name else 1 for name in tensors}
+    rank = max(tensor.shape[first[name]] for name, tensor in tensors.items())
+    padded = {name: _padded(tensor, rank, first[name]) for name, tensor in tensors.items()}
+    save_file(padded, folder / ADAPTER, metadata={"format": "pt"})
     config: dict[str, Any] = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if composition.plan.base.causal else "FEATURE_EXTRACTION",
+        "task_type": task_type,
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
         "use_rslora": False,
-        "fan_in_fan_out": any(how[n].transposed for n in low),
-        "target_modules": sorted(n.removesuffix(".weight") for n in low),
-        "base_model_name_or_path": composition.plan.base.name,
+        "fan_in_fan_out": transposed,
+        "target_modules": sorted(modules),
+        "base_model_name_or_path": base,
     }
     write_json(folder / ADAPTER_CONFIG, config)
 

@@ -6,30 +6,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from experthub.hub._files import hub_home
 from experthub.hub.bases import Report, silent
 from experthub.hub.errors import HubError, NotFoundError, UsageError
-from experthub.hub.expert import DESCRIPTION, Expert, Reference
+from experthub.hub.expert import DESCRIPTION, Expert, Reference, absolute_source
 from experthub.hub.formats.adapter import read_json
-from experthub.hub.registry import Registry, checked_name, register
+from experthub.hub.formats.layout import Layout, is_layout
+from experthub.hub.registry import Registry, checked_name, register, with_source
+from experthub.hub.sources import opened
 from experthub.hub.store import Store
-
-
-def source_folder(source: str, near: Path, report: Report = silent) -> Path:
-    """The local folder behind a source, fetched where it is remote."""
-    reference = Reference.parse(source, near)
-    if reference.folder is not None:
-        return reference.folder
-    if source.startswith("hf:"):
-        from experthub.hub.remotes import hf
-
-        return hf.fetch(
-            source,
-            hub_home() / "hf",
-            hf.EXPERT,
-            lambda done, size: report(f"fetching {source}", done, size),
-        )
-    raise HubError(f"an expert cannot come from {source}", "use file:, hf:, or a folder")
 
 
 @dataclass(frozen=True)
@@ -60,7 +44,8 @@ def pull(content: Content, store: Store, report: Report = silent) -> None:
     for source in content.sources:
         try:
             report(f"pulling {content.reference} from {source}", 0, 0)
-            store.add(source_folder(source, Path.cwd(), report), content.digest)
+            with opened(source, Path.cwd(), report) as folder:
+                store.add(folder, content.digest)
             return
         except HubError as error:
             problems.append(error)
@@ -76,33 +61,51 @@ def pull_by_name(
     report: Report = silent,
     *,
     as_name: str | None = None,
-) -> Expert:
-    """Pull an expert by reference and enter it into the user's own registry.
+) -> list[Expert]:
+    """Pull what a reference means, and enter it into the user's own registry.
 
-    name: one that a registry knows, or `hf:org/name[@revision]`, which is pinned to its commit.
-    as_name: what to call one from a model hub; by default what its expert.json or its repository says.
+    name: one that a registry knows, `hf:org/name[@revision]`, which is pinned to its commit, or a
+    folder, shared folder or archive (`file:PLACE[#name@version]`), of which all experts are taken.
+    as_name: what to call one that no registry knows; by default what its expert.json says, or the
+    last part of its source.
     """
     reference = Reference.parse(name)
-    if reference.remote:
-        return _pull_remote(name, registry, store, report, as_name)
+    if not reference.name:
+        sources = _members(reference) or [absolute_source(name, Path.cwd())]
+        if as_name and len(sources) > 1:
+            raise UsageError(f"{name} holds {len(sources)} experts", "--name is for one")
+        return [_take_in(source, registry, store, report, as_name) for source in sources]
     if as_name:
-        raise UsageError(f"{name} has a name already", "--name is for what comes from a model hub")
+        raise UsageError(f"{name} has a name already", "--name is for what no registry knows")
     expert = registry.expert(reference)
     pull(Content.of(expert), store, report)
     register(expert)
-    return expert
+    return [expert]
 
 
-def _pull_remote(
+def _members(reference: Reference) -> list[str]:
+    """The sources of the experts that a shared folder or archive holds."""
+    place = reference.folder
+    if place is None or reference.member or not is_layout(place):
+        return []
+    found = [f"file:{place.resolve()}#{member}" for member in Layout.read(place).experts]
+    if not found:
+        raise NotFoundError(f"{place} holds no experts", "hub push writes into shared folders")
+    return found
+
+
+def _take_in(
     source: str, registry: Registry, store: Store, report: Report, as_name: str | None
 ) -> Expert:
+    """Store and register what no registry knows."""
     from experthub.hub.describe import add_folder
-    from experthub.hub.remotes.hf import HfSource
 
-    folder = source_folder(source, Path.cwd(), report)
-    place = HfSource.parse(source)
-    stated = read_json(folder / DESCRIPTION) if (folder / DESCRIPTION).is_file() else {}
-    own = re.sub(r"[^a-z0-9._-]+", "-", place.repository.rpartition("/")[2].lower())
-    pinned = f"hf:{place.repository}@{folder.name[:40]}"
-    name = as_name or str(stated.get("name") or own)
-    return add_folder(folder, checked_name(name), registry, store, source=pinned)
+    with opened(source, Path.cwd(), report) as folder:
+        stated = read_json(folder / DESCRIPTION) if (folder / DESCRIPTION).is_file() else {}
+        place = source.partition("@")[0].rpartition("/")[2]
+        own = re.sub(r"[^a-z0-9._-]+", "-", place.lower())
+        if source.startswith("hf:"):
+            source = f"{source.partition('@')[0]}@{folder.name[:40]}"  # the commit that it is now
+        name = as_name or str(stated.get("name") or own)
+        expert = add_folder(folder, checked_name(name), registry, store, source=source)
+    return with_source(expert, source)

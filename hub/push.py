@@ -1,27 +1,32 @@
-"""Publishing experts: a repository with the bytes as they are stored, and a card."""
+"""Publishing experts: the bytes as they are stored, where others can pull them."""
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from experthub.hub._files import write_text
 from experthub.hub.bases import Report, silent
 from experthub.hub.card import model_card
-from experthub.hub.describe import write_description
-from experthub.hub.expert import Expert
-from experthub.hub.registry import Registry, register
+from experthub.hub.describe import description
+from experthub.hub.errors import UsageError
+from experthub.hub.expert import DESCRIPTION, Expert, absolute_source
+from experthub.hub.image import Content, image, size_of, write_folder
+from experthub.hub.registry import Registry, with_source
 from experthub.hub.store import Store
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """What was published.  files: name -> bytes.  commit: None for a dry run."""
+    """What was published.
+
+    files: name -> bytes.  commit: of a repository, or the digest of the manifest in a folder; None
+    for a dry run.  source: where it can be pulled from now.
+    """
 
     target: str
     files: dict[str, int]
-    commit: str | None
+    commit: str | None = None
+    source: str | None = None
 
 
 def push(
@@ -36,29 +41,38 @@ def push(
     dry_run: bool = False,
     report: Report = silent,
 ) -> Pushed:
-    """Publish an expert as one commit of a model repository.
+    """Publish an expert as one commit of a model repository, or into a shared folder.
 
-    target: `hf:org/name[@branch]`; the repository is made if there is none.  private: a new one.
-    Raises UsageError for another kind of target, AuthError without the right to write,
-    ConflictError when somebody else pushed meanwhile.
+    target: `hf:org/name[@branch]`; the repository is made if there is none; or `file:DIR`.  private:
+    a new repository; message, tag: of the commit.  Raises UsageError for another kind of target,
+    AuthError without the right to write, ConflictError when somebody else pushed meanwhile, or when
+    the folder has other content under this name and version.
     """
+    identity = store.identity(expert.digest)
+    report(f"pushing {expert.reference} to {target}", 0, 0)
+    if target.startswith("file:"):
+        if private or message or tag:
+            raise UsageError("--private, --message and --tag are for hf:", "leave them out")
+        place = absolute_source(target, Path.cwd()).removeprefix("file:")
+        made = image(expert, store)
+        files = {name: size_of(content) for name, content in made.files.items()}
+        if dry_run:
+            return Pushed(target, files)
+        write_folder(made, Path(place))
+        source = f"file:{place}#{expert.reference}"
+        with_source(expert, source)
+        return Pushed(target, files, str(made.entry["digest"]), source)
     from experthub.hub.remotes import hf_push
 
-    place = hf_push.target(target)
-    with tempfile.TemporaryDirectory(prefix="experthub-") as name:
-        folder = Path(name)
-        store.copy_out(expert.digest, folder)
-        identity = store.identity(expert.digest)
-        write_description(folder, expert, identity)
-        write_text(folder / "README.md", model_card(expert, identity, registry, place.repository))
-        files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-        if dry_run:
-            return Pushed(target, files, None)
-        report(f"pushing {expert.reference} to {target}", 0, 0)
-        commit = hf_push.push(
-            place, folder, message or f"Add {expert.reference}", private=private, tag=tag
-        )
-    source = f"hf:{place.repository}@{commit}"
-    if source not in expert.sources:
-        register(expert.model_copy(update={"sources": [*expert.sources, source]}))
-    return Pushed(target, files, commit)
+    repository = hf_push.target(target)
+    content: dict[str, Content] = {n: store.file(expert.digest, n) for n in identity.files}
+    content[DESCRIPTION] = description(expert, identity).encode()
+    content["README.md"] = model_card(expert, identity, registry, repository.repository).encode()
+    files = {name: size_of(data) for name, data in content.items()}
+    if dry_run:
+        return Pushed(target, files)
+    message = message or f"Add {expert.reference}"
+    commit = hf_push.push(repository, content, message, private=private, tag=tag)
+    source = f"hf:{repository.repository}@{commit}"
+    with_source(expert, source)
+    return Pushed(target, files, commit, source)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from experthub.hub import _yaml
 from experthub.hub._yaml import Closed, Document
 from experthub.hub.errors import HubError, NotFoundError
-from experthub.hub.expert import Name, Reference
+from experthub.hub.expert import Name, Reference, absolute_source
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
@@ -216,8 +216,8 @@ def _as_uses(value: Any) -> Any:
 
 def _absolute(text: str, folder: Path) -> str:
     if text.startswith(("./", "../", "file:")) or text in (".", ".."):
-        reference = Reference.parse(text, folder)
-        return str(reference.folder.resolve()) if reference.folder else text
+        source = absolute_source(text, folder)
+        return source if Reference.parse(source).member else source.removeprefix("file:")
     return text
 
 

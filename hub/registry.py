@@ -239,6 +239,13 @@ def _register(expert: Expert, path: Path) -> Path:
     return path
 
 
+def with_source(expert: Expert, source: str) -> Expert:
+    """Note in the user's own registry where an expert can be had too."""
+    known = expert.model_copy(update={"sources": list(dict.fromkeys([*expert.sources, source]))})
+    register(known)
+    return known
+
+
 def check_same_content(known: Expert, expert: Expert) -> None:
     """Raise ConflictError when a name and version stand for two contents."""
     if known.digest != expert.digest:

@@ -23,9 +23,10 @@ from experthub.hub.expert import (
 from experthub.hub.formats.adapter import check_shapes, read_adapter, read_gates, read_json
 from experthub.hub.formats.header import read_header
 from experthub.hub.plan import Member, Plan, PlannedExpert
-from experthub.hub.pull import Content, pull, source_folder
+from experthub.hub.pull import Content, pull
 from experthub.hub.recipe import ExpertUse, NestedMerge, Recipe, members_of
 from experthub.hub.registry import Registry
+from experthub.hub.sources import opened
 from experthub.hub.store import Store
 
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "F32": 4, "BF16": 2, "F16": 2}
@@ -77,10 +78,11 @@ def find_content(use: ExpertUse, registry: Registry, store: Store, report: Repor
     reference = Reference.parse(use.expert)
     if reference.name:
         return Content.of(registry.expert(reference))
-    folder = source_folder(use.expert, Path.cwd(), report)
-    digest, _ = store.add(folder)
-    stated = read_json(folder / DESCRIPTION) if (folder / DESCRIPTION).is_file() else {}
-    return Content(use.expert, digest, (absolute_source(use.expert, folder),), stated.get("task"))
+    with opened(use.expert, Path.cwd(), report) as folder:
+        digest, _ = store.add(folder)
+        stated = read_json(folder / DESCRIPTION) if (folder / DESCRIPTION).is_file() else {}
+    source = absolute_source(use.expert, Path.cwd())
+    return Content(use.expert, digest, (source,), stated.get("task"))
 
 
 def _member(use: ExpertUse, found: Content, base: Base, recipe: Recipe, store: Store) -> Member:

@@ -15,6 +15,7 @@ PURPOSES = {
     "bases": "base models",
     "hf": "what was fetched from model hubs",
     "partial": "downloads that are not complete",
+    "drafts": "what is being unpacked",
     "tasks": "tasks",
     "results": "scores of earlier evaluations",
     "runs": "training runs",

@@ -78,7 +78,7 @@ def _stored_vector(member: Member, plan: Plan, contents: Contents, keep: set[str
         file = safe_open(contents[member.digest, TASK_VECTOR], framework="pt")
         load = {n: partial(_dense, file, n) for n in member.changes if n in keep}
     else:
-        tensors = _Tensors(contents[member.digest, ADAPTER])
+        tensors = Tensors(contents[member.digest, ADAPTER])
         load = {
             f"{a.module}.weight": partial(_low_rank, tensors, a)
             for a in member.adapted
@@ -87,7 +87,7 @@ def _stored_vector(member: Member, plan: Plan, contents: Contents, keep: set[str
     return TaskVector(plan.base.fingerprint, load, seed=member.digest)
 
 
-class _Tensors:
+class Tensors:
     """The tensors of one small stored file in memory, each a view of its bytes."""
 
     def __init__(self, data: mmap) -> None:
@@ -105,7 +105,7 @@ def _dense(file: Any, name: str) -> Delta:
     return Dense(file.get_tensor(name).float())
 
 
-def _low_rank(tensors: _Tensors, adapted: Adapted) -> Delta:
+def _low_rank(tensors: Tensors, adapted: Adapted) -> Delta:
     """The change of the parameter as stored: PEFT's B A, transposed for Conv1D and embeddings."""
     a, b = tensors[adapted.a].float(), tensors[adapted.b].float()
     if adapted.transposed or adapted.embedding:
@@ -121,7 +121,7 @@ def gates(expert: PlannedExpert, contents: Contents) -> dict[str, Tensor]:
     for member in expert.members:
         if not member.gated:
             continue
-        tensors = _Tensors(contents[member.digest, GATES])
+        tensors = Tensors(contents[member.digest, GATES])
         for module in member.gated:
             found.setdefault(module, []).append(tensors[f"{module}.gate"].float())
     if expert.merge is None:

@@ -527,7 +527,7 @@ def offline_expert(place: Place) -> Words:
     return ["compose", place.recipe("hf:someone/expert")]
 
 
-@case(1, "an expert cannot come from s3://bucket/x", "file:, hf:")
+@case(1, "nothing can be fetched from s3://bucket/x", "file:, hf:")
 def remote_that_is_not_known(place: Place) -> Words:
     return ["compose", place.recipe("s3://bucket/x")]
 

@@ -24,12 +24,16 @@ from typing import Any
 import pytest
 from conftest import at_once, run_hub, snapshot
 from experthub.hub import bases
+from experthub.hub.base_sources import is_here
 from experthub.hub.errors import HubError, NotFoundError
+from experthub.hub.registry import Registry
 from experthub.hub.remotes import _http, pypi
 from experthub.hub.store import Store, read_folder
 from experthub.hub.tasks import bigbench
 from experthub.hub.tasks.bigbench import convert, import_archive
 from experthub.hub.tasks.task import Task, read_task
+from hf_server import HfServer
+from huggingface_hub import CommitOperationAdd, HfApi
 
 JSON_API = "application/vnd.pypi.simple.v1+json"
 WHEEL = "tiny_base-1.0-py3-none-any.whl"
@@ -797,3 +801,21 @@ def test_archive_of_another_digest(index: Index, monkeypatch: pytest.MonkeyPatch
     index.server.routes["/f"] = ranged(b"x")
     refused(3, "expected 1bb398a5512c", command=("tasks", "import", "bigbench"))
     assert index.nothing_kept()
+
+
+def test_a_base_of_a_model_hub_is_found(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("registry.yaml").write_text("version: 1\nbases: {far: {sources: ['hf:alice/b@main']}}\n")
+    assert is_here("far", Registry.read()) is False
+    with HfServer(tmp_path / "server") as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        api = HfApi(endpoint=server.url, token="hf_write")
+        api.create_repo("alice/b")
+        api.create_commit(
+            "alice/b",
+            [CommitOperationAdd(f.name, str(f)) for f in base_folder.iterdir()],
+            commit_message="a base",
+        )
+        assert run_hub("pull", "far").code == 0
+    assert is_here("far", Registry.read()) is True

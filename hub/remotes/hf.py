@@ -36,13 +36,6 @@ if TYPE_CHECKING:
     import httpx
 
 MODEL = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt")
-EXPERT = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "task_vector.safetensors",
-    "phatgoose_gates.safetensors",
-    "expert.json",
-)
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 SMALL = 8 << 20  # bytes of a file that is no large file of the repository
 LARGEST = 1 << 40
@@ -111,25 +104,42 @@ def fetch(
     not those of the digests.
     """
     place = HfSource.parse(source)
-    kind = hashlib.sha256("\0".join(patterns).encode()).hexdigest()[:8]
-    mine = folder / place.repository.replace("/", "--")
-    remembered = mine / "refs" / place.revision.replace("/", "--")
-    commit = place.revision if COMMIT.fullmatch(place.revision) else None
-    if commit is None and is_offline() and remembered.is_file():
-        commit = remembered.read_text(encoding="utf-8").strip()
-    if commit and (mine / f"{commit}-{kind}").is_dir():
-        return mine / f"{commit}-{kind}"
+    held = kept(source, folder, patterns)
+    if held and (is_offline() or COMMIT.fullmatch(place.revision)):
+        return held
     check_online(source)
     with client(headers=headers()) as session:
         commit = _commit(session, place, source)
-        target = mine / f"{commit}-{kind}"
-        with locked(folder.parent / "locks" / f"hf-{mine.name}"):
+        target = _target(place, commit, folder, patterns)
+        with locked(folder.parent / "locks" / f"hf-{target.parent.name}"):
             if not target.is_dir():
                 files = list(_files(session, place, commit, patterns, source))
                 partial = folder.parent / "partial"
                 _fetch_all(session, place, commit, files, target, partial, progress)
-    write_text(remembered, commit + "\n")
+    write_text(_remembered(place, folder), commit + "\n")
     return target
+
+
+def kept(source: str, folder: Path, patterns: tuple[str, ...] = MODEL) -> Path | None:
+    """The folder that a source was fetched to before; of a branch or tag, as it was then."""
+    place = HfSource.parse(source)
+    remembered, commit = _remembered(place, folder), place.revision
+    if remembered.is_file():
+        commit = remembered.read_text(encoding="utf-8").strip()
+    found = _target(place, commit, folder, patterns)
+    return found if COMMIT.fullmatch(commit) and found.is_dir() else None
+
+
+def _target(place: HfSource, commit: str, folder: Path, patterns: tuple[str, ...]) -> Path:
+    """Where the files of one commit are kept; other files have another folder."""
+    kind = hashlib.sha256("\0".join(patterns).encode()).hexdigest()[:8]
+    return folder / place.repository.replace("/", "--") / f"{commit}-{kind}"
+
+
+def _remembered(place: HfSource, folder: Path) -> Path:
+    """Which commit a branch or tag was when it was fetched last."""
+    names = (place.repository, "refs", place.revision)
+    return folder.joinpath(*(name.replace("/", "--") for name in names))
 
 
 def _commit(session: httpx.Client, place: HfSource, source: str) -> str:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from experthub.hub.errors import AuthError, ConflictError, HubError, NotFoundError, UsageError
 from experthub.hub.remotes._http import check_online
 from experthub.hub.remotes.hf import HfSource, endpoint, token
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
 
 
 def target(text: str) -> HfSource:
@@ -19,8 +24,15 @@ def target(text: str) -> HfSource:
     return HfSource.parse(text)
 
 
-def push(place: HfSource, folder: Path, message: str, *, private: bool, tag: str | None) -> str:
-    """Commit a folder's files; returns the commit.  What is there already is not sent again."""
+def push(
+    place: HfSource,
+    content: Mapping[str, Path | bytes],
+    message: str,
+    *,
+    private: bool,
+    tag: str | None,
+) -> str:
+    """Commit files, by name; returns the commit.  What is there already is not sent again."""
     name = f"hf:{place.repository}"
     check_online(name)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -34,8 +46,8 @@ def push(place: HfSource, folder: Path, message: str, *, private: bool, tag: str
             api.create_branch(place.repository, branch=place.revision, exist_ok=True)
         parent = api.model_info(place.repository, revision=place.revision).sha
         files = [
-            CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=str(path))
-            for path in sorted(folder.iterdir())
+            CommitOperationAdd(path_in_repo=name, path_or_fileobj=data)
+            for name, data in sorted(content.items())
         ]
         made = api.create_commit(
             place.repository,
@@ -67,10 +79,9 @@ def _no_answer() -> tuple[type[Exception], ...]:
     return tuple(found)
 
 
-def _in_words(error: HubError | OSError, name: str) -> HubError:
+def _in_words(error: HfHubHTTPError, name: str) -> HubError:
     """An error of the Hub, as what to do about it."""
-    answer = getattr(error, "response", None)
-    status = answer.status_code if answer is not None else 0
+    status = error.response.status_code
     if status in (401, 403):
         return AuthError(
             f"{name} answered {status}", "set HF_TOKEN to a token that may write there"

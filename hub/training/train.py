@@ -77,8 +77,8 @@ def train_lora(
         written = adapted.peft_config["default"]
         written.base_model_name_or_path = found.name
         # Sets in peft, whose order is another in every process: the digest would be too.
-        for field in ("target_modules", "exclude_modules"):
-            setattr(written, field, sorted(getattr(written, field) or ()) or None)
+        written.target_modules = sorted(written.target_modules)
+        written.exclude_modules = sorted(written.exclude_modules or ()) or None
         adapted.save_pretrained(folder)
         half = {n: t.bfloat16() for n, t in load_file(folder / ADAPTER).items()}
         save_file(half, folder / ADAPTER, metadata={"format": "pt"})

@@ -1,0 +1,49 @@
+"""Where content comes from: a source's files, as a folder on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from experthub.hub._files import hub_home, scratch
+from experthub.hub.bases import Report, silent
+from experthub.hub.errors import HubError
+from experthub.hub.expert import EXPERT_FILES, Reference
+from experthub.hub.formats.layout import Layout, is_layout
+from experthub.hub.remotes import hf
+
+
+def fetched(source: str, near: Path, patterns: tuple[str, ...], report: Report = silent) -> Path:
+    """The folder behind a source: itself, or where a repository of a model hub was fetched to.
+
+    near: what relative paths are relative to.  patterns: the files wanted of a repository.
+    """
+    reference = Reference.parse(source, near)
+    if reference.folder is not None:
+        return reference.folder
+    if source.startswith("hf:"):
+        return hf.fetch(
+            source,
+            hub_home() / "hf",
+            patterns,
+            lambda done, size: report(f"fetching {source}", done, size),
+        )
+    raise HubError(f"nothing can be fetched from {source}", "use a folder, file: or hf:")
+
+
+@contextmanager
+def opened(source: str, near: Path, report: Report = silent) -> Iterator[Path]:
+    """An expert's folder, for as long as the block lasts.
+
+    source: a folder, `hf:...`, or `file:PLACE#name@version`, one of several in a shared folder or
+    archive; the part behind # may be left out where there is only one.
+    """
+    place = fetched(source, near, EXPERT_FILES, report)
+    if not is_layout(place):
+        yield place
+        return
+    with scratch() as folder:
+        layout = Layout.read(place)
+        layout.unpack(layout.find(Reference.parse(source, near).member), folder)
+        yield folder
