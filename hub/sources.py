@@ -29,7 +29,7 @@ def fetched(source: str, near: Path, patterns: tuple[str, ...], report: Report =
             patterns,
             lambda done, size: report(f"fetching {source}", done, size),
         )
-    raise HubError(f"nothing can be fetched from {source}", "use a folder, file: or hf:")
+    raise HubError(f"nothing can be fetched from {source}", "use file:, hf:, or a folder")
 
 
 @contextmanager
