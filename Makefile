@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO := build/demo
 RECIPES := $(addprefix examples/demo/, task_arithmetic.yaml uniform.yaml phatgoose.yaml)
 
-.PHONY: demo demo-controls demo-skills test test-all docs experts clean
+.PHONY: demo demo-controls demo-skills demo-near test test-all docs experts clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -30,6 +30,14 @@ demo-skills: .venv/.installed
 	mkdir -p $(DEMO)
 	$(BIN)/hub eval $(RECIPES) --tasks @examples/demo/trained.txt \
 		--split test --limit 64 --out $(DEMO)/skills.json
+
+# Tasks near the experts' own: the same kind from another source or in another language.
+demo-near: .venv/.installed
+	$(BIN)/hub pull smollm2-135m-instruct $$(cat examples/demo/experts.txt)
+	$(BIN)/hub tasks import bigbench $$(sed 's/^bigbench://' examples/demo/near.txt)
+	mkdir -p $(DEMO)
+	$(BIN)/hub eval $(RECIPES) --tasks @examples/demo/near.txt \
+		--split all --limit 64 --out $(DEMO)/near.json
 
 test: .venv/.installed
 	$(BIN)/ruff check .

@@ -37,17 +37,23 @@ class Phatgoose:
 
 
 @routers.register(paper="https://arxiv.org/abs/2402.05859", needs=("gates",))
-def phatgoose(stack: ExpertStack, *, top_k: Annotated[int, Range(1)] = 2) -> Router:
+def phatgoose(
+    stack: ExpertStack,
+    *,
+    top_k: Annotated[int, Range(1)] = 2,
+    temperature: Annotated[float, Range(0.01, 100)] = 1.0,
+) -> Router:
     """Token-wise gates, trained for each expert alone and compared at composition.
 
     Every token, at every module, goes to the `top_k` experts whose standardised gates have the
     largest product with the standardised input; their outputs are summed with softmax weights.
 
-    top_k: experts per token and module, at least 1; more than there are means all.
+    top_k: experts per token and module, at least 1; more than there are means all.  temperature: of
+    the softmax, 1 in the paper; a lower one comes closer to the best expert alone.
     """
     if stack.gates_EI is None:
         raise ValueError("phatgoose expects a gate of every expert, found none")
-    return Phatgoose(standardised(stack.gates_EI, EPS), top_k)
+    return Phatgoose(standardised(stack.gates_EI, EPS) / temperature, top_k)
 
 
 @dataclass(frozen=True, eq=False)

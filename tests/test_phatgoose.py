@@ -18,17 +18,19 @@ Make = Callable[..., Path]
 
 
 class Literal(nn.Module):
-    """y = W x + sum over the top k of softmax(LN(x) LN(g)^T / sqrt(d)), renormalised."""
+    """y = W x + sum over the top k of softmax(LN(x) LN(g)^T / (t sqrt(d))), renormalised."""
 
-    def __init__(self, base: nn.Module, experts: list[tuple[Any, Any, float, Any]], k: int) -> None:
+    def __init__(
+        self, base: nn.Module, experts: list[tuple[Any, Any, float, Any]], k: int, t: float = 1.0
+    ) -> None:
         super().__init__()
-        self.base, self.experts, self.k = base, experts, k
+        self.base, self.experts, self.k, self.t = base, experts, k, t
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         d = x.shape[-1]
         gates = torch.stack([g for _, _, _, g in self.experts])
         scores = nn.functional.layer_norm(x, (d,)) @ nn.functional.layer_norm(gates, (d,)).T
-        p = (scores / math.sqrt(d)).softmax(-1)
+        p = (scores / math.sqrt(d) / self.t).softmax(-1)
         top, index = p.topk(min(self.k, len(self.experts)), dim=-1)
         w = torch.zeros_like(p).scatter(-1, index, top / top.sum(-1, keepdim=True))
         y = self.base(x)
@@ -125,8 +127,9 @@ def test_every_count_of_experts_and_k(base_folder: Path) -> None:
         deltas = {e: LowRank(a, b, s) for e, (a, b, s, _) in enumerate(experts)}
         stack = ExpertStack.of(deltas, n, {e: g for e, (*_, g) in enumerate(experts)})
         for k in range(1, n + 1):
-            routed = RoutedLinear(linear, stack, phatgoose(stack, top_k=k))
-            expected = Literal(linear, experts, k)(x)
+            t = (1.0, 0.25, 4.0)[k % 3]
+            routed = RoutedLinear(linear, stack, phatgoose(stack, top_k=k, temperature=t))
+            expected = Literal(linear, experts, k, t)(x)
             torch.testing.assert_close(routed(x), expected, atol=1e-4, rtol=1e-5)
 
 
