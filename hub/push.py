@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
-from experthub.hub._files import write_text
+from experthub.hub._files import draft_folder, hub_home, write_text
 from experthub.hub.bases import Report, silent
 from experthub.hub.card import model_card
 from experthub.hub.describe import write_description
@@ -45,8 +43,7 @@ def push(
     from experthub.hub.remotes import hf_push
 
     place = hf_push.target(target)
-    with tempfile.TemporaryDirectory(prefix="experthub-") as name:
-        folder = Path(name)
+    with draft_folder(hub_home() / "drafts" / "push") as folder:
         store.copy_out(expert.digest, folder)
         identity = store.identity(expert.digest)
         write_description(folder, expert, identity)
