@@ -30,9 +30,9 @@ FORK = multiprocessing.get_context("fork")
 
 def command(*words: Any) -> None:
     """A command in a child process; what it says is nobody's business."""
-    from experthub.hub import store
+    from experthub.hub import leases
 
-    store._leases.clear()  # the parent's: a new process has its own
+    leases._mine.clear()  # the parent's: a new process has its own
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     run_hub(*words)
@@ -58,7 +58,7 @@ def killed(limit: float, *words: Any) -> bool:
 
 def check_whole(home: Path) -> None:
     """Nothing is damaged, and no file is left half-written."""
-    found = verify(Registry.read(), Store())
+    found = verify()
     assert found.whole and not found.incomplete and not found.strangers
     assert not [p for p in home.rglob(".*") if p.is_file()]
 
@@ -103,7 +103,7 @@ def test_pull(expert_folder: Make, home: Path) -> None:
     for _ in range(KILLS):
         forget()
         count += killed(limit, "pull", "e")
-        found = verify(Registry.read(), Store())
+        found = verify()
         assert found.whole and not found.strangers
         assert run_hub("pull", "e").code == 0
         check_whole(home)
@@ -121,15 +121,15 @@ def test_gc(expert_folder: Make, home: Path) -> None:
             Store().add(folder)
 
     command_words = ("gc", "--grace", "0", "--yes")
-    from experthub.hub import store
+    from experthub.hub import leases
 
     litter()
-    store._leases.clear()
+    leases._mine.clear()
     limit = 1.1 * seconds(*command_words)
     count = 0
     for _ in range(KILLS):
         litter()
-        store._leases.clear()
+        leases._mine.clear()
         count += killed(limit, *command_words)
         check_whole(home)
         assert Store().identity(digest).digest == digest
