@@ -128,17 +128,16 @@ def gc(
     Examples: hub gc --dry-run; hub gc; hub gc --grace 0 --yes
     """
     from experthub.hub.collection import collect
-    from experthub.hub.registry import Registry
     from experthub.hub.store import Store
 
-    known, store = Registry.read(registry), Store()
-    planned = collect(known, store, grace=grace, dry_run=True)
+    store = Store()
+    planned = collect(registry, store, grace=grace, dry_run=True)
     done = planned
     if not dry_run:
         if planned.deleted:
             size = _mb(sum(planned.deleted.values()))
             _confirm(f"delete {len(planned.deleted)} objects, {size}?", yes)
-        done = collect(known, store, grace=grace)
+        done = collect(registry, store, grace=grace)
     if json:
         print_json({"gc": vars(done) | {"dry_run": dry_run}})
         return

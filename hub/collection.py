@@ -53,14 +53,16 @@ class Collected:
     leftovers: dict[str, int]
 
 
-def needed(registry: Registry, store: Store) -> set[str]:
+def needed(file: Path | None, store: Store) -> set[str]:
     """The sha256 of every object that must stay.
 
-    Raises IntegrityError when something that names objects cannot be read.
+    Raises HubError when something that names objects cannot be read.
     """
+    # Leases first: whoever ends meanwhile has entered what it took in before it ended.
+    keep = {*ARCHIVES, *held(store.root)}
+    registry = Registry.read(file)
     digests = {e.digest for layer in registry.layers for e in layer.content.experts}
     digests |= locked_digests(store.root)
-    keep = {*ARCHIVES, *held(store.root)}
     for digest in digests:
         identity = store.manifest(digest)
         if identity is not None:
@@ -69,16 +71,16 @@ def needed(registry: Registry, store: Store) -> set[str]:
 
 
 def collect(
-    registry: Registry, store: Store, *, grace: float = GRACE, dry_run: bool = False
+    file: Path | None, store: Store, *, grace: float = GRACE, dry_run: bool = False
 ) -> Collected:
     """Move what nothing needs to the trash, and delete what has been there for long enough.
 
-    grace: seconds since an object was last taken in, and then in the trash, before it goes on;
+    file: a registry besides the others.  grace: seconds since an object was last taken in, and then in the trash, before it goes on;
     at 0 both steps are taken at once.  dry_run: only say what would be done.
     """
     found = Collected({}, {}, [], {})
     with locked(store.root / COLLECTING):
-        keep, now = needed(registry, store), time.time()
+        keep, now = needed(file, store), time.time()
         for sha256, path in store.objects().items():
             with contextlib.suppress(FileNotFoundError):
                 stat = path.stat()

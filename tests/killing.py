@@ -25,11 +25,15 @@ STUCK = 120  # seconds
 
 @dataclass(frozen=True)
 class Ended:
-    """How a child ended: its exit code, the steps that it began, and how long it took."""
+    """How a child ended: its exit code, the steps that it began, and how long it took.
+
+    working: the seconds from its first step on.
+    """
 
     code: int
     steps: int
     seconds: float
+    working: float
 
     @property
     def killed(self) -> bool:
@@ -54,7 +58,7 @@ def _count(step: Callable[[], None]) -> None:
     sys.addaudithook(hook)
 
 
-def _child(words: tuple[Any, ...], ready: Any, steps: Any, stop: int) -> None:
+def _child(words: tuple[Any, ...], ready: Any, begun: Any, steps: Any, stop: int) -> None:
     """The command, as a new process would run it."""
     leases._mine.clear()  # the parent's
     sys.dont_write_bytecode = True
@@ -63,12 +67,16 @@ def _child(words: tuple[Any, ...], ready: Any, steps: Any, stop: int) -> None:
 
     def step() -> None:
         steps.value += 1
+        if steps.value == 1:
+            begun.set()
         if steps.value == stop:
             os.kill(os.getpid(), signal.SIGKILL)
 
     _count(step)
     ready.set()
-    os._exit(run_hub(*words).code)
+    code = run_hub(*words).code
+    begun.set()
+    os._exit(code)
 
 
 def _join(child: BaseProcess) -> None:
@@ -79,22 +87,27 @@ def _join(child: BaseProcess) -> None:
         raise AssertionError("a command is stuck")
 
 
-def run(*words: Any, after: float | None = None, before: int = 0) -> Ended:
+def run(*words: Any, after: float | None = None, working: bool = False, before: int = 0) -> Ended:
     """Run a command in a child.
 
-    after: seconds of its work until it is killed.  before: the step on the disk before which it is killed.
+    after: seconds until it is killed, from its begin, or from its first step on the disk if it is
+    to be `working`.  before: the step before which it is killed.
     """
-    ready, steps = FORK.Event(), FORK.Value("i", 0, lock=False)
-    child = FORK.Process(target=_child, args=(words, ready, steps, before))
+    ready, begun, steps = FORK.Event(), FORK.Event(), FORK.Value("i", 0, lock=False)
+    child = FORK.Process(target=_child, args=(words, ready, begun, steps, before))
     child.start()
     ready.wait(STUCK)
     start = time.perf_counter()
+    if working or after is None:
+        begun.wait(STUCK)
+    first = time.perf_counter()
     if after is not None:
         time.sleep(after)
         child.kill()
     _join(child)
     assert child.exitcode is not None
-    return Ended(child.exitcode, steps.value, time.perf_counter() - start)
+    end = time.perf_counter()
+    return Ended(child.exitcode, steps.value, end - start, end - first)
 
 
 def left_behind(*folders: Path) -> list[str]:

@@ -17,7 +17,6 @@ from experthub import hub
 from experthub.hub import _yaml
 from experthub.hub.collection import collect
 from experthub.hub.errors import IntegrityError
-from experthub.hub.registry import Registry
 from experthub.hub.store import Store
 from experthub.hub.verification import verify
 
@@ -52,7 +51,7 @@ def age(store: Store, seconds: float = 7200) -> None:
 
 
 def gc(grace: float = 3600) -> tuple[int, int]:
-    done = collect(Registry.read(), Store(), grace=grace)
+    done = collect(None, Store(), grace=grace)
     return len(done.trashed), len(done.deleted)
 
 
@@ -165,7 +164,7 @@ def test_the_trash_gives_back_what_is_needed_again(expert_folder: Make) -> None:
     assert gc() == (4, 0)
     entry.parent.mkdir()
     entry.write_text(text)
-    done = collect(Registry.read(), Store(), grace=0)
+    done = collect(None, Store(), grace=0)
     assert len(done.restored) == 3 and not done.deleted, (
         "the identity came back when it was asked for"
     )
