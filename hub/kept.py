@@ -40,7 +40,8 @@ def texts(root: Path) -> Iterator[Kept]:
         content = path.read_bytes()
         if root_name(content) != path.name:
             right = partial(_is_root, path.name)
-            yield Kept(path, f"{ROOTS}/{path.name}", partial(_mend, path, content, right))
+            mend = partial(_mend, path, content, right, "it is damaged")
+            yield Kept(path, f"{ROOTS}/{path.name}", mend)
     for path in lock_files(root):
         if problem := _problem(path, _read_lock):
             yield Kept(path, str(path), problem)
@@ -60,18 +61,19 @@ def _problem(path: Path, read: Callable[[Path], None]) -> Callable[[], object] |
         read(path)
     except FileNotFoundError:  # removed at this moment
         return None
-    except HubError:
-        pass
+    except HubError as error:
+        why = error.message
     else:
         if sealed.is_whole(content):
             return None
-    return partial(_mend, path, content, sealed.is_sealed)
+        why = "it is not as the hub wrote it; if you edited it, remove its last line"
+    return partial(_mend, path, content, sealed.is_sealed, why)
 
 
-def _mend(path: Path, content: bytes, right: Callable[[bytes], bool]) -> None:
+def _mend(path: Path, content: bytes, right: Callable[[bytes], bool], why: str) -> None:
     whole = sealed.mended(content, right)
     if whole is None:
-        raise HubError("mend it by hand, or remove it and make it again")
+        raise HubError(why, "mend it, or remove it and make it again")
     write_text(path, whole.decode())
 
 
