@@ -33,23 +33,25 @@ def verify(
 
     Examples: hub verify; hub verify --repair; hub verify --json
     """
-    from experthub.hub.registry import Registry
-    from experthub.hub.store import Store
     from experthub.hub.verification import check
     from experthub.hub.verification import verify as verified
 
     with progress() as report:
-        found = verified(Registry.read(registry), Store(), repair=repair, report=report)
+        found = verified(registry, repair=repair, report=report)
     if json:
         print_json({"verify": found.record()})
     else:
         lines = [f"{found.objects} objects, {megabytes(found.bytes)}"]
-        for sha256, users in found.damaged.items():
-            state = "repaired" if sha256 in found.repaired else "damaged"
-            lines.append(f"{state}  {sha256[:12]}  {', '.join(users) or 'used by no entry'}")
-        for base, files in found.bases.items():
-            state = "repaired" if base in found.repaired else "damaged"
-            lines.append(f"{state}  base {base}: {', '.join(files)}")
+        rows = [
+            (sha256, f"{sha256[:12]}  {', '.join(users) or 'used by no entry'}")
+            for sha256, users in found.damaged.items()
+        ]
+        rows += [(base, f"base {base}: {', '.join(files)}") for base, files in found.bases.items()]
+        rows += [(name, f"{name}: {', '.join(files)}") for name, files in found.folders.items()]
+        rows += [(name, name) for name in found.texts]
+        lines += [
+            f"{'repaired' if name in found.repaired else 'damaged'}  {row}" for name, row in rows
+        ]
         for reference in found.incomplete:
             state = "repaired" if reference in found.repaired else "incomplete"
             lines.append(f"{state}  {reference}")
@@ -74,8 +76,8 @@ def rm(
 
     Examples: hub rm intents; hub rm intents@1 --yes
     """
-    from experthub.hub.collection import removable, remove
-    from experthub.hub.registry import Registry
+    from experthub.hub.collection import removable
+    from experthub.hub.registry import Registry, remove
 
     known = Registry.read()
     mine = removable(name, known)
@@ -130,17 +132,16 @@ def gc(
     Examples: hub gc --dry-run; hub gc; hub gc --grace 0 --yes
     """
     from experthub.hub.collection import collect
-    from experthub.hub.registry import Registry
     from experthub.hub.store import Store
 
-    known, store = Registry.read(registry), Store()
-    planned = collect(known, store, grace=grace, dry_run=True)
+    store = Store()
+    planned = collect(registry, store, grace=grace, dry_run=True)
     done = planned
     if not dry_run:
         if planned.deleted:
             size = megabytes(sum(planned.deleted.values()))
             _confirm(f"delete {len(planned.deleted)} objects, {size}?", yes)
-        done = collect(known, store, grace=grace)
+        done = collect(registry, store, grace=grace)
     if json:
         print_json({"gc": vars(done) | {"dry_run": dry_run}})
         return

@@ -6,15 +6,17 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from experthub.hub.errors import ConflictError
+
+DRAFT = re.compile(r"\..+\.[0-9a-f]{16}", re.S)
 
 
 def hub_home() -> Path:
@@ -29,33 +31,109 @@ def written(path: Path, mode: int = 0o644) -> Iterator[IO[bytes]]:
     Where the file system can, it has no name while it is written: nothing stays of a killed process.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name[:80]}.{secrets.token_hex(8)}")
-    handle, unnamed = _open_draft(draft)
     folder = os.open(path.parent, os.O_RDONLY)
+    draft: Path | None = None
     try:
+        handle, draft = _open_draft(path)
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
             os.fchmod(handle, mode)
             os.fsync(handle)
-            if unnamed:
-                # A link takes no file's place; with a folder's handle it is linkat, which follows.
-                os.link(f"/proc/self/fd/{handle}", draft.name, dst_dir_fd=folder)
-        draft.replace(path)
+            draft = draft or _named(handle, path, folder)
+            if draft:
+                draft.replace(path)
         os.fsync(folder)
     except BaseException:
-        draft.unlink(missing_ok=True)
+        if draft:
+            draft.unlink(missing_ok=True)
         raise
     finally:
         os.close(folder)
 
 
-def _open_draft(path: Path) -> tuple[int, bool]:
-    """A new file to write, and whether it has no name yet."""
+def _open_draft(path: Path) -> tuple[int, Path | None]:
+    """A new file to write, and its name if it has one, locked then."""
     try:
-        return os.open(path.parent, os.O_TMPFILE | os.O_WRONLY, 0o600), True
+        return os.open(path.parent, os.O_TMPFILE | os.O_WRONLY, 0o600), None
     except (AttributeError, OSError):
-        return os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), False
+        sweep(path)
+    while True:
+        draft = _draft_of(path)
+        handle = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.fstat(handle).st_nlink:  # nobody took it for abandoned before it was locked
+            return handle, draft
+        os.close(handle)
+
+
+def _named(handle: int, path: Path, folder: int) -> Path | None:
+    """Give an unnamed file its name; where that is taken, the name of a draft, which can replace it."""
+    # A link takes no file's place; with a folder's handle it is linkat, which follows.
+    source = f"/proc/self/fd/{handle}"
+    try:
+        os.link(source, path.name, dst_dir_fd=folder)
+        return None
+    except FileExistsError:
+        sweep(path)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    draft = _draft_of(path)
+    os.link(source, draft.name, dst_dir_fd=folder)
+    return draft
+
+
+def _draft_of(path: Path) -> Path:
+    """A name beside a path for what is to become it; whoever writes there keeps it locked."""
+    return path.with_name(f".{path.name[:80]}.{secrets.token_hex(8)}")
+
+
+def drafts(folder: Path, name: str = "") -> list[Path]:
+    """The drafts in a folder, all or those of a name, whether somebody writes them or not."""
+    start = f".{name[:80]}." if name else "."
+    return [p for p in listing(folder) if p.name.startswith(start) and DRAFT.fullmatch(p.name)]
+
+
+def listing(folder: Path) -> list[Path]:
+    """What is in a folder; nothing when it is gone at this moment, or is none."""
+    try:
+        return sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def sweep(path: Path) -> None:
+    """Remove the drafts of a path that killed processes left."""
+    for draft in drafts(path.parent, path.name):
+        with unused(draft) as free:
+            if free:
+                remove(draft)
+
+
+@contextmanager
+def unused(path: Path) -> Iterator[bool]:
+    """Whether a file or folder is here, and locked by no process; inside, none can lock it."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, or a folder with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -75,64 +153,51 @@ def json_text(value: object) -> str:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears under its name when the block ends well; its files are fsynced.
+def draft_folder(path: Path) -> Iterator[Path]:
+    """A folder beside a path, for as long as the block lasts.
 
-    Raises FileExistsError when the name is taken by anything but an empty folder.
+    It is locked; what killed processes left of such folders is removed first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{path.name[:80]}.", dir=path.parent))
+    sweep(path)
+    while True:
+        draft = _draft_of(path)
+        draft.mkdir(0o700)
+        handle = os.open(draft, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        if draft.is_dir():  # nobody took it for abandoned before it was locked
+            break
+        os.close(handle)
     try:
+        yield draft
+    finally:
+        remove(draft)
+        os.close(handle)
+
+
+@contextmanager
+def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
+    """A folder that appears under its name when the block ends well; its files are fsynced.
+
+    replace: in the place of the one that is there.  Otherwise raises FileExistsError when the name
+    is taken by anything but an empty folder.
+    """
+    with draft_folder(path) as draft:
         yield draft
         for file in draft.rglob("*"):
             if file.is_file():
                 file.chmod(0o644)
                 sync_file(file)
+        sync_folder(draft)
         draft.chmod(0o755)
         if path.is_dir() and not any(path.iterdir()):
             path.rmdir()
+        old = _draft_of(path)
+        if replace and path.exists():
+            path.rename(old)
         draft.rename(path)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
+        remove(old)
     sync_folder(path.parent)
-
-
-@contextmanager
-def scratch() -> Iterator[Path]:
-    """A folder for as long as the block lasts; one that a killed process left goes with the next."""
-    drafts = hub_home() / "drafts"
-    clear_drafts()
-    with locked(hub_home() / "locks" / "drafts", shared=True):
-        drafts.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=drafts))
-        handle = os.open(folder, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder)
-        os.close(handle)
-
-
-def clear_drafts() -> None:
-    """Remove the scratch folders of processes that are no more."""
-    with locked(hub_home() / "locks" / "drafts"):
-        for left in (hub_home() / "drafts").glob("*"):
-            if not in_use(left):
-                shutil.rmtree(left)
-
-
-def in_use(path: Path) -> bool:
-    """Whether a process holds a lock on a file or folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-    return False
 
 
 def check_free(folder: Path) -> None:

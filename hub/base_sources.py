@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-from dataclasses import replace
+from dataclasses import replace as changed
 from pathlib import Path, PurePosixPath
 
 from experthub.hub._files import hub_home, locked, new_folder, sha256_of, write_json, written
@@ -27,16 +27,16 @@ def find(name: str, registry: Registry, report: Report = silent) -> Base:
         reference = _reference(name)
         if reference.folder is not None:
             found = read(reference.folder, str(reference.folder))
-            return replace(found, sources=(f"file:{reference.folder.resolve()}",))
+            return changed(found, sources=(f"file:{reference.folder.resolve()}",))
         if reference.remote:
             entry = BaseEntry(sources=[name])
             found = read(_fetch(name, entry, "remote", Path.cwd(), report), name)
-            return replace(found, sources=(name,))
+            return changed(found, sources=(name,))
     known, entry = registry.base(name)
     near = registry.base_folder_of(known)
     folder = _fetch_any(known, entry, near, report)
     sources = tuple(absolute_source(source, near) for source in entry.sources)
-    base = replace(read(folder, known), sources=sources, sha256=entry.sha256)
+    base = changed(read(folder, known), sources=sources, sha256=entry.sha256)
     if entry.fingerprint and base.fingerprint != entry.fingerprint:
         raise IntegrityError(
             f"base {known}: its weights are {base.fingerprint[:19]}, "
@@ -101,6 +101,15 @@ def folders_of(name: str, entry: BaseEntry) -> list[Path]:
     return [place for place in dict.fromkeys(places) if place.is_dir()]
 
 
+def fetch_again(name: str, entry: BaseEntry, folder: Path, report: Report = silent) -> None:
+    """Put a base's folder in the place of itself, from the package that it was made of."""
+    source = next(
+        s for s in entry.sources if s.startswith("pypi:") and _place(s, entry, name) == folder
+    )
+    with locked(hub_home() / "locks" / folder.name):
+        _fetch_package(source, entry, folder, report, replace=True)
+
+
 def damaged_files(folder: Path, expected: str | None) -> list[str]:
     """The files of a fetched base that are not as they were made; of weights, their fingerprint.
 
@@ -124,7 +133,9 @@ def damaged_files(folder: Path, expected: str | None) -> list[str]:
     return ["model.safetensors"] if wrong else []
 
 
-def _fetch_package(source: str, entry: BaseEntry, target: Path, report: Report) -> None:
+def _fetch_package(
+    source: str, entry: BaseEntry, target: Path, report: Report, replace: bool = False
+) -> None:
     """Make a model folder out of a package's file; nothing stays of one that is refused."""
     from experthub.hub.remotes import pypi
 
@@ -137,7 +148,7 @@ def _fetch_package(source: str, entry: BaseEntry, target: Path, report: Report) 
         lambda done, size: report(f"fetching {place.package}", done, size),
     )
     try:
-        with new_folder(target) as draft:
+        with new_folder(target, replace) as draft:
             weights = _unpack(wheel, place.member, draft)
             found = sha256_of(weights)
             if entry.sha256 and found != entry.sha256:

@@ -108,12 +108,22 @@ def fingerprint(folder: Path, fresh: bool = False) -> str:
     stats = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
     key = hashlib.sha256(canonical_json(stats)).hexdigest()
     cache = hub_home() / "fingerprints" / f"{key}.json"
-    if cache.is_file() and not fresh:
-        return str(read_json(cache)["fingerprint"])
+    if not fresh and (known := _cached(cache, stats)):
+        return known
     rows = [[n, d, list(s), h] for file in files for n, d, s, h in hashed_tensors(file)]
     value = digest_of(sorted(rows))
-    write_json(cache, {"files": stats, "fingerprint": value})
+    write_json(cache, {"files": stats, "fingerprint": value, "check": digest_of([stats, value])})
     return value
+
+
+def _cached(cache: Path, stats: list[list[Any]]) -> str | None:
+    """A fingerprint that is known for files with these sizes and times; a damaged one is not."""
+    try:
+        record = read_json(cache) if cache.is_file() else {}
+    except HubError:
+        return None
+    value = record.get("fingerprint")
+    return value if record.get("check") == digest_of([stats, value]) else None
 
 
 def convert_gguf(weights: Path, target: Path) -> None:

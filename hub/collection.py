@@ -8,23 +8,36 @@ trash, from where any use brings it back; a later run deletes it.  In doubt it s
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from experthub.hub._files import clear_drafts, in_use, locked
+from experthub.hub._files import drafts, locked, remove, unused
 from experthub.hub.errors import UsageError
 from experthub.hub.expert import Expert, Reference
-from experthub.hub.registry import Registry, entry_path
+from experthub.hub.leases import COLLECTING, held
+from experthub.hub.registry import Registry
 from experthub.hub.roots import ARCHIVES, locked_digests
-from experthub.hub.store import COLLECTING, LEASES, TRASH, Store
+from experthub.hub.store import TRASH, Store
+from experthub.hub.usage import size_of
 
 GRACE = 3600.0
 STALE = 7 * 24 * 3600.0  # of a download that nobody goes on with
+# Where files and folders appear under their names.
+PLACES = (
+    "objects/sha256/*",
+    "registry/*",
+    "roots",
+    "fingerprints",
+    "results/*",
+    "tasks/**",
+    "hf/*",
+    "hf/*/refs",
+    "bases",
+    "drafts",
+)
 
 
 @dataclass(frozen=True)
@@ -40,14 +53,16 @@ class Collected:
     leftovers: dict[str, int]
 
 
-def needed(registry: Registry, store: Store) -> set[str]:
+def needed(file: Path | None, store: Store) -> set[str]:
     """The sha256 of every object that must stay.
 
-    Raises IntegrityError when something that names objects cannot be read.
+    Raises HubError when something that names objects cannot be read.
     """
+    # Leases first: whoever ends meanwhile has entered what it took in before it ended.
+    keep = {*ARCHIVES, *held(store.root)}
+    registry = Registry.read(file)
     digests = {e.digest for layer in registry.layers for e in layer.content.experts}
     digests |= locked_digests(store.root)
-    keep = {*ARCHIVES, *_held(store)}
     for digest in digests:
         identity = store.manifest(digest)
         if identity is not None:
@@ -55,53 +70,36 @@ def needed(registry: Registry, store: Store) -> set[str]:
     return keep
 
 
-def _held(store: Store) -> Iterator[str]:
-    """What living processes hold; the leases of dead ones are removed."""
-    for path in sorted((store.root / LEASES).glob("*")):
-        with contextlib.suppress(FileNotFoundError), path.open("rb") as lease:
-            try:
-                fcntl.flock(lease, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield from re.findall(r"^[0-9a-f]{64}$", lease.read().decode("ascii"), re.M)
-            else:
-                path.unlink()
-
-
 def collect(
-    registry: Registry, store: Store, *, grace: float = GRACE, dry_run: bool = False
+    file: Path | None, store: Store, *, grace: float = GRACE, dry_run: bool = False
 ) -> Collected:
     """Move what nothing needs to the trash, and delete what has been there for long enough.
 
-    grace: seconds since an object was last taken in, and then in the trash, before it goes on;
+    file: a registry besides the others.  grace: seconds since an object was last taken in, and then in the trash, before it goes on;
     at 0 both steps are taken at once.  dry_run: only say what would be done.
     """
     found = Collected({}, {}, [], {})
     with locked(store.root / COLLECTING):
-        keep, now = needed(registry, store), time.time()
+        keep, now = needed(file, store), time.time()
         for sha256, path in store.objects().items():
-            stat = path.stat()
-            if sha256 not in keep and now - stat.st_mtime >= grace:
-                found.trashed[sha256] = stat.st_size
-                if not dry_run:
-                    _trash(path, store.root / TRASH / sha256)
+            with contextlib.suppress(FileNotFoundError):
+                stat = path.stat()
+                if sha256 not in keep and now - stat.st_mtime >= grace:
+                    if not dry_run:
+                        _trash(path, store.root / TRASH / sha256)
+                    found.trashed[sha256] = stat.st_size
         for path in sorted((store.root / TRASH).glob("*")):
-            stat = path.stat()
-            if path.name in keep:
-                found.restored.append(path.name)
-                if not dry_run:
-                    path.rename(store.path(path.name))
-            elif time.time() - stat.st_mtime >= grace:
-                found.deleted[path.name] = stat.st_size
-                if not dry_run:
-                    path.unlink()
+            with contextlib.suppress(FileNotFoundError):  # a use brought it back at this moment
+                _empty(path, keep, store, grace, dry_run, found)
         if dry_run and not grace:
             found.deleted.update(found.trashed)
-        for path in _leftovers(store.root, max(grace, 60.0)):
-            found.leftovers[str(path.relative_to(store.root))] = path.stat().st_size
-            if not dry_run:
-                path.unlink()
-    if not dry_run:
-        clear_drafts()
+        for path in _leftovers(store.root):
+            with contextlib.suppress(FileNotFoundError), unused(path) as free:
+                if free:
+                    size = size_of(path) if path.is_dir() else path.stat().st_size
+                    found.leftovers[str(path.relative_to(store.root))] = size
+                    if not dry_run:
+                        remove(path)
     return found
 
 
@@ -112,14 +110,29 @@ def _trash(path: Path, target: Path) -> None:
     path.rename(target)
 
 
-def _leftovers(root: Path, grace: float) -> Iterator[Path]:
-    """Files that a killed process left half-written, and downloads that nobody goes on with."""
-    now = time.time()
-    for path in [*root.glob("objects/sha256/*/.*"), *root.glob("registry/*/.*")]:
-        if now - path.stat().st_mtime >= grace:
-            yield path
-    for path in root.glob("partial/*"):
-        if path.is_file() and now - path.stat().st_mtime >= STALE and not in_use(path):
+def _empty(
+    path: Path, keep: set[str], store: Store, grace: float, dry_run: bool, found: Collected
+) -> None:
+    """Put an object in the trash back if it is needed again; delete it if its time is over."""
+    stat = path.stat()
+    if path.name in keep:
+        if not dry_run:
+            path.rename(store.path(path.name))
+        found.restored.append(path.name)
+    elif time.time() - stat.st_mtime >= grace:
+        if not dry_run:
+            path.unlink()
+        found.deleted[path.name] = stat.st_size
+
+
+def _leftovers(root: Path) -> Iterator[Path]:
+    """What killed processes left half-written, and downloads that nobody goes on with."""
+    for pattern in PLACES:
+        for folder in sorted(root.glob(pattern)):
+            if folder.is_dir():
+                yield from drafts(folder)
+    for path in sorted(root.glob("partial/*")):
+        if path.is_file() and time.time() - path.stat().st_mtime >= STALE:
             yield path
 
 
@@ -144,12 +157,3 @@ def removable(name: str, registry: Registry) -> list[Expert]:
             f"it is an entry of {layer.path}: remove it there",
         )
     return mine
-
-
-def remove(experts: Sequence[Expert]) -> None:
-    """Take experts out of the user's own registry; their content stays until it is collected."""
-    for expert in experts:
-        path = entry_path(expert)
-        path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            path.parent.rmdir()

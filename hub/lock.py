@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from experthub.hub import _yaml
-from experthub.hub._files import digest_of, write_text
+from experthub.hub import _yaml, sealed
+from experthub.hub._files import digest_of, hub_home
 from experthub.hub._yaml import Closed
 from experthub.hub.bases import Report, silent
 from experthub.hub.errors import ConflictError, NotFoundError, UsageError
 from experthub.hub.expert import Digest, Reference, absolute_source, relative_source
+from experthub.hub.leases import lease
 from experthub.hub.plan import Plan
 from experthub.hub.pull import Content
 from experthub.hub.recipe import ExpertUse, Recipe
@@ -97,8 +98,9 @@ class Lock(Closed):
     def write(self, path: Path) -> None:
         """Write the file; sources inside its folder are relative to it, so that both can move."""
         near = self._placed(lambda source: relative_source(source, path.resolve().parent))
-        write_text(path, _yaml.dump(near.record()))
-        remember(path)
+        with lease(hub_home()):  # no collection between the two
+            remember(path)
+            sealed.write(path, _yaml.dump(near.record()))
 
     def record(self) -> dict[str, Any]:
         """The lock as plain values, for `--json` and the file."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,21 +32,27 @@ class Content:
 
 
 def pull(content: Content, store: Store, report: Report = silent) -> None:
-    """Bring an expert's content into the store unless it is there whole.
+    """Bring an expert's content into the store unless it is there whole; it stays while this process runs.
 
     Its sources are tried in order; the first error is raised when all of them fail.
     """
     try:
-        store.identity(content.digest)
-        return
+        store.hold(content.digest, store.identity(content.digest))
+        store.identity(content.digest)  # still here: from now on it is not collected
     except NotFoundError:
-        pass
+        fetch(content, store, report)
+
+
+def fetch(
+    content: Content, store: Store, report: Report = silent, renew: Set[str] = frozenset()
+) -> None:
+    """As `pull`, whatever is there.  renew: sha256 of damaged objects, which are replaced."""
     problems: list[HubError] = []
     for source in content.sources:
         try:
             report(f"pulling {content.reference} from {source}", 0, 0)
             with opened(source, Path.cwd(), report) as folder:
-                store.add(folder, content.digest)
+                store.add(folder, content.digest, renew)
             return
         except HubError as error:
             problems.append(error)

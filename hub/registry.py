@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence, Set
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from experthub.hub import _yaml
-from experthub.hub._files import hub_home, locked, write_text
+from experthub.hub import _yaml, sealed
+from experthub.hub._files import hub_home, listing, locked, write_text
 from experthub.hub._yaml import Closed, did_you_mean
 from experthub.hub.errors import ConflictError, HubError, NotFoundError, UsageError
 from experthub.hub.expert import NAME, Digest, Expert, Reference, absolute_source
@@ -63,11 +64,11 @@ class Registry:
     layers: tuple[Layer, ...]
 
     @classmethod
-    def read(cls, file: Path | None = None) -> Registry:
+    def read(cls, file: Path | None = None, without: Set[Path] = frozenset()) -> Registry:
         """The file given, the project's, the user's own, and the starter registry.
 
-        file: a registry to look in before all others.  Raises UsageError for a malformed layer,
-        NotFoundError for a missing file.
+        file: a registry to look in before all others.  without: files of the user's own that are
+        left out.  Raises UsageError for a malformed layer, NotFoundError for a missing file.
         """
         if file is not None and not file.is_file():
             raise NotFoundError(f"there is no registry {file}", "name a registry.yaml")
@@ -77,7 +78,7 @@ class Registry:
         starter = Path(__file__).with_name("registry.yaml")
         before = {path.resolve(): path for path in (file, project) if path}
         layers = [_read_layer(path) for path in before.values()]
-        layers.append(_user_layer())
+        layers.append(_user_layer(without))
         if starter.is_file() and starter.resolve() not in before:
             layers.append(_read_layer(starter))
         return cls(tuple(layers))
@@ -195,13 +196,20 @@ def _user_folder() -> Path:
     return hub_home() / "registry"
 
 
-def _user_layer() -> Layer:
+def _user_layer(without: Set[Path]) -> Layer:
     """The user's own registry, one small file per expert and version, as one layer."""
     folder = _user_folder()
-    experts = [
-        e for path in sorted(folder.glob("*/*.yaml")) for e in _read_layer(path).content.experts
-    ]
+    experts: list[Expert] = []
+    for path in entry_files(folder):
+        if path not in without:
+            with suppress(FileNotFoundError):  # removed at this moment
+                experts += _read_layer(path).content.experts
     return Layer(folder / "registry.yaml", RegistryFile(version=1, experts=experts))
+
+
+def entry_files(folder: Path) -> list[Path]:
+    """The entries of the user's own registry, which may come and go meanwhile."""
+    return [path for name in listing(folder) for path in listing(name) if path.suffix == ".yaml"]
 
 
 def _absolute(expert: Expert, folder: Path) -> Expert:
@@ -215,17 +223,22 @@ def entry_path(expert: Expert) -> Path:
     return _user_folder() / expert.name / f"{expert.version}.yaml"
 
 
+def _changing() -> AbstractContextManager[None]:
+    """One process at a time changes registries."""
+    return locked(hub_home() / "locks" / "registry")
+
+
 def register(expert: Expert, file: Path | None = None) -> Path:
     """Write an entry into the user's registry, or into the file given; returns where.
 
     The same content again is a no-op; ConflictError when the name and version have other content.
     """
     path = file or entry_path(expert)
-    with locked(hub_home() / "locks" / "registry"):
-        return _register(expert, path)
+    with _changing():
+        return _register(expert, path, sealed.write if file is None else write_text)
 
 
-def _register(expert: Expert, path: Path) -> Path:
+def _register(expert: Expert, path: Path, write: Callable[[Path, str], None]) -> Path:
     layer = _read_file(path) if path.is_file() else RegistryFile(version=1)
     for known in layer.experts:
         if known.reference == expert.reference:
@@ -235,7 +248,7 @@ def _register(expert: Expert, path: Path) -> Path:
     others = [e for e in layer.experts if e.reference != expert.reference]
     entries = sorted([*others, expert], key=lambda e: (e.name, e.version))
     record = RegistryFile(version=1, bases=layer.bases, experts=entries)
-    write_text(path, _yaml.dump(record.model_dump(mode="json", exclude_unset=True)))
+    write(path, _yaml.dump(record.model_dump(mode="json", exclude_unset=True)))
     return path
 
 
@@ -244,6 +257,17 @@ def with_source(expert: Expert, source: str) -> Expert:
     known = expert.model_copy(update={"sources": list(dict.fromkeys([*expert.sources, source]))})
     register(known)
     return known
+
+
+def remove(experts: Sequence[Expert]) -> None:
+    """Take experts out of the user's own registry; their content stays until it is collected."""
+    with _changing():
+        for expert in experts:
+            path = entry_path(expert)
+            if path.is_file() and expert.digest in {e.digest for e in _read_file(path).experts}:
+                path.unlink()
+            with suppress(OSError):
+                path.parent.rmdir()
 
 
 def check_same_content(known: Expert, expert: Expert) -> None:

@@ -50,7 +50,6 @@ def resolve(
     contents = iter(pinned or (find_content(use, registry, store, report) for use in recipe.uses))
     stored = [[next(contents) for _ in members_of(entry)] for entry in recipe.experts]
     for content in (content for group in stored for content in group):
-        store.hold(content.digest)
         pull(content, store, report)
     base = find(recipe.base, registry, report)
     experts = tuple(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
-from experthub.hub import _yaml
+from experthub.hub import _yaml, sealed
 from experthub.hub._files import hub_home, write_text
 from experthub.hub.errors import HubError, IntegrityError
 from experthub.hub.tasks import bigbench
@@ -16,9 +17,27 @@ ARCHIVES = frozenset({bigbench.SHA256})  # of the store's objects, those that ta
 
 def remember(lock: Path) -> None:
     """Keep what a lock file pins, for as long as the file exists."""
-    place = str(lock.resolve())
-    name = hashlib.sha256(place.encode()).hexdigest()[:32]
-    write_text(hub_home() / ROOTS / name, place + "\n")
+    content = f"{lock.resolve()}\n".encode()
+    place = hub_home() / ROOTS / root_name(content)
+    if not place.is_file() or place.read_bytes() != content:
+        write_text(place, content.decode())
+
+
+def root_name(content: bytes) -> str:
+    """The name of the file that says where a lock file is, by what it says."""
+    return hashlib.sha256(content.removesuffix(b"\n")).hexdigest()[:32]
+
+
+def root_files(root: Path) -> list[Path]:
+    """The files that say where lock files are."""
+    return sorted((root / ROOTS).glob("[0-9a-f]*"))
+
+
+def lock_files(root: Path) -> list[Path]:
+    """The lock files that are remembered, and are there."""
+    places = [e.read_bytes() for e in root_files(root)]
+    named = [Path(os.fsdecode(place.removesuffix(b"\n"))) for place in places]
+    return [lock for lock in named if "\0" not in str(lock) and lock.is_file()]
 
 
 def locked_digests(root: Path) -> set[str]:
@@ -27,16 +46,22 @@ def locked_digests(root: Path) -> set[str]:
     Raises IntegrityError for a lock file that cannot be read: what it pins is not known.
     """
     found: set[str] = set()
-    for entry in sorted((root / ROOTS).glob("[0-9a-f]*")):
-        lock = Path(entry.read_text(encoding="utf-8").rstrip("\n"))
+    for entry in root_files(root):
+        content = entry.read_bytes()
+        if root_name(content) != entry.name:
+            raise IntegrityError(f"{entry} is damaged", "run hub verify --repair")
+        lock = Path(content.decode().rstrip("\n"))
         if not lock.is_file():
             entry.unlink(missing_ok=True)
             continue
         try:
+            if not sealed.is_whole(lock.read_bytes()):
+                raise IntegrityError("it is not as it was written")
             found |= set(_digests(_yaml.read(lock).value))
         except HubError as error:
             raise IntegrityError(
-                f"cannot tell what {lock} pins: {error.message}", "mend or remove it"
+                f"cannot tell what {lock} pins: {error.message}",
+                "run hub verify --repair, or mend or remove it",
             ) from None
     return found
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from experthub.hub._files import hub_home, scratch
+from experthub.hub._files import draft_folder, hub_home
 from experthub.hub.bases import Report, silent
 from experthub.hub.errors import HubError
 from experthub.hub.expert import EXPERT_FILES, Reference
@@ -43,7 +43,7 @@ def opened(source: str, near: Path, report: Report = silent) -> Iterator[Path]:
     if not is_layout(place):
         yield place
         return
-    with scratch() as folder:
+    with draft_folder(hub_home() / "drafts" / "unpacked") as folder:
         layout = Layout.read(place)
         layout.unpack(layout.find(Reference.parse(source, near).member), folder)
         yield folder

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import os
 import re
-import secrets
 import shutil
+from collections.abc import Set
 from dataclasses import dataclass, field
 from functools import lru_cache
 from mmap import ACCESS_COPY, mmap
 from pathlib import Path
-from typing import IO
 
-from experthub.hub._files import canonical_json, hub_home, locked, sha256_of, written
+from experthub.hub._files import canonical_json, hub_home, sha256_of, written
 from experthub.hub.errors import HubError, IntegrityError, NotFoundError
 from experthub.hub.expert import ADAPTER_CONFIG, GATES, FileInfo, Identity
 from experthub.hub.formats.adapter import check_gates, kind_of, read_adapter, read_gates, read_json
 from experthub.hub.formats.header import check_finite, read_header
+from experthub.hub.leases import lease
 from pydantic import ValidationError
 
 MAX_SMALL = 8 << 20  # bytes of a JSON file
 CHUNK = 1 << 20
-TRASH, LEASES, COLLECTING = "trash", "leases", "locks/collecting"
-
-# One per store: this process's, by root folder.
-_leases: dict[Path, IO[bytes]] = {}
+TRASH = "trash"
 
 
 @dataclass(frozen=True)
@@ -50,10 +45,13 @@ class Store:
         found = (self.root / "objects" / "sha256").glob("[0-9a-f][0-9a-f]/*")
         return {_sha256(p): p for p in sorted(found) if re.fullmatch("[0-9a-f]{62}", p.name)}
 
-    def put(self, source: Path, sha256: str) -> Path:
-        """Copy a file in under its digest; IntegrityError when its content is another."""
+    def put(self, source: Path, sha256: str, renew: bool = False) -> Path:
+        """Copy a file in under its digest; IntegrityError when its content is another.
+
+        renew: in the place of a damaged one.
+        """
         target = self.path(sha256)
-        if self._here(target):
+        if not renew and self._here(target):
             return target
         with source.open("rb") as data, written(target, 0o444) as file:
             digest = hashlib.sha256()
@@ -84,12 +82,16 @@ class Store:
             raise NotFoundError(f"expert {digest[:19]} is not in the store", "run hub pull first")
         for name, info in identity.files.items():
             file = self.path(info.sha256)
-            if not self._here(file):
+            try:
+                size = file.stat().st_size if self._here(file) else None
+            except FileNotFoundError:  # collected at this moment
+                size = None
+            if size is None:
                 raise NotFoundError(
                     f"{name} of expert {digest[:19]} is missing from the store",
                     "run hub pull again",
                 )
-            if file.stat().st_size != info.size:
+            if size != info.size:
                 raise _damaged(file)
         return identity
 
@@ -102,8 +104,12 @@ class Store:
 
     def file(self, digest: str, name: str) -> Path:
         """One file of an expert, its bytes checked against its digest."""
-        path = self.locate(digest, name)
-        if sha256_of(path) != _sha256(path):
+        return self.checked(_sha256(self.locate(digest, name)))
+
+    def checked(self, sha256: str) -> Path:
+        """Where an object is, its bytes checked against its digest."""
+        path = self.path(sha256)
+        if sha256_of(path) != sha256:
             raise _damaged(path)
         return path
 
@@ -116,10 +122,13 @@ class Store:
             raise _damaged(path)
         return data
 
-    def add(self, folder: Path, expected: str | None = None) -> tuple[str, Identity]:
+    def add(
+        self, folder: Path, expected: str | None = None, renew: Set[str] = frozenset()
+    ) -> tuple[str, Identity]:
         """Take an expert's folder in: checked, copied, verified; nothing stays when it is refused.
 
-        expected: the digest it must have.  Returns its digest and identity.
+        expected: the digest it must have.  renew: sha256 of objects that are replaced though they
+        are here, because they are damaged.  Returns its digest and identity.
         """
         identity = read_folder(folder)
         if expected and identity.digest != expected:
@@ -129,9 +138,9 @@ class Store:
             )
         self.hold(identity.digest, identity)
         for name, info in identity.files.items():
-            self.put(folder / name, info.sha256)
+            self.put(folder / name, info.sha256, info.sha256 in renew)
         path = self.path(identity.digest.removeprefix("sha256:"))
-        if not self._here(path):
+        if _sha256(path) in renew or not self._here(path):
             with written(path, 0o444) as file:
                 file.write(canonical_json(identity.record()))
         return identity.digest, identity
@@ -141,26 +150,20 @@ class Store:
 
         identity: of one that is not here yet.
         """
-        with locked(self.root / COLLECTING, shared=True):
+        with lease(self.root) as mine:
             identity = identity or self.manifest(digest)
-            lines = identity.objects if identity else {digest.removeprefix("sha256:")}
-            lease = _leases.get(self.root)
-            if lease is None or not os.fstat(lease.fileno()).st_nlink:
-                folder = self.root / LEASES
-                folder.mkdir(parents=True, exist_ok=True)
-                # It stays open, and locked, until the process ends.
-                lease = (folder / f"{os.getpid()}-{secrets.token_hex(8)}").open("ab", buffering=0)
-                fcntl.flock(lease, fcntl.LOCK_EX)
-                _leases[self.root] = lease
-            lease.write("".join(f"{line}\n" for line in lines).encode())
+            mine.add(identity.objects if identity else {digest.removeprefix("sha256:")})
 
     def manifest(self, digest: str) -> Identity | None:
         """What an expert consists of, whether its files are here or not; None when it is not here."""
         path = self.path(digest.removeprefix("sha256:"))
         if not self._here(path):
             return None
-        stat = path.stat()
-        return _read_identity(path, digest, stat.st_size, stat.st_mtime_ns)
+        try:
+            stat = path.stat()
+            return _read_identity(path, digest, stat.st_size, stat.st_mtime_ns)
+        except FileNotFoundError:  # collected at this moment
+            return None
 
     def copy_out(self, digest: str, folder: Path) -> None:
         """Write an expert's files, as stored, into a folder; never links, which could be written through."""

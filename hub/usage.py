@@ -11,11 +11,10 @@ from experthub.hub.store import Store
 PURPOSES = {
     "objects": "experts, and the archives that tasks are read from",
     "trash": "what hub gc deletes next",
-    "damaged": "what hub verify could not repair",
+    "drafts": "what is being unpacked",
     "bases": "base models",
     "hf": "what was fetched from model hubs",
     "partial": "downloads that are not complete",
-    "drafts": "what is being unpacked",
     "tasks": "tasks",
     "results": "scores of earlier evaluations",
     "runs": "training runs",

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial as partial_of
@@ -19,8 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urljoin
 
-from experthub.hub._files import locked, new_folder, write_text
+from experthub.hub._files import locked, new_folder, sha256_of, write_text
 from experthub.hub.errors import AuthError, HubError, IntegrityError, NotFoundError, UsageError
+from experthub.hub.expert import EXPERT_FILES
 from experthub.hub.remotes._http import (
     Progress,
     check_online,
@@ -31,6 +33,7 @@ from experthub.hub.remotes._http import (
     quiet,
     shown,
 )
+from experthub.hub.sealed import write_manifest
 
 if TYPE_CHECKING:
     import httpx
@@ -42,6 +45,7 @@ LARGEST = 1 << 40
 ENTRIES = 10_000
 AT_ONCE = 4
 COMMIT, SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
+FOLDER = re.compile(r"[0-9a-f]{40}-[0-9a-f]{8}")  # of a commit: what was asked for of it
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
 
 
@@ -111,11 +115,10 @@ def fetch(
     with client(headers=headers()) as session:
         commit = _commit(session, place, source)
         target = _target(place, commit, folder, patterns)
-        with locked(folder.parent / "locks" / f"hf-{target.parent.name}"):
+        with _locked(target):
             if not target.is_dir():
                 files = list(_files(session, place, commit, patterns, source))
-                partial = folder.parent / "partial"
-                _fetch_all(session, place, commit, files, target, partial, progress)
+                _fetch_all(session, place, commit, files, target, progress)
     write_text(_remembered(place, folder), commit + "\n")
     return target
 
@@ -132,14 +135,38 @@ def kept(source: str, folder: Path, patterns: tuple[str, ...] = MODEL) -> Path |
 
 def _target(place: HfSource, commit: str, folder: Path, patterns: tuple[str, ...]) -> Path:
     """Where the files of one commit are kept; other files have another folder."""
-    kind = hashlib.sha256("\0".join(patterns).encode()).hexdigest()[:8]
-    return folder / place.repository.replace("/", "--") / f"{commit}-{kind}"
+    return folder / place.repository.replace("/", "--") / f"{commit}-{_kind(patterns)}"
+
+
+def _kind(patterns: tuple[str, ...]) -> str:
+    """What stands in a folder's name for the files that were asked for."""
+    return hashlib.sha256("\0".join(patterns).encode()).hexdigest()[:8]
 
 
 def _remembered(place: HfSource, folder: Path) -> Path:
     """Which commit a branch or tag was when it was fetched last."""
     names = (place.repository, "refs", place.revision)
     return folder.joinpath(*(name.replace("/", "--") for name in names))
+
+
+def fetch_again(folder: Path) -> None:
+    """Put a folder that `fetch` made in the place of itself, from its repository."""
+    commit, _, kind = folder.name.partition("-")
+    patterns = next((p for p in (MODEL, EXPERT_FILES) if _kind(p) == kind), None)
+    place = HfSource(folder.parent.name.replace("--", "/", 1), commit)
+    source = f"hf:{place.repository}@{commit}"
+    if patterns is None:
+        raise HubError(f"it is not known which files of {source} it has", "remove it")
+    check_online(source)
+    with client(headers=headers()) as session, _locked(folder):
+        files = list(_files(session, place, commit, patterns, source))
+        _fetch_all(session, place, commit, files, folder, quiet, replace=True)
+
+
+def _locked(target: Path) -> AbstractContextManager[None]:
+    """One process at a time fetches from a repository."""
+    mine = target.parent
+    return locked(mine.parent.parent / "locks" / f"hf-{mine.name}")
 
 
 def _commit(session: httpx.Client, place: HfSource, source: str) -> str:
@@ -207,10 +234,11 @@ def _fetch_all(
     commit: str,
     files: list[RemoteFile],
     target: Path,
-    partial: Path,
     progress: Progress,
+    replace: bool = False,
 ) -> None:
     """Fetch files, several at a time, into a folder that appears when all of them are there."""
+    partial = target.parent.parent.parent / "partial"
     done = dict.fromkeys((file.name for file in files), 0)
     size = sum(file.size for file in files)
 
@@ -233,9 +261,11 @@ def _fetch_all(
         (draft / file.name).write_bytes(content)
         note(len(content), 0)
 
-    with new_folder(target) as draft, ThreadPoolExecutor(AT_ONCE) as pool:
-        for _ in pool.map(partial_of(fetch_one, draft=draft), files):
-            pass
+    with new_folder(target, replace) as draft:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            for _ in pool.map(partial_of(fetch_one, draft=draft), files):
+                pass
+        write_manifest(draft, {f.name: f.sha256 or sha256_of(draft / f.name) for f in files})
 
 
 def _move(url: str, file: RemoteFile, partial: Path, target: Path, note: Progress) -> None:

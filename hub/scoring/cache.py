@@ -33,9 +33,12 @@ class Unit:
         return hub_home() / "results" / key[:2] / f"{key[2:]}.json"
 
     def read(self) -> list[Scores] | None:
-        """The scores as they were computed; None when they were not, or cannot be read."""
+        """The scores as they were computed; None when they were not, or were damaged."""
         try:
-            rows = json.loads(self.path.read_text())["scores"]
+            record = json.loads(self.path.read_text())
+            rows = record["scores"]
+            if record.get("check", digest_of(rows)) != digest_of(rows):
+                return None
             found = [Scores(tuple(map(float, v)), tuple(map(int, t))) for v, t in rows]
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -47,7 +50,8 @@ class Unit:
 
     def write(self, scores: Sequence[Scores]) -> None:
         rows = [[s.values, s.tokens] for s in scores]
-        write_text(self.path, json.dumps({**self.surroundings, "scores": rows}))
+        record = {**self.surroundings, "scores": rows, "check": digest_of(rows)}
+        write_text(self.path, json.dumps(record))
 
 
 def units(surroundings: dict[str, Any], questions: Sequence[Question]) -> list[Unit]:

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, cast, get_args
 
-from experthub.hub import _yaml
+from experthub.hub import _yaml, sealed
 from experthub.hub._files import (
     canonical_json,
     digest_of,
     hub_home,
     new_folder,
+    sha256_of,
     write_text,
 )
 from experthub.hub._yaml import Closed, did_you_mean
@@ -205,10 +206,18 @@ def list_references() -> list[str]:
     return sorted(f"{f.parts[0]}:{'/'.join(f.parts[1:])}" for f in folders)
 
 
-def write_task(suite: str, card: Card, examples: Iterable[Example]) -> str:
-    """Write a task under `$HUB_HOME/tasks`, replacing nothing; returns its reference.
+def write_task(
+    suite: str,
+    card: Card,
+    examples: Iterable[Example],
+    source: Path | None = None,
+    renew: bool = False,
+) -> str:
+    """Write a task under `$HUB_HOME/tasks`; returns its reference.
 
-    The same content again is a no-op; ConflictError when the name has other content.
+    The same content again is a no-op; ConflictError when the name has other content.  source: the
+    folder that it comes from.  renew: put it in the place of a damaged one, if its files are then
+    those that were there.
     """
     reference = f"{suite}:{card.name}"
     target = _folder_of(suite, card.name)
@@ -217,17 +226,30 @@ def write_task(suite: str, card: Card, examples: Iterable[Example]) -> str:
     )
     if not task.examples:
         raise HubError(f"task {reference} is empty", "it has no usable examples")
-    if (target / CARD).is_file():
+    if (target / CARD).is_file() and not renew:
         if read_folder(target, reference).digest == task.digest:
             return reference
         raise ConflictError(f"{reference} exists with other content", f"remove {target} first")
-    with new_folder(target) as draft:
+    with new_folder(target, renew) as draft:
         record = card.model_dump(mode="json", exclude_none=True)
         write_text(draft / CARD, _yaml.dump(record))
         lines = (e.model_dump(exclude_none=True) for e in task.examples)
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_text(draft / EXAMPLES, text)
+        files = {name: sha256_of(draft / name) for name in (CARD, EXAMPLES)}
+        before = sealed.read_manifest(target)
+        if before and before["files"] != files:
+            raise IntegrityError(f"the source of {reference} has changed", "remove and import it")
+        sealed.write_manifest(draft, files, str(source.resolve()) if source else None)
     return reference
+
+
+def import_again(reference: str, source: Path) -> None:
+    """Put a damaged task in the place of itself, from the folder that it was imported from."""
+    if not (source / CARD).is_file():
+        raise NotFoundError(f"its source {source} is gone", "import it from elsewhere")
+    task = read_folder(source, reference)
+    write_task(reference.partition(":")[0], task.card, task.examples, source, renew=True)
 
 
 def import_folder(folder: Path, suite: str) -> list[str]:
@@ -240,4 +262,7 @@ def import_folder(folder: Path, suite: str) -> list[str]:
     if not folders:
         raise NotFoundError(f"{folder} holds no {CARD}", "see docs/registry.md for the format")
     tasks = [read_folder(f, f"{suite}:{f.name}") for f in folders]
-    return [write_task(suite, task.card, task.examples) for task in tasks]
+    return [
+        write_task(suite, task.card, task.examples, source)
+        for task, source in zip(tasks, folders, strict=True)
+    ]
