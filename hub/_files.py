@@ -101,6 +101,13 @@ def listing(folder: Path) -> list[Path]:
         return []
 
 
+def files_below(folder: Path) -> Iterator[Path]:
+    """Every file below a folder, but for drafts; what is gone at this moment is left out."""
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not DRAFT.fullmatch(name))
+        yield from (Path(place, name) for name in sorted(names) if not DRAFT.fullmatch(name))
+
+
 def sweep(path: Path) -> None:
     """Remove the drafts of a path that killed processes left."""
     for draft in drafts(path.parent, path.name):

@@ -25,14 +25,13 @@ from experthub.hub.usage import size_of
 
 GRACE = 3600.0
 STALE = 7 * 24 * 3600.0  # of a download that nobody goes on with
-# Where files and folders appear under their names.
+# Where files and folders appear under their names, besides the tasks.
 PLACES = (
     "objects/sha256/*",
     "registry/*",
     "roots",
     "fingerprints",
     "results/*",
-    "tasks/**",
     "hf/*",
     "hf/*/refs",
     "bases",
@@ -127,10 +126,10 @@ def _empty(
 
 def _leftovers(root: Path) -> Iterator[Path]:
     """What killed processes left half-written, and downloads that nobody goes on with."""
-    for pattern in PLACES:
-        for folder in sorted(root.glob(pattern)):
-            if folder.is_dir():
-                yield from drafts(folder)
+    places = [folder for pattern in PLACES for folder in sorted(root.glob(pattern))]
+    places += [Path(place) for place, _, _ in os.walk(root / "tasks")]
+    for folder in places:
+        yield from drafts(folder)
     for path in sorted(root.glob("partial/*")):
         if path.is_file() and time.time() - path.stat().st_mtime >= STALE:
             yield path

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from experthub.hub import _yaml, sealed
-from experthub.hub._files import sha256_of, write_text
+from experthub.hub._files import files_below, sha256_of, write_text
 from experthub.hub.bases import Report
 from experthub.hub.errors import HubError
 from experthub.hub.registry import RegistryFile, entry_files
@@ -92,8 +92,8 @@ def _read_entry(path: Path) -> None:
 
 def folders(root: Path, report: Report) -> Iterator[Kept]:
     """The damaged ones of the tasks, and of the folders that were fetched from model hubs."""
-    for manifest in sorted((root / "tasks").glob(f"*/**/{sealed.MANIFEST}")):
-        folder = manifest.parent
+    manifests = [p for p in files_below(root / "tasks") if p.name == sealed.MANIFEST]
+    for folder in [manifest.parent for manifest in manifests]:
         reference = ":".join(str(folder.relative_to(root / "tasks")).split("/", 1))
         if wrong := damaged_in(folder):
             yield Kept(folder, f"tasks/{reference}", partial(_task_again, reference, folder), wrong)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 from experthub.hub.registry import Registry
@@ -56,8 +59,10 @@ def usage(registry: Registry, store: Store) -> dict[str, Any]:
 
 def size_of(folder: Path) -> int:
     """The bytes of all files below a folder, links not followed."""
-    return sum(
-        path.lstat().st_size
-        for path in folder.rglob("*")
-        if path.is_file() and not path.is_symlink()
-    )
+    found = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):  # gone at this moment
+                stat = Path(place, name).lstat()
+                found += stat.st_size if S_ISREG(stat.st_mode) else 0
+    return found

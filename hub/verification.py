@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experthub.hub._files import DRAFT, sha256_of
+from experthub.hub._files import files_below, sha256_of
 from experthub.hub.base_sources import damaged_files, fetch_again, folders_of
 from experthub.hub.bases import Report, silent
 from experthub.hub.errors import HubError, IntegrityError
@@ -164,14 +164,9 @@ def _damaged_objects(store: Store, found: Findings, report: Report) -> set[str]:
             if now != sha256 and objects[sha256].is_file():
                 found.damaged[sha256] = []
     found.objects, found.bytes = len(objects), total
-    here = store.root / "objects"
-    files = {str(p.relative_to(here)): p for p in here.rglob("*") if p.is_file()}
-    found.strangers = sorted(
-        f"objects/{name}"
-        for name, path in files.items()
-        if not re.fullmatch("sha256/[0-9a-f]{2}/[0-9a-f]{62}", name)
-        and not DRAFT.fullmatch(path.name)
-    )
+    files = [str(p.relative_to(store.root)) for p in files_below(store.root / "objects")]
+    shape = re.compile("objects/sha256/[0-9a-f]{2}/[0-9a-f]{62}")
+    found.strangers = [name for name in files if not shape.fullmatch(name)]
     return set(found.damaged)
 
 

@@ -1,9 +1,12 @@
-"""Commands in child processes that are killed: at some moment, or before a step on the disk."""
+"""Commands in child processes that are killed, at some moment or before a step on the disk, or find it full."""
 
 from __future__ import annotations
 
+import errno
+import json
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import time
@@ -13,13 +16,14 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from conftest import run_hub
+from conftest import Ran, run_hub
 from experthub.hub import leases
 from experthub.hub._files import DRAFT
 
 FORK = multiprocessing.get_context("fork")
 STEPS = {"os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.utime"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+FULL = {"open", "os.link", "os.mkdir", "os.fsync"}  # the steps that need room
 STUCK = 120  # seconds
 
 
@@ -40,18 +44,18 @@ class Ended:
         return self.code == -signal.SIGKILL
 
 
-def _count(step: Callable[[], None]) -> None:
+def _count(step: Callable[[str], None]) -> None:
     """Call `step` before everything that changes what is on the disk, in this process."""
 
     def hook(event: str, values: tuple[Any, ...]) -> None:
         opened = event == "open" and not str(values[0]).startswith("/dev/")
         if event in STEPS or (opened and isinstance(values[2], int) and values[2] & WRITING):
-            step()
+            step(event)
 
     sync = os.fsync
 
     def fsync(handle: int) -> None:
-        step()
+        step("os.fsync")
         sync(handle)
 
     os.fsync = fsync
@@ -65,7 +69,7 @@ def _child(words: tuple[Any, ...], ready: Any, begun: Any, steps: Any, stop: int
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
-    def step() -> None:
+    def step(_: str) -> None:
         steps.value += 1
         if steps.value == 1:
             begun.set()
@@ -108,6 +112,38 @@ def run(*words: Any, after: float | None = None, working: bool = False, before: 
     assert child.exitcode is not None
     end = time.perf_counter()
     return Ended(child.exitcode, steps.value, end - start, end - first)
+
+
+def run_full(told: Path, *words: Any, after: int = 1 << 30, limit: int = -1) -> Ran:
+    """Run a command in a child whose disk is full.
+
+    told: a file for what it says.  after: steps that need room, and get it.  limit: bytes that a
+    file may have.
+    """
+
+    def child() -> None:
+        leases._mine.clear()
+        sys.dont_write_bytecode = True
+        left = after
+
+        def step(event: str) -> None:
+            nonlocal left
+            left -= event in FULL
+            if left < 0 and event in FULL:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        _count(step)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, -1))
+        ran = run_hub(*words)
+        left = 1 << 30
+        resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+        told.write_text(json.dumps([ran.code, ran.out, ran.err]))
+        os._exit(0)
+
+    process = FORK.Process(target=child)
+    process.start()
+    _join(process)
+    return Ran(*json.loads(told.read_text()))
 
 
 def left_behind(*folders: Path) -> list[str]:

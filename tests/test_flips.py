@@ -269,3 +269,14 @@ def test_a_damaged_fingerprint_is_computed_again(tmp_path: Path, home: Path) -> 
     ):
         cache.write_bytes(changed)
         assert bases.fingerprint(folder) == fingerprint and cache.read_bytes() == before
+
+
+def test_a_draft_is_no_task(everything: Path, home: Path) -> None:
+    """What a killed import left is neither shown nor checked, and goes with the next collection."""
+    draft = home / "tasks/local/.parity.0123456789abcdef"
+    shutil.copytree(home / "tasks/local/parity", draft)
+    flip(draft / "examples.jsonl")
+    assert ".parity" not in run_hub("tasks", "list", "-q").out and run_hub("verify").code == 0
+    ran = run_hub("gc", "--json", "--yes")
+    assert list(ran.json["gc"]["leftovers"]) == [str(draft.relative_to(home))]
+    assert not draft.exists()

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments and before every step: what is stored stays whole, and the next command finds its way.
+"""SIGKILL at random moments and before every step, and full disks: what is stored stays whole.
 
 Set HUB_KILLS for more kills per command and kind (3 by default; 200 are more than the steps of any
 command), and use pytest -s to see how many of them met the command at work.
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import killing
 import pytest
-from conftest import make_expert, run_hub
+from conftest import Ran, make_expert, run_hub
 from experthub import hub
 from experthub.hub import _yaml, leases
 from experthub.hub.expert import Expert, Reference
@@ -273,6 +273,11 @@ def case(
     return made
 
 
+def nothing_left(home: Path, temporary: Path) -> None:
+    assert not killing.left_behind(home, Path.cwd(), temporary)
+    assert not list(temporary.iterdir())
+
+
 def check(case: Case, words: Words, home: Path, temporary: Path) -> None:
     """What must hold after any kill, and after the same command once more."""
     case.killed()
@@ -281,8 +286,7 @@ def check(case: Case, words: Words, home: Path, temporary: Path) -> None:
     assert whole and not found.incomplete and not found.strangers
     assert killing.run(*words).code in case.again
     case.done()
-    assert not killing.left_behind(home, Path.cwd(), temporary)
-    assert not list(temporary.iterdir())
+    nothing_left(home, temporary)
     assert len(list((home / "leases").glob("*"))) <= 2, "this command's, and the next removes it"
     assert verify().whole
 
@@ -313,3 +317,41 @@ def test_killed_before_every_step(case: Case, home: Path, temporary: Path) -> No
         check(case, words, home, temporary)
     print(f"\n{type(case).__name__}: killed before {killed} of {total} steps")
     assert killed >= len(chosen) - 2, "threads may need a step less"
+
+
+def one_error(ran: Ran, code: int) -> None:
+    """It says what is wrong, once, and what to do."""
+    assert ran.code == code and not ran.out, (ran.code, ran.out)
+    assert len(ran.lines("error: ")) == len(ran.lines("hint: ")) == 1, ran.err
+    assert "Traceback" not in ran.err
+
+
+def test_a_full_disk(case: Case, home: Path, tmp_path: Path, temporary: Path) -> None:
+    """From some step on there is no room: one error, and nothing half-written."""
+    total = killing.run(*case.prepare(10)).steps
+    failed = 0
+    for turn, step in enumerate(sorted({number * total // KILLS for number in range(KILLS)})):
+        words = case.prepare(100 + turn)
+        ran = killing.run_full(tmp_path / "told", *words, after=step)
+        if ran.code:
+            failed += 1
+            one_error(ran, 1)
+            assert "No space left" in ran.err
+        nothing_left(home, temporary)
+        check(case, words, home, temporary)
+    assert failed
+
+
+@pytest.mark.parametrize("limit", [0, 1, 500, 20_000])
+def test_a_write_that_stops(
+    limit: int, expert_folder: Make, home: Path, tmp_path: Path, temporary: Path
+) -> None:
+    folder = expert_folder(1, rank=16)
+    words = ("add", folder, "--name", "e")
+    ran = killing.run_full(tmp_path / "told", *words, limit=limit)
+    one_error(ran, 1)
+    assert "File too large" in ran.err
+    nothing_left(home, temporary)
+    assert verify().whole and run_hub("show", "e").code == 4
+    assert killing.run(*words).code == 0
+    assert Store().identity(entry("e").digest)

@@ -13,6 +13,7 @@ from experthub.hub import _yaml, sealed
 from experthub.hub._files import (
     canonical_json,
     digest_of,
+    files_below,
     hub_home,
     new_folder,
     sha256_of,
@@ -202,8 +203,8 @@ def read_folder(folder: Path, reference: str) -> Task:
 def list_references() -> list[str]:
     """Every imported task."""
     root = tasks_folder()
-    folders = [card.parent.relative_to(root) for card in root.glob(f"*/**/{CARD}")]
-    return sorted(f"{f.parts[0]}:{'/'.join(f.parts[1:])}" for f in folders)
+    folders = [p.parent.relative_to(root) for p in files_below(root) if p.name == CARD]
+    return sorted(f"{f.parts[0]}:{'/'.join(f.parts[1:])}" for f in folders if len(f.parts) > 1)
 
 
 def write_task(
