@@ -7,7 +7,6 @@ import hashlib
 import os
 import re
 import secrets
-import shutil
 from dataclasses import dataclass, field
 from functools import lru_cache
 from mmap import ACCESS_COPY, mmap
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from experthub.hub._files import canonical_json, hub_home, locked, sha256_of, written
-from experthub.hub.errors import HubError, IntegrityError, NotFoundError
+from experthub.hub.errors import IntegrityError, NotFoundError
 from experthub.hub.expert import ADAPTER_CONFIG, GATES, FileInfo, Identity
 from experthub.hub.formats.adapter import check_gates, kind_of, read_adapter, read_gates, read_json
 from experthub.hub.formats.header import check_finite, read_header
@@ -127,6 +126,11 @@ class Store:
                 f"{folder} is {identity.digest[:19]}, expected {expected[:19]}",
                 "the source has changed: add it as a new version, or get the original",
             )
+        self.take(folder, identity)
+        return identity.digest, identity
+
+    def take(self, folder: Path, identity: Identity) -> None:
+        """Copy the files of a folder in, which `read_folder` found to be this identity's."""
         self.hold(identity.digest, identity)
         for name, info in identity.files.items():
             self.put(folder / name, info.sha256)
@@ -134,7 +138,6 @@ class Store:
         if not self._here(path):
             with written(path, 0o444) as file:
                 file.write(canonical_json(identity.record()))
-        return identity.digest, identity
 
     def hold(self, digest: str, identity: Identity | None = None) -> None:
         """Keep an expert from being collected for as long as this process runs.
@@ -248,14 +251,3 @@ def _declared(folder: Path) -> Identity | None:
             f"{path}: no valid identity: {error.errors()[0]['msg']}",
             "remove expert.json to read the adapter",
         ) from None
-
-
-def ensure_space(folder: Path, needed: int) -> None:
-    """Raise HubError unless the disk under the folder has the bytes and a little to spare."""
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if free < needed + (64 << 20):
-        raise HubError(
-            f"{folder} has {free >> 20} MiB free, {needed >> 20} MiB are needed",
-            "make room, or set HUB_HOME to a larger disk",
-        )
