@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from experthub.hub._patterns import matching
 from experthub.hub._yaml import did_you_mean
 from experthub.hub.base_sources import find
 from experthub.hub.bases import Base, Report, silent
@@ -80,7 +81,9 @@ def find_content(use: ExpertUse, registry: Registry, store: Store, report: Repor
     folder = source_folder(use.expert, Path.cwd(), report)
     digest, _ = store.add(folder)
     stated = read_json(folder / DESCRIPTION) if (folder / DESCRIPTION).is_file() else {}
-    return Content(use.expert, digest, (absolute_source(use.expert, folder),), stated.get("task"))
+    task = stated.get("task")
+    source = absolute_source(use.expert, folder)
+    return Content(use.expert, digest, (source,), task if isinstance(task, str) else None)
 
 
 def _member(use: ExpertUse, found: Content, base: Base, recipe: Recipe, store: Store) -> Member:
@@ -133,7 +136,11 @@ def _targets(recipe: Recipe, experts: tuple[PlannedExpert, ...], base: Base) -> 
     names = sorted({name for expert in experts for name in expert.changes})
     if recipe.targets is None:
         return tuple(names)
-    chosen = [n for n in names if re.fullmatch(recipe.targets, n.rpartition(".")[0])]
+    try:
+        with matching():
+            chosen = [n for n in names if re.fullmatch(recipe.targets, n.rpartition(".")[0])]
+    except TimeoutError as error:
+        raise UsageError(f"targets {recipe.targets!r}: {error}", "write it simpler") from None
     if not chosen:
         raise HubError(
             f"targets {recipe.targets!r} matches no module that the experts change",
