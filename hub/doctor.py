@@ -19,6 +19,7 @@ from experthub.hub._files import hub_home
 from experthub.hub.errors import HubError, NotFoundError
 from experthub.hub.expert import Expert, Reference
 from experthub.hub.registry import Registry
+from experthub.hub.remotes._hf_api import token_path
 from experthub.hub.remotes._http import is_offline
 from experthub.hub.store import Store
 from packaging.requirements import Requirement
@@ -265,7 +266,7 @@ def _is_here(name: str, registry: Registry) -> bool:
         key = entry.sha256 or hashlib.sha256(source.encode()).hexdigest()
         model = source.removeprefix("hf:").partition("@")[0].replace("/", "--")
         folders = [place.folder or home / "bases" / f"{name}-{key[:12]}"]
-        folders += (home / "hf").glob(f"models--{model}/snapshots/*")
+        folders += (home / "hf").glob(f"{model}/*")
         if any((folder / "config.json").is_file() for folder in folders):
             return True
     return False
@@ -276,6 +277,10 @@ def _variables() -> Check:
     is_set = {name: bool(os.environ.get(name)) for name in ("HUB_HOME", "HF_TOKEN", "HF_ENDPOINT")}
     is_set |= {"HUB_OFFLINE": is_offline(), "HUB_DEBUG": os.environ.get("HUB_DEBUG") == "1"}
     found = ", ".join(f"{name} {'set' if yes else 'not set'}" for name, yes in is_set.items())
+    path = token_path()
+    if path.is_file() and path.stat().st_mode & 0o077:
+        found += f"; others can read {path}"
+        return Check("variables", "warning", found, f"chmod 600 {path}", is_set)
     return Check("variables", "ok", found, details=is_set)
 
 

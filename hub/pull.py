@@ -8,8 +8,8 @@ from pathlib import Path
 
 from experthub.hub._files import hub_home
 from experthub.hub.bases import Report, silent
-from experthub.hub.errors import HubError, NotFoundError, UsageError
-from experthub.hub.expert import DESCRIPTION, Expert, Reference
+from experthub.hub.errors import HubError, IntegrityError, NotFoundError, UsageError
+from experthub.hub.expert import DESCRIPTION, NAME, Expert, Reference
 from experthub.hub.formats.adapter import read_json
 from experthub.hub.registry import Registry, checked_name, register
 from experthub.hub.store import Store
@@ -28,6 +28,7 @@ def source_folder(source: str, near: Path, report: Report = silent) -> Path:
             hub_home() / "hf",
             hf.EXPERT,
             lambda done, size: report(f"fetching {source}", done, size),
+            lambda text: report(f"note: {text}", 0, 0),
         )
     raise HubError(f"an expert cannot come from {source}", "use file:, hf:, or a folder")
 
@@ -102,7 +103,12 @@ def _pull_remote(
     folder = source_folder(source, Path.cwd(), report)
     place = HfSource.parse(source)
     stated = read_json(folder / DESCRIPTION) if (folder / DESCRIPTION).is_file() else {}
+    named = str(stated.get("name") or "")
+    if named and not as_name and not re.fullmatch(NAME, named):
+        raise IntegrityError(
+            f"{source} calls itself {named[:80]!r}, which is not a name", "choose one with --name"
+        )
     own = re.sub(r"[^a-z0-9._-]+", "-", place.repository.rpartition("/")[2].lower())
     pinned = f"hf:{place.repository}@{folder.name[:40]}"
-    name = as_name or str(stated.get("name") or own)
+    name = as_name or named or own
     return add_folder(folder, checked_name(name), registry, store, source=pinned)

@@ -202,7 +202,7 @@ def test_bases_are_found_where_pull_puts_them(
         assert found()["bases"]["details"][name] is True
     Path("registry.yaml").write_text("version: 1\nbases: {far: {sources: ['hf:a/b@main']}}\n")
     assert found()["bases"]["details"]["far"] is False
-    snapshot_folder = home / "hf" / "models--a--b" / "snapshots" / "0123"
+    snapshot_folder = home / "hf" / "a--b" / "0123-01"  # as hub/remotes/hf.py calls it
     snapshot_folder.mkdir(parents=True)
     (snapshot_folder / "config.json").write_text("{}")
     assert found()["bases"]["details"]["far"] is True

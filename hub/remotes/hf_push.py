@@ -8,8 +8,9 @@ from importlib import import_module
 from pathlib import Path
 
 from experthub.hub.errors import AuthError, ConflictError, HubError, NotFoundError, UsageError
+from experthub.hub.remotes._hf_api import endpoint, token
 from experthub.hub.remotes._http import check_online
-from experthub.hub.remotes.hf import HfSource, endpoint, token
+from experthub.hub.remotes.hf import HfSource
 
 
 def target(text: str) -> HfSource:
