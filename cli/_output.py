@@ -49,6 +49,11 @@ def print_json(value: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps({"schema": 1, **value}, indent=2, ensure_ascii=False) + "\n")
 
 
+def plain(text: str) -> str:
+    """Text of anybody's without what moves a cursor, colours or hides: that is written out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def print_lines(lines: Sequence[str]) -> None:
     sys.stdout.write("".join(f"{line}\n" for line in lines))
 
@@ -63,7 +68,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
         right = column.startswith(">")
         table.add_column(column.removeprefix(">"), justify="right" if right else "left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(plain, row))
     width = None if sys.stdout.isatty() else 1000  # a pipe has no width to fit
     console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False, width=width)
     console.print(table)
@@ -72,7 +77,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
 def print_fields(fields: dict[str, str]) -> None:
     """Names and values, aligned."""
     width = max(map(len, fields), default=0)
-    print_lines([f"{name:<{width}}  {value}" for name, value in fields.items() if value])
+    print_lines([f"{name:<{width}}  {plain(value)}" for name, value in fields.items() if value])
 
 
 def megabytes(size: int) -> str:
@@ -103,6 +108,9 @@ def progress() -> Iterator[Report]:
         tasks: dict[str, Any] = {}
 
         def show(what: str, done: int, size: int) -> None:
+            if what.startswith("note: "):  # it stays when the bars are gone
+                bars.console.print(what, markup=False, highlight=False)
+                return
             if what not in tasks:
                 for old in tasks.values():
                     bars.update(old, visible=False)

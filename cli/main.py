@@ -20,6 +20,7 @@ from experthub.cli import (
     tasks,
     train,
 )
+from experthub.cli._output import plain
 from experthub.hub.errors import HubError
 
 # Click's UsageError, wherever typer keeps it.
@@ -47,15 +48,15 @@ class HubApp(typer.Typer):
         except HubError as error:
             if os.environ.get("HUB_DEBUG") == "1":
                 raise
-            sys.stderr.write(f"error: {error.message}\n")
+            sys.stderr.write(f"error: {plain(error.message)}\n")
             if error.hint:
-                sys.stderr.write(f"hint: {error.hint}\n")
+                sys.stderr.write(f"hint: {plain(error.hint)}\n")
             sys.exit(error.code)
         except OSError as error:
             if os.environ.get("HUB_DEBUG") == "1":
                 raise
             sys.stderr.write(
-                f"error: {error}\nhint: check the path, its permissions and the disk\n"
+                f"error: {plain(str(error))}\nhint: check the path, its permissions and the disk\n"
             )
             sys.exit(1)
         except Interrupted:

@@ -30,16 +30,23 @@ def pull(
     name: Annotated[
         str | None, typer.Option("--name", help="What to call an expert that no registry knows.")
     ] = None,
+    max_size: Annotated[
+        str | None,
+        typer.Option(
+            "--max-size", metavar="SIZE", help="Fetch nothing larger: 500MB, 2GiB, or bytes."
+        ),
+    ] = None,
     json: JsonOption = False,
     registry: RegistryOption = None,
 ) -> None:
     """Bring experts or bases here, verified.
 
     Examples: hub pull sentiment; hub pull smollm2-135m-instruct sentiment intent-recognition@1;
-    hub pull hf:someone/boolq-lora@main --name boolq; hub pull file:/mnt/experts#intents@2
+    hub pull hf:someone/boolq-lora@main --name boolq --max-size 500MB; hub pull file:/mnt/experts#intents@2
     """
     from experthub.hub.pull import pull_by_name
     from experthub.hub.registry import Registry
+    from experthub.hub.remotes._http import at_most, parse_size
     from experthub.hub.store import Store
 
     known = Registry.read(registry)
@@ -48,7 +55,7 @@ def pull(
         from experthub.hub.errors import UsageError
 
         raise UsageError("--name is for one expert", "pull them one by one")
-    with progress() as report:
+    with progress() as report, at_most(parse_size(max_size) if max_size else None):
         for wanted in names:
             if wanted in known.bases():
                 from experthub.hub.base_sources import find

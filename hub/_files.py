@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from experthub.hub.errors import ConflictError
+from experthub.hub.errors import ConflictError, HubError
 
 DRAFT = re.compile(r"\..+\.[0-9a-f]{16}", re.S)
 
@@ -205,6 +205,17 @@ def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
         draft.rename(path)
         remove(old)
     sync_folder(path.parent)
+
+
+def ensure_space(folder: Path, needed: int) -> None:
+    """Raise HubError unless the disk under the folder has the bytes and a little to spare."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < needed + (64 << 20):
+        raise HubError(
+            f"{folder} has {free >> 20} MiB free, {needed >> 20} MiB are needed",
+            "make room, or set HUB_HOME to a larger disk",
+        )
 
 
 def check_free(folder: Path) -> None:

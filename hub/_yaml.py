@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 100
+MAX_DIGITS = 1000  # of a number; Python refuses to print more than some thousands
 INTEGER = r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"
 FLOAT = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
 CONSTANTS: dict[str, bool | float | None] = dict.fromkeys(("", "~", "null", "Null", "NULL"))
@@ -37,7 +38,8 @@ class Closed(BaseModel):
         known = [field.alias or name for name, field in cls.model_fields.items()]
         for key in value if isinstance(value, dict) else ():
             if key not in known:
-                context = {"key": str(key), "known": ", ".join(known)}
+                shown = str(key).encode(errors="backslashreplace").decode()
+                context = {"key": shown, "known": ", ".join(known)}
                 raise PydanticCustomError("unknown_key", "unknown key {key}", context)
         return value
 
@@ -156,6 +158,8 @@ def _scalar(text: str) -> Any:
     if text in CONSTANTS:
         return CONSTANTS[text]
     if re.fullmatch(INTEGER, text):
+        if len(text) > MAX_DIGITS:
+            raise ValueError(f"a number of {len(text)} digits")
         return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
     return float(text) if re.fullmatch(FLOAT, text) else text
 
@@ -215,7 +219,10 @@ def dump(value: Any) -> str:
     import yaml
 
     class Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
-        """Quotes what YAML 1.2 would read as a number, besides what 1.1 would."""
+        """Quotes what YAML 1.2 would read as a number, besides what 1.1 would; has no aliases."""
+
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
 
     for tag, pattern in (("int", INTEGER), ("float", FLOAT)):
         signs = list("-+.0123456789")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from experthub.hub._files import (
@@ -18,10 +20,12 @@ from experthub.hub._files import (
 from experthub.hub.errors import HubError, IntegrityError, NotFoundError, UsageError
 from experthub.hub.formats.adapter import read_json
 from experthub.hub.formats.header import hashed_tensors, read_header
+from experthub.hub.formats.model_config import check_model
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
-# Called with what is done, bytes done, bytes in all.
+# Called with what is done, bytes done, bytes in all; what begins with "note: " is only said.
 Report = Callable[[str, int, int], None]
 
 
@@ -70,10 +74,10 @@ def read(folder: Path, name: str) -> Base:
     """Read a model folder's headers and fingerprint; NotFoundError when it is none."""
     if not (folder / "config.json").is_file():
         raise NotFoundError(f"there is no model folder {folder}", "it has no config.json")
+    config = check_model(folder)
     files = weight_files(folder)
     tensors = {n: info for file in files for n, info in read_header(file).items()}
     shapes = {n: info.shape for n, info in tensors.items()}
-    config = read_json(folder / "config.json")
     if config.get("tie_word_embeddings", False) and "lm_head.weight" not in shapes:
         tied = [n for n in shapes if n.endswith(EMBEDDINGS)]
         if len(tied) == 1:
@@ -92,9 +96,16 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         raise IntegrityError(f"{folder} holds no model.safetensors", "only safetensors is read")
-    names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    stated = read_json(index).get("weight_map")
+    if (
+        not stated
+        or not isinstance(stated, dict)
+        or not all(isinstance(n, str) for n in stated.values())
+    ):
+        raise IntegrityError(f"{index}: its weight_map is none", "fetch the base again")
+    names = sorted(set(stated.values()))
     for name in names:
-        if PurePosixPath(name).name != name or not (folder / name).is_file():
+        if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name) or not (folder / name).is_file():
             raise IntegrityError(f"{folder}: shard {name!r} is missing", "fetch the base again")
     return [folder / name for name in names]
 
@@ -177,17 +188,31 @@ def load_model(base: Base, dtype: str, device: str | None) -> Any:
     import transformers
 
     check_device(device)
-    config = transformers.AutoConfig.from_pretrained(base.folder)
-    names = config.architectures or []
-    kind = getattr(transformers, names[0], None) if names else None
-    if kind is None:
+    kind: Any = getattr(transformers, base.architecture or "-", None)
+    known = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+    if not known:
         raise HubError(
-            f"base {base.name}: transformers has no class {names[0] if names else '(none stated)'}",
+            f"base {base.name}: transformers has no class {base.architecture or '(none stated)'}",
             "state one in the architectures of its config.json",
         )
-    with without_bars():
-        model = kind.from_pretrained(base.folder, config=config, dtype=dtype, local_files_only=True)
+    try:
+        with without_bars():
+            config = transformers.AutoConfig.from_pretrained(base.folder, **LOCAL)
+            model = kind.from_pretrained(base.folder, config=config, dtype=dtype, **LOCAL)
+    except _refusals() as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise HubError(
+            f"base {base.name}: transformers cannot load it: {reason}",
+            "check its config.json; code that comes with a model is never run",
+        ) from None
     return model.to(device or "cpu").eval().requires_grad_(False)
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What transformers raises for a configuration that it cannot make a model of."""
+    strict: type[Exception] = import_module("huggingface_hub.errors").StrictDataclassError
+    wrong = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError)
+    return (*wrong, OSError, RuntimeError, TypeError, ValueError, strict)
 
 
 def check_device(device: str | None) -> None:
@@ -212,4 +237,4 @@ def load_tokenizer(base: Base) -> Any:
         )
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(base.folder, local_files_only=True)
+    return AutoTokenizer.from_pretrained(base.folder, **LOCAL)

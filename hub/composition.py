@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -157,8 +158,8 @@ def _merge(model: Any, plan: Plan, contents: Contents) -> TaskVector:
         owner, _, leaf = name.rpartition(".")
         changed = merged[name].add_to(getattr(modules[owner], leaf))
         modules[owner].register_parameter(leaf, nn.Parameter(changed, requires_grad=False))
-        # Only the narrowest range can be left by finite weights of a usual size.
-        if plan.dtype == "float16" and not bool(torch.isfinite(changed).all()):
+        # What is not finite makes the sum so; a finite weight may too, so then each is looked at.
+        if not math.isfinite(changed.sum()) and not bool(torch.isfinite(changed).all()):
             raise IntegrityError(f"{name} overflows {plan.dtype}", "use smaller weights or float32")
     return merged
 

@@ -10,7 +10,13 @@ from experthub.hub.bases import Base
 from experthub.hub.errors import IntegrityError, NotFoundError
 from experthub.hub.expert import DESCRIPTION, Expert, Identity, relative_source
 from experthub.hub.formats.adapter import read_json
-from experthub.hub.registry import Registry, check_same_content, next_version, register
+from experthub.hub.registry import (
+    Registry,
+    check_same_content,
+    check_writable,
+    next_version,
+    register,
+)
 from experthub.hub.store import Store, read_folder
 from pydantic import ValidationError
 
@@ -86,9 +92,11 @@ def add_folder(
     which need not be here.  source: where the folder came from, itself by default.  file: the
     registry to write to, the user's own by default.
     """
-    digest, identity = store.add(folder)
+    identity = read_folder(folder)
+    digest = identity.digest
     same = [e for e in registry.experts() if e.name == name and e.digest == digest]
     if version is None and same and file is None:
+        store.take(folder, identity)
         return same[-1]
     stated = read_json(folder / DESCRIPTION) if (folder / DESCRIPTION).is_file() else {}
     own = stated.get("version") if stated.get("name") == name else None
@@ -114,6 +122,8 @@ def add_folder(
     for known in registry.experts():
         if known.reference == expert.reference:
             check_same_content(known, expert)
+    check_writable(expert)
+    store.take(folder, identity)
     register(expert, file)
     return expert
 

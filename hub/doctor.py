@@ -19,6 +19,7 @@ from experthub.hub.base_sources import is_here
 from experthub.hub.errors import HubError, NotFoundError
 from experthub.hub.expert import Expert, Reference
 from experthub.hub.registry import Registry
+from experthub.hub.remotes._hf_api import token_path
 from experthub.hub.remotes._http import is_offline
 from experthub.hub.store import Store
 from packaging.requirements import Requirement
@@ -262,6 +263,10 @@ def _variables() -> Check:
     is_set = {name: bool(os.environ.get(name)) for name in ("HUB_HOME", "HF_TOKEN", "HF_ENDPOINT")}
     is_set |= {"HUB_OFFLINE": is_offline(), "HUB_DEBUG": os.environ.get("HUB_DEBUG") == "1"}
     found = ", ".join(f"{name} {'set' if yes else 'not set'}" for name, yes in is_set.items())
+    path = token_path()
+    if path.is_file() and path.stat().st_mode & 0o077:
+        found += f"; others can read {path}"
+        return Check("variables", "warning", found, f"chmod 600 {path}", is_set)
     return Check("variables", "ok", found, details=is_set)
 
 

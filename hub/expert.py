@@ -15,6 +15,7 @@ from pydantic import Field, StringConstraints
 NAME = r"[a-z0-9][a-z0-9._-]{0,95}"
 Name = Annotated[str, StringConstraints(pattern=f"^{NAME}$")]
 Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
+FileName = Annotated[str, StringConstraints(pattern=r"^[a-z_]{1,60}\.(json|safetensors)$")]
 Kind = Literal["lora", "task_vector"]
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -41,7 +42,7 @@ class Expert(Closed):
     """A registry's entry: a name for a digest, where to get it, and its description."""
 
     name: Name
-    version: Annotated[int, Field(ge=1)] = 1
+    version: Annotated[int, Field(ge=1, lt=10**9)] = 1
     kind: Kind = "lora"
     base: str
     sources: Annotated[list[str], Field(min_length=1)]
@@ -71,7 +72,7 @@ class Identity(Closed):
     schema_: Annotated[Literal[1], Field(alias="schema")] = 1
     kind: Kind
     base_fingerprint: Digest | None
-    files: dict[str, FileInfo]
+    files: dict[FileName, FileInfo]
 
     def record(self) -> dict[str, Any]:
         return self.model_dump(mode="json", by_alias=True)
@@ -109,6 +110,8 @@ class Reference:
         folder: what relative paths are relative to; the current one by default.
         """
         near = folder or Path.cwd()
+        if "\0" in text:
+            raise UsageError(f"{text!r} is not a reference", "no file has such a name")
         if text.startswith(("./", "../", "/")) or text in (".", ".."):
             return cls(text, folder=near / text)
         if text.startswith("file:"):
@@ -118,7 +121,7 @@ class Reference:
             return cls(text, folder=near / place.removesuffix(f"#{member}"), member=member)
         if re.match(r"(hf|pypi|s3|oci):", text):
             return cls(text, remote=text)
-        found = re.fullmatch(rf"({NAME})(?:@(?:(\d+)|(sha256:[0-9a-f]{{8,64}})))?", text)
+        found = re.fullmatch(rf"({NAME})(?:@(?:([0-9]{{1,9}})|(sha256:[0-9a-f]{{8,64}})))?", text)
         if not found:
             raise UsageError(
                 f"{text!r} is not a reference",

@@ -16,11 +16,11 @@ from experthub.hub.leases import lease
 from experthub.hub.plan import Plan
 from experthub.hub.pull import Content
 from experthub.hub.recipe import ExpertUse, Recipe
-from experthub.hub.registry import BaseEntry, Layer, Registry, RegistryFile
+from experthub.hub.registry import HEX, BaseEntry, Layer, Registry, RegistryFile
 from experthub.hub.resolution import find_content, resolve
 from experthub.hub.roots import remember
 from experthub.hub.store import Store
-from pydantic import Field
+from pydantic import Field, StringConstraints, ValidationError
 
 SUFFIX = ".lock.yaml"
 Pins = Literal["locked", "frozen"]
@@ -32,7 +32,7 @@ class LockedBase(Closed):
     name: str
     fingerprint: Digest
     sources: Annotated[list[str], Field(min_length=1)]
-    sha256: str | None = None
+    sha256: Annotated[str, StringConstraints(pattern=HEX)] | None = None
 
 
 class LockedExpert(Closed):
@@ -241,8 +241,13 @@ def _registry_of(held: Lock, path: Path, recipe: Recipe) -> Registry:
     entry = BaseEntry(
         sources=base.sources, sha256=base.sha256, fingerprint=base.fingerprint, aka=[recipe.base]
     )
-    layer = Layer(lock_path(path), RegistryFile(version=1, bases={base.name: entry}))
-    return Registry((layer,))
+    try:
+        known = RegistryFile(version=1, bases={base.name: entry})
+    except ValidationError:
+        raise UsageError(
+            f"{lock_path(path)}: {base.name!r} is no base's name", f"run hub lock {path}"
+        ) from None
+    return Registry((Layer(lock_path(path), known),))
 
 
 def check_lock(

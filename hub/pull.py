@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experthub.hub.bases import Report, silent
-from experthub.hub.errors import HubError, NotFoundError, UsageError
-from experthub.hub.expert import DESCRIPTION, Expert, Reference, absolute_source
+from experthub.hub.errors import HubError, IntegrityError, NotFoundError, UsageError
+from experthub.hub.expert import DESCRIPTION, NAME, Expert, Reference, absolute_source
 from experthub.hub.formats.adapter import read_json
 from experthub.hub.formats.layout import Layout, is_layout
 from experthub.hub.registry import Registry, checked_name, register, with_source
@@ -109,10 +109,16 @@ def _take_in(
 
     with opened(source, Path.cwd(), report) as folder:
         stated = read_json(folder / DESCRIPTION) if (folder / DESCRIPTION).is_file() else {}
+        named = str(stated.get("name") or "")
+        if named and not as_name and not re.fullmatch(NAME, named):
+            raise IntegrityError(
+                f"{source} calls itself {named[:80]!r}, which is not a name",
+                "choose one with --name",
+            )
         place = source.partition("@")[0].rpartition("/")[2]
         own = re.sub(r"[^a-z0-9._-]+", "-", place.lower())
         if source.startswith("hf:"):
             source = f"{source.partition('@')[0]}@{folder.name[:40]}"  # the commit that it is now
-        name = as_name or str(stated.get("name") or own)
-        expert = add_folder(folder, checked_name(name), registry, store, source=source)
+        name = checked_name(as_name or named or own)
+        expert = add_folder(folder, name, registry, store, source=source)
     return with_source(expert, source)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from experthub.hub import _yaml
+from experthub.hub._patterns import checked_pattern
 from experthub.hub._yaml import Closed, Document
 from experthub.hub.errors import HubError, NotFoundError
 from experthub.hub.expert import Name, Reference, absolute_source
@@ -133,7 +133,7 @@ class Recipe(Closed):
     route: Method | None = None
     targets: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    seed: int = 0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     allow_base_mismatch: bool = False
 
     @field_validator("experts", mode="before")
@@ -154,11 +154,7 @@ class Recipe(Closed):
     @field_validator("targets")
     @classmethod
     def _pattern(cls, value: str | None) -> str | None:
-        try:
-            re.compile(value or "")
-        except re.error as error:
-            raise ValueError(f"{value!r} is no regular expression: {error}") from None
-        return value
+        return checked_pattern(value) if value else value
 
     @model_validator(mode="after")
     def _one_way(self) -> Recipe:

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from experthub.hub import _yaml, sealed
 from experthub.hub._files import hub_home, listing, locked, write_text
 from experthub.hub._yaml import Closed, did_you_mean
-from experthub.hub.errors import ConflictError, HubError, NotFoundError, UsageError
+from experthub.hub.errors import ConflictError, HubError, IntegrityError, NotFoundError, UsageError
 from experthub.hub.expert import NAME, Digest, Expert, Reference, absolute_source
 from pydantic import Field, StringConstraints, field_validator
 
@@ -247,8 +247,7 @@ def _register(expert: Expert, path: Path, write: Callable[[Path, str], None]) ->
                 return path
     others = [e for e in layer.experts if e.reference != expert.reference]
     entries = sorted([*others, expert], key=lambda e: (e.name, e.version))
-    record = RegistryFile(version=1, bases=layer.bases, experts=entries)
-    write(path, _yaml.dump(record.model_dump(mode="json", exclude_unset=True)))
+    write(path, _text(RegistryFile(version=1, bases=layer.bases, experts=entries), path))
     return path
 
 
@@ -268,6 +267,31 @@ def remove(experts: Sequence[Expert]) -> None:
                 path.unlink()
             with suppress(OSError):
                 path.parent.rmdir()
+
+
+def check_writable(expert: Expert) -> None:
+    """Raise IntegrityError for an entry that no registry could be read with any more."""
+    try:
+        _text(RegistryFile(version=1, experts=[expert]), entry_path(expert))
+    except UsageError as error:
+        raise IntegrityError(
+            f"the description of {expert.name}: {error.message}", error.hint
+        ) from None
+
+
+def _text(record: RegistryFile, path: Path) -> str:
+    """A registry's file, which can be read back; UsageError for what is too long or too deep."""
+    try:
+        text = _yaml.dump(record.model_dump(mode="json", exclude_unset=True))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: cannot be written: {error}", "shorten the entry") from None
+    if len(text.encode()) > _yaml.MAX_BYTES:
+        raise UsageError(
+            f"{path} would have more than {_yaml.MAX_BYTES} bytes",
+            "shorten its descriptions, or use another file",
+        )
+    _yaml.validated(RegistryFile, _yaml.parse(text, str(path)))
+    return text
 
 
 def check_same_content(known: Expert, expert: Expert) -> None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from experthub.hub._patterns import matching
 from experthub.hub._yaml import did_you_mean
 from experthub.hub.base_sources import find
 from experthub.hub.bases import Base, Report, silent
@@ -80,8 +81,8 @@ def find_content(use: ExpertUse, registry: Registry, store: Store, report: Repor
     with opened(use.expert, Path.cwd(), report) as folder:
         digest, _ = store.add(folder)
         stated = read_json(folder / DESCRIPTION) if (folder / DESCRIPTION).is_file() else {}
-    source = absolute_source(use.expert, Path.cwd())
-    return Content(use.expert, digest, (source,), stated.get("task"))
+    source, task = absolute_source(use.expert, Path.cwd()), stated.get("task")
+    return Content(use.expert, digest, (source,), task if isinstance(task, str) else None)
 
 
 def _member(use: ExpertUse, found: Content, base: Base, recipe: Recipe, store: Store) -> Member:
@@ -134,7 +135,11 @@ def _targets(recipe: Recipe, experts: tuple[PlannedExpert, ...], base: Base) -> 
     names = sorted({name for expert in experts for name in expert.changes})
     if recipe.targets is None:
         return tuple(names)
-    chosen = [n for n in names if re.fullmatch(recipe.targets, n.rpartition(".")[0])]
+    try:
+        with matching():
+            chosen = [n for n in names if re.fullmatch(recipe.targets, n.rpartition(".")[0])]
+    except TimeoutError as error:
+        raise UsageError(f"targets {recipe.targets!r}: {error}", "write it simpler") from None
     if not chosen:
         raise HubError(
             f"targets {recipe.targets!r} matches no module that the experts change",

@@ -28,6 +28,7 @@ def fetched(source: str, near: Path, patterns: tuple[str, ...], report: Report =
             hub_home() / "hf",
             patterns,
             lambda done, size: report(f"fetching {source}", done, size),
+            lambda text: report(f"note: {text}", 0, 0),
         )
     raise HubError(f"nothing can be fetched from {source}", "use file:, hf:, or a folder")
 

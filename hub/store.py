@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
 from collections.abc import Set
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -12,7 +11,7 @@ from mmap import ACCESS_COPY, mmap
 from pathlib import Path
 
 from experthub.hub._files import canonical_json, hub_home, sha256_of, written
-from experthub.hub.errors import HubError, IntegrityError, NotFoundError
+from experthub.hub.errors import IntegrityError, NotFoundError
 from experthub.hub.expert import ADAPTER_CONFIG, GATES, FileInfo, Identity
 from experthub.hub.formats.adapter import check_gates, kind_of, read_adapter, read_gates, read_json
 from experthub.hub.formats.header import check_finite, read_header
@@ -136,6 +135,11 @@ class Store:
                 f"{folder} is {identity.digest[:19]}, expected {expected[:19]}",
                 "the source has changed: add it as a new version, or get the original",
             )
+        self.take(folder, identity, renew)
+        return identity.digest, identity
+
+    def take(self, folder: Path, identity: Identity, renew: Set[str] = frozenset()) -> None:
+        """Copy the files of a folder in, which `read_folder` found to be this identity's."""
         self.hold(identity.digest, identity)
         for name, info in identity.files.items():
             self.put(folder / name, info.sha256, info.sha256 in renew)
@@ -143,7 +147,6 @@ class Store:
         if _sha256(path) in renew or not self._here(path):
             with written(path, 0o444) as file:
                 file.write(canonical_json(identity.record()))
-        return identity.digest, identity
 
     def hold(self, digest: str, identity: Identity | None = None) -> None:
         """Keep an expert from being collected for as long as this process runs.
@@ -251,14 +254,3 @@ def _declared(folder: Path) -> Identity | None:
             f"{path}: no valid identity: {error.errors()[0]['msg']}",
             "remove expert.json to read the adapter",
         ) from None
-
-
-def ensure_space(folder: Path, needed: int) -> None:
-    """Raise HubError unless the disk under the folder has the bytes and a little to spare."""
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if free < needed + (64 << 20):
-        raise HubError(
-            f"{folder} has {free >> 20} MiB free, {needed >> 20} MiB are needed",
-            "make room, or set HUB_HOME to a larger disk",
-        )

@@ -54,7 +54,7 @@ class Option:
 
     def check(self, value: object) -> object:
         """The value, an int widened where a float is meant; ValueError says what was expected."""
-        if float in self.types and type(value) is int:
+        if float in self.types and type(value) is int and abs(value) < 1 << 1000:
             value = float(value)
         if type(value) not in self.types or (self.choices and value not in self.choices):
             raise ValueError(f"option {self.name!r}: expected {self.type_name}, found {value!r}")

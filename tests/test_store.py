@@ -15,10 +15,11 @@ import pytest
 from conftest import at_once, run_hub, snapshot
 from experthub import hub
 from experthub.hub import _files, store
+from experthub.hub._files import ensure_space
 from experthub.hub.describe import write_description
 from experthub.hub.errors import HubError, IntegrityError, NotFoundError
 from experthub.hub.expert import Expert
-from experthub.hub.store import Store, ensure_space, read_folder
+from experthub.hub.store import Store, read_folder
 from safetensors.torch import load_file, save_file
 
 Make = Callable[..., Path]

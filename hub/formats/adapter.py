@@ -14,12 +14,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from experthub.hub._patterns import matching
 from experthub.hub._yaml import did_you_mean
 from experthub.hub.errors import HubError, IntegrityError
 from experthub.hub.formats.header import FLOATS, Header, header_text, parsed, read_header
 from experthub.hub.formats.lora_config import by_pattern, check_config, targeted
 
 PREFIX = "base_model.model."
+MAX_JSON = 64 << 20  # bytes; the longest there are list the tensors of the largest models
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Adapted:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; IntegrityError when the file is damaged."""
+    if path.stat().st_size > MAX_JSON:
+        raise IntegrityError(f"{path} has more than {MAX_JSON} bytes", "is it the right file?")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -64,9 +68,15 @@ def read_adapter(config: Path, weights: Path, name: str) -> tuple[Adapted, ...]:
     """
     read_json(config), read_header(weights)  # for their errors, which name the file
     try:
-        return _read_adapter(config.read_bytes(), *header_text(weights))
+        with matching():
+            return _read_adapter(config.read_bytes(), *header_text(weights))
     except HubError as error:
         raise type(error)(f"{name}: {error.message}", error.hint) from None
+    except (TimeoutError, re.error) as error:
+        raise IntegrityError(
+            f"{name}: a pattern in its configuration cannot be used: {error}",
+            "simplify target_modules and the like",
+        ) from None
 
 
 @lru_cache(maxsize=64)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from reprlib import repr as short
 from types import MappingProxyType
 from typing import Any
 
@@ -20,7 +21,7 @@ from experthub.hub.errors import IntegrityError
 
 MAX_HEADER = 8 << 20
 MAX_TENSORS = 100_000
-NAME = re.compile(r"[A-Za-z0-9_.\-]+")
+NAME = re.compile(r"[A-Za-z0-9_.\-]{1,1000}")
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
 SIZES["BOOL"] = 1
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -66,6 +67,8 @@ def read_header(path: Path) -> Header:
 
 def header_text(path: Path) -> tuple[bytes, int]:
     """The header of a safetensors file as bytes, and the size of the file."""
+    if not path.is_file():  # a pipe would be waited for, for ever
+        raise IntegrityError(f"{path} is no file", HINT)
     size = path.stat().st_size
     with path.open("rb") as file:
         return file.read(_header_length(file.read(8), size, str(path))), size
@@ -91,6 +94,8 @@ def parsed(text: bytes, size: int) -> Header:
         fields = json.loads(
             text.decode(), object_pairs_hook=_without_duplicates, parse_constant=_no_number
         )
+        if len(fields) > MAX_TENSORS + 1:
+            raise ValueError(f"{len(fields)} tensors")
         _check_metadata(fields.get("__metadata__", {}))
         tensors = {
             name: _tensor(name, f, 8 + length)
@@ -104,7 +109,7 @@ def parsed(text: bytes, size: int) -> Header:
         if info.begin != end:
             raise ValueError(f"tensor {name} does not follow the last")
         end = info.end
-    if end != size or len(tensors) > MAX_TENSORS:
+    if end != size:
         raise ValueError(f"{end} bytes declared, {size} found")
     return MappingProxyType(tensors)
 
@@ -124,28 +129,28 @@ def _check_metadata(metadata: dict[str, str]) -> None:
     """Raise ValueError, or what a wrong type leads to, for anything but texts under texts."""
     for key, value in metadata.items():
         if not isinstance(value, str):
-            raise ValueError(f"metadata {key!r} is not text")
+            raise ValueError(f"metadata {short(key)} is not text")
         f"{key}{value}".encode()  # UnicodeEncodeError, a ValueError, for half a surrogate pair
 
 
 def _tensor(name: str, fields: dict[str, Any], offset: int) -> TensorInfo:
     if not NAME.fullmatch(name):
-        raise ValueError(f"odd tensor name {name!r}")
+        raise ValueError(f"odd tensor name {short(name)}")
     if set(fields) != {"dtype", "shape", "data_offsets"} or not isinstance(fields["shape"], list):
-        raise ValueError(f"tensor {name} is {fields}")
+        raise ValueError(f"tensor {name} is {short(fields)}")
     dtype, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
     if dtype not in SIZES:
-        raise ValueError(f"tensor {name} has the dtype {dtype}")
+        raise ValueError(f"tensor {name} has the dtype {short(dtype)}")
     most = 1
     for number in (*shape, begin, end):
         if type(number) is not int or not 0 <= number < 1 << 62:
-            raise ValueError(f"tensor {name} has the shape {shape} at {begin}..{end}")
+            raise ValueError(f"tensor {name} has the shape {short(shape)} at {begin}..{end}")
     for side in shape:
         most *= side or 1
-    if most >= 1 << 62:
-        raise ValueError(f"tensor {name} has the shape {shape}, which overflows")
+        if most >= 1 << 62:  # at once: a product of a million sides takes minutes
+            raise ValueError(f"tensor {name} has the shape {short(shape)}, which overflows")
     if end - begin != math.prod(shape) * SIZES[dtype]:
-        raise ValueError(f"tensor {name} has {end - begin} bytes for {dtype} {shape}")
+        raise ValueError(f"tensor {name} has {end - begin} bytes for {dtype} {short(shape)}")
     return TensorInfo(dtype, tuple(shape), offset + begin, offset + end)
 
 

@@ -6,6 +6,7 @@ import re
 from reprlib import repr as short
 from typing import Annotated, Any
 
+from experthub.hub._patterns import checked_pattern
 from experthub.hub._yaml import did_you_mean
 from experthub.hub.errors import IntegrityError
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -26,14 +27,12 @@ HONOURED = {
 }
 HARMLESS = {
     "task_type",
-    "auto_mapping",
     "peft_version",
     "base_model_name_or_path",
     "revision",
     "inference_mode",
     "lora_dropout",
     "init_lora_weights",
-    "megatron_core",
     "runtime_config",
     "qalora_group_size",
     "eva_config",
@@ -57,21 +56,14 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "arrow_config": (None,),
     "kasa_config": (None,),
     "megatron_config": (None,),
+    "megatron_core": (None, "megatron.core"),
     "velora_config": (None,),
     "monteclora_config": (None,),
 }
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", None)
 
 
-def _compiled(text: str) -> str:
-    try:
-        re.compile(f"({text})")
-    except re.error as error:
-        raise ValueError(f"no regular expression: {error}") from None
-    return text
-
-
-Pattern = Annotated[str, AfterValidator(_compiled)]
+Pattern = Annotated[str, AfterValidator(checked_pattern)]
 Rank = Annotated[int, Field(gt=0, lt=1e6)]
 Alpha = Annotated[float, Field(gt=0, lt=1e6)]
 
@@ -97,23 +89,25 @@ def check_config(config: dict[str, Any]) -> None:
     """Refuse, by name, whatever would silently change the function that the adapter computes."""
     if config.get("peft_type") != "LORA":
         raise IntegrityError(
-            f"peft_type is {config.get('peft_type')!r}", "only LORA adapters are experts"
+            f"peft_type is {short(config.get('peft_type'))}", "only LORA adapters are experts"
         )
     for key, value in config.items():
         if key in REFUSED:
             if value not in REFUSED[key]:
                 raise IntegrityError(
-                    f"{key} is {value!r}, which is more than a low-rank change",
+                    f"{key} is {short(value)}, which is more than a low-rank change",
                     "merge the adapter with peft and store it as a task vector",
                 )
+        elif key == "auto_mapping":
+            _check_class(value)
         elif key not in HONOURED | HARMLESS:
             raise IntegrityError(
-                f"unknown key {key!r} in its configuration",
+                f"unknown key {key[:80]!r} in its configuration",
                 did_you_mean(key, HONOURED | set(REFUSED)),
             )
     if config.get("init_lora_weights") not in PLAIN_INITS:
         raise IntegrityError(
-            f"init_lora_weights is {config['init_lora_weights']!r}, which changes the base",
+            f"init_lora_weights is {short(config['init_lora_weights'])}, which changes the base",
             "save it with peft's path_initial_model_for_weight_conversion",
         )
     if config.get("ensure_weight_tying"):
@@ -125,6 +119,15 @@ def check_config(config: dict[str, Any]) -> None:
         raise IntegrityError(
             f"{key} is {short(config[key])}", f"expected: {error.errors()[0]['msg']}"
         ) from None
+
+
+def _check_class(value: Any) -> None:
+    """Refuse a class that peft would import from elsewhere than transformers to load the base."""
+    library = value.get("parent_library") if isinstance(value, dict) else value
+    if library is not None and not re.fullmatch(r"transformers(\.\w+)*", str(library)):
+        raise IntegrityError(
+            f"auto_mapping names code: {short(library)}", "only classes of transformers are bases"
+        )
 
 
 def by_pattern(pattern: Any, module: str, default: Any) -> Any:

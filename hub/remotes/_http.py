@@ -10,17 +10,23 @@ import ssl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from experthub.hub.errors import AuthError, HubError, IntegrityError, NotFoundError
+from experthub.hub.errors import AuthError, HubError, IntegrityError, NotFoundError, UsageError
 
 if TYPE_CHECKING:
     import httpx
 
 TRIES, WAIT = 5, 0.5  # tries without a byte, and seconds before the second; each wait is doubled
 BUSY = (429, 500, 502, 503, 504)
+SHA256 = re.compile(r"[0-9a-f]{64}")
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+UNITS |= {"KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
+
+_most: ContextVar[int | None] = ContextVar("most", default=None)
 
 # Called with bytes done and bytes in all (0 when unknown).
 Progress = Callable[[int, int], None]
@@ -40,6 +46,33 @@ def check_online(what: str) -> None:
     if is_offline():
         raise HubError(
             f"HUB_OFFLINE is set, and {what} is not here", "unset HUB_OFFLINE to fetch it"
+        )
+
+
+def parse_size(text: str) -> int:
+    """Bytes, of `500MB`, `2GB`, `1.5GiB` or a plain number; UsageError for anything else."""
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([KMGT]?I?)B?", text.strip().upper())
+    if not found or found.group(2) not in UNITS:
+        raise UsageError(f"{text!r} is no size", "write bytes, 500MB, 2GB or 1.5GiB")
+    return int(float(found.group(1)) * UNITS[found.group(2)])
+
+
+@contextmanager
+def at_most(size: int | None) -> Iterator[None]:
+    """Refuse to fetch anything of more bytes inside the block; None for no limit but the disk's."""
+    before = _most.set(size)
+    try:
+        yield
+    finally:
+        _most.reset(before)
+
+
+def check_size(what: str, size: int) -> None:
+    """Raise IntegrityError for more bytes than the user allows."""
+    most = _most.get()
+    if most is not None and size > most:
+        raise IntegrityError(
+            f"{what} has {size} bytes, and at most {most} are allowed", "allow more with --max-size"
         )
 
 
@@ -77,8 +110,8 @@ def client(headers: dict[str, str] | None = None) -> Iterator[httpx.Client]:
 
 
 def shown(url: object) -> str:
-    """A URL without the name and password that it may carry."""
-    return re.sub(r"//[^/@]*@", "//", str(url))
+    """A URL without the secrets that it may carry: a name, a password, a signature."""
+    return re.sub(r"//[^/?#]*@", "//", str(url)).partition("?")[0]
 
 
 def _status_error(error: httpx.HTTPStatusError) -> HubError:
@@ -106,6 +139,8 @@ def download(
     are not those of the digest.
     """
     check_online(shown(url))
+    if not SHA256.fullmatch(sha256):  # it is to be a file's name
+        raise IntegrityError(f"{shown(url)} has the digest {sha256[:80]!r}", "use another source")
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / sha256
     with partial.open("ab") as file:
@@ -180,7 +215,7 @@ def _fill_patiently(
 def _retry_after(answer: httpx.Response) -> float:
     """The seconds that a server asks for, a minute at most."""
     stated = answer.headers.get("Retry-After", "")
-    return min(60.0, float(stated)) if stated.isdigit() else 0.0
+    return min(60.0, float(stated)) if re.fullmatch("[0-9]+", stated) else 0.0
 
 
 def _fill(
@@ -199,9 +234,11 @@ def _fill(
             file.truncate(0)
             start = 0
         size = limit or start + int(answer.headers.get("Content-Length", 0))
+        check_size(shown(url), size)
         for chunk in answer.iter_raw():  # of any size: what came before a broken line is kept
             file.write(chunk)
             start += len(chunk)
             progress(start, size)
             if limit is not None and start > limit:
                 return
+            check_size(shown(url), start)

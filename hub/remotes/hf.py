@@ -8,9 +8,8 @@ files, git's sha1 of a blob for the others.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -18,14 +17,17 @@ from fnmatch import fnmatchcase
 from functools import partial as partial_of
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, urljoin
+from urllib.parse import quote
 
-from experthub.hub._files import locked, new_folder, sha256_of, write_text
-from experthub.hub.errors import AuthError, HubError, IntegrityError, NotFoundError, UsageError
+from experthub.hub._files import ensure_space, locked, new_folder, sha256_of, write_text
+from experthub.hub.errors import HubError, IntegrityError, UsageError
 from experthub.hub.expert import EXPERT_FILES
+from experthub.hub.remotes._hf_api import ask, endpoint, headers
 from experthub.hub.remotes._http import (
+    SHA256,
     Progress,
     check_online,
+    check_size,
     client,
     download,
     fetch_small,
@@ -40,12 +42,15 @@ if TYPE_CHECKING:
 
 MODEL = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+USUAL = (".gitattributes", ".gitignore", "*.md", "LICENSE*")  # left out without a word
 SMALL = 8 << 20  # bytes of a file that is no large file of the repository
 LARGEST = 1 << 40
-ENTRIES = 10_000
+ENTRIES, PAGES = 10_000, 100
 AT_ONCE = 4
-COMMIT, SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
+COMMIT = re.compile(r"[0-9a-f]{40}")
 FOLDER = re.compile(r"[0-9a-f]{40}-[0-9a-f]{8}")  # of a commit: what was asked for of it
+REPOSITORY = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}"
+REVISION = r"[A-Za-z0-9_][A-Za-z0-9_./-]{0,119}"
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
 
 
@@ -58,7 +63,7 @@ class HfSource:
 
     @classmethod
     def parse(cls, text: str) -> HfSource:
-        found = re.fullmatch(r"hf:([\w.-]+/[\w.-]+|[\w.-]+)(?:@([\w./-]+))?", text)
+        found = re.fullmatch(rf"hf:({REPOSITORY}(?:/{REPOSITORY})?)(?:@({REVISION}))?", text)
         if not found or ".." in text or "--" in found.group(1):
             raise UsageError(f"{text!r} is no source", "write hf:org/name or hf:org/name@revision")
         return cls(found.group(1), found.group(2) or "main")
@@ -77,35 +82,18 @@ class RemoteFile:
     sha256: str | None
 
 
-def endpoint() -> str:
-    """Where the Hub is: `HF_ENDPOINT`, or huggingface.co."""
-    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-
-
-def token() -> str | None:
-    """The user's token, as the Hub's own tools keep it: a variable or a file."""
-    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
-    path = Path(os.environ.get("HF_TOKEN_PATH") or Path(home) / "token")
-    stated = os.environ.get("HF_TOKEN", "").strip()
-    if stated or not path.is_file():
-        return stated or None
-    return path.read_text(encoding="utf-8").strip() or None
-
-
-def headers() -> dict[str, str]:
-    """What every request to the Hub carries; httpx drops the token on the way to another host."""
-    known = token()
-    return {"Authorization": f"Bearer {known}"} if known else {}
-
-
 def fetch(
-    source: str, folder: Path, patterns: tuple[str, ...] = MODEL, progress: Progress = quiet
+    source: str,
+    folder: Path,
+    patterns: tuple[str, ...] = MODEL,
+    progress: Progress = quiet,
+    note: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """A folder with a repository's files at one commit; files of other names are left out.
 
     folder: where repositories are kept, one folder per commit.  A commit that is there needs no
-    request.  Raises UsageError, NotFoundError, AuthError, and IntegrityError for bytes that are
-    not those of the digests.
+    request.  note: called with what is left out.  Raises UsageError, NotFoundError, AuthError, and
+    IntegrityError for more bytes than are allowed, and for others than those of the digests.
     """
     place = HfSource.parse(source)
     held = kept(source, folder, patterns)
@@ -117,7 +105,8 @@ def fetch(
         target = _target(place, commit, folder, patterns)
         with _locked(target):
             if not target.is_dir():
-                files = list(_files(session, place, commit, patterns, source))
+                files = _files(session, place, commit, patterns, source, note)
+                _check_room(files, _partial(target), source)
                 _fetch_all(session, place, commit, files, target, progress)
     write_text(_remembered(place, folder), commit + "\n")
     return target
@@ -159,8 +148,13 @@ def fetch_again(folder: Path) -> None:
         raise HubError(f"it is not known which files of {source} it has", "remove it")
     check_online(source)
     with client(headers=headers()) as session, _locked(folder):
-        files = list(_files(session, place, commit, patterns, source))
+        files = _files(session, place, commit, patterns, source)
         _fetch_all(session, place, commit, files, folder, quiet, replace=True)
+
+
+def _partial(target: Path) -> Path:
+    """Where files are while they are fetched."""
+    return target.parent.parent.parent / "partial"
 
 
 def _locked(target: Path) -> AbstractContextManager[None]:
@@ -171,44 +165,75 @@ def _locked(target: Path) -> AbstractContextManager[None]:
 
 def _commit(session: httpx.Client, place: HfSource, source: str) -> str:
     """The commit that a revision is now."""
-    answer = _ask(session, place.api(f"revision/{quote(place.revision, safe='')}"), source)
-    commit = _json(answer).get("sha")
+    url = place.api(f"revision/{quote(place.revision, safe='')}")
+    answer, _ = ask(session, url, source)
+    commit = answer.get("sha") if isinstance(answer, dict) else None
     if not isinstance(commit, str) or not COMMIT.fullmatch(commit):
         raise HubError(f"{source}: the server names no commit", "check HF_ENDPOINT")
     return commit
 
 
-def _files(
-    session: httpx.Client, place: HfSource, commit: str, patterns: tuple[str, ...], source: str
-) -> Iterator[RemoteFile]:
-    """The files at the top of a repository whose names are asked for, with their digests."""
+def _rows(
+    session: httpx.Client, place: HfSource, commit: str, source: str
+) -> Iterator[dict[str, Any]]:
+    """What is at the top of a repository, as the Hub lists it, page by page."""
     url: str | None = place.api(f"tree/{commit}?recursive=false&expand=false")
-    seen: set[str] = set()
-    count, pickles = 0, []
+    pages = count = 0
     while url:
-        answer = _ask(session, url, source)
-        rows = _json(answer)
+        rows, following = ask(session, url, source)
+        pages += 1
         if not isinstance(rows, list):
             raise HubError(f"{source}: its list of files is none", "check HF_ENDPOINT")
-        for row in rows:
-            count += 1
-            if count > ENTRIES:
-                raise HubError(f"{source} has more than {ENTRIES} files", "is it a model?")
-            name = row.get("path") if isinstance(row, dict) else None
-            if not isinstance(name, str) or row.get("type") != "file":
-                continue
-            if name.endswith(PICKLES):
-                pickles.append(name)
-            if NAME.fullmatch(name) and any(fnmatchcase(name, pattern) for pattern in patterns):
-                if name.lower() in seen:
-                    raise IntegrityError(f"{source} has two files {name!r}", "use another revision")
-                seen.add(name.lower())
-                yield _remote_file(name, row, source)
-        following = answer.links.get("next", {}).get("url")
-        url = urljoin(str(answer.url), following) if following else None
-    if not any(name.endswith(".safetensors") for name in seen):
+        count += len(rows)
+        if count > ENTRIES or pages > PAGES:
+            raise HubError(f"{source}: a list of more than {ENTRIES} files", "is it a model?")
+        yield from (row for row in rows if isinstance(row, dict))
+        url = following
+
+
+def _files(
+    session: httpx.Client,
+    place: HfSource,
+    commit: str,
+    patterns: tuple[str, ...],
+    source: str,
+    note: Callable[[str], None] = lambda _: None,
+) -> list[RemoteFile]:
+    """The files at the top of a repository whose names are asked for, with their digests."""
+    files: dict[str, RemoteFile] = {}
+    others = []
+    for row in _rows(session, place, commit, source):
+        name = str(row.get("path"))
+        wanted = NAME.fullmatch(name) and any(fnmatchcase(name, p) for p in patterns)
+        # An adapter beside a model: transformers would load it too.
+        if row.get("type") != "file" or not wanted or (patterns is MODEL and name in EXPERT_FILES):
+            others.append(name)
+            continue
+        if name.lower() in files:
+            raise IntegrityError(f"{source} has two files {name!r}", "use another revision")
+        files[name.lower()] = _remote_file(name, row, source)
+    if not any(name.endswith(".safetensors") for name in files):
+        pickles = [_printable(name) for name in others if name.endswith(PICKLES)]
         only = f": only {pickles[0]}, and pickles are never read" if pickles else ""
         raise IntegrityError(f"{source} has no safetensors{only}", "ask its owner to convert it")
+    others = [name for name in others if not any(fnmatchcase(name, p) for p in USUAL)]
+    if others:
+        more = f" and {len(others) - 8} more" if len(others) > 8 else ""
+        note(f"{source}: left out {', '.join(map(_printable, sorted(others)[:8]))}{more}")
+    return list(files.values())
+
+
+def _printable(name: str) -> str:
+    """A name that a server states, for a message: short, and without what moves a cursor."""
+    return ascii(name[:80])[1:-1]
+
+
+def _check_room(files: list[RemoteFile], partial: Path, source: str) -> None:
+    """Refuse more bytes than the user allows, or than there is room for, before the first."""
+    size = sum(file.size for file in files)
+    check_size(source, size)
+    begun = (partial / str(file.sha256) for file in files)
+    ensure_space(partial, size - sum(path.stat().st_size for path in begun if path.is_file()))
 
 
 def _remote_file(name: str, row: dict[str, Any], source: str) -> RemoteFile:
@@ -238,7 +263,7 @@ def _fetch_all(
     replace: bool = False,
 ) -> None:
     """Fetch files, several at a time, into a folder that appears when all of them are there."""
-    partial = target.parent.parent.parent / "partial"
+    partial = _partial(target)
     done = dict.fromkeys((file.name for file in files), 0)
     size = sum(file.size for file in files)
 
@@ -280,27 +305,3 @@ def _move(url: str, file: RemoteFile, partial: Path, target: Path, note: Progres
         except FileNotFoundError:
             continue
         return
-
-
-def _ask(session: httpx.Client, url: str, source: str) -> httpx.Response:
-    """An answer of the Hub; its errors in words."""
-    answer = session.get(url)
-    if answer.is_success:
-        return answer
-    code, status = answer.headers.get("X-Error-Code", ""), answer.status_code
-    if code == "GatedRepo":
-        raise AuthError(f"{source} is gated", "ask for access and set HF_TOKEN")
-    if code in ("RepoNotFound", "RevisionNotFound") or status == 404:
-        raise NotFoundError(
-            f"{source} does not exist, or is private", "check the name, or set HF_TOKEN"
-        )
-    if status in (401, 403):
-        raise AuthError(f"{source} answered {status}", "check HF_TOKEN")
-    raise HubError(f"{source} answered {status}", "try again later, or check HF_ENDPOINT")
-
-
-def _json(answer: httpx.Response) -> Any:
-    try:
-        return answer.json()
-    except ValueError:
-        raise HubError(f"{shown(answer.url)} is no JSON", "check HF_ENDPOINT") from None

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experthub.hub.errors import AuthError, ConflictError, HubError, NotFoundError, UsageError
+from experthub.hub.remotes._hf_api import endpoint, token
 from experthub.hub.remotes._http import check_online
-from experthub.hub.remotes.hf import HfSource, endpoint, token
+from experthub.hub.remotes.hf import HfSource
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError

@@ -77,10 +77,10 @@ def fetch(
         if JSON_API in page.headers.get("Content-Type", ""):
             try:
                 files = [
-                    (f["filename"], f["url"], f["hashes"].get("sha256", ""))
+                    (str(f["filename"]), str(f["url"]), str(f["hashes"].get("sha256", "")))
                     for f in page.json()["files"]
                 ]
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise HubError(
                     f"{shown(page.url)} is no list of files: {error!r}", "check the index"
                 ) from None

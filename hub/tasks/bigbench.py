@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
 
-from experthub.hub._files import hub_home, locked
+from experthub.hub._files import ensure_space, hub_home, locked
 from experthub.hub._yaml import did_you_mean
 from experthub.hub.bases import Report, silent
 from experthub.hub.errors import HubError, NotFoundError
-from experthub.hub.store import Store, ensure_space
+from experthub.hub.store import Store
 from experthub.hub.tasks.task import Card, Example, example_id, write_task
 
 VERSION = "1.0.0"
