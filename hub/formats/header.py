@@ -94,7 +94,7 @@ def parsed(text: bytes, size: int) -> Header:
         fields = json.loads(
             text.decode(), object_pairs_hook=_without_duplicates, parse_constant=_no_number
         )
-        if len(fields) > MAX_TENSORS + 1:
+        if len(fields) - ("__metadata__" in fields) > MAX_TENSORS:
             raise ValueError(f"{len(fields)} tensors")
         _check_metadata(fields.get("__metadata__", {}))
         tensors = {
