@@ -26,6 +26,7 @@ from experthub.hub.verification import verify
 
 SECONDS = float(os.environ.get("HUB_STRESS", "6"))
 USERS, CONTENTS, SHARED = 8, 3, 2
+NAMES = ("mine", "my-own", "my-other")
 WORDS = ("Traceback", "Errno", "Exception")  # that no user is to see
 
 
@@ -36,10 +37,10 @@ class User:
     """
 
     def __init__(self, number: int, folders: Sequence[Path], base: Path) -> None:
-        self.folders, self.base = folders, base
+        self.number, self.folders, self.base = number, folders, base
         self.random = random.Random(f"{os.environ.get('HUB_SEED', '0')}/{number}")
         self.digests = [read_folder(folder).digest for folder in folders]
-        self.mine: dict[str, set[str]] = {f"mine-{number}-{n}": set() for n in range(3)}
+        self.mine: dict[str, set[str]] = {f"{name}-{number}": set() for name in NAMES}
         self.locked: str | None = None
         self.wrong: list[str] = []
         self.count: Counter[str] = Counter()
@@ -68,21 +69,20 @@ class User:
 
     def begin(self) -> None:
         """What nobody else has is taken in, removed, and collected by somebody."""
-        self.add_mine(CONTENTS)
+        self.add_mine("mine", CONTENTS)
         self.check()
-        for name in self.mine:
-            self.remove_mine(name)
+        self.remove_mine("mine")
         self.hub([0], "gc", "--grace", "0", "--yes")
         assert self.wrong or self.digests[CONTENTS].removeprefix("sha256:") not in Store()
 
-    def add_mine(self, which: int | None = None) -> None:
-        name = self.random.choice(list(self.mine))
+    def add_mine(self, name: str = "", which: int | None = None) -> None:
+        name = f"{name or self.random.choice(NAMES)}-{self.number}"
         which = self.random.randrange(len(self.folders)) if which is None else which
         if self.hub([0], "add", self.folders[which], "--name", name).code == 0:
             self.mine[name].add(self.digests[which])
 
-    def remove_mine(self, name: str | None = None) -> None:
-        name = name or self.random.choice(list(self.mine))
+    def remove_mine(self, name: str = "") -> None:
+        name = f"{name or self.random.choice(NAMES)}-{self.number}"
         code = 0 if self.mine[name] else 4
         if self.hub([code], "rm", name, "--yes").code == 0:
             self.mine[name].clear()
