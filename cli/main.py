@@ -8,7 +8,18 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from experthub.cli import compose, doctor, evaluate, experts, lock, methods, store, tasks, train
+from experthub.cli import (
+    compose,
+    difference,
+    doctor,
+    evaluate,
+    experts,
+    lock,
+    methods,
+    store,
+    tasks,
+    train,
+)
 from experthub.hub.errors import HubError
 
 # Click's UsageError, wherever typer keeps it.
@@ -92,6 +103,7 @@ def _main(
 
 
 experts.register(app)
+difference.register(app)
 methods.register(app)
 compose.register(app)
 lock.register(app)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -35,6 +35,7 @@ class Base:
 
     shapes: parameter name -> shape, tied output embeddings included.  fingerprint: of its weights
     as stored.  sources: where it came from, and can be had again.  sha256: of the source's file.
+    tied: a parameter that is not stored -> the one whose weights it shares.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Base:
     dtype: str
     sources: tuple[str, ...] = ()
     sha256: str | None = None
+    tied: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def has_tokenizer(self) -> bool:
@@ -73,16 +75,18 @@ def read(folder: Path, name: str) -> Base:
     files = weight_files(folder)
     tensors = {n: info for file in files for n, info in read_header(file).items()}
     shapes = {n: info.shape for n, info in tensors.items()}
-    config = read_json(folder / "config.json")
+    config, tied = read_json(folder / "config.json"), dict[str, str]()
     if config.get("tie_word_embeddings", False) and "lm_head.weight" not in shapes:
-        tied = [n for n in shapes if n.endswith(EMBEDDINGS)]
-        if len(tied) == 1:
-            shapes["lm_head.weight"] = shapes[tied[0]]
+        embeddings = [n for n in shapes if n.endswith(EMBEDDINGS)]
+        if len(embeddings) == 1:
+            tied["lm_head.weight"] = embeddings[0]
+            shapes["lm_head.weight"] = shapes[embeddings[0]]
     dtypes = sorted(
         {i.dtype for i in tensors.values()}, key=[i.dtype for i in tensors.values()].count
     )
     size = sum(info.bytes for info in tensors.values())
-    return Base(name, folder, fingerprint(folder), shapes, size, dtypes[-1] if dtypes else "F32")
+    dtype = dtypes[-1] if dtypes else "F32"
+    return Base(name, folder, fingerprint(folder), shapes, size, dtype, tied=tied)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -164,9 +168,31 @@ def load_model(base: Base, dtype: str, device: str | None) -> Any:
 
     dtype: `float32`, `bfloat16` or `float16`.  device: `cpu` by default.
     """
+    check_device(device)
+    kind, config = _class_of(base)
+    with without_bars():
+        model = kind.from_pretrained(base.folder, config=config, dtype=dtype, local_files_only=True)
+    return model.to(device or "cpu").eval().requires_grad_(False)
+
+
+def linear_modules(base: Base) -> dict[str, bool]:
+    """Module path of every linear layer -> whether its weight is stored `[I, O]` (Conv1D).
+
+    Told by the model's class, made without weights.
+    """
+    import torch
+
+    kind, config = _class_of(base)
+    with torch.device("meta"):
+        modules = dict(kind(config).named_modules())
+    conv = {name for name, module in modules.items() if type(module).__name__ == "Conv1D"}
+    return {n: n in conv for n, m in modules.items() if n in conv or isinstance(m, torch.nn.Linear)}
+
+
+def _class_of(base: Base) -> tuple[Any, Any]:
+    """The class in transformers that a base's configuration names, and the configuration."""
     import transformers
 
-    check_device(device)
     config = transformers.AutoConfig.from_pretrained(base.folder)
     names = config.architectures or []
     kind = getattr(transformers, names[0], None) if names else None
@@ -175,9 +201,7 @@ def load_model(base: Base, dtype: str, device: str | None) -> Any:
             f"base {base.name}: transformers has no class {names[0] if names else '(none stated)'}",
             "state one in the architectures of its config.json",
         )
-    with without_bars():
-        model = kind.from_pretrained(base.folder, config=config, dtype=dtype, local_files_only=True)
-    return model.to(device or "cpu").eval().requires_grad_(False)
+    return kind, config
 
 
 def check_device(device: str | None) -> None:
