@@ -90,7 +90,7 @@ def print_difference(made: Difference, json: bool) -> None:
         }
         print_json({"expert": entry, "difference": figures | {"left_out": list(made.left_out)}})
         return
-    left_out, worst = figures.get("left_out"), figures["worst"]
+    left_out, worst = figures.get("left_out"), figures.get("worst")
     share = figures["bytes"] / figures["dense_bytes"]
     ranks = figures.get("ranks")
     print_lines([f"{expert.reference}  {expert.digest}"])
@@ -101,7 +101,9 @@ def print_difference(made: Difference, json: bool) -> None:
             "parameters": f"{figures['changed']} changed, {figures['unchanged']} did not",
             "ranks": f"{ranks['min']}..{ranks['max']}, mean {ranks['mean']}" if ranks else "",
             "relative error": f"{figures['relative_error']:.4g}",
-            "worst parameter": f"{worst['parameter']} ({worst['relative_error']:.4g})",
+            "worst parameter": f"{worst['parameter']} ({worst['relative_error']:.4g})"
+            if worst
+            else "",
             "left out": f"{_named(made.left_out)}; {left_out['share_of_squared_error']:.4g} "
             "of the squared error"
             if left_out

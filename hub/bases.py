@@ -20,6 +20,7 @@ from experthub.hub.formats.adapter import read_json
 from experthub.hub.formats.header import hashed_tensors, read_header
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+CAUSAL = ("ForCausalLM", "LMHeadModel")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
 # Called with what is done, bytes done, bytes in all.
 Report = Callable[[str, int, int], None]
@@ -60,7 +61,7 @@ class Base:
     @property
     def causal(self) -> bool:
         """Whether it is a causal language model."""
-        return self.architecture.endswith(("ForCausalLM", "LMHeadModel"))
+        return self.architecture.endswith(CAUSAL)
 
     @property
     def encoder(self) -> bool:
@@ -76,7 +77,8 @@ def read(folder: Path, name: str) -> Base:
     tensors = {n: info for file in files for n, info in read_header(file).items()}
     shapes = {n: info.shape for n, info in tensors.items()}
     config, tied = read_json(folder / "config.json"), dict[str, str]()
-    if config.get("tie_word_embeddings", False) and "lm_head.weight" not in shapes:
+    causal = str((config.get("architectures") or [""])[0]).endswith(CAUSAL)
+    if causal and config.get("tie_word_embeddings", False) and "lm_head.weight" not in shapes:
         embeddings = [n for n in shapes if n.endswith(EMBEDDINGS)]
         if len(embeddings) == 1:
             tied["lm_head.weight"] = embeddings[0]

@@ -49,7 +49,7 @@ class Form:
 class Error:
     """How far what is stored is from the true difference, summed parameter by parameter.
 
-    worst: the parameter with the largest relative error among those that are stored, and that.
+    worst: of the parameters that are stored the one with the largest relative error, and that.
     left_out: parameters that the form cannot hold.  deviation: the largest entry of
     base + stored - fine-tuned, in float32.
     """
@@ -82,9 +82,11 @@ class Error:
         """The figures; of what is left out its number and its share of the squared error."""
         figures: dict[str, Any] = {
             "relative_error": _short((self.missed / self.total) ** 0.5 if self.total else 0.0),
-            "worst": {"parameter": self.worst[0], "relative_error": _short(self.worst[1])},
             "largest_deviation": _short(self.deviation),
         }
+        if self.worst[1]:
+            parameter, relative = self.worst
+            figures["worst"] = {"parameter": parameter, "relative_error": _short(relative)}
         if self.left_out:
             share = self.missed_left_out / self.missed if self.missed else 0.0
             figures["left_out"] = {
