@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from experthub.cli import (
     compose,
+    difference,
     doctor,
     evaluate,
     experts,
@@ -105,6 +106,7 @@ def _main(
 
 experts.register(app)
 share.register(app)
+difference.register(app)
 methods.register(app)
 compose.register(app)
 lock.register(app)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -75,6 +76,64 @@ def lora(
             report=report,
         )
     _print(expert.reference, expert.digest, expert.training, json)
+
+
+@app.command()
+def full(
+    base: Annotated[
+        str,
+        typer.Option(
+            help="The base: a name, a folder, hf:org/name.", autocompletion=_completion.bases
+        ),
+    ],
+    task: Annotated[
+        str,
+        typer.Option(help="The task: suite:name or a folder.", autocompletion=_completion.tasks),
+    ],
+    name: Annotated[str, typer.Option("--name", help="What to call the expert.")],
+    embeddings: Annotated[
+        bool, typer.Option("--embeddings", help="Train the embeddings too.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="A new folder for the fine-tuned model itself.")
+    ] = None,
+    steps: StepsOption = 100,
+    examples: ExamplesOption = 480,
+    batch_size: BatchOption = 8,
+    lr: RateOption = 5e-5,
+    seed: SeedOption = 0,
+    json: JsonOption = False,
+    device: DeviceOption = None,
+    registry: RegistryOption = None,
+) -> None:
+    """Fine-tune all of a base on a task; what changed is stored as a task vector.
+
+    Examples: hub train full --base all-minilm-l6-v2 --task bigbench:intent_recognition --name intents-full;
+    hub train full --base ./base --task mine:letters --name letters --out ./tuned
+    """
+    from experthub.cli.difference import print_difference
+    from experthub.hub._memory import reuse_memory
+    from experthub.hub.registry import Registry
+    from experthub.hub.training.fit import Settings
+    from experthub.hub.training.full import train_full
+
+    reuse_memory()
+    settings = Settings(steps, examples, batch_size, lr, seed)
+    with progress() as report:
+        made = train_full(
+            base,
+            task,
+            name,
+            settings,
+            embeddings=embeddings,
+            out=out,
+            device=device,
+            registry=Registry.read(registry),
+            report=report,
+        )
+    if not json:
+        say(f"loss {made.expert.training['loss']}")
+    print_difference(made, json)
 
 
 @app.command()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from experthub.hub.composition import Composition, compose
+    from experthub.hub.difference import Difference, diff
     from experthub.hub.errors import HubError
     from experthub.hub.expert import Expert
     from experthub.hub.lock import Lock, plan_of
@@ -17,10 +18,12 @@ if TYPE_CHECKING:
     from experthub.hub.scoring.evaluation import evaluate
     from experthub.hub.store import Store
     from experthub.hub.training.fit import Settings
+    from experthub.hub.training.full import train_full
     from experthub.hub.training.train import train_gate, train_lora
 
 _HOMES = {
     "Composition": "composition",
+    "Difference": "difference",
     "Expert": "expert",
     "HubError": "errors",
     "Lock": "lock",
@@ -30,15 +33,18 @@ _HOMES = {
     "Settings": "training.fit",
     "Store": "store",
     "compose": "composition",
+    "diff": "difference",
     "evaluate": "scoring.evaluation",
     "plan_of": "lock",
     "resolve": "resolution",
+    "train_full": "training.full",
     "train_gate": "training.train",
     "train_lora": "training.train",
 }
 
 __all__ = [
     "Composition",
+    "Difference",
     "Expert",
     "HubError",
     "Lock",
@@ -48,9 +54,11 @@ __all__ = [
     "Settings",
     "Store",
     "compose",
+    "diff",
     "evaluate",
     "plan_of",
     "resolve",
+    "train_full",
     "train_gate",
     "train_lora",
 ]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from experthub.hub.formats.model_config import check_model
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+CAUSAL = ("ForCausalLM", "LMHeadModel")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
 # Called with what is done, bytes done, bytes in all; what begins with "note: " is only said.
 Report = Callable[[str, int, int], None]
@@ -39,6 +40,7 @@ class Base:
 
     shapes: parameter name -> shape, tied output embeddings included.  fingerprint: of its weights
     as stored.  sources: where it came from, and can be had again.  sha256: of the source's file.
+    tied: a parameter that is not stored -> the one whose weights it shares.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Base:
     dtype: str
     sources: tuple[str, ...] = ()
     sha256: str | None = None
+    tied: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def has_tokenizer(self) -> bool:
@@ -62,7 +65,7 @@ class Base:
     @property
     def causal(self) -> bool:
         """Whether it is a causal language model."""
-        return self.architecture.endswith(("ForCausalLM", "LMHeadModel"))
+        return self.architecture.endswith(CAUSAL)
 
     @property
     def encoder(self) -> bool:
@@ -78,15 +81,19 @@ def read(folder: Path, name: str) -> Base:
     files = weight_files(folder)
     tensors = {n: info for file in files for n, info in read_header(file).items()}
     shapes = {n: info.shape for n, info in tensors.items()}
-    if config.get("tie_word_embeddings", False) and "lm_head.weight" not in shapes:
-        tied = [n for n in shapes if n.endswith(EMBEDDINGS)]
-        if len(tied) == 1:
-            shapes["lm_head.weight"] = shapes[tied[0]]
+    tied: dict[str, str] = {}
+    causal = str((config.get("architectures") or [""])[0]).endswith(CAUSAL)
+    if causal and config.get("tie_word_embeddings", False) and "lm_head.weight" not in shapes:
+        embeddings = [n for n in shapes if n.endswith(EMBEDDINGS)]
+        if len(embeddings) == 1:
+            tied["lm_head.weight"] = embeddings[0]
+            shapes["lm_head.weight"] = shapes[embeddings[0]]
     dtypes = sorted(
         {i.dtype for i in tensors.values()}, key=[i.dtype for i in tensors.values()].count
     )
     size = sum(info.bytes for info in tensors.values())
-    return Base(name, folder, fingerprint(folder), shapes, size, dtypes[-1] if dtypes else "F32")
+    dtype = dtypes[-1] if dtypes else "F32"
+    return Base(name, folder, fingerprint(folder), shapes, size, dtype, tied=tied)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -185,9 +192,31 @@ def load_model(base: Base, dtype: str, device: str | None) -> Any:
 
     dtype: `float32`, `bfloat16` or `float16`.  device: `cpu` by default.
     """
+    check_device(device)
+    kind, config = _class_of(base)
+    with _refusing(base):
+        model = kind.from_pretrained(base.folder, config=config, dtype=dtype, **LOCAL)
+    return model.to(device or "cpu").eval().requires_grad_(False)
+
+
+def linear_modules(base: Base) -> dict[str, bool]:
+    """Module path of every linear layer -> whether its weight is stored `[I, O]` (Conv1D).
+
+    Told by the model's class, made without weights.
+    """
+    import torch
+
+    kind, config = _class_of(base)
+    with torch.device("meta"):
+        modules = dict(kind(config).named_modules())
+    conv = {name for name, module in modules.items() if type(module).__name__ == "Conv1D"}
+    return {n: n in conv for n, m in modules.items() if n in conv or isinstance(m, torch.nn.Linear)}
+
+
+def _class_of(base: Base) -> tuple[Any, Any]:
+    """The class in transformers that a base's configuration names, and the configuration."""
     import transformers
 
-    check_device(device)
     kind: Any = getattr(transformers, base.architecture or "-", None)
     known = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
     if not known:
@@ -195,17 +224,22 @@ def load_model(base: Base, dtype: str, device: str | None) -> Any:
             f"base {base.name}: transformers has no class {base.architecture or '(none stated)'}",
             "state one in the architectures of its config.json",
         )
+    with _refusing(base):
+        return kind, transformers.AutoConfig.from_pretrained(base.folder, **LOCAL)
+
+
+@contextmanager
+def _refusing(base: Base) -> Iterator[None]:
+    """What transformers raises, in words."""
     try:
         with without_bars():
-            config = transformers.AutoConfig.from_pretrained(base.folder, **LOCAL)
-            model = kind.from_pretrained(base.folder, config=config, dtype=dtype, **LOCAL)
+            yield
     except _refusals() as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise HubError(
             f"base {base.name}: transformers cannot load it: {reason}",
             "check its config.json; code that comes with a model is never run",
         ) from None
-    return model.to(device or "cpu").eval().requires_grad_(False)
 
 
 def _refusals() -> tuple[type[Exception], ...]:

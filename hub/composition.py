@@ -151,7 +151,7 @@ def _merge(model: Any, plan: Plan, contents: Contents) -> TaskVector:
     vectors = [task_vector(expert, plan, contents) for expert in plan.experts]
     weights = torch.tensor([expert.weight for expert in plan.experts])
     merged: TaskVector = merges[method.method].call(vectors, weights, **method.options)
-    _untie(model, merged)
+    tied = _untie(model, merged, plan)
     modules = dict(model.named_modules())
     for name in merged:
         # A new tensor, not a sum in place: the base's file stays mapped, and nobody else's changes.
@@ -161,22 +161,37 @@ def _merge(model: Any, plan: Plan, contents: Contents) -> TaskVector:
         # What is not finite makes the sum so; a finite weight may too, so then each is looked at.
         if not math.isfinite(changed.sum()) and not bool(torch.isfinite(changed).all()):
             raise IntegrityError(f"{name} overflows {plan.dtype}", "use smaller weights or float32")
+    if tied is not None:
+        _tie_again(model, tied)
     return merged
 
 
-def _untie(model: Any, merged: TaskVector) -> None:
-    """Give tied input and output embeddings weights of their own where a merge changes one.
+def _untie(model: Any, merged: TaskVector, plan: Plan) -> Any:
+    """Give tied input and output embeddings weights of their own where their changes may differ.
 
-    A LoRA on one of them changes that use of the weight only, as peft applies it.
+    A LoRA on one of them changes that use of the weight only, as peft applies it; a task vector
+    changes the weight itself, unless it names the output too.  Returns the configuration from
+    before, if they were tied.
     """
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
     if inputs is None or outputs is None or inputs.weight is not outputs.weight:
-        return
+        return None
+    before = model.config
     names = {name for name in merged if model.get_parameter(name) is inputs.weight}
-    if names:
+    first = next(name for name, p in model.named_parameters() if p is inputs.weight)
+    adapted = {f"{a.module}.weight" for member in plan.members for a in member.adapted}
+    if names - {first} or names & adapted:
         outputs.weight = nn.Parameter(inputs.weight.detach().clone(), requires_grad=False)
         model.config = copy.deepcopy(model.config)
         model.config.tie_word_embeddings = False
+    return before
+
+
+def _tie_again(model: Any, before: Any) -> None:
+    """Let input and output embeddings share their weights where both changed alike."""
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    if model.config is before or torch.equal(inputs.weight, outputs.weight):
+        outputs.weight, model.config = inputs.weight, before
 
 
 def _route(model: Any, plan: Plan, contents: Contents) -> dict[str, nn.Module]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
-from experthub.hub._files import json_text, write_text
+from experthub.hub._files import digest_of, hub_home, json_text, write_json, write_text
 from experthub.hub.bases import Base
 from experthub.hub.errors import IntegrityError, NotFoundError
 from experthub.hub.expert import DESCRIPTION, Expert, Identity, relative_source
@@ -31,19 +32,24 @@ def describe(
     task: str | None,
     training: dict[str, Any],
     like: Expert | None = None,
+    version: int | None = None,
+    description: str = "",
 ) -> Expert:
     """Give a freshly trained folder its identity and description, store it, and register it.
 
     It becomes the next version of the name, unless a version has this very content.
 
-    like: the expert it goes on from, whose licence, description and tags it keeps.
+    like: the expert it goes on from, whose licence, description and tags it keeps.  version: the
+    one that it is to be; ConflictError where that is other content.
     """
     bare = read_folder(folder)
     identity = bare.model_copy(update={"base_fingerprint": base.fingerprint})
-    kept = {} if like is None else like.model_dump(include={"license", "description", "tags"})
+    kept: dict[str, Any] = {"description": description}
+    if like is not None:
+        kept = like.model_dump(include={"license", "description", "tags"})
     expert = Expert(
         name=name,
-        version=next_version(name, registry.experts()),
+        version=version or next_version(name, registry.experts()),
         kind=identity.kind,
         base=base.name,
         digest=identity.digest,
@@ -55,10 +61,23 @@ def describe(
     write_description(folder, expert, identity)
     store.add(folder, identity.digest)
     known = [e for e in registry.experts() if (e.name, e.digest) == (name, identity.digest)]
-    if known:
+    if version is None and known:
         return known[-1]
+    for other in registry.experts():
+        if other.reference == expert.reference:
+            check_same_content(other, expert)
     register(expert)
     return expert
+
+
+def run_folder(name: str, key: dict[str, Any]) -> Path:
+    """A folder for checkpoints that belongs to exactly these settings, data and weights."""
+    digest = digest_of(key)
+    folder = hub_home() / "runs" / f"{name}-{digest[7:19]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "run.json", key)
+    shutil.rmtree(folder / "expert", ignore_errors=True)
+    return folder
 
 
 def write_description(folder: Path, expert: Expert, identity: Identity) -> None:

@@ -22,7 +22,7 @@ from experthub.hub.expert import (
     absolute_source,
 )
 from experthub.hub.formats.adapter import check_shapes, read_adapter, read_gates, read_json
-from experthub.hub.formats.header import read_header
+from experthub.hub.formats.task_vector import read_task_vector
 from experthub.hub.plan import Member, Plan, PlannedExpert
 from experthub.hub.pull import Content, pull
 from experthub.hub.recipe import ExpertUse, NestedMerge, Recipe, members_of
@@ -112,7 +112,12 @@ def _member(use: ExpertUse, found: Content, base: Base, recipe: Recipe, store: S
 def _dense_changes(
     store: Store, identity: Identity, digest: str, reference: str, base: Base
 ) -> dict[str, tuple[int, ...]]:
-    changes = {n: i.shape for n, i in read_header(store.locate(digest, TASK_VECTOR)).items()}
+    """Parameter -> shape of what a task vector changes; of tied weights, every use that it has not."""
+    stored = read_task_vector(store.locate(digest, TASK_VECTOR))
+    changes = {name: change.shape for name, change in stored.items()}
+    changes |= {
+        use: changes[n] for use, n in base.tied.items() if n in changes and use not in changes
+    }
     for name, shape in changes.items():
         if base.shapes.get(name) != shape:
             raise HubError(

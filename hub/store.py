@@ -15,6 +15,7 @@ from experthub.hub.errors import IntegrityError, NotFoundError
 from experthub.hub.expert import ADAPTER_CONFIG, GATES, FileInfo, Identity
 from experthub.hub.formats.adapter import check_gates, kind_of, read_adapter, read_gates, read_json
 from experthub.hub.formats.header import check_finite, read_header
+from experthub.hub.formats.task_vector import check_masks
 from experthub.hub.leases import lease
 from pydantic import ValidationError
 
@@ -226,6 +227,8 @@ def read_folder(folder: Path) -> Identity:
             names.append(GATES)
             check_gates(read_gates(folder / GATES), adapted, str(folder))
             check_finite(folder / GATES, read_header(folder / GATES))
+    else:
+        check_masks(folder / weights)
     check_finite(folder / weights, header)
     files = {
         name: FileInfo(sha256=sha256_of(folder / name), size=(folder / name).stat().st_size)

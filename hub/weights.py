@@ -13,6 +13,7 @@ import torch
 from experthub.hub.expert import ADAPTER, GATES, TASK_VECTOR
 from experthub.hub.formats.adapter import Adapted
 from experthub.hub.formats.header import parsed
+from experthub.hub.formats.task_vector import Stored, read_task_vector
 from experthub.hub.plan import Member, Plan, PlannedExpert
 from experthub.hub.store import Store
 from experthub.merge import Delta, Dense, LowRank, TaskVector, merges, tensorwise, truncated
@@ -75,8 +76,13 @@ def _stored_vector(member: Member, plan: Plan, contents: Contents, keep: set[str
     if member.kind == "task_vector":
         from safetensors import safe_open
 
-        file = safe_open(contents[member.digest, TASK_VECTOR], framework="pt")
-        load = {n: partial(_dense, file, n) for n in member.changes if n in keep}
+        path = contents[member.digest, TASK_VECTOR]
+        file, stored = safe_open(path, framework="pt"), read_task_vector(path)
+        # A tied weight is stored once, for all of its uses.
+        stored |= {
+            use: stored[n] for use, n in plan.base.tied.items() if use not in stored and n in stored
+        }
+        load = {n: partial(_dense, file, stored[n]) for n in member.changes if n in keep}
     else:
         tensors = Tensors(contents[member.digest, ADAPTER])
         load = {
@@ -101,8 +107,19 @@ class Tensors:
         return flat.view(info.shape)
 
 
-def _dense(file: Any, name: str) -> Delta:
-    return Dense(file.get_tensor(name).float())
+def _dense(file: Any, stored: Stored) -> Delta:
+    values = file.get_tensor(stored.values).float()
+    if stored.mask is None:
+        return Dense(values)
+    return Dense(unpacked(file.get_tensor(stored.mask), values, stored.shape))
+
+
+def unpacked(mask: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A tensor of zeros with the values where the mask's bits are set, the lowest bit first."""
+    bits = (mask[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+    found = torch.zeros(math.prod(shape), dtype=values.dtype)
+    found[bits.flatten()[: len(found)].bool()] = values
+    return found.view(shape)
 
 
 def _low_rank(tensors: Tensors, adapted: Adapted) -> Delta:

@@ -121,28 +121,46 @@ def total(deltas: Sequence[Delta]) -> Delta:
     return Dense(torch.stack([delta.dense() for delta in deltas]).sum(0))
 
 
-def truncated(delta: Delta, rank: int) -> LowRank:
-    """The best approximation of a change by one of the given rank, in the Frobenius norm.
+def truncated(delta: Delta, rank: int | None = None, energy: float | None = None) -> LowRank:
+    """The best approximation of a change by one of low rank, in the Frobenius norm.
 
     Low-rank changes never take their dense form: QR of both factors and an SVD of the
     `[R, R]` core, `O((O + I) R^2)`.  rank: >= 1; a change of lower rank is returned exactly.
+    energy: in its place, above 0 and at most 1: the smallest rank whose squared singular values
+    hold this share of the sum of all, at least 1.
     """
-    if rank < 1:
+    if (rank is None) == (energy is None):
+        raise ValueError(f"expected a rank or an energy, found {rank} and {energy}")
+    if rank is not None and rank < 1:
         raise ValueError(f"expected a rank of at least 1, found {rank}")
+    if energy is not None and not 0 < energy <= 1:
+        raise ValueError(f"expected an energy above 0 and at most 1, found {energy}")
+    if isinstance(delta, LowRank) and rank is not None and delta.rank <= rank:
+        return delta
+    u, s, vh = _svd(delta)
+    kept = rank if rank is not None else _rank_of(s, energy or 1)
+    root = s[:kept].sqrt()
+    dtype = delta.dtype
+    return LowRank(
+        (root[:, None] * vh[:kept]).to(dtype).contiguous(),
+        (u[:, :kept] * root).to(dtype).contiguous(),
+    )
+
+
+def _svd(delta: Delta) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular vectors and values of a change, in double precision."""
     if isinstance(delta, LowRank):
-        if delta.rank <= rank:
-            return delta
         q_b, r_b = torch.linalg.qr(delta.b.double() * delta.scale)
         q_a, r_a = torch.linalg.qr(delta.a.double().T)
         u, s, vh = torch.linalg.svd(r_b @ r_a.T)
-        u, vh = q_b @ u, vh @ q_a.T
-    else:
-        if delta.d.ndim != 2:
-            raise ValueError(f"expected a matrix, found shape {list(delta.shape)}")
-        u, s, vh = torch.linalg.svd(delta.d.double(), full_matrices=False)
-    root = s[:rank].sqrt()
-    dtype = delta.dtype
-    return LowRank(
-        (root[:, None] * vh[:rank]).to(dtype).contiguous(),
-        (u[:, :rank] * root).to(dtype).contiguous(),
-    )
+        return q_b @ u, s, vh @ q_a.T
+    if delta.d.ndim != 2:
+        raise ValueError(f"expected a matrix, found shape {list(delta.shape)}")
+    u, s, vh = torch.linalg.svd(delta.d.double(), full_matrices=False)
+    return u, s, vh
+
+
+def _rank_of(s: Tensor, energy: float) -> int:
+    """The smallest number of singular values, at least 1, that hold a share of the sum of squares."""
+    sums = s.square().cumsum(0)
+    return 1 + int((sums < energy * sums[-1]).sum())

@@ -12,14 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import run_hub, tiny_bert
 from experthub import hub
 from experthub.hub._files import hub_home
 from experthub.hub.errors import UsageError
-from experthub.hub.expert import GATES, Reference
+from experthub.hub.expert import GATES, TASK_VECTOR, Reference
 from experthub.hub.registry import Registry
 from experthub.hub.scoring.likelihood import encode
 from experthub.hub.tasks.task import Card, Example, example_id, write_task
 from experthub.hub.training.fit import Settings
+from experthub.hub.training.full import train_full
 from experthub.hub.training.objectives import Answers
 from experthub.hub.training.train import train_gate, train_lora
 from safetensors.torch import load_file
@@ -106,7 +108,7 @@ def test_the_digest_is_the_same_in_every_process(base_folder: Path, letters: str
     assert found[0] == found[1] and found[0].count("sha256:") == 2
 
 
-@pytest.mark.parametrize("kind", ["lora", "gate"])
+@pytest.mark.parametrize("kind", ["lora", "full", "gate"])
 def test_an_interrupted_run_goes_on_to_the_same_weights(
     kind: str, base_folder: Path, letters: str
 ) -> None:
@@ -116,6 +118,11 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
 
         def again(**options: Any) -> Any:
             return train_lora(str(base_folder), letters, "parts", settings, **options)
+    elif kind == "full":
+        whole = train_full(str(base_folder), letters, "whole", settings).expert
+
+        def again(**options: Any) -> Any:
+            return train_full(str(base_folder), letters, "parts", settings, **options).expert
     else:
         train_lora(str(base_folder), letters, "parts", Settings(steps=2))
         train_lora(str(base_folder), letters, "whole", Settings(steps=2))
@@ -127,9 +134,49 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
     with pytest.raises(Stop):
         again(report=stop_at(22))
     steps: list[int] = []
-    resumed = again(report=lambda what, done, size: steps.append(done) if size else None)
-    assert min(steps) == 21, "it started again from nothing"
+    resumed = again(report=lambda what, done, size: steps.append(done))
+    assert next(done for done in steps if done) == 21, "it started again from nothing"
     assert resumed.digest == whole.digest
+
+
+def test_a_full_fine_tune_learns_and_is_kept_exactly(
+    base_folder: Path, letters: str, tmp_path: Path
+) -> None:
+    """What is stored and the base are the model of --out; embeddings change only when asked to."""
+    words = ("train", "full", "--base", base_folder, "--task", letters, "--steps", "30")
+    words = (*words, "--lr", "3e-3", "--name", "letters", "--json")
+    ran = run_hub(*words, "--out", tmp_path / "tuned")
+    assert ran.code == 0, ran.err
+    training = ran.json["expert"]["training"]
+    assert training["method"] == "full" and training["relative_error"] == 0
+    assert training["loss"]["last"] < 0.5 * training["loss"]["first"]
+    digest = ran.json["expert"]["digest"]
+    changed = load_file(hub.Store().file(digest, TASK_VECTOR))
+    assert "model.norm.weight" in changed and not any("embed" in name for name in changed)
+    merge = {"method": "task_arithmetic", "scale": 1.0}
+    recipe = {"base": str(base_folder), "experts": ["letters"], "merge": merge}
+    model = hub.compose(recipe).model
+    tuned = load_file(tmp_path / "tuned" / "model.safetensors")
+    for name, weight in tuned.items():
+        torch.testing.assert_close(model.get_parameter(name), weight, atol=1e-6, rtol=1e-6)
+    result = hub.evaluate({"full": hub.Recipe.of(recipe)}, [letters])
+    assert result["tasks"][0]["methods"]["full"]["delta_to_base"]["ci95"][0] > 0
+    assert run_hub(*words, "--out", tmp_path / "tuned").code == 6, "the folder is in use"
+    again = run_hub("diff", base_folder, tmp_path / "tuned", "--name", "again", "--json")
+    assert load_file(hub.Store().file(again.json["expert"]["digest"], TASK_VECTOR)).keys() == (
+        changed.keys()
+    )
+    short = Settings(steps=2, lr=1e-3)
+    more = train_full(str(base_folder), letters, "more", short, embeddings=True).expert
+    assert "model.embed_tokens.weight" in load_file(hub.Store().file(more.digest, TASK_VECTOR))
+
+
+def test_an_encoder_is_fine_tuned_but_for_its_pooler(letters: str, tmp_path: Path) -> None:
+    base = tiny_bert(tmp_path / "bert")
+    made = train_full(str(base), letters, "letters", Settings(steps=3, lr=1e-3))
+    changed = load_file(hub.Store().file(made.expert.digest, TASK_VECTOR))
+    assert not [n for n in changed if "pooler" in n or n.endswith("embeddings.weight")]
+    assert {"embeddings.LayerNorm.weight", "encoder.layer.0.output.dense.bias"} <= set(changed)
 
 
 def test_a_gate_needs_to_know_the_experts_task(base_folder: Path, expert_folder: Any) -> None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
 import torch
-from experthub.hub._files import digest_of, hub_home, new_folder, write_json
+from experthub.hub._files import new_folder
 from experthub.hub.base_sources import find
 from experthub.hub.bases import Report, load_model, silent
-from experthub.hub.describe import describe
+from experthub.hub.describe import describe, run_folder
 from experthub.hub.errors import UsageError
 from experthub.hub.expert import ADAPTER, GATES, Expert, Reference
 from experthub.hub.pull import Content, pull
@@ -71,7 +68,7 @@ def train_lora(
     adapted = get_peft_model(model, config)
     record = {**asdict(settings), "rank": rank, "alpha": config.lora_alpha}
     key = {"kind": "lora", "base": found.fingerprint, "task": read.digest, **record}
-    run = _run_folder(name, key)
+    run = run_folder(name, key)
     loss = fit(adapted, objective, read, settings, run, report)
     with new_folder(run / "expert") as folder:
         written = adapted.peft_config["default"]
@@ -119,7 +116,7 @@ def train_gate(
     objective = objective_for(found, device)
     gated = _gated(model, expert, registry, store)
     key = {"kind": "gate", "expert": expert.digest, "task": read.digest, **asdict(settings)}
-    run = _run_folder(f"{expert.name}-gate", key)
+    run = run_folder(f"{expert.name}-gate", key)
     loss = fit(model, objective, read, settings, run, report)
     gates = {
         f"{module}.gate": linear.probes_PI[0].detach().cpu()
@@ -173,13 +170,3 @@ def _gated(
             model.set_submodule(module, linear)
             gated[module] = linear
     return gated
-
-
-def _run_folder(name: str, key: dict[str, Any]) -> Path:
-    """A folder for checkpoints that belongs to exactly these settings, data and weights."""
-    digest = digest_of(key)
-    folder = hub_home() / "runs" / f"{name}-{digest[7:19]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "run.json", key)
-    shutil.rmtree(folder / "expert", ignore_errors=True)
-    return folder

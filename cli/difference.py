@@ -1,0 +1,124 @@
+"""diff: experts out of full fine-tunes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from experthub.cli import _completion
+from experthub.cli._output import (
+    JsonOption,
+    RegistryOption,
+    print_fields,
+    print_json,
+    print_lines,
+    progress,
+)
+
+if TYPE_CHECKING:
+    from experthub.hub.difference import Difference
+
+
+def diff(
+    base: Annotated[
+        str,
+        typer.Argument(
+            help="The base: a name, a folder, hf:org/name.", autocompletion=_completion.bases
+        ),
+    ],
+    finetuned: Annotated[str, typer.Argument(help="The model made from it, in the same ways.")],
+    name: Annotated[str, typer.Option("--name", help="What to call the expert.")],
+    rank: Annotated[
+        int | None, typer.Option(help="As a LoRA of this rank, of linear modules only.")
+    ] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(
+            help="As a LoRA that keeps this share of the squared singular values of each module."
+        ),
+    ] = None,
+    sparse: Annotated[
+        float | None, typer.Option(help="This share of each tensor's entries, the largest.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    task: Annotated[
+        str | None,
+        typer.Option(help="What it was trained on: suite:name.", autocompletion=_completion.tasks),
+    ] = None,
+    description: Annotated[str, typer.Option(help="One line.")] = "",
+    version: Annotated[
+        int | None, typer.Option(help="Its version, the next one by default.", min=1)
+    ] = None,
+    json: JsonOption = False,
+    registry: RegistryOption = None,
+) -> None:
+    """Make an expert of a full fine-tune: fine-tuned minus base, dense, sparse or as a LoRA.
+
+    Examples: hub diff smollm2-135m-instruct ./tuned --name mine; hub diff ./base ./tuned --name mine --rank 16;
+    hub diff ./base hf:someone/tuned --name theirs --sparse 0.1 --dtype bfloat16
+    """
+    from experthub.hub.difference import diff as make
+    from experthub.hub.registry import Registry
+
+    with progress() as report:
+        made = make(
+            base,
+            finetuned,
+            name,
+            rank=rank,
+            energy=energy,
+            sparse=sparse,
+            dtype=dtype,
+            task=task,
+            description=description,
+            version=version,
+            registry=Registry.read(registry),
+            report=report,
+        )
+    print_difference(made, json)
+
+
+def print_difference(made: Difference, json: bool) -> None:
+    """An expert made of a difference, and how exact it is."""
+    expert, figures = made.expert, made.figures
+    if json:
+        entry = {
+            "reference": expert.reference,
+            "digest": expert.digest,
+            "kind": expert.kind,
+            "training": expert.training,
+        }
+        print_json({"expert": entry, "difference": figures | {"left_out": list(made.left_out)}})
+        return
+    left_out, worst = figures.get("left_out"), figures.get("worst")
+    share = figures["bytes"] / figures["dense_bytes"]
+    ranks = figures.get("ranks")
+    print_lines([f"{expert.reference}  {expert.digest}"])
+    print_fields(
+        {
+            "kind": expert.kind,
+            "bytes": f"{figures['bytes']}, {share:.3f} of dense float32 ({figures['dense_bytes']})",
+            "parameters": f"{figures['changed']} changed, {figures['unchanged']} did not",
+            "ranks": f"{ranks['min']}..{ranks['max']}, mean {ranks['mean']}" if ranks else "",
+            "relative error": f"{figures['relative_error']:.4g}",
+            "worst parameter": f"{worst['parameter']} ({worst['relative_error']:.4g})"
+            if worst
+            else "",
+            "left out": f"{_named(made.left_out)}; {left_out['share_of_squared_error']:.4g} "
+            "of the squared error"
+            if left_out
+            else "",
+            "largest deviation": f"{figures['largest_deviation']:.4g} of base + expert "
+            "from the fine-tuned model",
+        }
+    )
+
+
+def _named(names: tuple[str, ...]) -> str:
+    """The first few of many names."""
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + rest
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(diff)

@@ -1,0 +1,101 @@
+"""Writing a difference as a LoRA in PEFT's format: of every linear module the best low rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from experthub.hub._files import write_json
+from experthub.hub.bases import Base, Report
+from experthub.hub.difference_form import Error, Form
+from experthub.hub.errors import HubError
+from experthub.hub.expert import ADAPTER, ADAPTER_CONFIG
+from experthub.hub.formats.adapter import PREFIX
+from experthub.hub.two_models import Changed, Weights, read_pair
+from experthub.merge import Dense, LowRank, truncated
+from torch import Tensor
+
+
+def write(
+    folder: Path,
+    base: Base,
+    untouched: Weights,
+    tuned: Weights,
+    changed: list[Changed],
+    kinds: dict[str, bool],
+    form: Form,
+    report: Report,
+) -> tuple[Error, dict[str, Any]]:
+    """Write an adapter's two files; returns its error, and which ranks it has.
+
+    kinds: linear module -> whether its weight is stored `[I, O]`.
+    """
+    from safetensors.torch import save_file
+
+    modules = _modules(changed, kinds, base.name)
+    conv = any(kinds[module] for module in modules.values())
+    dtype: torch.dtype = getattr(torch, form.dtype)
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    error = Error()
+    for i, change in enumerate(changed):
+        name = change.pair.name
+        read = read_pair(change.pair, untouched, tuned)
+        if name in modules:
+            found = truncated(Dense(read.delta), form.rank, form.energy)
+            low = LowRank(found.a.to(dtype), found.b.to(dtype))
+            if not bool(torch.isfinite(low.a).all() and torch.isfinite(low.b).all()):
+                raise HubError(f"the change of {name} overflows {form.dtype}", "use float32")
+            error.add(name, read, low.b.float() @ low.a.float())
+            place = PREFIX + modules[name]
+            a, b = (low.b.T, low.a.T) if conv else (low.a, low.b)
+            tensors[f"{place}.lora_A.weight"] = a.contiguous()
+            tensors[f"{place}.lora_B.weight"] = b.contiguous()
+            ranks[modules[name]] = low.rank
+        else:
+            error.add(name, read, None)
+        report("decomposing the difference", i + 1, len(changed))
+    save_file(tensors, folder / ADAPTER, metadata={"format": "pt"})
+    write_json(folder / ADAPTER_CONFIG, _config(base, ranks, conv))
+    mean = sum(ranks.values()) / len(ranks)
+    spread = {"min": min(ranks.values()), "mean": round(mean, 1), "max": max(ranks.values())}
+    return error, {"modules": len(ranks), "ranks": spread}
+
+
+def _modules(changed: list[Changed], kinds: dict[str, bool], base: str) -> dict[str, str]:
+    """Parameter -> module of the linear weights that changed; HubError where there are none.
+
+    One adapter has one orientation: where some are Conv1D, the others have no place in it.
+    """
+    weights = {f"{module}.weight": module for module in kinds}
+    names = [c.pair.name for c in changed if c.entries and c.pair.name in weights]
+    if not names:
+        raise HubError(
+            f"no linear module of {base} has changed, and a LoRA is nothing else",
+            "store the difference dense or with --sparse",
+        )
+    conv = any(kinds[weights[name]] for name in names)
+    return {name: weights[name] for name in names if kinds[weights[name]] == conv}
+
+
+def _config(base: Base, ranks: dict[str, int], conv: bool) -> dict[str, Any]:
+    """PEFT's configuration: alpha equals the rank everywhere, so that every scale is 1."""
+    rank = max(ranks.values())
+    # Names of modules as peft reads a pattern: a dot is any character, and no two differ by that.
+    others = {module: r for module, r in sorted(ranks.items()) if r != rank}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if base.causal else "FEATURE_EXTRACTION",
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+        "use_rslora": False,
+        "fan_in_fan_out": conv,
+        "target_modules": sorted(ranks),
+        "base_model_name_or_path": base.name,
+    }
