@@ -97,7 +97,11 @@ def weight_files(folder: Path) -> list[Path]:
     if not index.is_file():
         raise IntegrityError(f"{folder} holds no model.safetensors", "only safetensors is read")
     stated = read_json(index).get("weight_map")
-    if not stated or not isinstance(stated, dict) or not all(isinstance(n, str) for n in stated.values()):
+    if (
+        not stated
+        or not isinstance(stated, dict)
+        or not all(isinstance(n, str) for n in stated.values())
+    ):
         raise IntegrityError(f"{index}: its weight_map is none", "fetch the base again")
     names = sorted(set(stated.values()))
     for name in names:
