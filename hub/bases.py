@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -110,8 +111,10 @@ def fingerprint(folder: Path, fresh: bool = False) -> str:
     cache = hub_home() / "fingerprints" / f"{key}.json"
     if cache.is_file() and not fresh:
         return str(read_json(cache)["fingerprint"])
-    rows = [[n, d, list(s), h] for file in files for n, d, s, h in hashed_tensors(file)]
-    value = digest_of(sorted(rows))
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(lambda file: list(hashed_tensors(file)), files)
+        rows = sorted([n, d, list(s), h] for tensors in found for n, d, s, h in tensors)
+    value = digest_of(rows)
     write_json(cache, {"files": stats, "fingerprint": value})
     return value
 
