@@ -4,7 +4,9 @@ BIN := .venv/bin
 DEMO := build/demo
 RECIPES := $(addprefix examples/demo/, task_arithmetic.yaml uniform.yaml phatgoose.yaml)
 
-.PHONY: demo demo-controls demo-skills demo-near test test-all docs experts clean
+PEERS := $(patsubst tests/peers/%.txt, build/peers/%/.installed, $(wildcard tests/peers/*.txt))
+
+.PHONY: demo demo-controls demo-skills demo-near peers test test-all docs experts clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -39,7 +41,18 @@ demo-near: .venv/.installed
 	$(BIN)/hub eval $(RECIPES) --tasks @examples/demo/near.txt \
 		--split all --limit 64 --out $(DEMO)/near.json
 
+# Programs of others that the tests meet, each in an environment of its own.
+peers: $(PEERS)
+
+build/peers/%/.installed: tests/peers/%.txt | .venv/.installed
+	rm -rf $(@D)
+	$(PYTHON) -m venv --without-pip $(@D)
+	$(BIN)/python -m pip --python $(@D) install --quiet --disable-pip-version-check --no-deps -r $<
+	touch $@
+
+# Without a peer its tests are skipped, unless HUB_PEERS=required.
 test: .venv/.installed
+	$(MAKE) peers || test "$$HUB_PEERS" != required
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

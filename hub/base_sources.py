@@ -65,10 +65,11 @@ def _fetch_any(name: str, entry: BaseEntry, near: Path, report: Report) -> Path:
 
 
 def _fetch(source: str, entry: BaseEntry, name: str, near: Path, report: Report) -> Path:
-    from experthub.hub.remotes import hf, pypi
+    from experthub.hub.remotes import pypi
+    from experthub.hub.remotes._hf_files import MODEL
 
     if not source.startswith("pypi:"):
-        return fetched(source, near, hf.MODEL, report)
+        return fetched(source, near, MODEL, report)
     pypi.PypiSource.parse(source)
     target = _place(source, entry, name)
     if not target.is_dir():

@@ -99,6 +99,9 @@ def collect(
                     found.leftovers[str(path.relative_to(store.root))] = size
                     if not dry_run:
                         remove(path)
+                        if path.parent.name.startswith("."):  # a draft: it goes with its last file
+                            with contextlib.suppress(OSError):
+                                path.parent.rmdir()
     return found
 
 
@@ -130,7 +133,7 @@ def _leftovers(root: Path) -> Iterator[Path]:
     places += [Path(place) for place, _, _ in os.walk(root / "tasks")]
     for folder in places:
         yield from drafts(folder)
-    for path in sorted(root.glob("partial/*")):
+    for path in sorted([*root.glob("partial/*"), *root.glob("hf/*/.*/*")]):
         if path.is_file() and time.time() - path.stat().st_mtime >= STALE:
             yield path
 

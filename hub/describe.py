@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from experthub.hub._files import digest_of, hub_home, json_text, write_json, write_text
@@ -103,19 +105,20 @@ def add_folder(
     description: str | None = None,
     source: str | None = None,
     file: Path | None = None,
+    hashed: Mapping[str, str] = MappingProxyType({}),
 ) -> Expert:
     """Take someone's folder into the store and register it under a name.
 
     version: the next one of the name by default, or the present one if the content is the same.
     base: what it was trained on; by default what its expert.json or adapter_config.json says,
     which need not be here.  source: where the folder came from, itself by default.  file: the
-    registry to write to, the user's own by default.
+    registry to write to, the user's own by default.  hashed: see Store.add.
     """
-    identity = read_folder(folder)
+    identity = read_folder(folder, hashed)
     digest = identity.digest
     same = [e for e in registry.experts() if e.name == name and e.digest == digest]
     if version is None and same and file is None:
-        store.take(folder, identity)
+        store.take(folder, identity, hashed=hashed)
         return same[-1]
     stated = read_json(folder / DESCRIPTION) if (folder / DESCRIPTION).is_file() else {}
     own = stated.get("version") if stated.get("name") == name else None
@@ -142,7 +145,7 @@ def add_folder(
         if known.reference == expert.reference:
             check_same_content(known, expert)
     check_writable(expert)
-    store.take(folder, identity)
+    store.take(folder, identity, hashed=hashed)
     register(expert, file)
     return expert
 

@@ -51,8 +51,8 @@ def fetch(
     for source in content.sources:
         try:
             report(f"pulling {content.reference} from {source}", 0, 0)
-            with opened(source, Path.cwd(), report) as folder:
-                store.add(folder, content.digest, renew)
+            with opened(source, Path.cwd(), report) as (folder, hashed):
+                store.add(folder, content.digest, renew, hashed)
             return
         except HubError as error:
             problems.append(error)
@@ -107,7 +107,7 @@ def _take_in(
     """Store and register what no registry knows."""
     from experthub.hub.describe import add_folder
 
-    with opened(source, Path.cwd(), report) as folder:
+    with opened(source, Path.cwd(), report) as (folder, hashed):
         stated = read_json(folder / DESCRIPTION) if (folder / DESCRIPTION).is_file() else {}
         named = str(stated.get("name") or "")
         if named and not as_name and not re.fullmatch(NAME, named):
@@ -120,5 +120,5 @@ def _take_in(
         if source.startswith("hf:"):
             source = f"{source.partition('@')[0]}@{folder.name[:40]}"  # the commit that it is now
         name = checked_name(as_name or named or own)
-        expert = add_folder(folder, name, registry, store, source=source)
+        expert = add_folder(folder, name, registry, store, source=source, hashed=hashed)
     return with_source(expert, source)

@@ -78,8 +78,8 @@ def find_content(use: ExpertUse, registry: Registry, store: Store, report: Repor
     reference = Reference.parse(use.expert)
     if reference.name:
         return Content.of(registry.expert(reference))
-    with opened(use.expert, Path.cwd(), report) as folder:
-        digest, _ = store.add(folder)
+    with opened(use.expert, Path.cwd(), report) as (folder, hashed):
+        digest, _ = store.add(folder, hashed=hashed)
         stated = read_json(folder / DESCRIPTION) if (folder / DESCRIPTION).is_file() else {}
     source, task = absolute_source(use.expert, Path.cwd()), stated.get("task")
     return Content(use.expert, digest, (source,), task if isinstance(task, str) else None)

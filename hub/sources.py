@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,9 +19,16 @@ def fetched(source: str, near: Path, patterns: tuple[str, ...], report: Report =
 
     near: what relative paths are relative to.  patterns: the files wanted of a repository.
     """
+    return _fetched(source, near, patterns, report)[0]
+
+
+def _fetched(
+    source: str, near: Path, patterns: tuple[str, ...], report: Report
+) -> tuple[Path, dict[str, str]]:
+    """As `fetched`; what was not here before comes with the sha256 of its files."""
     reference = Reference.parse(source, near)
     if reference.folder is not None:
-        return reference.folder
+        return reference.folder, {}
     if source.startswith("hf:"):
         return hf.fetch(
             source,
@@ -34,17 +41,23 @@ def fetched(source: str, near: Path, patterns: tuple[str, ...], report: Report =
 
 
 @contextmanager
-def opened(source: str, near: Path, report: Report = silent) -> Iterator[Path]:
+def opened(
+    source: str, near: Path, report: Report = silent
+) -> Iterator[tuple[Path, Mapping[str, str]]]:
     """An expert's folder, for as long as the block lasts.
+
+    If the folder is the hub's own, also the sha256 of its files, all of whose bytes were read now.
 
     source: a folder, `hf:...`, or `file:PLACE#name@version`, one of several in a shared folder or
     archive; the part behind # may be left out where there is only one.
     """
-    place = fetched(source, near, EXPERT_FILES, report)
+    place, hashed = _fetched(source, near, EXPERT_FILES, report)
+    if source.startswith("hf:") and not hashed:
+        hashed = hf.checked(place)
     if not is_layout(place):
-        yield place
+        yield place, hashed
         return
     with draft_folder(hub_home() / "drafts" / "unpacked") as folder:
         layout = Layout.read(place)
-        layout.unpack(layout.find(Reference.parse(source, near).member), folder)
-        yield folder
+        member = layout.find(Reference.parse(source, near).member)
+        yield folder, layout.unpack(member, folder)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from functools import lru_cache
 from mmap import ACCESS_COPY, mmap
 from pathlib import Path
+from types import MappingProxyType
 
-from experthub.hub._files import canonical_json, hub_home, sha256_of, written
+from experthub.hub._files import canonical_json, hub_home, sha256_of, sync_folder, written
 from experthub.hub.errors import IntegrityError, NotFoundError
 from experthub.hub.expert import ADAPTER_CONFIG, GATES, FileInfo, Identity
 from experthub.hub.formats.adapter import check_gates, kind_of, read_adapter, read_gates, read_json
@@ -45,13 +47,14 @@ class Store:
         found = (self.root / "objects" / "sha256").glob("[0-9a-f][0-9a-f]/*")
         return {_sha256(p): p for p in sorted(found) if re.fullmatch("[0-9a-f]{62}", p.name)}
 
-    def put(self, source: Path, sha256: str, renew: bool = False) -> Path:
+    def put(self, source: Path, sha256: str, renew: bool = False, link: bool = False) -> Path:
         """Copy a file in under its digest; IntegrityError when its content is another.
 
-        renew: in the place of a damaged one.
+        renew: in the place of a damaged one.  link: it is the hub's own, and was compared with the
+        digest: another name for it will do.
         """
         target = self.path(sha256)
-        if not renew and self._here(target):
+        if not renew and (self._here(target) or (link and _linked(source, target))):
             return target
         with source.open("rb") as data, written(target, 0o444) as file:
             digest = hashlib.sha256()
@@ -123,27 +126,38 @@ class Store:
         return data
 
     def add(
-        self, folder: Path, expected: str | None = None, renew: Set[str] = frozenset()
+        self,
+        folder: Path,
+        expected: str | None = None,
+        renew: Set[str] = frozenset(),
+        hashed: Mapping[str, str] = MappingProxyType({}),
     ) -> tuple[str, Identity]:
         """Take an expert's folder in: checked, copied, verified; nothing stays when it is refused.
 
         expected: the digest it must have.  renew: sha256 of objects that are replaced though they
-        are here, because they are damaged.  Returns its digest and identity.
+        are here, because they are damaged.  hashed: the sha256 of files in a folder of the hub's
+        own, of which every byte was read just now.  Returns its digest and identity.
         """
-        identity = read_folder(folder)
+        identity = read_folder(folder, hashed)
         if expected and identity.digest != expected:
             raise IntegrityError(
                 f"{folder} is {identity.digest[:19]}, expected {expected[:19]}",
                 "the source has changed: add it as a new version, or get the original",
             )
-        self.take(folder, identity, renew)
+        self.take(folder, identity, renew, hashed)
         return identity.digest, identity
 
-    def take(self, folder: Path, identity: Identity, renew: Set[str] = frozenset()) -> None:
-        """Copy the files of a folder in, which `read_folder` found to be this identity's."""
+    def take(
+        self,
+        folder: Path,
+        identity: Identity,
+        renew: Set[str] = frozenset(),
+        hashed: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """Take the files of a folder in, which `read_folder` found to be this identity's: see `add`."""
         self.hold(identity.digest, identity)
         for name, info in identity.files.items():
-            self.put(folder / name, info.sha256, info.sha256 in renew)
+            self.put(folder / name, info.sha256, info.sha256 in renew, link=name in hashed)
         path = self.path(identity.digest.removeprefix("sha256:"))
         if _sha256(path) in renew or not self._here(path):
             with written(path, 0o444) as file:
@@ -201,9 +215,25 @@ def _damaged(path: Path) -> IntegrityError:
     )
 
 
-def read_folder(folder: Path) -> Identity:
+def _linked(source: Path, target: Path) -> bool:
+    """Give a file that is on the disk another name, if the file system can."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        source.chmod(0o444)
+        os.utime(source)  # it is used now
+        os.link(source, target)
+    except FileExistsError:
+        return True
+    except OSError:
+        return False
+    sync_folder(target.parent)
+    return True
+
+
+def read_folder(folder: Path, hashed: Mapping[str, str] = MappingProxyType({})) -> Identity:
     """The identity of an expert's folder, every file of it checked.
 
+    hashed: what is known already of the files' sha256.
     Raises NotFoundError for no folder, IntegrityError for anything but a plain, finite adapter or
     task vector.
     """
@@ -231,7 +261,10 @@ def read_folder(folder: Path) -> Identity:
         check_masks(folder / weights)
     check_finite(folder / weights, header)
     files = {
-        name: FileInfo(sha256=sha256_of(folder / name), size=(folder / name).stat().st_size)
+        name: FileInfo(
+            sha256=hashed.get(name) or sha256_of(folder / name),
+            size=(folder / name).stat().st_size,
+        )
         for name in sorted(names)
     }
     identity = Identity(kind=kind, base_fingerprint=None, files=files)

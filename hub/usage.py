@@ -27,7 +27,9 @@ PURPOSES = {
 
 def usage(registry: Registry, store: Store) -> dict[str, Any]:
     """Bytes by purpose, and of every stored expert: in all, and of what no other expert shares."""
-    sizes = {p.name: size_of(p) for p in sorted(store.root.glob("*")) if p.is_dir()}
+    counted: set[tuple[int, int]] = set()  # what is an object, and in `hf` too, is one file
+    places = sorted(store.root.glob("*"), key=lambda path: (path.name != "objects", path.name))
+    sizes = {path.name: size_of(path, counted) for path in places if path.is_dir()}
     folders = [
         {"folder": name, "bytes": size, "purpose": PURPOSES.get(name, "")}
         for name, size in sizes.items()
@@ -57,12 +59,14 @@ def usage(registry: Registry, store: Store) -> dict[str, Any]:
     }
 
 
-def size_of(folder: Path) -> int:
-    """The bytes of all files below a folder, links not followed."""
-    found = 0
+def size_of(folder: Path, counted: set[tuple[int, int]] | None = None) -> int:
+    """The bytes of all files below a folder, links not followed; those counted already are left out."""
+    found, seen = 0, set() if counted is None else counted
     for place, _, names in os.walk(folder):
         for name in names:
             with suppress(FileNotFoundError):  # gone at this moment
                 stat = Path(place, name).lstat()
-                found += stat.st_size if S_ISREG(stat.st_mode) else 0
+                if S_ISREG(stat.st_mode) and (stat.st_dev, stat.st_ino) not in seen:
+                    seen.add((stat.st_dev, stat.st_ino))
+                    found += stat.st_size
     return found

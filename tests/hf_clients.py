@@ -123,16 +123,19 @@ def connected(version: str, hub: HfServer, folder: Path) -> Client:
     return Client(python, folder, hub)
 
 
-def filled(hub: HfServer, private: bool = False) -> str:
-    """Put the same files on the Hub; their commit."""
-    repo = hub.store.create(REPO, private)
-    write(repo.lfs(hashlib.sha256(FILES[WEIGHTS]).hexdigest()), FILES[WEIGHTS])
+def filled(
+    hub: HfServer, private: bool = False, files: dict[str, bytes] = FILES, name: str = REPO
+) -> str:
+    """Put files on the Hub, safetensors as large ones; their commit."""
+    repo = hub.store.create(name, private)
     changes: list[dict[str, Any]] = []
-    for name, content in FILES.items():
-        value = {"path": name, "content": b64encode(content).decode(), "encoding": "base64"}
-        if name == WEIGHTS:
-            value = {"path": name, "oid": hashlib.sha256(content).hexdigest()}
-        changes.append({"key": "lfsFile" if name == WEIGHTS else "file", "value": value})
+    for path, content in files.items():
+        large = path.endswith(".safetensors")
+        value = {"path": path, "content": b64encode(content).decode(), "encoding": "base64"}
+        if large:
+            value = {"path": path, "oid": hashlib.sha256(content).hexdigest()}
+            write(repo.lfs(value["oid"]), content)
+        changes.append({"key": "lfsFile" if large else "file", "value": value})
     return repo.append("main", "alice", {"summary": "filled"}, changes)
 
 

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class Request:
-    """What came: header names in lower case; `received` bytes of body; and the status it got."""
+    """What came: header names in lower case; `received` bytes of body; the status it got, and `sent`
+    bytes of body."""
 
     method: str
     path: str
@@ -30,6 +31,7 @@ class Request:
     headers: dict[str, str]
     received: int = 0
     status: int | None = None
+    sent: int = 0
 
 
 @dataclass
@@ -73,7 +75,7 @@ class Fault:
     json: Callable[[Any], Any] | None = None
     no_range: bool = False
     pause: float = 0
-    piece: int = PIECE
+    piece: int = 1 << 30
     wait: threading.Event | None = None
     take: int | None = None
     lose: bool = False
@@ -209,13 +211,16 @@ def send(handler: BaseHTTPRequestHandler, request: Request, answer: Answer, faul
         handler.end_headers()
         if handler.command == "HEAD":
             return
-        file.seek(sent.start)
         left = len(sent) if fault.cut is None else min(fault.cut, len(sent))
-        while left:
-            piece = file.read(min(fault.piece, left))
-            handler.wfile.write(piece)
-            left -= len(piece)
-            time.sleep(fault.pause)
+        for at in range(sent.start, sent.start + left, fault.piece):
+            file.seek(at)
+            piece = min(fault.piece, sent.start + left - at)
+            try:
+                handler.connection.sendfile(file, at, piece)  # the system's own, for files
+            finally:
+                request.sent += file.tell() - at
+            if fault.pause:
+                time.sleep(fault.pause)
         if fault.length is not None or (fault.cut is not None and fault.cut < len(sent)):
             handler.close_connection = True
 

@@ -28,13 +28,15 @@ import torch
 from experthub.hub import _patterns, bases, describe, registry
 from experthub.hub._yaml import dump
 from experthub.hub.errors import HubError
-from experthub.hub.expert import Reference, absolute_source
+from experthub.hub.expert import EXPERT_FILES, Reference, absolute_source
 from experthub.hub.formats.adapter import read_adapter
 from experthub.hub.formats.header import read_header
 from experthub.hub.lock import Lock
 from experthub.hub.recipe import Recipe
 from experthub.hub.registry import Registry
 from experthub.hub.remotes import _http, hf
+from experthub.hub.remotes._hf_files import HfSource
+from experthub.hub.sealed import MANIFEST
 from experthub.hub.store import Store, read_folder
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as some
@@ -440,7 +442,7 @@ def description(folder: Path, patch: pytest.MonkeyPatch) -> Reader:
     mine.mkdir()
     (mine / "adapter_model.safetensors").write_bytes(ADAPTER)
     (mine / "adapter_config.json").write_bytes(as_json(CONFIGS[0]))
-    patch.setattr(Store, "take", lambda *_: None)
+    patch.setattr(Store, "take", lambda *_, **__: None)
     patch.setattr(describe, "register", lambda *_: None)
     tree = EXPERT | {"identity": read_folder(mine).record()}
 
@@ -479,7 +481,7 @@ def reference(folder: Path, patch: pytest.MonkeyPatch) -> Reader:
     def read(content: bytes) -> object:
         text = content.decode("utf-8", "surrogatepass" if len(content) % 2 else "surrogateescape")
         problems = []
-        for parse in (Reference.parse, lambda t: absolute_source(t, folder), hf.HfSource.parse):
+        for parse in (Reference.parse, lambda t: absolute_source(t, folder), HfSource.parse):
             try:
                 parse(text)
             except HubError as error:
@@ -487,7 +489,7 @@ def reference(folder: Path, patch: pytest.MonkeyPatch) -> Reader:
         if len(problems) == 3:
             raise problems[0]
         if text.startswith("hf:") and len(problems) == 0:
-            place = hf.HfSource.parse(text)
+            place = HfSource.parse(text)
             mine = folder / place.repository.replace("/", "--")
             kept = mine / "refs" / place.revision.replace("/", "--")
             assert mine.parent == folder and kept.parent.parent == mine
@@ -560,8 +562,11 @@ def hub_answers(folder: Path, patch: pytest.MonkeyPatch) -> Reader:
         else:
             answers["revision" if b'"sha"' in content else "tree"] = content
         try:
-            got = hf.fetch("hf:a/b", home / "hf", hf.EXPERT)
-            return {path.name for path in got.iterdir()} <= set(hf.EXPERT) or pytest.fail("more")
+            got, _ = hf.fetch("hf:a/b", home / "hf", EXPERT_FILES)
+            return {path.name for path in got.iterdir()} <= {
+                *EXPERT_FILES,
+                MANIFEST,
+            } or pytest.fail("more")
         finally:
             shutil.rmtree(home, ignore_errors=True)
 

@@ -122,8 +122,11 @@ class Layout:
             f"{self.place} has no {member}", did_you_mean(member, self.experts) or f"known: {known}"
         )
 
-    def unpack(self, reference: str, folder: Path) -> None:
-        """Write one expert's files into a folder, each checked; files of other names are left out."""
+    def unpack(self, reference: str, folder: Path) -> dict[str, str]:
+        """Write one expert's files into a folder, each checked; files of other names are left out.
+
+        Returns their sha256.
+        """
         manifest = self._record(Manifest, _blob(self.experts[reference]), self.experts[reference])
         named: dict[str, Descriptor] = {}
         for layer in manifest.layers:
@@ -136,6 +139,7 @@ class Layout:
             with written(folder / name) as file:
                 for chunk in self._chunks(layer):
                     file.write(chunk)
+        return {name: layer.digest.removeprefix("sha256:") for name, layer in named.items()}
 
     def _chunks(self, wanted: Descriptor) -> Iterator[bytes]:
         """The bytes of a blob; IntegrityError, at the end, when they are not those of its digest."""

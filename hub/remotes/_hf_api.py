@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experthub.hub.errors import AuthError, HubError, IntegrityError, NotFoundError
+from experthub.hub.remotes._http import again
 
 if TYPE_CHECKING:
     import httpx
@@ -49,14 +51,12 @@ def headers() -> dict[str, str]:
 
 def ask(session: httpx.Client, url: str, source: str) -> tuple[Any, str | None]:
     """An answer of the Hub, and where the next page of it is; its errors in words."""
-    with session.stream("GET", url) as answer:
-        if answer.is_success:
-            content = bytearray()
-            for chunk in answer.iter_bytes():
-                content += chunk
-                if len(content) > LONGEST:
-                    raise IntegrityError(f"{source}: an answer without an end", "check HF_ENDPOINT")
-            return _json(content, source), _next(answer, url, source)
+    for tries in count(1):
+        with session.stream("GET", url) as answer:
+            if answer.is_success:
+                return _json(_content(answer, source), source), _next(answer, url, source)
+        if not again(answer, tries):
+            break
     code, status = answer.headers.get("X-Error-Code", ""), answer.status_code
     if code == "GatedRepo":
         raise AuthError(f"{source} is gated", "ask for access and set HF_TOKEN")
@@ -67,6 +67,15 @@ def ask(session: httpx.Client, url: str, source: str) -> tuple[Any, str | None]:
     if status in (401, 403):
         raise AuthError(f"{source} answered {status}", "check HF_TOKEN")
     raise HubError(f"{source} answered {status}", "try again later, or check HF_ENDPOINT")
+
+
+def _content(answer: httpx.Response, source: str) -> bytearray:
+    content = bytearray()
+    for chunk in answer.iter_bytes():
+        content += chunk
+        if len(content) > LONGEST:
+            raise IntegrityError(f"{source}: an answer without an end", "check HF_ENDPOINT")
+    return content
 
 
 def _next(answer: httpx.Response, asked: str, source: str) -> str | None:

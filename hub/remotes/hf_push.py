@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from experthub.hub.errors import AuthError, ConflictError, HubError, NotFoundError, UsageError
 from experthub.hub.remotes._hf_api import endpoint, token
+from experthub.hub.remotes._hf_files import HfSource
 from experthub.hub.remotes._http import check_online
-from experthub.hub.remotes.hf import HfSource
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
