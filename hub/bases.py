@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -129,10 +128,8 @@ def fingerprint(folder: Path, fresh: bool = False) -> str:
     cache = hub_home() / "fingerprints" / f"{key}.json"
     if not fresh and (known := _cached(cache, stats)):
         return known
-    with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda file: list(hashed_tensors(file)), files)
-        rows = sorted([n, d, list(s), h] for tensors in found for n, d, s, h in tensors)
-    value = digest_of(rows)
+    rows = [[n, d, list(s), h] for file in files for n, d, s, h in hashed_tensors(file)]
+    value = digest_of(sorted(rows))
     write_json(cache, {"files": stats, "fingerprint": value, "check": digest_of([stats, value])})
     return value
 

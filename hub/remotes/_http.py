@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     import httpx
 
 TRIES, WAIT = 5, 0.5  # tries without a byte, and seconds before the second; each wait is doubled
-WINDOW = 8 << 20  # bytes that the disk is given at a time
 BUSY = (429, 500, 502, 503, 504)
 SHA256 = re.compile(r"[0-9a-f]{64}")
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -190,7 +189,6 @@ class Growing:
         self.file = file
         file.seek(0)
         self.digest = hashlib.file_digest(file, "sha256")
-        self.unsent = 0
 
     @property
     def size(self) -> int:
@@ -199,17 +197,10 @@ class Growing:
     def write(self, chunk: bytes) -> None:
         self.file.write(chunk)
         self.digest.update(chunk)
-        self.unsent += len(chunk)
-        if self.unsent >= WINDOW and hasattr(os, "posix_fadvise"):
-            # The disk begins to write now, while more is coming; fsync has less to wait for.
-            start = self.file.tell() - self.unsent
-            os.posix_fadvise(self.file.fileno(), start, self.unsent, os.POSIX_FADV_DONTNEED)
-            self.unsent = 0
 
     def empty(self) -> None:
         self.file.truncate(0)
         self.digest = hashlib.sha256()
-        self.unsent = 0
 
 
 def again(answer: httpx.Response, tries: int) -> bool:

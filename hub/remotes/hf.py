@@ -52,7 +52,7 @@ from experthub.hub.sealed import MANIFEST, read_manifest, write_manifest
 if TYPE_CHECKING:
     import httpx
 
-AT_ONCE = 8
+AT_ONCE = 4
 FOLDER = re.compile(r"[0-9a-f]{40}-[0-9a-f]{8}")  # of a commit: what was asked for of it
 
 
