@@ -100,6 +100,9 @@ def collect(
             found.leftovers[str(path.relative_to(store.root))] = path.stat().st_size
             if not dry_run:
                 path.unlink()
+                if path.parent.name.startswith("."):  # a draft: it goes with its last file
+                    with contextlib.suppress(OSError):
+                        path.parent.rmdir()
     return found
 
 
@@ -116,7 +119,7 @@ def _leftovers(root: Path, grace: float) -> Iterator[Path]:
     for path in [*root.glob("objects/sha256/*/.*"), *root.glob("registry/*/.*")]:
         if now - path.stat().st_mtime >= grace:
             yield path
-    for path in root.glob("partial/*"):
+    for path in [*root.glob("partial/*"), *root.glob("hf/*/.*/*")]:
         if path.is_file() and now - path.stat().st_mtime >= STALE and not _in_use(path):
             yield path
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from experthub.hub._files import write_json
@@ -73,15 +75,16 @@ def add_folder(
     description: str | None = None,
     source: str | None = None,
     file: Path | None = None,
+    hashed: Mapping[str, str] = MappingProxyType({}),
 ) -> Expert:
     """Take someone's folder into the store and register it under a name.
 
     version: the next one of the name by default, or the present one if the content is the same.
     base: what it was trained on; by default what its expert.json or adapter_config.json says,
     which need not be here.  source: where the folder came from, itself by default.  file: the
-    registry to write to, the user's own by default.
+    registry to write to, the user's own by default.  hashed: see Store.add.
     """
-    digest, identity = store.add(folder)
+    digest, identity = store.add(folder, hashed=hashed)
     same = [e for e in registry.experts() if e.name == name and e.digest == digest]
     if version is None and same and file is None:
         return same[-1]

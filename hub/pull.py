@@ -15,18 +15,20 @@ from experthub.hub.registry import Registry, checked_name, register
 from experthub.hub.store import Store
 
 
-def source_folder(source: str, near: Path, report: Report = silent) -> Path:
-    """The local folder behind a source, fetched where it is remote."""
+def source_folder(source: str, near: Path, report: Report = silent) -> tuple[Path, dict[str, str]]:
+    """The local folder behind a source, fetched where it is remote.
+
+    Then also the sha256 of its files, which nobody but the hub has in hand.
+    """
     reference = Reference.parse(source, near)
     if reference.folder is not None:
-        return reference.folder
+        return reference.folder, {}
     if source.startswith("hf:"):
         from experthub.hub.remotes import hf
 
-        return hf.fetch(
+        return hf.fetch_expert(
             source,
             hub_home() / "hf",
-            hf.EXPERT,
             lambda done, size: report(f"fetching {source}", done, size),
         )
     raise HubError(f"an expert cannot come from {source}", "use file:, hf:, or a folder")
@@ -60,7 +62,8 @@ def pull(content: Content, store: Store, report: Report = silent) -> None:
     for source in content.sources:
         try:
             report(f"pulling {content.reference} from {source}", 0, 0)
-            store.add(source_folder(source, Path.cwd(), report), content.digest)
+            folder, hashed = source_folder(source, Path.cwd(), report)
+            store.add(folder, content.digest, hashed)
             return
         except HubError as error:
             problems.append(error)
@@ -99,10 +102,10 @@ def _pull_remote(
     from experthub.hub.describe import add_folder
     from experthub.hub.remotes.hf import HfSource
 
-    folder = source_folder(source, Path.cwd(), report)
+    folder, hashed = source_folder(source, Path.cwd(), report)
     place = HfSource.parse(source)
     stated = read_json(folder / DESCRIPTION) if (folder / DESCRIPTION).is_file() else {}
     own = re.sub(r"[^a-z0-9._-]+", "-", place.repository.rpartition("/")[2].lower())
     pinned = f"hf:{place.repository}@{folder.name[:40]}"
     name = as_name or str(stated.get("name") or own)
-    return add_folder(folder, checked_name(name), registry, store, source=pinned)
+    return add_folder(folder, checked_name(name), registry, store, source=pinned, hashed=hashed)

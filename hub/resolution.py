@@ -77,8 +77,8 @@ def find_content(use: ExpertUse, registry: Registry, store: Store, report: Repor
     reference = Reference.parse(use.expert)
     if reference.name:
         return Content.of(registry.expert(reference))
-    folder = source_folder(use.expert, Path.cwd(), report)
-    digest, _ = store.add(folder)
+    folder, hashed = source_folder(use.expert, Path.cwd(), report)
+    digest, _ = store.add(folder, hashed=hashed)
     stated = read_json(folder / DESCRIPTION) if (folder / DESCRIPTION).is_file() else {}
     return Content(use.expert, digest, (absolute_source(use.expert, folder),), stated.get("task"))
 

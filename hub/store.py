@@ -8,13 +8,15 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from mmap import ACCESS_COPY, mmap
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO
 
-from experthub.hub._files import canonical_json, hub_home, locked, sha256_of, written
+from experthub.hub._files import canonical_json, hub_home, locked, sha256_of, sync_folder, written
 from experthub.hub.errors import HubError, IntegrityError, NotFoundError
 from experthub.hub.expert import ADAPTER_CONFIG, GATES, FileInfo, Identity
 from experthub.hub.formats.adapter import check_gates, kind_of, read_adapter, read_gates, read_json
@@ -50,10 +52,13 @@ class Store:
         found = (self.root / "objects" / "sha256").glob("[0-9a-f][0-9a-f]/*")
         return {_sha256(p): p for p in sorted(found) if re.fullmatch("[0-9a-f]{62}", p.name)}
 
-    def put(self, source: Path, sha256: str) -> Path:
-        """Copy a file in under its digest; IntegrityError when its content is another."""
+    def put(self, source: Path, sha256: str, link: bool = False) -> Path:
+        """Copy a file in under its digest; IntegrityError when its content is another.
+
+        link: it is the hub's own, and was compared with the digest: another name for it will do.
+        """
         target = self.path(sha256)
-        if self._here(target):
+        if self._here(target) or (link and _linked(source, target)):
             return target
         with source.open("rb") as data, written(target, 0o444) as file:
             digest = hashlib.sha256()
@@ -116,12 +121,18 @@ class Store:
             raise _damaged(path)
         return data
 
-    def add(self, folder: Path, expected: str | None = None) -> tuple[str, Identity]:
+    def add(
+        self,
+        folder: Path,
+        expected: str | None = None,
+        hashed: Mapping[str, str] = MappingProxyType({}),
+    ) -> tuple[str, Identity]:
         """Take an expert's folder in: checked, copied, verified; nothing stays when it is refused.
 
-        expected: the digest it must have.  Returns its digest and identity.
+        expected: the digest it must have.  hashed: the sha256 of files in a folder of the hub's
+        own, of which every byte was read just now.  Returns its digest and identity.
         """
-        identity = read_folder(folder)
+        identity = read_folder(folder, hashed)
         if expected and identity.digest != expected:
             raise IntegrityError(
                 f"{folder} is {identity.digest[:19]}, expected {expected[:19]}",
@@ -129,7 +140,7 @@ class Store:
             )
         self.hold(identity.digest, identity)
         for name, info in identity.files.items():
-            self.put(folder / name, info.sha256)
+            self.put(folder / name, info.sha256, link=name in hashed)
         path = self.path(identity.digest.removeprefix("sha256:"))
         if not self._here(path):
             with written(path, 0o444) as file:
@@ -194,9 +205,25 @@ def _damaged(path: Path) -> IntegrityError:
     )
 
 
-def read_folder(folder: Path) -> Identity:
+def _linked(source: Path, target: Path) -> bool:
+    """Give a file that is on the disk another name, if the file system can."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        source.chmod(0o444)
+        os.utime(source)  # it is used now
+        os.link(source, target)
+    except FileExistsError:
+        return True
+    except OSError:
+        return False
+    sync_folder(target.parent)
+    return True
+
+
+def read_folder(folder: Path, hashed: Mapping[str, str] = MappingProxyType({})) -> Identity:
     """The identity of an expert's folder, every file of it checked.
 
+    hashed: what is known already of the files' sha256.
     Raises NotFoundError for no folder, IntegrityError for anything but a plain, finite adapter or
     task vector.
     """
@@ -222,7 +249,10 @@ def read_folder(folder: Path) -> Identity:
             check_finite(folder / GATES, read_header(folder / GATES))
     check_finite(folder / weights, header)
     files = {
-        name: FileInfo(sha256=sha256_of(folder / name), size=(folder / name).stat().st_size)
+        name: FileInfo(
+            sha256=hashed.get(name) or sha256_of(folder / name),
+            size=(folder / name).stat().st_size,
+        )
         for name in sorted(names)
     }
     identity = Identity(kind=kind, base_fingerprint=None, files=files)

@@ -24,7 +24,9 @@ PURPOSES = {
 
 def usage(registry: Registry, store: Store) -> dict[str, Any]:
     """Bytes by purpose, and of every stored expert: in all, and of what no other expert shares."""
-    sizes = {p.name: size_of(p) for p in sorted(store.root.glob("*")) if p.is_dir()}
+    counted: set[tuple[int, int]] = set()  # what is an object, and in `hf` too, is one file
+    places = sorted(store.root.glob("*"), key=lambda path: (path.name != "objects", path.name))
+    sizes = {path.name: size_of(path, counted) for path in places if path.is_dir()}
     folders = [
         {"folder": name, "bytes": size, "purpose": PURPOSES.get(name, "")}
         for name, size in sizes.items()
@@ -54,10 +56,13 @@ def usage(registry: Registry, store: Store) -> dict[str, Any]:
     }
 
 
-def size_of(folder: Path) -> int:
-    """The bytes of all files below a folder, links not followed."""
-    return sum(
-        path.lstat().st_size
-        for path in folder.rglob("*")
-        if path.is_file() and not path.is_symlink()
-    )
+def size_of(folder: Path, counted: set[tuple[int, int]]) -> int:
+    """The bytes of all files below a folder but those counted already, links not followed."""
+    size = 0
+    for path in folder.rglob("*"):
+        stat = path.lstat()
+        key = (stat.st_dev, stat.st_ino)
+        if path.is_file() and not path.is_symlink() and key not in counted:
+            counted.add(key)
+            size += stat.st_size
+    return size

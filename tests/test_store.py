@@ -241,7 +241,7 @@ def test_file_that_changes_while_it_is_copied_is_refused(
 ) -> None:
     folder = expert_folder(1)
 
-    def changed(place: Path) -> Any:
+    def changed(place: Path, *_: Any) -> Any:
         identity = read_folder(place)
         with (place / ADAPTER).open("r+b") as file:
             file.write(b"\0")

@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from io import BufferedRandom
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from experthub.hub.errors import AuthError, HubError, IntegrityError, NotFoundError
 
@@ -108,22 +109,20 @@ def download(
     check_online(shown(url))
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / sha256
-    with partial.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with _locked(partial) as file:
+        growing = Growing(file)
         try:
             with client(headers) as session:
-                _fill_patiently(session, url, file, progress, size)
+                _patiently(
+                    lambda: _fill(session, url, growing, progress, size), lambda: growing.size
+                )
         except BaseException:
             if not file.tell():  # nothing to go on from
                 partial.unlink()
             raise
         file.flush()
         os.fsync(file.fileno())
-        try:
-            with partial.open("rb") as whole:
-                found = hashlib.file_digest(whole, "sha256").hexdigest()
-        except FileNotFoundError:  # whoever had the lock before has taken it away, whole
-            return partial
+        found = growing.digest.hexdigest()
         if found != sha256:
             partial.unlink(missing_ok=True)
             raise IntegrityError(
@@ -133,45 +132,103 @@ def download(
     return partial
 
 
+@contextmanager
+def _locked(path: Path) -> Iterator[BufferedRandom]:
+    """A file to append to, alone; whoever had it before may have taken it away, whole."""
+    while True:
+        with path.open("a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                same = os.path.samestat(os.fstat(file.fileno()), path.stat())
+            except FileNotFoundError:
+                same = False
+            if same:
+                yield file
+                return
+
+
+class Growing:
+    """A file, and the digest of every byte in it."""
+
+    def __init__(self, file: BufferedRandom) -> None:
+        self.file = file
+        file.seek(0)
+        self.digest = hashlib.file_digest(file, "sha256")
+
+    @property
+    def size(self) -> int:
+        return self.file.seek(0, os.SEEK_END)
+
+    def write(self, chunk: bytes) -> None:
+        self.file.write(chunk)
+        self.digest.update(chunk)
+
+    def empty(self) -> None:
+        self.file.truncate(0)
+        self.digest = hashlib.sha256()
+
+
+def ask(session: httpx.Client, url: str) -> httpx.Response:
+    """The answer to a question, good or bad; a server that is busy is asked again a few times."""
+    for tries in range(TRIES):
+        answer = session.get(url)
+        if answer.status_code not in (429, 503):
+            break
+        time.sleep(max(WAIT * 2**tries, _retry_after(answer)))
+    return answer
+
+
 def fetch_small(session: httpx.Client, url: str, size: int) -> bytes:
-    """The bytes of a small file, of which the size is known; IntegrityError for another size."""
-    content = bytearray()
-    with session.stream("GET", url, headers={"Accept-Encoding": "identity"}) as answer:
-        answer.raise_for_status()
-        for chunk in answer.iter_raw():
-            content += chunk
-            if len(content) > size:
-                break
+    """The bytes of a small file, of which the size is known; IntegrityError for another size.
+
+    What breaks or is busy is tried again, from the beginning.
+    """
+
+    def fetched() -> bytes:
+        content = bytearray()
+        with session.stream("GET", url, headers={"Accept-Encoding": "identity"}) as answer:
+            answer.raise_for_status()
+            for chunk in answer.iter_raw():
+                content += chunk
+                if len(content) > size:
+                    break
+        return bytes(content)
+
+    content: bytes = _patiently(fetched, lambda: 0)
     if len(content) != size:
         raise IntegrityError(
             f"{shown(url)} has {'more' if len(content) > size else 'fewer'} than {size} bytes",
             "it was cut or changed on its way; try again",
         )
-    return bytes(content)
+    return content
 
 
-def _fill_patiently(
-    session: httpx.Client, url: str, file: IO[bytes], progress: Progress, size: int | None
-) -> None:
-    """Fill the file, again after what passes; a try that brought something does not count."""
+def _patiently(call: Callable[[], Any], size: Callable[[], int]) -> Any:
+    """What a call returns, called again after what passes.
+
+    size: how much is there; a try that brought something does not count.
+    """
     import httpx
 
-    tries = TRIES
+    tries, reached = TRIES, False
     while True:
-        before = file.seek(0, os.SEEK_END)
+        before = size()
         wait = WAIT * 2 ** (TRIES - tries)
         try:
-            return _fill(session, url, file, progress, size)
+            return call()
         except httpx.HTTPStatusError as error:
             if error.response.status_code not in BUSY:
                 raise
             wait = max(wait, _retry_after(error.response))
             failure: httpx.HTTPError = error
         except httpx.TransportError as error:
-            if isinstance(error, httpx.ConnectError | httpx.UnsupportedProtocol):
-                raise  # nobody is there
+            nobody = isinstance(error, httpx.ConnectError) and not reached
+            if nobody or isinstance(error, httpx.UnsupportedProtocol):
+                raise
             failure = error
-        tries = TRIES if file.seek(0, os.SEEK_END) > before else tries - 1
+        brought = size() > before
+        reached = reached or brought
+        tries = TRIES if brought else tries - 1
         if not tries:
             raise failure
         time.sleep(wait)
@@ -184,9 +241,9 @@ def _retry_after(answer: httpx.Response) -> float:
 
 
 def _fill(
-    session: httpx.Client, url: str, file: IO[bytes], progress: Progress, limit: int | None
+    session: httpx.Client, url: str, growing: Growing, progress: Progress, limit: int | None
 ) -> None:
-    start = file.seek(0, os.SEEK_END)
+    start = growing.size
     if limit is not None and start == limit:
         return
     # As they are stored: a server may call a .tar.gz gzip-encoded, and it must not be unpacked.
@@ -196,11 +253,11 @@ def _fill(
             return
         answer.raise_for_status()
         if start and answer.status_code != 206:
-            file.truncate(0)
+            growing.empty()
             start = 0
         size = limit or start + int(answer.headers.get("Content-Length", 0))
         for chunk in answer.iter_raw():  # of any size: what came before a broken line is kept
-            file.write(chunk)
+            growing.write(chunk)
             start += len(chunk)
             progress(start, size)
             if limit is not None and start > limit:

@@ -10,19 +10,21 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial as partial_of
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urljoin
 
-from experthub.hub._files import locked, new_folder, write_text
+from experthub.hub._files import locked, sha256_of, sync_file, sync_folder, write_json, write_text
 from experthub.hub.errors import AuthError, HubError, IntegrityError, NotFoundError, UsageError
+from experthub.hub.formats.adapter import read_json
 from experthub.hub.remotes._http import (
     Progress,
+    ask,
     check_online,
     client,
     download,
@@ -110,6 +112,37 @@ def fetch(
     request.  Raises UsageError, NotFoundError, AuthError, and IntegrityError for bytes that are
     not those of the digests.
     """
+    return _fetch(source, folder, patterns, progress)[0]
+
+
+def fetch_expert(
+    source: str, folder: Path, progress: Progress = quiet
+) -> tuple[Path, dict[str, str]]:
+    """An expert's folder, and the sha256 of its files, of which every byte was read just now.
+
+    One that was here, and is not as it came, is fetched again.
+    """
+    target, hashed = _fetch(source, folder, EXPERT, progress)
+    if hashed:
+        return target, hashed
+    hashed = {path.name: sha256_of(path) for path in target.iterdir()}
+    came = _record(target)
+    if came.is_file() and read_json(came) != hashed:
+        check_online(f"{source}, as it came,")
+        shutil.rmtree(target)
+        return _fetch(source, folder, EXPERT, progress)
+    return target, hashed
+
+
+def _record(target: Path) -> Path:
+    """Where the digests of a repository's files are kept."""
+    return target.with_name(f"{target.name}.json")
+
+
+def _fetch(
+    source: str, folder: Path, patterns: tuple[str, ...], progress: Progress
+) -> tuple[Path, dict[str, str]]:
+    """A repository's folder; if it was not here, with the sha256 of its files."""
     place = HfSource.parse(source)
     kind = hashlib.sha256("\0".join(patterns).encode()).hexdigest()[:8]
     mine = folder / place.repository.replace("/", "--")
@@ -118,8 +151,9 @@ def fetch(
     if commit is None and is_offline() and remembered.is_file():
         commit = remembered.read_text(encoding="utf-8").strip()
     if commit and (mine / f"{commit}-{kind}").is_dir():
-        return mine / f"{commit}-{kind}"
+        return mine / f"{commit}-{kind}", {}
     check_online(source)
+    hashed: dict[str, str] = {}
     with client(headers=headers()) as session:
         commit = _commit(session, place, source)
         target = mine / f"{commit}-{kind}"
@@ -127,9 +161,9 @@ def fetch(
             if not target.is_dir():
                 files = list(_files(session, place, commit, patterns, source))
                 partial = folder.parent / "partial"
-                _fetch_all(session, place, commit, files, target, partial, progress)
+                hashed = _fetch_all(session, place, commit, files, target, partial, progress)
     write_text(remembered, commit + "\n")
-    return target
+    return target, hashed
 
 
 def _commit(session: httpx.Client, place: HfSource, source: str) -> str:
@@ -199,52 +233,68 @@ def _fetch_all(
     target: Path,
     partial: Path,
     progress: Progress,
-) -> None:
-    """Fetch files, several at a time, into a folder that appears when all of them are there."""
+) -> dict[str, str]:
+    """Fetch files, several at a time, into a folder that appears when all of them are there.
+
+    Until then it is a draft, and what is whole in it is not fetched again.  Returns their sha256.
+    """
     done = dict.fromkeys((file.name for file in files), 0)
     size = sum(file.size for file in files)
+    draft = target.with_name(f".{target.name}")
+    draft.mkdir(parents=True, exist_ok=True)
 
-    def fetch_one(file: RemoteFile, draft: Path) -> None:
+    def fetch_one(file: RemoteFile) -> str:
         def note(bytes_done: int, _: int) -> None:
             done[file.name] = bytes_done
             progress(sum(done.values()), size)
 
+        path = draft / file.name
         url = f"{endpoint()}/{place.repository}/resolve/{commit}/{quote(file.name)}"
-        if file.sha256 is not None:
-            _move(url, file, partial, draft / file.name, note)
-            return
-        content = fetch_small(session, url, file.size)
-        found = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-        if found != file.blob:
-            raise IntegrityError(
-                f"{shown(url)} is not the file that its repository lists",
-                "it was changed on its way or at its source; try again",
-            )
-        (draft / file.name).write_bytes(content)
-        note(len(content), 0)
+        if file.sha256 is None:
+            content = fetch_small(session, url, file.size)
+            if hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() != file.blob:
+                raise IntegrityError(
+                    f"{shown(url)} is not the file that its repository lists",
+                    "it was changed on its way or at its source; try again",
+                )
+            path.write_bytes(content)
+            found = hashlib.sha256(content).hexdigest()
+        elif path.is_file() and sha256_of(path) == file.sha256:
+            found = file.sha256
+        else:
+            found = _move(url, file, partial, path, note)
+        note(file.size, 0)
+        return found
 
-    with new_folder(target) as draft, ThreadPoolExecutor(AT_ONCE) as pool:
-        for _ in pool.map(partial_of(fetch_one, draft=draft), files):
-            pass
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        digests = list(pool.map(fetch_one, files))
+    hashed = {file.name: sha256 for file, sha256 in zip(files, digests, strict=True)}
+    for path in draft.iterdir():
+        sync_file(path) if path.name in hashed else path.unlink()
+    write_json(_record(target), hashed)
+    draft.rename(target)
+    sync_folder(target.parent)
+    return hashed
 
 
-def _move(url: str, file: RemoteFile, partial: Path, target: Path, note: Progress) -> None:
-    """Download a large file to where it belongs.
+def _move(url: str, file: RemoteFile, partial: Path, target: Path, note: Progress) -> str:
+    """Download a large file to where it belongs; its sha256.
 
     Another process that wants the same content, of another repository, may take it away first.
     """
+    sha256 = str(file.sha256)
     while True:
-        got = download(url, str(file.sha256), partial, note, headers=headers(), size=file.size)
+        got = download(url, sha256, partial, note, headers=headers(), size=file.size)
         try:
             got.rename(target)
         except FileNotFoundError:
             continue
-        return
+        return sha256
 
 
 def _ask(session: httpx.Client, url: str, source: str) -> httpx.Response:
     """An answer of the Hub; its errors in words."""
-    answer = session.get(url)
+    answer = ask(session, url)
     if answer.is_success:
         return answer
     code, status = answer.headers.get("X-Error-Code", ""), answer.status_code
