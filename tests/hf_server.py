@@ -14,6 +14,7 @@ import contextlib
 import re
 import secrets
 import socket
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -120,6 +121,11 @@ class Http(ThreadingHTTPServer):
     def shutdown_request(self, request: Any) -> None:
         self.live.discard(request)
         super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a client that hangs up; by default it is printed."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
 
     def cut(self) -> None:
         """Close every connection."""
