@@ -1,6 +1,6 @@
 """SIGKILL at random moments and before every step, and full disks: what is stored stays whole.
 
-Set HUB_KILLS for more kills per command and kind (3 by default; 200 are more than the steps of any
+Set HUB_KILLS for more kills per command and kind (2 by default; 200 are more than the steps of any
 command), and use pytest -s to see how many of them met the command at work.
 """
 
@@ -29,7 +29,7 @@ from test_push import FILES
 
 Make = Callable[..., Path]
 Words = Sequence[str | Path]
-KILLS = int(os.environ.get("HUB_KILLS", "3"))
+KILLS = int(os.environ.get("HUB_KILLS", "2"))
 REPO = "alice/mine"
 
 
