@@ -1,6 +1,6 @@
 """One flipped bit in each kind of file that the hub keeps: found by verify, put right by --repair.
 
-Set HUB_FLIPS for more bits (16 by default).
+Set HUB_FLIPS for more bits (8 by default).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from test_hygiene import flip
 from test_remotes import archive_of, scored
 
 Make = Callable[..., Path]
-FLIPS = int(os.environ.get("HUB_FLIPS", "16"))
+FLIPS = int(os.environ.get("HUB_FLIPS", "8"))
 LOCK = "recipe.lock.yaml"
 # Below HUB_HOME, but for the lock file.
 KINDS = {

@@ -1,6 +1,6 @@
 """SIGKILL at random moments and before every step, and full disks: what is stored stays whole.
 
-Set HUB_KILLS for more kills per command and kind (3 by default; 200 are more than the steps of any
+Set HUB_KILLS for more kills per command and kind (2 by default; 200 are more than the steps of any
 command), and use pytest -s to see how many of them met the command at work.
 """
 
@@ -8,29 +8,21 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import killing
 import pytest
-from conftest import Ran, make_expert, run_hub
-from experthub import hub
-from experthub.hub import _yaml, leases
-from experthub.hub.expert import Expert, Reference
-from experthub.hub.lock import Lock
-from experthub.hub.registry import Registry
+from conftest import Ran, run_hub
+from experthub.hub import leases
 from experthub.hub.store import Store
 from experthub.hub.verification import verify
 from hf_server import HfServer
-from test_hygiene import flip
-from test_push import FILES
+from kill_cases import CASES, Case, Repair, Words, entry
 
 Make = Callable[..., Path]
-Words = Sequence[str | Path]
-KILLS = int(os.environ.get("HUB_KILLS", "3"))
-REPO = "alice/mine"
+KILLS = int(os.environ.get("HUB_KILLS", "2"))
 
 
 @pytest.fixture(autouse=True)
@@ -50,215 +42,6 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HfServer
         monkeypatch.setenv("HF_ENDPOINT", made.url)
         monkeypatch.setenv("HF_TOKEN", "hf_write")
         yield made
-
-
-class Case:
-    """A command that is killed, and what must hold then.
-
-    again: the exit codes of the same command afterwards.
-    """
-
-    again: tuple[int, ...] = (0,)
-
-    def __init__(self, folder: Path, base: Path, home: Path, server: HfServer) -> None:
-        self.folder, self.base, self.home, self.server = folder, base, home, server
-        self.made = 0
-        self.begin()
-
-    def expert(self, rank: int = 8) -> Path:
-        """The folder of a new expert."""
-        self.made += 1
-        return make_expert(self.folder / f"made-{self.made}", self.base, self.made, rank=rank)
-
-    def forget(self) -> None:
-        """Begin anew, so that what there is to check does not grow."""
-        for name in ("objects", "registry", "hf", "partial"):
-            shutil.rmtree(self.home / name, ignore_errors=True)
-
-    def begin(self) -> None:
-        """Once."""
-
-    def prepare(self, turn: int) -> Words:
-        """Before each turn; returns the command."""
-        raise NotImplementedError
-
-    def killed(self) -> None:
-        """After the kill."""
-
-    def done(self) -> None:
-        """After the same command was run again."""
-
-
-def entry(name: str) -> Expert:
-    return Registry.read().expert(Reference.parse(name))
-
-
-class Add(Case):
-    def prepare(self, turn: int) -> Words:
-        if turn % 8 == 0:
-            self.forget()
-        self.name = f"e-{turn}"
-        return ("add", self.expert(), "--name", self.name)
-
-    def done(self) -> None:
-        assert Store().identity(entry(self.name).digest)
-
-
-class Pull(Case):
-    def begin(self) -> None:
-        run_hub("add", self.expert(), "--name", "e", "--registry", "registry.yaml")
-        self.digest = entry("e").digest
-
-    def prepare(self, turn: int) -> Words:
-        self.forget()
-        return ("pull", "e")
-
-    def done(self) -> None:
-        assert Store().identity(self.digest).digest == self.digest
-        assert entry("e") in Registry.read().user.content.experts
-
-
-class PullRemote(Pull):
-    def begin(self) -> None:
-        run_hub("add", self.expert(), "--name", "e")
-        self.digest = entry("e").digest
-        assert killing.run("push", "e", f"hf:{REPO}").code == 0
-
-    def prepare(self, turn: int) -> Words:
-        super().prepare(turn)
-        return ("pull", f"hf:{REPO}")
-
-    def done(self) -> None:
-        super().done()
-        assert not list((self.home / "partial").iterdir())
-
-
-class Push(Case):
-    def begin(self) -> None:
-        self.before: list[str] = []
-        assert killing.run(*self.prepare(0)).code == 0
-
-    def prepare(self, turn: int) -> Words:
-        if turn % 8 == 0:
-            self.forget()
-        assert run_hub("add", self.expert(), "--name", "e").code == 0
-        if turn:
-            self.before = self.commits()
-        return ("push", "e", f"hf:{REPO}")
-
-    def commits(self) -> list[str]:
-        """The remote's commits, newest first; each has the files of one expert."""
-        repository = self.server.store.repository(REPO)
-        found = [str(c["id"]) for c in repository.history(repository.revision("main"))]
-        for oid in found[:-1]:  # the first is empty
-            files = {n: f for n, f in repository.files(oid).items() if n != ".gitattributes"}
-            assert set(files) == FILES
-            assert all(repository.content(file).is_file() for file in files.values())
-        return found
-
-    def killed(self) -> None:
-        now = self.commits()
-        assert now == self.before or now[1:] == self.before
-
-    def done(self) -> None:
-        now = self.commits()
-        assert now[1:] == self.before, "one commit, however often it was tried"
-        assert entry("e").sources[-1] == f"hf:{REPO}@{now[0]}"
-        assert not list(self.home.glob("drafts/*"))
-
-
-class Collect(Case):
-    def begin(self) -> None:
-        run_hub("add", self.expert(), "--name", "keep")
-        self.keep = entry("keep").digest
-        self.drop = [self.expert() for _ in range(6)]
-
-    def prepare(self, turn: int) -> Words:
-        for folder in self.drop:
-            Store().add(folder)
-        leases._mine.clear()  # this process needs nothing of it
-        return ("gc", "--grace", "0", "--yes")
-
-    def done(self) -> None:
-        assert set(Store().objects()) == Store().identity(self.keep).objects
-        assert not list((self.home / "trash").iterdir())
-        assert not list((self.home / "leases").iterdir())
-
-
-class Remove(Case):
-    again = (0, 4)
-
-    def begin(self) -> None:
-        self.source = self.expert()
-
-    def prepare(self, turn: int) -> Words:
-        run_hub("add", self.source, "--name", "e")
-        return ("rm", "e", "--yes")
-
-    def done(self) -> None:
-        assert run_hub("show", "e").code == 4
-        assert not [p for p in (self.home / "registry").rglob("*") if p.is_file()]
-
-
-class LockCase(Case):
-    def begin(self) -> None:
-        run_hub("add", self.expert(), "--name", "e")
-        self.before: Lock | None = None
-
-    def prepare(self, turn: int) -> Words:
-        self.turn = turn
-        recipe = {"base": str(self.base), "experts": ["e"], "merge": {"method": "linear"}}
-        Path("recipe.yaml").write_text(_yaml.dump(recipe | {"seed": turn}))
-        self.before = self.now()
-        return ("lock", "recipe.yaml")
-
-    def now(self) -> Lock | None:
-        path = Path("recipe.lock.yaml")
-        return Lock.read(path) if path.is_file() else None
-
-    def killed(self) -> None:
-        held = self.now()
-        assert held == self.before or (held and held.seed == self.turn)
-        if held:
-            assert list((self.home / "roots").iterdir()), "what it pins is kept"
-
-    def done(self) -> None:
-        held = Lock.read(Path("recipe.lock.yaml"))
-        assert hub.plan_of("recipe.yaml", "frozen").digest == held.composition
-        assert sorted(p.name for p in Path().iterdir()) == ["recipe.lock.yaml", "recipe.yaml"]
-
-
-class Repair(Case):
-    def begin(self) -> None:
-        for name in ("one", "two"):
-            run_hub("add", self.expert(), "--name", name)
-
-    def prepare(self, turn: int) -> Words:
-        objects = Store().objects()
-        self.flipped = random.sample(sorted(objects), 3)
-        for sha256 in self.flipped:
-            flip(objects[sha256])
-        return ("verify", "--repair")
-
-    def killed(self) -> None:
-        found = verify()
-        assert set(found.damaged) <= set(self.flipped)
-        assert len(Store().objects()) == 7, "a damaged object stays until it is replaced"
-
-    def done(self) -> None:
-        assert verify().whole and len(Store().objects()) == 7
-
-
-CASES = {
-    "add": Add,
-    "pull": Pull,
-    "pull hf:": PullRemote,
-    "push": Push,
-    "gc": Collect,
-    "rm": Remove,
-    "lock": LockCase,
-    "verify --repair": Repair,
-}
 
 
 @pytest.fixture(params=CASES)
