@@ -31,6 +31,9 @@ from experthub.hub.errors import HubError
 from experthub.hub.expert import EXPERT_FILES, Reference, absolute_source
 from experthub.hub.formats.adapter import read_adapter
 from experthub.hub.formats.header import read_header
+from experthub.hub.formats.layout import Layout
+from experthub.hub.formats.tar import members
+from experthub.hub.image import image, write_archive
 from experthub.hub.lock import Lock
 from experthub.hub.recipe import Recipe
 from experthub.hub.registry import Registry
@@ -450,6 +453,48 @@ def description(folder: Path, patch: pytest.MonkeyPatch) -> Reader:
         return describe.add_folder(mine, "x", Registry(()), Store(folder / "home"))
 
     return Reader(from_file(mine / "expert.json", read), [], [tree, {"identity": tree["identity"]}])
+
+
+def shared(folder: Path) -> Path:
+    """An archive with one expert."""
+    mine, store = folder / "expert", Store(folder / "home")
+    mine.mkdir()
+    (mine / "adapter_model.safetensors").write_bytes(ADAPTER)
+    (mine / "adapter_config.json").write_bytes(as_json(CONFIGS[0]))
+    expert = describe.add_folder(mine, "x", Registry(()), store, base="b")
+    write_archive([image(expert, store)], folder / "x.tar")
+    return folder / "x.tar"
+
+
+def unpacked(place: Path, folder: Path) -> object:
+    """Every expert of an archive or shared folder, unpacked into an empty folder."""
+    target = folder / "out"
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    layout = Layout.read(place)
+    found = {name: layout.unpack(layout.find(name), target) for name in layout.experts}
+    assert {path.name for path in target.iterdir()} <= set(EXPERT_FILES)
+    return found
+
+
+@reader
+def archive(folder: Path, patch: pytest.MonkeyPatch) -> Reader:
+    """A tar archive with experts."""
+    path = shared(folder)
+    text = path.read_bytes()
+    return Reader(from_file(path, lambda place: unpacked(place, folder)), [text], [])
+
+
+@reader
+def shared_index(folder: Path, patch: pytest.MonkeyPatch) -> Reader:
+    """index.json of a shared folder."""
+    place, path = folder / "shared", shared(folder)
+    for name, (start, size) in members(path).items():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_bytes(path.read_bytes()[start : start + size])
+    index = place / "index.json"
+    tree = json.loads(index.read_text())
+    return Reader(from_file(index, lambda _: unpacked(place, folder)), [], [tree])
 
 
 @reader
