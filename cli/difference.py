@@ -16,7 +16,7 @@ from experthub.cli._output import (
 )
 
 if TYPE_CHECKING:
-    from experthub.hub.difference import Difference
+    from experthub.hub.finetunes.difference import Difference
 
 
 def diff(
@@ -57,7 +57,7 @@ def diff(
     Examples: hub diff smollm2-135m-instruct ./tuned --name mine; hub diff ./base ./tuned --name mine --rank 16;
     hub diff ./base hf:someone/tuned --name theirs --sparse 0.1 --dtype bfloat16
     """
-    from experthub.hub.difference import diff as make
+    from experthub.hub.finetunes.difference import diff as make
     from experthub.hub.registry import Registry
 
     with progress() as report:

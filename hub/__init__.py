@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from experthub.hub.composition import Composition, compose
-    from experthub.hub.difference import Difference, diff
     from experthub.hub.errors import HubError
     from experthub.hub.expert import Expert
+    from experthub.hub.finetunes.difference import Difference, diff
     from experthub.hub.lock import Lock, plan_of
     from experthub.hub.plan import Plan
     from experthub.hub.recipe import Recipe
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Composition": "composition",
-    "Difference": "difference",
+    "Difference": "finetunes.difference",
     "Expert": "expert",
     "HubError": "errors",
     "Lock": "lock",
@@ -33,7 +33,7 @@ _HOMES = {
     "Settings": "training.fit",
     "Store": "store",
     "compose": "composition",
-    "diff": "difference",
+    "diff": "finetunes.difference",
     "evaluate": "scoring.evaluation",
     "plan_of": "lock",
     "resolve": "resolution",

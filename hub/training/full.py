@@ -11,15 +11,15 @@ from experthub.hub._files import check_free, new_folder
 from experthub.hub.base_sources import find
 from experthub.hub.bases import Report, load_model, load_tokenizer, silent, without_bars
 from experthub.hub.describe import run_folder
-from experthub.hub.difference import Difference, take_in
-from experthub.hub.difference_form import Form
 from experthub.hub.errors import HubError
+from experthub.hub.finetunes.difference import Difference, take_in
+from experthub.hub.finetunes.form import Form
+from experthub.hub.finetunes.two_models import Weights, weights_of
 from experthub.hub.registry import Registry, checked_name
 from experthub.hub.store import Store
 from experthub.hub.tasks.task import read_task
 from experthub.hub.training.fit import Settings, fit
 from experthub.hub.training.objectives import objective_for
-from experthub.hub.two_models import Weights, weights_of
 from torch import nn
 
 

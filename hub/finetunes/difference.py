@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experthub.hub import difference_lora, difference_vector
 from experthub.hub._files import new_folder
 from experthub.hub.base_sources import find
 from experthub.hub.bases import Base, Report, linear_modules, silent
 from experthub.hub.describe import describe, run_folder
-from experthub.hub.difference_form import Form
 from experthub.hub.errors import HubError
 from experthub.hub.expert import ADAPTER, TASK_VECTOR, Expert
+from experthub.hub.finetunes import lora, vector
+from experthub.hub.finetunes.form import Form
+from experthub.hub.finetunes.two_models import Changed, Weights, changed_of, pairs_of, weights_of
 from experthub.hub.registry import Registry, checked_name
 from experthub.hub.store import Store
-from experthub.hub.two_models import Changed, Weights, changed_of, pairs_of, weights_of
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,10 @@ def take_in(
     kinds = linear_modules(base) if form.low_rank else {}
     with new_folder(run / "expert") as folder:
         if form.low_rank:
-            error, more = difference_lora.write(
-                folder, base, untouched, tuned, changed, kinds, form, report
-            )
+            error, more = lora.write(folder, base, untouched, tuned, changed, kinds, form, report)
             weights = folder / ADAPTER
         else:
-            error = difference_vector.write(folder, base, untouched, tuned, changed, form, report)
+            error = vector.write(folder, base, untouched, tuned, changed, form, report)
             weights, more = folder / TASK_VECTOR, {}
         figures = {
             **error.record(),

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from experthub.hub.errors import UsageError
-from experthub.hub.two_models import Read
+from experthub.hub.finetunes.two_models import Read
 from torch import Tensor
 
 

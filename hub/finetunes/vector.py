@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from experthub.hub.bases import Base, Report
-from experthub.hub.difference_form import Error, Form
 from experthub.hub.errors import HubError
 from experthub.hub.expert import TASK_VECTOR
+from experthub.hub.finetunes.form import Error, Form
+from experthub.hub.finetunes.two_models import Changed, Weights, read_pair
 from experthub.hub.formats.task_vector import SHAPES
 from experthub.hub.formats.writer import Layout, safetensors_file
-from experthub.hub.two_models import Changed, Weights, read_pair
 from experthub.hub.weights import unpacked
 from torch import Tensor
 

@@ -1,0 +1,1 @@
+"""Task vectors of fully fine-tuned models: dense, sparse, or as LoRAs."""
