@@ -148,6 +148,8 @@ def export(
     experts = [known.expert(Reference.parse(name)) for name in names]
     if portable and len(experts) > 1:
         raise UsageError("--portable is for one expert", "write one folder for each")
+    if not portable and target.suffix != ".tar":
+        raise UsageError(f"{target} is no name of an archive", "write names first, FILE.tar last")
     with progress() as report:
         for expert in experts:
             pulled(Content.of(expert), store, report)

@@ -189,6 +189,7 @@ def test_an_archive(two: dict[str, str], home: Path, tmp_path: Path) -> None:
     assert run_hub("import", "x.tar").code == 0
     assert len(Registry.read().user.content.experts) == 2
     assert run_hub("import", "y.tar").code == 4
+    assert run_hub("export", "one", "two").code == 2
 
 
 def test_archives_of_other_programs(two: dict[str, str], home: Path) -> None:
