@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 def target(text: str) -> HfSource:
     """Where to push; UsageError for anything but `hf:org/name[@branch]`."""
     if not text.startswith("hf:"):
-        raise UsageError(f"cannot push to {text!r}", "write hf:org/name, hf:org/name@branch or file:DIR")
+        raise UsageError(
+            f"cannot push to {text!r}", "write hf:org/name, hf:org/name@branch or file:DIR"
+        )
     return HfSource.parse(text)
 
 
