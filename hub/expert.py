@@ -111,7 +111,7 @@ class Reference:
         """
         near = folder or Path.cwd()
         if "\0" in text:
-            raise UsageError(f"{text!r} is not a reference", "no file has such a name")
+            raise UsageError(f"{text[:200]!r} is not a reference", "no file has such a name")
         if text.startswith(("./", "../", "/")) or text in (".", ".."):
             return cls(text, folder=near / text)
         if text.startswith("file:"):
@@ -124,7 +124,7 @@ class Reference:
         found = re.fullmatch(rf"({NAME})(?:@(?:([0-9]{{1,9}})|(sha256:[0-9a-f]{{8,64}})))?", text)
         if not found:
             raise UsageError(
-                f"{text!r} is not a reference",
+                f"{text[:200]!r} is not a reference",
                 "write name, name@2, name@sha256:<8 or more digits>, ./folder or hf:org/name",
             )
         name, version, digest = found.groups()

@@ -40,7 +40,9 @@ class HfSource:
     def parse(cls, text: str) -> HfSource:
         found = re.fullmatch(rf"hf:({REPOSITORY}(?:/{REPOSITORY})?)(?:@({REVISION}))?", text)
         if not found or ".." in text or "--" in found.group(1):
-            raise UsageError(f"{text!r} is no source", "write hf:org/name or hf:org/name@revision")
+            raise UsageError(
+                f"{text[:200]!r} is no source", "write hf:org/name or hf:org/name@revision"
+            )
         return cls(found.group(1), found.group(2) or "main")
 
     def api(self, path: str) -> str:

