@@ -19,6 +19,14 @@ from experthub.cli._output import (
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Train experts and gates.")
 
+BaseOption = Annotated[
+    str,
+    typer.Option(help="The base: a name, a folder, hf:org/name.", autocompletion=_completion.bases),
+]
+TaskOption = Annotated[
+    str, typer.Option(help="The task: suite:name or a folder.", autocompletion=_completion.tasks)
+]
+NameOption = Annotated[str, typer.Option("--name", help="What to call the expert.")]
 StepsOption = Annotated[int, typer.Option(help="Optimiser steps.", min=1)]
 ExamplesOption = Annotated[int, typer.Option(help="Training examples, at most.", min=1)]
 BatchOption = Annotated[int, typer.Option(help="Examples per step.", min=1)]
@@ -28,17 +36,9 @@ SeedOption = Annotated[int, typer.Option(help="Of initialisation and order.")]
 
 @app.command()
 def lora(
-    base: Annotated[
-        str,
-        typer.Option(
-            help="The base: a name, a folder, hf:org/name.", autocompletion=_completion.bases
-        ),
-    ],
-    task: Annotated[
-        str,
-        typer.Option(help="The task: suite:name or a folder.", autocompletion=_completion.tasks),
-    ],
-    name: Annotated[str, typer.Option("--name", help="What to call the expert.")],
+    base: BaseOption,
+    task: TaskOption,
+    name: NameOption,
     rank: Annotated[int, typer.Option(help="Rank of every LoRA.", min=1)] = 4,
     alpha: Annotated[
         float | None, typer.Option(help="LoRA's alpha; twice the rank by default.")
@@ -80,17 +80,9 @@ def lora(
 
 @app.command()
 def full(
-    base: Annotated[
-        str,
-        typer.Option(
-            help="The base: a name, a folder, hf:org/name.", autocompletion=_completion.bases
-        ),
-    ],
-    task: Annotated[
-        str,
-        typer.Option(help="The task: suite:name or a folder.", autocompletion=_completion.tasks),
-    ],
-    name: Annotated[str, typer.Option("--name", help="What to call the expert.")],
+    base: BaseOption,
+    task: TaskOption,
+    name: NameOption,
     embeddings: Annotated[
         bool, typer.Option("--embeddings", help="Train the embeddings too.")
     ] = False,
