@@ -41,6 +41,10 @@ def diff(
         float | None, typer.Option(help="This share of each tensor's entries, the largest.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    max_shard_size: Annotated[
+        str,
+        typer.Option(metavar="SIZE", help="Of the tensors in one file of a task vector, at most."),
+    ] = "5GB",
     task: Annotated[
         str | None,
         typer.Option(help="What it was trained on: suite:name.", autocompletion=_completion.tasks),
@@ -59,6 +63,7 @@ def diff(
     """
     from experthub.hub.finetunes.difference import diff as make
     from experthub.hub.registry import Registry
+    from experthub.hub.remotes._http import parse_size
 
     with progress() as report:
         made = make(
@@ -69,6 +74,7 @@ def diff(
             energy=energy,
             sparse=sparse,
             dtype=dtype,
+            max_shard_size=parse_size(max_shard_size),
             task=task,
             description=description,
             version=version,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,15 +17,32 @@ from pydantic import Field, StringConstraints
 NAME = r"[a-z0-9][a-z0-9._-]{0,95}"
 Name = Annotated[str, StringConstraints(pattern=f"^{NAME}$")]
 Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
-FileName = Annotated[str, StringConstraints(pattern=r"^[a-z_]{1,60}\.(json|safetensors)$")]
+FILE = r"[a-z_]{1,60}(-[0-9]{5}-of-[0-9]{5})?\.(json|safetensors|safetensors\.index\.json)"
+FileName = Annotated[str, StringConstraints(pattern=f"^{FILE}$")]
 Kind = Literal["lora", "task_vector"]
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER = "adapter_model.safetensors"
 TASK_VECTOR = "task_vector.safetensors"
+SHARD = "task_vector-{:05d}-of-{:05d}.safetensors"
+SHARD_INDEX = "task_vector.safetensors.index.json"
 GATES = "phatgoose_gates.safetensors"
 DESCRIPTION = "expert.json"
-EXPERT_FILES = (ADAPTER_CONFIG, ADAPTER, TASK_VECTOR, GATES, DESCRIPTION)
+NUMBER = "[0-9]" * 5
+EXPERT_FILES = (
+    ADAPTER_CONFIG,
+    ADAPTER,
+    TASK_VECTOR,
+    f"task_vector-{NUMBER}-of-{NUMBER}.safetensors",
+    SHARD_INDEX,
+    GATES,
+    DESCRIPTION,
+)
+
+
+def is_named(name: str, patterns: Iterable[str]) -> bool:
+    """Whether one of the patterns of file names matches, as in a shell."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 class Score(Closed):
@@ -80,6 +99,12 @@ class Identity(Closed):
     @property
     def digest(self) -> str:
         return digest_of(self.record())
+
+    @property
+    def weights(self) -> list[str]:
+        """The files that hold the change of the weights."""
+        names = (n for n in self.files if n.endswith(".safetensors") and n != GATES)
+        return sorted(names)
 
     @property
     def objects(self) -> set[str]:

@@ -16,7 +16,6 @@ from experthub.hub.expert import (
     ADAPTER_CONFIG,
     DESCRIPTION,
     GATES,
-    TASK_VECTOR,
     Identity,
     Reference,
     absolute_source,
@@ -113,7 +112,7 @@ def _dense_changes(
     store: Store, identity: Identity, digest: str, reference: str, base: Base
 ) -> dict[str, tuple[int, ...]]:
     """Parameter -> shape of what a task vector changes; of tied weights, every use that it has not."""
-    stored = read_task_vector(store.locate(digest, TASK_VECTOR))
+    stored = read_task_vector({n: store.locate(digest, n) for n in identity.weights})
     changes = {name: change.shape for name, change in stored.items()}
     changes |= {
         use: changes[n] for use, n in base.tied.items() if n in changes and use not in changes

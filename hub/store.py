@@ -14,10 +14,18 @@ from types import MappingProxyType
 
 from experthub.hub._files import canonical_json, hub_home, sha256_of, sync_folder, written
 from experthub.hub.errors import IntegrityError, NotFoundError
-from experthub.hub.expert import ADAPTER_CONFIG, GATES, FileInfo, Identity
+from experthub.hub.expert import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    GATES,
+    SHARD_INDEX,
+    TASK_VECTOR,
+    FileInfo,
+    Identity,
+)
 from experthub.hub.formats.adapter import check_gates, kind_of, read_adapter, read_gates, read_json
 from experthub.hub.formats.header import check_finite, read_header
-from experthub.hub.formats.task_vector import check_masks
+from experthub.hub.formats.task_vector import check_masks, files_in, read_task_vector
 from experthub.hub.leases import lease
 from pydantic import ValidationError
 
@@ -243,23 +251,27 @@ def read_folder(folder: Path, hashed: Mapping[str, str] = MappingProxyType({})) 
         )
     declared = _declared(folder)
     kind = kind_of(folder)
-    weights = f"{'adapter_model' if kind == 'lora' else 'task_vector'}.safetensors"
-    header = read_header(folder / weights)
-    names = [weights]
     if kind == "lora":
+        weights = {ADAPTER: folder / ADAPTER}
+        names = [ADAPTER]
         if not (folder / ADAPTER_CONFIG).is_file():
             raise IntegrityError(
                 f"{folder} has no {ADAPTER_CONFIG}", "peft writes it beside the weights"
             )
-        adapted = read_adapter(folder / ADAPTER_CONFIG, folder / weights, str(folder))
+        adapted = read_adapter(folder / ADAPTER_CONFIG, folder / ADAPTER, str(folder))
         names.append(ADAPTER_CONFIG)
         if (folder / GATES).is_file():
             names.append(GATES)
             check_gates(read_gates(folder / GATES), adapted, str(folder))
             check_finite(folder / GATES, read_header(folder / GATES))
     else:
-        check_masks(folder / weights)
-    check_finite(folder / weights, header)
+        weights = files_in(folder)
+        names = [*weights, *([SHARD_INDEX] if TASK_VECTOR not in weights else [])]
+        read_task_vector(weights)
+        for path in weights.values():
+            check_masks(path)
+    for path in weights.values():
+        check_finite(path, read_header(path))
     files = {
         name: FileInfo(
             sha256=hashed.get(name) or sha256_of(folder / name),

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from mmap import mmap
+from pathlib import Path
 from typing import Any
 
 import torch
-from experthub.hub.expert import ADAPTER, GATES, TASK_VECTOR
+from experthub.hub.expert import ADAPTER, GATES
 from experthub.hub.formats.adapter import Adapted
 from experthub.hub.formats.header import parsed
 from experthub.hub.formats.task_vector import Stored, read_task_vector
@@ -37,7 +38,8 @@ class Contents:
         self._files: dict[tuple[str, str], Future[Any]] = {}
         for member in plan.members:
             if member.kind == "task_vector":
-                self._submit(store.file, member.digest, TASK_VECTOR)
+                for name in store.identity(member.digest).weights:
+                    self._submit(store.file, member.digest, name)
             else:
                 self._submit(store.read, member.digest, ADAPTER)
             if gates and member.gated:
@@ -50,6 +52,10 @@ class Contents:
     def __getitem__(self, place: tuple[str, str]) -> Any:
         """One file by digest and name; IntegrityError when its bytes are damaged."""
         return self._files[place].result()
+
+    def files(self, digest: str) -> dict[str, Path]:
+        """The files of a task vector, by name."""
+        return {name: self[digest, name] for of, name in self._files if of == digest}
 
     def __enter__(self) -> Contents:
         return self
@@ -76,13 +82,19 @@ def _stored_vector(member: Member, plan: Plan, contents: Contents, keep: set[str
     if member.kind == "task_vector":
         from safetensors import safe_open
 
-        path = contents[member.digest, TASK_VECTOR]
-        file, stored = safe_open(path, framework="pt"), read_task_vector(path)
+        files = contents.files(member.digest)
+        stored, opened = read_task_vector(files), {}
+        for name, path in files.items():
+            opened[name] = safe_open(path, framework="pt")
         # A tied weight is stored once, for all of its uses.
         stored |= {
             use: stored[n] for use, n in plan.base.tied.items() if use not in stored and n in stored
         }
-        load = {n: partial(_dense, file, stored[n]) for n in member.changes if n in keep}
+        load = {
+            n: partial(_dense, opened[stored[n].file], stored[n])
+            for n in member.changes
+            if n in keep
+        }
     else:
         tensors = Tensors(contents[member.digest, ADAPTER])
         load = {

@@ -224,7 +224,7 @@ def test_a_sparse_vector_holds_the_largest_entries(
 ) -> None:
     made = hub.diff(str(base_folder), str(tuned), "few", sparse=share)
     file = stored("few")
-    held, form = load_file(file), read_task_vector(file)
+    held, form = load_file(file), read_task_vector({VECTOR: file})
     true = true_difference(base_folder, tuned)
     assert set(form) == set(true)
     model, base = composed(base_folder, "few"), loaded(base_folder)

@@ -28,11 +28,19 @@ import torch
 from experthub.hub import _patterns, bases, describe, registry
 from experthub.hub._yaml import dump
 from experthub.hub.errors import HubError
-from experthub.hub.expert import EXPERT_FILES, Reference, absolute_source
+from experthub.hub.expert import (
+    EXPERT_FILES,
+    SHARD,
+    SHARD_INDEX,
+    Reference,
+    absolute_source,
+    is_named,
+)
 from experthub.hub.formats.adapter import read_adapter
 from experthub.hub.formats.header import read_header
 from experthub.hub.formats.layout import Layout
 from experthub.hub.formats.tar import members
+from experthub.hub.formats.task_vector import files_in
 from experthub.hub.image import image, write_archive
 from experthub.hub.lock import Lock
 from experthub.hub.recipe import Recipe
@@ -439,6 +447,16 @@ def safetensors_header(folder: Path, patch: pytest.MonkeyPatch) -> Reader:
 
 
 @reader
+def shard_index(folder: Path, patch: pytest.MonkeyPatch) -> Reader:
+    """Of a task vector in two files."""
+    places = {"a.weight": SHARD.format(1, 2), "b.weight": SHARD.format(2, 2)}
+    for name, file in places.items():
+        (folder / file).write_bytes(save({name: torch.ones(2)}))
+    trees = [{"metadata": {"total_size": 16}, "weight_map": places}]
+    return Reader(from_file(folder / SHARD_INDEX, lambda path: files_in(path.parent)), [], trees)
+
+
+@reader
 def description(folder: Path, patch: pytest.MonkeyPatch) -> Reader:
     """expert.json, up to the entry that would be registered."""
     mine = folder / "expert"
@@ -473,7 +491,7 @@ def unpacked(place: Path, folder: Path) -> object:
     target.mkdir()
     layout = Layout.read(place)
     found = {name: layout.unpack(layout.find(name), target) for name in layout.experts}
-    assert {path.name for path in target.iterdir()} <= set(EXPERT_FILES)
+    assert all(is_named(path.name, EXPERT_FILES) for path in target.iterdir())
     return found
 
 

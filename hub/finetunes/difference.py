@@ -12,9 +12,9 @@ from experthub.hub.base_sources import find
 from experthub.hub.bases import Base, Report, linear_modules, silent
 from experthub.hub.describe import describe, run_folder
 from experthub.hub.errors import HubError
-from experthub.hub.expert import ADAPTER, TASK_VECTOR, Expert
+from experthub.hub.expert import Expert
 from experthub.hub.finetunes import lora, vector
-from experthub.hub.finetunes.form import Form
+from experthub.hub.finetunes.form import MAX_SHARD_SIZE, Form
 from experthub.hub.finetunes.two_models import Changed, Weights, changed_of, pairs_of, weights_of
 from experthub.hub.registry import Registry, checked_name
 from experthub.hub.store import Store
@@ -38,6 +38,7 @@ def diff(
     energy: float | None = None,
     sparse: float | None = None,
     dtype: str = "float32",
+    max_shard_size: int = MAX_SHARD_SIZE,
     task: str | None = None,
     description: str = "",
     version: int | None = None,
@@ -47,11 +48,12 @@ def diff(
 ) -> Difference:
     """Store fine-tuned minus base as an expert in the user's own registry.
 
-    base, finetuned: registry names, folders, `hf:...`.  rank, energy, sparse, dtype: see `Form`.
+    base, finetuned: registry names, folders, `hf:...`.  rank, energy, sparse, dtype,
+    max_shard_size: see `Form`.
     One tensor of each model is in memory at a time.  Raises HubError for models of different
     parameters or shapes, for equal ones, and for a form that cannot hold the difference.
     """
-    form = Form(rank, energy, sparse, dtype)
+    form = Form(rank, energy, sparse, dtype, max_shard_size)
     registry = registry or Registry.read()
     checked_name(name)
     before, after = find(base, registry, report), find(finetuned, registry, report)
@@ -107,14 +109,13 @@ def take_in(
     with new_folder(run / "expert") as folder:
         if form.low_rank:
             error, more = lora.write(folder, base, untouched, tuned, changed, kinds, form, report)
-            weights = folder / ADAPTER
         else:
             error = vector.write(folder, base, untouched, tuned, changed, form, report)
-            weights, more = folder / TASK_VECTOR, {}
+            more = {}
         figures = {
             **error.record(),
             **more,
-            "bytes": weights.stat().st_size,
+            "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
             "dense_bytes": dense_bytes(changed),
             "changed": len(changed),
             "unchanged": len(pairs) - len(changed),

@@ -9,6 +9,8 @@ from experthub.hub.errors import UsageError
 from experthub.hub.finetunes.two_models import Read
 from torch import Tensor
 
+MAX_SHARD_SIZE = 5_000_000_000  # bytes
+
 
 @dataclass(frozen=True)
 class Form:
@@ -17,13 +19,15 @@ class Form:
     rank: a LoRA of this rank, at least 1.  energy: a LoRA, of each module the smallest rank whose
     squared singular values hold this share of their sum, above 0 and at most 1.  sparse: of each
     tensor the share of entries of largest magnitude, above 0 and at most 1.  dtype: `float32`,
-    `bfloat16` or `float16`.  Raises UsageError for anything else.
+    `bfloat16` or `float16`.  max_shard_size: bytes of tensors in a task vector's file, if a tensor
+    is not larger; a LoRA has one file.  Raises UsageError for anything else.
     """
 
     rank: int | None = None
     energy: float | None = None
     sparse: float | None = None
     dtype: str = "float32"
+    max_shard_size: int = MAX_SHARD_SIZE
 
     def __post_init__(self) -> None:
         given = [f"--{k}" for k in ("rank", "energy", "sparse") if getattr(self, k) is not None]
@@ -34,6 +38,8 @@ class Form:
         for name, share in (("energy", self.energy), ("sparse", self.sparse)):
             if share is not None and not 0 < share <= 1:
                 raise UsageError(f"--{name} is {share}", "a share is above 0 and at most 1")
+        if self.max_shard_size < 1:
+            raise UsageError("--max-shard-size is 0", "write a size, such as 5GB")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise UsageError(f"--dtype is {self.dtype!r}", "use float32, bfloat16 or float16")
 
@@ -42,7 +48,9 @@ class Form:
         return self.rank is not None or self.energy is not None
 
     def record(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        """What a training's description says of it: the number of files is no part of it."""
+        chosen = {key: value for key, value in asdict(self).items() if value is not None}
+        return {key: value for key, value in chosen.items() if key != "max_shard_size"}
 
 
 @dataclass

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from experthub.hub._files import write_json
 from experthub.hub.bases import Base, Report
 from experthub.hub.errors import HubError
-from experthub.hub.expert import TASK_VECTOR
+from experthub.hub.expert import SHARD, SHARD_INDEX, TASK_VECTOR
 from experthub.hub.finetunes.form import Error, Form
 from experthub.hub.finetunes.two_models import Changed, Weights, read_pair
 from experthub.hub.formats.task_vector import SHAPES
@@ -37,22 +38,55 @@ def write(
     form: Form,
     report: Report,
 ) -> Error:
-    """Write `task_vector.safetensors`; returns how far it is from the true difference."""
+    """Write `task_vector.safetensors`, or several such files and an index of them.
+
+    Returns how far they are from the true difference.
+    """
     word, dtype = DTYPES[form.dtype]
     kept = {change.pair.name: _kept(change, form, dtype.itemsize) for change in changed}
-    error = Error()
-    with safetensors_file(folder / TASK_VECTOR, _layout(base, changed, kept, word)) as writer:
-        for i, change in enumerate(changed):
-            name = change.pair.name
-            read = read_pair(change.pair, untouched, tuned)
-            stored = _put(writer, name, read.delta, kept[name], dtype)
-            if not bool(torch.isfinite(stored).all()):
-                raise HubError(
-                    f"the change of {name} overflows {form.dtype}", "use bfloat16 or float32"
-                )
-            error.add(name, read, stored)
-            report("writing the difference", i + 1, len(changed))
+    shards = _shards(changed, kept, dtype.itemsize, form.max_shard_size)
+    layouts = [_layout(base, shard, kept, word) for shard in shards]
+    names = [SHARD.format(i + 1, len(shards)) for i in range(len(shards))]
+    names = names if len(names) > 1 else [TASK_VECTOR]
+    error, done = Error(), 0
+    for file, layout, shard in zip(names, layouts, shards, strict=True):
+        with safetensors_file(folder / file, layout) as writer:
+            for change in shard:
+                name = change.pair.name
+                read = read_pair(change.pair, untouched, tuned)
+                stored = _put(writer, name, read.delta, kept[name], dtype)
+                if not bool(torch.isfinite(stored).all()):
+                    raise HubError(
+                        f"the change of {name} overflows {form.dtype}", "use bfloat16 or float32"
+                    )
+                error.add(name, read, stored)
+                done += 1
+                report("writing the difference", done, len(changed))
+    if len(names) > 1:
+        places = {
+            n: file for file, layout in zip(names, layouts, strict=True) for n in layout.places
+        }
+        size = sum(layout.bytes for layout in layouts)
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+        write_json(folder / SHARD_INDEX, index)
     return error
+
+
+def _shards(
+    changed: list[Changed], kept: dict[str, int | None], width: int, limit: int
+) -> list[list[Changed]]:
+    """The parameters in their order, as many in each file as its limit of bytes allows."""
+    shards: list[list[Changed]] = [[]]
+    size = 0
+    for change in changed:
+        count = kept[change.pair.name]
+        more = change.count * width if count is None else -(-change.count // 8) + count * width
+        if shards[-1] and size + more > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(change)
+        size += more
+    return shards
 
 
 def _kept(change: Changed, form: Form, width: int) -> int | None:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from experthub.hub._patterns import matching
 from experthub.hub._yaml import did_you_mean
 from experthub.hub.errors import HubError, IntegrityError
+from experthub.hub.expert import ADAPTER, SHARD_INDEX, TASK_VECTOR
 from experthub.hub.formats.header import FLOATS, Header, header_text, parsed, read_header
 from experthub.hub.formats.lora_config import by_pattern, check_config, targeted
 
@@ -187,9 +188,9 @@ def check_gates(gates: dict[str, tuple[int, ...]], adapted: Iterable[Adapted], n
 def kind_of(folder: Path) -> Literal["lora", "task_vector"]:
     """Which kind of expert a folder holds; IntegrityError when it is none, or only a pickle."""
     names = {path.name for path in folder.iterdir()}
-    if "adapter_model.safetensors" in names:
+    if ADAPTER in names:
         return "lora"
-    if "task_vector.safetensors" in names:
+    if names & {TASK_VECTOR, SHARD_INDEX}:
         return "task_vector"
     pickles = sorted(n for n in names if Path(n).suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"))
     if pickles:
@@ -198,7 +199,7 @@ def kind_of(folder: Path) -> Literal["lora", "task_vector"]:
             "save it again with safe_serialization=True; pickles can run code when read",
         )
     raise IntegrityError(
-        f"{folder} holds no adapter_model.safetensors and no task_vector.safetensors",
+        f"{folder} holds no {ADAPTER} and no {TASK_VECTOR}",
         "name the folder that peft's save_pretrained wrote",
     )
 

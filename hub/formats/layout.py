@@ -15,7 +15,7 @@ from typing import Annotated, Literal, TypeVar
 from experthub.hub._files import written
 from experthub.hub._yaml import did_you_mean
 from experthub.hub.errors import IntegrityError, NotFoundError, UsageError
-from experthub.hub.expert import EXPERT_FILES, NAME, Digest
+from experthub.hub.expert import EXPERT_FILES, NAME, Digest, is_named
 from experthub.hub.formats import tar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -133,7 +133,7 @@ class Layout:
             name = layer.annotations.get(FILE_NAME, "")
             if name in named:
                 raise IntegrityError(f"{self.place}: {reference} has two files {name!r}", HINT)
-            if name in EXPERT_FILES:
+            if is_named(name, EXPERT_FILES):
                 named[name] = layer
         for name, layer in named.items():
             with written(folder / name) as file:

@@ -46,6 +46,11 @@ class Layout:
             places[name] = (begin, end)
         return places
 
+    @property
+    def bytes(self) -> int:
+        """Of all tensors."""
+        return max((end for _, end in self.places.values()), default=0)
+
 
 @dataclass(frozen=True)
 class Writer:

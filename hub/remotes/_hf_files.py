@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from experthub.hub.errors import HubError, IntegrityError, UsageError
-from experthub.hub.expert import EXPERT_FILES
+from experthub.hub.expert import EXPERT_FILES, is_named
 from experthub.hub.remotes._hf_api import ask, endpoint
 from experthub.hub.remotes._http import SHA256
 
@@ -100,9 +99,13 @@ def files_of(
     others = []
     for row in _rows(session, place, commit, source):
         name = str(row.get("path"))
-        wanted = NAME.fullmatch(name) and any(fnmatchcase(name, p) for p in patterns)
+        wanted = NAME.fullmatch(name) and is_named(name, patterns)
         # An adapter beside a model: transformers would load it too.
-        if row.get("type") != "file" or not wanted or (patterns is MODEL and name in EXPERT_FILES):
+        if (
+            row.get("type") != "file"
+            or not wanted
+            or (patterns is MODEL and is_named(name, EXPERT_FILES))
+        ):
             others.append(name)
             continue
         if name.lower() in files:
@@ -112,7 +115,7 @@ def files_of(
         pickles = [_printable(name) for name in others if name.endswith(PICKLES)]
         only = f": only {pickles[0]}, and pickles are never read" if pickles else ""
         raise IntegrityError(f"{source} has no safetensors{only}", "ask its owner to convert it")
-    others = [name for name in others if not any(fnmatchcase(name, p) for p in USUAL)]
+    others = [name for name in others if not is_named(name, USUAL)]
     if others:
         more = f" and {len(others) - 8} more" if len(others) > 8 else ""
         note(f"{source}: left out {', '.join(map(_printable, sorted(others)[:8]))}{more}")
