@@ -128,7 +128,7 @@ def fingerprint(folder: Path, fresh: bool = False) -> str:
     cache = hub_home() / "fingerprints" / f"{key}.json"
     if not fresh and (known := _cached(cache, stats)):
         return known
-    rows = [[n, d, list(s), h] for file in files for n, d, s, h in hashed_tensors(file)]
+    rows = [[n, d, list(s), h] for n, d, s, h in hashed_tensors(files)]
     value = digest_of(sorted(rows))
     write_json(cache, {"files": stats, "fingerprint": value, "check": digest_of([stats, value])})
     return value

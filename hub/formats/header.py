@@ -5,11 +5,14 @@ No tensor library is needed: names, dtypes, shapes and finiteness are read off t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +24,8 @@ from experthub.hub.errors import IntegrityError
 
 MAX_HEADER = 8 << 20
 MAX_TENSORS = 100_000
+MAX_THREADS = 8
+CHUNK = 1 << 20
 NAME = re.compile(r"[A-Za-z0-9_.\-]{1,1000}")
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
 SIZES["BOOL"] = 1
@@ -171,16 +176,23 @@ def check_finite(path: Path, tensors: Header) -> None:
             )
 
 
-def hashed_tensors(path: Path) -> Iterator[tuple[str, str, tuple[int, ...], str]]:
-    """(name, dtype, shape, sha256 of the bytes) of every tensor."""
-    import hashlib
+def hashed_tensors(files: Iterable[Path]) -> list[tuple[str, str, tuple[int, ...], str]]:
+    """(name, dtype, shape, sha256 of the bytes) of every tensor; several are hashed at a time."""
+    places = [(file, name, info) for file in files for name, info in read_header(file).items()]
+    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
+        digests = pool.map(lambda place: _sha256_of_part(place[0], place[2]), places)
+        return [
+            (name, info.dtype, info.shape, digest)
+            for (_, name, info), digest in zip(places, digests, strict=True)
+        ]
 
-    with path.open("rb") as file:
-        for name, info in read_header(path).items():
-            file.seek(info.begin)
-            digest, left = hashlib.sha256(), info.bytes
-            while left:
-                chunk = file.read(min(left, 1 << 22))
-                digest.update(chunk)
-                left -= len(chunk)
-            yield name, info.dtype, info.shape, digest.hexdigest()
+
+def _sha256_of_part(path: Path, info: TensorInfo) -> str:
+    digest, left = hashlib.sha256(), info.bytes
+    buffer = memoryview(bytearray(min(left, CHUNK)))
+    with path.open("rb", buffering=0) as file:
+        file.seek(info.begin)
+        while left and (count := file.readinto(buffer[: min(left, CHUNK)])):
+            digest.update(buffer[:count])
+            left -= count
+    return digest.hexdigest()
