@@ -51,11 +51,13 @@ class Peer:
         self._process.communicate()
 
 
-def environment(folder: Path, packages: tuple[str, ...], pins: tuple[str, ...] = ()) -> Path:
+def environment(
+    folder: Path, packages: tuple[str, ...], pins: tuple[str, ...] = (), whole: bool = False
+) -> Path:
     """The interpreter of an environment, made once for one set of versions.
 
-    packages: pinned as ours are.  pins: requirements of its own.  CalledProcessError when it cannot
-    be installed.
+    packages: pinned as ours are.  pins: requirements of its own.  whole: these are all there is, and
+    what they require besides is left out.  CalledProcessError when it cannot be installed.
     """
     constraints, mark = HERE.parent / "constraints.txt", folder / "versions.txt"
     starts = tuple(f"{name}==" for name in packages)
@@ -64,7 +66,8 @@ def environment(folder: Path, packages: tuple[str, ...], pins: tuple[str, ...] =
     if not mark.is_file() or mark.read_text().splitlines() != wanted:
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        install = [python, "-m", "pip", "install", "-qq", "-c", constraints, *wanted]
+        how = ["--no-deps"] if whole else ["-c", constraints]
+        install = [python, "-m", "pip", "install", "-qq", *how, *wanted]
         subprocess.run(install, check=True, stdout=sys.stderr)
         mark.write_text("\n".join(wanted))
     return python
