@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import io
 import json
@@ -21,14 +20,10 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import pytest
 import torch
-import typer.main
 from experthub.hub import bases
 from experthub.hub.bases import Base
 from experthub.hub.tasks.task import Card, Example, example_id, write_task
 from safetensors.torch import save_file
-
-# The commands are made of their functions' signatures once, not for every command that is run.
-typer.main.get_command = functools.cache(typer.main.get_command)
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
