@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +13,7 @@ from experthub.hub._yaml import Closed
 from experthub.hub.bases import Report, silent
 from experthub.hub.errors import ConflictError, NotFoundError, UsageError
 from experthub.hub.expert import Digest, Reference, absolute_source, relative_source
+from experthub.hub.learning.examples import PlannedData
 from experthub.hub.leases import lease
 from experthub.hub.plan import Plan
 from experthub.hub.pull import Content
@@ -20,6 +22,7 @@ from experthub.hub.registry import HEX, BaseEntry, Layer, Registry, RegistryFile
 from experthub.hub.resolution import find_content, resolve
 from experthub.hub.roots import remember
 from experthub.hub.store import Store
+from experthub.hub.tasks.task import read_task
 from pydantic import Field, StringConstraints, ValidationError
 
 SUFFIX = ".lock.yaml"
@@ -60,6 +63,23 @@ class LockedMerge(Closed):
     weight: float = 1.0
 
 
+class LockedTask(Closed):
+    """One task that a merge learned from."""
+
+    task: str
+    digest: Digest
+
+
+class LockedData(Closed):
+    """What a merge learned from; see `hub.recipe.DataUse`."""
+
+    tasks: Annotated[list[LockedTask], Field(min_length=1)]
+    split: str
+    labels: bool
+    shots: int | None = None
+    limit: int | None = None
+
+
 class Lock(Closed):
     """`<recipe>.lock.yaml`, version 1.
 
@@ -78,6 +98,8 @@ class Lock(Closed):
     dtype: str
     seed: int
     allow_base_mismatch: bool
+    data: LockedData | None = None
+    coefficients: LockedExpert | None = None
 
     @classmethod
     def read(cls, path: Path) -> Lock:
@@ -120,8 +142,13 @@ class Lock(Closed):
                 return entry.model_copy(update={"experts": list(map(there, entry.experts))})
             return entry.model_copy(update={"sources": list(map(place, entry.sources))})
 
-        experts = list(map(there, self.experts))
-        return self.model_copy(update={"base": there(self.base), "experts": experts})
+        update: dict[str, Any] = {
+            "base": there(self.base),
+            "experts": list(map(there, self.experts)),
+        }
+        if self.coefficients:
+            update["coefficients"] = there(self.coefficients)
+        return self.model_copy(update=update)
 
 
 def lock_path(recipe: Path) -> Path:
@@ -142,9 +169,9 @@ def lock(
     update: Sequence[str] | None = (),
     report: Report = silent,
 ) -> Lock:
-    """The lock that a recipe should have now; its experts are in the store when this returns.
+    """The lock that a recipe should have now; what it pins is in the store when this returns.
 
-    An expert keeps the content that the recipe's present lock gives it while its reference still
+    A merge that learns coefficients does so now, unless it has before.  An expert keeps the content that the recipe's present lock gives it while its reference still
     allows that.  update: names whose newest version is taken instead; None for all.  Nothing is
     written.
     """
@@ -157,6 +184,10 @@ def lock(
         for use in recipe.uses
     ]
     plan = resolve(recipe, registry, store, report, pinned=pinned)
+    if plan.learns and plan.coefficients is None:
+        from experthub.hub.learning.learned import learned
+
+        plan = replace(plan, coefficients=learned(plan, store=store, report=report))
     return Lock.of(plan, recipe_digest(path))
 
 
@@ -209,13 +240,29 @@ def plan_of(
         contents = [_as_known(content, registry, path) for content in contents]
     else:
         registry = _registry_of(held, path, recipe)
-    plan = resolve(recipe, registry, store, report, pinned=contents)
+    data = None
+    if held.data and recipe.data:
+        data = PlannedData(recipe.data, tuple(_now(task, pins) for task in held.data.tasks))
+    found = held.coefficients.content if held.coefficients else None
+    if found and pins == "locked" and recipe.coefficients:
+        found = _as_known(found, registry, path)
+    plan = resolve(recipe, registry, store, report, pinned=contents, data=data, coefficients=found)
     if plan.digest != held.composition:
         raise ConflictError(
             f"{path} resolves to {plan.digest[:19]}, and its lock says {held.composition[:19]}",
             f"the base or the lock was changed: run hub lock {path}",
         )
     return plan
+
+
+def _now(locked: LockedTask, pins: Pins) -> str:
+    """The digest of a task: as it is here, or for `frozen`, or where it is not here, as locked."""
+    if pins == "frozen":
+        return locked.digest
+    try:
+        return read_task(locked.task).digest
+    except NotFoundError:
+        return locked.digest
 
 
 def _as_known(content: Content, registry: Registry, path: Path) -> Content:

@@ -68,7 +68,8 @@ class Strategy:
     """A merge or a router under its name in recipes.
 
     needs: what it needs besides the experts' weights, of `gates`, `data`.
-    order_dependent: permuting the experts may change the result.
+    order_dependent: permuting the experts may change the result.  learns: it finds coefficients,
+    which can be kept.  labelled: whether it needs the data's labels with these options.
     """
 
     name: str
@@ -78,6 +79,8 @@ class Strategy:
     options: Mapping[str, Option]
     needs: tuple[str, ...] = ()
     order_dependent: bool = False
+    learns: bool = False
+    labelled: Callable[[Mapping[str, object]], bool] = lambda options: False
 
     @property
     def summary(self) -> str:
@@ -110,11 +113,18 @@ class Catalogue(Mapping[str, Strategy]):
         self._plugins_loaded = False
 
     def register(
-        self, *, paper: str, needs: tuple[str, ...] = (), order_dependent: bool = False
+        self,
+        *,
+        paper: str,
+        needs: tuple[str, ...] = (),
+        order_dependent: bool = False,
+        learns: bool = False,
+        labelled: Callable[[Mapping[str, object]], bool] = lambda options: False,
     ) -> Callable[[Function], Function]:
         """Enter the decorated function under its own name; its keyword-only parameters are the options.
 
-        paper: where the method comes from, a URL.  Raises ValueError for a name that is taken.
+        paper: where the method comes from, a URL.  The others are those of `Strategy`.  Raises
+        ValueError for a name that is taken.
         """
 
         def enter(function: Function) -> Function:
@@ -122,7 +132,15 @@ class Catalogue(Mapping[str, Strategy]):
             if name in self._strategies:
                 raise ValueError(f"the {self.kind} {name!r} is registered already")
             self._strategies[name] = Strategy(
-                name, function, self.kind, paper, _options(function), needs, order_dependent
+                name,
+                function,
+                self.kind,
+                paper,
+                _options(function),
+                needs,
+                order_dependent=order_dependent,
+                learns=learns,
+                labelled=labelled,
             )
             return function
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from experthub.merge._delta import Delta, total
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from experthub.merge._coefficients import Coefficients
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,12 +21,13 @@ class TaskVector(Mapping[str, Delta]):
 
     base: the identity of the base (its fingerprint).  load: parameter name -> function that
     makes the delta; an absent name is a zero change.  seed: the identity of the expert, from
-    which random masks are drawn.
+    which random masks are drawn.  coefficients: those that made it of others, if it was learned.
     """
 
     base: str
     load: Mapping[str, Callable[[], Delta]]
     seed: str = ""
+    coefficients: Coefficients | None = None
 
     def __getitem__(self, name: str) -> Delta:
         return self.load[name]()
@@ -34,7 +39,8 @@ class TaskVector(Mapping[str, Delta]):
         return len(self.load)
 
 
-def _of_one_base(vectors: Sequence[TaskVector]) -> str:
+def base_of(vectors: Sequence[TaskVector]) -> str:
+    """The one base of task vectors; ValueError when they have several."""
     bases = {vector.base for vector in vectors}
     if len(bases) != 1:
         raise ValueError(f"expected task vectors of one base, found {sorted(bases)}")
@@ -47,7 +53,7 @@ def combine(vectors: Sequence[TaskVector], weights: Tensor) -> TaskVector:
     weights: `[E]`, finite; gradients flow to it.  A parameter that a vector lacks is a zero
     change there.  Raises ValueError for vectors of different bases or a wrong number of weights.
     """
-    base = _of_one_base(vectors)
+    base = base_of(vectors)
     if tuple(weights.shape) != (len(vectors),):
         raise ValueError(f"expected {len(vectors)} weights, found shape {list(weights.shape)}")
     if not bool(torch.isfinite(weights).all()):
@@ -74,3 +80,14 @@ def tensorwise(change: Callable[[Delta], Delta], vectors: Sequence[TaskVector]) 
         return TaskVector(vector.base, load, vector.seed)
 
     return [changed(vector) for vector in vectors]
+
+
+def weighted(vectors: Sequence[TaskVector], weights: Tensor) -> list[TaskVector]:
+    """Each vector times its weight, lazily; weights that are 1 leave it as it is."""
+
+    def scaled(vector: TaskVector, factor: float) -> TaskVector:
+        if factor == 1:
+            return vector
+        return tensorwise(lambda delta: delta.scaled(factor), [vector])[0]
+
+    return [scaled(v, w) for v, w in zip(vectors, weights.tolist(), strict=True)]
