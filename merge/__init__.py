@@ -4,8 +4,10 @@ from experthub.merge._catalogue import Catalogue, Option, Range, Strategy
 from experthub.merge._delta import Delta, Dense, LowRank, total, truncated
 from experthub.merge._methods import merges
 from experthub.merge._task_vector import TaskVector, combine, tensorwise
+from experthub.merge.dare import dare
 from experthub.merge.linear import linear
 from experthub.merge.task_arithmetic import task_arithmetic
+from experthub.merge.ties import ties
 
 __all__ = [
     "Catalogue",
@@ -17,10 +19,12 @@ __all__ = [
     "Strategy",
     "TaskVector",
     "combine",
+    "dare",
     "linear",
     "merges",
     "task_arithmetic",
     "tensorwise",
+    "ties",
     "total",
     "truncated",
 ]
