@@ -4,17 +4,20 @@ from experthub.merge._attached import Attached
 from experthub.merge._catalogue import Catalogue, Option, Range, Strategy
 from experthub.merge._coefficients import Coefficients, blocks_of, composed
 from experthub.merge._delta import Delta, Dense, LowRank, total, truncated
-from experthub.merge._fit import Data, Fit, Learner, learn
+from experthub.merge._fit import Fit, learn
+from experthub.merge._learner import Data, Learner
 from experthub.merge._methods import merges
 from experthub.merge._task_vector import TaskVector, combine, tensorwise
 from experthub.merge.adamerging import adamerging
 from experthub.merge.atlas import atlas
+from experthub.merge.dare import dare
 from experthub.merge.fisher import fisher
 from experthub.merge.linear import linear
 from experthub.merge.lorahub import lorahub
 from experthub.merge.regmean import regmean
 from experthub.merge.regmean_plusplus import regmean_plusplus
 from experthub.merge.task_arithmetic import task_arithmetic
+from experthub.merge.ties import ties
 
 __all__ = [
     "Attached",
@@ -35,6 +38,7 @@ __all__ = [
     "blocks_of",
     "combine",
     "composed",
+    "dare",
     "fisher",
     "learn",
     "linear",
@@ -44,6 +48,7 @@ __all__ = [
     "regmean_plusplus",
     "task_arithmetic",
     "tensorwise",
+    "ties",
     "total",
     "truncated",
 ]

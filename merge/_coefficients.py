@@ -8,13 +8,12 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from experthub.merge._delta import Delta, Dense, LowRank, total
-from experthub.merge._task_vector import TaskVector, base_of
+from experthub.merge._task_vector import TaskVector, base_of, united
 from torch import Tensor
 
 Combine = Literal["outputs", "parameters"]
@@ -115,7 +114,7 @@ def composed(vectors: Sequence[TaskVector], coefficients: Coefficients) -> TaskV
             return mixed_factors(deltas, factors)
         return total([delta.scaled(factor) for delta, factor in zip(deltas, factors, strict=True)])
 
-    return TaskVector(base, {name: partial(at, name) for name in names}, coefficients=coefficients)
+    return replace(united(base, vectors, at), coefficients=coefficients)
 
 
 def _by_group(name: str, deltas: Sequence[Delta], factors_EK: Tensor, seed: int) -> Dense:

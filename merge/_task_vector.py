@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,8 @@ class TaskVector(Mapping[str, Delta]):
 
     base: the identity of the base (its fingerprint).  load: parameter name -> function that
     makes the delta; an absent name is a zero change.  seed: the identity of the expert, from
-    which random masks are drawn.  coefficients: those that made it of others, if it was learned.
+    which random masks are drawn; of a merge, a digest of its members' seeds.  coefficients: those
+    that made it of others, if it was learned.
     """
 
     base: str
@@ -47,25 +49,45 @@ def base_of(vectors: Sequence[TaskVector]) -> str:
     return bases.pop()
 
 
-def combine(vectors: Sequence[TaskVector], weights: Tensor) -> TaskVector:
-    """The weighted sum of task vectors, `sum_e weights[e] * vectors[e]`, made lazily.
+def checked(vectors: Sequence[TaskVector], weights: Tensor) -> str:
+    """The base of vectors that can be summed with these weights.
 
-    weights: `[E]`, finite; gradients flow to it.  A parameter that a vector lacks is a zero
-    change there.  Raises ValueError for vectors of different bases or a wrong number of weights.
+    Raises ValueError for vectors of different bases, and for weights that are not finite or not
+    one for each.
     """
     base = base_of(vectors)
     if tuple(weights.shape) != (len(vectors),):
         raise ValueError(f"expected {len(vectors)} weights, found shape {list(weights.shape)}")
     if not bool(torch.isfinite(weights).all()):
         raise ValueError(f"expected finite weights, found {weights.tolist()}")
+    return base
+
+
+def united(base: str, vectors: Sequence[TaskVector], at: Callable[[str], Delta]) -> TaskVector:
+    """A task vector whose change of each parameter that any vector names is made by `at`.
+
+    Its seed is a digest of theirs, whatever their order.
+    """
+    names = dict.fromkeys(name for vector in vectors for name in vector)
+    seeds = "\n".join(sorted(vector.seed for vector in vectors))
+    seed = hashlib.sha256(seeds.encode()).hexdigest()
+    return TaskVector(base, {name: partial(at, name) for name in names}, seed)
+
+
+def combine(vectors: Sequence[TaskVector], weights: Tensor) -> TaskVector:
+    """The weighted sum of task vectors, `sum_e weights[e] * vectors[e]`, made lazily.
+
+    weights: `[E]`, finite; gradients flow to it.  A parameter that a vector lacks is a zero
+    change there.  Raises ValueError for vectors of different bases or a wrong number of weights.
+    """
+    base = checked(vectors, weights)
     factors: list[float | Tensor] = list(weights) if weights.requires_grad else weights.tolist()
 
     def at(name: str) -> Delta:
         pairs = zip(vectors, factors, strict=True)
         return total([v[name].scaled(w) for v, w in pairs if name in v.load])
 
-    names = dict.fromkeys(name for vector in vectors for name in vector)
-    return TaskVector(base, {n: partial(at, n) for n in names})
+    return united(base, vectors, at)
 
 
 def _changed(change: Callable[[Delta], Delta], vector: TaskVector, name: str) -> Delta:

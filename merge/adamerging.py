@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 
 from experthub.merge._catalogue import Range
 from experthub.merge._coefficients import composed
-from experthub.merge._fit import Constraint, Fit, Learner, learn
+from experthub.merge._fit import Constraint, Fit, learn
+from experthub.merge._learner import Learner
 from experthub.merge._methods import merges
 from experthub.merge._task_vector import TaskVector, weighted
 from experthub.merge.ties import agreeing, trimmed

@@ -12,7 +12,8 @@ from typing import Annotated, Literal
 
 from experthub.merge._catalogue import Range
 from experthub.merge._coefficients import composed
-from experthub.merge._fit import Fit, Learner, Objective, learn
+from experthub.merge._fit import Fit, Objective, learn
+from experthub.merge._learner import Learner
 from experthub.merge._methods import merges
 from experthub.merge._task_vector import TaskVector, weighted
 from torch import Tensor

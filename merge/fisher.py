@@ -6,7 +6,6 @@ Matena and Raffel, https://arxiv.org/abs/2111.09832, section 3.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Annotated
 
 import torch
@@ -14,10 +13,10 @@ from experthub.merge._attached import Attached
 from experthub.merge._catalogue import Range
 from experthub.merge._coefficients import seeded
 from experthub.merge._delta import Dense
-from experthub.merge._fit import Data, Learner
+from experthub.merge._learner import Data, Learner
 from experthub.merge._methods import merges
 from experthub.merge._objectives import log_probabilities
-from experthub.merge._task_vector import TaskVector, base_of
+from experthub.merge._task_vector import TaskVector, base_of, united
 from experthub.merge.regmean import one_block, paired
 from torch import Tensor
 
@@ -87,5 +86,4 @@ def _precise_mean(
                 above = above + precision * vector[name].dense()
         return Dense(above / below)
 
-    names = dict.fromkeys(name for vector in vectors for name in vector)
-    return TaskVector(base_of(vectors), {name: partial(at, name) for name in names})
+    return united(base_of(vectors), vectors, at)

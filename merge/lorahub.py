@@ -13,7 +13,8 @@ import torch
 from experthub.merge._attached import Attached
 from experthub.merge._catalogue import Range
 from experthub.merge._coefficients import Coefficients, Combine, composed
-from experthub.merge._fit import Data, Fit, Learner, initial, learn
+from experthub.merge._fit import Fit, initial, learn
+from experthub.merge._learner import Data, Learner
 from experthub.merge._methods import merges
 from experthub.merge._objectives import cross_entropy
 from experthub.merge._task_vector import TaskVector, weighted

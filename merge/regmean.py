@@ -17,7 +17,7 @@ from experthub.merge._attached import Attached
 from experthub.merge._catalogue import Range
 from experthub.merge._coefficients import Coefficients
 from experthub.merge._delta import Dense
-from experthub.merge._fit import Data, Learner
+from experthub.merge._learner import Data, Learner
 from experthub.merge._methods import merges
 from experthub.merge._task_vector import TaskVector, combine
 from torch import Tensor, nn

@@ -12,7 +12,7 @@ import torch
 from experthub.merge._attached import Attached
 from experthub.merge._catalogue import Range
 from experthub.merge._coefficients import Coefficients, blocks_of
-from experthub.merge._fit import Learner
+from experthub.merge._learner import Learner
 from experthub.merge._methods import merges
 from experthub.merge._task_vector import TaskVector
 from experthub.merge.regmean import Grams, grams_of, linear_weights, paired, regressed

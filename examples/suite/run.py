@@ -96,7 +96,11 @@ class Run:
         few = self.data("train", limit=learn["statistics"])
         ada = {k: learn[k] for k in ("steps", "lr", "batch_size")} | {"data": unlabelled}
         labelled = self.data("train", labels=True, limit=learn["labelled"])
-        addition = {"steps": learn["steps"], "lr": learn["atlas_lr"], "batch_size": learn["batch_size"]}
+        addition = {
+            "steps": learn["steps"],
+            "lr": learn["atlas_lr"],
+            "batch_size": learn["batch_size"],
+        }
         return {
             "average": self.recipe("linear"),
             "task_arithmetic": self.best("task_arithmetic"),
