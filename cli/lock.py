@@ -17,7 +17,7 @@ from experthub.cli._output import (
 )
 
 if TYPE_CHECKING:
-    from experthub.hub.lock import Lock
+    from experthub.hub.lockfile import Lock
 
 
 def lock(
@@ -74,7 +74,8 @@ def _write(
     recipes: list[Path], newest: list[str] | tuple[()] | None, registry: Path | None
 ) -> dict[Path, Lock]:
     """Lock recipes; nothing is written unless all of them can be."""
-    from experthub.hub.lock import lock, lock_path
+    from experthub.hub.lock import lock
+    from experthub.hub.lockfile import lock_path
     from experthub.hub.registry import Registry
 
     known = Registry.read(registry)
@@ -86,7 +87,7 @@ def _write(
 
 
 def _print(locks: dict[Path, Lock], json: bool) -> None:
-    from experthub.hub.lock import lock_path
+    from experthub.hub.lockfile import lock_path
 
     if json:
         rows = [

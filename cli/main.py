@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from experthub.cli import (
+    coefficients,
     compose,
     difference,
     doctor,
@@ -124,6 +125,7 @@ share.register(app)
 difference.register(app)
 methods.register(app)
 compose.register(app)
+coefficients.register(app)
 lock.register(app)
 evaluate.register(app)
 store.register(app)

@@ -106,6 +106,8 @@ def _method(strategy: Strategy) -> str:
     ]
     if strategy.order_dependent:
         lines.append("- The order of the experts may change the result.")
+    if strategy.whole_model:
+        lines.append("- One tensor of the result may depend on all tensors of the experts.")
     if not strategy.options:
         return "\n".join([*lines, "- Options: none", ""])
     rows = [_option(option) for option in strategy.options.values()]

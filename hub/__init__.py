@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from experthub.hub.errors import HubError
     from experthub.hub.expert import Expert
     from experthub.hub.finetunes.difference import Difference, diff
-    from experthub.hub.lock import Lock, plan_of
+    from experthub.hub.lock import plan_of
+    from experthub.hub.lockfile import Lock
     from experthub.hub.plan import Plan
     from experthub.hub.recipe import Recipe
     from experthub.hub.registry import Registry
@@ -26,7 +27,7 @@ _HOMES = {
     "Difference": "finetunes.difference",
     "Expert": "expert",
     "HubError": "errors",
-    "Lock": "lock",
+    "Lock": "lockfile",
     "Plan": "plan",
     "Recipe": "recipe",
     "Registry": "registry",

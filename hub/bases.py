@@ -70,7 +70,8 @@ class Base:
     @property
     def encoder(self) -> bool:
         """Whether it is a bare encoder, whose hidden states are what it gives."""
-        return self.architecture.endswith("Model") and not self.causal
+        bare = self.architecture.endswith("Model") and self.architecture != "CLIPModel"
+        return bare and not self.causal
 
 
 def read(folder: Path, name: str) -> Base:

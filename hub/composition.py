@@ -13,13 +13,14 @@ from typing import Any, Literal
 import torch
 from experthub.hub.bases import Report, load_model, silent
 from experthub.hub.errors import HubError, IntegrityError, UsageError
+from experthub.hub.learning.learned import merge
 from experthub.hub.plan import Plan
 from experthub.hub.recipe import Recipe
 from experthub.hub.registry import Registry
 from experthub.hub.resolution import resolve
 from experthub.hub.store import Store
 from experthub.hub.weights import Contents, gates, task_vector
-from experthub.merge import LowRank, TaskVector, merges
+from experthub.merge import LowRank, TaskVector
 from experthub.routing import ExpertStack, RoutedLinear, routers
 from torch import nn
 
@@ -97,7 +98,10 @@ def compose(
         report(f"composing {len(plan.experts)} experts", 0, 0)
         with torch.no_grad(), _as_hub_error(plan.recipe.method.method):
             if plan.recipe.merge:
-                return Composition(target, plan, _merge(target, plan, contents))
+                vectors = [task_vector(expert, plan, contents) for expert in plan.experts]
+                merged = merge(plan, vectors, device, store, report)
+                _add(target, merged, plan)
+                return Composition(target, plan, merged)
             return Composition(target, plan, None, _route(target, plan, contents))
 
 
@@ -146,11 +150,8 @@ def _check_orientation(model: Any, plan: Plan) -> None:
                 )
 
 
-def _merge(model: Any, plan: Plan, contents: Contents) -> TaskVector:
-    method = plan.recipe.method
-    vectors = [task_vector(expert, plan, contents) for expert in plan.experts]
-    weights = torch.tensor([expert.weight for expert in plan.experts])
-    merged: TaskVector = merges[method.method].call(vectors, weights, **method.options)
+def _add(model: Any, merged: TaskVector, plan: Plan) -> None:
+    """Change a model's weights by a task vector."""
     tied = _untie(model, merged, plan)
     modules = dict(model.named_modules())
     for name in merged:
@@ -163,7 +164,6 @@ def _merge(model: Any, plan: Plan, contents: Contents) -> TaskVector:
             raise IntegrityError(f"{name} overflows {plan.dtype}", "use smaller weights or float32")
     if tied is not None:
         _tie_again(model, tied)
-    return merged
 
 
 def _untie(model: Any, merged: TaskVector, plan: Plan) -> Any:
@@ -173,8 +173,9 @@ def _untie(model: Any, merged: TaskVector, plan: Plan) -> Any:
     changes the weight itself, unless it names the output too.  Returns the configuration from
     before, if they were tied.
     """
-    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    if inputs is None or outputs is None or inputs.weight is not outputs.weight:
+    outputs = model.get_output_embeddings()
+    inputs = None if outputs is None else model.get_input_embeddings()
+    if inputs is None or inputs.weight is not outputs.weight:
         return None
     before = model.config
     names = {name for name in merged if model.get_parameter(name) is inputs.weight}

@@ -19,7 +19,7 @@ Name = Annotated[str, StringConstraints(pattern=f"^{NAME}$")]
 Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
 FILE = r"[a-z_]{1,60}(-[0-9]{5}-of-[0-9]{5})?\.(json|safetensors|safetensors\.index\.json)"
 FileName = Annotated[str, StringConstraints(pattern=f"^{FILE}$")]
-Kind = Literal["lora", "task_vector"]
+Kind = Literal["lora", "task_vector", "coefficients"]
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER = "adapter_model.safetensors"
@@ -27,6 +27,8 @@ TASK_VECTOR = "task_vector.safetensors"
 SHARD = "task_vector-{:05d}-of-{:05d}.safetensors"
 SHARD_INDEX = "task_vector.safetensors.index.json"
 GATES = "phatgoose_gates.safetensors"
+COEFFICIENTS = "coefficients.safetensors"
+COEFFICIENTS_JSON = "coefficients.json"
 DESCRIPTION = "expert.json"
 NUMBER = "[0-9]" * 5
 EXPERT_FILES = (
@@ -36,6 +38,8 @@ EXPERT_FILES = (
     f"task_vector-{NUMBER}-of-{NUMBER}.safetensors",
     SHARD_INDEX,
     GATES,
+    COEFFICIENTS,
+    COEFFICIENTS_JSON,
     DESCRIPTION,
 )
 

@@ -78,7 +78,7 @@ def _mend(path: Path, content: bytes, right: Callable[[bytes], bool], why: str) 
 
 
 def _read_lock(path: Path) -> None:
-    from experthub.hub.lock import Lock
+    from experthub.hub.lockfile import Lock
 
     Lock.read(path)
 

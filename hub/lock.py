@@ -2,131 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from experthub.hub import _yaml, sealed
-from experthub.hub._files import digest_of, hub_home
-from experthub.hub._yaml import Closed
+from experthub.hub import _yaml
+from experthub.hub._files import digest_of
 from experthub.hub.bases import Report, silent
 from experthub.hub.errors import ConflictError, NotFoundError, UsageError
-from experthub.hub.expert import Digest, Reference, absolute_source, relative_source
-from experthub.hub.leases import lease
+from experthub.hub.expert import Reference
+from experthub.hub.learning.examples import PlannedData
+from experthub.hub.lockfile import SUFFIX, Lock, LockedExpert, LockedTask, lock_path
 from experthub.hub.plan import Plan
 from experthub.hub.pull import Content
 from experthub.hub.recipe import ExpertUse, Recipe
-from experthub.hub.registry import HEX, BaseEntry, Layer, Registry, RegistryFile
+from experthub.hub.registry import BaseEntry, Layer, Registry, RegistryFile
 from experthub.hub.resolution import find_content, resolve
-from experthub.hub.roots import remember
 from experthub.hub.store import Store
-from pydantic import Field, StringConstraints, ValidationError
+from experthub.hub.tasks.task import read_task
+from pydantic import ValidationError
 
-SUFFIX = ".lock.yaml"
 Pins = Literal["locked", "frozen"]
-
-
-class LockedBase(Closed):
-    """The base: what it is called, what it is, and where to get it."""
-
-    name: str
-    fingerprint: Digest
-    sources: Annotated[list[str], Field(min_length=1)]
-    sha256: Annotated[str, StringConstraints(pattern=HEX)] | None = None
-
-
-class LockedExpert(Closed):
-    """One expert: what it is called, what it is, and where to get it."""
-
-    expert: str
-    digest: Digest
-    sources: Annotated[list[str], Field(min_length=1)]
-    task: str | None = None
-    as_: Annotated[str | None, Field(alias="as")] = None
-    weight: float = 1.0
-
-    @property
-    def content(self) -> Content:
-        return Content(self.expert, self.digest, tuple(self.sources), self.task)
-
-
-class LockedMerge(Closed):
-    """An expert that is a merge of experts."""
-
-    merge: dict[str, Any]
-    experts: Annotated[list[LockedExpert], Field(min_length=1)]
-    rank: int | None = None
-    as_: Annotated[str | None, Field(alias="as")] = None
-    weight: float = 1.0
-
-
-class Lock(Closed):
-    """`<recipe>.lock.yaml`, version 1.
-
-    recipe: the digest of the recipe's values; comments and layout do not count.  composition: the
-    digest of the plan, which everything that changes the composed weights is part of.
-    """
-
-    version: Literal[1]
-    recipe: Digest
-    composition: Digest
-    base: LockedBase
-    experts: Annotated[list[LockedExpert | LockedMerge], Field(min_length=1)]
-    merge: dict[str, Any] | None = None
-    route: dict[str, Any] | None = None
-    targets: str | None = None
-    dtype: str
-    seed: int
-    allow_base_mismatch: bool
-
-    @classmethod
-    def read(cls, path: Path) -> Lock:
-        """Read a lock file, its sources made absolute.
-
-        Raises NotFoundError when there is none, UsageError with file and line for a malformed one.
-        """
-        if not path.is_file():
-            raise NotFoundError(f"there is no lock {path}", "make it with hub lock")
-        lock = _yaml.validated(cls, _yaml.read(path), "docs/recipes.md")
-        return lock._placed(lambda source: absolute_source(source, path.resolve().parent))
-
-    @classmethod
-    def of(cls, plan: Plan, recipe: str) -> Lock:
-        """The lock of a plan.  recipe: the digest of the recipe's values."""
-        return cls.model_validate({**plan.lock, "recipe": recipe})
-
-    def write(self, path: Path) -> None:
-        """Write the file; sources inside its folder are relative to it, so that both can move."""
-        near = self._placed(lambda source: relative_source(source, path.resolve().parent))
-        with lease(hub_home()):  # no collection between the two
-            remember(path)
-            sealed.write(path, _yaml.dump(near.record()))
-
-    def record(self) -> dict[str, Any]:
-        """The lock as plain values, for `--json` and the file."""
-        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
-
-    @property
-    def members(self) -> list[LockedExpert]:
-        """The experts, those of nested merges included, in the recipe's order."""
-        groups = [[e] if isinstance(e, LockedExpert) else e.experts for e in self.experts]
-        return [member for group in groups for member in group]
-
-    def _placed(self, place: Callable[[str], str]) -> Lock:
-        """The lock with every source rewritten."""
-
-        def there(entry: Any) -> Any:
-            if isinstance(entry, LockedMerge):
-                return entry.model_copy(update={"experts": list(map(there, entry.experts))})
-            return entry.model_copy(update={"sources": list(map(place, entry.sources))})
-
-        experts = list(map(there, self.experts))
-        return self.model_copy(update={"base": there(self.base), "experts": experts})
-
-
-def lock_path(recipe: Path) -> Path:
-    """Where a recipe's lock is: beside it, under its stem."""
-    return recipe.with_name(recipe.stem + SUFFIX)
 
 
 def recipe_digest(path: Path) -> str:
@@ -142,9 +39,9 @@ def lock(
     update: Sequence[str] | None = (),
     report: Report = silent,
 ) -> Lock:
-    """The lock that a recipe should have now; its experts are in the store when this returns.
+    """The lock that a recipe should have now; what it pins is in the store when this returns.
 
-    An expert keeps the content that the recipe's present lock gives it while its reference still
+    A merge that learns coefficients does so now, unless it has before.  An expert keeps the content that the recipe's present lock gives it while its reference still
     allows that.  update: names whose newest version is taken instead; None for all.  Nothing is
     written.
     """
@@ -157,6 +54,10 @@ def lock(
         for use in recipe.uses
     ]
     plan = resolve(recipe, registry, store, report, pinned=pinned)
+    if plan.learns and plan.coefficients is None:
+        from experthub.hub.learning.learned import learned
+
+        plan = replace(plan, coefficients=learned(plan, store=store, report=report))
     return Lock.of(plan, recipe_digest(path))
 
 
@@ -209,13 +110,29 @@ def plan_of(
         contents = [_as_known(content, registry, path) for content in contents]
     else:
         registry = _registry_of(held, path, recipe)
-    plan = resolve(recipe, registry, store, report, pinned=contents)
+    data = None
+    if held.data and recipe.data:
+        data = PlannedData(recipe.data, tuple(_now(task, pins) for task in held.data.tasks))
+    found = held.coefficients.content if held.coefficients else None
+    if found and pins == "locked" and recipe.coefficients:
+        found = _as_known(found, registry, path)
+    plan = resolve(recipe, registry, store, report, pinned=contents, data=data, coefficients=found)
     if plan.digest != held.composition:
         raise ConflictError(
             f"{path} resolves to {plan.digest[:19]}, and its lock says {held.composition[:19]}",
             f"the base or the lock was changed: run hub lock {path}",
         )
     return plan
+
+
+def _now(locked: LockedTask, pins: Pins) -> str:
+    """The digest of a task: as it is here, or for `frozen`, or where it is not here, as locked."""
+    if pins == "frozen":
+        return locked.digest
+    try:
+        return read_task(locked.task).digest
+    except NotFoundError:
+        return locked.digest
 
 
 def _as_known(content: Content, registry: Registry, path: Path) -> Content:

@@ -8,6 +8,7 @@ from typing import Any
 from experthub.hub._files import digest_of
 from experthub.hub.bases import Base
 from experthub.hub.formats.adapter import Adapted
+from experthub.hub.learning.examples import PlannedData
 from experthub.hub.pull import Content
 from experthub.hub.recipe import Method, Recipe
 
@@ -55,6 +56,17 @@ class PlannedExpert:
         return {name: shape for member in self.members for name, shape in member.changes.items()}
 
     @property
+    def digest(self) -> str:
+        """Of the expert's content; of everything that it is made of, for a merge of several."""
+        return self.members[0].digest if self.merge is None else digest_of(self.content)
+
+    @property
+    def content(self) -> list[Any]:
+        """What decides its weights."""
+        members = [(member.digest, member.weight) for member in self.members]
+        return [members, self.weight, self.rank, self.merge and _method_record(self.merge)]
+
+    @property
     def low_rank(self) -> bool:
         return self.rank is not None or all(m.kind == "lora" for m in self.members)
 
@@ -64,7 +76,8 @@ class Plan:
     """What a composition will read and change; nothing is left to look up.
 
     parameters: those that will change.  reads: bytes of weights.  memory: bytes of the composed
-    model with what routing keeps beside it.
+    model with what routing keeps beside it.  data: what a learned merge learns from.
+    coefficients: stored ones, which the recipe names or a lock pins.
     """
 
     recipe: Recipe
@@ -74,6 +87,8 @@ class Plan:
     dtype: str
     reads: int
     memory: int
+    data: PlannedData | None = None
+    coefficients: Content | None = None
 
     @property
     def members(self) -> list[Member]:
@@ -82,16 +97,21 @@ class Plan:
     @property
     def digest(self) -> str:
         """Names the composition by content: the same digest and code give the same bits."""
-        content = [
-            [
-                [(m.digest, m.weight) for m in e.members],
-                e.weight,
-                e.rank,
-                e.merge and _method_record(e.merge),
-            ]
-            for e in self.experts
-        ]
-        return digest_of({**self._options, "base": self.base.fingerprint, "experts": content})
+        content: dict[str, Any] = {
+            **self._options,
+            "base": self.base.fingerprint,
+            "experts": [expert.content for expert in self.experts],
+        }
+        if self.recipe.coefficients and self.coefficients:
+            content["coefficients"] = self.coefficients.digest
+        elif self.data:
+            content["data"] = self.data.digest
+        return digest_of(content)
+
+    @property
+    def learns(self) -> bool:
+        """Whether its method finds coefficients, which can be kept."""
+        return self.recipe.method.strategy.learns
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -116,6 +136,8 @@ class Plan:
             "base": base | {"sources": list(self.base.sources), "sha256": self.base.sha256},
             "experts": [_locked(expert) for expert in self.experts],
             **self._options,
+            **({"data": self.data.record()} if self.data else {}),
+            **({"coefficients": _locked_content(self.coefficients)} if self.coefficients else {}),
         }
 
     def record(self) -> dict[str, Any]:
@@ -134,11 +156,17 @@ def _method_record(method: Method) -> dict[str, Any]:
     return {"method": method.method, **combine, **method.options}
 
 
+def _locked_content(content: Content) -> dict[str, Any]:
+    return {
+        "expert": content.reference,
+        "digest": content.digest,
+        "sources": list(content.sources),
+    }
+
+
 def _locked(expert: PlannedExpert) -> dict[str, Any]:
     members = [
-        {"expert": m.reference, "digest": m.digest, "sources": list(m.content.sources)}
-        | ({"task": m.task} if m.task else {})
-        for m in expert.members
+        _locked_content(m.content) | ({"task": m.task} if m.task else {}) for m in expert.members
     ]
     if expert.merge is None:
         return {**members[0], "as": expert.label, "weight": expert.weight}

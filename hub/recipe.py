@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from experthub.hub import _yaml
 from experthub.hub._patterns import checked_pattern
@@ -12,6 +12,9 @@ from experthub.hub.errors import HubError, NotFoundError
 from experthub.hub.expert import Name, Reference, absolute_source
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from pydantic_core import PydanticCustomError
+
+if TYPE_CHECKING:
+    from experthub.merge import Catalogue, Strategy
 
 Weight = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -41,6 +44,18 @@ class Method(Closed):
     combine: Literal["outputs", "parameters"] = "outputs"
     options: dict[str, Any] = {}
 
+    @property
+    def strategy(self) -> Strategy:
+        """The catalogue's entry."""
+        return _catalogue(self.kind)[self.method]
+
+
+def _catalogue(kind: Literal["merge", "route"]) -> Catalogue:
+    from experthub.merge import merges
+    from experthub.routing import routers
+
+    return merges if kind == "merge" else routers
+
 
 def _error(message: str, key: str, hint: str) -> PydanticCustomError:
     """An error at one key of the mapping that is being read."""
@@ -49,10 +64,7 @@ def _error(message: str, key: str, hint: str) -> PydanticCustomError:
 
 
 def _method(kind: Literal["merge", "route"], value: Any) -> Method:
-    from experthub.merge import merges
-    from experthub.routing import routers
-
-    catalogue = merges if kind == "merge" else routers
+    catalogue = _catalogue(kind)
     if isinstance(value, Method):
         return value
     if not isinstance(value, dict) or not isinstance(value.get("method"), str):
@@ -60,7 +72,7 @@ def _method(kind: Literal["merge", "route"], value: Any) -> Method:
     given = dict(value)
     name = given.pop("method")
     if name not in catalogue:
-        other = routers if kind == "merge" else merges
+        other = _catalogue("route" if kind == "merge" else "merge")
         hint = _yaml.did_you_mean(name, catalogue)
         if name in other:
             hint = f"{name} is a {other.kind}: write it under '{other.kind}:'"
@@ -82,6 +94,8 @@ def _method(kind: Literal["merge", "route"], value: Any) -> Method:
     except ValueError as error:
         key = next((k for k in given if repr(k) in str(error)), "method")
         raise _error(f"{name}: {error}", key, f"see hub methods {name}") from None
+    if "seed" not in given:
+        options.pop("seed", None)  # the recipe's own, which is not known here
     return Method(kind=kind, method=name, combine=combine, options=options)
 
 
@@ -119,11 +133,34 @@ Use = Annotated[
 ]
 
 
+class DataUse(Closed):
+    """What a learned merge may look at.
+
+    tasks: references.  split: of their examples.  labels: whether it may see the right answers.
+    shots: examples of each class.  limit: examples of each task, at most.
+    """
+
+    tasks: Annotated[list[str], Field(min_length=1)]
+    split: Literal["train", "validation", "test"] = "train"
+    labels: bool = False
+    shots: Annotated[int, Field(ge=1)] | None = None
+    limit: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _classes(self) -> DataUse:
+        if self.shots is not None and not self.labels:
+            raise ValueError("shots are examples of each class, which needs labels: true")
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ValueError("a task stands twice")
+        return self
+
+
 class Recipe(Closed):
     """A base, experts, and exactly one of merge and route.
 
     targets: a regular expression that module paths must match whole to be changed.  dtype: of the
-    composed model, the base's own by default.
+    composed model, the base's own by default.  data: what a learned merge learns from.
+    coefficients: those that it found before, in the place of data.
     """
 
     version: Literal[1] = 1
@@ -135,6 +172,8 @@ class Recipe(Closed):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     allow_base_mismatch: bool = False
+    data: DataUse | None = None
+    coefficients: str | None = None
 
     @field_validator("experts", mode="before")
     @classmethod
@@ -160,7 +199,38 @@ class Recipe(Closed):
     def _one_way(self) -> Recipe:
         if (self.merge is None) == (self.route is None):
             raise ValueError("expected exactly one of merge and route")
+        merged = [use.merge for use in self.experts if isinstance(use, NestedMerge)]
+        for nested in merged:
+            if "data" in nested.strategy.needs:
+                raise ValueError(f"a merge inside of another learns nothing: {nested.method}")
+        for method in (self.method, *merged):
+            if "seed" in method.strategy.options:
+                method.options.setdefault("seed", self.seed)
+        self._check_data(self.method)
         return self
+
+    def _check_data(self, method: Method) -> None:
+        """Data for what learns from it, labels where it needs them, and nothing for the others."""
+        strategy = method.strategy
+        given = self.data is not None
+        if "data" not in strategy.needs:
+            if given or self.coefficients:
+                raise ValueError(f"{method.method} learns nothing: remove data and coefficients")
+        elif self.coefficients and (given or not strategy.learns):
+            why = "data and coefficients exclude each other"
+            raise ValueError(why if given else f"{method.method} has no coefficients to store")
+        elif not given and not self.coefficients:
+            raise ValueError(
+                f"{method.method} learns from examples: say data: {{tasks: [...]}}"
+                + (", or coefficients: of an earlier run" if strategy.learns else "")
+            )
+        if self.data and strategy.labelled(method.options) and not self.data.labels:
+            raise ValueError(f"{method.method} needs right answers here: say labels: true in data")
+
+    @property
+    def learned(self) -> bool:
+        """Whether its method looks at data, or at coefficients that came of it."""
+        return "data" in self.method.strategy.needs
 
     @property
     def method(self) -> Method:
@@ -194,8 +264,16 @@ class Recipe(Closed):
             document = Document({}, {}, document.name)
         recipe = _yaml.validated(cls, document)
         near = folder or Path.cwd()
-        experts = [_located(use, near) for use in recipe.experts]
-        return recipe.model_copy(update={"base": _absolute(recipe.base, near), "experts": experts})
+        update: dict[str, Any] = {
+            "base": _absolute(recipe.base, near),
+            "experts": [_located(use, near) for use in recipe.experts],
+        }
+        if recipe.coefficients:
+            update["coefficients"] = _absolute(recipe.coefficients, near)
+        if recipe.data:
+            tasks = [_absolute(task, near) for task in recipe.data.tasks]
+            update["data"] = recipe.data.model_copy(update={"tasks": tasks})
+        return recipe.model_copy(update=update)
 
 
 def members_of(entry: ExpertUse | NestedMerge) -> list[ExpertUse]:

@@ -22,6 +22,7 @@ from experthub.hub.expert import (
 )
 from experthub.hub.formats.adapter import check_shapes, read_adapter, read_gates, read_json
 from experthub.hub.formats.task_vector import read_task_vector
+from experthub.hub.learning.examples import PlannedData
 from experthub.hub.plan import Member, Plan, PlannedExpert
 from experthub.hub.pull import Content, pull
 from experthub.hub.recipe import ExpertUse, NestedMerge, Recipe, members_of
@@ -38,10 +39,14 @@ def resolve(
     store: Store | None = None,
     report: Report = silent,
     pinned: Sequence[Content] | None = None,
+    data: PlannedData | None = None,
+    coefficients: Content | None = None,
 ) -> Plan:
     """Look up, fetch and check everything that a recipe names.
 
     pinned: the contents of the recipe's experts in its order, which are looked up by default.
+    data: what a lock says of the recipe's data, in the place of the tasks themselves.
+    coefficients: learned before, so that no data is needed.
     Raises NotFoundError for unknown experts or bases, IntegrityError for another base or damaged
     content, HubError for shapes and targets that do not fit or state that the method lacks.
     """
@@ -65,11 +70,26 @@ def resolve(
     parameters = _targets(recipe, experts, base)
     _check_method(recipe, experts, parameters)
     dtype = recipe.dtype or {"BF16": "bfloat16", "F16": "float16"}.get(base.dtype, "float32")
+    if recipe.coefficients and coefficients is None:
+        use = ExpertUse(expert=recipe.coefficients)
+        coefficients = find_content(use, registry, store, report)
+    if coefficients is not None:
+        pull(coefficients, store, report)
+        _check_coefficients(coefficients, store)
+    if recipe.data and data is None:
+        data = PlannedData.of(recipe.data)
     reads = base.tensor_bytes + sum(m.size for e in experts for m in e.members)
     memory = base.tensor_bytes * WIDTH[dtype] // WIDTH.get(base.dtype, 4)
     if recipe.route:
         memory += sum(m.size for e in experts for m in e.members)
-    return Plan(recipe, base, experts, parameters, dtype, reads, memory)
+    return Plan(recipe, base, experts, parameters, dtype, reads, memory, data, coefficients)
+
+
+def _check_coefficients(content: Content, store: Store) -> None:
+    if store.identity(content.digest).kind != "coefficients":
+        raise UsageError(
+            f"coefficients: {content.reference} is an expert", "name what hub coefficients stored"
+        )
 
 
 def find_content(use: ExpertUse, registry: Registry, store: Store, report: Report) -> Content:
@@ -95,6 +115,11 @@ def _member(use: ExpertUse, found: Content, base: Base, recipe: Recipe, store: S
             "use its own base, or say allow_base_mismatch: true if you know that it fits",
         )
     size = sum(info.size for info in identity.files.values())
+    if identity.kind == "coefficients":
+        raise UsageError(
+            f"{reference} holds learned coefficients, and is no expert",
+            f"say coefficients: {reference}, beside the experts that they are of",
+        )
     if identity.kind == "task_vector":
         changes = _dense_changes(store, identity, digest, reference, base)
         return Member(found, "task_vector", use.weight, size, changes, (), frozenset())
@@ -157,6 +182,9 @@ def _check_method(
 ) -> None:
     """Refuse by name what the recipe's method cannot work with."""
     if recipe.route is None:
+        granularity = recipe.method.options.get("granularity")
+        if isinstance(granularity, str):
+            _check_granularity(granularity, parameters)
         return
     from experthub.routing import routers
 
@@ -194,6 +222,16 @@ def _check_method(
         )
     if recipe.route.combine == "parameters":
         _check_equal_ranks(experts, parameters)
+
+
+def _check_granularity(granularity: str, parameters: tuple[str, ...]) -> None:
+    from experthub.merge import blocks_of
+
+    try:
+        with matching():
+            blocks_of(parameters, granularity)
+    except (ValueError, TimeoutError) as error:
+        raise UsageError(str(error), "write it simpler, or use a name") from None
 
 
 def _check_equal_ranks(experts: tuple[PlannedExpert, ...], parameters: tuple[str, ...]) -> None:

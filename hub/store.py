@@ -17,6 +17,8 @@ from experthub.hub.errors import IntegrityError, NotFoundError
 from experthub.hub.expert import (
     ADAPTER,
     ADAPTER_CONFIG,
+    COEFFICIENTS,
+    COEFFICIENTS_JSON,
     GATES,
     SHARD_INDEX,
     TASK_VECTOR,
@@ -24,6 +26,7 @@ from experthub.hub.expert import (
     Identity,
 )
 from experthub.hub.formats.adapter import check_gates, kind_of, read_adapter, read_gates, read_json
+from experthub.hub.formats.coefficients import read_coefficients
 from experthub.hub.formats.header import check_finite, read_header
 from experthub.hub.formats.task_vector import check_masks, files_in, read_task_vector
 from experthub.hub.leases import lease
@@ -264,6 +267,10 @@ def read_folder(folder: Path, hashed: Mapping[str, str] = MappingProxyType({})) 
             names.append(GATES)
             check_gates(read_gates(folder / GATES), adapted, str(folder))
             check_finite(folder / GATES, read_header(folder / GATES))
+    elif kind == "coefficients":
+        weights = {COEFFICIENTS: folder / COEFFICIENTS}
+        names = [COEFFICIENTS, COEFFICIENTS_JSON]
+        read_coefficients(folder / COEFFICIENTS_JSON, folder / COEFFICIENTS)
     else:
         weights = files_in(folder)
         names = [*weights, *([SHARD_INDEX] if TASK_VECTOR not in weights else [])]

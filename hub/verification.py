@@ -117,7 +117,7 @@ def _repaired(kept: Kept, found: Findings) -> bool:
 
 def _contents(registry: Registry, store: Store) -> dict[str, Content]:
     """What entries and locks name, by digest; the nearest entry counts."""
-    from experthub.hub.lock import Lock
+    from experthub.hub.lockfile import Lock
 
     known: dict[str, Content] = {}
     for lock in lock_files(store.root):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from types import NoneType, UnionType
@@ -68,7 +68,9 @@ class Strategy:
     """A merge or a router under its name in recipes.
 
     needs: what it needs besides the experts' weights, of `gates`, `data`.
-    order_dependent: permuting the experts may change the result.
+    order_dependent: permuting the experts may change the result.  whole_model: one tensor of the
+    result depends on all tensors of the experts.  learns: it finds coefficients, which can be
+    kept.  labelled: whether it needs the data's labels with these options.
     """
 
     name: str
@@ -78,6 +80,9 @@ class Strategy:
     options: Mapping[str, Option]
     needs: tuple[str, ...] = ()
     order_dependent: bool = False
+    whole_model: bool = False
+    learns: bool = False
+    labelled: Callable[[Mapping[str, object]], bool] = lambda options: False
 
     @property
     def summary(self) -> str:
@@ -110,19 +115,37 @@ class Catalogue(Mapping[str, Strategy]):
         self._plugins_loaded = False
 
     def register(
-        self, *, paper: str, needs: tuple[str, ...] = (), order_dependent: bool = False
+        self,
+        *,
+        paper: str,
+        needs: tuple[str, ...] = (),
+        order_dependent: bool = False,
+        whole_model: bool = False,
+        learns: bool = False,
+        labelled: Callable[[Mapping[str, object]], bool] = lambda options: False,
     ) -> Callable[[Function], Function]:
         """Enter the decorated function under its own name; its keyword-only parameters are the options.
 
-        paper: where the method comes from, a URL.  Raises ValueError for a name that is taken.
+        paper: where the method comes from, a URL.  The others are those of `Strategy`.  Raises
+        ValueError for a name that is taken.
         """
 
         def enter(function: Function) -> Function:
             name = function.__name__
             if name in self._strategies:
                 raise ValueError(f"the {self.kind} {name!r} is registered already")
+            options = _options(function)
             self._strategies[name] = Strategy(
-                name, function, self.kind, paper, _options(function), needs, order_dependent
+                name,
+                function,
+                self.kind,
+                paper,
+                options,
+                needs,
+                order_dependent=order_dependent,
+                whole_model=whole_model,
+                learns=learns,
+                labelled=labelled,
             )
             return function
 
@@ -147,10 +170,11 @@ class Catalogue(Mapping[str, Strategy]):
 
 def _options(function: Callable[..., Any]) -> dict[str, Option]:
     hints = get_type_hints(function, include_extras=True)
-    words = _descriptions(inspect.getdoc(function) or "")
+    parameters = inspect.signature(function).parameters
+    words = _descriptions(inspect.getdoc(function) or "", list(parameters))
     return {
         name: _option(name, hints[name], parameter, words.get(name, ""))
-        for name, parameter in inspect.signature(function).parameters.items()
+        for name, parameter in parameters.items()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
 
@@ -169,17 +193,16 @@ def _option(name: str, hint: Any, parameter: inspect.Parameter, description: str
     return Option(name, types, choices, limits, default, required, description)
 
 
-def _descriptions(doc: str) -> dict[str, str]:
-    """`name: words` paragraphs of a docstring, as far as the next such line or blank line."""
+def _descriptions(doc: str, names: Sequence[str]) -> dict[str, str]:
+    """`name: words` of a docstring, at the start of a line or after two spaces.
+
+    The words go as far as the next name, a sentence that starts with `Raises`, or a blank line.
+    """
     found: dict[str, str] = {}
-    name = ""
-    for line in doc.splitlines():
-        start = re.match(r"([a-z_]+): (.+)", line)
-        if start:
-            name, words = start.groups()
-            found[name] = words
-        elif not line.strip():
-            name = ""
-        elif name:
-            found[name] += " " + line.strip()
+    start = rf"(?:^|\n|  )(?:({'|'.join(names)}): |(?=Raises ))"
+    for paragraph in re.split(r"\n\s*\n", doc):
+        _, *parts = re.split(start, paragraph)
+        for name, words in zip(parts[::2], parts[1::2], strict=True):
+            if name:
+                found[name] = " ".join(words.split())
     return found

@@ -55,7 +55,7 @@ class LowRank:
 
     def dense(self) -> Tensor:
         """The change as a tensor `[O, I]`."""
-        return self.scale * (self.b @ self.a)
+        return (self.b @ self.a).mul_(self.scale)
 
     def add_to(self, weight: Tensor) -> Tensor:
         """`weight + scale * b @ a` as a new tensor of the weight's dtype, summed in the wider one."""

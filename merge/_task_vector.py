@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from experthub.merge._delta import Delta, total
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from experthub.merge._coefficients import Coefficients
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,12 +22,14 @@ class TaskVector(Mapping[str, Delta]):
 
     base: the identity of the base (its fingerprint).  load: parameter name -> function that
     makes the delta; an absent name is a zero change.  seed: the identity of the expert, from
-    which random masks are drawn.
+    which random masks are drawn; of a merge, a digest of its members' seeds.  coefficients: those
+    that made it of others, if it was learned.
     """
 
     base: str
     load: Mapping[str, Callable[[], Delta]]
     seed: str = ""
+    coefficients: Coefficients | None = None
 
     def __getitem__(self, name: str) -> Delta:
         return self.load[name]()
@@ -34,11 +41,37 @@ class TaskVector(Mapping[str, Delta]):
         return len(self.load)
 
 
-def _of_one_base(vectors: Sequence[TaskVector]) -> str:
+def base_of(vectors: Sequence[TaskVector]) -> str:
+    """The one base of task vectors; ValueError when they have several."""
     bases = {vector.base for vector in vectors}
     if len(bases) != 1:
         raise ValueError(f"expected task vectors of one base, found {sorted(bases)}")
     return bases.pop()
+
+
+def checked(vectors: Sequence[TaskVector], weights: Tensor) -> str:
+    """The base of vectors that can be summed with these weights.
+
+    Raises ValueError for vectors of different bases, and for weights that are not finite or not
+    one for each.
+    """
+    base = base_of(vectors)
+    if tuple(weights.shape) != (len(vectors),):
+        raise ValueError(f"expected {len(vectors)} weights, found shape {list(weights.shape)}")
+    if not bool(torch.isfinite(weights).all()):
+        raise ValueError(f"expected finite weights, found {weights.tolist()}")
+    return base
+
+
+def united(base: str, vectors: Sequence[TaskVector], at: Callable[[str], Delta]) -> TaskVector:
+    """A task vector whose change of each parameter that any vector names is made by `at`.
+
+    Its seed is a digest of theirs, whatever their order.
+    """
+    names = dict.fromkeys(name for vector in vectors for name in vector)
+    seeds = "\n".join(sorted(vector.seed for vector in vectors))
+    seed = hashlib.sha256(seeds.encode()).hexdigest()
+    return TaskVector(base, {name: partial(at, name) for name in names}, seed)
 
 
 def combine(vectors: Sequence[TaskVector], weights: Tensor) -> TaskVector:
@@ -47,19 +80,14 @@ def combine(vectors: Sequence[TaskVector], weights: Tensor) -> TaskVector:
     weights: `[E]`, finite; gradients flow to it.  A parameter that a vector lacks is a zero
     change there.  Raises ValueError for vectors of different bases or a wrong number of weights.
     """
-    base = _of_one_base(vectors)
-    if tuple(weights.shape) != (len(vectors),):
-        raise ValueError(f"expected {len(vectors)} weights, found shape {list(weights.shape)}")
-    if not bool(torch.isfinite(weights).all()):
-        raise ValueError(f"expected finite weights, found {weights.tolist()}")
+    base = checked(vectors, weights)
     factors: list[float | Tensor] = list(weights) if weights.requires_grad else weights.tolist()
 
     def at(name: str) -> Delta:
         pairs = zip(vectors, factors, strict=True)
         return total([v[name].scaled(w) for v, w in pairs if name in v.load])
 
-    names = dict.fromkeys(name for vector in vectors for name in vector)
-    return TaskVector(base, {n: partial(at, n) for n in names})
+    return united(base, vectors, at)
 
 
 def _changed(change: Callable[[Delta], Delta], vector: TaskVector, name: str) -> Delta:
@@ -74,3 +102,14 @@ def tensorwise(change: Callable[[Delta], Delta], vectors: Sequence[TaskVector]) 
         return TaskVector(vector.base, load, vector.seed)
 
     return [changed(vector) for vector in vectors]
+
+
+def weighted(vectors: Sequence[TaskVector], weights: Tensor) -> list[TaskVector]:
+    """Each vector times its weight, lazily; weights that are 1 leave it as it is."""
+
+    def scaled(vector: TaskVector, factor: float) -> TaskVector:
+        if factor == 1:
+            return vector
+        return tensorwise(lambda delta: delta.scaled(factor), [vector])[0]
+
+    return [scaled(v, w) for v, w in zip(vectors, weights.tolist(), strict=True)]

@@ -12,7 +12,7 @@ from conftest import make_expert, run_hub
 from experthub import hub
 from experthub.hub import _yaml, leases
 from experthub.hub.expert import Expert, Reference
-from experthub.hub.lock import Lock
+from experthub.hub.lockfile import Lock
 from experthub.hub.registry import Registry
 from experthub.hub.store import Store
 from experthub.hub.verification import verify

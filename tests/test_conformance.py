@@ -9,12 +9,18 @@ import pytest
 import torch
 from experthub.merge import Dense, LowRank, Strategy, TaskVector, merges
 from experthub.routing import ExpertStack, RoutedLinear, reference, routers
+from learning import SHAPES, learner
 from torch import Tensor, nn
 
-SHAPES = {"a.weight": (6, 5), "b.weight": (4, 6), "c.weight": (3, 3)}
 MERGES = [pytest.param(s, id=name) for name, s in merges.items()]
 ROUTERS = [pytest.param(s, id=name) for name, s in routers.items()]
 COMBINES = ("outputs", "parameters")
+
+
+def cast(delta: LowRank | Dense, dtype: torch.dtype) -> LowRank | Dense:
+    if isinstance(delta, LowRank):
+        return LowRank(delta.a.to(dtype), delta.b.to(dtype), delta.scale)
+    return Dense(delta.d.to(dtype))
 
 
 def vectors(form: str = "low-rank", zero: bool = False, count: int = 3) -> list[TaskVector]:
@@ -34,9 +40,21 @@ def vectors(form: str = "low-rank", zero: bool = False, count: int = 3) -> list[
     return made
 
 
-def merged(strategy: Strategy, given: list[TaskVector], weights: Tensor) -> dict[str, Tensor]:
+def call(
+    strategy: Strategy, given: list[TaskVector], weights: Tensor, dtype: torch.dtype = torch.float32
+) -> TaskVector:
+    """A merge with its defaults; one that learns does so for few steps, on random inputs."""
     torch.manual_seed(0)
-    result = strategy.call(given, weights, **strategy.bind({}))
+    few: dict[str, object] = {"steps": 3} if "steps" in strategy.options else {}
+    if "combine" in strategy.options:
+        few["combine"] = "outputs"  # the other way is not defined for dense experts
+    data = [learner(dtype, count=len(given))] if "data" in strategy.needs else []
+    result: TaskVector = strategy.call(given, weights, *data, **strategy.bind(few))
+    return result
+
+
+def merged(strategy: Strategy, given: list[TaskVector], weights: Tensor) -> dict[str, Tensor]:
+    result = call(strategy, given, weights)
     return {name: result[name].dense() for name in result}
 
 
@@ -48,10 +66,10 @@ class TestMerges:
     def test_keeps_keys_shapes_and_dtype(self, strategy: Strategy) -> None:
         for dtype in (torch.float32, torch.float64):
             given = [
-                TaskVector("base", {n: (lambda d=v[n], t=dtype: Dense(d.dense().to(t))) for n in v})
+                TaskVector("base", {n: (lambda d=v[n], t=dtype: cast(d, t)) for n in v})
                 for v in vectors()
             ]
-            result = strategy.call(given, WEIGHTS, **strategy.bind({}))
+            result = call(strategy, given, WEIGHTS, dtype)
             assert {n: result[n].shape for n in result} == SHAPES
             assert {result[n].dtype for n in result} == {dtype}
 
@@ -93,18 +111,19 @@ class TestMerges:
 
             return TaskVector("base", {n: (lambda n=n: load(n)) for n in vector}, vector.seed)
 
-        torch.manual_seed(0)
-        result = strategy.call([watched(v) for v in vectors()], WEIGHTS, **strategy.bind({}))
+        result = call(strategy, [watched(v) for v in vectors()], WEIGHTS)
+        if "data" in strategy.needs:  # what it learns from is all of the experts, at once
+            asked.clear()
         assert not asked
         one = result["b.weight"].dense()
-        assert set(asked) == {"b.weight"}
+        assert set(asked) == (set(SHAPES) if strategy.whole_model else {"b.weight"})
         assert torch.equal(one, merged(strategy, vectors(), WEIGHTS)["b.weight"])
 
     def test_refuses_vectors_of_two_bases(self, strategy: Strategy) -> None:
         one, two, three = vectors()
         other = TaskVector("other", two.load)
         with pytest.raises(ValueError, match="one base"):
-            strategy.call([one, other, three], WEIGHTS, **strategy.bind({}))
+            call(strategy, [one, other, three], WEIGHTS)
 
 
 def stack(

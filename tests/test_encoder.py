@@ -145,9 +145,9 @@ def test_a_model_of_another_kind_is_refused(
     other = tmp_path / "classifier"
     shutil.copytree(folder, other)
     config = json.loads((other / "config.json").read_text())
-    config["architectures"] = ["BertForSequenceClassification"]
+    config["architectures"] = ["BertForTokenClassification"]
     (other / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UsageError, match="neither a causal language model nor an encoder"):
+    with pytest.raises(UsageError, match="which gives no choices a score"):
         hub.evaluate({"x": recipe_of(other)}, [colours])
 
 

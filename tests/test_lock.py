@@ -13,7 +13,8 @@ from conftest import run_hub
 from experthub import hub
 from experthub.hub import _yaml
 from experthub.hub.errors import ConflictError, IntegrityError, NotFoundError, UsageError
-from experthub.hub.lock import Lock, lock, lock_path, plan_of
+from experthub.hub.lock import lock, plan_of
+from experthub.hub.lockfile import Lock, lock_path
 
 Make = Callable[..., Path]
 RECIPE = Path("recipe.yaml")

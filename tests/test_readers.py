@@ -42,7 +42,7 @@ from experthub.hub.formats.layout import Layout
 from experthub.hub.formats.tar import members
 from experthub.hub.formats.task_vector import files_in
 from experthub.hub.image import image, write_archive
-from experthub.hub.lock import Lock
+from experthub.hub.lockfile import Lock
 from experthub.hub.recipe import Recipe
 from experthub.hub.registry import Registry
 from experthub.hub.remotes import _http, hf

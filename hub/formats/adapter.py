@@ -17,7 +17,7 @@ from typing import Any, Literal
 from experthub.hub._patterns import matching
 from experthub.hub._yaml import did_you_mean
 from experthub.hub.errors import HubError, IntegrityError
-from experthub.hub.expert import ADAPTER, SHARD_INDEX, TASK_VECTOR
+from experthub.hub.expert import ADAPTER, COEFFICIENTS, SHARD_INDEX, TASK_VECTOR
 from experthub.hub.formats.header import FLOATS, Header, header_text, parsed, read_header
 from experthub.hub.formats.lora_config import by_pattern, check_config, targeted
 
@@ -185,13 +185,15 @@ def check_gates(gates: dict[str, tuple[int, ...]], adapted: Iterable[Adapted], n
             )
 
 
-def kind_of(folder: Path) -> Literal["lora", "task_vector"]:
+def kind_of(folder: Path) -> Literal["lora", "task_vector", "coefficients"]:
     """Which kind of expert a folder holds; IntegrityError when it is none, or only a pickle."""
     names = {path.name for path in folder.iterdir()}
     if ADAPTER in names:
         return "lora"
     if names & {TASK_VECTOR, SHARD_INDEX}:
         return "task_vector"
+    if COEFFICIENTS in names:
+        return "coefficients"
     pickles = sorted(n for n in names if Path(n).suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"))
     if pickles:
         raise IntegrityError(

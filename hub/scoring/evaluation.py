@@ -12,6 +12,8 @@ from experthub.hub.composition import compose
 from experthub.hub.errors import HubError, UsageError
 from experthub.hub.lock import Pins, plan_of
 from experthub.hub.plan import Plan
+from experthub.hub.reading.kinds import reader_for
+from experthub.hub.reading.reader import ReaderScorer
 from experthub.hub.recipe import Recipe
 from experthub.hub.registry import Registry
 from experthub.hub.resolution import resolve
@@ -54,7 +56,7 @@ def evaluate(
     """Score the base and every recipe on every task; returns the result of the contracts.
 
     recipes: paths, whose file stems name the columns, or names with recipes; all of one base, a
-    causal language model or a sentence encoder.  tasks: references.  split: `train`,
+    language model, an encoder, a classifier or CLIP.  tasks: references.  split: `train`,
     `validation`, `test` or `all`; `all` only for tasks on which no expert of a recipe was trained.
     limit: examples per task, at most.  score: of a choice, from its tokens' log-probabilities:
     their `mean`, their `sum`, or the sum per `byte` of the choice.  controls: add the columns
@@ -86,7 +88,7 @@ def evaluate(
         singles = {name: bench.outcomes(name, plan, chosen, score) for name, plan in alone.items()}
         columns, picked = pick(singles, chosen)
         outcomes |= columns
-    protocol = MEASURES[score] if base.causal else Similarity.name
+    protocol = MEASURES[score] if base.causal else bench.scorer.name
     found = result(chosen, outcomes, split=split, score=protocol, seed=seed)
     found["recipes"] = {
         name: {"digest": plan.digest, "path": paths.get(name)} for name, plan in plans.items()
@@ -104,12 +106,6 @@ class _Bench:
     ) -> None:
         self.base, self.dtype, self.device = base, dtype, device or "cpu"
         self.store, self.report, self.cache = store, report, cache
-        if not (base.causal or base.encoder):
-            raise UsageError(
-                f"{base.name} is a {base.architecture}, neither a causal language model nor an encoder",
-                "evaluate on another base",
-            )
-        self.tokenizer = load_tokenizer(base)
 
     @cached_property
     def model(self) -> Any:
@@ -119,8 +115,10 @@ class _Bench:
     @cached_property
     def scorer(self) -> Scorer:
         if self.base.causal:
-            return Likelihood(self.tokenizer)
-        return Similarity(lambda: self.model, self.tokenizer)
+            return Likelihood(load_tokenizer(self.base))
+        if self.base.encoder:
+            return Similarity(lambda: self.model, load_tokenizer(self.base))
+        return ReaderScorer(reader_for(self.base, self.device))
 
     def outcomes(
         self, name: str, plan: Plan | None, chosen: Sequence[Chosen], measure: Measure

@@ -5,7 +5,7 @@ Shapes: B prompts or choices in a batch, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,8 +82,10 @@ def choice_logprobs(
     """
     scores: list[list[float]] = [[] for _ in items]
     for batch in _batches(items, batch_tokens):
-        for index, values in zip(batch, _score(model, [items[i] for i in batch]), strict=True):
-            scores[index] = values
+        chosen = [items[i] for i in batch]
+        values = iter(choice_sums(model, chosen).tolist())
+        for index, item in zip(batch, chosen, strict=True):
+            scores[index] = [next(values) for _ in item.choices]
     return scores
 
 
@@ -104,9 +106,16 @@ def _batches(items: Sequence[Encoded], batch_tokens: int) -> Iterator[list[int]]
         yield batch
 
 
-def _score(model: Any, items: Sequence[Encoded]) -> list[list[float]]:
+def choice_sums(
+    model: Any, items: Sequence[Encoded], reading: Callable[[Tensor], None] = lambda mask: None
+) -> Tensor:
+    """Summed log-probability of every choice's tokens, item after item, as one batch; differentiable.
+
+    reading: is told which positions are no padding, before each time that the model reads.
+    """
     device = next(model.parameters()).device
     prompts, prompt_mask = _padded([item.prompt for item in items], left=True, device=device)
+    reading(prompt_mask)
     positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)
     read = model(
         input_ids=prompts,
@@ -120,13 +129,10 @@ def _score(model: Any, items: Sequence[Encoded]) -> list[list[float]]:
     choices = [choice for item in items for choice in item.choices]
     rows = torch.tensor(owner, device=device)
     heads = torch.tensor([choice[0] for choice in choices], device=device)
-    sums = first[rows, heads]
+    sums: Tensor = first[rows, heads]
     if max(map(len, choices)) > 1:
-        sums = sums + _rest(model, read.past_key_values, choices, rows, prompt_mask)
-    grouped: list[list[float]] = [[] for _ in items]
-    for row, value in zip(owner, sums.tolist(), strict=True):
-        grouped[row].append(value)
-    return grouped
+        sums = sums + _rest(model, read.past_key_values, choices, rows, prompt_mask, reading)
+    return sums
 
 
 def _rest(
@@ -135,6 +141,7 @@ def _rest(
     choices: Sequence[tuple[int, ...]],
     rows: Tensor,
     prompt_mask: Tensor,
+    reading: Callable[[Tensor], None],
 ) -> Tensor:
     """Summed log-probability of the tokens after the first, for every choice."""
     cache.batch_select_indices(rows)
@@ -142,6 +149,7 @@ def _rest(
     targets, _ = _padded([choice[1:] for choice in choices], left=False, device=rows.device)
     start = prompt_mask.sum(1)[rows]
     steps = torch.arange(inputs.shape[1], device=rows.device)
+    reading(mask)
     logits = model(
         input_ids=inputs,
         attention_mask=torch.cat([prompt_mask[rows], mask], dim=1),

@@ -1,7 +1,8 @@
-"""Pictures of results; they need matplotlib, the extra `plot`."""
+"""Pictures of results and of what was learned; they need matplotlib, the extra `plot`."""
 
 from __future__ import annotations
 
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,32 @@ def plot_routing(found: dict[str, Any], name: str, path: Path) -> None:
     axes.set_title(f"{name}: mean weight over {found['tokens']} tokens", fontsize=10)
     figure.colorbar(image, ax=axes)
     _save(figure, path)
+
+
+def plot_coefficients(
+    values: list[list[float]], experts: list[str], blocks: list[str], name: str, path: Path
+) -> None:
+    """A coefficient for every expert and block, as a heat map with zero in the middle.
+
+    values: `[experts][blocks]`.
+    """
+    parts = [block.split(".") for block in blocks]
+    # What all labels begin with says nothing.
+    shared = len(list(takewhile(_alike, zip(*parts, strict=False))))
+    shown = [".".join(part[min(shared, len(part) - 1) :]).removesuffix(".weight") for part in parts]
+    figure, axes = _figure(0.55 * len(experts) + 5, min(60, 0.16 * len(blocks) + 2.2))
+    limit = max((abs(value) for row in values for value in row), default=0) or 1.0
+    columns = [list(column) for column in zip(*values, strict=True)]
+    image = axes.imshow(columns, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+    axes.set_xticks(range(len(experts)), experts, rotation=35, ha="right")
+    axes.set_yticks(range(len(blocks)), shown, fontsize=7 if len(blocks) > 20 else 9)
+    axes.set_title(f"{name}: coefficients", fontsize=10)
+    figure.colorbar(image, ax=axes)
+    _save(figure, path)
+
+
+def _alike(column: tuple[str, ...]) -> bool:
+    return len(set(column)) == 1
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:

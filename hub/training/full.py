@@ -19,7 +19,7 @@ from experthub.hub.registry import Registry, checked_name
 from experthub.hub.store import Store
 from experthub.hub.tasks.task import read_task
 from experthub.hub.training.fit import Settings, fit
-from experthub.hub.training.objectives import objective_for
+from experthub.hub.training.objectives import FROZEN, objective_for
 from torch import nn
 
 
@@ -94,8 +94,7 @@ def _unfreeze(model: nn.Module, embeddings: bool, causal: bool) -> dict[str, nn.
     trained = {
         name: parameter
         for name, parameter in model.named_parameters()
-        # What a bare encoder's embedding does not pass through cannot learn.
-        if id(parameter) not in frozen and (causal or not name.startswith("pooler."))
+        if id(parameter) not in frozen and (causal or not name.startswith(FROZEN))
     }
     for parameter in trained.values():
         parameter.requires_grad_(True)

@@ -12,10 +12,15 @@ from typing import Any, Protocol
 
 import torch
 from experthub.hub.bases import Base, load_model, load_tokenizer
-from experthub.hub.errors import UsageError
+from experthub.hub.reading.kinds import reader_for
+from experthub.hub.reading.reader import Reader
 from experthub.hub.scoring.similarity import MAX_TOKENS, SCALE, Similarity, pooled
 from experthub.hub.tasks.task import Example, Task
 from torch import Tensor, nn
+
+# What a bare encoder's embedding does not pass through, and the heads of classifiers and CLIP,
+# which stay the base's: experts share them.
+FROZEN = ("pooler.", "classifier", "score", "text_model.", "text_projection", "logit_scale")
 
 
 class Objective(Protocol):
@@ -23,22 +28,19 @@ class Objective(Protocol):
 
     def row(self, task: Task, example: Example) -> Any: ...
 
-    def batch(self, rows: Sequence[Any]) -> dict[str, Tensor]: ...
+    def batch(self, rows: Sequence[Any]) -> dict[str, Any]: ...
 
-    def loss(self, model: Any, batch: dict[str, Tensor]) -> Tensor: ...
+    def loss(self, model: Any, batch: dict[str, Any]) -> Tensor: ...
 
 
 def objective_for(base: Base, device: str | None) -> Objective:
-    """The objective of a base's kind; UsageError for one that has none."""
-    tokenizer = load_tokenizer(base)
+    """The objective of a base's kind; UsageError for one whose choices have no score."""
     if base.causal:
-        return Answers(tokenizer)
+        return Answers(load_tokenizer(base))
     if base.encoder:
-        return Labels(Similarity(cache(lambda: load_model(base, "float32", device)), tokenizer))
-    raise UsageError(
-        f"{base.name} is a {base.architecture}, neither a causal language model nor an encoder",
-        "train on another base",
-    )
+        loaded = cache(lambda: load_model(base, "float32", device))
+        return Labels(Similarity(loaded, load_tokenizer(base)))
+    return Choices(reader_for(base, device))
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,25 @@ class Labels:
         text_BD = pooled(_bare(model), read)
         logits_BC = SCALE * torch.einsum("bcd,bd->bc", batch["heads"], text_BD)
         logits_BC = logits_BC.masked_fill(~batch["choices"], float("-inf"))
+        return nn.functional.cross_entropy(logits_BC, batch["answers"])
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The cross-entropy over an example's choices, by the logits of a base's reader."""
+
+    reader: Reader
+
+    def row(self, task: Task, example: Example) -> tuple[Any, int]:
+        """The input as the model reads it, and the place of the right choice."""
+        return self.reader.row(self.reader.question(task, example)), task.answer(example) or 0
+
+    def batch(self, rows: Sequence[tuple[Any, int]]) -> dict[str, Any]:
+        return {"rows": [row for row, _ in rows], "answers": torch.tensor([a for _, a in rows])}
+
+    def loss(self, model: Any, batch: dict[str, Any]) -> Tensor:
+        """Mean over examples."""
+        logits_BC = self.reader.read(_bare(model), batch["rows"])
         return nn.functional.cross_entropy(logits_BC, batch["answers"])
 
 

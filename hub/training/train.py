@@ -18,7 +18,7 @@ from experthub.hub.resolution import resolve
 from experthub.hub.store import Store
 from experthub.hub.tasks.task import read_task
 from experthub.hub.training.fit import Settings, fit
-from experthub.hub.training.objectives import objective_for
+from experthub.hub.training.objectives import FROZEN, objective_for
 from experthub.hub.weights import Contents, task_vector
 from experthub.merge import LowRank
 from experthub.routing import ExpertStack, RoutedLinear, untrained_gate
@@ -60,10 +60,9 @@ def train_lora(
         lora_alpha=2 * rank if alpha is None else alpha,
         task_type="CAUSAL_LM" if found.causal else "FEATURE_EXTRACTION",
         target_modules="all-linear",
-        # What a bare encoder's embedding does not pass through cannot learn.
         exclude_modules=None
         if found.causal
-        else [n for n, _ in model.named_modules() if n.startswith("pooler.")],
+        else [n for n, _ in model.named_modules() if n.startswith(FROZEN)],
     )
     adapted = get_peft_model(model, config)
     record = {**asdict(settings), "rank": rank, "alpha": config.lora_alpha}

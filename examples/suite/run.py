@@ -1,0 +1,256 @@
+"""Learned merges on real tasks: experts trained, merged by every method, scored; a table.
+
+Usage: python examples/suite/run.py SUITE.yaml [--seeds 0 1 2] [--kinds full lora]
+
+Everything is kept as it is made (experts, coefficients, scores), so an interrupted run goes on.
+Results are written beside the suite's file, one JSON for each kind of expert and seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from experthub import hub
+from experthub.hub import _yaml
+from experthub.hub._files import write_json
+from experthub.hub.errors import NotFoundError
+from experthub.hub.expert import Reference
+from experthub.hub.tasks.task import Example, example_id, read_task, write_task
+
+SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
+SHOTS = (1, 2, 4, 8, 16)
+TYPOS = 0.15  # share of words that a corrupted text has with two letters exchanged
+Recipe = dict[str, Any]
+Corrupt = Callable[[str, random.Random], str]
+
+
+def short(task: str) -> str:
+    return task.rpartition(":")[2].replace("/", "-").replace("_", "-").lower()[:40].strip("-")
+
+
+def say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+
+
+def report(what: str, done: int, size: int) -> None:
+    if size and done in (1, size):
+        say(f"  {what} {done}/{size}")
+
+
+@dataclass
+class Run:
+    """One kind of expert and one seed of a suite."""
+
+    suite: dict[str, Any]
+    kind: str
+    seed: int
+
+    @cached_property
+    def experts(self) -> list[str]:
+        return [self._expert(task) for task in self.suite["tasks"]]
+
+    def _expert(self, task: str, steps: int | None = None) -> str:
+        """An expert of a task, trained unless it is there."""
+        name = f"suite-{short(task)}-{self.kind}-{self.seed}"
+        try:
+            return hub.Registry.read().expert(Reference.parse(name)).reference
+        except NotFoundError:
+            say(f"training {name}")
+        train = self.suite["train"]
+        settings = hub.Settings(
+            steps=steps or train["steps"],
+            examples=train["examples"] if steps is None else 10**6,
+            batch_size=train["batch_size"],
+            lr=train["full_lr" if self.kind == "full" else "lora_lr"],
+            seed=self.seed,
+        )
+        base = self.suite["base"]
+        if self.kind == "full":
+            return hub.train_full(base, task, name, settings).expert.reference
+        return hub.train_lora(base, task, name, settings).reference
+
+    def recipe(self, method: str, experts: Sequence[str] | None = None, **options: Any) -> Recipe:
+        data = options.pop("data", None)
+        found: Recipe = {
+            "base": self.suite["base"],
+            "experts": list(experts or self.experts),
+            "merge": {"method": method, **options},
+            "seed": self.seed,
+        }
+        return found | ({"data": data} if data else {})
+
+    def data(self, split: str, labels: bool = False, **more: Any) -> dict[str, Any]:
+        return {"tasks": list(self.suite["tasks"]), "split": split, "labels": labels, **more}
+
+    def columns(self) -> dict[str, Recipe]:
+        """Every method that merges the suite's experts, by name."""
+        learn = self.suite["learn"]
+        unlabelled = self.data("test", limit=self.suite["limit"])
+        few = self.data("train", limit=learn["statistics"])
+        ada = {k: learn[k] for k in ("steps", "lr", "batch_size")} | {"data": unlabelled}
+        labelled = self.data("train", labels=True, limit=learn["labelled"])
+        addition = {
+            "steps": learn["steps"],
+            "lr": learn["atlas_lr"],
+            "batch_size": learn["batch_size"],
+        }
+        return {
+            "average": self.recipe("linear"),
+            "task_arithmetic": self.best("task_arithmetic"),
+            "ties": self.best("ties"),
+            "adamerging_task": self.recipe("adamerging", granularity="task", **ada),
+            "adamerging_layer": self.recipe("adamerging", **ada),
+            "adamerging_plus_plus": self.recipe("adamerging", plus_plus=True, **ada),
+            "atlas_task_addition": self.recipe(
+                "atlas", setting="task_addition", data=labelled, **addition
+            ),
+            "regmean": self.recipe("regmean", data=few),
+            "regmean_plusplus": self.recipe("regmean_plusplus", data=few),
+            "multi_task": self.recipe("linear", [self._multi_task()]),
+        }
+
+    def best(self, method: str) -> Recipe:
+        """A method with the scale that is best on the validation splits."""
+        recipes = {f"scale-{s}": self.recipe(method, scale=s) for s in SCALES}
+        limit = self.suite["learn"]["validation"]
+        found = self.scores(recipes, self.suite["tasks"], "validation", limit)
+        average = {name: sum(row.values()) / len(row) for name, row in found.items()}
+        chosen = max(recipes, key=lambda name: average[name])
+        say(f"{method}: {chosen} of {average}")
+        return recipes[chosen]
+
+    def _multi_task(self) -> str:
+        """One expert of all tasks: of the examples that the others were trained on, mixed."""
+        reference = f"suite:mix-{short(self.suite['name'])}"
+        train = self.suite["train"]
+        examples = [
+            example
+            for task in self.suite["tasks"]
+            for example in map(plain(task), read_task(task).split("train", train["examples"]))
+        ]
+        card = read_task(self.suite["tasks"][0]).card
+        card = card.model_copy(update={"name": reference.partition(":")[2], "labels": None})
+        write_task("suite", card, examples)
+        return self._expert(reference, train["steps"] * len(self.suite["tasks"]))
+
+    def individual(self, tasks: Sequence[str]) -> dict[str, float]:
+        """Every expert on its own task."""
+        pairs = zip(self.experts, self.suite["tasks"], tasks, strict=True)
+        return {
+            task: self.scores({"it": self.recipe("linear", [expert])}, [task])["it"][task]
+            for expert, _, task in pairs
+        }
+
+    def few_shot(self) -> dict[str, Any]:
+        """aTLAS and LoraHub on the tasks outside of the suite, by number of examples a class."""
+        found: dict[str, Any] = {}
+        for task in self.suite["unseen"]:
+            for k in SHOTS:
+                data = {"tasks": [task], "split": "train", "labels": True, "shots": k}
+                recipes = {"atlas": self.recipe("atlas", data=data, patience=0)}
+                if self.kind == "lora":
+                    recipes["lorahub"] = self.recipe("lorahub", data=data)
+                for name, row in self.scores(recipes, [task]).items():
+                    found.setdefault(name, {}).setdefault(task, {})[str(k)] = row[task]
+        return found
+
+    def scores(
+        self,
+        recipes: dict[str, Recipe],
+        tasks: Sequence[str],
+        split: str = "test",
+        limit: int | None = None,
+    ) -> dict[str, dict[str, float]]:
+        """Accuracy by column and task, the base's under `base`."""
+        made = {name: hub.Recipe.of(recipe) for name, recipe in recipes.items()}
+        result = hub.evaluate(
+            made,
+            list(tasks),
+            split=split,  # type: ignore[arg-type]
+            limit=limit or self.suite["limit"],
+            report=report,
+        )
+        names = ["base", *recipes]
+        return {
+            name: {row["task"]: row["methods"][name]["accuracy"] for row in result["tasks"]}
+            for name in names
+        }
+
+    def all(self) -> dict[str, Any]:
+        tasks, unseen = list(self.suite["tasks"]), list(self.suite["unseen"])
+        columns = self.columns()
+        damaged = [corrupted(task) for task in tasks]
+        found = {
+            "suite": self.suite,
+            "kind": self.kind,
+            "seed": self.seed,
+            "tasks": self.scores(columns, tasks) | {"individual": self.individual(tasks)},
+            "corrupted": self.scores(columns, damaged, "all")
+            | {"individual": self.individual(damaged)},
+            "unseen": self.scores(columns, unseen),
+            "few_shot": self.few_shot(),
+        }
+        chosen = ("task_arithmetic", "ties")
+        return found | {"scales": {n: columns[n]["merge"]["scale"] for n in chosen}}
+
+
+def plain(reference: str) -> Callable[[Example], Example]:
+    """Examples of a task with choices of their own, and its prompt as their input."""
+    task = read_task(reference)
+
+    def of(example: Example) -> Example:
+        choices = task.choices(example)
+        return Example(
+            id=example.id, input=example.input, choices=choices, answer=task.answer(example)
+        )
+
+    return of
+
+
+def corrupted(reference: str) -> str:
+    """A task's test examples with typing errors, as a task of its own."""
+    task = read_task(reference)
+    name = f"corrupted-{short(reference)}"
+    examples = []
+    for example in map(plain(reference), task.split("test")):
+        text = with_typos(example.input, random.Random(example.id))
+        made = example_id(text, example.choices or ())
+        examples.append(example.model_copy(update={"id": made, "input": text}))
+    card = task.card.model_copy(update={"name": name})
+    return write_task("suite", card, examples)
+
+
+def with_typos(text: str, chance: random.Random) -> str:
+    """Some words with two neighbouring letters inside exchanged."""
+    words = text.split(" ")
+    for i, word in enumerate(words):
+        if len(word) > 3 and chance.random() < TYPOS:
+            at = chance.randrange(1, len(word) - 2)
+            words[i] = word[:at] + word[at + 1] + word[at] + word[at + 2 :]
+    return " ".join(words)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("suite", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--kinds", nargs="+", default=["full", "lora"], choices=["full", "lora"])
+    given = parser.parse_args()
+    suite = _yaml.read(given.suite).value
+    for seed in given.seeds:
+        for kind in given.kinds:
+            place = given.suite.with_name(f"{given.suite.stem}-{kind}-{seed}.json")
+            if not place.is_file():
+                write_json(place, Run(suite, kind, seed).all())
+                say(f"wrote {place}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Learned merges: the data that they look at, and the coefficients that they find."""

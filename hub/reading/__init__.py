@@ -1,0 +1,1 @@
+"""From inputs to logits over their choices, for every kind of base; gradients flow through."""

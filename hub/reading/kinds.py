@@ -1,0 +1,46 @@
+"""Which reader a base has."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from experthub.hub.bases import Base, load_model, load_tokenizer
+from experthub.hub.errors import UsageError
+from experthub.hub.formats.adapter import read_json
+from experthub.hub.reading.images import Clip, ImageClassifier, Preparation
+from experthub.hub.reading.reader import Reader
+from experthub.hub.reading.text import Encoder, LanguageModel, Seq2Seq, TextClassifier
+from experthub.hub.scoring.similarity import Similarity
+
+
+def reader_for(base: Base, device: str | None) -> Reader:
+    """The reader of a base's kind; UsageError for one that has none."""
+    config = read_json(base.folder / "config.json")
+    kind = base.architecture
+    if kind.endswith("ForImageClassification"):
+        preparation = Preparation.of(base.folder, int(config.get("image_size", 224)))
+        return ImageClassifier(preparation, _labels(config))
+    if kind == "CLIPModel":
+        side = int(config.get("vision_config", {}).get("image_size", 224))
+        loaded = cache(lambda: load_model(base, "float32", device))
+        return Clip(Preparation.of(base.folder, side), load_tokenizer(base), loaded)
+    if base.causal:
+        return LanguageModel(load_tokenizer(base))
+    if kind.endswith("ForConditionalGeneration") and config.get("is_encoder_decoder"):
+        return Seq2Seq(load_tokenizer(base))
+    if kind.endswith("ForSequenceClassification"):
+        return TextClassifier(load_tokenizer(base), _labels(config))
+    if base.encoder:
+        loaded = cache(lambda: load_model(base, "float32", device))
+        return Encoder(Similarity(loaded, load_tokenizer(base)))
+    raise UsageError(
+        f"{base.name} is a {kind}, which gives no choices a score",
+        "use a language model, an encoder, a classifier or CLIP",
+    )
+
+
+def _labels(config: dict[str, object]) -> dict[str, int]:
+    """Label -> output of a classifier, as its configuration names them."""
+    named = config.get("id2label")
+    pairs = named.items() if isinstance(named, dict) else ()
+    return {str(label): int(index) for index, label in pairs}
