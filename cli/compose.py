@@ -86,6 +86,7 @@ def _print_plan(plan: Plan) -> None:
             "base": f"{plan.base.name}  {plan.base.fingerprint[:19]}",
             method.kind: method.method + (f" ({options})" if options else ""),
             "changes": f"{len(plan.parameters)} weights in {len(modules)} modules",
+            **_learned(plan),
             "dtype": plan.dtype,
             "reads": megabytes(plan.reads),
             "memory": megabytes(plan.memory),
@@ -106,6 +107,17 @@ def _print_plan(plan: Plan) -> None:
         for m in e.members
     ]
     print_table(["expert", ">weight", "from", "digest", "kind", ">weights", ">size"], rows)
+
+
+def _learned(plan: Plan) -> dict[str, str]:
+    """Where the coefficients of a learned merge are from."""
+    if plan.coefficients is not None:
+        return {"coefficients": f"{plan.coefficients.reference}  {plan.coefficients.digest[:19]}"}
+    if plan.data is None:
+        return {}
+    use = plan.data.use
+    seen = f"{', '.join(use.tasks)} ({use.split}, {'with' if use.labels else 'no'} labels)"
+    return {"learns from": seen}
 
 
 def generate(

@@ -359,6 +359,16 @@ def test_data_that_is_not_there(values: dict[str, Any]) -> None:
     assert wild.code == 2 and "regular expression" in wild.err
 
 
+def test_the_plan_says_what_is_learned_from(values: dict[str, Any]) -> None:
+    path = written(recipe(values))
+    shown = run_hub("compose", path).out
+    assert "learns from" in shown and "local:first, local:second (train, no labels)" in shown
+    assert not learned.run_folder(plan_of(path)).exists()  # a plan learns nothing
+    assert run_hub("coefficients", path, "--name", "mine").code == 0
+    without = {k: v for k, v in recipe(values).items() if k != "data"} | {"coefficients": "mine"}
+    assert "mine@1  sha256:" in run_hub("compose", written(without, "stored.yaml")).out
+
+
 def test_damaged_coefficients_are_refused(values: dict[str, Any], home: Path) -> None:
     path = written(recipe(values))
     composition = hub.compose(path)
