@@ -6,7 +6,7 @@ RECIPES := $(addprefix examples/demo/, task_arithmetic.yaml uniform.yaml phatgoo
 
 PEERS := $(patsubst tests/peers/%.txt, build/peers/%/.installed, $(wildcard tests/peers/*.txt))
 
-.PHONY: demo demo-controls demo-skills demo-near peers test test-all docs experts clean
+.PHONY: demo demo-controls demo-skills demo-near suite-encoder suite-vision peers test test-all docs experts clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -40,6 +40,19 @@ demo-near: .venv/.installed
 	mkdir -p $(DEMO)
 	$(BIN)/hub eval $(RECIPES) --tasks @examples/demo/near.txt \
 		--split all --limit 64 --out $(DEMO)/near.json
+
+# Every merge on real tasks, three seeds, full fine-tunes and LoRAs: many hours; goes on where it stopped.
+suite-encoder: .venv/.installed
+	$(BIN)/hub pull all-minilm-l6-v2
+	$(BIN)/hub tasks import bigbench $$(sed -n 's/^  - bigbench://p' examples/suite/encoder.yaml)
+	$(BIN)/python examples/suite/run.py examples/suite/encoder.yaml
+	$(BIN)/python examples/suite/table.py
+
+suite-vision: .venv/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[suite]'
+	$(BIN)/python examples/suite/vision.py build/suite/vit
+	$(BIN)/python examples/suite/run.py examples/suite/vision.yaml
+	$(BIN)/python examples/suite/table.py
 
 # Programs of others that the tests meet, each in an environment of its own.
 peers: $(PEERS)

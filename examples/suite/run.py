@@ -24,11 +24,11 @@ from experthub.hub.errors import NotFoundError
 from experthub.hub.expert import Reference
 from experthub.hub.tasks.task import Example, example_id, read_task, write_task
 
+HERE = Path(__file__).parent
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 SHOTS = (1, 2, 4, 8, 16)
 TYPOS = 0.15  # share of words that a corrupted text has with two letters exchanged
 Recipe = dict[str, Any]
-Corrupt = Callable[[str, random.Random], str]
 
 
 def short(task: str) -> str:
@@ -52,6 +52,12 @@ class Run:
     kind: str
     seed: int
 
+    @property
+    def base(self) -> str:
+        """A name, or a folder, which is relative to the suite's file."""
+        name = str(self.suite["base"])
+        return str((HERE / name).resolve()) if name.startswith(".") else name
+
     @cached_property
     def experts(self) -> list[str]:
         return [self._expert(task) for task in self.suite["tasks"]]
@@ -71,15 +77,14 @@ class Run:
             lr=train["full_lr" if self.kind == "full" else "lora_lr"],
             seed=self.seed,
         )
-        base = self.suite["base"]
         if self.kind == "full":
-            return hub.train_full(base, task, name, settings).expert.reference
-        return hub.train_lora(base, task, name, settings).reference
+            return hub.train_full(self.base, task, name, settings).expert.reference
+        return hub.train_lora(self.base, task, name, settings).reference
 
     def recipe(self, method: str, experts: Sequence[str] | None = None, **options: Any) -> Recipe:
         data = options.pop("data", None)
         found: Recipe = {
-            "base": self.suite["base"],
+            "base": self.base,
             "experts": list(experts or self.experts),
             "merge": {"method": method, **options},
             "seed": self.seed,
@@ -142,10 +147,9 @@ class Run:
 
     def individual(self, tasks: Sequence[str]) -> dict[str, float]:
         """Every expert on its own task."""
-        pairs = zip(self.experts, self.suite["tasks"], tasks, strict=True)
         return {
             task: self.scores({"it": self.recipe("linear", [expert])}, [task])["it"][task]
-            for expert, _, task in pairs
+            for expert, task in zip(self.experts, tasks, strict=True)
         }
 
     def few_shot(self) -> dict[str, Any]:
@@ -202,7 +206,7 @@ class Run:
 
 
 def plain(reference: str) -> Callable[[Example], Example]:
-    """Examples of a task with choices of their own, and its prompt as their input."""
+    """Examples of a task with choices of their own, so that tasks can be mixed."""
     task = read_task(reference)
 
     def of(example: Example) -> Example:
@@ -215,12 +219,13 @@ def plain(reference: str) -> Callable[[Example], Example]:
 
 
 def corrupted(reference: str) -> str:
-    """A task's test examples with typing errors, as a task of its own."""
+    """A task's test examples with typing errors, or blurred, as a task of its own."""
     task = read_task(reference)
+    change = blurred if reference.startswith("vision:") else with_typos
     name = f"corrupted-{short(reference)}"
     examples = []
     for example in map(plain(reference), task.split("test")):
-        text = with_typos(example.input, random.Random(example.id))
+        text = change(example.input, random.Random(example.id))
         made = example_id(text, example.choices or ())
         examples.append(example.model_copy(update={"id": made, "input": text}))
     card = task.card.model_copy(update={"name": name})
@@ -235,6 +240,14 @@ def with_typos(text: str, chance: random.Random) -> str:
             at = chance.randrange(1, len(word) - 2)
             words[i] = word[:at] + word[at + 1] + word[at] + word[at + 2 :]
     return " ".join(words)
+
+
+def blurred(text: str, chance: random.Random) -> str:
+    """A picture in base64, blurred."""
+    from PIL import ImageFilter
+    from vision import drawn, in_base64
+
+    return in_base64(drawn(text).filter(ImageFilter.GaussianBlur(1)))
 
 
 def main() -> None:
