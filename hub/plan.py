@@ -68,7 +68,10 @@ class PlannedExpert:
 
     @property
     def low_rank(self) -> bool:
-        return self.rank is not None or all(m.kind == "lora" for m in self.members)
+        if self.rank is not None:
+            return True
+        dense = self.merge is not None and self.merge.strategy.dense
+        return not dense and all(m.kind == "lora" for m in self.members)
 
 
 @dataclass(frozen=True)

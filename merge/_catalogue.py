@@ -69,8 +69,8 @@ class Strategy:
 
     needs: what it needs besides the experts' weights, of `gates`, `data`.
     order_dependent: permuting the experts may change the result.  whole_model: one tensor of the
-    result depends on all tensors of the experts.  learns: it finds coefficients, which can be
-    kept.  labelled: whether it needs the data's labels with these options.
+    result depends on all tensors of the experts.  dense: its result is, whatever the experts are.
+    learns: it finds coefficients, which can be kept.  labelled: whether it needs the data's labels with these options.
     """
 
     name: str
@@ -81,6 +81,7 @@ class Strategy:
     needs: tuple[str, ...] = ()
     order_dependent: bool = False
     whole_model: bool = False
+    dense: bool = False
     learns: bool = False
     labelled: Callable[[Mapping[str, object]], bool] = lambda options: False
 
@@ -121,6 +122,7 @@ class Catalogue(Mapping[str, Strategy]):
         needs: tuple[str, ...] = (),
         order_dependent: bool = False,
         whole_model: bool = False,
+        dense: bool = False,
         learns: bool = False,
         labelled: Callable[[Mapping[str, object]], bool] = lambda options: False,
     ) -> Callable[[Function], Function]:
@@ -144,6 +146,7 @@ class Catalogue(Mapping[str, Strategy]):
                 needs,
                 order_dependent=order_dependent,
                 whole_model=whole_model,
+                dense=dense,
                 learns=learns,
                 labelled=labelled,
             )

@@ -18,7 +18,7 @@ from experthub.merge._task_vector import TaskVector, combine
 from torch import Tensor
 
 
-@merges.register(paper="https://arxiv.org/abs/2311.03099")
+@merges.register(paper="https://arxiv.org/abs/2311.03099", dense=True)
 def dare(
     vectors: Sequence[TaskVector],
     weights: Tensor,

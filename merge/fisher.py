@@ -21,7 +21,9 @@ from experthub.merge.regmean import one_block, paired
 from torch import Tensor
 
 
-@merges.register(paper="https://arxiv.org/abs/2111.09832", needs=("data",), order_dependent=True)
+@merges.register(
+    paper="https://arxiv.org/abs/2111.09832", needs=("data",), order_dependent=True, dense=True
+)
 def fisher(
     vectors: Sequence[TaskVector],
     weights: Tensor,

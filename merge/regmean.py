@@ -25,7 +25,9 @@ from torch import Tensor, nn
 Grams = dict[str, Tensor]  # parameter name -> [I, I]
 
 
-@merges.register(paper="https://arxiv.org/abs/2212.09849", needs=("data",), order_dependent=True)
+@merges.register(
+    paper="https://arxiv.org/abs/2212.09849", needs=("data",), order_dependent=True, dense=True
+)
 def regmean(
     vectors: Sequence[TaskVector],
     weights: Tensor,

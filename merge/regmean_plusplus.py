@@ -19,7 +19,9 @@ from experthub.merge.regmean import Grams, grams_of, linear_weights, paired, reg
 from torch import Tensor
 
 
-@merges.register(paper="https://arxiv.org/abs/2508.03121", needs=("data",), order_dependent=True)
+@merges.register(
+    paper="https://arxiv.org/abs/2508.03121", needs=("data",), order_dependent=True, dense=True
+)
 def regmean_plusplus(
     vectors: Sequence[TaskVector],
     weights: Tensor,

@@ -26,7 +26,7 @@ DIGITS = {
 BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
-@merges.register(paper="https://arxiv.org/abs/2306.01708", whole_model=True)
+@merges.register(paper="https://arxiv.org/abs/2306.01708", whole_model=True, dense=True)
 def ties(
     vectors: Sequence[TaskVector],
     weights: Tensor,

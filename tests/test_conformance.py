@@ -101,6 +101,11 @@ class TestMerges:
         for name in low:
             torch.testing.assert_close(low[name], dense[name])
 
+    def test_says_whether_low_rank_experts_stay_so(self, strategy: Strategy) -> None:
+        result = call(strategy, vectors(), WEIGHTS)
+        low = all(isinstance(result[name], LowRank) for name in result)
+        assert low != strategy.dense or strategy.learns  # a learned one may leave it to its options
+
     def test_is_lazy_and_the_same_bits_again(self, strategy: Strategy) -> None:
         asked: list[str] = []
 
