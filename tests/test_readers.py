@@ -29,6 +29,8 @@ from experthub.hub import _patterns, bases, describe, registry
 from experthub.hub._yaml import dump
 from experthub.hub.errors import HubError
 from experthub.hub.expert import (
+    COEFFICIENTS,
+    COEFFICIENTS_JSON,
     EXPERT_FILES,
     SHARD,
     SHARD_INDEX,
@@ -37,6 +39,7 @@ from experthub.hub.expert import (
     is_named,
 )
 from experthub.hub.formats.adapter import read_adapter
+from experthub.hub.formats.coefficients import read_coefficients
 from experthub.hub.formats.header import read_header
 from experthub.hub.formats.layout import Layout
 from experthub.hub.formats.tar import members
@@ -270,6 +273,12 @@ def from_file(path: Path, read: Callable[[Path], object]) -> Callable[[bytes], o
 
 RECIPES: list[Any] = [
     {
+        "base": "all-minilm-l6-v2",
+        "experts": ["intents-minilm"],
+        "merge": {"method": "atlas", "granularity": "block", "steps": 5},
+        "data": {"tasks": ["bigbench:ruin_names"], "labels": True, "shots": 4, "limit": 9},
+    },
+    {
         "version": 1,
         "base": "smollm2-135m-instruct",
         "experts": ["sentiment", {"expert": "./x", "weight": 0.5, "as": "y"}, "hf:a/b@main"],
@@ -454,6 +463,30 @@ def shard_index(folder: Path, patch: pytest.MonkeyPatch) -> Reader:
         (folder / file).write_bytes(save({name: torch.ones(2)}))
     trees = [{"metadata": {"total_size": 16}, "weight_map": places}]
     return Reader(from_file(folder / SHARD_INDEX, lambda path: files_in(path.parent)), [], trees)
+
+
+@reader
+def coefficients(folder: Path, patch: pytest.MonkeyPatch) -> Reader:
+    """coefficients.json, beside the numbers that it describes."""
+    (folder / COEFFICIENTS).write_bytes(save({"coefficients": torch.ones(2, 3)}))
+    record = {
+        "schema": 1,
+        "method": "adamerging",
+        "options": {"granularity": "layer", "steps": 3, "seed": 0},
+        "granularity": "layer",
+        "combine": "outputs",
+        "experts": [{"expert": name, "digest": DIGEST} for name in ("one", "two")],
+        "blocks": ["a.weight", "b.weight", "c.weight"],
+        "objective": "entropy",
+        "data": DIGEST,
+        "seed": 0,
+        "history": [1.0, 0.5, 0.25],
+    }
+
+    def read(path: Path) -> object:
+        return read_coefficients(path, folder / COEFFICIENTS)
+
+    return Reader(from_file(folder / COEFFICIENTS_JSON, read), [], [record])
 
 
 @reader
