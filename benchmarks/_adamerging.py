@@ -1,7 +1,8 @@
 """Our side of the AdaMerging benchmark, in a process of its own as the peer's is.
 
 Reads one command a line from stdin, and answers each with one line of JSON on stdout:
-`seconds step`, the median of several; `peak step`, bytes of anonymous memory; and `gradient FILE`.
+`seconds WHAT`, the median of several; `peak WHAT`, bytes of anonymous memory; and `gradient FILE`.
+WHAT is `step`; `halves`, with task vectors in bfloat16; or `lora`, with as many LoRAs in their place.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from experthub.merge import Dense, Fit, Learner, TaskVector, learn
+from experthub.merge import Delta, Dense, Fit, Learner, LowRank, TaskVector, learn
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -40,6 +41,8 @@ from _unlabelled import (
     together,
 )
 
+RANK = 4
+
 
 class Inputs:
     """The unlabelled inputs of all tasks, which the encoder reads in one batch."""
@@ -58,6 +61,26 @@ class Inputs:
         return [logits(found, h) for found, h in zip(parts, self.problem.heads, strict=True)]
 
 
+def loras(problem: Problem) -> list[TaskVector]:
+    """Random LoRAs of all linear layers that the encoder's embedding passes through."""
+    model, random = problem.model(), torch.Generator().manual_seed(0)
+    linears = {
+        f"{name}.weight": module.weight.shape
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and not name.startswith("pooler")
+    }
+
+    def change(outputs: int, inputs: int) -> Delta:
+        a, b = (
+            torch.randn(RANK, inputs, generator=random),
+            torch.randn(outputs, RANK, generator=random),
+        )
+        return LowRank(a * 0.01, b * 0.1)
+
+    found = [{n: change(*shape) for n, shape in linears.items()} for _ in range(EXPERTS)]
+    return [TaskVector("base", {n: (lambda d=d: d) for n, d in own.items()}) for own in found]
+
+
 def vectors(problem: Problem) -> list[TaskVector]:
     """The task vectors, read from their files when they are asked for."""
 
@@ -74,17 +97,23 @@ def vectors(problem: Problem) -> list[TaskVector]:
     return found
 
 
-def fitted(problem: Problem, inputs: Inputs, steps: int, **ports: Callable[..., Any]) -> Any:
+def fitted(
+    problem: Problem, inputs: Inputs, steps: int, what: str = "step", **ports: Callable[..., Any]
+) -> Any:
     """The coefficients of some steps of layer-wise AdaMerging; the one call that is measured."""
-    fit = Fit("entropy", "layer", start=INITIAL, steps=steps, lr=RATE, batch_size=INPUTS)
-    return learn(vectors(problem), Learner(inputs, **ports), fit)
+    halves = what == "halves"
+    fit = Fit(
+        "entropy", "layer", start=INITIAL, steps=steps, lr=RATE, batch_size=INPUTS, halves=halves
+    )
+    given = loras(problem) if what == "lora" else vectors(problem)
+    return learn(given, Learner(inputs, **ports), fit)
 
 
-def step_seconds(problem: Problem) -> float:
+def step_seconds(problem: Problem, what: str) -> float:
     """From the end of a step to that of the next, without what comes before the first."""
     ends: list[float] = []
     inputs = Inputs(problem, len(problem.inputs[0]["input_ids"]))
-    fitted(problem, inputs, REPEATS + 1, report=lambda *_: ends.append(time.perf_counter()))
+    fitted(problem, inputs, REPEATS + 1, what, report=lambda *_: ends.append(time.perf_counter()))
     return median(b - a for a, b in pairwise(ends))
 
 
@@ -104,10 +133,11 @@ def do(paths: list[Path], command: str) -> Any:
         save_file(gradient(Problem(*paths, "float64")), command[9:])
         return None
     problem = Problem(*paths)
-    if command == "seconds step":
-        return step_seconds(problem)
+    measure, what = command.split()
+    if measure == "seconds":
+        return step_seconds(problem, what)
     inputs = Inputs(problem, len(problem.inputs[0]["input_ids"]))
-    return peak(lambda: fitted(problem, inputs, REPEATS))
+    return peak(lambda: fitted(problem, inputs, REPEATS, what))
 
 
 def main() -> None:

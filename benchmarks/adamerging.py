@@ -31,7 +31,9 @@ OURS, THEIRS, BARE, TOGETHER = (
     "bare, task by task",
     "bare, all tasks at once",
 )
-COMMANDS = {OURS: "step", THEIRS: "step", BARE: "bare", TOGETHER: "bare together"}
+HALVES, LORAS = "experthub, halves: true", "experthub, eight LoRAs"
+OWN = {OURS: "step", HALVES: "halves", LORAS: "lora"}
+COMMANDS = {**OWN, THEIRS: "step", BARE: "bare", TOGETHER: "bare together"}
 
 
 def pins() -> tuple[str, ...]:
@@ -75,7 +77,7 @@ def report(times: Times, bytes_of: dict[str, float]) -> None:
             f"{ratio(times, case, TOGETHER):10.3f} {bytes_of[case] / 1e6:5.0f} MB"
         )
     print(f"{ratio(times, THEIRS, OURS):.2f} steps of ours in the time of one of theirs")
-    for case in (OURS, THEIRS):
+    for case in (*OWN, THEIRS):
         above = [(bytes_of[case] - bytes_of[bare]) / 1e6 for bare in (BARE, TOGETHER)]
         print(f"{case}: {above[0]:.0f} MB above {BARE}, {above[1]:.0f} MB above {TOGETHER}")
 
@@ -95,7 +97,7 @@ def main() -> None:
         write(folder, shapes, width, vocabulary)
 
         def start(case: str) -> Peer:
-            side = OURS if case == OURS else THEIRS
+            side = OURS if case in OWN else THEIRS
             script = "_adamerging.py" if side == OURS else "_fusion_bench.py"
             return Peer(python[side], script, base.folder, folder)
 
@@ -104,7 +106,7 @@ def main() -> None:
         agreement = parity(sides, folder)
         peaks = memory(start)
         cases: dict[str, Callable[[], float]] = {
-            case: partial(sides[OURS if case == OURS else THEIRS].ask, f"seconds {what}")
+            case: partial(sides[OURS if case in OWN else THEIRS].ask, f"seconds {what}")
             for case, what in COMMANDS.items()
         }
         times = run_rounds(cases, options.rounds)
