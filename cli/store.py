@@ -33,8 +33,8 @@ def verify(
 
     Examples: hub verify; hub verify --repair; hub verify --json
     """
-    from experthub.hub.verification import check
-    from experthub.hub.verification import verify as verified
+    from experthub.hub.keeping.verification import check
+    from experthub.hub.keeping.verification import verify as verified
 
     with progress() as report:
         found = verified(registry, repair=repair, report=report)
@@ -76,7 +76,7 @@ def rm(
 
     Examples: hub rm intents; hub rm intents@1 --yes
     """
-    from experthub.hub.collection import removable
+    from experthub.hub.keeping.collection import removable
     from experthub.hub.registry import Registry, remove
 
     known = Registry.read()
@@ -94,9 +94,9 @@ def du(json: JsonOption = False, registry: RegistryOption = None) -> None:
 
     Examples: hub du; hub du --json
     """
+    from experthub.hub.keeping.usage import usage
     from experthub.hub.registry import Registry
     from experthub.hub.store import Store
-    from experthub.hub.usage import usage
 
     found = usage(Registry.read(registry), Store())
     if json:
@@ -131,7 +131,7 @@ def gc(
     The first run moves it to the trash, from where any use brings it back; a later run deletes it.
     Examples: hub gc --dry-run; hub gc; hub gc --grace 0 --yes
     """
-    from experthub.hub.collection import collect
+    from experthub.hub.keeping.collection import collect
     from experthub.hub.store import Store
 
     store = Store()

@@ -11,11 +11,11 @@ from experthub.hub._files import hub_home
 from experthub.hub._yaml import Closed
 from experthub.hub.errors import NotFoundError
 from experthub.hub.expert import Digest, absolute_source, relative_source
-from experthub.hub.leases import lease
+from experthub.hub.keeping.leases import lease
+from experthub.hub.keeping.roots import remember
 from experthub.hub.plan import Plan
 from experthub.hub.pull import Content
 from experthub.hub.registry import HEX
-from experthub.hub.roots import remember
 from pydantic import Field, StringConstraints
 
 SUFFIX = ".lock.yaml"

@@ -29,7 +29,7 @@ from experthub.hub.formats.adapter import check_gates, kind_of, read_adapter, re
 from experthub.hub.formats.coefficients import read_coefficients
 from experthub.hub.formats.header import check_finite, read_header
 from experthub.hub.formats.task_vector import check_masks, files_in, read_task_vector
-from experthub.hub.leases import lease
+from experthub.hub.keeping.leases import lease
 from pydantic import ValidationError
 
 MAX_SMALL = 8 << 20  # bytes of a JSON file

@@ -10,12 +10,13 @@ from pathlib import Path
 import killing
 from conftest import make_expert, run_hub
 from experthub import hub
-from experthub.hub import _yaml, leases
+from experthub.hub import _yaml
 from experthub.hub.expert import Expert, Reference
+from experthub.hub.keeping import leases
+from experthub.hub.keeping.verification import verify
 from experthub.hub.lockfile import Lock
 from experthub.hub.registry import Registry
 from experthub.hub.store import Store
-from experthub.hub.verification import verify
 from hf_server import HfServer
 from test_hygiene import flip
 from test_push import FILES

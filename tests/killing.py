@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from conftest import Ran, run_hub
-from experthub.hub import leases
 from experthub.hub._files import DRAFT
+from experthub.hub.keeping import leases
 
 FORK = multiprocessing.get_context("fork")
 STEPS = {"os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.utime"}

@@ -17,8 +17,9 @@ import pytest
 import torch
 from conftest import run_hub, tiny_llama
 from experthub import hub
-from experthub.hub import _yaml, bases, kept, roots, sealed, verification
+from experthub.hub import _yaml, bases, sealed
 from experthub.hub._files import sha256_of
+from experthub.hub.keeping import kept, roots, verification
 from experthub.hub.remotes import pypi
 from experthub.hub.store import Store
 from experthub.hub.tasks import bigbench

@@ -15,10 +15,10 @@ import pytest
 from conftest import run_hub
 from experthub import hub
 from experthub.hub import _yaml
-from experthub.hub.collection import collect
 from experthub.hub.errors import IntegrityError
+from experthub.hub.keeping.collection import collect
+from experthub.hub.keeping.verification import verify
 from experthub.hub.store import Store
-from experthub.hub.verification import verify
 
 Make = Callable[..., Path]
 HOLDER = """

@@ -15,9 +15,9 @@ from pathlib import Path
 import killing
 import pytest
 from conftest import Ran, run_hub
-from experthub.hub import leases
+from experthub.hub.keeping import leases
+from experthub.hub.keeping.verification import verify
 from experthub.hub.store import Store
-from experthub.hub.verification import verify
 from hf_server import HfServer
 from kill_cases import CASES, Case, Repair, Words, entry
 

@@ -19,10 +19,10 @@ import pytest
 from conftest import run_hub
 from experthub.hub import store
 from experthub.hub.errors import HubError
+from experthub.hub.keeping.verification import verify
 from experthub.hub.registry import Registry
 from experthub.hub.remotes import _http, hf
 from experthub.hub.store import Store
-from experthub.hub.verification import verify
 from hf_clients import filled
 from hf_server import HfServer
 

@@ -17,12 +17,13 @@ from pathlib import Path
 import killing
 import pytest
 from conftest import Ran, make_expert, run_hub
-from experthub.hub import _yaml, leases
+from experthub.hub import _yaml
 from experthub.hub.errors import HubError
 from experthub.hub.expert import Reference
+from experthub.hub.keeping import leases
+from experthub.hub.keeping.verification import verify
 from experthub.hub.registry import Registry
 from experthub.hub.store import Store, read_folder
-from experthub.hub.verification import verify
 
 SECONDS = float(os.environ.get("HUB_STRESS", "6"))
 USERS, CONTENTS, SHARED = 8, 3, 2

@@ -11,9 +11,9 @@ from experthub.hub import _yaml, sealed
 from experthub.hub._files import files_below, sha256_of, write_text
 from experthub.hub.bases import Report
 from experthub.hub.errors import HubError
+from experthub.hub.keeping.roots import ROOTS, lock_files, root_files, root_name
 from experthub.hub.registry import RegistryFile, entry_files
 from experthub.hub.remotes import hf
-from experthub.hub.roots import ROOTS, lock_files, root_files, root_name
 from experthub.hub.store import Store
 from experthub.hub.tasks import bigbench
 from experthub.hub.tasks.task import import_again

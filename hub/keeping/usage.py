@@ -20,7 +20,7 @@ PURPOSES = {
     "partial": "downloads that are not complete",
     "tasks": "tasks",
     "results": "scores of earlier evaluations",
-    "runs": "training runs",
+    "runs": "training runs, learned coefficients",
     "benchmarks": "environments of the benchmarks",
 }
 

@@ -17,11 +17,11 @@ from pathlib import Path
 from experthub.hub._files import drafts, locked, remove, unused
 from experthub.hub.errors import UsageError
 from experthub.hub.expert import Expert, Reference
-from experthub.hub.leases import COLLECTING, held
+from experthub.hub.keeping.leases import COLLECTING, held
+from experthub.hub.keeping.roots import ARCHIVES, locked_digests
+from experthub.hub.keeping.usage import size_of
 from experthub.hub.registry import Registry
-from experthub.hub.roots import ARCHIVES, locked_digests
 from experthub.hub.store import TRASH, Store
-from experthub.hub.usage import size_of
 
 GRACE = 3600.0
 STALE = 7 * 24 * 3600.0  # of a download that nobody goes on with

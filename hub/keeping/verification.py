@@ -14,10 +14,10 @@ from experthub.hub._files import files_below, sha256_of
 from experthub.hub.base_sources import damaged_files, fetch_again, folders_of
 from experthub.hub.bases import Report, silent
 from experthub.hub.errors import HubError, IntegrityError
-from experthub.hub.kept import Kept, folders, texts
+from experthub.hub.keeping.kept import Kept, folders, texts
+from experthub.hub.keeping.roots import ARCHIVES, lock_files
 from experthub.hub.pull import Content, fetch
 from experthub.hub.registry import Registry
-from experthub.hub.roots import ARCHIVES, lock_files
 from experthub.hub.store import Store
 
 THREADS = 4

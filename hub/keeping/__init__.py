@@ -1,0 +1,1 @@
+"""Keeping the store: checked, repaired, counted, collected; who holds what in it."""
