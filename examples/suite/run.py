@@ -25,7 +25,7 @@ from experthub.hub.expert import Reference
 from experthub.hub.tasks.task import Example, example_id, read_task, write_task
 
 HERE = Path(__file__).parent
-SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
+SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0)
 SHOTS = (1, 2, 4, 8, 16)
 TYPOS = 0.15  # share of words that a corrupted text has with two letters exchanged
 Recipe = dict[str, Any]

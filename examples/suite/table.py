@@ -38,7 +38,7 @@ Accuracy on test splits, mean over seeds and, behind it, the standard deviation 
 [experiments.md](experiments.md); the settings are in `examples/suite/*.yaml`, the figures of each run in
 `examples/suite/*.json`. `make suite-encoder` and `make suite-vision` make them anew.
 
-- Scales of task arithmetic and TIES are chosen on the validation splits, of ten values.
+- Scales of task arithmetic and TIES are chosen on the validation splits, of nine values.
 - AdaMerging sees the test inputs without their labels, as in its paper; aTLAS sees labels of the training splits.
 - `corrupted`: the same test examples with typing errors in 15 % of the words, or pictures that are blurred.
 - `outside`: tasks that no expert was trained on.

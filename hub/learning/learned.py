@@ -69,7 +69,8 @@ def _data(plan: Plan, device: str | None) -> TaskData:
     labelled = method.strategy.labelled(method.options)
     # In single precision whatever the composition's: gradients of half precision lose too much.
     model = load_model(plan.base, "float32", device)
-    reader = reader_for(plan.base, device)
+    # Rows, and what they have of the base, are made before anything changes the model.
+    reader = reader_for(plan.base, device, lambda: model)
     others = held_out(use) if labelled else None
     looked_at = TaskData(model, reader, others, True) if others else None
     return TaskData(model, reader, chosen(use), labelled, looked_at)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 from experthub.hub.bases import Base, load_model, load_tokenizer
 from experthub.hub.errors import UsageError
@@ -13,8 +15,12 @@ from experthub.hub.reading.text import Encoder, LanguageModel, Seq2Seq, TextClas
 from experthub.hub.scoring.similarity import Similarity
 
 
-def reader_for(base: Base, device: str | None) -> Reader:
-    """The reader of a base's kind; UsageError for one that has none."""
+def reader_for(base: Base, device: str | None, loaded: Callable[[], Any] | None = None) -> Reader:
+    """The reader of a base's kind; UsageError for one that has none.
+
+    loaded: gives the base's model, where one is at hand, for heads that are made of text.
+    """
+    loaded = loaded or cache(lambda: load_model(base, "float32", device))
     config = read_json(base.folder / "config.json")
     kind = base.architecture
     if kind.endswith("ForImageClassification"):
@@ -22,7 +28,6 @@ def reader_for(base: Base, device: str | None) -> Reader:
         return ImageClassifier(preparation, _labels(config))
     if kind == "CLIPModel":
         side = int(config.get("vision_config", {}).get("image_size", 224))
-        loaded = cache(lambda: load_model(base, "float32", device))
         return Clip(Preparation.of(base.folder, side), load_tokenizer(base), loaded)
     if base.causal:
         return LanguageModel(load_tokenizer(base))
@@ -31,7 +36,6 @@ def reader_for(base: Base, device: str | None) -> Reader:
     if kind.endswith("ForSequenceClassification"):
         return TextClassifier(load_tokenizer(base), _labels(config))
     if base.encoder:
-        loaded = cache(lambda: load_model(base, "float32", device))
         return Encoder(Similarity(loaded, load_tokenizer(base)))
     raise UsageError(
         f"{base.name} is a {kind}, which gives no choices a score",

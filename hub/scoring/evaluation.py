@@ -118,7 +118,7 @@ class _Bench:
             return Likelihood(load_tokenizer(self.base))
         if self.base.encoder:
             return Similarity(lambda: self.model, load_tokenizer(self.base))
-        return ReaderScorer(reader_for(self.base, self.device))
+        return ReaderScorer(reader_for(self.base, self.device, lambda: self.model))
 
     def outcomes(
         self, name: str, plan: Plan | None, chosen: Sequence[Chosen], measure: Measure
