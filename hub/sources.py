@@ -55,9 +55,21 @@ def opened(
     if source.startswith("hf:") and not hashed:
         hashed = hf.checked(place)
     if not is_layout(place):
-        yield place, hashed
+        with _named(source, place):
+            yield place, hashed
         return
-    with draft_folder(hub_home() / "drafts" / "unpacked") as folder:
+    with draft_folder(hub_home() / "drafts" / "unpacked") as folder, _named(source, folder):
         layout = Layout.read(place)
         member = layout.find(Reference.parse(source, near).member)
         yield folder, layout.unpack(member, folder)
+
+
+@contextmanager
+def _named(source: str, folder: Path) -> Iterator[None]:
+    """Errors about a folder of the hub's own name where it came from, which says more."""
+    try:
+        yield
+    except HubError as error:
+        if folder.is_relative_to(hub_home()):
+            error.message = error.message.replace(str(folder), source)
+        raise

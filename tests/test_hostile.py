@@ -113,6 +113,7 @@ def refused(home: Path, *words: str | Path, code: int = 3, error: str = "") -> R
 
 def pull_refused(home: Path, error: str, code: int = 3, *more: str) -> Ran:
     ran = refused(home, "pull", "hf:alice/x", *more, code=code, error=error)
+    assert str(home / "hf") not in ran.err  # it says where the files came from
     assert not (home / "objects").exists() and not (home / "registry").exists()
     return ran
 
