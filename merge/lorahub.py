@@ -78,13 +78,19 @@ def _searched(vectors: Sequence[TaskVector], learner: Learner, fit: Fit) -> Coef
     if data.labels is None or learner.minimise is None:
         raise ValueError("expected labels and an optimiser to search with, found none")
     history: list[float] = []
+    # The search asks for the same points again where it gets the same answers.
+    known = (learner.load() or {}).get("history", torch.empty(0)).tolist()
     with torch.no_grad(), Attached(data.model, vectors, start) as attached:
 
         def loss(point: Sequence[float]) -> float:
+            if len(history) < len(known):
+                history.append(known[len(history)])
+                return history[-1]
             values = torch.tensor(point, dtype=torch.float64)[:, None]
             attached.set(values)
             found = _mean_loss(data) + fit.l1 * float(values.abs().mean())
             history.append(found)
+            learner.save({"history": torch.tensor(history, dtype=torch.float64)})
             learner.report(f"searching weights, loss {found:.4f}", len(history), fit.steps)
             return found
 

@@ -554,6 +554,26 @@ class TestLoraHub:
         assert seen == [(pytest.approx(plain), 1.5, 40)]
         assert merged["a.weight"].dense().allclose(vectors()[2]["a.weight"].dense())
 
+    def test_an_interrupted_search_goes_on_to_the_same_point(self) -> None:
+        kept: dict[str, Any] = {}
+
+        class Stop(Exception):
+            pass
+
+        def stop(_: str, done: int, __: int) -> None:
+            if done == 25:
+                raise Stop
+
+        call = merges["lorahub"].call
+        whole = call(vectors(), torch.ones(3), learner())
+        with pytest.raises(Stop):
+            call(vectors(), torch.ones(3), replace(learner(), save=kept.update, report=stop))
+        assert len(kept["history"]) == 25
+        seen: list[int] = []
+        again = replace(learner(), load=lambda: kept, report=lambda _, done, __: seen.append(done))
+        found = call(vectors(), torch.ones(3), again)
+        assert seen[0] == 26 and torch.equal(found.coefficients.values, whole.coefficients.values)
+
     def test_unequal_ranks(self) -> None:
         given = vectors()
         other = LowRank(torch.ones(1, 5), torch.ones(6, 1))

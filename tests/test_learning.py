@@ -14,7 +14,7 @@ from conftest import logits, make_expert, run_hub, tiny_bert
 from experthub import hub
 from experthub.hub import _yaml
 from experthub.hub.bases import load_model, load_tokenizer, read
-from experthub.hub.errors import UsageError
+from experthub.hub.errors import ConflictError, UsageError
 from experthub.hub.learning import learned
 from experthub.hub.learning.data import TaskData
 from experthub.hub.learning.examples import Chosen, chosen
@@ -123,8 +123,10 @@ def test_what_was_learned_is_not_learned_again(
     assert same(weights(first), weights(hub.compose(path)))
 
 
-def test_an_interrupted_run_goes_on(values: dict[str, Any]) -> None:
-    value = recipe(values, steps=45)
+@pytest.mark.parametrize(("method", "after"), [("adamerging", 20), ("atlas", 20), ("lorahub", 31)])
+def test_an_interrupted_run_goes_on(values: dict[str, Any], method: str, after: int) -> None:
+    more = {"patience": 0} if method == "atlas" else {}
+    value = recipe(values, method, steps=45, **more)
     whole = hub.compose(value)
     shutil.rmtree(learned.run_folder(whole.plan))
 
@@ -132,17 +134,19 @@ def test_an_interrupted_run_goes_on(values: dict[str, Any]) -> None:
         pass
 
     def stop(what: str, done: int, _: int) -> None:
-        if what.startswith("learning") and done == 31:
+        if what.startswith(("learning", "searching")) and done == 31:
             raise Stop
 
     with pytest.raises(Stop):
         hub.compose(value, report=stop)
     seen: list[int] = []
-    again = hub.compose(
-        value,
-        report=lambda what, done, _: seen.append(done) if what.startswith("learning") else None,
-    )
-    assert seen[0] == 21 and same(weights(whole), weights(again))
+
+    def see(what: str, done: int, _: int) -> None:
+        if what.startswith(("learning", "searching")):
+            seen.append(done)
+
+    again = hub.compose(value, report=see)
+    assert seen[0] == after + 1 and same(weights(whole), weights(again))
     assert not (learned.run_folder(whole.plan) / learned.STATE).exists()
 
 
@@ -203,6 +207,19 @@ def test_a_lock_pins_what_was_learned(values: dict[str, Any], home: Path) -> Non
     task_named("second", flip=1)
     stale = run_hub("lock", "--check", path)
     assert stale.code == 6, stale.err
+
+
+def test_a_locked_closed_form_wants_the_tasks_that_were_pinned(values: dict[str, Any]) -> None:
+    """It has no coefficients that a lock could hold, so its data must be the same."""
+    path = written(recipe(values, "regmean"))
+    assert run_hub("lock", path).code == 0
+    assert "coefficients" not in _yaml.read(Path("recipe.lock.yaml")).value
+    first = weights(hub.compose(plan_of(path, "frozen")))
+    assert same(first, weights(hub.compose(path)))
+    shutil.rmtree(tasks_folder() / "local" / "second")
+    task_named("second", flip=1)
+    with pytest.raises(ConflictError, match="task local:second is sha256:"):
+        hub.compose(plan_of(path, "frozen"))
 
 
 def test_a_learned_merge_of_loras_is_one_plain_lora(values: dict[str, Any], tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from experthub.hub._files import hub_home, new_folder, write_json, written
 from experthub.hub.bases import Report, load_model, silent
 from experthub.hub.describe import write_description
-from experthub.hub.errors import HubError, IntegrityError, UsageError
+from experthub.hub.errors import ConflictError, HubError, IntegrityError, UsageError
 from experthub.hub.expert import COEFFICIENTS, COEFFICIENTS_JSON, Expert
 from experthub.hub.formats.coefficients import (
     TENSOR,
@@ -64,7 +64,13 @@ def learner_for(plan: Plan, device: str | None, store: Store, report: Report) ->
 def _data(plan: Plan, device: str | None) -> TaskData:
     if plan.data is None:
         raise UsageError(f"{plan.recipe.method.method} needs data", "say data: in the recipe")
-    use = plan.data.use
+    use, given = plan.data.use, chosen(plan.data.use)
+    for one, digest in zip(given, plan.data.digests, strict=True):
+        if one.task.digest != digest:
+            raise ConflictError(
+                f"task {one.task.reference} is {one.task.digest[:19]} here, and {digest[:19]} is pinned",
+                "import the task again as it was, or lock the recipe anew",
+            )
     method = plan.recipe.method
     labelled = method.strategy.labelled(method.options)
     # In single precision whatever the composition's: gradients of half precision lose too much.
@@ -73,7 +79,7 @@ def _data(plan: Plan, device: str | None) -> TaskData:
     reader = reader_for(plan.base, device, lambda: model)
     others = held_out(use) if labelled else None
     looked_at = TaskData(model, reader, others, True) if others else None
-    return TaskData(model, reader, chosen(use), labelled, looked_at)
+    return TaskData(model, reader, given, labelled, looked_at)
 
 
 def keep(plan: Plan, found: Coefficients) -> Path:
