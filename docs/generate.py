@@ -52,9 +52,6 @@ version; `hub --install-completion` installs completion for the shell.
 Data goes to standard output; progress and messages go to standard error. With `--json`, where a
 command has it, it prints one JSON document with `"schema": 1` at its top.
 
-Not yet: commands that push, verify, remove or garbage-collect experts, and commands that write or
-check a lock file.
-
 | exit code | meaning |
 | --- | --- |
 | 0 | done |
