@@ -85,11 +85,16 @@ def learn(vectors: Sequence[TaskVector], learner: Learner, fit: Fit) -> Coeffici
 
 def initial(vectors: Sequence[TaskVector], fit: Fit) -> Coefficients:
     """The coefficients before the first step, in double precision: there are few of them."""
-    names = dict.fromkeys(name for vector in vectors for name in vector)
-    blocks = tuple(dict.fromkeys(blocks_of(sorted(names), fit.granularity).values()))
+    names = sorted({name for vector in vectors for name in vector}, key=_by_number)
+    blocks = tuple(dict.fromkeys(blocks_of(names, fit.granularity).values()))
     shape = (len(vectors), len(blocks)) + ((fit.groups,) if fit.groups > 1 else ())
     values = torch.full(shape, fit.start, dtype=torch.float64)
     return Coefficients(values, blocks, fit.granularity, fit.combine, fit.seed)
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """Orders layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def rows_of(size: int, batch_size: int, step: int, *key: object) -> Tensor:

@@ -424,6 +424,11 @@ class TestGranularity:
             "model.norm",
         ]
 
+    def test_blocks_are_in_the_order_of_their_numbers(self) -> None:
+        names = [f"layers.{n}.mlp.weight" for n in (10, 2, 1)]
+        vector = TaskVector("base", {n: (lambda: Dense(torch.ones(1, 1))) for n in names})
+        assert initial([vector], fit()).blocks == tuple(names[::-1])
+
     def test_an_expression(self) -> None:
         found = list(blocks_of(self.NAMES, r"(self_attn|mlp)").values())
         assert found == ["rest", "self_attn", "mlp", "self_attn", "rest"]
