@@ -226,7 +226,8 @@ class _Beside:
             mixed = mixed_factors(self.low, self.factors)
             return output + nn.functional.linear(nn.functional.linear(inputs[0], mixed.a), mixed.b)
         hidden_R = nn.functional.linear(inputs[0], self.a_RI) * self.factors[self.owner_R]
-        return output + nn.functional.linear(hidden_R, self.b_OR)
+        # In place: the module's own output is nobody else's, and needed for no gradient.
+        return output.add_(nn.functional.linear(hidden_R, self.b_OR))
 
     def detach(self) -> None:
         self._hook.remove()
