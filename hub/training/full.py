@@ -56,7 +56,7 @@ def train_full(
     if unknown:
         raise HubError(
             f"{found.name} does not store {unknown[0]} under this name",
-            "load it with transformers and save it again: its files have other names",
+            "its file has names of an older transformers: save model.state_dict() with safetensors",
         )
     objective = objective_for(found, device)
     record: dict[str, Any] = {"method": "full", **asdict(settings), "embeddings": embeddings}
