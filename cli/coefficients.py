@@ -64,9 +64,11 @@ def coefficients(
     record, found = stored_coefficients(content, store)
     if name is not None:
         from experthub.hub.describe import add_folder
+        from experthub.hub.sources import opened
 
-        folder = Path(content.sources[0].removeprefix("file:"))
-        entry = add_folder(folder, name, layers, store)
+        source = content.sources[0]
+        with opened(source, Path.cwd()) as (folder, hashed):
+            entry = add_folder(folder, name, layers, store, source=source, hashed=hashed)
         say(f"registered {entry.reference}")
     if plot is not None:
         from experthub.hub.scoring.plots import plot_coefficients

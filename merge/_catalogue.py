@@ -70,7 +70,8 @@ class Strategy:
     needs: what it needs besides the experts' weights, of `gates`, `data`.
     order_dependent: permuting the experts may change the result.  whole_model: one tensor of the
     result depends on all tensors of the experts.  dense: its result is, whatever the experts are.
-    learns: it finds coefficients, which can be kept.  labelled: whether it needs the data's labels with these options.
+    learns: it finds coefficients, which can be kept.  labelled: whether it needs the data's labels
+    with these options.
     """
 
     name: str

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from experthub.merge._coefficients import Coefficients
 from torch import Tensor, nn
 
@@ -44,6 +45,12 @@ class Data(Protocol):
         above, a random variation of them that depends on this number and the input alone.
         """
         ...
+
+
+def logits_of(data: Data, task: int, rows: Tensor) -> Tensor:
+    """Logits `[len(rows), C]` of some inputs of one task alone."""
+    none = torch.empty(0, dtype=torch.long)
+    return data.logits([rows if t == task else none for t in range(len(data.tasks))])[task]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from experthub.merge._attached import Attached
 from experthub.merge._catalogue import Range
 from experthub.merge._coefficients import seeded
 from experthub.merge._delta import Dense
-from experthub.merge._learner import Data, Learner
+from experthub.merge._learner import Data, Learner, logits_of
 from experthub.merge._methods import merges
 from experthub.merge._objectives import log_probabilities
 from experthub.merge._task_vector import TaskVector, base_of, united
@@ -63,11 +63,8 @@ def fisher(
 def _differentiate(data: Data, task: int, seed: int) -> None:
     """The gradient of a drawn answer's log-probability, for one input after the other."""
     draw = seeded("fisher", seed, task)
-    none = torch.empty(0, dtype=torch.long)
     for row in range(data.sizes[task]):
-        chosen = torch.tensor([row])
-        logits = data.logits([chosen if t == task else none for t in range(len(data.tasks))])[task]
-        log_1C = log_probabilities(logits)
+        log_1C = log_probabilities(logits_of(data, task, torch.tensor([row])))
         answer = torch.multinomial(log_1C.detach().exp(), 1, generator=draw)
         log_1C.gather(-1, answer).sum().backward()  # type: ignore[no-untyped-call]
 

@@ -17,7 +17,7 @@ from experthub.merge._attached import Attached
 from experthub.merge._catalogue import Range
 from experthub.merge._coefficients import Coefficients
 from experthub.merge._delta import Dense
-from experthub.merge._learner import Data, Learner
+from experthub.merge._learner import Data, Learner, logits_of
 from experthub.merge._methods import merges
 from experthub.merge._task_vector import TaskVector, combine
 from torch import Tensor, nn
@@ -95,9 +95,7 @@ def grams_of(data: Data, task: int, linears: Mapping[str, nn.Module], batch_size
 
     with _watched(linears, watch):
         for start in range(0, data.sizes[task], batch_size):
-            chosen = torch.arange(start, min(start + batch_size, data.sizes[task]))
-            none = torch.empty(0, dtype=torch.long)
-            data.logits([chosen if t == task else none for t in range(len(data.tasks))])
+            logits_of(data, task, torch.arange(start, min(start + batch_size, data.sizes[task])))
     return {name: total / rows[name] for name, total in sums.items()}
 
 

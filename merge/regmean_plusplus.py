@@ -41,7 +41,9 @@ def regmean_plusplus(
     data = paired(learner, vectors)
     linears = linear_weights(data.model, vectors)
     names = {name for vector in vectors for name in vector}
-    in_order = [name for name, _ in data.model.named_parameters() if name in names]
+    # With all names of tied weights: their changes may differ.
+    parameters = data.model.named_parameters(remove_duplicate=False)
+    in_order = [name for name, _ in parameters if name in names]
     label = blocks_of(in_order, "block")
     blocks = tuple(dict.fromkeys(label.values()))
     experts = len(vectors)

@@ -17,7 +17,7 @@ from experthub.hub.bases import load_model, load_tokenizer, read
 from experthub.hub.errors import ConflictError, UsageError
 from experthub.hub.learning import learned
 from experthub.hub.learning.data import TaskData
-from experthub.hub.learning.examples import Chosen, chosen
+from experthub.hub.learning.examples import chosen
 from experthub.hub.lock import plan_of
 from experthub.hub.reading.kinds import reader_for
 from experthub.hub.recipe import DataUse
@@ -25,6 +25,7 @@ from experthub.hub.scoring.likelihood import choice_logprobs, encode
 from experthub.hub.scoring.similarity import Similarity
 from experthub.hub.tasks.task import (
     Card,
+    Chosen,
     Example,
     example_id,
     read_task,
@@ -185,6 +186,10 @@ def test_coefficients_are_an_artifact(values: dict[str, Any], home: Path) -> Non
     without = {k: v for k, v in recipe(values, granularity="block").items() if k != "data"}
     again = hub.compose(without | {"coefficients": "learned"})
     assert same(weights(composition), weights(again))
+    stored = written(without | {"coefficients": "learned"}, "stored.yaml")
+    renamed = run_hub("coefficients", stored, "--name", "another")
+    assert renamed.code == 0, renamed.err
+    assert same(weights(composition), weights(hub.compose(without | {"coefficients": "another"})))
     shown = run_hub("show", "learned", "--json").json["expert"]
     assert shown["kind"] == "coefficients"
 

@@ -96,7 +96,7 @@ def in_base64(picture: Picture) -> str:
 def write_tasks() -> None:
     for name, variants in TASKS.items():
         missing = [v for v in variants if not (tasks_folder() / f"vision/{name}-{v}").is_dir()]
-        found = list(pictures(name))[:EXAMPLES] if missing else []
+        found = list(pictures(name)) if missing else []
         labels = OBJECTS if name == "cifar" else DIGITS
         for variant in missing:
             examples = []

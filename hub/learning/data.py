@@ -5,15 +5,13 @@ Shapes: N inputs, C choices.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from experthub.hub.learning.examples import Chosen
-from experthub.hub.reading.reader import Reader, Row
+from experthub.hub.reading.reader import Reader, Row, read_all
+from experthub.hub.tasks.task import Chosen
 from torch import Tensor
-
-BATCH_TOKENS = 4096  # padding included, that a model reads at once; an image is one
 
 
 class TaskData:
@@ -53,30 +51,6 @@ class TaskData:
             for own, chosen in zip(self.rows, rows, strict=True)
             for i in chosen.tolist()
         ]
-        order = sorted(range(len(picked)), key=lambda i: picked[i].size)
-        width = max(self.widths)
-        parts = [
-            _wide(self.reader.read(self.model, [picked[i] for i in batch]), width)
-            for batch in _batches(order, picked)
-        ]
-        back = torch.empty(len(order), dtype=torch.long)
-        back[torch.tensor(order, dtype=torch.long)] = torch.arange(len(order))
-        found = torch.split(torch.cat(parts)[back], [len(chosen) for chosen in rows])
+        logits_NC = read_all(self.reader, self.model, picked, max(self.widths))
+        found = torch.split(logits_NC, [len(chosen) for chosen in rows])
         return [part[:, :own] for part, own in zip(found, self.widths, strict=True)]
-
-
-def _wide(logits_NC: Tensor, width: int) -> Tensor:
-    missing = width - logits_NC.shape[1]
-    return torch.nn.functional.pad(logits_NC, (0, missing), value=float("-inf"))
-
-
-def _batches(order: Sequence[int], rows: Sequence[Row]) -> Iterator[list[int]]:
-    """Inputs in order of length, cut where they, padding included, exceed the tokens allowed."""
-    batch: list[int] = []
-    for index in order:
-        if batch and rows[index].size * (len(batch) + 1) > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch

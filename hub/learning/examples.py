@@ -9,20 +9,7 @@ from typing import Any
 from experthub.hub._files import digest_of
 from experthub.hub.errors import HubError, UsageError
 from experthub.hub.recipe import DataUse
-from experthub.hub.tasks.task import Example, Split, Task, read_task
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """Some examples of one task."""
-
-    task: Task
-    examples: tuple[Example, ...]
-
-    @property
-    def labels(self) -> list[int]:
-        """The places of the right answers."""
-        return [self.task.answer(example) or 0 for example in self.examples]
+from experthub.hub.tasks.task import Chosen, Example, Split, Task, read_task
 
 
 @dataclass(frozen=True)
@@ -55,15 +42,15 @@ def chosen(use: DataUse) -> list[Chosen]:
     return [_of_task(read_task(reference), use, use.split) for reference in use.tasks]
 
 
-def held_out(use: DataUse) -> list[Chosen] | None:
+def held_out(use: DataUse, given: Sequence[Chosen]) -> list[Chosen] | None:
     """Labelled examples to stop by, as many as are learned from; None where nothing may be seen.
 
-    They are of the validation split; data of that split itself leaves none.
+    given: what is learned from.  They are of the validation split; data of that split itself leaves none.
     """
     if not use.labels or use.split == "validation":
         return None
     try:
-        return [_of_task(read_task(reference), use, "validation") for reference in use.tasks]
+        return [_of_task(one.task, use, "validation") for one in given]
     except HubError:  # a small task may have none
         return None
 

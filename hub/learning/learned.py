@@ -44,13 +44,14 @@ def found_folder(plan: Plan) -> Path:
 def learner_for(plan: Plan, device: str | None, store: Store, report: Report) -> Learner:
     """Stored coefficients where the plan has some or has found some before; else data to learn from."""
     if plan.coefficients is not None:
-        digest = plan.coefficients.digest
-        files = [store.file(digest, name) for name in (COEFFICIENTS_JSON, COEFFICIENTS)]
-        return Learner(stored=_stored(files[0], files[1], plan, plan.coefficients.reference))
+        record, found = stored_coefficients(plan.coefficients, store)
+        _check_fit(record, plan, plan.coefficients.reference)
+        return Learner(stored=found)
     folder = found_folder(plan)
     if plan.learns and folder.is_dir():
-        files = [folder / COEFFICIENTS_JSON, folder / COEFFICIENTS]
-        return Learner(stored=_stored(files[0], files[1], plan, str(folder)))
+        record, found = _read(folder / COEFFICIENTS_JSON, folder / COEFFICIENTS)
+        _check_fit(record, plan, str(folder))
+        return Learner(stored=found)
     state = run_folder(plan) / STATE
     return Learner(
         data=_data(plan, device),
@@ -77,7 +78,7 @@ def _data(plan: Plan, device: str | None) -> TaskData:
     model = load_model(plan.base, "float32", device)
     # Rows, and what they have of the base, are made before anything changes the model.
     reader = reader_for(plan.base, device, lambda: model)
-    others = held_out(use) if labelled else None
+    others = held_out(use, given) if labelled else None
     looked_at = TaskData(model, reader, others, True) if others else None
     return TaskData(model, reader, given, labelled, looked_at)
 
@@ -163,25 +164,18 @@ def _write_coefficients(folder: Path, plan: Plan, found: Coefficients) -> None:
     write_json(folder / COEFFICIENTS_JSON, record.model_dump(mode="json", by_alias=True))
 
 
-def _stored(record: Path, tensors: Path, plan: Plan, name: str) -> Coefficients:
-    """Coefficients from files; UsageError when they were learned for something else."""
-    found = read_coefficients(record, tensors)
-    _check_fit(found, plan, name)
-    return _numbers(found, tensors)
-
-
 def stored_coefficients(content: Content, store: Store) -> tuple[CoefficientsRecord, Coefficients]:
     """What the store has of some, and the numbers."""
     files = [store.file(content.digest, name) for name in (COEFFICIENTS_JSON, COEFFICIENTS)]
-    record = read_coefficients(files[0], files[1])
-    return record, _numbers(record, files[1])
+    return _read(files[0], files[1])
 
 
-def _numbers(found: CoefficientsRecord, tensors: Path) -> Coefficients:
-    """The numbers with what they mean."""
+def _read(record: Path, tensors: Path) -> tuple[CoefficientsRecord, Coefficients]:
+    """Coefficients from files: what they are of, and the numbers."""
     from safetensors.torch import load
 
-    return Coefficients(
+    found = read_coefficients(record, tensors)
+    return found, Coefficients(
         load(tensors.read_bytes())[TENSOR].double(),
         tuple(found.blocks),
         found.granularity,
@@ -216,7 +210,7 @@ def _check_fit(found: CoefficientsRecord, plan: Plan, name: str) -> None:
 
 
 def _loaded(state: Path) -> dict[str, Tensor] | None:
-    """The state of an interrupted run; one that cannot be read is begun again."""
+    """The state of an interrupted run, if there is one; IntegrityError when it cannot be read."""
     from safetensors.torch import load
 
     if not state.is_file():

@@ -5,7 +5,7 @@ Shapes: N inputs, C choices.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +13,7 @@ from experthub.hub.scoring.scorer import Question, Scores
 from experthub.hub.tasks.task import Example, Task
 from torch import Tensor
 
-BATCH = 32
+BATCH_TOKENS = 4096  # padding included, that a model reads at once; an image is one
 
 
 class Row(Protocol):
@@ -58,15 +58,37 @@ class ReaderScorer:
     @torch.no_grad()
     def scores(self, model: Any, questions: Sequence[Question]) -> list[Scores]:
         rows = [self.reader.row(question) for question in questions]
-        order = sorted(range(len(rows)), key=lambda i: rows[i].size)
-        found: list[Scores] = [Scores((), ())] * len(rows)
-        for start in range(0, len(order), BATCH):
-            part = order[start : start + BATCH]
-            logits_NC = self.reader.read(model, [rows[i] for i in part])
-            for i, values in zip(part, logits_NC.tolist(), strict=True):
-                count = len(questions[i].choices)
-                found[i] = Scores(tuple(values[:count]), (1,) * count)
-        return found
+        counts = [len(question.choices) for question in questions]
+        logits_NC = read_all(self.reader, model, rows, max(counts))
+        return [
+            Scores(tuple(values[:count]), (1,) * count)
+            for values, count in zip(logits_NC.tolist(), counts, strict=True)
+        ]
+
+
+def read_all(reader: Reader, model: Any, rows: Sequence[Row], width: int) -> Tensor:
+    """Logits `[N, width]` of any number of inputs; like sizes are read together."""
+    order = sorted(range(len(rows)), key=lambda i: rows[i].size)
+    parts = []
+    for batch in _batches(order, rows):
+        logits_NC = reader.read(model, [rows[i] for i in batch])
+        missing = width - logits_NC.shape[1]
+        parts.append(torch.nn.functional.pad(logits_NC, (0, missing), value=float("-inf")))
+    back = torch.empty(len(order), dtype=torch.long)
+    back[torch.tensor(order, dtype=torch.long)] = torch.arange(len(order))
+    return torch.cat(parts)[back]
+
+
+def _batches(order: Sequence[int], rows: Sequence[Row]) -> Iterator[list[int]]:
+    """Inputs in order of size, cut where they, padding included, exceed the tokens allowed."""
+    batch: list[int] = []
+    for index in order:
+        if batch and rows[index].size * (len(batch) + 1) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
 
 
 def by_row(values: Tensor, counts: Sequence[int]) -> Tensor:

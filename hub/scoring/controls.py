@@ -17,8 +17,9 @@ from experthub.hub.pull import Content
 from experthub.hub.recipe import Recipe
 from experthub.hub.registry import Registry
 from experthub.hub.resolution import resolve
-from experthub.hub.scoring.result import Chosen, Outcome, mean
+from experthub.hub.scoring.result import Outcome, mean
 from experthub.hub.store import Store
+from experthub.hub.tasks.task import Chosen
 
 BEST, ORACLE, AVERAGE = "best_single", "oracle", "merged_average"
 

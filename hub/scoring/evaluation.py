@@ -23,7 +23,6 @@ from experthub.hub.scoring.likelihood import Likelihood
 from experthub.hub.scoring.result import (
     BASE,
     MEASURES,
-    Chosen,
     Outcome,
     comparisons,
     result,
@@ -33,7 +32,7 @@ from experthub.hub.scoring.result import (
 from experthub.hub.scoring.scorer import Measure, Scorer, Scores
 from experthub.hub.scoring.similarity import Similarity
 from experthub.hub.store import Store
-from experthub.hub.tasks.task import Split, Task, read_task
+from experthub.hub.tasks.task import Chosen, Split, Task, read_task
 
 
 def evaluate(

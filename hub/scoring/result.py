@@ -13,7 +13,7 @@ from experthub.hub._files import digest_of
 from experthub.hub.errors import HubError
 from experthub.hub.scoring.scorer import Measure, Question, Scores
 from experthub.hub.scoring.statistics import bootstrap, hierarchical, wilson
-from experthub.hub.tasks.task import Example, Split, Task
+from experthub.hub.tasks.task import Chosen, Example, Split, Task
 
 BASE = "base"
 MEASURES = {"mean": "mean-token-logprob", "sum": "sum-logprob", "byte": "mean-byte-logprob"}
@@ -56,14 +56,6 @@ class Outcome:
                 float(row[answer] - row.max() - numpy.log(numpy.exp(row - row.max()).sum()))
             )
         return cls(tuple(rows), tuple(right), tuple(logprobs))
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """A task and those of its examples that are scored."""
-
-    task: Task
-    examples: tuple[Example, ...]
 
 
 def result(

@@ -135,6 +135,19 @@ class Task:
         return " " + (example.targets or [""])[0]
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """A task and some of its examples."""
+
+    task: Task
+    examples: tuple[Example, ...]
+
+    @property
+    def labels(self) -> list[int]:
+        """The places of the right answers."""
+        return [self.task.answer(example) or 0 for example in self.examples]
+
+
 def as_split(text: str) -> Split:
     """The name of a split; UsageError for any other."""
     if text not in get_args(Split):
