@@ -32,11 +32,13 @@ def write(folder: Path, shapes: Mapping[str, Sequence[int]], width: int, vocabul
         vector = {n: SIZE * torch.randn(*s, generator=random) for n, s in shapes.items()}
         save_file(vector, folder / f"expert-{expert}.safetensors")
     random = torch.Generator().manual_seed(EXPERTS)
+    frequency = 1 / (torch.arange(vocabulary) + 2.7)  # Zipf and Mandelbrot's, of words in texts
     tensors = {}
     for task in range(TASKS):
         tensors[f"{task}.head"] = torch.randn(2 + 2 * task, width, generator=random)
         shape = (BATCHES * INPUTS, TOKENS)
-        tensors[f"{task}.input_ids"] = torch.randint(vocabulary, shape, generator=random)
+        tokens = torch.multinomial(frequency, BATCHES * INPUTS * TOKENS, True, generator=random)
+        tensors[f"{task}.input_ids"] = tokens.view(shape)
         lengths = torch.randint(TOKENS // 2, TOKENS + 1, shape[:1], generator=random)
         mask = torch.arange(TOKENS) < lengths[:, None]
         tensors[f"{task}.attention_mask"] = mask.long()

@@ -19,8 +19,9 @@ from experthub.hub.recipe import Recipe
 from experthub.hub.registry import Registry
 from experthub.hub.resolution import resolve
 from experthub.hub.store import Store
+from experthub.hub.tying import tie_again, untie
 from experthub.hub.weights import Contents, gates, task_vector
-from experthub.merge import LowRank, TaskVector
+from experthub.merge import LowRank, TaskVector, uses
 from experthub.routing import ExpertStack, RoutedLinear, routers
 from torch import nn
 
@@ -152,47 +153,19 @@ def _check_orientation(model: Any, plan: Plan) -> None:
 
 def _add(model: Any, merged: TaskVector, plan: Plan) -> None:
     """Change a model's weights by a task vector."""
-    tied = _untie(model, merged, plan)
-    modules = dict(model.named_modules())
+    tied = untie(model, merged, plan)
+    places = uses(model, merged)
     for name in merged:
         # A new tensor, not a sum in place: the base's file stays mapped, and nobody else's changes.
-        owner, _, leaf = name.rpartition(".")
-        changed = merged[name].add_to(getattr(modules[owner], leaf))
-        modules[owner].register_parameter(leaf, nn.Parameter(changed, requires_grad=False))
+        changed = merged[name].add_to(model.get_parameter(name))
+        parameter = nn.Parameter(changed, requires_grad=False)
+        for module, leaf in places[name]:
+            module.register_parameter(leaf, parameter)
         # What is not finite makes the sum so; a finite weight may too, so then each is looked at.
         if not math.isfinite(changed.sum()) and not bool(torch.isfinite(changed).all()):
             raise IntegrityError(f"{name} overflows {plan.dtype}", "use smaller weights or float32")
     if tied is not None:
-        _tie_again(model, tied)
-
-
-def _untie(model: Any, merged: TaskVector, plan: Plan) -> Any:
-    """Give tied input and output embeddings weights of their own where their changes may differ.
-
-    A LoRA on one of them changes that use of the weight only, as peft applies it; a task vector
-    changes the weight itself, unless it names the output too.  Returns the configuration from
-    before, if they were tied.
-    """
-    outputs = model.get_output_embeddings()
-    inputs = None if outputs is None else model.get_input_embeddings()
-    if inputs is None or inputs.weight is not outputs.weight:
-        return None
-    before = model.config
-    names = {name for name in merged if model.get_parameter(name) is inputs.weight}
-    first = next(name for name, p in model.named_parameters() if p is inputs.weight)
-    adapted = {f"{a.module}.weight" for member in plan.members for a in member.adapted}
-    if names - {first} or names & adapted:
-        outputs.weight = nn.Parameter(inputs.weight.detach().clone(), requires_grad=False)
-        model.config = copy.deepcopy(model.config)
-        model.config.tie_word_embeddings = False
-    return before
-
-
-def _tie_again(model: Any, before: Any) -> None:
-    """Let input and output embeddings share their weights where both changed alike."""
-    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    if model.config is before or torch.equal(inputs.weight, outputs.weight):
-        outputs.weight, model.config = inputs.weight, before
+        tie_again(model, tied)
 
 
 def _route(model: Any, plan: Plan, contents: Contents) -> dict[str, nn.Module]:

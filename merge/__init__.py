@@ -1,6 +1,6 @@
 """Exact algebra of weight changes, and the merges built on it; imports torch only."""
 
-from experthub.merge._attached import Attached
+from experthub.merge._attached import Attached, uses
 from experthub.merge._catalogue import Catalogue, Option, Range, Strategy
 from experthub.merge._coefficients import Coefficients, blocks_of, composed
 from experthub.merge._delta import Delta, Dense, LowRank, total, truncated
@@ -51,4 +51,5 @@ __all__ = [
     "ties",
     "total",
     "truncated",
+    "uses",
 ]

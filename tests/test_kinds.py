@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_bert
+from conftest import tiny_bert, tiny_llama
 from experthub import hub
 from experthub.hub.bases import load_model, load_tokenizer, read
 from experthub.hub.errors import UsageError
@@ -19,6 +21,8 @@ from experthub.hub.reading.kinds import reader_for
 from experthub.hub.scoring.scorer import Question
 from experthub.hub.tasks.task import Card, Example, example_id, write_task
 from experthub.hub.training.fit import Settings
+from experthub.merge import Attached, Dense, Fit, TaskVector
+from experthub.merge._fit import initial
 from safetensors.torch import save_file
 
 LABELS = ["red", "green", "blue"]
@@ -111,7 +115,13 @@ def text_classifier(folder: Path) -> None:
     BertForSequenceClassification(config).save_pretrained(folder)
 
 
-MADE = {"seq2seq": seq2seq, "image": classifier, "clip": clip, "text": text_classifier}
+MADE: dict[str, Callable[[Path], object]] = {
+    "seq2seq": seq2seq,
+    "image": classifier,
+    "clip": clip,
+    "text": text_classifier,
+}
+OTHERS = {"causal": tiny_llama, "encoder": tiny_bert}
 
 
 @pytest.fixture(params=list(MADE))
@@ -122,7 +132,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def folder(kind: str, tmp_path: Path) -> Path:
     torch.manual_seed(0)
-    MADE[kind](tmp_path / "base")
+    (MADE | OTHERS)[kind](tmp_path / "base")
     return tmp_path / "base"
 
 
@@ -169,6 +179,38 @@ def test_an_expert_is_trained_merged_and_scored(folder: Path, task: str, kind: s
     found = hub.evaluate(recipes, [task], split="train")
     assert found["average"]["alone"]["delta_to_base"]["ci95"][0] > 0
     assert found["protocol"]["score"] == reader_for(composition.plan.base, None).name
+
+
+@pytest.mark.parametrize("kind", [*MADE, *OTHERS])
+def test_what_learns_reads_what_is_composed(folder: Path, kind: str) -> None:
+    """With a change of every weight, tied ones included."""
+    base = read(folder, "base")
+    random = torch.Generator().manual_seed(5)
+    changes = {n: 0.3 * torch.randn(s, generator=random) for n, s in base.shapes.items()}
+    vector = TaskVector(base.fingerprint, {n: partial(Dense, d) for n, d in changes.items()})
+    images = kind in ("image", "clip")
+    texts = [png(0, 1), png(2, 2)] if images else ["fire 1", "the sea"]
+    questions = [Question(text, tuple(LABELS)) for text in texts]
+
+    def logits(model: Any) -> torch.Tensor:
+        reader = reader_for(base, None)
+        return reader.read(model, [reader.row(q) for q in questions])
+
+    model = load_model(base, "float32", None)
+    start = initial([vector], Fit("entropy", "task", start=0.5, steps=1, lr=1.0, batch_size=1))
+    with torch.no_grad(), Attached(model, [vector], start) as attached:
+        attached.set(start.values)
+        learned_on = logits(model)
+    expert = folder.parent / "expert"
+    expert.mkdir()
+    save_file(changes, expert / "task_vector.safetensors")
+    merge = {"method": "task_arithmetic", "scale": 0.5}
+    recipe = {"base": str(folder), "experts": [str(expert)], "merge": merge}
+    composition = hub.compose(recipe)
+    saved = read(composition.save(folder.parent / "merged"), "merged")
+    with torch.no_grad():
+        torch.testing.assert_close(learned_on, logits(composition.model))
+        torch.testing.assert_close(learned_on, logits(load_model(saved, "float32", None)))
 
 
 def test_logits_do_not_depend_on_the_batch(folder: Path, kind: str) -> None:

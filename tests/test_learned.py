@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from experthub.merge import (
     Attached,
     Coefficients,
+    Delta,
     Dense,
     Fit,
     Learner,
@@ -137,6 +139,44 @@ class TestGradients:
         for name, weight in weights.items():
             change = weight.detach() - data.model.get_parameter(name)
             torch.testing.assert_close(merged[name].dense(), change)
+
+    @pytest.mark.parametrize("padding", [None, 2])
+    def test_of_an_embedding_of_which_some_rows_are_read(self, padding: int | None) -> None:
+        class Looked(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.e = nn.Embedding(9, 4, padding_idx=padding, dtype=WIDE)
+                self.f = nn.Linear(4, 3, dtype=WIDE).requires_grad_(False)
+
+            def forward(self, ids: Tensor) -> Tensor:
+                return self.f(torch.tanh(self.e(ids)).mean(1))
+
+        model, alone = Looked(), Looked()
+        reads: list[int] = []
+        alone.load_state_dict(model.state_dict())
+        random = torch.Generator().manual_seed(1)
+        changes = [torch.randn(9, 4, generator=random, dtype=WIDE) for _ in range(2)]
+
+        def change(expert: int) -> Delta:
+            reads.append(expert)
+            return Dense(changes[expert])
+
+        given = [TaskVector("base", {"e.weight": partial(change, e)}) for e in range(2)]
+        start = initial(given, fit())
+        with Attached(model, given, start) as attached:
+            batches = [([[1, 2, 2], [5, 1, 1]], [0, 1]), ([[1, 7, 2]], [0, 1]), ([[5, 7, 7]], [])]
+            for ids, new in batches:
+                values = torch.rand(2, 1, dtype=WIDE, generator=random)
+                attached.set(values)
+                reads.clear()
+                entropy(model(torch.tensor(ids))).backward()
+                assert reads == new
+                leaf = values.clone().requires_grad_()
+                weight = literal(alone, given, leaf, {"e.weight": 0})["e.weight"]
+                logits = torch.func.functional_call(alone, {"e.weight": weight}, torch.tensor(ids))
+                entropy(logits).backward()
+                torch.testing.assert_close(attached.gradient(), leaf.grad, rtol=1e-10, atol=1e-12)
+        assert torch.equal(model.e(torch.tensor([1])), model.e.weight[None, 1])
 
     def test_several_backward_passes_add_up(self) -> None:
         given, data = wide("dense"), TinyData(Tiny(WIDE))
@@ -487,6 +527,20 @@ class TestClosedForms:
             torch.testing.assert_close(merged[name].dense(), wanted, rtol=1e-6, atol=1e-7)
             with torch.no_grad():
                 so_far.get_parameter(name).add_(wanted)
+
+    def test_a_tied_weight_has_a_change_for_each_of_its_names(self) -> None:
+        class Tied(Tiny):
+            def __init__(self) -> None:
+                super().__init__(WIDE)
+                self.d = nn.Linear(5, 6, bias=False)
+                self.d.weight = self.a.weight
+
+        given = [replace(v, load={**v.load, "d.weight": v.load["a.weight"]}) for v in wide()[:2]]
+        for name in ("adamerging", "regmean", "regmean_plusplus", "fisher"):
+            options = {"steps": 2} if name == "adamerging" else {}
+            source = Learner(data=TinyData(Tied()))
+            merged = merges[name].call(given, torch.ones(2), source, **options)
+            assert set(merged) == {*SHAPES, "d.weight"} and merged["d.weight"].shape == (6, 5)
 
     def test_regmean_of_equal_experts_is_the_expert(self) -> None:
         given, source, weights = self.given()

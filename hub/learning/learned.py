@@ -24,6 +24,7 @@ from experthub.hub.plan import Plan
 from experthub.hub.pull import Content
 from experthub.hub.reading.kinds import reader_for
 from experthub.hub.store import Store, read_folder
+from experthub.hub.tying import untie
 from experthub.merge import Coefficients, Learner, TaskVector
 from torch import Tensor
 
@@ -76,6 +77,7 @@ def _data(plan: Plan, device: str | None) -> TaskData:
     labelled = method.strategy.labelled(method.options)
     # In single precision whatever the composition's: gradients of half precision lose too much.
     model = load_model(plan.base, "float32", device)
+    untie(model, plan.parameters, plan)
     # Rows, and what they have of the base, are made before anything changes the model.
     reader = reader_for(plan.base, device, lambda: model)
     others = held_out(use, given) if labelled else None
