@@ -89,16 +89,18 @@ def section(name: str, kind: str, runs: list[dict[str, Any]]) -> list[str]:
 
 
 def few_shot(runs: list[dict[str, Any]]) -> list[str]:
-    found = [run["few_shot"]["accuracy"] for run in runs]
-    task, shots = runs[0]["few_shot"]["task"], list(found[0]["base"])
-    lines = [f"Few-shot on `{task.partition(':')[2]}`, by labelled examples a class:", ""]
-    lines += ["| method | " + " | ".join(["0", *shots]) + " |"]
+    first = runs[0]["few_shot"]
+    shots = list(next(iter(first.values()))["base"])
+    lines = ["| labelled examples a class | " + " | ".join(["0", *shots]) + " |"]
     lines.append("| --- |" + " ---: |" * (len(shots) + 1))
-    base = cell([row["base"][shots[0]] for row in found])
-    for method, label in FEW_SHOT.items():
-        if method in found[0]:
-            cells = [cell([row[method][k] for row in found]) for k in shots]
-            lines.append(f"| {label} | {base} | {' | '.join(cells)} |")
+    for task in first:
+        rows = [run["few_shot"][task] for run in runs]
+        base = cell([row["base"][shots[0]] for row in rows])
+        for method, label in FEW_SHOT.items():
+            if method in rows[0]:
+                cells = [cell([row[method][k] for row in rows]) for k in shots]
+                name = task.partition(":")[2]
+                lines.append(f"| `{name}`, {label} | {base} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
