@@ -8,7 +8,7 @@ the sum's graph. Of an embedding only the rows that inputs ask for are merged an
 neither change what is read nor have a gradient.
 
 Shapes: E experts, P entries of a parameter, K groups of them, R sum of ranks, I and O features; of
-an embedding V rows, S of them seen so far, U in one batch.
+an embedding V rows, the first S of their places in use, U in one batch.
 """
 
 from __future__ import annotations
@@ -132,10 +132,12 @@ class Rows:
         self.vectors, self.name, self.block = vectors, name, block
         self.here = torch.tensor(here)
         self.base_VO = getattr(*uses[0]).detach()
-        count, width = self.base_VO.shape
-        self.place_V = torch.full((count,), -1, device=self.base_VO.device)
+        device = self.base_VO.device
+        self.place_V = torch.full((len(self.base_VO),), -1, device=device)
         dtype = torch.bfloat16 if halves else self.base_VO.dtype
-        self.stack_ESO = torch.empty(len(here), 0, width, dtype=dtype, device=self.base_VO.device)
+        # Only the first S places are ever written, and memory is taken up when it is written to.
+        self.stack_EVO = torch.empty(len(here), *self.base_VO.shape, dtype=dtype, device=device)
+        self.seen = 0
         self.factors = torch.zeros(len(here)).to(self.base_VO)
         self.sums: Tensor | None = None
         self._hooks = [module.register_forward_hook(self._forward) for module, _ in uses]
@@ -157,8 +159,8 @@ class Rows:
         self._read(rows_U[self.place_V[rows_U] < 0])
         at_U = self.place_V[rows_U]
         leaf_UO = self.base_VO[rows_U]
-        for factor, tau_SO in zip(self.factors, self.stack_ESO, strict=True):
-            leaf_UO.add_(tau_SO[at_U].to(leaf_UO.dtype) * factor)
+        for factor, tau_VO in zip(self.factors, self.stack_EVO, strict=True):
+            leaf_UO.add_(tau_VO[at_U].to(leaf_UO.dtype) * factor)
         padding = None
         if module.padding_idx is not None:  # it is read, and has no gradient
             padding = next(iter((rows_U == module.padding_idx).nonzero()[:, 0].tolist()), None)
@@ -171,14 +173,11 @@ class Rows:
         """Keep the changes of rows that were not asked for before."""
         if not len(rows):
             return
-        seen = self.stack_ESO.shape[1]
-        self.place_V[rows] = torch.arange(seen, seen + len(rows), device=rows.device)
-        new = torch.empty_like(self.stack_ESO).resize_(
-            len(self.here), len(rows), self.base_VO.shape[1]
-        )
-        for row, vector in enumerate(self.vectors):
-            new[row] = vector[self.name].dense()[rows]
-        self.stack_ESO = torch.cat([self.stack_ESO, new], 1)
+        new = slice(self.seen, self.seen + len(rows))
+        self.place_V[rows] = torch.arange(new.start, new.stop, device=rows.device)
+        for tau_VO, vector in zip(self.stack_EVO, self.vectors, strict=True):
+            tau_VO[new] = vector[self.name].dense()[rows]
+        self.seen = new.stop
 
     def _take(self, at_U: Tensor, leaf: Tensor) -> None:
         """The inner products of the rows' gradients with the changes; then they are freed."""
@@ -186,7 +185,7 @@ class Rows:
             return
         flat = leaf.grad.reshape(-1)
         products = [
-            torch.dot(tau_SO[at_U].reshape(-1).to(flat.dtype), flat) for tau_SO in self.stack_ESO
+            torch.dot(tau_VO[at_U].reshape(-1).to(flat.dtype), flat) for tau_VO in self.stack_EVO
         ]
         found = torch.stack(products).double()
         self.sums = found if self.sums is None else self.sums + found
