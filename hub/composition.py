@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +22,18 @@ from experthub.hub.store import Store
 from experthub.hub.tying import tie_again, untie
 from experthub.hub.weights import Contents, gates, task_vector
 from experthub.merge import LowRank, TaskVector, uses
-from experthub.routing import ExpertStack, RoutedLinear, routers
+from experthub.routing import ExpertStack, routed, routers
 from torch import nn
+
+# Leaves of modules of one parent that read the same input, in the usual architectures.
+SHARING = (
+    {"q_proj", "k_proj", "v_proj"},
+    {"query", "key", "value"},
+    {"q", "k", "v"},
+    {"gate_proj", "up_proj"},
+    {"wi_0", "wi_1"},
+    {"w1", "w3"},
+)
 
 
 @dataclass
@@ -175,25 +185,40 @@ def _route(model: Any, plan: Plan, contents: Contents) -> dict[str, nn.Module]:
     vectors = [task_vector(expert, plan, contents) for expert in plan.experts]
     gated = _gated(plan)
     states = [gates(expert, contents) if gated else {} for expert in plan.experts]
-    originals = {}
-    modules = dict(model.named_modules())
-    for name in plan.parameters:
-        module_name = name.removesuffix(".weight")
-        owner, _, leaf = module_name.rpartition(".")
-        module = modules[module_name]
-        here = [e for e, vector in enumerate(vectors) if name in vector.load]
-        deltas = {
-            e: _for_module(module_name, module, vectors[e], plan.experts[e].weight) for e in here
-        }
-        with _as_hub_error(module_name):
-            stack = ExpertStack.of(
-                deltas, len(vectors), {e: states[e][module_name] for e in here} if gated else None
-            )
-            router = strategy.call(stack, **method.options)
-            routed = RoutedLinear(module, stack, router, method.combine)
-        setattr(modules[owner], leaf, routed)
-        originals[module_name] = module
+    modules, originals = dict(model.named_modules()), {}
+    for names in sharing([name.removesuffix(".weight") for name in plan.parameters]):
+        stacks, found = [], []
+        for name in names:
+            here = [e for e, vector in enumerate(vectors) if f"{name}.weight" in vector.load]
+            deltas = {
+                e: _for_module(name, modules[name], vectors[e], plan.experts[e].weight)
+                for e in here
+            }
+            own = {e: states[e][name] for e in here} if gated else None
+            with _as_hub_error(name):
+                stacks.append(ExpertStack.of(deltas, len(vectors), own))
+                found.append(strategy.call(stacks[-1], **method.options))
+        bases = [modules[name] for name in names]
+        with _as_hub_error(names[0]):
+            linears = routed(bases, stacks, found, method.combine)
+        for name, linear in zip(names, linears, strict=True):
+            owner, _, leaf = name.rpartition(".")
+            setattr(modules[owner], leaf, linear)
+            originals[name] = modules[name]
     return originals
+
+
+def sharing(names: Sequence[str]) -> list[list[str]]:
+    """Modules by the input that they are likely to share, in their order; most stand alone.
+
+    Modules that turn out to read several inputs are only slower for it.
+    """
+    found: dict[tuple[str, int | str], list[str]] = {}
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        kind = next((i for i, leaves in enumerate(SHARING) if leaf in leaves), leaf)
+        found.setdefault((owner, kind), []).append(name)
+    return list(found.values())
 
 
 def _for_module(name: str, module: nn.Module, vector: TaskVector, weight: float) -> LowRank:

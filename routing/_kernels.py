@@ -1,45 +1,74 @@
-"""Mixing kernels: the weighted sum of the experts' outputs, added to the base's.
+"""Mixing kernels: the experts' `A x`, and their outputs, which are added to the base's.
 
-Shapes as in `_router.py`, with the tokens flattened to T.
+Of all experts, or of those that each token chose: then for few tokens the rows of A and B are
+copied, for many they are read where they are. Nothing here waits for a device.
+
+Shapes as in `_router.py`, with the tokens flattened to T; J rows that a token uses.
 """
 
 from __future__ import annotations
 
 import torch
-from experthub.routing._router import ExpertStack, Router
-from torch import Tensor
+from experthub.routing._router import EPS, ExpertStack, Router
+from experthub.routing._rows import Rows
+from torch import Tensor, nn
 
 
-def read(x_TI: Tensor, rows: Tensor, n_ranks: int) -> tuple[Tensor, Tensor]:
-    """`A x` of all experts `[T, R]` and the probes' scores `[T, P]`, from one product.
-
-    rows: `[R + P, I]`, A above the probes, so that x is read once.
-    """
-    both = x_TI @ rows.T
-    return both[:, :n_ranks], both[:, n_ranks:]
-
-
-def scored(x_TI: Tensor, probes_PI: Tensor | None) -> Tensor:
-    """The probes' scores `[T, P]` in float32, from a product of their own."""
+def scored(x_TI: Tensor, probes_PI: Tensor | None, layer_norm: bool) -> Tensor:
+    """The probes' scores `[T, P]` in float32, `[T, 0]` without probes."""
     if probes_PI is None:
         return x_TI.new_empty((len(x_TI), 0), dtype=torch.float32)
-    return x_TI.float() @ probes_PI.T
+    wide = x_TI.float()
+    if layer_norm:
+        wide = nn.functional.layer_norm(wide, wide.shape[1:], eps=EPS)
+    return torch.mm(wide, probes_PI.T)
 
 
-def mix_outputs(y_TO: Tensor, z_TR: Tensor, w: Tensor, owner_R: Tensor, b_RO: Tensor) -> Tensor:
-    """`y + sum_e w_e s_e B_e z_e`, in place: dense over the experts, with masked rows.
-
-    w: `[T, E]`, or `[E]` for weights that no input changes.
-    """
-    return y_TO.addmm_(z_TR * w.index_select(-1, owner_R).to(z_TR.dtype), b_RO)
+def inverse_deviation(x_TI: Tensor) -> Tensor:
+    """`1 / sqrt(var(x) + eps)` of every row, `[T]`: by a norm, which is fast where a variance is not."""
+    norm_T: Tensor = torch.linalg.vector_norm(x_TI - x_TI.mean(-1, keepdim=True), dim=-1)
+    return (norm_T.square() / x_TI.shape[1] + EPS).rsqrt()
 
 
-def mix_parameters(y_TO: Tensor, z_TR: Tensor, w: Tensor, owner_R: Tensor, b_RO: Tensor) -> Tensor:
-    """`y + (sum_e w_e s_e B_e)(sum_e w_e A_e x)`, in place; all experts have one rank."""
-    n_experts = w.shape[-1]
-    w_R = w.index_select(-1, owner_R).to(z_TR.dtype)
-    mixed_Tr = (z_TR * w_R).view(len(z_TR), n_experts, -1).sum(1)
-    return y_TO.addmm_(mixed_Tr.repeat(1, n_experts) * w_R, b_RO)
+def read_copied(x_TI: Tensor, a: Rows, experts_TK: Tensor) -> Tensor:
+    """`A x` of the experts that each token chose, `[T, J]`."""
+    return torch.bmm(a.copied(experts_TK), x_TI.unsqueeze(-1)).squeeze(-1)
+
+
+def read_sampled(x_TI: Tensor, a: Rows, experts_TK: Tensor) -> Tensor:
+    """The same by a product with A of which only the chosen entries are computed."""
+    places_TJ = a.places(experts_TK)
+    n_tokens, width = places_TJ.shape
+    columns = places_TJ.view(-1)
+    ends = torch.arange(0, n_tokens * width + 1, width, device=x_TI.device)
+    if a.ragged:
+        there = places_TJ < len(a.all) - 1
+        columns, ends = places_TJ[there], nn.functional.pad(there.sum(1).cumsum(0), (1, 0))
+    wanted = torch.sparse_csr_tensor(
+        ends,
+        columns,
+        x_TI.new_zeros(len(columns)),
+        size=(n_tokens, len(a.all)),
+        check_invariants=False,
+    )
+    found: Tensor = torch.sparse.sampled_addmm(wanted, x_TI, a.all.T, beta=0.0).values()
+    if a.ragged:
+        return x_TI.new_zeros(places_TJ.shape).masked_scatter_(there, found)
+    return found.view(n_tokens, width)
+
+
+def write_copied(y_TO: Tensor, z_TJ: Tensor, b: Rows, experts_Tk: Tensor) -> None:
+    """`y + B z` of the experts that each token chose, in place."""
+    y_TO.unsqueeze(1).baddbmm_(z_TJ.unsqueeze(1), b.copied(experts_Tk))
+
+
+def write_summed(y_TO: Tensor, z_TJ: Tensor, b: Rows, experts_Tk: Tensor) -> None:
+    """The same as a weighted sum of rows of B, which are not copied."""
+    places = b.places(experts_Tk)
+    y_TO.add_(nn.functional.embedding_bag(places, b.all, per_sample_weights=z_TJ, mode="sum"))
+
+
+CHOSEN = {"copied": (read_copied, write_copied), "sampled": (read_sampled, write_summed)}
 
 
 def reference(
@@ -47,11 +76,13 @@ def reference(
 ) -> Tensor:
     """The literal definition, one token and one expert at a time; for tests only."""
     out = y_TO.clone()
+    n_experts = len(stack.experts)
     for t in range(len(x_TI)):
         x = x_TI[t : t + 1]
-        w_E = router.weights(x, scored(x, router.probes_PI)).reshape(-1)
-        a = [stack.a_RI[stack.owner_R == e] for e in range(len(stack.experts))]
-        b = [stack.b_RO[stack.owner_R == e].T for e in range(len(stack.experts))]
+        scores = scored(x, router.probes_PI, router.layer_norm)[:, None]
+        w_E = router.weights(scores).dense(n_experts).reshape(-1)
+        a = [delta.a for delta in stack.deltas.values()]
+        b = [delta.b * delta.scale for delta in stack.deltas.values()]
         if combine == "outputs":
             for e, w in enumerate(w_E):
                 out[t] += w * (b[e] @ (a[e] @ x[0]))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
-from experthub.routing._kernels import mix_outputs, mix_parameters, read, scored
+from experthub.routing._group import Combine, Group, Kernel, alike
 from experthub.routing._router import ExpertStack, Router
 from torch import Tensor, nn
-
-Combine = Literal["outputs", "parameters"]
 
 
 class RoutedLinear(nn.Module):
@@ -21,42 +20,40 @@ class RoutedLinear(nn.Module):
     only trainable parameter, `probes_PI`.
     """
 
-    a_RI: Tensor
-    b_RO: Tensor
-    owner_R: Tensor
-    probes_PI: Tensor | None
-
     def __init__(
         self,
         base: nn.Module,
         stack: ExpertStack,
         router: Router,
         combine: Combine = "outputs",
+        *,
+        kernel: Kernel | None = None,
         train_probes: bool = False,
+        place: tuple[Group, int] | None = None,
     ) -> None:
+        """place: a group that the module belongs to, and its number there; None makes one."""
         super().__init__()
-        if combine == "parameters" and not stack.equal_ranks:
-            raise ValueError("combine: parameters expects experts of one rank")
         weight = cast(Tensor, base.weight)
-        probes = router.probes_PI
-        # One product reads x for A and the probes; in a narrower dtype the scores need their own.
-        self.fused = probes is not None and weight.dtype == torch.float32 and not train_probes
         self._base = (base,)  # in a tuple: the module's parameters are registered once, below
         self.register_parameter("weight", cast(nn.Parameter, weight))
         self.register_parameter("bias", cast("nn.Parameter | None", getattr(base, "bias", None)))
-        rows = stack.rows(router.probes_PI if self.fused else None)
-        self.n_ranks = len(stack.owner_R)
-        self.register_buffer("rows", rows.to(weight.device, weight.dtype), persistent=False)
-        self.register_buffer("b_RO", stack.b_RO.to(weight.device, weight.dtype), persistent=False)
-        self.register_buffer("owner_R", stack.owner_R.to(weight.device), persistent=False)
-        if train_probes and probes is not None:
-            self.probes_PI = nn.Parameter(probes.to(weight.device, torch.float32))
-        else:
-            kept = None if probes is None or self.fused else probes.to(weight.device, torch.float32)
-            self.register_buffer("probes_PI", kept, persistent=False)
         self.experts = stack.experts
-        self.router = router
-        self.mix = mix_outputs if combine == "outputs" else mix_parameters
+        probes = router.probes_PI
+        self.probes_PI = (
+            nn.Parameter(probes.to(weight.device, torch.float32))
+            if train_probes and probes is not None
+            else None
+        )
+        if place is None:
+            own = Group([stack], [router], weight, combine, kernel=kernel, trained=self.probes_PI)
+            place = own, 0
+        self.group, self.number = place
+
+    def _apply(self, fn: Any, recurse: bool = True) -> RoutedLinear:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.number == 0:
+            self.group.apply(fn)
+        return self
 
     @property
     def base(self) -> nn.Module:
@@ -65,23 +62,30 @@ class RoutedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: `[..., I]`.  Returns `[..., O]` in the base's dtype."""
-        y: Tensor = self.base(x)
-        x_TI = x.reshape(-1, x.shape[-1])
-        rows = cast(Tensor, self.rows)
-        if self.fused:
-            z_TR, scores_TP = read(x_TI, rows, self.n_ranks)
-        else:
-            z_TR = x_TI @ rows.T
-            scores_TP = scored(x_TI, self.probes_PI)
-        w = self.router.weights(x_TI, scores_TP)
-        y_TO = self.mix(y.reshape(-1, y.shape[-1]), z_TR, w, self.owner_R, self.b_RO)
-        return y_TO.view(y.shape)
+        return self.group.add_to(self._base[0](x), x, self.number)
 
     def routing(self, x: Tensor) -> Tensor:
         """The weights `[..., E]` that the router gives to inputs `[..., I]`."""
-        x_TI = x.reshape(-1, x.shape[-1])
-        probes = self.probes_PI
-        if self.fused:
-            probes = cast(Tensor, self.rows)[self.n_ranks :]
-        w = self.router.weights(x_TI, scored(x_TI, probes)).expand(len(x_TI), len(self.experts))
-        return w.view(*x.shape[:-1], -1)
+        return self.group.weights(x, self.number)
+
+
+def routed(
+    bases: Sequence[nn.Module],
+    stacks: Sequence[ExpertStack],
+    routers: Sequence[Router],
+    combine: Combine = "outputs",
+    kernel: Kernel | None = None,
+) -> list[RoutedLinear]:
+    """Modules that read one input, as one group where their experts and routers allow it."""
+    weight = cast(Tensor, bases[0].weight)
+    together = (
+        len({stack.experts for stack in stacks}) == 1
+        and len({stack.width for stack in stacks}) == 1
+        and alike(routers)
+        and (combine == "outputs" or all(stack.equal_ranks for stack in stacks))
+    )
+    members = list(zip(bases, stacks, routers, strict=True))
+    if not together:
+        return [RoutedLinear(b, s, r, combine, kernel=kernel) for b, s, r in members]
+    group = Group(stacks, routers, weight, combine, kernel=kernel)
+    return [RoutedLinear(b, s, r, combine, place=(group, i)) for i, (b, s, r) in enumerate(members)]

@@ -65,12 +65,7 @@ class ExpertStack:
     @cached_property
     def a_RI(self) -> Tensor:
         """The experts' A, one below the other."""
-        return self.rows(None)
-
-    def rows(self, probes_PI: Tensor | None) -> Tensor:
-        """The experts' A above the probes, `[R + P, I]`, for one product with x."""
-        below = [] if probes_PI is None else [probes_PI]
-        return torch.cat([*(delta.a for delta in self.deltas.values()), *below])
+        return torch.cat([delta.a for delta in self.deltas.values()])
 
     @cached_property
     def b_RO(self) -> Tensor:
@@ -90,25 +85,53 @@ class ExpertStack:
         return len({delta.rank for delta in self.deltas.values()}) == 1
 
 
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """How much of each expert a row takes.
+
+    values: float32 and finite: `[..., E]` of every expert, or `[..., k]` of those chosen; without
+    leading dimensions where no input changes them.  experts: `[..., k]`, the places in
+    `ExpertStack.experts` of those chosen, each once.
+    """
+
+    values: Tensor
+    experts: Tensor | None = None
+
+    def dense(self, n_experts: int) -> Tensor:
+        """`[..., E]`, zero where an expert was not chosen."""
+        if self.experts is None:
+            return self.values
+        zeros = self.values.new_zeros(*self.values.shape[:-1], n_experts)
+        return zeros.scatter(-1, self.experts, self.values)
+
+
 class Router(Protocol):
     """Inputs -> weights over the experts of one module.
 
-    probes_PI: linear functionals of the input, float32, which the kernel computes together with
-    A x; None for a router that does not look at the input.
+    probes_PI: linear functionals of the input, float32; None for a router that does not look at it.
+    layer_norm: whether they are of the standardised input, and then have mean zero each.
+    A dataclass: routers of modules that share their input, and that differ in nothing but probes,
+    are asked once for all of them.
     """
 
     @property
     def probes_PI(self) -> Tensor | None: ...
 
-    def weights(self, x_TI: Tensor, scores_TP: Tensor) -> Tensor:
-        """Weights `[..., E]`, float32 and finite; a row's weights depend on that row only.
+    @property
+    def layer_norm(self) -> bool: ...
 
-        scores_TP: `x @ probes.T` in float32, `[T, 0]` without probes.
+    def weights(self, scores: Tensor) -> Weights:
+        """The weights of every row, which depend on that row only.
+
+        scores: `[T, G, P]`, float32, the products of T inputs with the probes of G modules.
         """
         ...
 
 
-def standardised(rows_EI: Tensor, eps: float = 1e-5) -> Tensor:
+EPS = 1e-5  # of LayerNorm
+
+
+def standardised(rows_EI: Tensor, eps: float = EPS) -> Tensor:
     """Each row with mean 0 and variance 1: LayerNorm without affine parameters.
 
     A constant row becomes zeros, not NaN.  The mean is taken off in float64, so that it is zero
@@ -119,12 +142,12 @@ def standardised(rows_EI: Tensor, eps: float = 1e-5) -> Tensor:
     return (wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt()).float()
 
 
-def top_k_softmax(scores_TE: Tensor, k: int) -> Tensor:
-    """Softmax over the k largest scores of each row, zero elsewhere.
+def top_k_softmax(scores: Tensor, k: int) -> Weights:
+    """Softmax over the k largest scores `[..., E]` of each row.
 
     Equals the softmax over all, cut to its k largest and renormalised.  k above E means E.
     """
-    if k >= scores_TE.shape[-1]:
-        return scores_TE.softmax(-1)
-    top_Tk, index_Tk = scores_TE.topk(k, dim=-1)
-    return torch.zeros_like(scores_TE).scatter(-1, index_Tk, top_Tk.softmax(-1))
+    if k >= scores.shape[-1]:
+        return Weights(scores.softmax(-1))
+    values, experts = scores.topk(k, dim=-1)
+    return Weights(values.softmax(-1), experts)

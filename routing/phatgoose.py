@@ -2,23 +2,22 @@
 
 Muqeeth et al., "Learning to Route Among Specialized Experts for Zero-Shot Generalization",
 https://arxiv.org/abs/2402.05859, section 3.  Two deviations: the weights of the top k are
-renormalised exactly, where the authors' code divides by their sum + 1e-6; and LayerNorm of the
-token is folded into the scores, `LN(x) . v = (x . v) / std(x)`, which holds because a standardised
-gate v has mean zero.
+renormalised exactly, where the authors' code divides by their sum + 1e-6; and where A x of all
+experts is read, LayerNorm of the token is folded into the scores, `LN(x) . v = (x . v) / std(x)`,
+which holds because a standardised gate v has mean zero.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 from experthub.merge import Range
 from experthub.routing._methods import routers
-from experthub.routing._router import ExpertStack, Router, standardised, top_k_softmax
+from experthub.routing._router import ExpertStack, Router, Weights, standardised, top_k_softmax
 from torch import Tensor
-
-EPS = 1e-5  # of both LayerNorms
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,13 +26,10 @@ class Phatgoose:
 
     probes_PI: Tensor
     top_k: int
+    layer_norm: bool = True
 
-    def weights(self, x_TI: Tensor, scores_TP: Tensor) -> Tensor:
-        # sqrt(I) std(x), as a norm: several times faster on CPUs than torch's variance.
-        wide = x_TI.float()
-        norm_T = torch.linalg.vector_norm(wide - wide.mean(-1, keepdim=True), dim=-1, keepdim=True)
-        scale_T = (norm_T.square() + EPS * x_TI.shape[-1]).rsqrt()
-        return top_k_softmax(scores_TP * scale_T, self.top_k)
+    def weights(self, scores: Tensor) -> Weights:
+        return top_k_softmax(scores, self.top_k)
 
 
 @routers.register(paper="https://arxiv.org/abs/2402.05859", needs=("gates",))
@@ -53,7 +49,8 @@ def phatgoose(
     """
     if stack.gates_EI is None:
         raise ValueError("phatgoose expects a gate of every expert, found none")
-    return Phatgoose(standardised(stack.gates_EI, EPS) / temperature, top_k)
+    scale = temperature * math.sqrt(stack.width)
+    return Phatgoose(standardised(stack.gates_EI) / scale, top_k)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,9 +58,10 @@ class SigmoidGate:
     """The gate as it is trained: one expert, with the weight `sigmoid(x . gate)` (section 3.1)."""
 
     probes_PI: Tensor
+    layer_norm: bool = False
 
-    def weights(self, x_TI: Tensor, scores_TP: Tensor) -> Tensor:
-        return torch.sigmoid(scores_TP)
+    def weights(self, scores: Tensor) -> Weights:
+        return Weights(torch.sigmoid(scores))
 
 
 def untrained_gate(stack: ExpertStack) -> SigmoidGate:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from experthub.routing._methods import routers
-from experthub.routing._router import ExpertStack, Router
+from experthub.routing._router import ExpertStack, Router, Weights
 from torch import Tensor
 
 
@@ -17,9 +17,10 @@ class Uniform:
     n_here: int
     n_experts: int
     probes_PI: None = None
+    layer_norm: bool = False
 
-    def weights(self, x_TI: Tensor, scores_TP: Tensor) -> Tensor:
-        return torch.full((self.n_here,), 1 / self.n_experts, device=x_TI.device)
+    def weights(self, scores: Tensor) -> Weights:
+        return Weights(torch.full((self.n_here,), 1 / self.n_experts, device=scores.device))
 
 
 @routers.register(paper="https://arxiv.org/abs/2408.07057")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from experthub.merge import Dense, LowRank, Strategy, TaskVector, merges
-from experthub.routing import ExpertStack, RoutedLinear, reference, routers
+from experthub.routing import ExpertStack, Kernel, RoutedLinear, reference, routed, routers
 from learning import SHAPES, learner
 from torch import Tensor, nn
 
@@ -185,17 +185,87 @@ class TestRouters:
                 torch.testing.assert_close(alone, whole[b, t], atol=1e-5, rtol=1e-5)
 
     @pytest.mark.parametrize("missing", [None, 1])
+    @pytest.mark.parametrize("ranks", [(2, 2, 2), (1, 2, 3)])
+    @pytest.mark.parametrize("kernel", [None, *get_args(Kernel)])
     def test_kernels_agree_with_the_reference(
-        self, strategy: Strategy, combine: str, missing: int | None
+        self, strategy: Strategy, combine: Any, missing: int | None, ranks: Any, kernel: Any
     ) -> None:
-        experts = stack(missing=missing, ranks=(2, 2, 2) if combine == "parameters" else (1, 2, 3))
+        if combine == "parameters" and ranks != (2, 2, 2):
+            pytest.skip("parameters of unequal ranks do not mix")
+        experts = stack(5, missing=missing, ranks=ranks)
         router = strategy.call(experts, **strategy.bind({}))
-        x = inputs().view(-1, 8)
+        x = torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
         expected = reference(x, linear()(x), experts, router, combine)
-        fused = RoutedLinear(linear(), experts, router, combine)  # type: ignore[arg-type]
+        fused = RoutedLinear(linear(), experts, router, combine, kernel=kernel)
         torch.testing.assert_close(fused(x), expected, atol=1e-4, rtol=1e-5)
-        half = RoutedLinear(linear(torch.bfloat16), experts, router, combine)  # type: ignore[arg-type]
+        torch.testing.assert_close(fused(x[:3]), expected[:3], atol=1e-4, rtol=1e-5)
+        if kernel is not None:
+            return
+        half = RoutedLinear(linear(torch.bfloat16), experts, router, combine)
         torch.testing.assert_close(half(x.bfloat16()).float(), expected, atol=0.5, rtol=0.1)
+
+    @pytest.mark.parametrize("kernel", [None, *get_args(Kernel)])
+    def test_modules_of_one_input_agree_with_each_alone(
+        self, strategy: Strategy, combine: Any, kernel: Any
+    ) -> None:
+        other_ranks = (2,) if combine == "parameters" else (3, 1)
+        stacks = [stack(4), stack(4, zero=True), stack(4, ranks=other_ranks)]
+        found = [strategy.call(experts, **strategy.bind({})) for experts in stacks]
+        bases = [linear() for _ in stacks]
+        together = routed(bases, stacks, found, combine, kernel)
+        pairs = zip(bases, stacks, found, strict=True)
+        alone = [RoutedLinear(b, s, r, combine, kernel=kernel) for b, s, r in pairs]
+        assert len({id(module.group) for module in together}) == 1
+        x, other = inputs(), inputs() * 2
+        for order in (
+            [0, 1, 2],
+            [2, 0, 1],
+            [0, 0, 1],
+            [1, 2, 2],
+        ):  # one may be called twice, or not
+            for given in (x, other):
+                for i in order:
+                    torch.testing.assert_close(
+                        together[i](given), alone[i](given), atol=1e-5, rtol=1e-5
+                    )
+        for i in (0, 1, 2):  # each with an input of its own
+            given = inputs() * (i + 1)
+            torch.testing.assert_close(together[i](given), alone[i](given), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(together[i].routing(given), alone[i].routing(given))
+
+    @pytest.mark.parametrize("tokens", [1, 40])
+    def test_is_captured_as_one_graph(self, strategy: Strategy, combine: Any, tokens: int) -> None:
+        stacks = [stack(4), stack(4)]
+        found = [strategy.call(experts, **strategy.bind({})) for experts in stacks]
+        module = nn.ModuleList(routed([linear(), linear()], stacks, found, combine))
+        x = torch.randn(tokens, 8, generator=torch.Generator().manual_seed(1))
+
+        def run(given: Tensor) -> list[Tensor]:
+            return [one(given) for one in module]
+
+        torch._dynamo.reset()
+        whole = torch.compile(run, fullgraph=True, backend="eager")
+        for given in (x, x * 2):
+            torch.testing.assert_close(whole(given), run(given), atol=1e-5, rtol=1e-5)
+
+    def test_no_tokens_and_inputs_that_lie_apart(self, strategy: Strategy, combine: Any) -> None:
+        module = self.routed(strategy, combine, stack())
+        assert module(torch.empty(0, 8)).shape == (0, 5)
+        x = torch.randn(8, 3, 4, generator=torch.Generator().manual_seed(1)).permute(1, 2, 0)
+        torch.testing.assert_close(module(x), module(x.contiguous()))
+
+    def test_one_expert_twice_and_gates_of_any_size(self, strategy: Strategy, combine: Any) -> None:
+        one = stack(1)
+        gate = torch.randn(8, generator=torch.Generator().manual_seed(2))
+        for size in (0.0, 1e-8, 1.0, 1e8):
+            twice = ExpertStack.of(
+                {0: one.deltas[0], 1: one.deltas[0]}, 2, {0: gate * size, 1: gate * size}
+            )
+            found = self.routed(strategy, combine, twice)(inputs())
+            assert bool(torch.isfinite(found).all())
+            if combine == "outputs":
+                alone = ExpertStack.of({0: one.deltas[0]}, 1, {0: gate})
+                torch.testing.assert_close(found, self.routed(strategy, combine, alone)(inputs()))
 
     def test_parameters_keep_their_names(self, strategy: Strategy, combine: str) -> None:
         module = self.routed(strategy, combine, stack())

@@ -1,0 +1,188 @@
+"""Experts beside linear modules that read one input: q, k and v, for example.
+
+What depends on the input alone, the experts' `A x` and the weights, is computed once for all of
+them, when the first of them is called.
+
+Shapes as in `_router.py`; G modules, N rows of A of all modules and experts, J those that a token
+uses in one module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from itertools import accumulate, pairwise
+from typing import Any, Literal
+
+import torch
+from experthub.routing._kernels import CHOSEN, inverse_deviation, scored
+from experthub.routing._router import ExpertStack, Router
+from experthub.routing._rows import Rows
+from torch import Tensor, nn
+
+Combine = Literal["outputs", "parameters"]
+Kernel = Literal["all", "copied", "sampled"]
+FEW = 16  # tokens for which rows are copied
+
+
+@dataclass(frozen=True, eq=False)
+class Mixed:
+    """The experts' `A x` times their weights.
+
+    z: `[T, N]` of all experts, or `[T, G, J]` of those chosen.  experts: `[T, G, k]` the chosen.
+    """
+
+    z: Tensor
+    experts: Tensor | None = None
+    kernel: Kernel = "all"
+
+
+class Group:
+    """All experts of some modules: their A, and below these the probes, and the B of each module.
+
+    stacks, routers: one for each module; all have as many experts and one width, and the routers
+    differ in probes alone.  like: a weight of the base, whose dtype and device all get.  kernel:
+    which rows of A are read: `all`; or, of a router that chooses, those of the chosen, `copied` or
+    `sampled`; None picks one by the number of tokens.  trained: probes in place of the routers'.
+    Raises ValueError for combine: parameters with unequal ranks.
+
+    No torch module: attributes of one are found several times slower, which counts for one token.
+    """
+
+    def __init__(
+        self,
+        stacks: Sequence[ExpertStack],
+        routers: Sequence[Router],
+        like: Tensor,
+        combine: Combine = "outputs",
+        *,
+        kernel: Kernel | None = None,
+        trained: nn.Parameter | None = None,
+    ) -> None:
+        ranks = [[delta.rank for delta in stack.deltas.values()] for stack in stacks]
+        flat = [rank for own in ranks for rank in own]
+        probes = [r.probes_PI.to(like.device) for r in routers if r.probes_PI is not None]
+        # One product reads x for A and the probes; in a narrower dtype the scores need their own.
+        self.fused = bool(probes) and like.dtype == torch.float32 and trained is None
+        a_NI = torch.cat([stack.a_RI for stack in stacks]).to(like)
+        self.a = Rows(a_NI, flat, max(flat), probes if self.fused else ())
+        if combine == "parameters" and self.a.ragged:
+            raise ValueError("combine: parameters expects experts of one rank")
+        pairs = zip(stacks, ranks, strict=True)
+        self.b = [Rows(stack.b_RO.to(like), own, max(flat)) for stack, own in pairs]
+        self.apart = None if self.fused or not probes else torch.cat(probes)
+        self.trained = trained
+        self.size, self.n_experts = len(stacks), len(stacks[0].experts)
+        self.router, self.combine = routers[0], combine
+        self.kernel: Kernel | None = kernel if trained is None else "all"
+        self.spans = list(pairwise(accumulate(map(sum, ranks), initial=0)))  # of N, by module
+        self.owner_N = torch.cat([s.owner_R + g * self.n_experts for g, s in enumerate(stacks)])
+        self.first_G1 = torch.arange(self.size)[:, None] * self.n_experts
+        self.apply(lambda tensor: tensor.to(like.device))
+
+    def apply(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace the tensors by what a function makes of them: others on another device, say."""
+        for rows in (self.a, *self.b):
+            rows.apply(change)
+        self.owner_N, self.first_G1 = change(self.owner_N), change(self.first_G1)
+        self.apart = None if self.apart is None else change(self.apart)
+        self._held: tuple[Tensor, Mixed, set[int]] | None = None
+
+    def add_to(self, y: Tensor, x: Tensor, module: int) -> Tensor:
+        """`y` `[..., O]` plus what the experts of one module make of x `[..., I]`, in place."""
+        mixed, y_TO = self._mixed(x, module), y.view(-1, y.shape[-1])
+        if mixed.experts is None:
+            start, end = self.spans[module]
+            y_TO.addmm_(mixed.z[:, start:end], self.b[module].own)
+        else:
+            write = CHOSEN[mixed.kernel][1]
+            write(y_TO, mixed.z[:, module], self.b[module], mixed.experts[:, module])
+        return y
+
+    def weights(self, x: Tensor, module: int) -> Tensor:
+        """The weights `[..., E]` that one module's experts get for inputs `[..., I]`."""
+        x_TI = x.reshape(-1, x.shape[-1])
+        weights = self.router.weights(self._scores(x_TI)).dense(self.n_experts)
+        weights = weights.expand(len(x_TI), self.size, self.n_experts)[:, module]
+        return weights.reshape(*x.shape[:-1], self.n_experts)
+
+    def _mixed(self, x: Tensor, module: int) -> Mixed:
+        """What all modules need of an input, kept until each of them was called with it."""
+        if self.size == 1:
+            return self._mix(x.reshape(-1, x.shape[-1]))
+        held = self._held
+        if held is None or held[0] is not x or module not in held[2]:
+            held = x, self._mix(x.reshape(-1, x.shape[-1])), set(range(self.size))
+        held[2].discard(module)
+        self._held = held if held[2] else None
+        return held[1]
+
+    def _mix(self, x_TI: Tensor) -> Mixed:
+        kernel = self._kernel(x_TI)
+        if kernel == "all" and self.fused:
+            both = x_TI @ self.a.read.T
+            scores = self._by_module(both[:, self.a.count :])
+            if self.router.layer_norm:
+                scores = scores * inverse_deviation(x_TI)[:, None, None]
+            w = self.router.weights(scores).dense(self.n_experts)
+            return Mixed(self._times(both[:, : self.a.count], w))
+        weights = self.router.weights(self._scores(x_TI))
+        experts = weights.experts
+        if kernel == "all" or experts is None:
+            return Mixed(self._times(x_TI @ self.a.own.T, weights.dense(self.n_experts)))
+        rows = (experts + self.first_G1 if self.size > 1 else experts).flatten(1)
+        z_TJ = CHOSEN[kernel][0](x_TI, self.a, rows)
+        w = weights.values.to(z_TJ.dtype).unsqueeze(-1)
+        z = z_TJ.view(*experts.shape, self.a.rank) * w
+        if self.combine == "parameters":
+            z = z.sum(2, keepdim=True) * w
+        return Mixed(z.flatten(2), experts, kernel)
+
+    def _times(self, z_TN: Tensor, w: Tensor) -> Tensor:
+        """`A x` of all experts times their weights `[E]` or `[T, G, E]`."""
+        w_N = w.expand(*w.shape[:-2], self.size, self.n_experts).flatten(-2)
+        w_N = w_N.index_select(-1, self.owner_N).to(z_TN.dtype)
+        z_TN = z_TN * w_N
+        if self.combine == "parameters":
+            shape = len(z_TN), self.size, self.n_experts, self.a.rank
+            mixed = z_TN.view(shape).sum(2, keepdim=True).expand(shape)
+            z_TN = mixed.flatten(1) * w_N
+        return z_TN
+
+    def _scores(self, x_TI: Tensor) -> Tensor:
+        """The probes' scores `[T, G, P]`."""
+        probes = (
+            self.a.below if self.fused else self.apart if self.trained is None else self.trained
+        )
+        return self._by_module(scored(x_TI, probes, self.router.layer_norm))
+
+    def _by_module(self, scores: Tensor) -> Tensor:
+        return scores.view(len(scores), self.size, scores.shape[1] // self.size)
+
+    def _kernel(self, x_TI: Tensor) -> Kernel:
+        """Which rows of A to read for these inputs."""
+        if self.kernel is not None:
+            return self.kernel
+        if torch.is_grad_enabled() and x_TI.requires_grad:
+            return "all"
+        if len(x_TI) <= FEW:
+            return "copied"
+        # Sparse products: of this dtype, of this device, and of no graph that is captured.
+        plain = x_TI.dtype == torch.float32 and x_TI.device.type == "cpu"
+        return "sampled" if plain and not torch.compiler.is_compiling() else "all"
+
+
+def alike(routers: Sequence[Router]) -> bool:
+    """Whether routers differ in nothing but their probes."""
+    first, *others = ([type(r), *_settings(r)] for r in routers)
+    return all(len(first) == len(o) and all(map(_same, first, o)) for o in others)
+
+
+def _settings(router: Any) -> list[Any]:
+    return [getattr(router, field.name) for field in fields(router) if field.name != "probes_PI"]
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and torch.equal(a, b)
+    return bool(a == b)

@@ -1,0 +1,72 @@
+"""What a routed model says does not depend on how its input is cut up or padded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from experthub import hub
+from torch import Tensor
+
+Make = Callable[..., Path]
+METHODS = [
+    {"method": "phatgoose", "top_k": 2},
+    {"method": "arrow", "top_k": 1},
+    {"method": "arrow", "top_k": 2, "combine": "parameters"},
+    {"method": "uniform"},
+]
+
+
+@pytest.fixture(params=METHODS, ids=lambda m: "-".join(map(str, m.values())))
+def model(request: Any, base_folder: Path, expert_folder: Make) -> Any:
+    return hub.compose(
+        {
+            "base": str(base_folder),
+            "experts": [{"expert": str(expert_folder(seed)), "weight": 0.2} for seed in (1, 2, 3)],
+            "route": request.param,
+        }
+    ).model
+
+
+def ids(count: int, length: int) -> Tensor:
+    return torch.randint(5, 60, (count, length), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("chunks", [[1] * 24, [20, 1, 1, 1, 1], [7, 17], [23, 1]])
+@torch.no_grad()
+def test_in_chunks_with_a_cache(model: Any, chunks: list[int]) -> None:
+    tokens = ids(2, 24)
+    whole = model(input_ids=tokens).logits
+    cache, found = None, []
+    for part in tokens.split(chunks, 1):
+        out = model(input_ids=part, past_key_values=cache, use_cache=True)
+        cache, found = out.past_key_values, [*found, out.logits]
+    torch.testing.assert_close(torch.cat(found, 1), whole, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("left", [True, False])
+@torch.no_grad()
+def test_padded_on_either_side(model: Any, left: bool) -> None:
+    tokens, lengths = ids(3, 24), (24, 9, 1)
+    alone = [model(input_ids=tokens[i : i + 1, :n]).logits[0] for i, n in enumerate(lengths)]
+    batch, mask = torch.zeros(3, 24, dtype=torch.long), torch.zeros(3, 24, dtype=torch.long)
+    for i, n in enumerate(lengths):
+        here = slice(24 - n, 24) if left else slice(0, n)
+        batch[i, here], mask[i, here] = tokens[i, :n], 1
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(input_ids=batch, attention_mask=mask, position_ids=places).logits
+    for i, n in enumerate(lengths):
+        here = slice(24 - n, 24) if left else slice(0, n)
+        torch.testing.assert_close(logits[i, here], alone[i], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_in_a_mixed_batch(model: Any) -> None:
+    tokens = ids(6, 12)
+    whole = model(input_ids=tokens).logits
+    for i in range(6):
+        alone = model(input_ids=tokens[i : i + 1]).logits
+        torch.testing.assert_close(alone[0], whole[i], atol=1e-4, rtol=1e-4)
