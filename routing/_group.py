@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 Combine = Literal["outputs", "parameters"]
 Kernel = Literal["all", "copied", "sampled"]
-FEW = 16  # tokens for which rows are copied
+FEW_TOKENS = 16  # for which the rows of chosen experts are copied
+FEW_ROWS = 80  # of A in one module: for many tokens all of them are read, which is faster then
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,8 +166,10 @@ class Group:
             return self.kernel
         if torch.is_grad_enabled() and x_TI.requires_grad:
             return "all"
-        if len(x_TI) <= FEW:
+        if len(x_TI) <= FEW_TOKENS:
             return "copied"
+        if self.n_experts * self.a.rank <= FEW_ROWS:
+            return "all"
         # Sparse products: of this dtype, of this device, and of no graph that is captured.
         plain = x_TI.dtype == torch.float32 and x_TI.device.type == "cpu"
         return "sampled" if plain and not torch.compiler.is_compiling() else "all"
