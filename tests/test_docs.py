@@ -16,6 +16,7 @@ import itertools
 import json
 import pkgutil
 import re
+import runpy
 import shlex
 import sys
 import tomllib
@@ -298,9 +299,14 @@ def test_internal_links_exist(page: Path) -> None:
             assert anchor in anchors(target), f"{page.name}: {link}"
 
 
+def test_results_are_those_of_the_suites() -> None:
+    found = runpy.run_path(str(ROOT / "examples/suite/table.py"))["page"]()
+    assert (ROOT / "docs/results.md").read_text(encoding="utf-8") == found
+
+
 def test_every_page_is_linked_from_the_readme() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    ours = {"recipes", "registry", "methods", "cli", "extending", "architecture", "evaluation"}
+    ours = {"recipes", "registry", "methods", "cli", "extending", "architecture", "evaluation", "results"}
     assert {name for name in ours if f"(docs/{name}.md" not in text} == set()
 
 

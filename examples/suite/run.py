@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from experthub import hub
 from experthub.hub import _yaml
 from experthub.hub._files import write_json
 from experthub.hub.errors import NotFoundError
-from experthub.hub.expert import Reference
+from experthub.hub.expert import COEFFICIENTS, COEFFICIENTS_JSON, Reference
+from experthub.hub.learning.learned import found_folder
 from experthub.hub.tasks.task import Example, example_id, read_task, write_task
 
 HERE = Path(__file__).parent
@@ -96,9 +98,21 @@ class Run:
 
     def columns(self) -> dict[str, Recipe]:
         """Every method that merges the suite's experts, by name."""
+        few = self.data("train", limit=self.suite["learn"]["statistics"])
+        return {
+            "average": self.recipe("linear"),
+            "task_arithmetic": self.best("task_arithmetic"),
+            "ties": self.best("ties"),
+            **self.learned(),
+            "regmean": self.recipe("regmean", data=few),
+            "regmean_plusplus": self.recipe("regmean_plusplus", data=few),
+            "multi_task": self.recipe("linear", [self._multi_task()]),
+        }
+
+    def learned(self) -> dict[str, Recipe]:
+        """Those that learn coefficients."""
         learn = self.suite["learn"]
         unlabelled = self.data("test", limit=self.suite["limit"])
-        few = self.data("train", limit=learn["statistics"])
         ada = {k: learn[k] for k in ("steps", "lr", "batch_size")} | {"data": unlabelled}
         labelled = self.data("train", labels=True, limit=learn["labelled"])
         addition = {
@@ -107,19 +121,21 @@ class Run:
             "batch_size": learn["batch_size"],
         }
         return {
-            "average": self.recipe("linear"),
-            "task_arithmetic": self.best("task_arithmetic"),
-            "ties": self.best("ties"),
             "adamerging_task": self.recipe("adamerging", granularity="task", **ada),
             "adamerging_layer": self.recipe("adamerging", **ada),
             "adamerging_plus_plus": self.recipe("adamerging", plus_plus=True, **ada),
             "atlas_task_addition": self.recipe(
                 "atlas", setting="task_addition", data=labelled, **addition
             ),
-            "regmean": self.recipe("regmean", data=few),
-            "regmean_plusplus": self.recipe("regmean_plusplus", data=few),
-            "multi_task": self.recipe("linear", [self._multi_task()]),
         }
+
+    def keep_coefficients(self, folder: Path) -> None:
+        """Copy what was learned beside the results."""
+        for name, recipe in self.learned().items():
+            found = found_folder(hub.resolve(hub.Recipe.of(recipe)))
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            for file in (COEFFICIENTS, COEFFICIENTS_JSON):
+                shutil.copy(found / file, folder / name)
 
     def best(self, method: str) -> Recipe:
         """A method with the scale that is best on the validation splits."""
@@ -263,6 +279,7 @@ def main() -> None:
             if not place.is_file():
                 write_json(place, Run(suite, kind, seed).all())
                 say(f"wrote {place}")
+            Run(suite, kind, seed).keep_coefficients(HERE / "coefficients" / place.stem)
 
 
 if __name__ == "__main__":
