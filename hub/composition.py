@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from experthub.hub.bases import Report, load_model, silent
 from experthub.hub.errors import HubError, IntegrityError, UsageError
+from experthub.hub.kernels import tune
 from experthub.hub.learning.learned import merge
 from experthub.hub.plan import Plan
 from experthub.hub.recipe import Recipe
@@ -186,6 +187,8 @@ def _route(model: Any, plan: Plan, contents: Contents) -> dict[str, nn.Module]:
     gated = _gated(plan)
     states = [gates(expert, contents) if gated else {} for expert in plan.experts]
     modules, originals = dict(model.named_modules()), {}
+    kernel = None if method.kernel == "auto" else method.kernel
+    groups = []
     for names in sharing([name.removesuffix(".weight") for name in plan.parameters]):
         stacks, found = [], []
         for name in names:
@@ -200,11 +203,14 @@ def _route(model: Any, plan: Plan, contents: Contents) -> dict[str, nn.Module]:
                 found.append(strategy.call(stacks[-1], **method.options))
         bases = [modules[name] for name in names]
         with _as_hub_error(names[0]):
-            linears = routed(bases, stacks, found, method.combine)
+            linears = routed(bases, stacks, found, method.combine, kernel)
         for name, linear in zip(names, linears, strict=True):
             owner, _, leaf = name.rpartition(".")
             setattr(modules[owner], leaf, linear)
             originals[name] = modules[name]
+        groups += [linear.group for linear in linears if linear.number == 0]
+    if kernel is None:
+        tune(groups)
     return originals
 
 

@@ -155,8 +155,10 @@ class Plan:
 
 
 def _method_record(method: Method) -> dict[str, Any]:
-    combine = {"combine": method.combine} if method.kind == "route" else {}
-    return {"method": method.method, **combine, **method.options}
+    mixing: dict[str, str] = {"combine": method.combine} if method.kind == "route" else {}
+    if method.kernel != "auto":
+        mixing["kernel"] = method.kernel
+    return {"method": method.method, **mixing, **method.options}
 
 
 def _locked_content(content: Content) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from experthub.hub import _yaml
 from experthub.hub._patterns import checked_pattern
@@ -42,6 +42,7 @@ class Method(Closed):
     kind: Literal["merge", "route"]
     method: str
     combine: Literal["outputs", "parameters"] = "outputs"
+    kernel: Literal["auto", "all", "copied", "sampled"] = "auto"
     options: dict[str, Any] = {}
 
     @property
@@ -78,6 +79,13 @@ def _method(kind: Literal["merge", "route"], value: Any) -> Method:
             hint = f"{name} is a {other.kind}: write it under '{other.kind}:'"
         raise _error(f"unknown {kind} method {name!r}", "method", hint)
     combine: Any = given.pop("combine", "outputs") if kind == "route" else "outputs"
+    kernel: Any = given.pop("kernel", "auto") if kind == "route" else "auto"
+    if kernel not in get_args(Method.model_fields["kernel"].annotation):
+        raise _error(
+            f"expected auto, all, copied or sampled, found {kernel!r}",
+            "kernel",
+            "auto measures which is the fastest",
+        )
     if combine not in ("outputs", "parameters"):
         raise _error(
             f"expected outputs or parameters, found {combine!r}",
@@ -89,14 +97,16 @@ def _method(kind: Literal["merge", "route"], value: Any) -> Method:
         options = strategy.bind(given)
     except KeyError as error:
         key = error.args[0]
-        known = ", ".join(["method", *(["combine"] if kind == "route" else []), *strategy.options])
+        known = ", ".join(
+            ["method", *(["combine", "kernel"] if kind == "route" else []), *strategy.options]
+        )
         raise PydanticCustomError("unknown_key", "", {"key": key, "known": known}) from None
     except ValueError as error:
         key = next((k for k in given if repr(k) in str(error)), "method")
         raise _error(f"{name}: {error}", key, f"see hub methods {name}") from None
     if "seed" not in given:
         options.pop("seed", None)  # the recipe's own, which is not known here
-    return Method(kind=kind, method=name, combine=combine, options=options)
+    return Method(kind=kind, method=name, combine=combine, kernel=kernel, options=options)
 
 
 class NestedMerge(Closed):

@@ -2,6 +2,7 @@
 
 from experthub.routing._group import Combine, Group, Kernel
 from experthub.routing._kernels import reference
+from experthub.routing._measure import fastest, shape
 from experthub.routing._methods import routers
 from experthub.routing._routed_linear import RoutedLinear, routed
 from experthub.routing._router import (
@@ -25,10 +26,12 @@ __all__ = [
     "SigmoidGate",
     "Weights",
     "arrow",
+    "fastest",
     "phatgoose",
     "reference",
     "routed",
     "routers",
+    "shape",
     "standardised",
     "top_k_softmax",
     "uniform",

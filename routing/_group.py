@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 Combine = Literal["outputs", "parameters"]
 Kernel = Literal["all", "copied", "sampled"]
-FEW_TOKENS = 16  # for which the rows of chosen experts are copied
-FEW_ROWS = 80  # of A in one module: for many tokens all of them are read, which is faster then
+FEW_TOKENS = 16
+FEW_ROWS = 80  # of A in one module
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +44,8 @@ class Group:
     stacks, routers: one for each module; all have as many experts and one width, and the routers
     differ in probes alone.  like: a weight of the base, whose dtype and device all get.  kernel:
     which rows of A are read: `all`; or, of a router that chooses, those of the chosen, `copied` or
-    `sampled`; None picks one by the number of tokens.  trained: probes in place of the routers'.
-    Raises ValueError for combine: parameters with unequal ranks.
+    `sampled`; None takes `few` for few tokens and `many` for more.  trained: probes in place of the
+    routers'.  Raises ValueError for combine: parameters with unequal ranks.
 
     No torch module: attributes of one are found several times slower, which counts for one token.
     """
@@ -76,6 +76,8 @@ class Group:
         self.size, self.n_experts = len(stacks), len(stacks[0].experts)
         self.router, self.combine = routers[0], combine
         self.kernel: Kernel | None = kernel if trained is None else "all"
+        self.few: Kernel = "copied"
+        self.many: Kernel = "all" if self.n_experts * self.a.rank <= FEW_ROWS else "sampled"
         self.spans = list(pairwise(accumulate(map(sum, ranks), initial=0)))  # of N, by module
         self.owner_N = torch.cat([s.owner_R + g * self.n_experts for g, s in enumerate(stacks)])
         self.first_G1 = torch.arange(self.size)[:, None] * self.n_experts
@@ -167,12 +169,10 @@ class Group:
         if torch.is_grad_enabled() and x_TI.requires_grad:
             return "all"
         if len(x_TI) <= FEW_TOKENS:
-            return "copied"
-        if self.n_experts * self.a.rank <= FEW_ROWS:
-            return "all"
+            return self.few
         # Sparse products: of this dtype, of this device, and of no graph that is captured.
         plain = x_TI.dtype == torch.float32 and x_TI.device.type == "cpu"
-        return "sampled" if plain and not torch.compiler.is_compiling() else "all"
+        return self.many if plain and not torch.compiler.is_compiling() else "all"
 
 
 def alike(routers: Sequence[Router]) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from experthub import hub
+from experthub.hub.errors import UsageError
 from torch import Tensor
 
 Make = Callable[..., Path]
@@ -33,6 +34,38 @@ def model(request: Any, base_folder: Path, expert_folder: Make) -> Any:
 
 def ids(count: int, length: int) -> Tensor:
     return torch.randint(5, 60, (count, length), generator=torch.Generator().manual_seed(3))
+
+
+@torch.no_grad()
+def test_kernels_are_measured_once_and_can_be_said(
+    base_folder: Path, expert_folder: Make, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from experthub.hub import kernels
+
+    experts = [str(expert_folder(seed, rank=16, size=0.1)) for seed in (1, 2)]
+    recipe = {"base": str(base_folder), "experts": experts}
+    route = {"method": "arrow", "top_k": 1}
+    tokens = ids(2, 24)
+    first = hub.compose({**recipe, "route": route}).model(input_ids=tokens).logits
+    file = home / "kernels" / "measured.json"
+    kept = file.read_text()
+    assert '"all"' in kept and "2x16" in kept
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "fastest", lambda group: pytest.fail("measured again"))
+        again = hub.compose({**recipe, "route": route}).model(input_ids=tokens).logits
+    assert torch.equal(first, again) and file.read_text() == kept
+    for kernel in ("all", "copied", "sampled"):
+        composition = hub.compose({**recipe, "route": {**route, "kernel": kernel}})
+        torch.testing.assert_close(
+            composition.model(input_ids=tokens).logits, first, atol=1e-4, rtol=1e-4
+        )
+        assert composition.lock["route"]["kernel"] == kernel
+    for damaged in ("{", '{"x": 1}', kept.replace('"all"', '"slow"')):
+        file.write_text(damaged)
+        hub.compose({**recipe, "route": route})
+        assert "2x16" in file.read_text() and "slow" not in file.read_text()
+    with pytest.raises(UsageError, match="expected auto, all, copied or sampled"):
+        hub.compose({**recipe, "route": {**route, "kernel": "fast"}})
 
 
 @pytest.mark.parametrize("chunks", [[1] * 24, [20, 1, 1, 1, 1], [7, 17], [23, 1]])

@@ -306,7 +306,16 @@ def test_results_are_those_of_the_suites() -> None:
 
 def test_every_page_is_linked_from_the_readme() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    ours = {"recipes", "registry", "methods", "cli", "extending", "architecture", "evaluation", "results"}
+    ours = {
+        "recipes",
+        "registry",
+        "methods",
+        "cli",
+        "extending",
+        "architecture",
+        "evaluation",
+        "results",
+    }
     assert {name for name in ours if f"(docs/{name}.md" not in text} == set()
 
 

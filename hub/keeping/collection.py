@@ -31,6 +31,7 @@ PLACES = (
     "registry/*",
     "roots",
     "fingerprints",
+    "kernels",
     "results/*",
     "hf/*",
     "hf/*/refs",
