@@ -188,6 +188,11 @@ def _route(model: Any, plan: Plan, contents: Contents) -> dict[str, nn.Module]:
     states = [gates(expert, contents) if gated else {} for expert in plan.experts]
     modules, originals = dict(model.named_modules()), {}
     kernel = None if method.kernel == "auto" else method.kernel
+    if kernel == "sampled" and (plan.dtype != "float32" or model.device.type != "cpu"):
+        raise UsageError(
+            f"kernel: sampled is for float32 on a CPU, and this is {plan.dtype} on {model.device}",
+            "leave kernel out: auto takes what there is",
+        )
     groups = []
     for names in sharing([name.removesuffix(".weight") for name in plan.parameters]):
         stacks, found = [], []

@@ -110,7 +110,7 @@ class Group:
         return weights.reshape(*x.shape[:-1], self.n_experts)
 
     def _mixed(self, x: Tensor, module: int) -> Mixed:
-        """What all modules need of an input, kept until each of them was called with it."""
+        """What all modules need of an input, kept until each of them was called with this tensor."""
         if self.size == 1:
             return self._mix(x.reshape(-1, x.shape[-1]))
         held = self._held
