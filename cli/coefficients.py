@@ -55,12 +55,12 @@ def coefficients(
     layers, store = Registry.read(registry), Store()
     with progress() as report:
         plan = plan_of(recipe, pins_of(locked, frozen), layers, store, report)
-        if not plan.learns:
+        if plan.recipe.merge is None or not plan.learns:
             raise UsageError(
                 f"{plan.recipe.method.method} has no coefficients",
                 "see hub methods for those that do",
             )
-        content = plan.coefficients or learned(plan, device=device, store=store, report=report)
+        content = plan.found or learned(plan, device=device, store=store, report=report)
     record, found = stored_coefficients(content, store)
     if name is not None:
         from experthub.hub.describe import add_folder

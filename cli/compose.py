@@ -110,9 +110,10 @@ def _print_plan(plan: Plan) -> None:
 
 
 def _learned(plan: Plan) -> dict[str, str]:
-    """Where the coefficients of a learned merge are from."""
-    if plan.coefficients is not None:
-        return {"coefficients": f"{plan.coefficients.reference}  {plan.coefficients.digest[:19]}"}
+    """Where what a method found is from: the coefficients of a merge, a router's state."""
+    if plan.found is not None:
+        kind = "router" if plan.recipe.route else "coefficients"
+        return {kind: f"{plan.found.reference}  {plan.found.digest[:19]}"}
     if plan.data is None:
         return {}
     use = plan.data.use

@@ -12,29 +12,20 @@ from typing import Any, Literal
 
 import torch
 from experthub.hub.bases import Report, load_model, silent
-from experthub.hub.errors import HubError, IntegrityError, UsageError
-from experthub.hub.kernels import tune
+from experthub.hub.errors import HubError, IntegrityError, UsageError, explained
 from experthub.hub.learning.learned import merge
+from experthub.hub.learning.router_state import State
 from experthub.hub.plan import Plan
 from experthub.hub.recipe import Recipe
 from experthub.hub.registry import Registry
 from experthub.hub.resolution import resolve
+from experthub.hub.routes import Routes, route, router_state
 from experthub.hub.store import Store
 from experthub.hub.tying import tie_again, untie
-from experthub.hub.weights import Contents, gates, task_vector
-from experthub.merge import LowRank, TaskVector, uses
-from experthub.routing import ExpertStack, routed, routers
+from experthub.hub.weights import Contents, task_vector
+from experthub.merge import TaskVector, uses
+from experthub.routing import routers
 from torch import nn
-
-# Leaves of modules of one parent that read the same input, in the usual architectures.
-SHARING = (
-    {"q_proj", "k_proj", "v_proj"},
-    {"query", "key", "value"},
-    {"q", "k", "v"},
-    {"gate_proj", "up_proj"},
-    {"wi_0", "wi_1"},
-    {"w1", "w3"},
-)
 
 
 @dataclass
@@ -48,7 +39,7 @@ class Composition:
     model: Any
     plan: Plan
     merged: TaskVector | None = None
-    _originals: dict[str, nn.Module] = field(default_factory=dict)
+    _routes: Routes = field(default_factory=Routes)
 
     @property
     def lock(self) -> dict[str, Any]:
@@ -62,10 +53,23 @@ class Composition:
         """
         if self.plan.recipe.route is None:
             raise UsageError("a merged model has no routed modules", "load the base instead")
-        for name, module in self._originals.items():
-            self.model.set_submodule(name, module)
-        self._originals.clear()
+        self._routes.undo(self.model)
         return self.model
+
+    @contextmanager
+    def tasks(self, names: Sequence[str] | str) -> Iterator[None]:
+        """Say which task each row of the batches inside is of, for a router by task.
+
+        names: one for each row, or one for all: experts as the recipe calls them, or the tasks that
+        they were trained on.
+        """
+        watch = self._routes.watch
+        before = watch.tasks
+        watch.tasks = (names,) if isinstance(names, str) else tuple(names)
+        try:
+            yield
+        finally:
+            watch.tasks = before
 
     def save(self, folder: Path | str, format: Literal["hf", "peft"] = "hf") -> Path:
         """Write a merged model as a folder that transformers loads, or as one PEFT adapter.
@@ -87,12 +91,14 @@ def compose(
     registry: Registry | None = None,
     store: Store | None = None,
     report: Report = silent,
+    router: State | None = None,
 ) -> Composition:
     """Compose a base with experts, by a merge or a router.
 
     recipe: a path, a mapping, a Recipe, or a Plan.  device: where the model is put, `cpu` by
     default.  model: an already loaded base, whose weights are shared where they do not change and
-    are themselves never changed.  Raises HubError for anything that is wrong with the recipe.
+    are themselves never changed.  router: the state of the router, in place of what is stored or
+    would be made.  Raises HubError for anything that is wrong with the recipe.
     """
     store = store or Store()
     if isinstance(recipe, str | Path):
@@ -100,6 +106,8 @@ def compose(
     elif isinstance(recipe, dict):
         recipe = Recipe.of(recipe)
     plan = recipe if isinstance(recipe, Plan) else resolve(recipe, registry, store, report)
+    if router is None and plan.recipe.route is not None:
+        router = router_state(plan, registry, store, device, report)
     report("loading the base", 0, 0)
     with Contents(plan, store, gates=_gated(plan)) as contents:
         if model is None:
@@ -108,13 +116,14 @@ def compose(
             target = _checked_shell(model, plan.dtype, device)
         _check_orientation(target, plan)
         report(f"composing {len(plan.experts)} experts", 0, 0)
-        with torch.no_grad(), _as_hub_error(plan.recipe.method.method):
+        with torch.no_grad(), explained(plan.recipe.method.method):
             if plan.recipe.merge:
                 vectors = [task_vector(expert, plan, contents) for expert in plan.experts]
                 merged = merge(plan, vectors, device, store, report)
                 _add(target, merged, plan)
                 return Composition(target, plan, merged)
-            return Composition(target, plan, None, _route(target, plan, contents))
+            routes = route(target, plan, contents, router or State({}), registry, report)
+            return Composition(target, plan, None, routes)
 
 
 def _gated(plan: Plan) -> bool:
@@ -177,84 +186,3 @@ def _add(model: Any, merged: TaskVector, plan: Plan) -> None:
             raise IntegrityError(f"{name} overflows {plan.dtype}", "use smaller weights or float32")
     if tied is not None:
         tie_again(model, tied)
-
-
-def _route(model: Any, plan: Plan, contents: Contents) -> dict[str, nn.Module]:
-    """Replace every routed module; returns the originals by name."""
-    method = plan.recipe.method
-    strategy = routers[method.method]
-    vectors = [task_vector(expert, plan, contents) for expert in plan.experts]
-    gated = _gated(plan)
-    states = [gates(expert, contents) if gated else {} for expert in plan.experts]
-    modules, originals = dict(model.named_modules()), {}
-    kernel = None if method.kernel == "auto" else method.kernel
-    if kernel == "sampled" and (plan.dtype != "float32" or model.device.type != "cpu"):
-        raise UsageError(
-            f"kernel: sampled is for float32 on a CPU, and this is {plan.dtype} on {model.device}",
-            "leave kernel out: auto takes what there is",
-        )
-    groups = []
-    for names in sharing([name.removesuffix(".weight") for name in plan.parameters]):
-        stacks, found = [], []
-        for name in names:
-            here = [e for e, vector in enumerate(vectors) if f"{name}.weight" in vector.load]
-            deltas = {
-                e: _for_module(name, modules[name], vectors[e], plan.experts[e].weight)
-                for e in here
-            }
-            own = {e: states[e][name] for e in here} if gated else None
-            with _as_hub_error(name):
-                stacks.append(ExpertStack.of(deltas, len(vectors), own))
-                found.append(strategy.call(stacks[-1], **method.options))
-        bases = [modules[name] for name in names]
-        with _as_hub_error(names[0]):
-            linears = routed(bases, stacks, found, method.combine, kernel)
-        for name, linear in zip(names, linears, strict=True):
-            owner, _, leaf = name.rpartition(".")
-            setattr(modules[owner], leaf, linear)
-            originals[name] = modules[name]
-        groups += [linear.group for linear in linears if linear.number == 0]
-    if kernel is None:
-        tune(groups)
-    return originals
-
-
-def sharing(names: Sequence[str]) -> list[list[str]]:
-    """Modules by the input that they are likely to share, in their order; most stand alone.
-
-    Modules that turn out to read several inputs are only slower for it.
-    """
-    found: dict[tuple[str, int | str], list[str]] = {}
-    for name in names:
-        owner, _, leaf = name.rpartition(".")
-        kind = next((i for i, leaves in enumerate(SHARING) if leaf in leaves), leaf)
-        found.setdefault((owner, kind), []).append(name)
-    return list(found.values())
-
-
-def _for_module(name: str, module: nn.Module, vector: TaskVector, weight: float) -> LowRank:
-    """The change of a linear module as A `[R, I]` and B `[O, R]`, however its weight is stored."""
-    delta = vector[f"{name}.weight"].scaled(weight)
-    if not isinstance(delta, LowRank):
-        raise HubError(
-            f"the change of {name} is dense, and a route needs low-rank experts",
-            "give the nested merge a rank, or use merge: instead of route:",
-        )
-    conv = type(module).__name__ == "Conv1D"
-    if not (conv or isinstance(module, nn.Linear)):
-        raise HubError(
-            f"{name} is a {type(module).__name__}, and only linear modules can be routed",
-            "leave it out with targets:, or use merge: instead of route:",
-        )
-    if conv:
-        return LowRank(delta.b.T.contiguous(), delta.a.T.contiguous(), delta.scale)
-    return delta
-
-
-@contextmanager
-def _as_hub_error(what: str) -> Iterator[None]:
-    """The boundary where short facts of the algebra get their context."""
-    try:
-        yield
-    except ValueError as error:
-        raise UsageError(f"{what}: {error}", "change the recipe's weights or options") from None

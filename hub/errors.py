@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class HubError(Exception):
     """An operation failed.
@@ -45,3 +48,12 @@ class ConflictError(HubError):
     """The name is taken by other content, or somebody else was faster."""
 
     code = 6
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """The boundary where short facts of the algebra get their context."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(f"{what}: {error}", "change the recipe's weights or options") from None

@@ -16,7 +16,7 @@ from experthub.hub.learning.examples import PlannedData
 from experthub.hub.lockfile import SUFFIX, Lock, LockedExpert, LockedTask, lock_path
 from experthub.hub.plan import Plan
 from experthub.hub.pull import Content
-from experthub.hub.recipe import ExpertUse, Recipe
+from experthub.hub.recipe import DataUse, ExpertUse, Recipe
 from experthub.hub.registry import BaseEntry, Layer, Registry, RegistryFile
 from experthub.hub.resolution import find_content, resolve
 from experthub.hub.store import Store
@@ -41,8 +41,8 @@ def lock(
 ) -> Lock:
     """The lock that a recipe should have now; what it pins is in the store when this returns.
 
-    A merge that learns coefficients does so now, unless it has before.  An expert keeps the content that the recipe's present lock gives it while its reference still
-    allows that.  update: names whose newest version is taken instead; None for all.  Nothing is
+    A method that learns does so now, unless it has before.  An expert keeps the content that the
+    recipe's present lock gives it while its reference still allows that.  update: names whose newest version is taken instead; None for all.  Nothing is
     written.
     """
     registry, store = registry or Registry.read(), store or Store()
@@ -54,10 +54,10 @@ def lock(
         for use in recipe.uses
     ]
     plan = resolve(recipe, registry, store, report, pinned=pinned)
-    if plan.learns and plan.coefficients is None:
+    if plan.learns and plan.found is None:
         from experthub.hub.learning.learned import learned
 
-        plan = replace(plan, coefficients=learned(plan, store=store, report=report))
+        plan = replace(plan, found=learned(plan, registry=registry, store=store, report=report))
     return Lock.of(plan, recipe_digest(path))
 
 
@@ -111,12 +111,14 @@ def plan_of(
     else:
         registry = _registry_of(held, path, recipe)
     data = None
-    if held.data and recipe.data:
-        data = PlannedData(recipe.data, tuple(_now(task, pins) for task in held.data.tasks))
-    found = held.coefficients.content if held.coefficients else None
-    if found and pins == "locked" and recipe.coefficients:
+    if held.data:
+        use = recipe.data or DataUse.model_validate(held.data.use)
+        data = PlannedData(use, tuple(_now(task, pins) for task in held.data.tasks))
+    kept = held.coefficients or held.router
+    found = kept.content if kept else None
+    if found and pins == "locked" and recipe.stored:
         found = _as_known(found, registry, path)
-    plan = resolve(recipe, registry, store, report, pinned=contents, data=data, coefficients=found)
+    plan = resolve(recipe, registry, store, report, pinned=contents, data=data, found=found)
     if plan.digest != held.composition:
         raise ConflictError(
             f"{path} resolves to {plan.digest[:19]}, and its lock says {held.composition[:19]}",

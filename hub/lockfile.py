@@ -63,13 +63,19 @@ class LockedTask(Closed):
 
 
 class LockedData(Closed):
-    """What a merge learned from; see `hub.recipe.DataUse`."""
+    """What a method learned from; see `hub.recipe.DataUse`."""
 
     tasks: Annotated[list[LockedTask], Field(min_length=1)]
     split: str
     labels: bool
     shots: int | None = None
     limit: int | None = None
+
+    @property
+    def use(self) -> dict[str, Any]:
+        """As a recipe would say it."""
+        rest = self.model_dump(exclude={"tasks"})
+        return {"tasks": [task.task for task in self.tasks], **rest}
 
 
 class Lock(Closed):
@@ -92,6 +98,7 @@ class Lock(Closed):
     allow_base_mismatch: bool
     data: LockedData | None = None
     coefficients: LockedExpert | None = None
+    router: LockedExpert | None = None
 
     @classmethod
     def read(cls, path: Path) -> Lock:
@@ -138,8 +145,9 @@ class Lock(Closed):
             "base": there(self.base),
             "experts": list(map(there, self.experts)),
         }
-        if self.coefficients:
-            update["coefficients"] = there(self.coefficients)
+        for key in ("coefficients", "router"):
+            if getattr(self, key):
+                update[key] = there(getattr(self, key))
         return self.model_copy(update=update)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +10,9 @@ from experthub.hub._files import digest_of
 from experthub.hub.bases import Base
 from experthub.hub.formats.adapter import Adapted
 from experthub.hub.learning.examples import PlannedData
+from experthub.hub.method import Method
 from experthub.hub.pull import Content
-from experthub.hub.recipe import Method, Recipe
+from experthub.hub.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,9 @@ class Plan:
     """What a composition will read and change; nothing is left to look up.
 
     parameters: those that will change.  reads: bytes of weights.  memory: bytes of the composed
-    model with what routing keeps beside it.  data: what a learned merge learns from.
-    coefficients: stored ones, which the recipe names or a lock pins.
+    model with what routing keeps beside it.  data: what the method
+    learns from.  found: what it found before, coefficients or a router's state, which the recipe
+    names or a lock pins.
     """
 
     recipe: Recipe
@@ -91,7 +94,7 @@ class Plan:
     reads: int
     memory: int
     data: PlannedData | None = None
-    coefficients: Content | None = None
+    found: Content | None = None
 
     @property
     def members(self) -> list[Member]:
@@ -105,16 +108,25 @@ class Plan:
             "base": self.base.fingerprint,
             "experts": [expert.content for expert in self.experts],
         }
-        if self.recipe.coefficients and self.coefficients:
-            content["coefficients"] = self.coefficients.digest
+        if self.recipe.stored and self.found:
+            content[self._found_as] = self.found.digest
         elif self.data:
             content["data"] = self.data.digest
         return digest_of(content)
 
     @property
+    def layers(self) -> list[int]:
+        """The layers of the model that have something to change, -1 for what is in none."""
+        return sorted({layer_of(name) for name in self.parameters})
+
+    @property
     def learns(self) -> bool:
-        """Whether its method finds coefficients, which can be kept."""
+        """Whether its method finds something that can be kept: coefficients, a router's state."""
         return self.recipe.method.strategy.learns
+
+    @property
+    def _found_as(self) -> str:
+        return "coefficients" if self.recipe.route is None else "router"
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -140,7 +152,7 @@ class Plan:
             "experts": [_locked(expert) for expert in self.experts],
             **self._options,
             **({"data": self.data.record()} if self.data else {}),
-            **({"coefficients": _locked_content(self.coefficients)} if self.coefficients else {}),
+            **({self._found_as: _locked_content(self.found)} if self.found else {}),
         }
 
     def record(self) -> dict[str, Any]:
@@ -152,6 +164,12 @@ class Plan:
             "reads_bytes": self.reads,
             "memory_bytes": self.memory,
         }
+
+
+def layer_of(name: str) -> int:
+    """The first number in a module's path; -1 for a module outside of the layers."""
+    found = re.search(r"\.(\d+)\.", f".{name}.")
+    return int(found[1]) if found else -1
 
 
 def _method_record(method: Method) -> dict[str, Any]:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from experthub.hub import _yaml
 from experthub.hub._patterns import checked_pattern
 from experthub.hub._yaml import Closed, Document
 from experthub.hub.errors import HubError, NotFoundError
 from experthub.hub.expert import Name, Reference, absolute_source
+from experthub.hub.method import Method, error_at, method_of
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
-from pydantic_core import PydanticCustomError
-
-if TYPE_CHECKING:
-    from experthub.merge import Catalogue, Strategy
 
 Weight = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -32,81 +29,8 @@ class ExpertUse(Closed):
         try:
             Reference.parse(text)
         except HubError as error:
-            raise _error(error.message, "expert", error.hint) from None
+            raise error_at(error.message, "expert", error.hint) from None
         return text
-
-
-class Method(Closed):
-    """A merge or a router with its options, checked against the method's signature."""
-
-    kind: Literal["merge", "route"]
-    method: str
-    combine: Literal["outputs", "parameters"] = "outputs"
-    kernel: Literal["auto", "all", "copied", "sampled"] = "auto"
-    options: dict[str, Any] = {}
-
-    @property
-    def strategy(self) -> Strategy:
-        """The catalogue's entry."""
-        return _catalogue(self.kind)[self.method]
-
-
-def _catalogue(kind: Literal["merge", "route"]) -> Catalogue:
-    from experthub.merge import merges
-    from experthub.routing import routers
-
-    return merges if kind == "merge" else routers
-
-
-def _error(message: str, key: str, hint: str) -> PydanticCustomError:
-    """An error at one key of the mapping that is being read."""
-    context = {"message": message, "key": key, "hint": hint}
-    return PydanticCustomError("hub_error", "{message}", context)
-
-
-def _method(kind: Literal["merge", "route"], value: Any) -> Method:
-    catalogue = _catalogue(kind)
-    if isinstance(value, Method):
-        return value
-    if not isinstance(value, dict) or not isinstance(value.get("method"), str):
-        raise PydanticCustomError("method", "expected a mapping with the key 'method'")
-    given = dict(value)
-    name = given.pop("method")
-    if name not in catalogue:
-        other = _catalogue("route" if kind == "merge" else "merge")
-        hint = _yaml.did_you_mean(name, catalogue)
-        if name in other:
-            hint = f"{name} is a {other.kind}: write it under '{other.kind}:'"
-        raise _error(f"unknown {kind} method {name!r}", "method", hint)
-    combine: Any = given.pop("combine", "outputs") if kind == "route" else "outputs"
-    kernel: Any = given.pop("kernel", "auto") if kind == "route" else "auto"
-    if kernel not in get_args(Method.model_fields["kernel"].annotation):
-        raise _error(
-            f"expected auto, all, copied or sampled, found {kernel!r}",
-            "kernel",
-            "auto measures which is the fastest",
-        )
-    if combine not in ("outputs", "parameters"):
-        raise _error(
-            f"expected outputs or parameters, found {combine!r}",
-            "combine",
-            "outputs mixes B A x, parameters mixes the B and the A",
-        )
-    strategy = catalogue[name]
-    try:
-        options = strategy.bind(given)
-    except KeyError as error:
-        key = error.args[0]
-        known = ", ".join(
-            ["method", *(["combine", "kernel"] if kind == "route" else []), *strategy.options]
-        )
-        raise PydanticCustomError("unknown_key", "", {"key": key, "known": known}) from None
-    except ValueError as error:
-        key = next((k for k in given if repr(k) in str(error)), "method")
-        raise _error(f"{name}: {error}", key, f"see hub methods {name}") from None
-    if "seed" not in given:
-        options.pop("seed", None)  # the recipe's own, which is not known here
-    return Method(kind=kind, method=name, combine=combine, kernel=kernel, options=options)
 
 
 class NestedMerge(Closed):
@@ -124,7 +48,7 @@ class NestedMerge(Closed):
     @field_validator("merge", mode="before")
     @classmethod
     def _merge(cls, value: Any) -> Method:
-        return _method("merge", value)
+        return method_of("merge", value)
 
     @field_validator("experts", mode="before")
     @classmethod
@@ -170,7 +94,8 @@ class Recipe(Closed):
 
     targets: a regular expression that module paths must match whole to be changed.  dtype: of the
     composed model, the base's own by default.  data: what a learned merge learns from.
-    coefficients: those that it found before, in the place of data.
+    coefficients: those that it found before, in the place of data.  router: the same of a route: the
+    state that was made for it.
     """
 
     version: Literal[1] = 1
@@ -184,6 +109,7 @@ class Recipe(Closed):
     allow_base_mismatch: bool = False
     data: DataUse | None = None
     coefficients: str | None = None
+    router: str | None = None
 
     @field_validator("experts", mode="before")
     @classmethod
@@ -193,12 +119,12 @@ class Recipe(Closed):
     @field_validator("merge", mode="before")
     @classmethod
     def _merge(cls, value: Any) -> Method | None:
-        return None if value is None else _method("merge", value)
+        return None if value is None else method_of("merge", value)
 
     @field_validator("route", mode="before")
     @classmethod
     def _route(cls, value: Any) -> Method | None:
-        return None if value is None else _method("route", value)
+        return None if value is None else method_of("route", value)
 
     @field_validator("targets")
     @classmethod
@@ -221,21 +147,37 @@ class Recipe(Closed):
 
     def _check_data(self, method: Method) -> None:
         """Data for what learns from it, labels where it needs them, and nothing for the others."""
-        strategy = method.strategy
-        given = self.data is not None
-        if "data" not in strategy.needs:
-            if given or self.coefficients:
-                raise ValueError(f"{method.method} learns nothing: remove data and coefficients")
-        elif self.coefficients and (given or not strategy.learns):
-            why = "data and coefficients exclude each other"
-            raise ValueError(why if given else f"{method.method} has no coefficients to store")
-        elif not given and not self.coefficients:
+        strategy, name = method.strategy, method.method
+        given, (key, other) = self.data is not None, self._keys
+        if getattr(self, other):
+            raise ValueError(f"{other}: is no key of a {method.kind}: say {key}:")
+        if strategy.own_tasks and given:
+            raise ValueError(f"{name} looks at the experts' own tasks: remove data")
+        if "data" not in strategy.needs and not strategy.own_tasks:
+            if given or self.stored:
+                raise ValueError(f"{name} learns nothing: remove data and {key}")
+        elif self.stored and (given or not strategy.learns):
+            why = f"data and {key} exclude each other"
+            raise ValueError(why if given else f"{name} has no {key} to store")
+        elif "data" in strategy.needs and not given and not self.stored:
             raise ValueError(
-                f"{method.method} learns from examples: say data: {{tasks: [...]}}"
-                + (", or coefficients: of an earlier run" if strategy.learns else "")
+                f"{name} learns from examples: say data: {{tasks: [...]}}"
+                + (f", or {key}: of an earlier run" if strategy.learns else "")
             )
         if self.data and strategy.labelled(method.options) and not self.data.labels:
             raise ValueError(f"{method.method} needs right answers here: say labels: true in data")
+
+    @property
+    def _keys(self) -> tuple[str, str]:
+        """The key of what its method found before, and that of the other kind of method."""
+        keys = "coefficients", "router"
+        return keys if self.route is None else (keys[1], keys[0])
+
+    @property
+    def stored(self) -> str | None:
+        """What its method found before, if the recipe names it: coefficients, or a router's state."""
+        found: str | None = getattr(self, self._keys[0])
+        return found
 
     @property
     def learned(self) -> bool:
@@ -278,8 +220,9 @@ class Recipe(Closed):
             "base": _absolute(recipe.base, near),
             "experts": [_located(use, near) for use in recipe.experts],
         }
-        if recipe.coefficients:
-            update["coefficients"] = _absolute(recipe.coefficients, near)
+        for key in ("coefficients", "router"):
+            if getattr(recipe, key):
+                update[key] = _absolute(getattr(recipe, key), near)
         if recipe.data:
             tasks = [_absolute(task, near) for task in recipe.data.tasks]
             update["data"] = recipe.data.model_copy(update={"tasks": tasks})

@@ -25,11 +25,12 @@ from experthub.hub.formats.task_vector import read_task_vector
 from experthub.hub.learning.examples import PlannedData
 from experthub.hub.plan import Member, Plan, PlannedExpert
 from experthub.hub.pull import Content, pull
-from experthub.hub.recipe import ExpertUse, NestedMerge, Recipe, members_of
+from experthub.hub.recipe import DataUse, ExpertUse, NestedMerge, Recipe, members_of
 from experthub.hub.registry import Registry
 from experthub.hub.sources import opened
 from experthub.hub.store import Store
 
+FOUND = {"coefficients": "learned coefficients", "router": "a router's state"}
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "F32": 4, "BF16": 2, "F16": 2}
 
 
@@ -40,13 +41,13 @@ def resolve(
     report: Report = silent,
     pinned: Sequence[Content] | None = None,
     data: PlannedData | None = None,
-    coefficients: Content | None = None,
+    found: Content | None = None,
 ) -> Plan:
     """Look up, fetch and check everything that a recipe names.
 
     pinned: the contents of the recipe's experts in its order, which are looked up by default.
     data: what a lock says of the recipe's data, in the place of the tasks themselves.
-    coefficients: learned before, so that no data is needed.
+    found: by the method before, so that no data is needed.
     Raises NotFoundError for unknown experts or bases, IntegrityError for another base or damaged
     content, HubError for shapes and targets that do not fit or state that the method lacks.
     """
@@ -70,26 +71,47 @@ def resolve(
     parameters = _targets(recipe, experts, base)
     _check_method(recipe, experts, parameters)
     dtype = recipe.dtype or {"BF16": "bfloat16", "F16": "float16"}.get(base.dtype, "float32")
-    if recipe.coefficients and coefficients is None:
-        use = ExpertUse(expert=recipe.coefficients)
-        coefficients = find_content(use, registry, store, report)
-    if coefficients is not None:
-        pull(coefficients, store, report)
-        _check_coefficients(coefficients, store)
-    if recipe.data and data is None:
-        data = PlannedData.of(recipe.data)
+    if recipe.stored and found is None:
+        found = find_content(ExpertUse(expert=recipe.stored), registry, store, report)
+    if found is not None:
+        pull(found, store, report)
+        _check_found(found, recipe, store)
+    if data is None and recipe.stored is None:
+        data = _data(recipe, experts)
     reads = base.tensor_bytes + sum(m.size for e in experts for m in e.members)
     memory = base.tensor_bytes * WIDTH[dtype] // WIDTH.get(base.dtype, 4)
     if recipe.route:
         memory += sum(m.size for e in experts for m in e.members)
-    return Plan(recipe, base, experts, parameters, dtype, reads, memory, data, coefficients)
+    return Plan(recipe, base, experts, parameters, dtype, reads, memory, data, found)
 
 
-def _check_coefficients(content: Content, store: Store) -> None:
-    if store.identity(content.digest).kind != "coefficients":
+def _check_found(content: Content, recipe: Recipe, store: Store) -> None:
+    wanted = "coefficients" if recipe.route is None else "router"
+    kind = store.identity(content.digest).kind
+    if kind != wanted:
+        what = FOUND.get(kind, "an expert")
         raise UsageError(
-            f"coefficients: {content.reference} is an expert", "name what hub coefficients stored"
+            f"{wanted}: {content.reference} is {what}", f"name what hub {wanted} stored"
         )
+
+
+def _data(recipe: Recipe, experts: Sequence[PlannedExpert]) -> PlannedData | None:
+    """What the recipe says, or the experts' own tasks for a method that looks at those."""
+    if recipe.data:
+        return PlannedData.of(recipe.data)
+    method = recipe.method
+    if not method.strategy.own_tasks:
+        return None
+    members = [member for expert in experts for member in expert.members]
+    for member in members:
+        if member.task is None:
+            raise UsageError(
+                f"{member.reference} does not say which task it was trained on, "
+                f"and {method.method} looks at examples of it",
+                "add it again with --task, or name a router: that was made before",
+            )
+    tasks = list(dict.fromkeys(m.task for m in members if m.task))
+    return PlannedData.of(DataUse(tasks=tasks, limit=method.options["examples"]))
 
 
 def find_content(use: ExpertUse, registry: Registry, store: Store, report: Report) -> Content:
@@ -115,10 +137,10 @@ def _member(use: ExpertUse, found: Content, base: Base, recipe: Recipe, store: S
             "use its own base, or say allow_base_mismatch: true if you know that it fits",
         )
     size = sum(info.size for info in identity.files.values())
-    if identity.kind == "coefficients":
+    if identity.kind in FOUND:
         raise UsageError(
-            f"{reference} holds learned coefficients, and is no expert",
-            f"say coefficients: {reference}, beside the experts that they are of",
+            f"{reference} holds {FOUND[identity.kind]}, and is no expert",
+            f"say {identity.kind}: {reference}, beside the experts that it is of",
         )
     if identity.kind == "task_vector":
         changes = _dense_changes(store, identity, digest, reference, base)

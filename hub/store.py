@@ -20,6 +20,8 @@ from experthub.hub.expert import (
     COEFFICIENTS,
     COEFFICIENTS_JSON,
     GATES,
+    ROUTER,
+    ROUTER_JSON,
     SHARD_INDEX,
     TASK_VECTOR,
     FileInfo,
@@ -28,6 +30,7 @@ from experthub.hub.expert import (
 from experthub.hub.formats.adapter import check_gates, kind_of, read_adapter, read_gates, read_json
 from experthub.hub.formats.coefficients import read_coefficients
 from experthub.hub.formats.header import check_finite, read_header
+from experthub.hub.formats.router import read_router
 from experthub.hub.formats.task_vector import check_masks, files_in, read_task_vector
 from experthub.hub.keeping.leases import lease
 from pydantic import ValidationError
@@ -271,6 +274,10 @@ def read_folder(folder: Path, hashed: Mapping[str, str] = MappingProxyType({})) 
         weights = {COEFFICIENTS: folder / COEFFICIENTS}
         names = [COEFFICIENTS, COEFFICIENTS_JSON]
         read_coefficients(folder / COEFFICIENTS_JSON, folder / COEFFICIENTS)
+    elif kind == "router":
+        weights = {ROUTER: folder / ROUTER}
+        names = [ROUTER, ROUTER_JSON]
+        read_router(folder / ROUTER_JSON, folder / ROUTER)
     else:
         weights = files_in(folder)
         names = [*weights, *([SHARD_INDEX] if TASK_VECTOR not in weights else [])]

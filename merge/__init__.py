@@ -1,7 +1,7 @@
 """Exact algebra of weight changes, and the merges built on it; imports torch only."""
 
 from experthub.merge._attached import Attached, uses
-from experthub.merge._catalogue import Catalogue, Option, Range, Strategy
+from experthub.merge._catalogue import Catalogue, Combine, Option, Range, Routing, Strategy
 from experthub.merge._coefficients import Coefficients, blocks_of, composed
 from experthub.merge._delta import Delta, Dense, LowRank, total, truncated
 from experthub.merge._fit import Fit, learn
@@ -23,6 +23,7 @@ __all__ = [
     "Attached",
     "Catalogue",
     "Coefficients",
+    "Combine",
     "Data",
     "Delta",
     "Dense",
@@ -31,6 +32,7 @@ __all__ = [
     "LowRank",
     "Option",
     "Range",
+    "Routing",
     "Strategy",
     "TaskVector",
     "adamerging",

@@ -63,15 +63,37 @@ class Option:
         return value
 
 
+Combine = Literal["outputs", "parameters"]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What a router looks at and gives, in the terms of https://arxiv.org/abs/2408.07057.
+
+    input: what has weights of its own: each `token`, each `example`, each `task`, or nothing.
+    depth: who decides: every `module` by itself, by a function of its ExpertStack; or the `model`
+    once, by a function of the Pool.  sparse: whether experts may
+    get no weight at all, which saves their work.  combines: the ways of mixing that it is defined
+    for, the default first.  zero_shot: whether it serves tasks of which nothing was seen.
+    """
+
+    input: Literal["token", "example", "task", "nothing"] = "token"
+    depth: Literal["module", "model"] = "module"
+    sparse: bool = False
+    combines: tuple[Combine, ...] = ("outputs", "parameters")
+    zero_shot: bool = True
+
+
 @dataclass(frozen=True)
 class Strategy:
     """A merge or a router under its name in recipes.
 
-    needs: what it needs besides the experts' weights, of `gates`, `data`.
+    needs: what it needs besides the experts' weights: `gates` of the experts; `activations` of
+    their modules or an `index` of examples, both made of the experts' own tasks; `data`.
     order_dependent: permuting the experts may change the result.  whole_model: one tensor of the
     result depends on all tensors of the experts.  dense: its result is, whatever the experts are.
     learns: it finds coefficients, which can be kept.  labelled: whether it needs the data's labels
-    with these options.
+    with these options.  routing: of a router, what it looks at and gives.
     """
 
     name: str
@@ -85,6 +107,12 @@ class Strategy:
     dense: bool = False
     learns: bool = False
     labelled: Callable[[Mapping[str, object]], bool] = lambda options: False
+    routing: Routing = Routing()
+
+    @property
+    def own_tasks(self) -> bool:
+        """Whether it looks at examples of the tasks that the experts were trained on."""
+        return not {"activations", "index"}.isdisjoint(self.needs)
 
     @property
     def summary(self) -> str:
@@ -126,6 +154,7 @@ class Catalogue(Mapping[str, Strategy]):
         dense: bool = False,
         learns: bool = False,
         labelled: Callable[[Mapping[str, object]], bool] = lambda options: False,
+        routing: Routing = Routing(),
     ) -> Callable[[Function], Function]:
         """Enter the decorated function under its own name; its keyword-only parameters are the options.
 
@@ -150,6 +179,7 @@ class Catalogue(Mapping[str, Strategy]):
                 dense=dense,
                 learns=learns,
                 labelled=labelled,
+                routing=routing,
             )
             return function
 

@@ -15,12 +15,13 @@ from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 import torch
+from experthub.merge import Combine
+from experthub.routing._context import Context
 from experthub.routing._kernels import CHOSEN, inverse_deviation, scored
-from experthub.routing._router import ExpertStack, Router
+from experthub.routing._router import ExpertStack, Router, Weights
 from experthub.routing._rows import Rows
 from torch import Tensor, nn
 
-Combine = Literal["outputs", "parameters"]
 Kernel = Literal["all", "copied", "sampled"]
 FEW_TOKENS = 16
 FEW_ROWS = 80  # of A in one module
@@ -45,7 +46,7 @@ class Group:
     differ in probes alone.  like: a weight of the base, whose dtype and device all get.  kernel:
     which rows of A are read: `all`; or, of a router that chooses, those of the chosen, `copied` or
     `sampled`; None takes `few` for few tokens and `many` for more.  trained: probes in place of the
-    routers'.  Raises ValueError for combine: parameters with unequal ranks.
+    routers'.  context: what routers know of the batch.  Raises ValueError for combine: parameters with unequal ranks.
 
     No torch module: attributes of one are found several times slower, which counts for one token.
     """
@@ -59,6 +60,7 @@ class Group:
         *,
         kernel: Kernel | None = None,
         trained: nn.Parameter | None = None,
+        context: Context | None = None,
     ) -> None:
         ranks = [[delta.rank for delta in stack.deltas.values()] for stack in stacks]
         flat = [rank for own in ranks for rank in own]
@@ -75,6 +77,7 @@ class Group:
         self.trained = trained
         self.size, self.n_experts = len(stacks), len(stacks[0].experts)
         self.router, self.combine = routers[0], combine
+        self.context = context or Context()
         self.kernel: Kernel | None = kernel if trained is None else "all"
         self.few: Kernel = "copied"
         self.many: Kernel = "all" if self.n_experts * self.a.rank <= FEW_ROWS else "sampled"
@@ -93,6 +96,8 @@ class Group:
 
     def add_to(self, y: Tensor, x: Tensor, module: int) -> Tensor:
         """`y` `[..., O]` plus what the experts of one module make of x `[..., I]`, in place."""
+        if self.context.off:
+            return y
         mixed, y_TO = self._mixed(x, module), y.view(-1, y.shape[-1])
         if mixed.experts is None:
             start, end = self.spans[module]
@@ -105,34 +110,36 @@ class Group:
     def weights(self, x: Tensor, module: int) -> Tensor:
         """The weights `[..., E]` that one module's experts get for inputs `[..., I]`."""
         x_TI = x.reshape(-1, x.shape[-1])
-        weights = self.router.weights(self._scores(x_TI)).dense(self.n_experts)
+        weights = self._weights(self._scores(x_TI), x).dense(self.n_experts)
         weights = weights.expand(len(x_TI), self.size, self.n_experts)[:, module]
         return weights.reshape(*x.shape[:-1], self.n_experts)
 
     def _mixed(self, x: Tensor, module: int) -> Mixed:
         """What all modules need of an input, kept until each of them was called with this tensor."""
         if self.size == 1:
-            return self._mix(x.reshape(-1, x.shape[-1]))
+            return self._mix(x)
         held = self._held
         if held is None or held[0] is not x or module not in held[2]:
-            held = x, self._mix(x.reshape(-1, x.shape[-1])), set(range(self.size))
+            held = x, self._mix(x), set(range(self.size))
         held[2].discard(module)
         self._held = held if held[2] else None
         return held[1]
 
-    def _mix(self, x_TI: Tensor) -> Mixed:
+    def _mix(self, x: Tensor) -> Mixed:
+        x_TI = x.reshape(-1, x.shape[-1])
         kernel = self._kernel(x_TI)
         if kernel == "all" and self.fused:
             both = x_TI @ self.a.read.T
             scores = self._by_module(both[:, self.a.count :])
             if self.router.layer_norm:
                 scores = scores * inverse_deviation(x_TI)[:, None, None]
-            w = self.router.weights(scores).dense(self.n_experts)
+            w = self._weights(scores, x).dense(self.n_experts)
             return Mixed(self._times(both[:, : self.a.count], w))
-        weights = self.router.weights(self._scores(x_TI))
+        weights = self._weights(self._scores(x_TI), x)
         experts = weights.experts
         if kernel == "all" or experts is None:
             return Mixed(self._times(x_TI @ self.a.own.T, weights.dense(self.n_experts)))
+        experts = experts.expand(-1, self.size, -1)
         rows = (experts + self.first_G1 if self.size > 1 else experts).flatten(1)
         z_TJ = CHOSEN[kernel][0](x_TI, self.a, rows)
         w = weights.values.to(z_TJ.dtype).unsqueeze(-1)
@@ -151,6 +158,14 @@ class Group:
             mixed = z_TN.view(shape).sum(2, keepdim=True).expand(shape)
             z_TN = mixed.flatten(1) * w_N
         return z_TN
+
+    def _weights(self, scores: Tensor, x: Tensor) -> Weights:
+        """The weights that the routers make of scores `[T, G, P]`."""
+        if not self.router.pooled:
+            return self.router.weights(scores)
+        leading = x.shape[:-1]
+        found = self.router.weights(self.context.pooled(id(self), scores, leading))
+        return found.repeated(self.context.shape(leading)[1])
 
     def _scores(self, x_TI: Tensor) -> Tensor:
         """The probes' scores `[T, G, P]`."""

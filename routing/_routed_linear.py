@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from experthub.routing._group import Combine, Group, Kernel, alike
+from experthub.merge import Combine
+from experthub.routing._context import Context
+from experthub.routing._group import Group, Kernel, alike
 from experthub.routing._router import ExpertStack, Router
 from torch import Tensor, nn
 
@@ -75,8 +77,12 @@ def routed(
     routers: Sequence[Router],
     combine: Combine = "outputs",
     kernel: Kernel | None = None,
+    context: Context | None = None,
 ) -> list[RoutedLinear]:
-    """Modules that read one input, as one group where their experts and routers allow it."""
+    """Modules that read one input, as one group where their experts and routers allow it.
+
+    context: of the model that they are parts of.
+    """
     weight = cast(Tensor, bases[0].weight)
     together = (
         len({stack.experts for stack in stacks}) == 1
@@ -86,6 +92,11 @@ def routed(
     )
     members = list(zip(bases, stacks, routers, strict=True))
     if not together:
-        return [RoutedLinear(b, s, r, combine, kernel=kernel) for b, s, r in members]
-    group = Group(stacks, routers, weight, combine, kernel=kernel)
+        groups = [
+            Group([s], [r], cast(Tensor, b.weight), combine, kernel=kernel, context=context)
+            for b, s, r in members
+        ]
+        pairs = zip(members, groups, strict=True)
+        return [RoutedLinear(b, s, r, combine, place=(g, 0)) for (b, s, r), g in pairs]
+    group = Group(stacks, routers, weight, combine, kernel=kernel, context=context)
     return [RoutedLinear(b, s, r, combine, place=(group, i)) for i, (b, s, r) in enumerate(members)]

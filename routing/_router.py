@@ -104,12 +104,26 @@ class Weights:
         zeros = self.values.new_zeros(*self.values.shape[:-1], n_experts)
         return zeros.scatter(-1, self.experts, self.values)
 
+    def of_modules(self) -> Weights:
+        """The same weights `[B, k]` for every module of a group, `[B, 1, k]`."""
+        experts = self.experts
+        return Weights(self.values.unsqueeze(1), None if experts is None else experts.unsqueeze(1))
+
+    def repeated(self, tokens: int) -> Weights:
+        """Those of rows `[B, ...]` for every token, `[B tokens, ...]`."""
+        if tokens == 1:
+            return self
+        values = self.values.repeat_interleave(tokens, 0)
+        experts = self.experts
+        return Weights(values, None if experts is None else experts.repeat_interleave(tokens, 0))
+
 
 class Router(Protocol):
     """Inputs -> weights over the experts of one module.
 
     probes_PI: linear functionals of the input, float32; None for a router that does not look at it.
-    layer_norm: whether they are of the standardised input, and then have mean zero each.
+    layer_norm: whether they are of the standardised input, and then have mean zero each.  pooled:
+    whether it decides once for a row of tokens, by the mean of their scores.
     A dataclass: routers of modules that share their input, and that differ in nothing but probes,
     are asked once for all of them.
     """
@@ -120,10 +134,14 @@ class Router(Protocol):
     @property
     def layer_norm(self) -> bool: ...
 
-    def weights(self, scores: Tensor) -> Weights:
-        """The weights of every row, which depend on that row only.
+    @property
+    def pooled(self) -> bool: ...
 
-        scores: `[T, G, P]`, float32, the products of T inputs with the probes of G modules.
+    def weights(self, scores: Tensor) -> Weights:
+        """The weights of every input, which depend on that one only.
+
+        scores: `[T, G, P]`, float32, the products of T inputs with the probes of G modules; of B rows
+        for a router that is `pooled`.
         """
         ...
 

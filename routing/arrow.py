@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-from experthub.merge import LowRank, Range
+from experthub.merge import LowRank, Range, Routing
 from experthub.routing._methods import routers
 from experthub.routing._router import ExpertStack, Router, Weights, top_k_softmax
 from torch import Tensor
@@ -25,12 +25,13 @@ class Arrow:
     probes_PI: Tensor
     top_k: int
     layer_norm: bool = False
+    pooled: bool = False
 
     def weights(self, scores: Tensor) -> Weights:
         return top_k_softmax(scores.abs(), self.top_k)
 
 
-@routers.register(paper="https://arxiv.org/abs/2405.11157")
+@routers.register(paper="https://arxiv.org/abs/2405.11157", routing=Routing(sparse=True))
 def arrow(
     stack: ExpertStack,
     *,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-from experthub.merge import Range
+from experthub.merge import Range, Routing
 from experthub.routing._methods import routers
 from experthub.routing._router import ExpertStack, Router, Weights, standardised, top_k_softmax
 from torch import Tensor
@@ -27,12 +27,15 @@ class Phatgoose:
     probes_PI: Tensor
     top_k: int
     layer_norm: bool = True
+    pooled: bool = False
 
     def weights(self, scores: Tensor) -> Weights:
         return top_k_softmax(scores, self.top_k)
 
 
-@routers.register(paper="https://arxiv.org/abs/2402.05859", needs=("gates",))
+@routers.register(
+    paper="https://arxiv.org/abs/2402.05859", needs=("gates",), routing=Routing(sparse=True)
+)
 def phatgoose(
     stack: ExpertStack,
     *,
@@ -59,6 +62,7 @@ class SigmoidGate:
 
     probes_PI: Tensor
     layer_norm: bool = False
+    pooled: bool = False
 
     def weights(self, scores: Tensor) -> Weights:
         return Weights(torch.sigmoid(scores))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from experthub.merge import Routing
 from experthub.routing._methods import routers
 from experthub.routing._router import ExpertStack, Router, Weights
 from torch import Tensor
@@ -18,12 +19,13 @@ class Uniform:
     n_experts: int
     probes_PI: None = None
     layer_norm: bool = False
+    pooled: bool = False
 
     def weights(self, scores: Tensor) -> Weights:
         return Weights(torch.full((self.n_here,), 1 / self.n_experts, device=scores.device))
 
 
-@routers.register(paper="https://arxiv.org/abs/2408.07057")
+@routers.register(paper="https://arxiv.org/abs/2408.07057", routing=Routing("nothing"))
 def uniform(stack: ExpertStack) -> Router:
     """Mean of the experts, `y = W x + sum_e s_e B_e A_e x / E`; the control for every router.
 

@@ -12,12 +12,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from experthub.hub._patterns import matching
 from experthub.hub._yaml import did_you_mean
 from experthub.hub.errors import HubError, IntegrityError
-from experthub.hub.expert import ADAPTER, COEFFICIENTS, SHARD_INDEX, TASK_VECTOR
+from experthub.hub.expert import ADAPTER, COEFFICIENTS, ROUTER, SHARD_INDEX, TASK_VECTOR, Kind
 from experthub.hub.formats.header import FLOATS, Header, header_text, parsed, read_header
 from experthub.hub.formats.lora_config import by_pattern, check_config, targeted
 
@@ -185,7 +185,7 @@ def check_gates(gates: dict[str, tuple[int, ...]], adapted: Iterable[Adapted], n
             )
 
 
-def kind_of(folder: Path) -> Literal["lora", "task_vector", "coefficients"]:
+def kind_of(folder: Path) -> Kind:
     """Which kind of expert a folder holds; IntegrityError when it is none, or only a pickle."""
     names = {path.name for path in folder.iterdir()}
     if ADAPTER in names:
@@ -194,6 +194,8 @@ def kind_of(folder: Path) -> Literal["lora", "task_vector", "coefficients"]:
         return "task_vector"
     if COEFFICIENTS in names:
         return "coefficients"
+    if ROUTER in names:
+        return "router"
     pickles = sorted(n for n in names if Path(n).suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"))
     if pickles:
         raise IntegrityError(

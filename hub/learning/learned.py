@@ -20,9 +20,11 @@ from experthub.hub.formats.coefficients import (
 )
 from experthub.hub.learning.data import TaskData
 from experthub.hub.learning.examples import chosen, held_out
+from experthub.hub.learning.router_state import kept_router
 from experthub.hub.plan import Plan
 from experthub.hub.pull import Content
 from experthub.hub.reading.kinds import reader_for
+from experthub.hub.registry import Registry
 from experthub.hub.store import Store, read_folder
 from experthub.hub.tying import untie
 from experthub.merge import Coefficients, Learner, TaskVector
@@ -44,9 +46,9 @@ def found_folder(plan: Plan) -> Path:
 
 def learner_for(plan: Plan, device: str | None, store: Store, report: Report) -> Learner:
     """Stored coefficients where the plan has some or has found some before; else data to learn from."""
-    if plan.coefficients is not None:
-        record, found = stored_coefficients(plan.coefficients, store)
-        _check_fit(record, plan, plan.coefficients.reference)
+    if plan.found is not None:
+        record, found = stored_coefficients(plan.found, store)
+        _check_fit(record, plan, plan.found.reference)
         return Learner(stored=found)
     folder = found_folder(plan)
     if plan.learns and folder.is_dir():
@@ -111,13 +113,19 @@ def learned(
     plan: Plan,
     *,
     device: str | None = None,
+    registry: Registry | None = None,
     store: Store | None = None,
     report: Report = silent,
 ) -> Content:
-    """The coefficients of a plan, learned now unless they were before, as content of the store."""
+    """What the method of a plan finds, now unless it has before, as content of the store.
+
+    The coefficients of a merge, or the state of a router.
+    """
     from experthub.hub.weights import Contents, task_vector
 
     store = store or Store()
+    if plan.recipe.route is not None:
+        return kept_router(plan, device, registry, store, report)
     folder = found_folder(plan)
     if not folder.is_dir():
         with Contents(plan, store, gates=False) as contents:

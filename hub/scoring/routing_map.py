@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from experthub.hub.bases import load_tokenizer
 from experthub.hub.composition import Composition, compose
 from experthub.hub.errors import UsageError
-from experthub.hub.plan import Plan
+from experthub.hub.plan import Plan, layer_of
 from experthub.hub.recipe import Recipe
 from experthub.hub.registry import Registry
 from experthub.hub.tasks.task import read_task
@@ -42,10 +41,10 @@ def routing_map(
     else:
         prompts = [e.input for task in read for e in task.split("all", per_task)]
     totals, tokens = _totals(composition, tokenizer, prompts)
-    layers = sorted({_layer(name) for name in totals})
+    layers = sorted({layer_of(name) for name in totals})
     rows = []
     for layer in layers:
-        here = [total for name, total in totals.items() if _layer(name) == layer]
+        here = [total for name, total in totals.items() if layer_of(name) == layer]
         rows.append((torch.stack(here).mean(0) / tokens).tolist())
     labels = [expert.label for expert in composition.plan.experts]
     return {"experts": labels, "layers": layers, "weights": rows, "tokens": tokens}
@@ -80,9 +79,3 @@ def _totals(
         for handle in handles:
             handle.remove()
     return totals, count
-
-
-def _layer(name: str) -> int:
-    """The first number in a module's path; -1 for a module outside of the layers."""
-    found = re.search(r"\.(\d+)\.", f".{name}.")
-    return int(found[1]) if found else -1

@@ -1,0 +1,174 @@
+"""Telling a composed model's routers what it reads: hooks around its forward pass.
+
+Only for routers that choose for whole examples, or by more than a module's input.  What is known
+of a row is found when its first tokens are read, and stays with the row in the key/value cache:
+when rows of the cache are selected, repeated or reordered, it goes with them.
+
+Shapes: B rows, S tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from experthub.hub.errors import UsageError
+from experthub.routing import Context, Weights
+from torch import Tensor, nn
+
+
+@dataclass
+class Kept:
+    """A layer of a key/value cache that holds no keys, but what is known of each row.
+
+    rows: `[B, ...]` by name.  base: the cache of the base's own pass, for routers that read that.
+    """
+
+    rows: dict[Hashable, Tensor] = field(default_factory=dict)
+    base: Any = None
+    is_sliding: bool = False
+    is_compileable: bool = True
+    is_croppable: bool = True
+    supports_early_init: bool = False
+    is_initialized: bool = True
+
+    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.rows = {name: change(tensor) for name, tensor in self.rows.items()}
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._change(lambda tensor: tensor[indices])
+        if self.base is not None:
+            self.base.batch_select_indices(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._change(lambda tensor: tensor.repeat_interleave(repeats, 0))
+        if self.base is not None:
+            self.base.batch_repeat_interleave(repeats)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._change(lambda tensor: tensor.index_select(0, beam_idx))
+        if self.base is not None:
+            self.base.reorder_cache(beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if self.base is not None:
+            self.base.crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        self.rows = {}
+        self.base = None
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def offload(self) -> None:
+        pass
+
+    def prefetch(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows whose first tokens a model is about to read: ids `[B, S]`, and which are no padding."""
+
+    ids: Tensor
+    real: Tensor
+
+
+@dataclass
+class Watch:
+    """The hooks of one composition.
+
+    context: that of its routers.  choose: weights for rows, when their first tokens are read.
+    weigh: weights for every token, by the last hidden states that the base has of them.  tasks: of
+    the rows, where somebody said them.
+    """
+
+    context: Context
+    choose: Callable[[Batch, tuple[str, ...] | None], Weights] | None = None
+    weigh: Callable[[Tensor], Weights] | None = None
+    tasks: tuple[str, ...] | None = None
+    _handles: list[Any] = field(default_factory=list)
+    _base: Any = None
+
+    def attach(self, model: Any) -> None:
+        """Hook a transformers model, at the module that both it and its heads' users call."""
+        inner: nn.Module = model.base_model
+        self._handles = [
+            inner.register_forward_pre_hook(self._before, with_kwargs=True),
+            inner.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        context = self.context
+        if context.off:
+            return
+        kept = _kept(kwargs.get("past_key_values"))
+        given = (
+            args[0]
+            if args
+            else next((kwargs[k] for k in INPUTS if kwargs.get(k) is not None), None)
+        )
+        if given is None:
+            raise UsageError("the model was called without inputs", f"give it {', '.join(INPUTS)}")
+        context.rows = len(given)
+        context.tokens = given.shape[1] if given.ndim in (2, 3) else 0
+        context.real = _real(kwargs.get("attention_mask"), context.tokens)
+        context.kept = kept.rows if kept else {}
+        if self.weigh is not None:
+            context.select(self.weigh(self._hidden(module, args, kwargs, kept)))
+        elif self.choose is not None and not context.kept:
+            batch = Batch(given, torch.ones_like(given) if context.real is None else context.real)
+            context.select(self.choose(batch, self.tasks))
+
+    def _hidden(self, module: nn.Module, args: Any, kwargs: Any, kept: Kept | None) -> Tensor:
+        """The base's last hidden states `[B, S, H]` of the tokens that are read now."""
+        own = {k: v for k, v in kwargs.items() if not k.startswith("output_")}
+        own["past_key_values"] = kept.base if kept else None
+        self.context.off = True
+        try:
+            with torch.no_grad():
+                read = module(*args, **own)
+        finally:
+            self.context.off = False
+        self._base = getattr(read, "past_key_values", None)
+        hidden: Tensor = read.last_hidden_state
+        return hidden
+
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        context = self.context
+        if context.off:
+            return
+        cache = getattr(output, "past_key_values", None)
+        kept = _kept(cache)
+        if kept is None and cache is not None and cache.layers:
+            kept = Kept(is_sliding=bool(getattr(cache.layers[0], "is_sliding", False)))
+            cache.layers.append(kept)
+        if kept is not None:
+            kept.rows = {} if self.weigh is not None else context.kept
+            kept.base = self._base
+        context.rows, context.real, context.kept, self._base = None, None, {}, None
+
+
+INPUTS = ("input_ids", "inputs_embeds", "pixel_values")
+
+
+def _kept(cache: Any) -> Kept | None:
+    """What a cache holds of its rows."""
+    layers = getattr(cache, "layers", ())
+    return next((layer for layer in layers if isinstance(layer, Kept)), None)
+
+
+def _real(mask: Tensor | None, tokens: int) -> Tensor | None:
+    """Which of the tokens read now are no padding: the last columns of a mask of all so far."""
+    if mask is None or mask.ndim != 2 or not tokens:
+        return None
+    return mask[:, -tokens:].bool()

@@ -1,0 +1,243 @@
+"""Putting routed experts beside the modules of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from experthub.hub.bases import Report, load_tokenizer
+from experthub.hub.batches import Batch, Watch
+from experthub.hub.errors import HubError, UsageError, explained
+from experthub.hub.kernels import tune
+from experthub.hub.learning.router_state import State, state_of
+from experthub.hub.plan import Plan, layer_of
+from experthub.hub.registry import Registry
+from experthub.hub.store import Store
+from experthub.hub.weights import Contents, gates, task_vector
+from experthub.merge import LowRank, TaskVector
+from experthub.routing import Context, ExpertStack, Pool, Router, Select, Selected, routed
+from torch import Tensor, nn
+
+# Leaves of modules of one parent that read the same input, in the usual architectures.
+SHARING = (
+    {"q_proj", "k_proj", "v_proj"},
+    {"query", "key", "value"},
+    {"q", "k", "v"},
+    {"gate_proj", "up_proj"},
+    {"wi_0", "wi_1"},
+    {"w1", "w3"},
+)
+
+
+@dataclass
+class Routes:
+    """What routing changed in a model: its original modules by name, and the hooks around it."""
+
+    originals: dict[str, nn.Module] = field(default_factory=dict)
+    watch: Watch = field(default_factory=lambda: Watch(Context()))
+
+    def undo(self, model: Any) -> None:
+        """Put the original modules back."""
+        self.watch.remove()
+        for name, module in self.originals.items():
+            model.set_submodule(name, module)
+        self.originals.clear()
+
+
+def router_state(
+    plan: Plan, registry: Registry | None, store: Store, device: str | None, report: Report
+) -> State:
+    """The state that a plan's router needs besides the experts, made now if it has to be."""
+    if not plan.learns:
+        return State({})
+
+    def made() -> State:
+        from experthub.hub.learning.router_making import make
+
+        return make(plan, device, registry, store, report)
+
+    return state_of(plan, store, made)
+
+
+def route(
+    model: Any,
+    plan: Plan,
+    contents: Contents,
+    state: State,
+    registry: Registry | None,
+    report: Report,
+) -> Routes:
+    """Replace every routed module.  state: of the router, see `router_state`."""
+    method = plan.recipe.method
+    kernel = None if method.kernel == "auto" else method.kernel
+    if kernel == "sampled" and (plan.dtype != "float32" or model.device.type != "cpu"):
+        raise UsageError(
+            f"kernel: sampled is for float32 on a CPU, and this is {plan.dtype} on {model.device}",
+            "leave kernel out: auto takes what there is",
+        )
+    routes = Routes()
+    context = routes.watch.context
+    select = _selection(plan, state)
+    vectors = [task_vector(expert, plan, contents) for expert in plan.experts]
+    vectors_of = [_inputs_of(e, plan, state, contents) for e in range(len(plan.experts))]
+    modules, groups = dict(model.named_modules()), []
+    for names in sharing([name.removesuffix(".weight") for name in plan.parameters]):
+        stacks, found = [], []
+        for name in names:
+            here = [e for e, vector in enumerate(vectors) if f"{name}.weight" in vector.load]
+            deltas = {
+                e: _for_module(name, modules[name], vectors[e], plan.experts[e].weight)
+                for e in here
+            }
+            width = next(iter(deltas.values())).shape[1]
+            own = {e: vectors_of[e].get(name, torch.zeros(width)) for e in here}
+            with explained(name):
+                stacks.append(
+                    ExpertStack.of(deltas, len(vectors), own if any(vectors_of) else None)
+                )
+                found.append(_router(stacks[-1], name, plan, context, select))
+        bases = [modules[name] for name in names]
+        with explained(names[0]):
+            linears = routed(bases, stacks, found, method.combine, kernel, context)
+        for name, linear in zip(names, linears, strict=True):
+            owner, _, leaf = name.rpartition(".")
+            setattr(modules[owner], leaf, linear)
+            routes.originals[name] = modules[name]
+        groups += [linear.group for linear in linears if linear.number == 0]
+    if kernel is None:
+        tune(groups)
+    if select is not None or any(group.router.pooled for group in groups):
+        _watch(routes.watch, model, plan, state, select, registry, report)
+    return routes
+
+
+def _selection(plan: Plan, state: State) -> Select | None:
+    """How a router that decides for the whole model does so; None for one that does not."""
+    method = plan.recipe.method
+    if method.strategy.routing.depth == "module":
+        return None
+    pool = Pool(
+        tuple(expert.label for expert in plan.experts),
+        tuple(tuple(m.task for m in e.members if m.task) for e in plan.experts),
+        state.tensors,
+    )
+    select: Select = method.strategy.call(pool, **method.options)
+    return select
+
+
+def _router(
+    stack: ExpertStack, name: str, plan: Plan, context: Context, select: Select | None
+) -> Router:
+    """The router of one module."""
+    method = plan.recipe.method
+    if select is None:
+        router: Router = method.strategy.call(stack, **method.options)
+        return router
+    if method.strategy.routing.input != "token":
+        return Selected.of(context, stack)
+    layer = plan.layers.index(layer_of(name)) if method.options.get("layerwise", True) else 0
+    return Selected.of(context, stack, layer)
+
+
+def _inputs_of(expert: int, plan: Plan, state: State, contents: Contents) -> Mapping[str, Tensor]:
+    """Module -> the vector `[I]` of one expert that its router goes by: a gate, a mean activation."""
+    needs = plan.recipe.method.strategy.needs
+    if "gates" in needs:
+        return gates(plan.experts[expert], contents)
+    if "activations" in needs:
+        start = f"{expert}."
+        return {n.removeprefix(start): t for n, t in state.tensors.items() if n.startswith(start)}
+    return {}
+
+
+def _watch(
+    watch: Watch,
+    model: Any,
+    plan: Plan,
+    state: State,
+    select: Select | None,
+    registry: Registry | None,
+    report: Report,
+) -> None:
+    """Hook the model for a router that needs to know more than the inputs of modules."""
+    method = plan.recipe.method
+    if model.config.is_encoder_decoder or not (plan.base.causal or plan.base.encoder):
+        raise UsageError(
+            f"{method.method} chooses for whole examples, and {plan.base.name} is a "
+            f"{type(model).__name__}",
+            "use a language model or an encoder, or a router by token",
+        )
+    needs = method.strategy.needs
+    if select is not None and "hidden" in needs:
+        watch.weigh = select
+    elif select is not None and "index" in needs:
+        watch.choose = _by_text(plan, state, select, registry, report)
+    elif select is not None:
+        watch.choose = _by_task(select)
+    watch.attach(model)
+
+
+def _by_text(
+    plan: Plan, state: State, select: Select, registry: Registry | None, report: Report
+) -> Any:
+    from experthub.hub.learning.embedder import Embedder
+
+    embedder = Embedder.of(plan, registry, report)
+    embedder.check(state)
+    tokenizer = load_tokenizer(plan.base)
+
+    def choose(batch: Batch, tasks: Sequence[str] | None) -> Any:
+        pairs = zip(batch.ids.tolist(), batch.real.tolist(), strict=True)
+        ids = [[i for i, real in zip(row, kept, strict=True) if real] for row, kept in pairs]
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return select(embedder(texts).to(batch.ids.device))
+
+    return choose
+
+
+def _by_task(select: Select) -> Any:
+    def choose(batch: Batch, tasks: Sequence[str] | None) -> Any:
+        rows = len(batch.ids)
+        if tasks is not None and len(tasks) not in (1, rows):
+            raise UsageError(
+                f"{len(tasks)} tasks were said for a batch of {rows} rows", "say one for each row"
+            )
+        names = [""] * rows if tasks is None else list(tasks) * (rows if len(tasks) == 1 else 1)
+        with explained("task"):
+            return select(names)
+
+    return choose
+
+
+def sharing(names: Sequence[str]) -> list[list[str]]:
+    """Modules by the input that they are likely to share, in their order; most stand alone.
+
+    Modules that turn out to read several inputs are only slower for it.
+    """
+    found: dict[tuple[str, int | str], list[str]] = {}
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        kind = next((i for i, leaves in enumerate(SHARING) if leaf in leaves), leaf)
+        found.setdefault((owner, kind), []).append(name)
+    return list(found.values())
+
+
+def _for_module(name: str, module: nn.Module, vector: TaskVector, weight: float) -> LowRank:
+    """The change of a linear module as A `[R, I]` and B `[O, R]`, however its weight is stored."""
+    delta = vector[f"{name}.weight"].scaled(weight)
+    if not isinstance(delta, LowRank):
+        raise HubError(
+            f"the change of {name} is dense, and a route needs low-rank experts",
+            "give the nested merge a rank, or use merge: instead of route:",
+        )
+    conv = type(module).__name__ == "Conv1D"
+    if not (conv or isinstance(module, nn.Linear)):
+        raise HubError(
+            f"{name} is a {type(module).__name__}, and only linear modules can be routed",
+            "leave it out with targets:, or use merge: instead of route:",
+        )
+    if conv:
+        return LowRank(delta.b.T.contiguous(), delta.a.T.contiguous(), delta.scale)
+    return delta
