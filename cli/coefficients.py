@@ -44,6 +44,7 @@ def coefficients(
     Examples: hub coefficients recipe.yaml; hub coefficients recipe.yaml --plot coefficients.png;
     hub coefficients recipe.yaml --name my-coefficients
     """
+    from experthub.hub.describe import register_found
     from experthub.hub.errors import UsageError
     from experthub.hub.learning.learned import learned, stored_coefficients
     from experthub.hub.lock import plan_of
@@ -63,13 +64,7 @@ def coefficients(
         content = plan.found or learned(plan, device=device, store=store, report=report)
     record, found = stored_coefficients(content, store)
     if name is not None:
-        from experthub.hub.describe import add_folder
-        from experthub.hub.sources import opened
-
-        source = content.sources[0]
-        with opened(source, Path.cwd()) as (folder, hashed):
-            entry = add_folder(folder, name, layers, store, source=source, hashed=hashed)
-        say(f"registered {entry.reference}")
+        say(f"registered {register_found(content, name, layers, store).reference}")
     if plot is not None:
         from experthub.hub.scoring.plots import plot_coefficients
 

@@ -17,6 +17,7 @@ from experthub.cli import (
     experts,
     lock,
     methods,
+    router,
     share,
     store,
     tasks,
@@ -126,6 +127,7 @@ difference.register(app)
 methods.register(app)
 compose.register(app)
 coefficients.register(app)
+router.register(app)
 lock.register(app)
 evaluate.register(app)
 store.register(app)

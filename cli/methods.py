@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -54,6 +55,7 @@ def methods(
                     "",
                     f"paper: {strategy.paper}",
                     *([f"needs: {', '.join(strategy.needs)}"] if strategy.needs else []),
+                    *([f"gives: {strategy.routing}"] if strategy.kind == "route" else []),
                 ]
             )
             if strategy.options:
@@ -88,6 +90,7 @@ def record(strategy: Strategy) -> dict[str, Any]:
             for o in strategy.options.values()
         },
         "needs": list(strategy.needs),
+        **({"routing": asdict(strategy.routing)} if strategy.kind == "route" else {}),
     }
 
 

@@ -101,6 +101,8 @@ def _method(strategy: Strategy) -> str:
         f"- Paper: <{strategy.paper}>",
         f"- Needs: {needs}",
     ]
+    if strategy.kind == "route":
+        lines.append(f"- Gives: {strategy.routing}")
     if strategy.order_dependent:
         lines.append("- The order of the experts may change the result.")
     if strategy.whole_model:

@@ -13,6 +13,7 @@ from experthub.hub.bases import Base
 from experthub.hub.errors import IntegrityError, NotFoundError
 from experthub.hub.expert import DESCRIPTION, Expert, Identity, relative_source
 from experthub.hub.formats.adapter import read_json
+from experthub.hub.pull import Content
 from experthub.hub.registry import (
     Registry,
     check_same_content,
@@ -20,6 +21,7 @@ from experthub.hub.registry import (
     next_version,
     register,
 )
+from experthub.hub.sources import opened
 from experthub.hub.store import Store, read_folder
 from pydantic import ValidationError
 
@@ -148,6 +150,13 @@ def add_folder(
     store.take(folder, identity, hashed=hashed)
     register(expert, file)
     return expert
+
+
+def register_found(content: Content, name: str, registry: Registry, store: Store) -> Expert:
+    """Give what a method found, coefficients or a router's state, a name in the user's registry."""
+    source = content.sources[0]
+    with opened(source, Path.cwd()) as (folder, hashed):
+        return add_folder(folder, name, registry, store, source=source, hashed=hashed)
 
 
 def _source(folder: Path, file: Path | None) -> str:

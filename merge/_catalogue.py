@@ -83,6 +83,14 @@ class Routing:
     combines: tuple[Combine, ...] = ("outputs", "parameters")
     zero_shot: bool = True
 
+    def __str__(self) -> str:
+        of = "every input alike" if self.input == "nothing" else f"each {self.input}"
+        by = "at every module" if self.depth == "module" else "once for the model"
+        many = "some" if self.sparse else "all"
+        unseen = "" if self.zero_shot else "; for tasks of which something was seen"
+        ways = " or ".join(self.combines)
+        return f"weights for {of}, {by}, of {many} experts; combines {ways}{unseen}"
+
 
 @dataclass(frozen=True)
 class Strategy:

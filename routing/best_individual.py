@@ -10,7 +10,7 @@ from experthub.routing._router import Weights
 
 @routers.register(
     paper="https://arxiv.org/abs/2402.05859",
-    needs=("data", "scores"),
+    needs=("data",),
     learns=True,
     labelled=lambda options: True,
     routing=Routing("nothing", "model", sparse=True, zero_shot=False),

@@ -173,7 +173,8 @@ def test_methods() -> None:
     assert set(document) == {"schema", "methods"} and document["schema"] == 1
     found = {m["name"]: m for m in document["methods"]}
     for method in found.values():
-        assert set(method) == {"name", "kind", "paper", "options", "needs"}
+        extra = {"routing"} if method["kind"] == "route" else set()
+        assert set(method) == {"name", "kind", "paper", "options", "needs"} | extra
         assert method["kind"] in ("merge", "route")
         assert method["paper"].startswith("https://")
     assert found["phatgoose"]["kind"] == "route" and found["phatgoose"]["needs"] == ["gates"]

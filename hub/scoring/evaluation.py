@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from experthub.hub.bases import Base, Report, load_model, load_tokenizer, silent
-from experthub.hub.composition import compose
+from experthub.hub.composition import Composition, compose
 from experthub.hub.errors import HubError, UsageError
 from experthub.hub.lock import Pins, plan_of
 from experthub.hub.plan import Plan
@@ -74,7 +75,8 @@ def evaluate(
     base = _one_base(plans)
     if split == "all":
         _refuse_trained(plans, [one.task for one in chosen])
-    bench = _Bench(base, next(iter(plans.values())).dtype, device, store, report, cache)
+    dtype = next(iter(plans.values())).dtype
+    bench = _Bench(base, dtype, device, registry, store, report, cache)
     outcomes = {
         name: bench.outcomes(name, plan, chosen, score)
         for name, plan in {BASE: None, **plans}.items()
@@ -101,10 +103,17 @@ class _Bench:
     """One base, loaded when a score is not known yet, and the models composed on it."""
 
     def __init__(
-        self, base: Base, dtype: str, device: str | None, store: Store, report: Report, cache: bool
+        self,
+        base: Base,
+        dtype: str,
+        device: str | None,
+        registry: Registry,
+        store: Store,
+        report: Report,
+        cache: bool,
     ) -> None:
         self.base, self.dtype, self.device = base, dtype, device or "cpu"
-        self.store, self.report, self.cache = store, report, cache
+        self.registry, self.store, self.report, self.cache = registry, store, report, cache
 
     @cached_property
     def model(self) -> Any:
@@ -123,23 +132,27 @@ class _Bench:
         self, name: str, plan: Plan | None, chosen: Sequence[Chosen], measure: Measure
     ) -> list[Outcome]:
         """How the base, or the composition of a plan, does on every task."""
-        surroundings = {
+        by_task = plan is not None and "task" in plan.recipe.method.strategy.needs
+        surroundings: dict[str, Any] = {
             "composition": plan.digest if plan else [self.base.fingerprint, self.dtype],
             "scorer": self.scorer.name,
             "device": self.device.partition(":")[0],
             "versions": versions(),
         }
-        model: Any = None
+        composed: Composition | None = None
         found = []
         for one in chosen:
             what = f"{name} on {one.task.reference}"
             questions = [self.scorer.question(one.task, example) for example in one.examples]
             scores: list[Scores] = []
-            for unit in units(surroundings, questions):
+            near = surroundings | ({"task": one.task.reference} if by_task else {})
+            for unit in units(near, questions):
                 known = unit.read() if self.cache else None
                 if known is None:
-                    model = model or self._composed(plan)
-                    known = self.scorer.scores(model, unit.questions)
+                    composed = composed or self._composed(plan)
+                    with composed.tasks(one.task.reference) if composed else nullcontext():
+                        model = composed.model if composed else self.model
+                        known = self.scorer.scores(model, unit.questions)
                     if self.cache:
                         unit.write(known)
                 scores += known
@@ -147,8 +160,13 @@ class _Bench:
             found.append(Outcome.of(one.task, one.examples, questions, scores, measure))
         return found
 
-    def _composed(self, plan: Plan | None) -> Any:
-        return compose(plan, model=self.model, store=self.store).model if plan else self.model
+    def _composed(self, plan: Plan | None) -> Composition | None:
+        """The composition of a plan; None for the base."""
+        if plan is None:
+            return None
+        return compose(
+            plan, model=self.model, registry=self.registry, store=self.store, report=self.report
+        )
 
 
 def _chosen(references: Sequence[str], split: Split, limit: int | None) -> list[Chosen]:

@@ -1,0 +1,83 @@
+"""router: what a router is made of, besides the experts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from experthub.cli._output import (
+    DeviceOption,
+    FrozenOption,
+    JsonOption,
+    LockedOption,
+    RegistryOption,
+    pins_of,
+    print_fields,
+    print_json,
+    print_table,
+    progress,
+    say,
+)
+
+
+def router(
+    recipe: Annotated[Path, typer.Argument(help="A recipe whose router needs more than experts.")],
+    name: Annotated[
+        str | None, typer.Option("--name", help="Register it, for router: NAME.")
+    ] = None,
+    locked: LockedOption = False,
+    frozen: FrozenOption = False,
+    json: JsonOption = False,
+    device: DeviceOption = None,
+    registry: RegistryOption = None,
+) -> None:
+    """Print what a recipe's router is made of; it is made now unless it was before.
+
+    An index of examples, mean activations, a trained classifier: whatever the method needs.
+
+    Examples: hub router retrieval.yaml; hub router retrieval.yaml --name my-index
+    """
+    from experthub.hub.describe import register_found
+    from experthub.hub.errors import UsageError
+    from experthub.hub.learning.learned import learned
+    from experthub.hub.learning.router_state import stored_router
+    from experthub.hub.lock import plan_of
+    from experthub.hub.registry import Registry, checked_name
+    from experthub.hub.store import Store
+
+    if name is not None:
+        checked_name(name)
+    layers, store = Registry.read(registry), Store()
+    with progress() as report:
+        plan = plan_of(recipe, pins_of(locked, frozen), layers, store, report)
+        if plan.recipe.route is None or not plan.learns:
+            raise UsageError(
+                f"{plan.recipe.method.method} needs nothing besides its experts",
+                "see hub methods for routers that do",
+            )
+        content = plan.found or learned(
+            plan, device=device, registry=layers, store=store, report=report
+        )
+    record, state = stored_router(content, store)
+    if name is not None:
+        say(f"registered {register_found(content, name, layers, store).reference}")
+    shapes = {tensor: list(values.shape) for tensor, values in sorted(state.tensors.items())}
+    if json:
+        described = record.model_dump(mode="json", by_alias=True)
+        print_json({**described, "tensors": shapes, "digest": content.digest})
+        return
+    print_fields(
+        {
+            "method": record.method,
+            "experts": ", ".join(expert.expert for expert in record.experts),
+            "embedder": record.embedder or "",
+            "data": record.data or "",
+            "digest": content.digest,
+        }
+    )
+    print_table(["tensor", "shape"], [[tensor, str(shape)] for tensor, shape in shapes.items()])
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(router)
