@@ -5,6 +5,7 @@ from experthub.routing._group import Group, Kernel
 from experthub.routing._kernels import reference
 from experthub.routing._measure import fastest, shape
 from experthub.routing._methods import routers
+from experthub.routing._packed import Packed
 from experthub.routing._pool import Pool, Select
 from experthub.routing._routed_linear import RoutedLinear, routed
 from experthub.routing._router import (
@@ -30,6 +31,7 @@ __all__ = [
     "ExpertStack",
     "Group",
     "Kernel",
+    "Packed",
     "Pool",
     "RoutedLinear",
     "Router",

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any, Literal
 
 import torch
 from experthub.merge import Combine
 from experthub.routing._context import Context
 from experthub.routing._kernels import CHOSEN, inverse_deviation, scored
-from experthub.routing._router import ExpertStack, Router, Weights
+from experthub.routing._packed import Packed
+from experthub.routing._router import Router, Weights
 from experthub.routing._rows import Rows
 from torch import Tensor, nn
 
@@ -42,8 +43,7 @@ class Mixed:
 class Group:
     """All experts of some modules: their A, and below these the probes, and the B of each module.
 
-    stacks, routers: one for each module; all have as many experts and one width, and the routers
-    differ in probes alone.  like: a weight of the base, whose dtype and device all get.  kernel:
+    packed: the experts.  routers: one for each module, which differ in probes alone.  like: a weight of the base, whose dtype and device all get.  kernel:
     which rows of A are read: `all`; or, of a router that chooses, those of the chosen, `copied` or
     `sampled`; None takes `few` for few tokens and `many` for more.  trained: probes in place of the
     routers'.  context: what routers know of the batch.  Raises ValueError for combine: parameters with unequal ranks.
@@ -53,7 +53,7 @@ class Group:
 
     def __init__(
         self,
-        stacks: Sequence[ExpertStack],
+        packed: Packed,
         routers: Sequence[Router],
         like: Tensor,
         combine: Combine = "outputs",
@@ -62,27 +62,29 @@ class Group:
         trained: nn.Parameter | None = None,
         context: Context | None = None,
     ) -> None:
-        ranks = [[delta.rank for delta in stack.deltas.values()] for stack in stacks]
-        flat = [rank for own in ranks for rank in own]
+        ranks, rank = packed.ranks, packed.rank
         probes = [r.probes_PI.to(like.device) for r in routers if r.probes_PI is not None]
         # One product reads x for A and the probes; in a narrower dtype the scores need their own.
-        self.fused = bool(probes) and like.dtype == torch.float32 and trained is None
-        a_NI = torch.cat([stack.a_RI for stack in stacks]).to(like)
-        self.a = Rows(a_NI, flat, max(flat), probes if self.fused else ())
+        # What is mapped from a file stays there.
+        in_memory = len(packed.a) > 1 or like.device.type != "cpu"
+        self.fused = bool(probes) and like.dtype == torch.float32 and trained is None and in_memory
+        below = probes if self.fused else ()
+        self.a = Rows(packed.a, [*chain(*ranks)], rank, like, below)
         if combine == "parameters" and self.a.ragged:
             raise ValueError("combine: parameters expects experts of one rank")
-        pairs = zip(stacks, ranks, strict=True)
-        self.b = [Rows(stack.b_RO.to(like), own, max(flat)) for stack, own in pairs]
+        pairs = zip(packed.b, ranks, strict=True)
+        self.b = [Rows([b_RO], own, rank, like) for b_RO, own in pairs]
         self.apart = None if self.fused or not probes else torch.cat(probes)
         self.trained = trained
-        self.size, self.n_experts = len(stacks), len(stacks[0].experts)
+        self.experts = packed.experts
+        self.size, self.n_experts = len(ranks), len(packed.experts)
         self.router, self.combine = routers[0], combine
         self.context = context or Context()
         self.kernel: Kernel | None = kernel if trained is None else "all"
         self.few: Kernel = "copied"
         self.many: Kernel = "all" if self.n_experts * self.a.rank <= FEW_ROWS else "sampled"
         self.spans = list(pairwise(accumulate(map(sum, ranks), initial=0)))  # of N, by module
-        self.owner_N = torch.cat([s.owner_R + g * self.n_experts for g, s in enumerate(stacks)])
+        self.owner_N = packed.owner_N
         self.first_G1 = torch.arange(self.size)[:, None] * self.n_experts
         self.apply(lambda tensor: tensor.to(like.device))
 

@@ -9,6 +9,7 @@ import torch
 from experthub.merge import Combine
 from experthub.routing._context import Context
 from experthub.routing._group import Group, Kernel, alike
+from experthub.routing._packed import Packed
 from experthub.routing._router import ExpertStack, Router
 from torch import Tensor, nn
 
@@ -22,8 +23,18 @@ class RoutedLinear(nn.Module):
     only trainable parameter, `probes_PI`.
     """
 
-    def __init__(
-        self,
+    def __init__(self, base: nn.Module, group: Group, number: int = 0) -> None:
+        """group: the experts of the module, and of others that share its input; number: its own there."""
+        super().__init__()
+        self._base = (base,)  # in a tuple: the module's parameters are registered once, below
+        self.register_parameter("weight", cast(nn.Parameter, base.weight))
+        self.register_parameter("bias", cast("nn.Parameter | None", getattr(base, "bias", None)))
+        self.probes_PI = group.trained
+        self.group, self.number = group, number
+
+    @classmethod
+    def alone(
+        cls,
         base: nn.Module,
         stack: ExpertStack,
         router: Router,
@@ -31,25 +42,28 @@ class RoutedLinear(nn.Module):
         *,
         kernel: Kernel | None = None,
         train_probes: bool = False,
-        place: tuple[Group, int] | None = None,
-    ) -> None:
-        """place: a group that the module belongs to, and its number there; None makes one."""
-        super().__init__()
-        weight = cast(Tensor, base.weight)
-        self._base = (base,)  # in a tuple: the module's parameters are registered once, below
-        self.register_parameter("weight", cast(nn.Parameter, weight))
-        self.register_parameter("bias", cast("nn.Parameter | None", getattr(base, "bias", None)))
-        self.experts = stack.experts
-        probes = router.probes_PI
-        self.probes_PI = (
-            nn.Parameter(probes.to(weight.device, torch.float32))
-            if train_probes and probes is not None
-            else None
+        context: Context | None = None,
+    ) -> RoutedLinear:
+        """A module that shares its input with no other."""
+        weight, probes = cast(Tensor, base.weight), router.probes_PI
+        trained = None
+        if train_probes and probes is not None:
+            trained = nn.Parameter(probes.to(weight.device, torch.float32))
+        group = Group(
+            Packed.of([stack]),
+            [router],
+            weight,
+            combine,
+            kernel=kernel,
+            trained=trained,
+            context=context,
         )
-        if place is None:
-            own = Group([stack], [router], weight, combine, kernel=kernel, trained=self.probes_PI)
-            place = own, 0
-        self.group, self.number = place
+        return cls(base, group)
+
+    @property
+    def experts(self) -> tuple[int, ...]:
+        """Which of the recipe's experts adapt the module."""
+        return self.group.experts
 
     def _apply(self, fn: Any, recurse: bool = True) -> RoutedLinear:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -90,13 +104,11 @@ def routed(
         and alike(routers)
         and (combine == "outputs" or all(stack.equal_ranks for stack in stacks))
     )
-    members = list(zip(bases, stacks, routers, strict=True))
-    if not together:
-        groups = [
-            Group([s], [r], cast(Tensor, b.weight), combine, kernel=kernel, context=context)
-            for b, s, r in members
-        ]
-        pairs = zip(members, groups, strict=True)
-        return [RoutedLinear(b, s, r, combine, place=(g, 0)) for (b, s, r), g in pairs]
-    group = Group(stacks, routers, weight, combine, kernel=kernel, context=context)
-    return [RoutedLinear(b, s, r, combine, place=(group, i)) for i, (b, s, r) in enumerate(members)]
+    if together:
+        packed = Packed.of(stacks)
+        group = Group(packed, routers, weight, combine, kernel=kernel, context=context)
+        return [RoutedLinear(base, group, number) for number, base in enumerate(bases)]
+    return [
+        RoutedLinear.alone(base, stack, router, combine, kernel=kernel, context=context)
+        for base, stack, router in zip(bases, stacks, routers, strict=True)
+    ]

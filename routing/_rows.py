@@ -15,13 +15,22 @@ class Rows:
     """
 
     def __init__(
-        self, rows_RC: Tensor, ranks: Sequence[int], rank: int, below: Sequence[Tensor] = ()
+        self,
+        parts: Sequence[Tensor],
+        ranks: Sequence[int],
+        rank: int,
+        like: Tensor,
+        below: Sequence[Tensor] = (),
     ) -> None:
-        """rank: the largest, of these and of what they are used with."""
+        """parts: the rows in any number of parts, with the row of zeros or without.  rank: the
+        largest, of these and of what they are used with.  like: whose dtype and device all get.
+        """
         self.count, self.rank = sum(ranks), rank
         self.ragged = set(ranks) != {rank}
-        zero = [rows_RC.new_zeros(1, rows_RC.shape[1])] if self.ragged else []
-        all_rows = torch.cat([rows_RC, *below, *zero]) if below or zero else rows_RC
+        whole = len(parts) == 1 and len(parts[0]) == self.count + self.ragged and not below
+        zero = [parts[0].new_zeros(1, parts[0].shape[1])] if self.ragged else []
+        all_rows = parts[0] if whole else torch.cat([*parts, *below, *zero])
+        all_rows = all_rows.to(like)
         self.others = slice(self.count, self.count + sum(map(len, below)))
         sizes = torch.tensor(ranks)
         row = torch.arange(self.rank)

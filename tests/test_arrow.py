@@ -60,5 +60,5 @@ def test_equals_peft(top_k: int, temperature: float) -> None:
     with torch.no_grad():
         expected = base(x) + layer(x, lora_a, lora_b, nn.Identity(), scaling)
         stack = ExpertStack.of(found, 5)
-        routed = RoutedLinear(base, stack, arrow(stack, top_k=top_k, temperature=temperature))
+        routed = RoutedLinear.alone(base, stack, arrow(stack, top_k=top_k, temperature=temperature))
         torch.testing.assert_close(routed(x), expected, atol=1e-5, rtol=1e-5)

@@ -162,7 +162,7 @@ def inputs() -> Tensor:
 class TestRouters:
     def routed(self, strategy: Strategy, combine: Any, experts: ExpertStack) -> RoutedLinear:
         router = strategy.call(experts, **strategy.bind({}))
-        return RoutedLinear(linear(), experts, router, combine)
+        return RoutedLinear.alone(linear(), experts, router, combine)
 
     def test_weights_are_finite(self, strategy: Strategy, combine: str) -> None:
         module = self.routed(strategy, combine, stack())
@@ -199,12 +199,12 @@ class TestRouters:
         router = strategy.call(experts, **strategy.bind({}))
         x = torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
         expected = reference(x, linear()(x), experts, router, combine)
-        fused = RoutedLinear(linear(), experts, router, combine, kernel=kernel)
+        fused = RoutedLinear.alone(linear(), experts, router, combine, kernel=kernel)
         torch.testing.assert_close(fused(x), expected, atol=1e-4, rtol=1e-5)
         torch.testing.assert_close(fused(x[:3]), expected[:3], atol=1e-4, rtol=1e-5)
         if kernel is not None:
             return
-        half = RoutedLinear(linear(torch.bfloat16), experts, router, combine)
+        half = RoutedLinear.alone(linear(torch.bfloat16), experts, router, combine)
         torch.testing.assert_close(half(x.bfloat16()).float(), expected, atol=0.5, rtol=0.1)
 
     @pytest.mark.parametrize("kernel", [None, *get_args(Kernel)])
@@ -217,7 +217,7 @@ class TestRouters:
         bases = [linear() for _ in stacks]
         together = routed(bases, stacks, found, combine, kernel)
         pairs = zip(bases, stacks, found, strict=True)
-        alone = [RoutedLinear(b, s, r, combine, kernel=kernel) for b, s, r in pairs]
+        alone = [RoutedLinear.alone(b, s, r, combine, kernel=kernel) for b, s, r in pairs]
         assert len({id(module.group) for module in together}) == 1
         x, other = inputs(), inputs() * 2
         for order in (

@@ -128,7 +128,7 @@ def test_every_count_of_experts_and_k(base_folder: Path) -> None:
         stack = ExpertStack.of(deltas, n, {e: g for e, (*_, g) in enumerate(experts)})
         for k in range(1, n + 1):
             t = (1.0, 0.25, 4.0)[k % 3]
-            routed = RoutedLinear(linear, stack, phatgoose(stack, top_k=k, temperature=t))
+            routed = RoutedLinear.alone(linear, stack, phatgoose(stack, top_k=k, temperature=t))
             expected = Literal(linear, experts, k, t)(x)
             torch.testing.assert_close(routed(x), expected, atol=1e-4, rtol=1e-5)
 

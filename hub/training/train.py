@@ -163,7 +163,7 @@ def _gated(
         delta = vector[parameter]
         if isinstance(delta, LowRank):
             stack = ExpertStack.of({0: delta}, 1)
-            linear = RoutedLinear(
+            linear = RoutedLinear.alone(
                 model.get_submodule(module), stack, untrained_gate(stack), train_probes=True
             )
             model.set_submodule(module, linear)
