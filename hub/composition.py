@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from experthub.hub.bank import bank_for
 from experthub.hub.bases import Report, load_model, silent
 from experthub.hub.errors import HubError, IntegrityError, UsageError, explained
 from experthub.hub.learning.learned import merge
@@ -109,12 +110,15 @@ def compose(
     if router is None and plan.recipe.route is not None:
         router = router_state(plan, registry, store, device, report)
     report("loading the base", 0, 0)
-    with Contents(plan, store, gates=_gated(plan)) as contents:
+    bank = bank_for(plan)
+    packed = bank is not None and bank.there
+    with Contents([] if packed else plan.members, store, gates=_gated(plan)) as contents:
         if model is None:
             target = load_model(plan.base, plan.dtype, device)
         else:
             target = _checked_shell(model, plan.dtype, device)
-        _check_orientation(target, plan)
+        if not packed:  # when it was packed, it was checked
+            _check_orientation(target, plan)
         report(f"composing {len(plan.experts)} experts", 0, 0)
         with torch.no_grad(), explained(plan.recipe.method.method):
             if plan.recipe.merge:
@@ -122,7 +126,7 @@ def compose(
                 merged = merge(plan, vectors, device, store, report)
                 _add(target, merged, plan)
                 return Composition(target, plan, merged)
-            routes = route(target, plan, contents, router or State({}), registry, report)
+            routes = route(target, plan, contents, router or State({}), bank, registry, report)
             return Composition(target, plan, None, routes)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from experthub.hub.bank import Bank, Part
 from experthub.hub.bases import Report, load_tokenizer
 from experthub.hub.batches import Batch, Watch
 from experthub.hub.errors import HubError, UsageError, explained
@@ -17,7 +18,17 @@ from experthub.hub.registry import Registry
 from experthub.hub.store import Store
 from experthub.hub.weights import Contents, gates, task_vector
 from experthub.merge import LowRank, TaskVector
-from experthub.routing import Context, ExpertStack, Pool, Router, Select, Selected, routed
+from experthub.routing import (
+    Context,
+    ExpertStack,
+    Packed,
+    Pool,
+    Router,
+    Select,
+    Selected,
+    routed,
+    together,
+)
 from torch import Tensor, nn
 
 # Leaves of modules of one parent that read the same input, in the usual architectures.
@@ -66,10 +77,14 @@ def route(
     plan: Plan,
     contents: Contents,
     state: State,
+    bank: Bank | None,
     registry: Registry | None,
     report: Report,
 ) -> Routes:
-    """Replace every routed module.  state: of the router, see `router_state`."""
+    """Replace every routed module.
+
+    state: of the router, see `router_state`.  bank: where the experts are packed, or will be.
+    """
     method = plan.recipe.method
     kernel = None if method.kernel == "auto" else method.kernel
     if kernel == "sampled" and (plan.dtype != "float32" or model.device.type != "cpu"):
@@ -80,11 +95,51 @@ def route(
     routes = Routes()
     context = routes.watch.context
     select = _selection(plan, state)
+    modules = dict(model.named_modules())
+
+    def stacked() -> Iterator[Part]:
+        return _stacked(modules, plan, contents, state, select, context, report)
+
+    parts = bank.parts(stacked, model.dtype) if bank else stacked()
+    groups = []
+    for names, packed, own in parts:
+        found = [
+            one or Selected(context, packed.experts, len(plan.experts), _layer(name, plan))
+            for name, one in zip(names, own, strict=True)
+        ]
+        bases = [modules[name] for name in names]
+        with explained(names[0]):
+            linears = routed(bases, packed, found, method.combine, kernel, context)
+        for name, linear in zip(names, linears, strict=True):
+            owner, _, leaf = name.rpartition(".")
+            setattr(modules[owner], leaf, linear)
+            routes.originals[name] = modules[name]
+        groups.append(linears[0].group)
+    if kernel is None:
+        tune(groups)
+    if select is not None or any(group.router.pooled for group in groups):
+        _watch(routes.watch, model, plan, state, select, registry, report)
+    return routes
+
+
+def _stacked(
+    modules: Mapping[str, nn.Module],
+    plan: Plan,
+    contents: Contents,
+    state: State,
+    select: Select | None,
+    context: Context,
+    report: Report,
+) -> Iterator[Part]:
+    """All groups of modules, their experts and routers, from the stored experts."""
+    method = plan.recipe.method
     vectors = [task_vector(expert, plan, contents) for expert in plan.experts]
-    vectors_of = [_inputs_of(e, plan, state, contents) for e in range(len(plan.experts))]
-    modules, groups = dict(model.named_modules()), []
-    for names in sharing([name.removesuffix(".weight") for name in plan.parameters]):
-        stacks, found = [], []
+    inputs = [_inputs_of(e, plan, state, contents) for e in range(len(plan.experts))]
+    shared = sharing([name.removesuffix(".weight") for name in plan.parameters])
+    for number, names in enumerate(shared, 1):
+        report("stacking experts", number, len(shared))
+        stacks: list[ExpertStack] = []
+        found: list[Router] = []
         for name in names:
             here = [e for e, vector in enumerate(vectors) if f"{name}.weight" in vector.load]
             deltas = {
@@ -92,25 +147,25 @@ def route(
                 for e in here
             }
             width = next(iter(deltas.values())).shape[1]
-            own = {e: vectors_of[e].get(name, torch.zeros(width)) for e in here}
+            own = {e: inputs[e].get(name, torch.zeros(width)) for e in here}
             with explained(name):
-                stacks.append(
-                    ExpertStack.of(deltas, len(vectors), own if any(vectors_of) else None)
-                )
-                found.append(_router(stacks[-1], name, plan, context, select))
-        bases = [modules[name] for name in names]
-        with explained(names[0]):
-            linears = routed(bases, stacks, found, method.combine, kernel, context)
-        for name, linear in zip(names, linears, strict=True):
-            owner, _, leaf = name.rpartition(".")
-            setattr(modules[owner], leaf, linear)
-            routes.originals[name] = modules[name]
-        groups += [linear.group for linear in linears if linear.number == 0]
-    if kernel is None:
-        tune(groups)
-    if select is not None or any(group.router.pooled for group in groups):
-        _watch(routes.watch, model, plan, state, select, registry, report)
-    return routes
+                stacks.append(ExpertStack.of(deltas, len(vectors), own if any(inputs) else None))
+                if select is None:
+                    found.append(method.strategy.call(stacks[-1], **method.options))
+                else:
+                    layer = _layer(name, plan)
+                    found.append(Selected(context, stacks[-1].experts, len(vectors), layer))
+        for places in together(stacks, found, method.combine):
+            packed = Packed.of([stacks[i] for i in places])
+            yield [names[i] for i in places], packed, [found[i] for i in places]
+
+
+def _layer(name: str, plan: Plan) -> int | None:
+    """Whose weights a module takes, where the layers of the model have their own."""
+    if plan.recipe.method.strategy.routing.input != "token":
+        return None
+    layerwise = plan.recipe.method.options.get("layerwise", True)
+    return plan.layers.index(layer_of(name)) if layerwise else 0
 
 
 def _selection(plan: Plan, state: State) -> Select | None:
@@ -125,20 +180,6 @@ def _selection(plan: Plan, state: State) -> Select | None:
     )
     select: Select = method.strategy.call(pool, **method.options)
     return select
-
-
-def _router(
-    stack: ExpertStack, name: str, plan: Plan, context: Context, select: Select | None
-) -> Router:
-    """The router of one module."""
-    method = plan.recipe.method
-    if select is None:
-        router: Router = method.strategy.call(stack, **method.options)
-        return router
-    if method.strategy.routing.input != "token":
-        return Selected.of(context, stack)
-    layer = plan.layers.index(layer_of(name)) if method.options.get("layerwise", True) else 0
-    return Selected.of(context, stack, layer)
 
 
 def _inputs_of(expert: int, plan: Plan, state: State, contents: Contents) -> Mapping[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from mmap import mmap
@@ -30,13 +30,13 @@ DTYPES = {
 
 
 class Contents:
-    """The verified files of a plan's experts, read by threads while other work goes on."""
+    """The verified files of experts, read by threads while other work goes on."""
 
-    def __init__(self, plan: Plan, store: Store, gates: bool) -> None:
+    def __init__(self, members: Sequence[Member], store: Store, gates: bool) -> None:
         """gates: whether they are wanted too."""
         self._pool = ThreadPoolExecutor(READERS)
         self._files: dict[tuple[str, str], Future[Any]] = {}
-        for member in plan.members:
+        for member in members:
             if member.kind == "task_vector":
                 for name in store.identity(member.digest).weights:
                     self._submit(store.file, member.digest, name)

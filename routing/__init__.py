@@ -7,7 +7,7 @@ from experthub.routing._measure import fastest, shape
 from experthub.routing._methods import routers
 from experthub.routing._packed import Packed
 from experthub.routing._pool import Pool, Select
-from experthub.routing._routed_linear import RoutedLinear, routed
+from experthub.routing._routed_linear import RoutedLinear, routed, together
 from experthub.routing._router import (
     ExpertStack,
     Router,
@@ -15,6 +15,7 @@ from experthub.routing._router import (
     standardised,
     top_k_softmax,
 )
+from experthub.routing._rows import Rows
 from experthub.routing.arrow import arrow
 from experthub.routing.average_activation import average_activation
 from experthub.routing.best_individual import best_individual
@@ -35,6 +36,7 @@ __all__ = [
     "Pool",
     "RoutedLinear",
     "Router",
+    "Rows",
     "Select",
     "Selected",
     "SigmoidGate",
@@ -53,6 +55,7 @@ __all__ = [
     "smear",
     "standardised",
     "task",
+    "together",
     "top_k_softmax",
     "uniform",
     "untrained_classifier",

@@ -10,7 +10,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from experthub.routing._router import ExpertStack, Weights
+from experthub.routing._router import Weights
 from torch import Tensor
 
 VALUES, EXPERTS = "values", "experts"
@@ -81,10 +81,6 @@ class Selected:
     probes_PI: None = None
     layer_norm: bool = False
     pooled: bool = False
-
-    @classmethod
-    def of(cls, context: Context, stack: ExpertStack, layer: int | None = None) -> Selected:
-        return cls(context, stack.experts, stack.n_experts, layer)
 
     def weights(self, scores: Tensor) -> Weights:
         """scores: `[T, G, 0]`.  Raises ValueError outside of the composed model's forward pass."""

@@ -65,9 +65,8 @@ class Group:
         ranks, rank = packed.ranks, packed.rank
         probes = [r.probes_PI.to(like.device) for r in routers if r.probes_PI is not None]
         # One product reads x for A and the probes; in a narrower dtype the scores need their own.
-        # What is mapped from a file stays there.
-        in_memory = len(packed.a) > 1 or like.device.type != "cpu"
-        self.fused = bool(probes) and like.dtype == torch.float32 and trained is None and in_memory
+        single = like.dtype == torch.float32 and trained is None
+        self.fused = bool(probes) and single and not packed.mapped
         below = probes if self.fused else ()
         self.a = Rows(packed.a, [*chain(*ranks)], rank, like, below)
         if combine == "parameters" and self.a.ragged:

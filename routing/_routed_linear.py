@@ -87,28 +87,33 @@ class RoutedLinear(nn.Module):
 
 def routed(
     bases: Sequence[nn.Module],
-    stacks: Sequence[ExpertStack],
+    packed: Packed,
     routers: Sequence[Router],
     combine: Combine = "outputs",
     kernel: Kernel | None = None,
     context: Context | None = None,
 ) -> list[RoutedLinear]:
-    """Modules that read one input, as one group where their experts and routers allow it.
+    """Modules that share an input, as one group; see `together`.
 
     context: of the model that they are parts of.
     """
     weight = cast(Tensor, bases[0].weight)
-    together = (
+    group = Group(packed, routers, weight, combine, kernel=kernel, context=context)
+    return [RoutedLinear(base, group, number) for number, base in enumerate(bases)]
+
+
+def together(
+    stacks: Sequence[ExpertStack], routers: Sequence[Router], combine: Combine = "outputs"
+) -> list[list[int]]:
+    """Modules that share an input by their places: all as one group, or each alone.
+
+    They are one where the same experts adapt them, their routers differ in nothing but probes, and
+    their ranks allow to combine.
+    """
+    one = (
         len({stack.experts for stack in stacks}) == 1
         and len({stack.width for stack in stacks}) == 1
         and alike(routers)
         and (combine == "outputs" or all(stack.equal_ranks for stack in stacks))
     )
-    if together:
-        packed = Packed.of(stacks)
-        group = Group(packed, routers, weight, combine, kernel=kernel, context=context)
-        return [RoutedLinear(base, group, number) for number, base in enumerate(bases)]
-    return [
-        RoutedLinear.alone(base, stack, router, combine, kernel=kernel, context=context)
-        for base, stack, router in zip(bases, stacks, routers, strict=True)
-    ]
+    return [list(range(len(stacks)))] if one else [[place] for place in range(len(stacks))]

@@ -8,7 +8,16 @@ from typing import Any, get_args
 import pytest
 import torch
 from experthub.merge import Dense, LowRank, Strategy, TaskVector, merges
-from experthub.routing import ExpertStack, Kernel, RoutedLinear, reference, routed, routers
+from experthub.routing import (
+    ExpertStack,
+    Kernel,
+    Packed,
+    RoutedLinear,
+    reference,
+    routed,
+    routers,
+    together,
+)
 from learning import SHAPES, learner
 from torch import Tensor, nn
 
@@ -215,10 +224,10 @@ class TestRouters:
         stacks = [stack(4), stack(4, zero=True), stack(4, ranks=other_ranks)]
         found = [strategy.call(experts, **strategy.bind({})) for experts in stacks]
         bases = [linear() for _ in stacks]
-        together = routed(bases, stacks, found, combine, kernel)
+        assert together(stacks, found, combine) == [[0, 1, 2]]
+        grouped = routed(bases, Packed.of(stacks), found, combine, kernel)
         pairs = zip(bases, stacks, found, strict=True)
         alone = [RoutedLinear.alone(b, s, r, combine, kernel=kernel) for b, s, r in pairs]
-        assert len({id(module.group) for module in together}) == 1
         x, other = inputs(), inputs() * 2
         for order in (
             [0, 1, 2],
@@ -229,18 +238,18 @@ class TestRouters:
             for given in (x, other):
                 for i in order:
                     torch.testing.assert_close(
-                        together[i](given), alone[i](given), atol=1e-5, rtol=1e-5
+                        grouped[i](given), alone[i](given), atol=1e-5, rtol=1e-5
                     )
         for i in (0, 1, 2):  # each with an input of its own
             given = inputs() * (i + 1)
-            torch.testing.assert_close(together[i](given), alone[i](given), atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(together[i].routing(given), alone[i].routing(given))
+            torch.testing.assert_close(grouped[i](given), alone[i](given), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(grouped[i].routing(given), alone[i].routing(given))
 
     @pytest.mark.parametrize("tokens", [1, 40])
     def test_is_captured_as_one_graph(self, strategy: Strategy, combine: Any, tokens: int) -> None:
         stacks = [stack(4), stack(4)]
         found = [strategy.call(experts, **strategy.bind({})) for experts in stacks]
-        module = nn.ModuleList(routed([linear(), linear()], stacks, found, combine))
+        module = nn.ModuleList(routed([linear(), linear()], Packed.of(stacks), found, combine))
         x = torch.randn(tokens, 8, generator=torch.Generator().manual_seed(1))
 
         def run(given: Tensor) -> list[Tensor]:

@@ -20,7 +20,8 @@ PURPOSES = {
     "partial": "downloads that are not complete",
     "tasks": "tasks",
     "results": "scores of earlier evaluations",
-    "runs": "training runs, learned coefficients",
+    "banks": "experts packed for composing many at once",
+    "runs": "training runs, learned coefficients, routers",
     "benchmarks": "environments of the benchmarks",
 }
 

@@ -128,7 +128,7 @@ def learned(
         return kept_router(plan, device, registry, store, report)
     folder = found_folder(plan)
     if not folder.is_dir():
-        with Contents(plan, store, gates=False) as contents:
+        with Contents(plan.members, store, gates=False) as contents:
             vectors = [task_vector(expert, plan, contents) for expert in plan.experts]
             merge(plan, vectors, device, store, report)
     digest, _ = store.add(folder)

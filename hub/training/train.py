@@ -155,7 +155,7 @@ def _gated(
         }
     )
     plan = resolve(recipe, registry, store)
-    with Contents(plan, store, gates=False) as contents:
+    with Contents(plan.members, store, gates=False) as contents:
         vector = task_vector(plan.experts[0], plan, contents)
     gated = {}
     for parameter in plan.parameters:

@@ -1,0 +1,110 @@
+"""Banks: experts packed once into mapped files, and composed from there."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import logits
+from experthub import hub
+from experthub.hub import bank, routes
+from experthub.hub.errors import IntegrityError
+
+ROUTES: list[dict[str, Any]] = [
+    {"method": "phatgoose"},
+    {"method": "arrow"},
+    {"method": "smear", "combine": "outputs"},
+    {"method": "uniform"},
+    {"method": "task"},
+]
+
+
+@pytest.fixture
+def recipe(base_folder: Path, expert_folder: Callable[..., Path]) -> dict[str, Any]:
+    """Three experts of different ranks, one of which adapts fewer modules."""
+    folders = [expert_folder(0), expert_folder(1, rank=2), expert_folder(2, targets=("q_proj",))]
+    return {"base": str(base_folder), "experts": [str(folder) for folder in folders]}
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(bank, "LARGE", 1)
+    yield
+
+
+def folders(home: Path) -> list[Path]:
+    return sorted(home.glob("banks/*/*"))
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=lambda route: str(route["method"]))
+def test_a_bank_gives_what_the_experts_give(
+    recipe: dict[str, Any], route: dict[str, Any], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = {**recipe, "route": route}
+    without = hub.compose(whole)
+    assert not folders(home)
+    monkeypatch.setattr(bank, "LARGE", 1)
+    made = hub.compose(whole)
+    assert len(folders(home)) == 2
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the experts are read again")
+
+    monkeypatch.setattr(routes, "task_vector", refuse)
+    again = hub.compose(whole)
+    with made.tasks(["x"]), without.tasks(["x"]), again.tasks(["x"]):
+        expected = logits(without.model)
+        torch.testing.assert_close(logits(made.model), expected, atol=1e-4, rtol=1e-4)
+        assert torch.equal(logits(made.model), logits(again.model))
+
+
+def test_routers_share_the_packed_experts(recipe: dict[str, Any], home: Path, always: None) -> None:
+    for top_k in (1, 2):
+        hub.compose({**recipe, "route": {"method": "phatgoose", "top_k": top_k}})
+    names = [path.name.partition("-")[0] for path in folders(home)]
+    assert names == ["experts", "router", "router"]
+    hub.compose({**recipe, "experts": recipe["experts"][:2], "route": {"method": "arrow"}})
+    assert len(folders(home)) == 5
+    half = {**recipe, "dtype": "bfloat16", "route": {"method": "arrow"}}
+    assert torch.isfinite(logits(hub.compose(half).model)).all()
+
+
+def test_a_bank_that_is_removed_or_damaged(
+    recipe: dict[str, Any], home: Path, always: None
+) -> None:
+    whole = {**recipe, "route": {"method": "phatgoose"}}
+    first = logits(hub.compose(whole).model)
+    shutil.rmtree(home / "banks")
+    assert torch.equal(logits(hub.compose(whole).model), first)
+    (experts, routers) = folders(home)
+    shutil.rmtree(experts)  # what is left is not used with what is made anew
+    assert torch.equal(logits(hub.compose(whole).model), first)
+    (experts, routers) = folders(home)
+    (routers / "0000.safetensors").write_bytes(b"\0" * 40)
+    with pytest.raises(IntegrityError, match=r"bank .* is damaged"):
+        hub.compose(whole)
+
+
+def test_nothing_is_left_of_an_interrupted_bank(
+    recipe: dict[str, Any], home: Path, always: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = {**recipe, "route": {"method": "phatgoose"}}
+    save, count = bank._save, 0
+
+    def stop(*arguments: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 6:
+            raise KeyboardInterrupt
+        save(*arguments)
+
+    monkeypatch.setattr(bank, "_save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        hub.compose(whole)
+    assert not folders(home)
+    hub.compose(whole)
+    assert len(folders(home)) == 2
