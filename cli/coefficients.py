@@ -56,9 +56,9 @@ def coefficients(
     layers, store = Registry.read(registry), Store()
     with progress() as report:
         plan = plan_of(recipe, pins_of(locked, frozen), layers, store, report)
-        if plan.recipe.merge is None or not plan.learns:
+        if plan.routed or not plan.learns:
             raise UsageError(
-                f"{plan.recipe.method.method} has no coefficients",
+                f"{plan.recipe.methods[0].method} has no coefficients",
                 "see hub methods for those that do",
             )
         content = plan.found or learned(plan, device=device, store=store, report=report)

@@ -59,7 +59,7 @@ def compose(
     with progress() as report:
         resolved = plan_of(recipe, pins_of(locked, frozen), Registry.read(registry), report=report)
         if out is not None and not plan:
-            if resolved.recipe.route is not None:
+            if resolved.routed:
                 raise UsageError(
                     "a routed model is more than a set of weights, and cannot be written as one",
                     "use the recipe where the model is used (hub generate, hub eval, hub.compose), "
@@ -78,13 +78,11 @@ def compose(
 
 
 def _print_plan(plan: Plan) -> None:
-    method = plan.recipe.method
-    options = ", ".join(f"{k} {v}" for k, v in method.options.items())
     modules = {name.rpartition(".")[0] for name in plan.parameters}
     print_fields(
         {
             "base": f"{plan.base.name}  {plan.base.fingerprint[:19]}",
-            method.kind: method.method + (f" ({options})" if options else ""),
+            **_ways(plan),
             "changes": f"{len(plan.parameters)} weights in {len(modules)} modules",
             **_learned(plan),
             "dtype": plan.dtype,
@@ -107,6 +105,19 @@ def _print_plan(plan: Plan) -> None:
         for m in e.members
     ]
     print_table(["expert", ">weight", "from", "digest", "kind", ">weights", ">size"], rows)
+
+
+def _ways(plan: Plan) -> dict[str, str]:
+    """The method, or that of every part with the modules that are its own."""
+    found = {}
+    for number, unit in enumerate(plan.units, 1):
+        method = unit.recipe.method
+        options = ", ".join(f"{k} {v}" for k, v in method.options.items())
+        said = method.method + (f" ({options})" if options else "")
+        if plan.parts:
+            said = f"{method.kind} {said}: {len(unit.parameters)} of {unit.recipe.targets}"
+        found[f"part {number}" if plan.parts else method.kind] = said
+    return found
 
 
 def _learned(plan: Plan) -> dict[str, str]:

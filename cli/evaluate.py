@@ -160,7 +160,7 @@ def _plot(result: dict[str, Any], plans: dict[str, Plan], folder: Path) -> None:
     say(f"wrote {folder / 'table.png'}")
     tasks = [row["task"] for row in result["tasks"]]
     for name, plan in plans.items():
-        if plan.recipe.route is not None:
+        if plan.routed:
             picture = folder / f"{name}-routing.png"
             plot_routing(routing_map(plan, tasks), name, picture)
             say(f"wrote {picture}")

@@ -51,9 +51,9 @@ def router(
     layers, store = Registry.read(registry), Store()
     with progress() as report:
         plan = plan_of(recipe, pins_of(locked, frozen), layers, store, report)
-        if plan.recipe.route is None or not plan.learns:
+        if not plan.routed or not plan.learns:
             raise UsageError(
-                f"{plan.recipe.method.method} needs nothing besides its experts",
+                f"{plan.recipe.methods[0].method} needs nothing besides its experts",
                 "see hub methods for routers that do",
             )
         content = plan.found or learned(

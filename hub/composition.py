@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,6 @@ from experthub.hub.store import Store
 from experthub.hub.tying import tie_again, untie
 from experthub.hub.weights import Contents, task_vector
 from experthub.merge import TaskVector, uses
-from experthub.routing import routers
 from torch import nn
 
 
@@ -40,7 +39,7 @@ class Composition:
     model: Any
     plan: Plan
     merged: TaskVector | None = None
-    _routes: Routes = field(default_factory=Routes)
+    _routes: tuple[Routes, ...] = ()
 
     @property
     def lock(self) -> dict[str, Any]:
@@ -52,9 +51,10 @@ class Composition:
 
         Raises UsageError for a merge: its base was changed, and is loaded again instead.
         """
-        if self.plan.recipe.route is None:
-            raise UsageError("a merged model has no routed modules", "load the base instead")
-        self._routes.undo(self.model)
+        if any(unit.recipe.route is None for unit in self.plan.units):
+            raise UsageError("the weights of a merge have changed", "load the base instead")
+        for routes in self._routes:
+            routes.undo(self.model)
         return self.model
 
     @contextmanager
@@ -64,13 +64,15 @@ class Composition:
         names: one for each row, or one for all: experts as the recipe calls them, or the tasks that
         they were trained on.
         """
-        watch = self._routes.watch
-        before = watch.tasks
-        watch.tasks = (names,) if isinstance(names, str) else tuple(names)
+        watches = [routes.watch for routes in self._routes]
+        before = [watch.tasks for watch in watches]
+        for watch in watches:
+            watch.tasks = (names,) if isinstance(names, str) else tuple(names)
         try:
             yield
         finally:
-            watch.tasks = before
+            for watch, tasks in zip(watches, before, strict=True):
+                watch.tasks = tasks
 
     def save(self, folder: Path | str, format: Literal["hf", "peft"] = "hf") -> Path:
         """Write a merged model as a folder that transformers loads, or as one PEFT adapter.
@@ -107,11 +109,11 @@ def compose(
     elif isinstance(recipe, dict):
         recipe = Recipe.of(recipe)
     plan = recipe if isinstance(recipe, Plan) else resolve(recipe, registry, store, report)
-    if router is None and plan.recipe.route is not None:
+    if router is None and plan.parts == () and plan.recipe.route is not None:
         router = router_state(plan, registry, store, device, report)
+    banks = [bank_for(unit) for unit in plan.units]
+    packed = all(bank is not None and bank.there for bank in banks)
     report("loading the base", 0, 0)
-    bank = bank_for(plan)
-    packed = bank is not None and bank.there
     with Contents([] if packed else plan.members, store, gates=_gated(plan)) as contents:
         if model is None:
             target = load_model(plan.base, plan.dtype, device)
@@ -120,18 +122,32 @@ def compose(
         if not packed:  # when it was packed, it was checked
             _check_orientation(target, plan)
         report(f"composing {len(plan.experts)} experts", 0, 0)
-        with torch.no_grad(), explained(plan.recipe.method.method):
-            if plan.recipe.merge:
-                vectors = [task_vector(expert, plan, contents) for expert in plan.experts]
-                merged = merge(plan, vectors, device, store, report)
-                _add(target, merged, plan)
-                return Composition(target, plan, merged)
-            routes = route(target, plan, contents, router or State({}), bank, registry, report)
-            return Composition(target, plan, None, routes)
+        merged: list[TaskVector] = []
+        routes = []
+        # Weights are changed first, so that routed modules have them too.
+        units = sorted(zip(plan.units, banks, strict=True), key=lambda one: one[0].routed)
+        for unit, bank in units:
+            with torch.no_grad(), explained(unit.recipe.method.method):
+                if unit.recipe.merge:
+                    vectors = [task_vector(expert, unit, contents) for expert in unit.experts]
+                    merged.append(merge(unit, vectors, device, store, report))
+                    _add(target, merged[-1], unit)
+                else:
+                    state = router or State({})
+                    routes.append(route(target, unit, contents, state, bank, registry, report))
+        return Composition(target, plan, None if routes else _union(merged), tuple(routes))
+
+
+def _union(vectors: Sequence[TaskVector]) -> TaskVector:
+    """The changes of all parts, which have no weight in common."""
+    if len(vectors) == 1:
+        return vectors[0]
+    load = {name: load for vector in vectors for name, load in vector.load.items()}
+    return TaskVector(vectors[0].base, load)
 
 
 def _gated(plan: Plan) -> bool:
-    return plan.recipe.route is not None and "gates" in routers[plan.recipe.route.method].needs
+    return any("gates" in method.strategy.needs for method in plan.recipe.methods)
 
 
 def _checked_shell(model: Any, dtype: str, device: str | None) -> Any:

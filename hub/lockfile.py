@@ -92,6 +92,7 @@ class Lock(Closed):
     experts: Annotated[list[LockedExpert | LockedMerge], Field(min_length=1)]
     merge: dict[str, Any] | None = None
     route: dict[str, Any] | None = None
+    parts: list[dict[str, Any]] | None = None
     targets: str | None = None
     dtype: str
     seed: int

@@ -40,10 +40,10 @@ def error_at(message: str, key: str, hint: str) -> PydanticCustomError:
     return PydanticCustomError("hub_error", "{message}", context)
 
 
-def method_of(kind: Literal["merge", "route"], value: Any) -> Method:
-    """A method out of the plain values of a recipe, checked against the catalogue."""
+def method_of(kind: Literal["merge", "route"], value: Any) -> Method | None:
+    """A method out of the plain values of a recipe, checked against the catalogue; None for null."""
     catalogue = _catalogue(kind)
-    if isinstance(value, Method):
+    if value is None or isinstance(value, Method):
         return value
     if not isinstance(value, dict) or not isinstance(value.get("method"), str):
         raise PydanticCustomError("method", "expected a mapping with the key 'method'")

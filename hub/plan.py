@@ -83,7 +83,7 @@ class Plan:
     parameters: those that will change.  reads: bytes of weights.  memory: bytes of the composed
     model with what routing keeps beside it.  data: what the method
     learns from.  found: what it found before, coefficients or a router's state, which the recipe
-    names or a lock pins.
+    names or a lock pins.  parts: a plan for each, of a recipe with parts.
     """
 
     recipe: Recipe
@@ -95,6 +95,17 @@ class Plan:
     memory: int
     data: PlannedData | None = None
     found: Content | None = None
+    parts: tuple[Plan, ...] = ()
+
+    @property
+    def units(self) -> tuple[Plan, ...]:
+        """Plans of one method each: the parts, or the plan itself."""
+        return self.parts or (self,)
+
+    @property
+    def routed(self) -> bool:
+        """Whether some of its modules are routed."""
+        return any(unit.recipe.route is not None for unit in self.units)
 
     @property
     def members(self) -> list[Member]:
@@ -122,7 +133,7 @@ class Plan:
     @property
     def learns(self) -> bool:
         """Whether its method finds something that can be kept: coefficients, a router's state."""
-        return self.recipe.method.strategy.learns
+        return any(method.strategy.learns for method in self.recipe.methods)
 
     @property
     def _found_as(self) -> str:
@@ -131,10 +142,9 @@ class Plan:
     @property
     def _options(self) -> dict[str, Any]:
         """What the recipe says besides base and experts."""
-        method = self.recipe.method
         return {
             "version": 1,
-            method.kind: _method_record(method),
+            **_ways(self.recipe),
             "targets": self.recipe.targets,
             "dtype": self.dtype,
             "seed": self.recipe.seed,
@@ -164,6 +174,14 @@ class Plan:
             "reads_bytes": self.reads,
             "memory_bytes": self.memory,
         }
+
+
+def _ways(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe says of its method, or of those of its parts."""
+    if recipe.parts is None:
+        return {recipe.method.kind: _method_record(recipe.method)}
+    ways = [{"targets": p.targets, p.method.kind: _method_record(p.method)} for p in recipe.parts]
+    return {"parts": ways}
 
 
 def layer_of(name: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,7 +12,15 @@ from experthub.hub._yaml import Closed, Document
 from experthub.hub.errors import HubError, NotFoundError
 from experthub.hub.expert import Name, Reference, absolute_source
 from experthub.hub.method import Method, error_at, method_of
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 Weight = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -33,22 +42,23 @@ class ExpertUse(Closed):
         return text
 
 
+Pattern = Annotated[str, AfterValidator(checked_pattern)]
+# None is outside of what reads a method, so that errors keep their place in the file.
+Merge = Annotated[Method | None, BeforeValidator(partial(method_of, "merge"))]
+Route = Annotated[Method | None, BeforeValidator(partial(method_of, "route"))]
+
+
 class NestedMerge(Closed):
     """An expert that is itself a merge of experts, one level deep.
 
     rank: that of the result, by SVD; None keeps it exact.
     """
 
-    merge: Method
+    merge: Annotated[Method, BeforeValidator(partial(method_of, "merge"))]
     experts: Annotated[list[ExpertUse], Field(min_length=1)]
     rank: Annotated[int, Field(ge=1)] | None = None
     as_: Annotated[Name | None, Field(alias="as")] = None
     weight: Weight = 1.0
-
-    @field_validator("merge", mode="before")
-    @classmethod
-    def _merge(cls, value: Any) -> Method:
-        return method_of("merge", value)
 
     @field_validator("experts", mode="before")
     @classmethod
@@ -89,8 +99,29 @@ class DataUse(Closed):
         return self
 
 
+class Part(Closed):
+    """A method for some modules.
+
+    targets: a regular expression that their paths match whole.  Exactly one of merge and route.
+    """
+
+    targets: Pattern
+    merge: Merge = None
+    route: Route = None
+
+    @property
+    def method(self) -> Method:
+        return one_of(self.merge, self.route)
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Part:
+        if self.method.strategy.learns or "data" in self.method.strategy.needs:
+            raise ValueError(f"a part learns nothing: {self.method.method}")
+        return self
+
+
 class Recipe(Closed):
-    """A base, experts, and exactly one of merge and route.
+    """A base, experts, and exactly one of merge, route and parts.
 
     targets: a regular expression that module paths must match whole to be changed.  dtype: of the
     composed model, the base's own by default.  data: what a learned merge learns from.
@@ -101,9 +132,10 @@ class Recipe(Closed):
     version: Literal[1] = 1
     base: str
     experts: Annotated[list[Use], Field(min_length=1)]
-    merge: Method | None = None
-    route: Method | None = None
-    targets: str | None = None
+    merge: Merge = None
+    route: Route = None
+    parts: Annotated[list[Part], Field(min_length=1)] | None = None
+    targets: Pattern | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     allow_base_mismatch: bool = False
@@ -116,33 +148,23 @@ class Recipe(Closed):
     def _uses(cls, value: Any) -> Any:
         return _as_uses(value)
 
-    @field_validator("merge", mode="before")
-    @classmethod
-    def _merge(cls, value: Any) -> Method | None:
-        return None if value is None else method_of("merge", value)
-
-    @field_validator("route", mode="before")
-    @classmethod
-    def _route(cls, value: Any) -> Method | None:
-        return None if value is None else method_of("route", value)
-
-    @field_validator("targets")
-    @classmethod
-    def _pattern(cls, value: str | None) -> str | None:
-        return checked_pattern(value) if value else value
-
     @model_validator(mode="after")
     def _one_way(self) -> Recipe:
-        if (self.merge is None) == (self.route is None):
-            raise ValueError("expected exactly one of merge and route")
+        if self.parts is None:
+            one_of(self.merge, self.route)
+        elif self.merge or self.route:
+            raise ValueError(ONE_WAY)
+        elif self.targets:
+            raise ValueError("say targets in each of the parts, and not beside them")
         merged = [use.merge for use in self.experts if isinstance(use, NestedMerge)]
         for nested in merged:
             if "data" in nested.strategy.needs:
                 raise ValueError(f"a merge inside of another learns nothing: {nested.method}")
-        for method in (self.method, *merged):
+        for method in (*self.methods, *merged):
             if "seed" in method.strategy.options:
                 method.options.setdefault("seed", self.seed)
-        self._check_data(self.method)
+        for method in self.methods:
+            self._check_data(method)
         return self
 
     def _check_data(self, method: Method) -> None:
@@ -186,10 +208,17 @@ class Recipe(Closed):
 
     @property
     def method(self) -> Method:
-        method = self.merge or self.route
-        if method is None:
-            raise ValueError("expected exactly one of merge and route")
-        return method
+        """Of a recipe without parts."""
+        return one_of(self.merge, self.route)
+
+    @property
+    def methods(self) -> list[Method]:
+        return [part.method for part in self.parts] if self.parts else [self.method]
+
+    def of_part(self, part: Part) -> Recipe:
+        """The same recipe for the modules of one part, with its method."""
+        update = {"parts": None, "merge": part.merge, "route": part.route, "targets": part.targets}
+        return self.model_copy(update=update)
 
     @property
     def uses(self) -> list[ExpertUse]:
@@ -227,6 +256,17 @@ class Recipe(Closed):
             tasks = [_absolute(task, near) for task in recipe.data.tasks]
             update["data"] = recipe.data.model_copy(update={"tasks": tasks})
         return recipe.model_copy(update=update)
+
+
+ONE_WAY = "expected exactly one of merge, route and parts"
+
+
+def one_of(*methods: Method | None) -> Method:
+    """The one that is there; ValueError for none or several."""
+    given = [method for method in methods if method is not None]
+    if len(given) != 1:
+        raise ValueError(ONE_WAY)
+    return given[0]
 
 
 def members_of(entry: ExpertUse | NestedMerge) -> list[ExpertUse]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from experthub.hub._patterns import matching
@@ -68,8 +69,11 @@ def resolve(
         )
         for entry, group in zip(recipe.experts, stored, strict=True)
     )
-    parameters = _targets(recipe, experts, base)
-    _check_method(recipe, experts, parameters)
+    ways = [recipe.of_part(part) for part in recipe.parts] if recipe.parts else [recipe]
+    targets = [_targets(way, experts, base) for way in ways]
+    _check_apart(ways, targets)
+    for way, parameters in zip(ways, targets, strict=True):
+        _check_method(way, experts, parameters)
     dtype = recipe.dtype or {"BF16": "bfloat16", "F16": "float16"}.get(base.dtype, "float32")
     if recipe.stored and found is None:
         found = find_content(ExpertUse(expert=recipe.stored), registry, store, report)
@@ -80,9 +84,27 @@ def resolve(
         data = _data(recipe, experts)
     reads = base.tensor_bytes + sum(m.size for e in experts for m in e.members)
     memory = base.tensor_bytes * WIDTH[dtype] // WIDTH.get(base.dtype, 4)
-    if recipe.route:
+    if any(way.route for way in ways):
         memory += sum(m.size for e in experts for m in e.members)
-    return Plan(recipe, base, experts, parameters, dtype, reads, memory, data, found)
+    whole = tuple(sorted(name for own in targets for name in own))
+    plan = Plan(recipe, base, experts, whole, dtype, reads, memory, data, found)
+    if recipe.parts is None:
+        return plan
+    pairs = zip(ways, targets, strict=True)
+    return replace(plan, parts=tuple(replace(plan, recipe=w, parameters=own) for w, own in pairs))
+
+
+def _check_apart(ways: Sequence[Recipe], targets: Sequence[tuple[str, ...]]) -> None:
+    """Refuse parts that name the same module."""
+    owner: dict[str, str | None] = {}
+    for way, names in zip(ways, targets, strict=True):
+        for name in names:
+            if name in owner:
+                raise UsageError(
+                    f"{name.rpartition('.')[0]} is of two parts: {owner[name]} and {way.targets}",
+                    "write patterns that do not overlap",
+                )
+            owner[name] = way.targets
 
 
 def _check_found(content: Content, recipe: Recipe, store: Store) -> None:
@@ -99,9 +121,9 @@ def _data(recipe: Recipe, experts: Sequence[PlannedExpert]) -> PlannedData | Non
     """What the recipe says, or the experts' own tasks for a method that looks at those."""
     if recipe.data:
         return PlannedData.of(recipe.data)
-    method = recipe.method
-    if not method.strategy.own_tasks:
+    if recipe.parts or not recipe.method.strategy.own_tasks:
         return None
+    method = recipe.method
     members = [member for expert in experts for member in expert.members]
     for member in members:
         if member.task is None:

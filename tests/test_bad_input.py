@@ -179,12 +179,12 @@ def merge_under_route(place: Place) -> Words:
     return ["compose", place.recipe("x", way="route: {method: linear}")]
 
 
-@case(2, "expected exactly one of merge and route")
+@case(2, "expected exactly one of merge, route and parts")
 def neither_merge_nor_route(place: Place) -> Words:
     return ["compose", place.recipe("x", way="seed: 1")]
 
 
-@case(2, "expected exactly one of merge and route")
+@case(2, "expected exactly one of merge, route and parts")
 def both_merge_and_route(place: Place) -> Words:
     return ["compose", place.recipe("x", way=LINEAR, more="route: {method: uniform}")]
 

@@ -132,7 +132,8 @@ class _Bench:
         self, name: str, plan: Plan | None, chosen: Sequence[Chosen], measure: Measure
     ) -> list[Outcome]:
         """How the base, or the composition of a plan, does on every task."""
-        by_task = plan is not None and "task" in plan.recipe.method.strategy.needs
+        methods = plan.recipe.methods if plan else []
+        by_task = any("task" in method.strategy.needs for method in methods)
         surroundings: dict[str, Any] = {
             "composition": plan.digest if plan else [self.base.fingerprint, self.dtype],
             "scorer": self.scorer.name,

@@ -32,7 +32,7 @@ def routing_map(
     expert does not adapt a module.
     """
     composition = compose(recipe, registry=registry)
-    if composition.plan.recipe.route is None:
+    if not composition.plan.routed:
         raise UsageError("a merge routes nothing", "name a recipe with route:")
     tokenizer = load_tokenizer(composition.plan.base)
     read = [read_task(reference) for reference in tasks]
