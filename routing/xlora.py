@@ -35,7 +35,7 @@ def xlora(
     size: Annotated[int, Range(1)] = 2048,
     layerwise: bool = True,
     temperature: Annotated[float, Range(0.01, 100)] = 1.0,
-    top_k: Annotated[int, Range(1)] | None = None,
+    top_k: Annotated[int | None, Range(1)] = None,
     steps: Annotated[int, Range(1)] = 100,
     lr: Annotated[float, Range(0)] = 1e-3,
     batch_size: Annotated[int, Range(1)] = 8,
