@@ -225,7 +225,7 @@ def in_words(result: dict[str, Any]) -> list[str]:
         for pair in result["comparisons"]
     ]
     if "controls" in result:
-        said.append(f"best_single is {result['controls']['best_single']}")
+        said.append(f"best_individual is {result['controls']['best_individual']}")
     return said
 
 

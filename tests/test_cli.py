@@ -421,13 +421,13 @@ def test_eval_says_in_words_what_it_shows() -> None:
         "tasks": tasks,
         "average": {"a": scores(0.0, -0.1, 0.1)},
         "comparisons": [pair],
-        "controls": {"best_single": "x@1"},
+        "controls": {"best_individual": "x@1"},
     }
     assert in_words(result) == [
         "a: not clearly other than the base (+0.000, 95 % -0.100..+0.100) on average; "
         "clearly better on 1 and worse on 0 of 2 tasks",
         "a: worse than b (-0.030, 95 % -0.050..-0.010) on average",
-        "best_single is x@1",
+        "best_individual is x@1",
     ]
 
 
@@ -435,7 +435,7 @@ def test_eval_with_controls_samples_and_pictures(recipes: list[Path], tiny_task:
     words = ["eval", *recipes, "-t", tiny_task, "--limit", "5", "--controls", "--score", "byte"]
     ran = run_hub(*words, "--samples", "out/samples.jsonl", "--plots", "pictures", "--json")
     assert ran.code == 0, ran.err
-    columns = {"base", "mean", "routed", "merged_average", "best_single", "oracle"}
+    columns = {"base", "mean", "routed", "merged", "best_individual", "oracle"}
     assert set(ran.json["average"]) == columns
     assert ran.json["protocol"]["score"] == "mean-byte-logprob"
     assert "samples" not in ran.json

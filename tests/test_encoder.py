@@ -107,7 +107,7 @@ def test_an_expert_learns_labels_and_is_routed(folder: Path, colours: str) -> No
     found = hub.evaluate(recipes, [colours], controls=True)
     assert found["protocol"]["score"] == "label-cosine"
     assert found["average"]["alone"]["delta_to_base"]["ci95"][0] > 0
-    assert found["controls"]["best_single"] == "colours@2"
+    assert found["controls"]["best_individual"] == "colours@2"
     shown = routing_map(hub.Recipe.of(recipe), [colours])
     assert (shown["experts"], shown["layers"]) == (["colours", "other"], [0, 1])
     for row in shown["weights"]:

@@ -213,14 +213,14 @@ def test_controls_name_the_best_expert_and_the_best_of_every_task(
     singles = found["controls"]["singles"]
     assert set(singles) == set(experts)
     best = max(experts, key=lambda name: singles[name][tiny_task])
-    assert found["controls"]["best_single"] == best == found["controls"]["oracle"][tiny_task]
+    assert found["controls"]["best_individual"] == best == found["controls"]["oracle"][tiny_task]
     average = found["average"]
-    assert average["best_single"]["accuracy"] == singles[best][tiny_task]
-    merged = average["merged_average"]  # the mean of the deltas: what `uniform` is
+    assert average["best_individual"]["accuracy"] == singles[best][tiny_task]
+    merged = average["merged"]  # the mean of the deltas: what `uniform` is
     assert merged["logprob"] == pytest.approx(average["uniform"]["logprob"], abs=1e-4)
     alone = {"base": str(base_folder), "experts": [best], "merge": {"method": "linear"}}
     direct = hub.evaluate({"x": hub.Recipe.of(alone)}, [tiny_task], split="train")
-    assert direct["average"]["x"] == average["best_single"]
+    assert direct["average"]["x"] == average["best_individual"]
 
 
 def test_labels_of_a_card_are_ranked(recipe: Any) -> None:

@@ -1,7 +1,7 @@
 """Controls: what every expert does alone, and what the best choice among them would have done.
 
 Both choices look at the very scores that they are reported with, so they flatter: a router that
-reaches `best_single` has found the expert that a user with labels would have picked, and `oracle`
+reaches `best_individual` has found the expert that a user with labels would have picked, and `oracle`
 is the most that one expert per task can give.
 """
 
@@ -21,7 +21,7 @@ from experthub.hub.scoring.result import Outcome, mean
 from experthub.hub.store import Store
 from experthub.hub.tasks.task import Chosen
 
-BEST, ORACLE, AVERAGE = "best_single", "oracle", "merged_average"
+BEST, ORACLE, AVERAGE = "best_individual", "oracle", "merged"
 
 
 def control_plans(
@@ -53,7 +53,7 @@ def control_plans(
 def pick(
     singles: Mapping[str, Sequence[Outcome]], chosen: Sequence[Chosen]
 ) -> tuple[dict[str, list[Outcome]], dict[str, Any]]:
-    """The columns `best_single` and `oracle`, and which experts they are; ties go to the first."""
+    """The columns `best_individual` and `oracle`, and which experts they are; ties go to the first."""
     accuracies = {name: [mean(o.right) for o in found] for name, found in singles.items()}
     best = max(accuracies, key=lambda name: mean(accuracies[name]))
     by_task = [max(accuracies, key=lambda name: accuracies[name][i]) for i in range(len(chosen))]

@@ -60,7 +60,7 @@ def evaluate(
     `validation`, `test` or `all`; `all` only for tasks on which no expert of a recipe was trained.
     limit: examples per task, at most.  score: of a choice, from its tokens' log-probabilities:
     their `mean`, their `sum`, or the sum per `byte` of the choice.  controls: add the columns
-    `best_single`, `oracle` and `merged_average`.  cache: use and keep the scores of earlier runs.
+    `best_individual`, `oracle` and `merged`.  cache: use and keep the scores of earlier runs.
     with_samples: add `samples`, the scores of every example.  pins: for recipes given as files,
     see `hub.lock.plan_of`.  seed: of the bootstrap.
     """
