@@ -153,6 +153,7 @@ def _write(result: dict[str, Any], out: Path | None, samples: Path | None) -> No
 
 
 def _plot(result: dict[str, Any], plans: dict[str, Plan], folder: Path) -> None:
+    from experthub.hub.errors import UsageError
     from experthub.hub.scoring.plots import plot_result, plot_routing
     from experthub.hub.scoring.routing_map import routing_map
 
@@ -162,7 +163,12 @@ def _plot(result: dict[str, Any], plans: dict[str, Plan], folder: Path) -> None:
     for name, plan in plans.items():
         if plan.routed:
             picture = folder / f"{name}-routing.png"
-            plot_routing(routing_map(plan, tasks), name, picture)
+            try:
+                found = routing_map(plan, tasks)
+            except UsageError as error:  # images, say: the scores are there all the same
+                say(f"no {picture}: {error.message}")
+                continue
+            plot_routing(found, name, picture)
             say(f"wrote {picture}")
 
 

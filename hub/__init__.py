@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from experthub.hub.resolution import resolve
     from experthub.hub.scoring.evaluation import evaluate
     from experthub.hub.store import Store
+    from experthub.hub.tracing.trace import Trace, trace
     from experthub.hub.training.fit import Settings
     from experthub.hub.training.full import train_full
     from experthub.hub.training.train import train_gate, train_lora
@@ -33,11 +34,13 @@ _HOMES = {
     "Registry": "registry",
     "Settings": "training.fit",
     "Store": "store",
+    "Trace": "tracing.trace",
     "compose": "composition",
     "diff": "finetunes.difference",
     "evaluate": "scoring.evaluation",
     "plan_of": "lock",
     "resolve": "resolution",
+    "trace": "tracing.trace",
     "train_full": "training.full",
     "train_gate": "training.train",
     "train_lora": "training.train",
@@ -54,11 +57,13 @@ __all__ = [
     "Registry",
     "Settings",
     "Store",
+    "Trace",
     "compose",
     "diff",
     "evaluate",
     "plan_of",
     "resolve",
+    "trace",
     "train_full",
     "train_gate",
     "train_lora",

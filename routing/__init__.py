@@ -7,6 +7,7 @@ from experthub.routing._measure import fastest, shape
 from experthub.routing._methods import routers
 from experthub.routing._packed import Packed
 from experthub.routing._pool import Pool, Select
+from experthub.routing._recording import recorded
 from experthub.routing._routed_linear import RoutedLinear, routed, together
 from experthub.routing._router import (
     ExpertStack,
@@ -47,6 +48,7 @@ __all__ = [
     "fastest",
     "lora_retriever",
     "phatgoose",
+    "recorded",
     "reference",
     "retrieval",
     "routed",

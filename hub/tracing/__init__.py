@@ -1,0 +1,1 @@
+"""Which experts each token chose: recorded, summed up, and shown as a page."""
