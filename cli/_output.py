@@ -44,9 +44,10 @@ def pins_of(locked: bool, frozen: bool) -> Pins | None:
     return "locked" if locked else "frozen" if frozen else None
 
 
-def print_json(value: dict[str, Any]) -> None:
-    """One JSON document with the schema's number at its top."""
-    sys.stdout.write(json.dumps({"schema": 1, **value}, indent=2, ensure_ascii=False) + "\n")
+def print_json(value: dict[str, Any], compact: bool = False) -> None:
+    """One JSON document with the schema's number at its top; compact: on one line, for many numbers."""
+    indent = None if compact else 2
+    sys.stdout.write(json.dumps({"schema": 1, **value}, indent=indent, ensure_ascii=False) + "\n")
 
 
 def plain(text: str) -> str:

@@ -21,6 +21,7 @@ from experthub.cli import (
     share,
     store,
     tasks,
+    trace,
     train,
 )
 from experthub.cli._output import plain
@@ -130,6 +131,7 @@ coefficients.register(app)
 router.register(app)
 lock.register(app)
 evaluate.register(app)
+trace.register(app)
 store.register(app)
 doctor.register(app)
 app.add_typer(train.app, name="train", epilog="Example: hub train gate sentiment --steps 30")

@@ -66,21 +66,27 @@ class Trace:
         """The trace by layer, in their order."""
         return summed_up([module.layer for module in self.modules], self.weights_MTE)
 
-    def record(self) -> dict[str, Any]:
-        """The trace as plain values, for `--json`; weights as `[module][token][expert]`."""
+    def summary(self) -> dict[str, Any]:
+        """What was traced, and the trace by layer, as plain values."""
         return {
             "composition": self.plan.digest,
             "base": self.plan.base.name,
             "method": self.plan.recipe.method.method,
             "experts": [{"label": e.label, "digest": e.digest} for e in self.plan.experts],
+            "layers": [_rounded(layer.record()) for layer in self.layers],
+            "entropy_unit": "bits",
+        }
+
+    def record(self) -> dict[str, Any]:
+        """The trace as plain values, for `--json`; weights as `[module][token][expert]`."""
+        return {
+            **self.summary(),
             "tokens": [token.record() for token in self.tokens],
             "modules": [
                 {"name": m.name, "layer": m.layer, "experts": list(m.experts)} for m in self.modules
             ],
             "left_out": list(self.left_out),
             "weights": _rounded(self.weights_MTE.tolist()),
-            "layers": [_rounded(layer.record()) for layer in self.layers],
-            "entropy_unit": "bits",
         }
 
 

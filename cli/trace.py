@@ -1,0 +1,184 @@
+"""trace: which experts each token chose."""
+
+from __future__ import annotations
+
+from json import dumps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from experthub.cli import _completion
+from experthub.cli._output import (
+    DeviceOption,
+    FrozenOption,
+    JsonOption,
+    LockedOption,
+    RegistryOption,
+    pins_of,
+    print_json,
+    print_lines,
+    print_table,
+    progress,
+    say,
+)
+from experthub.cli.compose import RecipeArgument
+
+if TYPE_CHECKING:
+    from experthub.hub.bases import Base
+    from experthub.hub.tracing.trace import Trace
+
+COLUMNS = 8  # experts in the table by layer
+
+PromptOption = Annotated[
+    list[str] | None, typer.Option("--prompt", "-p", help="A text to read; repeated for several.")
+]
+TaskOption = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        "-t",
+        help="Read a task's first examples in the place of prompts.",
+        autocompletion=_completion.tasks,
+    ),
+]
+GenerateOption = Annotated[
+    int, typer.Option("--generate", help="Tokens to write after each prompt, traced too.", min=0)
+]
+ModuleOption = Annotated[
+    str | None,
+    typer.Option("--module", metavar="REGEX", help="Only modules whose whole path this matches."),
+]
+ChatOption = Annotated[bool, typer.Option("--chat", help="Put prompts into the chat template.")]
+HtmlOption = Annotated[
+    Path | None, typer.Option("--html", metavar="FILE", help="Write a page that shows the trace.")
+]
+OpenOption = Annotated[bool, typer.Option("--open", help="Show the page in a browser.")]
+
+
+def trace(
+    recipe: RecipeArgument,
+    prompts: PromptOption = None,
+    task: TaskOption = None,
+    limit: Annotated[int, typer.Option(help="Examples of the task, at most.", min=1)] = 4,
+    generate: GenerateOption = 0,
+    chat: ChatOption = False,
+    module: ModuleOption = None,
+    top: Annotated[int, typer.Option(help="Experts shown for each token.", min=1)] = 3,
+    html: HtmlOption = None,
+    open_: OpenOption = False,
+    locked: LockedOption = False,
+    frozen: FrozenOption = False,
+    json: JsonOption = False,
+    device: DeviceOption = None,
+    registry: RegistryOption = None,
+) -> None:
+    """Show which experts of a route each token chose, by token, layer and module.
+
+    Examples: hub trace recipe.yaml --prompt "Where do penguins live?";
+    hub trace recipe.yaml --prompt "Name three fruits." --chat --generate 16 --html trace.html --open;
+    hub trace recipe.yaml --task bigbench:implicatures --limit 2 --module ".*q_proj" --json
+    """
+    from experthub.hub._files import write_text
+    from experthub.hub._memory import reuse_memory
+    from experthub.hub.composition import compose as composed
+    from experthub.hub.errors import UsageError
+    from experthub.hub.lock import plan_of
+    from experthub.hub.registry import Registry
+    from experthub.hub.tracing.page import page
+    from experthub.hub.tracing.trace import check_traceable
+    from experthub.hub.tracing.trace import trace as traced
+
+    if open_ and html is None:
+        raise UsageError("--open shows the page that --html writes", "add --html trace.html")
+    reuse_memory()
+    with progress() as report:
+        plan = plan_of(recipe, pins_of(locked, frozen), Registry.read(registry), report=report)
+        check_traceable(plan, module)
+        texts = _texts(plan.base, prompts or [], task, limit)
+        composition = composed(plan, device=device, report=report)
+        found = traced(
+            composition, texts, modules=module, new_tokens=generate, chat=chat, report=report
+        )
+    for name in found.left_out:
+        say(f"note: {name} does not read every token once, and is left out")
+    if html is not None:
+        write_text(html, page(found))
+        say(f"wrote {html}")
+    if json:
+        print_json(found.record(), compact=True)
+    else:
+        print_trace(found, top)
+    if open_ and html is not None:
+        _show(html)
+
+
+def _texts(base: Base, prompts: list[str], task: str | None, limit: int) -> list[str]:
+    from experthub.hub.errors import UsageError
+    from experthub.hub.tracing.trace import task_prompts
+
+    if bool(prompts) == (task is not None):
+        raise UsageError(
+            "there is no text to trace"
+            if not prompts
+            else "--prompt and --task exclude each other",
+            'write one with --prompt "...", or name a task with --task',
+        )
+    return prompts if task is None else task_prompts(base, task, limit)
+
+
+def _show(html: Path) -> None:
+    import webbrowser
+
+    if not webbrowser.open(html.resolve().as_uri()):
+        say(f"note: there is no browser here; open {html} in one")
+
+
+def print_trace(trace: Trace, top: int) -> None:
+    """A row for each token, with its largest experts; then a row for each layer."""
+    labels, several = trace.experts, trace.tokens[-1].prompt > 0
+    k = min(top, len(labels))
+    rows = []
+    for token, weights_E in zip(trace.tokens, trace.means_TE, strict=True):
+        values, experts = weights_E.topk(k)
+        pairs = zip(values.tolist(), experts.tolist(), strict=True)
+        cells = [c for v, e in pairs for c in ((labels[e], f"{v:.2f}") if v else ("", ""))]
+        place = f"{token.prompt + 1}:{token.position}" if several else str(token.position)
+        mark = "+" if token.written else ""
+        rows.append(
+            [place, mark, dumps(token.text, ensure_ascii=False) if token.text else "…", *cells]
+        )
+    print_table(
+        [">#", "", "token", *(c for i in range(k) for c in (f"expert {i + 1}", ">weight"))], rows
+    )
+    _print_layers(trace)
+
+
+def _print_layers(trace: Trace) -> None:
+    layers, labels = trace.layers, trace.experts
+    order = trace.means_TE.mean(0).argsort(descending=True, stable=True).tolist()
+    shown, others = order[:COLUMNS], order[COLUMNS:]
+    rows = []
+    for layer in layers:
+        cells = [f"{layer.weights[e]:.2f}" for e in shown]
+        if others:
+            cells.append(f"{sum(layer.weights[e] for e in others):.2f}")
+        for entropy in (layer.entropy, layer.usage_entropy):
+            cells += [f"{entropy:.2f}", f"{layer.share(entropy):.2f}"]
+        rows.append(["-" if layer.layer < 0 else str(layer.layer), *cells])
+    columns = [*(labels[e] for e in shown), *([f"{len(others)} others"] if others else [])]
+    print_lines([""])
+    print_table(
+        [">layer", *(f">{c}" for c in [*columns, "entropy", "share", "in use", "share"])], rows
+    )
+    print_lines(
+        [
+            "",
+            f"weights: mean over {len(trace.modules)} modules, by layer over {len(trace.tokens)} tokens too; +: written by the model",
+            "entropy: of a token's weights, in bits, mean over tokens and modules; in use: of the tokens' mean weights;",
+            f"share: of log2({len(labels)}) = {layers[0].most:.2f} bits, the largest there can be",
+        ]
+    )
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(trace)
