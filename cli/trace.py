@@ -91,13 +91,19 @@ def trace(
     if open_ and html is None:
         raise UsageError("--open shows the page that --html writes", "add --html trace.html")
     reuse_memory()
+    layers = Registry.read(registry)
     with progress() as report:
-        plan = plan_of(recipe, pins_of(locked, frozen), Registry.read(registry), report=report)
+        plan = plan_of(recipe, pins_of(locked, frozen), layers, report=report)
         check_traceable(plan, module)
         texts = _texts(plan.base, prompts or [], task, limit)
-        composition = composed(plan, device=device, report=report)
         found = traced(
-            composition, texts, modules=module, new_tokens=generate, chat=chat, report=report
+            composed(plan, device=device, registry=layers, report=report),
+            texts,
+            modules=module,
+            new_tokens=generate,
+            chat=chat,
+            tasks=[task] * len(texts) if task else None,
+            report=report,
         )
     for name in found.left_out:
         say(f"note: {name} does not read every token once, and is left out")

@@ -19,7 +19,7 @@ def recorded(
 
     n_experts: E, how many experts the recipe has.  wanted: which modules, by path.  Yields module
     path -> the weights `[T, E]` of each call's T inputs, float32, on the CPU, in the order of the
-    calls; zero where an expert does not adapt the module.
+    calls; zero where an expert does not adapt the module.  Calls without experts are not counted.
     """
     found: dict[str, list[Tensor]] = {}
     handles = []
@@ -27,12 +27,15 @@ def recorded(
     def watch(module: RoutedLinear, calls: list[Tensor]) -> Any:
         places = torch.tensor(module.experts)
 
-        def before(_: Any, inputs: tuple[Tensor, ...]) -> None:
+        # After the module: what it found out about a row is kept, and is not found by another kernel.
+        def after(_: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if module.group.context.off:
+                return
             with torch.no_grad():
                 own_TE = module.routing(inputs[0]).reshape(-1, len(places)).float().cpu()
             calls.append(own_TE.new_zeros(len(own_TE), n_experts).index_copy_(1, places, own_TE))
 
-        return module.register_forward_pre_hook(before)
+        return module.register_forward_hook(after)
 
     try:
         for path, module in model.named_modules():

@@ -29,7 +29,8 @@ def routing_map(
     """
     composition = compose(recipe, registry=registry)
     base = composition.plan.base
-    found = trace(composition, [p for task in tasks for p in task_prompts(base, task, per_task)])
+    prompts = [(p, task) for task in tasks for p in task_prompts(base, task, per_task)]
+    found = trace(composition, [p for p, _ in prompts], tasks=[task for _, task in prompts])
     return {
         "experts": found.experts,
         "layers": [layer.layer for layer in found.layers],

@@ -6,7 +6,6 @@ Shapes: M modules, T tokens, E experts.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -69,9 +68,3 @@ def entropy_bits(weights: Tensor) -> Tensor:
     shares = weights.abs() / weights.abs().sum(-1, keepdim=True).clamp_min(1e-30)
     bits: Tensor = torch.special.entr(shares).sum(-1) / math.log(2)
     return bits
-
-
-def layer_of(path: str) -> int:
-    """The first number in a module's path; -1 for a module outside of the layers."""
-    found = re.search(r"\.(\d+)\.", f".{path}.")
-    return int(found[1]) if found else -1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,10 +19,10 @@ from experthub.hub.composition import Composition
 from experthub.hub.errors import UsageError
 from experthub.hub.formats.adapter import read_json
 from experthub.hub.generation import check_generates, generate_ids, in_chat
-from experthub.hub.plan import Plan
+from experthub.hub.plan import Plan, layer_of
 from experthub.hub.scoring.similarity import MAX_TOKENS
 from experthub.hub.tasks.task import read_task
-from experthub.hub.tracing.summary import Layer, layer_of, summed_up
+from experthub.hub.tracing.summary import Layer, summed_up
 from experthub.hub.tracing.tokens import Token, pieces
 from experthub.routing import recorded
 from torch import Tensor
@@ -97,15 +98,16 @@ def trace(
     modules: str | None = None,
     new_tokens: int = 0,
     chat: bool = False,
+    tasks: Sequence[str] | None = None,
     report: Report = silent,
 ) -> Trace:
     """Let a routed model read prompts, and record which experts each token chose.
 
     prompts: read one by one; an encoder reads at most 256 tokens of each, as for a score.  modules:
     a regular expression that module paths must match whole; all routed modules by default.
-    new_tokens: how many the model writes after each prompt, at most, the likeliest; the whole text is
-    then read at once, which routes as the writing did.  chat: put the prompts into the tokenizer's
-    chat template.  Raises UsageError for a merge, for a base that does not read text alone, for an
+    new_tokens: how many the model writes after each prompt, at most, the likeliest, and reads in its
+    turn; a token that ends the text is never read.  chat: put the prompts into the tokenizer's chat
+    template.  tasks: that each prompt is of, for a router by task.  Raises UsageError for a merge, for a base that does not read text alone, for an
     empty or too long prompt, and for no such module.
     """
     plan, model = composition.plan, composition.model
@@ -122,9 +124,11 @@ def trace(
         _check_length(len(ids) + new_tokens, number, model, plan.base)
         if not plan.base.causal and len(ids) == MAX_TOKENS:
             report(f"note: of prompt {number + 1}, {MAX_TOKENS} tokens are read at most", 0, 0)
-        new = generate_ids(composition, tokenizer, ids, new_tokens) if new_tokens else []
-        for name, weights_TE in _weights(composition, [*ids, *new], wanted).items():
-            parts[name].append(weights_TE)
+        named = composition.tasks(tasks[number]) if tasks else nullcontext()
+        with named, recorded(model, len(plan.experts), set(wanted).__contains__) as found:
+            new = _read(composition, tokenizer, ids, new_tokens)
+        for name, calls in found.items():
+            parts[name] += calls
         tokens += pieces(tokenizer, ids, new, number)
     return _put_together(plan, tokens, parts)
 
@@ -195,15 +199,13 @@ def _check_length(count: int, number: int, model: Any, base: Base) -> None:
 
 
 @torch.no_grad()
-def _weights(
-    composition: Composition, ids: Sequence[int], wanted: Sequence[str]
-) -> dict[str, Tensor]:
-    """The weights of the tokens of one text, by module; none where it reads something else."""
-    model, names = composition.model, set(wanted)
-    ids_1T = torch.tensor([ids], device=model.device)
-    with recorded(model, len(composition.plan.experts), names.__contains__) as found:
-        model(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T))
-    return {n: c[0] for n, c in found.items() if [len(call) for call in c] == [len(ids)]}
+def _read(composition: Composition, tokenizer: Any, ids: list[int], new_tokens: int) -> list[int]:
+    """Let the model read a text, and write; returns what it wrote and read."""
+    if new_tokens:
+        return generate_ids(composition, tokenizer, ids, new_tokens + 1)[:-1]  # the last is unread
+    ids_1T = torch.tensor([ids], device=composition.model.device)
+    composition.model(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T))
+    return []
 
 
 def _put_together(plan: Plan, tokens: list[Token], parts: dict[str, list[Tensor]]) -> Trace:
