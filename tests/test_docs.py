@@ -315,6 +315,7 @@ def test_every_page_is_linked_from_the_readme() -> None:
         "architecture",
         "evaluation",
         "results",
+        "trace",
     }
     assert {name for name in ours if f"(docs/{name}.md" not in text} == set()
 
