@@ -179,7 +179,8 @@ def _print_layers(trace: Trace) -> None:
     print_lines(
         [
             "",
-            f"weights: mean over {len(trace.modules)} modules, by layer over {len(trace.tokens)} tokens too; +: written by the model",
+            f"weights: mean over the modules ({len(trace.modules)}), by layer over the tokens "
+            f"({len(trace.tokens)}) too; +: written by the model",
             "entropy: of a token's weights, in bits, mean over tokens and modules; in use: of the tokens' mean weights;",
             f"share: of log2({len(labels)}) = {layers[0].most:.2f} bits, the largest there can be",
         ]
