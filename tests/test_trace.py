@@ -251,6 +251,24 @@ def test_only_some_modules(folders: list[Path], base_folder: Path) -> None:
         assert weights == whole["weights"][names.index(module["name"])]
 
 
+def test_the_routed_parts_are_traced(folders: list[Path], base_folder: Path) -> None:
+    path = recipe_of(folders, base_folder)
+    ways = {
+        ".*mlp.*": "merge: {method: linear}",
+        ".*q_proj": "route: {method: arrow}",
+        ".*k_proj": "route: {method: uniform}",
+    }
+    parts = "".join(f"  - {{targets: '{targets}', {way}}}\n" for targets, way in ways.items())
+    path.write_text(path.read_text().partition("route:")[0] + "parts:\n" + parts)
+    found = run_hub("trace", path, "-p", "ab", "--json").json
+    assert found["methods"] == ["arrow", "uniform"]
+    by_name = {m["name"]: w for m, w in zip(found["modules"], found["weights"], strict=True)}
+    layers = [f"model.layers.{layer}.self_attn" for layer in (0, 1)]
+    assert set(by_name) == {f"{at}.{leaf}" for at in layers for leaf in ("q_proj", "k_proj")}
+    assert by_name[f"{layers[0]}.k_proj"] == [pytest.approx([1 / 3, 1 / 3, 0], abs=1e-6)] * 2
+    assert all(sum(row) == pytest.approx(1, abs=1e-5) for row in by_name[f"{layers[1]}.q_proj"])
+
+
 def test_an_encoder_without_its_pooler(tmp_path: Path) -> None:
     folder = tiny_bert(tmp_path / "encoder")
     experts = [
@@ -307,9 +325,9 @@ def test_a_merge_is_refused_before_it_is_loaded(folders: list[Path], base_folder
     path.write_text(path.read_text().replace("route: {method: phatgoose}", "merge: {method: ties}"))
     ran = run_hub("trace", path, "--prompt", "x")
     assert (ran.code, ran.out) == (2, "")
-    assert ran.lines("error") == ["error: ties is a merge, which routes nothing"]
+    assert ran.lines("error") == ["error: ties: a merge routes nothing"]
     assert ran.lines("hint") and "loading" not in ran.err
-    with pytest.raises(UsageError, match="ties is a merge"):
+    with pytest.raises(UsageError, match="ties: a merge routes"):
         routing_map(path, [])
 
 

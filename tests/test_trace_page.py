@@ -91,7 +91,7 @@ def test_the_page_holds_the_trace(composition: Composition) -> None:
     read = Read(page(found))
     assert read.open == [] and len(read.scripts) == 2
     trace, record = read.trace, found.record()
-    for name in ("composition", "base", "method", "experts", "layers"):
+    for name in ("composition", "base", "methods", "experts", "layers"):
         assert trace[name] == record[name]
     assert [t[0] for t in trace["tokens"]] == [t.text for t in found.tokens]
     assert [t[1:] for t in trace["tokens"]] == [[t.id, t.prompt, t.written] for t in found.tokens]

@@ -72,7 +72,7 @@ class Trace:
         return {
             "composition": self.plan.digest,
             "base": self.plan.base.name,
-            "method": self.plan.recipe.method.method,
+            "methods": [unit.recipe.method.method for unit in _routed(self.plan)],
             "experts": [{"label": e.label, "digest": e.digest} for e in self.plan.experts],
             "layers": [_rounded(layer.record()) for layer in self.layers],
             "entropy_unit": "bits",
@@ -138,11 +138,11 @@ def check_traceable(plan: Plan, modules: str | None = None) -> list[str]:
 
     Raises UsageError for a merge, for a base that does not read text alone, and for no such module.
     """
-    base, recipe = plan.base, plan.recipe
-    if recipe.route is None:
+    base, routed = plan.base, _routed(plan)
+    if not routed:
+        merges = " and ".join(method.method for method in plan.recipe.methods)
         raise UsageError(
-            f"{recipe.method.method} is a merge, which routes nothing",
-            "name a recipe with route: in the place of merge:",
+            f"{merges}: a merge routes nothing", "name a recipe with route: in the place of merge:"
         )
     classifier = base.architecture.endswith("ForSequenceClassification")
     config = read_json(base.folder / "config.json")
@@ -154,7 +154,12 @@ def check_traceable(plan: Plan, modules: str | None = None) -> list[str]:
             f"{base.name} is a {base.architecture}, which does not read text alone, token by token",
             "trace a causal language model, a text encoder or a text classifier",
         )
-    return _matched([name.removesuffix(".weight") for name in plan.parameters], modules)
+    return _matched([n.removesuffix(".weight") for u in routed for n in u.parameters], modules)
+
+
+def _routed(plan: Plan) -> list[Plan]:
+    """The plan itself, or its parts, where they are routes."""
+    return [unit for unit in plan.units if unit.recipe.route is not None]
 
 
 def _matched(routed: list[str], pattern: str | None) -> list[str]:
