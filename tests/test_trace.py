@@ -15,10 +15,11 @@ from experthub.hub.bases import Base, load_model, load_tokenizer
 from experthub.hub.errors import UsageError
 from experthub.hub.generation import generate_ids
 from experthub.hub.scoring.routing_map import routing_map
+from experthub.hub.tasks.task import Card, Example, example_id, write_task
 from experthub.hub.tracing.tokens import pieces
 from experthub.routing import recorded
 from safetensors.torch import load_file
-from test_kinds import MADE
+from test_kinds import LABELS, MADE, png
 from test_phatgoose import literal_model
 
 Make = Callable[..., Path]
@@ -318,6 +319,22 @@ def test_what_reads_no_text_alone_is_refused(
     assert (ran.code, ran.out) == (2, "")
     assert f"is a {name}, which does not read text alone" in ran.err
     assert "loading" not in ran.err, "it is refused before a weight is read"
+
+
+def test_scores_of_images_come_without_a_routing_map(tmp_path: Path) -> None:
+    MADE["clip"](tmp_path / "base")
+    expert = make_expert(tmp_path / "e", tmp_path / "base", 1, targets=("q_proj",))
+    examples = []
+    for n in range(6):
+        text = png(n % 3, n)
+        examples.append(Example(id=example_id(text, LABELS), input=text, targets=[LABELS[n % 3]]))
+    card = Card(name="colours", source="made-up", kind="labels", labels=LABELS)
+    task = write_task("local", card, examples)
+    path = recipe_of([expert], tmp_path / "base", "{method: uniform}")
+    ran = run_hub("eval", path, "--tasks", task, "--split", "all", "--plots", "out")
+    assert ran.code == 0 and "recipe" in ran.out, ran.err
+    assert len(ran.lines("no out/recipe-routing.png: ")) == 1
+    assert [file.name for file in Path("out").iterdir()] == ["table.png"]
 
 
 def test_a_merge_is_refused_before_it_is_loaded(folders: list[Path], base_folder: Path) -> None:

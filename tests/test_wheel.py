@@ -84,6 +84,8 @@ def test_every_module_is_in_the_wheel(sources: Path, installed: Path) -> None:
     assert {p.name for p in (installed / "experthub").iterdir()} == set(PACKAGES)
     starter = installed / "experthub" / "hub" / "registry.yaml"
     assert starter.read_bytes() == (sources / "registry.yaml").read_bytes()
+    page = Path("hub", "tracing", "page.html")
+    assert (installed / "experthub" / page).read_bytes() == (sources / page).read_bytes()
     starters = sources / "examples" / "experts"
     shipped = installed / "experthub" / "hub" / "examples" / "experts"
     files = {p.relative_to(starters): p.read_bytes() for p in starters.glob("*/*")}
