@@ -36,7 +36,7 @@ def router(
 
     An index of examples, mean activations, a trained classifier: whatever the method needs.
 
-    Examples: hub router retrieval.yaml; hub router retrieval.yaml --name my-index
+    Examples: hub router retrieval.yaml; hub router retrieval.yaml --name examples
     """
     from experthub.hub.describe import register_found
     from experthub.hub.errors import UsageError
