@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from experthub.cli import _completion
+from experthub.cli._arguments import task_references
 from experthub.cli._output import (
     DeviceOption,
     FrozenOption,
@@ -129,7 +130,7 @@ def _files_and_tasks(recipes: list[str], tasks: list[str]) -> tuple[list[str], l
 
     `--tasks a:x b:y` leaves b:y among the arguments: a reference to a task is no file's name.
     """
-    named = _task_references(tasks)
+    named = task_references(tasks)
     named += [r for r in recipes if re.fullmatch(r"[a-z0-9_-]+:[^/:].*", r)]
     if not named:
         from experthub.hub.errors import UsageError
@@ -170,23 +171,6 @@ def _plot(result: dict[str, Any], plans: dict[str, Plan], folder: Path) -> None:
                 continue
             plot_routing(found, name, picture)
             say(f"wrote {picture}")
-
-
-def _task_references(given: list[str]) -> list[str]:
-    named: list[str] = []
-    for text in given:
-        if text.startswith("@"):
-            path = Path(text[1:])
-            if not path.is_file():
-                from experthub.hub.errors import NotFoundError
-
-                raise NotFoundError(
-                    f"there is no file {path}", "one task per line is expected in it"
-                )
-            named += [line.strip() for line in path.read_text().splitlines() if line.strip()]
-        else:
-            named += [part for part in re.split(r"[,\s]+", text) if part]
-    return named
 
 
 def print_result(result: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from experthub.cli import _completion
+from experthub.cli._arguments import task_references
 from experthub.cli._output import (
     DeviceOption,
     JsonOption,
@@ -31,6 +32,10 @@ StepsOption = Annotated[int, typer.Option(help="Optimiser steps.", min=1)]
 ExamplesOption = Annotated[int, typer.Option(help="Training examples, at most.", min=1)]
 BatchOption = Annotated[int, typer.Option(help="Examples per step.", min=1)]
 RateOption = Annotated[float, typer.Option(help="Peak learning rate.", min=0.0)]
+RouterRateOption = Annotated[
+    float | None,
+    typer.Option(help="Peak learning rate of the router; ten times --lr by default.", min=0.0),
+]
 SeedOption = Annotated[int, typer.Option(help="Of initialisation and order.")]
 
 
@@ -161,6 +166,119 @@ def gate(
             name, settings, device=device, registry=Registry.read(registry), report=report
         )
     _print(expert.reference, expert.digest, expert.training["gate"], json)
+
+
+@app.command()
+def skills(
+    base: BaseOption,
+    tasks: Annotated[
+        list[str],
+        typer.Option(
+            "--tasks",
+            help="A task, or @FILE with one a line; repeat it for more.",
+            autocompletion=_completion.tasks,
+        ),
+    ],
+    name: NameOption,
+    router: Annotated[
+        str, typer.Option(help="poly, mhr; shared: one skill; private: one for each task.")
+    ] = "mhr",
+    n_skills: Annotated[int, typer.Option("--skills", help="Skills of an inventory.", min=1)] = 8,
+    heads: Annotated[int, typer.Option(help="Heads of mhr; must divide all widths.", min=1)] = 1,
+    rank: Annotated[int, typer.Option(help="Rank of every skill.", min=1)] = 4,
+    alpha: Annotated[float | None, typer.Option(help="LoRA's alpha; the rank by default.")] = None,
+    granularity: Annotated[
+        str, typer.Option(help="What has a router of its own: linear, layer or model.")
+    ] = "linear",
+    relaxed: Annotated[
+        bool, typer.Option("--relaxed/--sigmoid", help="Draw the gates in training.")
+    ] = False,
+    steps: StepsOption = 300,
+    examples: ExamplesOption = 480,
+    batch_size: BatchOption = 16,
+    lr: RateOption = 2e-3,
+    router_lr: RouterRateOption = None,
+    seed: SeedOption = 0,
+    json: JsonOption = False,
+    device: DeviceOption = None,
+    registry: RegistryOption = None,
+) -> None:
+    """Train an inventory of skills on several tasks, with a router by task (Poly, MHR).
+
+    Examples: hub train skills --base all-minilm-l6-v2 --tasks bigbench:ruin_names --tasks bigbench:intent_recognition --name inventory;
+    hub train skills --base all-minilm-l6-v2 --tasks @tasks.txt --router mhr --skills 4 --heads 8 --name inventory
+    """
+    from experthub.hub._memory import reuse_memory
+    from experthub.hub.registry import Registry
+    from experthub.hub.training.fit import Settings
+    from experthub.hub.training.inventory import shape_of
+    from experthub.hub.training.skills import train_skills
+
+    reuse_memory()
+    shape = shape_of(router, n_skills, heads, rank, alpha, granularity, relaxed)
+    settings = Settings(steps, examples, batch_size, lr, seed)
+    with progress() as report:
+        expert = train_skills(
+            base,
+            task_references(tasks),
+            name,
+            shape,
+            settings,
+            router_lr=router_lr,
+            device=device,
+            registry=Registry.read(registry),
+            report=report,
+        )
+    _print(expert.reference, expert.digest, expert.training, json)
+
+
+@app.command()
+def adapt(
+    skills: Annotated[
+        str, typer.Argument(help="A stored inventory.", autocompletion=_completion.experts)
+    ],
+    task: TaskOption,
+    name: NameOption,
+    tune: Annotated[
+        str, typer.Option(help="all; z: the router alone; mu: the average, as a plain LoRA.")
+    ] = "all",
+    shots: Annotated[int, typer.Option(help="Examples in all.", min=1)] = 16,
+    steps: StepsOption = 100,
+    batch_size: BatchOption = 8,
+    lr: RateOption = 2e-3,
+    router_lr: RouterRateOption = None,
+    seed: SeedOption = 0,
+    json: JsonOption = False,
+    device: DeviceOption = None,
+    registry: RegistryOption = None,
+) -> None:
+    """Adapt an inventory of skills to a new task by a few examples (MHR, MHR-z, MHR-mu).
+
+    Examples: hub train adapt inventory --task bigbench:emoji_movie --name emojis;
+    hub train adapt inventory --task bigbench:emoji_movie --tune z --shots 64 --name emojis-z
+    """
+    from experthub.hub._memory import reuse_memory
+    from experthub.hub.registry import Registry
+    from experthub.hub.training.fit import Settings
+    from experthub.hub.training.skills import adapt as adapted
+    from experthub.hub.training.skills import tune_of
+
+    reuse_memory()
+    settings = Settings(steps, shots, min(batch_size, shots), lr, seed)
+    with progress() as report:
+        expert = adapted(
+            skills,
+            task,
+            name,
+            tune_of(tune),
+            settings,
+            shots=shots,
+            router_lr=router_lr,
+            device=device,
+            registry=Registry.read(registry),
+            report=report,
+        )
+    _print(expert.reference, expert.digest, expert.training, json)
 
 
 def _print(reference: str, digest: str, training: dict[str, object], json: bool) -> None:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from experthub.hub.tracing.trace import Trace, trace
     from experthub.hub.training.fit import Settings
     from experthub.hub.training.full import train_full
+    from experthub.hub.training.inventory import InventoryShape
+    from experthub.hub.training.skills import adapt, train_skills
     from experthub.hub.training.train import train_gate, train_lora
 
 _HOMES = {
@@ -28,6 +30,7 @@ _HOMES = {
     "Difference": "finetunes.difference",
     "Expert": "expert",
     "HubError": "errors",
+    "InventoryShape": "training.inventory",
     "Lock": "lockfile",
     "Plan": "plan",
     "Recipe": "recipe",
@@ -35,6 +38,7 @@ _HOMES = {
     "Settings": "training.fit",
     "Store": "store",
     "Trace": "tracing.trace",
+    "adapt": "training.skills",
     "compose": "composition",
     "diff": "finetunes.difference",
     "evaluate": "scoring.evaluation",
@@ -44,6 +48,7 @@ _HOMES = {
     "train_full": "training.full",
     "train_gate": "training.train",
     "train_lora": "training.train",
+    "train_skills": "training.skills",
 }
 
 __all__ = [
@@ -51,6 +56,7 @@ __all__ = [
     "Difference",
     "Expert",
     "HubError",
+    "InventoryShape",
     "Lock",
     "Plan",
     "Recipe",
@@ -58,6 +64,7 @@ __all__ = [
     "Settings",
     "Store",
     "Trace",
+    "adapt",
     "compose",
     "diff",
     "evaluate",
@@ -67,6 +74,7 @@ __all__ = [
     "train_full",
     "train_gate",
     "train_lora",
+    "train_skills",
 ]
 
 

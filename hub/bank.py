@@ -110,7 +110,7 @@ class Bank:
 
 def bank_for(plan: Plan) -> Bank | None:
     """The place for a plan's bank; None where its experts are so few that none pays."""
-    route = plan.recipe.route is not None
+    route = plan.recipe.route is not None and not plan.skilled
     pays = route and sum(member.size for member in plan.members) >= LARGE
     return Bank.of(plan) if pays else None
 

@@ -134,8 +134,11 @@ def compose(
                     _add(target, merged[-1], unit)
                 else:
                     state = router or State({})
-                    routes.append(route(target, unit, contents, state, bank, registry, report))
-        return Composition(target, plan, None if routes else _union(merged), tuple(routes))
+                    routes.append(
+                        route(target, unit, contents, store, state, bank, registry, report)
+                    )
+        merged += [one.folded for one in routes if one.folded is not None]
+        return Composition(target, plan, None if plan.routed else _union(merged), tuple(routes))
 
 
 def _union(vectors: Sequence[TaskVector]) -> TaskVector:

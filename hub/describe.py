@@ -12,6 +12,7 @@ from experthub.hub._files import digest_of, hub_home, json_text, write_json, wri
 from experthub.hub.bases import Base
 from experthub.hub.errors import IntegrityError, NotFoundError
 from experthub.hub.expert import DESCRIPTION, Expert, Identity, relative_source
+from experthub.hub.folder import read_folder
 from experthub.hub.formats.adapter import read_json
 from experthub.hub.pull import Content
 from experthub.hub.registry import (
@@ -22,7 +23,7 @@ from experthub.hub.registry import (
     register,
 )
 from experthub.hub.sources import opened
-from experthub.hub.store import Store, read_folder
+from experthub.hub.store import Store
 from pydantic import ValidationError
 
 

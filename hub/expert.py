@@ -19,7 +19,7 @@ Name = Annotated[str, StringConstraints(pattern=f"^{NAME}$")]
 Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
 FILE = r"[a-z_]{1,60}(-[0-9]{5}-of-[0-9]{5})?\.(json|safetensors|safetensors\.index\.json)"
 FileName = Annotated[str, StringConstraints(pattern=f"^{FILE}$")]
-Kind = Literal["lora", "task_vector", "coefficients", "router"]
+Kind = Literal["lora", "task_vector", "skills", "coefficients", "router"]
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER = "adapter_model.safetensors"
@@ -29,6 +29,8 @@ SHARD_INDEX = "task_vector.safetensors.index.json"
 GATES = "phatgoose_gates.safetensors"
 COEFFICIENTS = "coefficients.safetensors"
 COEFFICIENTS_JSON = "coefficients.json"
+SKILLS = "skills.safetensors"
+SKILLS_JSON = "skills.json"
 ROUTER = "router.safetensors"
 ROUTER_JSON = "router.json"
 DESCRIPTION = "expert.json"
@@ -42,6 +44,8 @@ EXPERT_FILES = (
     GATES,
     COEFFICIENTS,
     COEFFICIENTS_JSON,
+    SKILLS,
+    SKILLS_JSON,
     ROUTER,
     ROUTER_JSON,
     DESCRIPTION,

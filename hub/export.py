@@ -65,7 +65,7 @@ def _save_peft(composition: Composition, folder: Path) -> None:
     modules = [name.removesuffix(".weight") for name in low]
     task_type = "CAUSAL_LM" if composition.plan.base.causal else "FEATURE_EXTRACTION"
     transposed = any(how[n].transposed for n in low)
-    _write_portable(folder, tensors, modules, composition.plan.base.name, task_type, transposed)
+    write_portable(folder, tensors, modules, composition.plan.base.name, task_type, transposed)
 
 
 def export_portable(expert: Expert, folder: Path, registry: Registry, store: Store) -> Path:
@@ -94,7 +94,7 @@ def export_portable(expert: Expert, folder: Path, registry: Registry, store: Sto
     base = known.aka[0] if known and known.aka else expert.base
     settings = read_json(config)
     with new_folder(folder) as draft:
-        _write_portable(
+        write_portable(
             draft,
             tensors,
             [change.module for change in adapted],
@@ -105,7 +105,7 @@ def export_portable(expert: Expert, folder: Path, registry: Registry, store: Sto
     return folder
 
 
-def _write_portable(
+def write_portable(
     folder: Path,
     tensors: dict[str, Tensor],
     modules: list[str],

@@ -20,6 +20,7 @@ class Member:
     """One stored expert: what it is, what it changes, and where its gates are.
 
     changes: parameter name -> shape.  adapted: for a LoRA, how.  gated: modules with a gate.
+    skill_tasks: of an inventory of skills, the tasks that it knows.
     """
 
     content: Content
@@ -29,6 +30,7 @@ class Member:
     changes: dict[str, tuple[int, ...]]
     adapted: tuple[Adapted, ...]
     gated: frozenset[str]
+    skill_tasks: tuple[str, ...] = ()
 
     @property
     def reference(self) -> str:
@@ -73,7 +75,7 @@ class PlannedExpert:
         if self.rank is not None:
             return True
         dense = self.merge is not None and self.merge.strategy.dense
-        return not dense and all(m.kind == "lora" for m in self.members)
+        return not dense and all(m.kind in ("lora", "skills") for m in self.members)
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,19 @@ class Plan:
 
     @property
     def routed(self) -> bool:
-        """Whether some of its modules are routed."""
-        return any(unit.recipe.route is not None for unit in self.units)
+        """Whether some of its modules are routed while the model runs."""
+        return any(unit.recipe.route is not None and not unit.folds for unit in self.units)
+
+    @property
+    def skilled(self) -> bool:
+        """Whether its route is over an inventory of skills."""
+        return any("skills" in method.strategy.needs for method in self.recipe.methods)
+
+    @property
+    def folds(self) -> bool:
+        """Whether its route is for one task of an inventory, and so a plain LoRA."""
+        known = len(self.members[0].skill_tasks) == 1
+        return self.skilled and (known or self.recipe.method.options["task"] is not None)
 
     @property
     def members(self) -> list[Member]:

@@ -11,17 +11,21 @@ from experthub.hub._patterns import matching
 from experthub.hub._yaml import did_you_mean
 from experthub.hub.base_sources import find
 from experthub.hub.bases import Base, Report, silent
+from experthub.hub.compatibility import check_apart, check_method
 from experthub.hub.errors import HubError, IntegrityError, UsageError
 from experthub.hub.expert import (
     ADAPTER,
     ADAPTER_CONFIG,
     DESCRIPTION,
     GATES,
+    SKILLS,
+    SKILLS_JSON,
     Identity,
     Reference,
     absolute_source,
 )
 from experthub.hub.formats.adapter import check_shapes, read_adapter, read_gates, read_json
+from experthub.hub.formats.skills import read_skills
 from experthub.hub.formats.task_vector import read_task_vector
 from experthub.hub.learning.examples import PlannedData
 from experthub.hub.plan import Member, Plan, PlannedExpert
@@ -71,9 +75,9 @@ def resolve(
     )
     ways = [recipe.of_part(part) for part in recipe.parts] if recipe.parts else [recipe]
     targets = [_targets(way, experts, base) for way in ways]
-    _check_apart(ways, targets)
+    check_apart(ways, targets)
     for way, parameters in zip(ways, targets, strict=True):
-        _check_method(way, experts, parameters)
+        check_method(way, experts, parameters)
     dtype = recipe.dtype or {"BF16": "bfloat16", "F16": "float16"}.get(base.dtype, "float32")
     if recipe.stored and found is None:
         found = find_content(ExpertUse(expert=recipe.stored), registry, store, report)
@@ -92,19 +96,6 @@ def resolve(
         return plan
     pairs = zip(ways, targets, strict=True)
     return replace(plan, parts=tuple(replace(plan, recipe=w, parameters=own) for w, own in pairs))
-
-
-def _check_apart(ways: Sequence[Recipe], targets: Sequence[tuple[str, ...]]) -> None:
-    """Refuse parts that name the same module."""
-    owner: dict[str, str | None] = {}
-    for way, names in zip(ways, targets, strict=True):
-        for name in names:
-            if name in owner:
-                raise UsageError(
-                    f"{name.rpartition('.')[0]} is of two parts: {owner[name]} and {way.targets}",
-                    "write patterns that do not overlap",
-                )
-            owner[name] = way.targets
 
 
 def _check_found(content: Content, recipe: Recipe, store: Store) -> None:
@@ -167,6 +158,12 @@ def _member(use: ExpertUse, found: Content, base: Base, recipe: Recipe, store: S
     if identity.kind == "task_vector":
         changes = _dense_changes(store, identity, digest, reference, base)
         return Member(found, "task_vector", use.weight, size, changes, (), frozenset())
+    if identity.kind == "skills":
+        record, adapted = read_skills(store.file(digest, SKILLS_JSON), store.locate(digest, SKILLS))
+        check_shapes(adapted, base.shapes, reference, base.name)
+        changes = {f"{a.module}.weight": a.shape for a in adapted}
+        tasks = tuple(record.tasks)
+        return Member(found, "skills", use.weight, size, changes, adapted, frozenset(), tasks)
     config, weights = store.file(digest, ADAPTER_CONFIG), store.locate(digest, ADAPTER)
     adapted = read_adapter(config, weights, reference)
     check_shapes(adapted, base.shapes, reference, base.name)
@@ -219,79 +216,3 @@ def _targets(recipe: Recipe, experts: tuple[PlannedExpert, ...], base: Base) -> 
             f"they change {names[0].rpartition('.')[0]} and {len(names) - 1} more",
         )
     return tuple(chosen)
-
-
-def _check_method(
-    recipe: Recipe, experts: tuple[PlannedExpert, ...], parameters: tuple[str, ...]
-) -> None:
-    """Refuse by name what the recipe's method cannot work with."""
-    if recipe.route is None:
-        granularity = recipe.method.options.get("granularity")
-        if isinstance(granularity, str):
-            _check_granularity(granularity, parameters)
-        return
-    from experthub.routing import routers
-
-    for expert in experts:
-        if not expert.low_rank:
-            raise UsageError(
-                f"expert {expert.label} is dense, and a route needs low-rank experts",
-                "give its merge a rank, or use merge: instead of route:",
-            )
-        for member in expert.members:
-            missing = sorted(
-                n.removesuffix(".weight")
-                for n in member.changes
-                if n in parameters and n.removesuffix(".weight") not in member.gated
-            )
-            if "gates" in routers[recipe.route.method].needs and missing:
-                raise HubError(
-                    f"expert {member.reference} has no gate for {missing[0]}, "
-                    f"which {recipe.route.method} needs",
-                    f"run hub train gate {member.reference}"
-                    if member.task and "/" not in member.reference
-                    else "register it (hub add --task), then run hub train gate",
-                )
-    embedding = [
-        a.module
-        for e in experts
-        for m in e.members
-        for a in m.adapted
-        if a.embedding and f"{a.module}.weight" in parameters
-    ]
-    if embedding:
-        raise HubError(
-            f"{embedding[0]} is an embedding, and only linear modules can be routed",
-            "leave it out with targets:, or use merge: instead of route:",
-        )
-    if recipe.route.combine == "parameters":
-        _check_equal_ranks(experts, parameters)
-
-
-def _check_granularity(granularity: str, parameters: tuple[str, ...]) -> None:
-    from experthub.merge import blocks_of
-
-    try:
-        with matching():
-            blocks_of(parameters, granularity)
-    except (ValueError, TimeoutError) as error:
-        raise UsageError(str(error), "write it simpler, or use a name") from None
-
-
-def _check_equal_ranks(experts: tuple[PlannedExpert, ...], parameters: tuple[str, ...]) -> None:
-    ranks: dict[str, dict[int, str]] = {}
-    for expert in experts:
-        for name in parameters:
-            found = [
-                a.rank for m in expert.members for a in m.adapted if f"{a.module}.weight" == name
-            ]
-            rank = min(sum(found), expert.rank or sum(found))
-            if found:
-                ranks.setdefault(name, {})[rank] = expert.label
-    for name, by_rank in ranks.items():
-        if len(by_rank) > 1:
-            raise HubError(
-                f"combine: parameters needs one rank, and {name.removesuffix('.weight')} has "
-                + ", ".join(f"{rank} ({label})" for rank, label in sorted(by_rank.items())),
-                "use combine: outputs",
-            )

@@ -8,13 +8,23 @@ from typing import Any
 
 import torch
 from experthub.hub.bank import Bank, Part
-from experthub.hub.bases import Report, load_tokenizer
-from experthub.hub.batches import Batch, Watch
+from experthub.hub.bases import Report
+from experthub.hub.batches import Watch
+from experthub.hub.choosing import attach, by_task
 from experthub.hub.errors import HubError, UsageError, explained
 from experthub.hub.kernels import tune
 from experthub.hub.learning.router_state import State, state_of
 from experthub.hub.plan import Plan, layer_of
 from experthub.hub.registry import Registry
+from experthub.hub.skills import (
+    by_row,
+    check_skills,
+    fold_into,
+    folded,
+    inventory_of,
+    stacks,
+    task_of,
+)
 from experthub.hub.store import Store
 from experthub.hub.weights import Contents, gates, task_vector
 from experthub.merge import LowRank, TaskVector
@@ -23,6 +33,7 @@ from experthub.routing import (
     ExpertStack,
     Packed,
     Pool,
+    RoutedLinear,
     Router,
     Select,
     Selected,
@@ -44,10 +55,14 @@ SHARING = (
 
 @dataclass
 class Routes:
-    """What routing changed in a model: its original modules by name, and the hooks around it."""
+    """What routing changed in a model: its original modules by name, and the hooks around it.
+
+    folded: what was added to weights, of a route that is the same for every input.
+    """
 
     originals: dict[str, nn.Module] = field(default_factory=dict)
     watch: Watch = field(default_factory=lambda: Watch(Context()))
+    folded: TaskVector | None = None
 
     def undo(self, model: Any) -> None:
         """Put the original modules back."""
@@ -76,6 +91,7 @@ def route(
     model: Any,
     plan: Plan,
     contents: Contents,
+    store: Store,
     state: State,
     bank: Bank | None,
     registry: Registry | None,
@@ -92,6 +108,8 @@ def route(
             f"kernel: sampled is for float32 on a CPU, and this is {plan.dtype} on {model.device}",
             "leave kernel out: auto takes what there is",
         )
+    if plan.skilled:
+        return _over_skills(model, plan, contents, store)
     routes = Routes()
     context = routes.watch.context
     select = _selection(plan, state)
@@ -118,7 +136,29 @@ def route(
     if kernel is None:
         tune(groups)
     if select is not None or any(group.router.pooled for group in groups):
-        _watch(routes.watch, model, plan, state, select, registry, report)
+        attach(routes.watch, model, plan, state, select, registry, report)
+    return routes
+
+
+def _over_skills(model: Any, plan: Plan, contents: Contents, store: Store) -> Routes:
+    """An inventory of skills: folded into the weights for one task, or a LoRA for every task."""
+    inventory = inventory_of(plan, contents, store)
+    check_skills(plan, inventory.record)
+    task = task_of(plan, inventory.record)
+    routes = Routes()
+    if task is not None:
+        routes.folded = folded(plan, inventory, task)
+        routes.originals = fold_into(model, routes.folded)
+        return routes
+    context = routes.watch.context
+    for name, stack in stacks(plan, inventory):
+        module = model.get_submodule(name)
+        router = Selected(context, stack.experts, stack.n_experts)
+        linear = RoutedLinear.alone(module, stack, router, "outputs", context=context)
+        model.set_submodule(name, linear)
+        routes.originals[name] = module
+    routes.watch.choose = by_task(by_row(inventory.record))
+    routes.watch.attach(model)
     return routes
 
 
@@ -191,65 +231,6 @@ def _inputs_of(expert: int, plan: Plan, state: State, contents: Contents) -> Map
         start = f"{expert}."
         return {n.removeprefix(start): t for n, t in state.tensors.items() if n.startswith(start)}
     return {}
-
-
-def _watch(
-    watch: Watch,
-    model: Any,
-    plan: Plan,
-    state: State,
-    select: Select | None,
-    registry: Registry | None,
-    report: Report,
-) -> None:
-    """Hook the model for a router that needs to know more than the inputs of modules."""
-    method = plan.recipe.method
-    if model.config.is_encoder_decoder or not (plan.base.causal or plan.base.encoder):
-        raise UsageError(
-            f"{method.method} chooses for whole examples, and {plan.base.name} is a "
-            f"{type(model).__name__}",
-            "use a language model or an encoder, or a router by token",
-        )
-    needs = method.strategy.needs
-    if select is not None and "hidden" in needs:
-        watch.weigh = select
-    elif select is not None and "index" in needs:
-        watch.choose = _by_text(plan, state, select, registry, report)
-    elif select is not None:
-        watch.choose = _by_task(select)
-    watch.attach(model)
-
-
-def _by_text(
-    plan: Plan, state: State, select: Select, registry: Registry | None, report: Report
-) -> Any:
-    from experthub.hub.learning.embedder import Embedder
-
-    embedder = Embedder.of(plan, registry, report)
-    embedder.check(state)
-    tokenizer = load_tokenizer(plan.base)
-
-    def choose(batch: Batch, tasks: Sequence[str] | None) -> Any:
-        pairs = zip(batch.ids.tolist(), batch.real.tolist(), strict=True)
-        ids = [[i for i, real in zip(row, kept, strict=True) if real] for row, kept in pairs]
-        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return select(embedder(texts).to(batch.ids.device))
-
-    return choose
-
-
-def _by_task(select: Select) -> Any:
-    def choose(batch: Batch, tasks: Sequence[str] | None) -> Any:
-        rows = len(batch.ids)
-        if tasks is not None and len(tasks) not in (1, rows):
-            raise UsageError(
-                f"{len(tasks)} tasks were said for a batch of {rows} rows", "say one for each row"
-            )
-        names = [""] * rows if tasks is None else list(tasks) * (rows if len(tasks) == 1 else 1)
-        with explained("task"):
-            return select(names)
-
-    return choose
 
 
 def sharing(names: Sequence[str]) -> list[list[str]]:

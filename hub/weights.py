@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from experthub.hub.expert import ADAPTER, GATES
+from experthub.hub.expert import ADAPTER, GATES, SKILLS
 from experthub.hub.formats.adapter import Adapted
 from experthub.hub.formats.header import parsed
 from experthub.hub.formats.task_vector import Stored, read_task_vector
@@ -41,7 +41,8 @@ class Contents:
                 for name in store.identity(member.digest).weights:
                     self._submit(store.file, member.digest, name)
             else:
-                self._submit(store.read, member.digest, ADAPTER)
+                name = SKILLS if member.kind == "skills" else ADAPTER
+                self._submit(store.read, member.digest, name)
             if gates and member.gated:
                 self._submit(store.read, member.digest, GATES)
 

@@ -17,11 +17,15 @@ from experthub.routing._router import (
     top_k_softmax,
 )
 from experthub.routing._rows import Rows
+from experthub.routing._skilled_linear import SkilledLinear, TaskRows
+from experthub.routing._skills import AVERAGE, Skills, check_heads
 from experthub.routing.arrow import arrow
 from experthub.routing.average_activation import average_activation
 from experthub.routing.best_individual import best_individual
 from experthub.routing.lora_retriever import lora_retriever
+from experthub.routing.mhr import mhr
 from experthub.routing.phatgoose import SigmoidGate, phatgoose, untrained_gate
+from experthub.routing.poly import poly
 from experthub.routing.retrieval import retrieval
 from experthub.routing.smear import smear
 from experthub.routing.task import task
@@ -29,6 +33,7 @@ from experthub.routing.uniform import uniform
 from experthub.routing.xlora import untrained_classifier, xlora
 
 __all__ = [
+    "AVERAGE",
     "Context",
     "ExpertStack",
     "Group",
@@ -41,13 +46,19 @@ __all__ = [
     "Select",
     "Selected",
     "SigmoidGate",
+    "SkilledLinear",
+    "Skills",
+    "TaskRows",
     "Weights",
     "arrow",
     "average_activation",
     "best_individual",
+    "check_heads",
     "fastest",
     "lora_retriever",
+    "mhr",
     "phatgoose",
+    "poly",
     "recorded",
     "reference",
     "retrieval",

@@ -16,7 +16,8 @@ import torch
 from conftest import run_hub, snapshot, tiny_llama
 from experthub.hub.describe import write_description
 from experthub.hub.expert import Expert
-from experthub.hub.store import Store, read_folder
+from experthub.hub.folder import read_folder
+from experthub.hub.store import Store
 from experthub.hub.tasks.task import Card, Example, example_id, write_task
 from safetensors.torch import load_file, save_file
 

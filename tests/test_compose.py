@@ -291,7 +291,7 @@ def test_another_base_is_refused_unless_allowed(
 ) -> None:
     from experthub.hub.describe import write_description
     from experthub.hub.expert import Expert
-    from experthub.hub.store import read_folder
+    from experthub.hub.folder import read_folder
 
     folder = expert_folder(1)
     identity = read_folder(folder).model_copy(update={"base_fingerprint": "sha256:" + "0" * 64})

@@ -22,7 +22,11 @@ from learning import SHAPES, learner
 from torch import Tensor, nn
 
 MERGES = [pytest.param(s, id=name) for name, s in merges.items()]
-ROUTERS = [pytest.param(s, id=name) for name, s in routers.items() if s.routing.depth == "module"]
+ROUTERS = [
+    pytest.param(s, id=name)
+    for name, s in routers.items()
+    if s.routing.depth == "module" and "skills" not in s.needs
+]
 COMBINES = ("outputs", "parameters")
 
 

@@ -36,8 +36,8 @@ from experthub.hub import _yaml
 from experthub.hub.describe import write_description
 from experthub.hub.errors import HubError
 from experthub.hub.expert import Expert
+from experthub.hub.folder import read_folder
 from experthub.hub.registry import RegistryFile
-from experthub.hub.store import read_folder
 from experthub.hub.tasks.task import Card, Example, example_id, write_task
 from experthub.merge import merges
 from experthub.routing import routers

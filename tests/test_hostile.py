@@ -165,7 +165,7 @@ def test_names_do_not_reach_the_terminal_as_they_are(published: HfServer, home: 
 def test_descriptions_do_not_either(
     server: HfServer, home: Path, files: dict[str, bytes], expert_folder: Make
 ) -> None:
-    from experthub.hub.store import read_folder
+    from experthub.hub.folder import read_folder
 
     identity = read_folder(expert_folder(1)).record()
     described = {"name": "x", "base": "b\x1b[2J", "description": "\x1b]0;owned\x07 text\nmore"}
@@ -470,7 +470,7 @@ def test_an_expert_that_calls_itself_a_path(
 
 def described(folder: Path, **changes: Any) -> Path:
     """The folder, with an expert.json of which some fields are changed."""
-    from experthub.hub.store import read_folder
+    from experthub.hub.folder import read_folder
 
     record = {"name": "x", "base": "b", "identity": read_folder(folder).record()}
     (folder / "expert.json").write_text(json.dumps(record | changes))

@@ -38,6 +38,7 @@ from experthub.hub.expert import (
     absolute_source,
     is_named,
 )
+from experthub.hub.folder import read_folder
 from experthub.hub.formats.adapter import read_adapter
 from experthub.hub.formats.coefficients import read_coefficients
 from experthub.hub.formats.header import read_header
@@ -51,7 +52,7 @@ from experthub.hub.registry import Registry
 from experthub.hub.remotes import _http, hf
 from experthub.hub.remotes._hf_files import HfSource
 from experthub.hub.sealed import MANIFEST
-from experthub.hub.store import Store, read_folder
+from experthub.hub.store import Store
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as some
 from safetensors.torch import save

@@ -276,7 +276,7 @@ def test_adding_into_a_projects_registry(tmp_path: Path, home: Path, expert_fold
 def test_a_description_is_taken_over(base_folder: Path, expert_folder: Make) -> None:
     """What expert.json says holds, unless the command says otherwise."""
     from experthub.hub.describe import write_description
-    from experthub.hub.store import read_folder
+    from experthub.hub.folder import read_folder
 
     folder = expert_folder(1)
     identity = read_folder(folder)

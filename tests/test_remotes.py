@@ -26,9 +26,10 @@ from conftest import at_once, run_hub, snapshot
 from experthub.hub import bases
 from experthub.hub.base_sources import is_here
 from experthub.hub.errors import HubError, NotFoundError
+from experthub.hub.folder import read_folder
 from experthub.hub.registry import Registry
 from experthub.hub.remotes import _http, pypi
-from experthub.hub.store import Store, read_folder
+from experthub.hub.store import Store
 from experthub.hub.tasks import bigbench
 from experthub.hub.tasks.bigbench import convert, import_archive
 from experthub.hub.tasks.task import Task, read_task

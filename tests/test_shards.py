@@ -21,8 +21,9 @@ from experthub.hub.expert import (
     Reference,
     is_named,
 )
+from experthub.hub.folder import read_folder
 from experthub.hub.registry import Registry
-from experthub.hub.store import Store, read_folder
+from experthub.hub.store import Store
 from safetensors.torch import load_file, save_file
 from test_difference import NORM, composed, outputs, tuned_from
 from test_push import push, server  # noqa: F401

@@ -19,7 +19,8 @@ from experthub.hub._files import ensure_space
 from experthub.hub.describe import write_description
 from experthub.hub.errors import HubError, IntegrityError, NotFoundError
 from experthub.hub.expert import Expert
-from experthub.hub.store import Store, read_folder
+from experthub.hub.folder import read_folder
+from experthub.hub.store import Store
 from safetensors.torch import load_file, save_file
 
 Make = Callable[..., Path]

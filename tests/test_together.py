@@ -20,10 +20,11 @@ from conftest import Ran, make_expert, run_hub
 from experthub.hub import _yaml
 from experthub.hub.errors import HubError
 from experthub.hub.expert import Reference
+from experthub.hub.folder import read_folder
 from experthub.hub.keeping import leases
 from experthub.hub.keeping.verification import verify
 from experthub.hub.registry import Registry
-from experthub.hub.store import Store, read_folder
+from experthub.hub.store import Store
 
 SECONDS = float(os.environ.get("HUB_STRESS", "6"))
 USERS, CONTENTS, SHARED = 8, 3, 2

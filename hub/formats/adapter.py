@@ -17,7 +17,15 @@ from typing import Any
 from experthub.hub._patterns import matching
 from experthub.hub._yaml import did_you_mean
 from experthub.hub.errors import HubError, IntegrityError
-from experthub.hub.expert import ADAPTER, COEFFICIENTS, ROUTER, SHARD_INDEX, TASK_VECTOR, Kind
+from experthub.hub.expert import (
+    ADAPTER,
+    COEFFICIENTS,
+    ROUTER,
+    SHARD_INDEX,
+    SKILLS,
+    TASK_VECTOR,
+    Kind,
+)
 from experthub.hub.formats.header import FLOATS, Header, header_text, parsed, read_header
 from experthub.hub.formats.lora_config import by_pattern, check_config, targeted
 
@@ -194,6 +202,8 @@ def kind_of(folder: Path) -> Kind:
         return "task_vector"
     if COEFFICIENTS in names:
         return "coefficients"
+    if SKILLS in names:
+        return "skills"
     if ROUTER in names:
         return "router"
     pickles = sorted(n for n in names if Path(n).suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"))

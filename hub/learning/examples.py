@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from experthub.hub._files import digest_of
@@ -53,6 +54,20 @@ def held_out(use: DataUse, given: Sequence[Chosen]) -> list[Chosen] | None:
         return [_of_task(one.task, use, "validation") for one in given]
     except HubError:  # a small task may have none
         return None
+
+
+def few(task: Task, shots: int) -> list[Example]:
+    """As many examples of the training split in all, in turn of each class."""
+    examples = task.split("train")
+    by_class: dict[str, list[Example]] = {}
+    for example in examples:
+        answer = task.answer(example)
+        choices = task.choices(example)
+        by_class.setdefault("" if answer is None else choices[answer], []).append(example)
+    if task.card.labels is None and len(by_class) > len(examples) // 2:
+        return list(examples[:shots])  # each example has choices of its own
+    turns = zip_longest(*by_class.values())
+    return [e for turn in turns for e in turn if e is not None][:shots]
 
 
 def _of_task(task: Task, use: DataUse, split: Split) -> Chosen:

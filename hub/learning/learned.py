@@ -12,6 +12,7 @@ from experthub.hub.bases import Report, load_model, silent
 from experthub.hub.describe import write_description
 from experthub.hub.errors import ConflictError, HubError, IntegrityError, UsageError
 from experthub.hub.expert import COEFFICIENTS, COEFFICIENTS_JSON, Expert
+from experthub.hub.folder import read_folder
 from experthub.hub.formats.coefficients import (
     TENSOR,
     CoefficientExpert,
@@ -25,7 +26,7 @@ from experthub.hub.plan import Plan
 from experthub.hub.pull import Content
 from experthub.hub.reading.kinds import reader_for
 from experthub.hub.registry import Registry
-from experthub.hub.store import Store, read_folder
+from experthub.hub.store import Store
 from experthub.hub.tying import untie
 from experthub.merge import Coefficients, Learner, TaskVector
 from torch import Tensor

@@ -11,11 +11,12 @@ from experthub.hub.bases import Report
 from experthub.hub.describe import write_description
 from experthub.hub.errors import UsageError
 from experthub.hub.expert import ROUTER, ROUTER_JSON, Expert
+from experthub.hub.folder import read_folder
 from experthub.hub.formats.router import RoutedExpert, RouterRecord, read_router
 from experthub.hub.plan import Plan
 from experthub.hub.pull import Content
 from experthub.hub.registry import Registry
-from experthub.hub.store import Store, read_folder
+from experthub.hub.store import Store
 from torch import Tensor
 
 # Options that the state itself depends on; the others are of its use.

@@ -15,6 +15,7 @@ from experthub.hub.errors import HubError
 from experthub.hub.tasks.task import Task
 from experthub.hub.training.objectives import Objective
 from torch import Tensor, nn
+from torch.optim import AdamW
 
 TRAINABLE = "trainable.safetensors"
 
@@ -38,30 +39,32 @@ class Settings:
 def fit(
     model: nn.Module,
     objective: Objective,
-    task: Task,
+    examples: Sequence[Any],
     settings: Settings,
     run: Path,
+    what: str,
     report: Report,
+    router_lr: float | None = None,
 ) -> dict[str, float]:
-    """Minimise an objective on a task's training split over the trainable parameters.
+    """Minimise an objective over the trainable parameters.
 
-    Checkpoints every 20 steps into `run`; goes on from the last one.  Writes `loss.json`, a list
+    examples: as the objective's rows.  what: for messages.  router_lr: peak learning rate of
+    parameters called `logits`, that of the others by default.  Checkpoints every 20 steps into `run`; goes on from the last one.  Writes `loss.json`, a list
     of losses by step; returns the mean of the first and of the last ten.
     """
     from transformers import PrinterCallback, set_seed
 
-    examples = [objective.row(task, e) for e in task.split("train", settings.examples)]
     if len(examples) < settings.batch_size:
         raise HubError(
-            f"{task.reference} has {len(examples)} training examples, "
+            f"{what}: there are {len(examples)} training examples, "
             f"a batch needs {settings.batch_size}",
             "choose a smaller batch or another task",
         )
 
     set_seed(settings.seed)
-    trainer = _trainer(
-        model, objective, examples, settings, run, f"training on {task.reference}", report
-    )
+    trainer = _trainer(model, objective, examples, settings, run, what, report)
+    if router_lr is not None:
+        trainer.optimizer = _two_rates(model, settings.lr, router_lr)
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=_last_checkpoint(run))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -71,10 +74,23 @@ def fit(
     return {"first": _mean(losses[:10]), "last": _mean(losses[-10:])}
 
 
+def fit_task(
+    model: nn.Module,
+    objective: Objective,
+    task: Task,
+    settings: Settings,
+    run: Path,
+    report: Report,
+) -> dict[str, float]:
+    """`fit` on a task's training split."""
+    examples = [objective.row(task, e) for e in task.split("train", settings.examples)]
+    return fit(model, objective, examples, settings, run, f"training on {task.reference}", report)
+
+
 def _trainer(
     model: nn.Module,
     objective: Objective,
-    examples: list[Any],
+    examples: Sequence[Any],
     settings: Settings,
     run: Path,
     what: str,
@@ -130,6 +146,15 @@ def _trainer(
         data_collator=objective.batch,
         callbacks=[Watch()],
     )
+
+
+def _two_rates(model: nn.Module, lr: float, router_lr: float) -> AdamW:
+    """AdamW with a rate of its own for routers' logits."""
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    routers = [p for n, p in trained if n.endswith("logits")]
+    others = [p for n, p in trained if not n.endswith("logits")]
+    groups = [{"params": others, "lr": lr}, {"params": routers, "lr": router_lr}]
+    return AdamW([group for group in groups if group["params"]], weight_decay=0.0)
 
 
 def _last_checkpoint(run: Path) -> str | None:

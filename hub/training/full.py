@@ -18,7 +18,7 @@ from experthub.hub.finetunes.two_models import Weights, weights_of
 from experthub.hub.registry import Registry, checked_name
 from experthub.hub.store import Store
 from experthub.hub.tasks.task import read_task
-from experthub.hub.training.fit import Settings, fit
+from experthub.hub.training.fit import Settings, fit_task
 from experthub.hub.training.objectives import FROZEN, objective_for
 from torch import nn
 
@@ -62,7 +62,7 @@ def train_full(
     record: dict[str, Any] = {"method": "full", **asdict(settings), "embeddings": embeddings}
     key = {"kind": "full", "base": found.fingerprint, "task": read.digest, **record}
     run = run_folder(name, key)
-    loss = fit(model, objective, read, settings, run, report)
+    loss = fit_task(model, objective, read, settings, run, report)
     if out is not None:
         with new_folder(out) as folder, without_bars():
             model.save_pretrained(folder)

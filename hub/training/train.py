@@ -17,7 +17,7 @@ from experthub.hub.registry import Registry, checked_name
 from experthub.hub.resolution import resolve
 from experthub.hub.store import Store
 from experthub.hub.tasks.task import read_task
-from experthub.hub.training.fit import Settings, fit
+from experthub.hub.training.fit import Settings, fit_task
 from experthub.hub.training.objectives import FROZEN, objective_for
 from experthub.hub.weights import Contents, task_vector
 from experthub.merge import LowRank
@@ -68,7 +68,7 @@ def train_lora(
     record = {**asdict(settings), "rank": rank, "alpha": config.lora_alpha}
     key = {"kind": "lora", "base": found.fingerprint, "task": read.digest, **record}
     run = run_folder(name, key)
-    loss = fit(adapted, objective, read, settings, run, report)
+    loss = fit_task(adapted, objective, read, settings, run, report)
     with new_folder(run / "expert") as folder:
         written = adapted.peft_config["default"]
         written.base_model_name_or_path = found.name
@@ -116,7 +116,7 @@ def train_gate(
     gated = _gated(model, expert, registry, store)
     key = {"kind": "gate", "expert": expert.digest, "task": read.digest, **asdict(settings)}
     run = run_folder(f"{expert.name}-gate", key)
-    loss = fit(model, objective, read, settings, run, report)
+    loss = fit_task(model, objective, read, settings, run, report)
     gates = {
         f"{module}.gate": linear.probes_PI[0].detach().cpu()
         for module, linear in gated.items()

@@ -1,0 +1,117 @@
+"""What a recipe's method cannot work with, refused by name before a weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from experthub.hub._patterns import matching
+from experthub.hub.errors import HubError, UsageError
+from experthub.hub.plan import PlannedExpert
+from experthub.hub.recipe import Recipe
+
+
+def check_apart(ways: Sequence[Recipe], targets: Sequence[tuple[str, ...]]) -> None:
+    """Refuse parts that name the same module."""
+    owner: dict[str, str | None] = {}
+    for way, names in zip(ways, targets, strict=True):
+        for name in names:
+            if name in owner:
+                raise UsageError(
+                    f"{name.rpartition('.')[0]} is of two parts: {owner[name]} and {way.targets}",
+                    "write patterns that do not overlap",
+                )
+            owner[name] = way.targets
+
+
+def check_method(
+    recipe: Recipe, experts: tuple[PlannedExpert, ...], parameters: tuple[str, ...]
+) -> None:
+    """Refuse by name what the recipe's method cannot work with."""
+    _check_skills(recipe, experts)
+    if recipe.route is None:
+        granularity = recipe.method.options.get("granularity")
+        if isinstance(granularity, str):
+            _check_granularity(granularity, parameters)
+        return
+    from experthub.routing import routers
+
+    for expert in experts:
+        if not expert.low_rank:
+            raise UsageError(
+                f"expert {expert.label} is dense, and a route needs low-rank experts",
+                "give its merge a rank, or use merge: instead of route:",
+            )
+        for member in expert.members:
+            missing = sorted(
+                n.removesuffix(".weight")
+                for n in member.changes
+                if n in parameters and n.removesuffix(".weight") not in member.gated
+            )
+            if "gates" in routers[recipe.route.method].needs and missing:
+                raise HubError(
+                    f"expert {member.reference} has no gate for {missing[0]}, "
+                    f"which {recipe.route.method} needs",
+                    f"run hub train gate {member.reference}"
+                    if member.task and "/" not in member.reference
+                    else "register it (hub add --task), then run hub train gate",
+                )
+    embedding = [
+        a.module
+        for e in experts
+        for m in e.members
+        for a in m.adapted
+        if a.embedding and f"{a.module}.weight" in parameters
+    ]
+    if embedding:
+        raise HubError(
+            f"{embedding[0]} is an embedding, and only linear modules can be routed",
+            "leave it out with targets:, or use merge: instead of route:",
+        )
+    if recipe.route.combine == "parameters":
+        _check_equal_ranks(experts, parameters)
+
+
+def _check_skills(recipe: Recipe, experts: tuple[PlannedExpert, ...]) -> None:
+    """Inventories of skills and the routers that are over them go together, one of each."""
+    inventories = [m.reference for e in experts for m in e.members if m.kind == "skills"]
+    needs = "skills" in recipe.method.strategy.needs
+    if needs and (len(inventories) != 1 or len(experts) != 1):
+        raise UsageError(
+            f"{recipe.method.method} is over one inventory of skills, and the recipe has "
+            f"{len(inventories)} among {len(experts)} experts",
+            "name one that hub train skills made, and nothing else",
+        )
+    if inventories and not needs:
+        raise UsageError(
+            f"{inventories[0]} is an inventory of skills, which {recipe.method.method} cannot use",
+            "say route: {method: poly}, or mhr, over it alone",
+        )
+
+
+def _check_granularity(granularity: str, parameters: tuple[str, ...]) -> None:
+    from experthub.merge import blocks_of
+
+    try:
+        with matching():
+            blocks_of(parameters, granularity)
+    except (ValueError, TimeoutError) as error:
+        raise UsageError(str(error), "write it simpler, or use a name") from None
+
+
+def _check_equal_ranks(experts: tuple[PlannedExpert, ...], parameters: tuple[str, ...]) -> None:
+    ranks: dict[str, dict[int, str]] = {}
+    for expert in experts:
+        for name in parameters:
+            found = [
+                a.rank for m in expert.members for a in m.adapted if f"{a.module}.weight" == name
+            ]
+            rank = min(sum(found), expert.rank or sum(found))
+            if found:
+                ranks.setdefault(name, {})[rank] = expert.label
+    for name, by_rank in ranks.items():
+        if len(by_rank) > 1:
+            raise HubError(
+                f"combine: parameters needs one rank, and {name.removesuffix('.weight')} has "
+                + ", ".join(f"{rank} ({label})" for rank, label in sorted(by_rank.items())),
+                "use combine: outputs",
+            )

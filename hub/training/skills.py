@@ -1,0 +1,184 @@
+"""Training inventories of skills on several tasks (Poly, MHR), and adapting them to a new one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, cast, get_args
+
+import torch
+from experthub.hub.base_sources import find
+from experthub.hub.bases import Report, load_model, silent
+from experthub.hub.describe import describe, run_folder
+from experthub.hub.errors import UsageError
+from experthub.hub.expert import SKILLS, Expert, Reference
+from experthub.hub.learning.examples import few
+from experthub.hub.pull import Content, pull
+from experthub.hub.registry import Registry, checked_name
+from experthub.hub.skills import Inventory
+from experthub.hub.store import Store
+from experthub.hub.tasks.task import Example, Task, read_task
+from experthub.hub.training.fit import Settings, fit
+from experthub.hub.training.inventory import (
+    InventoryShape,
+    beside,
+    linears,
+    save_lora,
+    save_skills,
+    stored,
+    trainable,
+    untrained,
+)
+from experthub.hub.training.objectives import Objective, objective_for
+from experthub.hub.weights import Tensors
+from experthub.routing import TaskRows
+from torch import Tensor
+
+Tune = Literal["all", "z", "mu"]
+
+
+@dataclass(frozen=True)
+class MultiTask:
+    """An objective over rows of several tasks, which the model's skilled modules are told."""
+
+    inner: Objective
+    rows: TaskRows
+
+    def row(self, task: Task, example: Example) -> Any:
+        return self.inner.row(task, example)
+
+    def batch(self, rows: Sequence[tuple[int, Any]]) -> dict[str, Any]:
+        tasks = torch.tensor([task for task, _ in rows])
+        return {"tasks": tasks, "inner": self.inner.batch([row for _, row in rows])}
+
+    def loss(self, model: Any, batch: dict[str, Any]) -> Tensor:
+        self.rows.tasks = batch["tasks"]
+        return self.inner.loss(model, batch["inner"])
+
+
+def train_skills(
+    base: str,
+    tasks: Sequence[str],
+    name: str,
+    shape: InventoryShape,
+    settings: Settings,
+    *,
+    router_lr: float | None = None,
+    device: str | None = None,
+    registry: Registry | None = None,
+    store: Store | None = None,
+    report: Report = silent,
+) -> Expert:
+    """Train an inventory of skills on several tasks together, and store it.
+
+    Every batch mixes tasks.  settings: `examples` of each task, at most.  router_lr: peak learning
+    rate of the logits, ten times that of the skills by default (Ponti et al. search from ten to a
+    thousand times; a hundred in Caccia et al., with Adafactor).  A run that was interrupted goes on
+    from its last checkpoint.
+    """
+    registry, store = registry or Registry.read(), store or Store()
+    checked_name(name)
+    if len(set(tasks)) < len(tasks):
+        raise UsageError("a task stands twice", "name each once")
+    read = [read_task(task) for task in tasks]
+    found = find(base, registry, report)
+    torch.manual_seed(settings.seed)
+    model = load_model(found, "float32", device)
+    record = shape.record(found.name, tasks, linears(model, found))
+    rows = TaskRows()
+    skilled = beside(model, record, untrained(model, record), rows, shape.relaxed)
+    if shape.router in ("shared", "private"):
+        for module in skilled.values():
+            module.logits.requires_grad_(False)
+    numbers = {**asdict(shape), **asdict(settings), "router_lr": router_lr or 10 * settings.lr}
+    key = {
+        "kind": "skills",
+        "base": found.fingerprint,
+        "tasks": [t.digest for t in read],
+        **numbers,
+    }
+    run = run_folder(name, key)
+    objective = MultiTask(objective_for(found, device), rows)
+    examples = [
+        (i, objective.row(task, e))
+        for i, task in enumerate(read)
+        for e in task.split("train", settings.examples)
+    ]
+    what = f"training on {len(tasks)} tasks"
+    loss = fit(model, objective, examples, settings, run, what, report, numbers["router_lr"])
+    save_skills(run / "expert", record, skilled)
+    training = {**numbers, "tasks": list(tasks), "trainable": trainable(model), "loss": loss}
+    return describe(run / "expert", name, found, registry, store, task=None, training=training)
+
+
+def adapt(
+    skills: str,
+    task: str,
+    name: str,
+    tune: Tune,
+    settings: Settings,
+    *,
+    shots: int = 16,
+    router_lr: float | None = None,
+    device: str | None = None,
+    registry: Registry | None = None,
+    store: Store | None = None,
+    report: Report = silent,
+) -> Expert:
+    """Adapt a stored inventory to a new task by a few examples, and store what comes of it.
+
+    tune: `all` trains the skills and a new router; `z` the router alone; both give an inventory of
+    this one task.  `mu` trains the average of the skills, and gives a plain LoRA: the authors train
+    every skill under fixed weights 1 / S, which is the same but for the optimiser's epsilon, at S
+    times the memory (Caccia et al., section 3.2).  shots: examples in all, of the training split,
+    as many of each class as there can be.  router_lr: see `train_skills`.
+    """
+    registry, store = registry or Registry.read(), store or Store()
+    checked_name(name)
+    expert = registry.expert(Reference.parse(skills))
+    if expert.kind != "skills":
+        raise UsageError(f"{expert.reference} is no inventory of skills", "see hub train skills")
+    pull(Content.of(expert), store, report)
+    read, found = read_task(task), find(expert.base, registry, report)
+    inventory = Inventory(expert.digest, store, Tensors(store.read(expert.digest, SKILLS)))
+    torch.manual_seed(settings.seed)
+    model = load_model(found, "float32", device)
+    old = inventory.record
+    change: dict[str, Any] = {"tasks": [read.reference]}
+    if tune == "mu" or old.router == "shared":
+        change |= {"router": "shared", "n_skills": 1, "n_heads": 1}
+    record, rows = old.model_copy(update=change), TaskRows()
+    skilled = beside(model, record, stored(inventory, record), rows, relaxed=False)
+    for module in skilled.values():
+        module.skill_a.requires_grad_(tune != "z")
+        module.skill_b.requires_grad_(tune != "z")
+        module.logits.requires_grad_(record.router != "shared")
+    if trainable(model) == 0:
+        raise UsageError(f"{expert.reference} has no router to train", "say --tune all or mu")
+    examples = few(read, shots)
+    numbers = {
+        **asdict(settings),
+        "shots": shots,
+        "tune": tune,
+        "router_lr": router_lr or 10 * settings.lr,
+    }
+    key = {"kind": "adapt", "skills": expert.digest, "task": read.digest, **numbers}
+    run = run_folder(name, key)
+    objective = MultiTask(objective_for(found, device), rows)
+    pairs = [(0, objective.row(read, e)) for e in examples]
+    what = f"adapting to {read.reference}"
+    loss = fit(model, objective, pairs, settings, run, what, report, numbers["router_lr"])
+    if tune == "mu":
+        save_lora(run / "expert", record, skilled, found)
+    else:
+        save_skills(run / "expert", record, skilled)
+    training = {**numbers, "skills": expert.reference, "trainable": trainable(model), "loss": loss}
+    made = read.reference
+    return describe(run / "expert", name, found, registry, store, task=made, training=training)
+
+
+def tune_of(word: str) -> Tune:
+    """What to train, out of a word; UsageError for any other."""
+    if word not in get_args(Tune):
+        raise UsageError(f"unknown --tune {word!r}", f"use one of {', '.join(get_args(Tune))}")
+    return cast(Tune, word)
