@@ -1,0 +1,131 @@
+"""Train inventories of skills together on some tasks, and adapt them to others by few examples.
+
+Usage: python examples/skills/run.py examples/skills/encoder.yaml [--seeds 0 1 2]
+
+What is done already (in $HUB_HOME, or as a result beside the file) is skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experthub import hub
+from experthub.hub import _yaml
+from experthub.hub._files import write_json
+from experthub.hub._memory import reuse_memory
+from experthub.hub.errors import NotFoundError
+from experthub.hub.expert import Reference
+
+SCRATCH = "lora"  # a LoRA of the held-out task's examples alone
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One seed of a study."""
+
+    study: dict[str, Any]
+    seed: int
+
+    @property
+    def base(self) -> str:
+        return str(self.study["base"])
+
+    def name(self, *parts: object) -> str:
+        text = "-".join(map(str, (self.study["name"], *parts, self.seed)))
+        return text.lower().replace("/", "-").replace(":", "-").replace("_", "-")
+
+    def made(self, name: str, make: Any) -> hub.Expert:
+        """The expert of this name, made now unless it was before."""
+        registry = hub.Registry.read()
+        try:
+            return registry.expert(Reference.parse(name))
+        except NotFoundError:
+            say(f"making {name}")
+            expert: hub.Expert = make()
+            return expert
+
+    def inventory(self, kind: str) -> hub.Expert:
+        """All tasks together."""
+        name = self.name(kind)
+        shape = hub.InventoryShape(**self.study["inventories"][kind], **self.study["shape"])
+        settings = hub.Settings(**self.study["train"], seed=self.seed)
+        return self.made(
+            name, lambda: hub.train_skills(self.base, self.study["tasks"], name, shape, settings)
+        )
+
+    def adapted(self, kind: str, tune: str, shots: int, task: str) -> hub.Expert:
+        """One task by few examples."""
+        name = self.name(kind, tune, shots, task.rpartition(":")[2])
+        settings = hub.Settings(**self.study["adapt"], examples=shots, seed=self.seed)
+        if kind == SCRATCH:
+            rank = self.study["shape"]["rank"]
+            return self.made(
+                name, lambda: hub.train_lora(self.base, task, name, settings, rank=rank, alpha=rank)
+            )
+        skills = self.inventory(kind).reference
+        return self.made(name, lambda: hub.adapt(skills, task, name, tune, settings, shots=shots))
+
+    def columns(self) -> Iterator[tuple[str, str]]:
+        yield SCRATCH, "all"
+        for kind, tunes in self.study["tune"].items():
+            for tune in tunes:
+                yield kind, tune
+
+    def of_task(self, task: str) -> dict[str, Any]:
+        """Accuracies on one held-out task, and how many numbers each way trained."""
+        recipes, trainable = {}, {}
+        for kind in self.study["inventories"]:
+            router = self.study["inventories"][kind]["router"]
+            method = router if router in ("poly", "mhr") else "poly"
+            route = {"method": method, "task": "average"}
+            recipes[f"{kind} average"] = self.recipe(self.inventory(kind), route)
+        for shots in self.study["shots"]:
+            for kind, tune in self.columns():
+                expert = self.adapted(kind, tune, shots, task)
+                column = f"{kind} {tune} {shots}"
+                method = kind if kind in ("poly", "mhr") else "poly"
+                plain = expert.kind == "lora"
+                recipes[column] = self.recipe(expert, {"method": "uniform" if plain else method})
+                trainable[column] = expert.training.get("trainable")
+        limit = self.study["limit"]
+        found = hub.evaluate(recipes, [task], split="test", limit=limit)["tasks"][0]
+        methods = found["methods"]
+        accuracy = {name: methods[name]["accuracy"] for name in methods}
+        return {"n": found["n"], "accuracy": accuracy, "trainable": trainable}
+
+    def recipe(self, expert: hub.Expert, route: dict[str, Any]) -> hub.Recipe:
+        return hub.Recipe.of({"base": self.base, "experts": [expert.reference], "route": route})
+
+    def all(self) -> dict[str, Any]:
+        tasks = {}
+        for task in self.study["held_out"]:
+            tasks[task] = self.of_task(task)
+            say(f"{task}: {tasks[task]['accuracy']}")
+        return {"schema": 1, "study": self.study["name"], "seed": self.seed, "tasks": tasks}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("study", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    given = parser.parse_args()
+    reuse_memory()
+    study = _yaml.read(given.study).value
+    for seed in given.seeds:
+        place = given.study.with_name(f"{given.study.stem}-{seed}.json")
+        if not place.is_file():
+            write_json(place, Run(study, seed).all())
+            say(f"wrote {place}")
+
+
+if __name__ == "__main__":
+    main()
