@@ -61,9 +61,10 @@ class Run:
 
     def expert(self, task: str) -> str:
         """The expert of a task, without gates, trained unless it is there."""
-        return self._trained(task, f"{SUITE}-{short(task)}-{self.seed}", self._settings("train"))
+        return self._trained(task, short(task), self._settings("train"))
 
-    def _trained(self, task: str, name: str, settings: hub.Settings) -> str:
+    def _trained(self, task: str, what: str, settings: hub.Settings) -> str:
+        name = f"{SUITE}-{self.proof['name']}-{what}-{self.seed}"
         try:
             return hub.Registry.read().expert(Reference.parse(f"{name}@1")).reference
         except NotFoundError:
@@ -119,7 +120,7 @@ class Run:
         steps = train.steps * len(self.tasks)
         settings = self._settings("train", steps=steps, examples=len(examples))
         reference = write_task(SUITE, card, examples)
-        return self._trained(reference, f"{SUITE}-mix-{self.proof['name']}-{self.seed}", settings)
+        return self._trained(reference, "mix", settings)
 
     def evaluated(
         self, recipes: Mapping[str, hub.Recipe], tasks: Sequence[str], split: Split, controls: bool

@@ -142,7 +142,9 @@ def own_table(runs: Runs) -> list[str]:
     cells = [cell([mean(run["own"][c].values()) for run in runs]) for c in shown]
     cells += [watched(runs, name, proof["tasks"]) for name in proof["watched"]]
     rows.append(["**mean**", *cells])
-    rows.append(["**first place**", *[""] * len(shown), *(firsts(runs, n) for n in proof["watched"])])
+    rows.append(
+        ["**first place**", *[""] * len(shown), *(firsts(runs, n) for n in proof["watched"])]
+    )
     return table(["task", *head], rows)
 
 
