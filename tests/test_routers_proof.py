@@ -61,6 +61,7 @@ def proof(tmp_path: Path) -> dict[str, Any]:
         "train": {"steps": 3, "examples": 40, "batch_size": 4, "lr": 1e-2},
         "gate": {"steps": 2, "examples": 40, "batch_size": 4, "lr": 1e-2},
         "limit": 12,
+        "own_limit": 8,
         "recipes": {
             "uniform": {"route": {"method": "uniform"}},
             "phatgoose": {"route": {"method": "phatgoose", "top_k": 1}},
@@ -149,6 +150,7 @@ def result(seed: int, **columns: Sequence[str]) -> dict[str, Any]:
             "tasks": ["t:own"],
             "unseen": {"near": tasks[:1], "far": tasks[1:]},
             "limit": 40,
+            "own_limit": 20,
             "recipes": {"good": {}, "same": {}},
             "watched": ["good"],
             "shown": ["good"],

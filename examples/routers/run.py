@@ -129,7 +129,7 @@ class Run:
             recipes,
             tasks,
             split=split,
-            limit=self.proof["limit"],
+            limit=self.proof["limit" if split == "all" else "own_limit"],
             controls=controls,
             with_samples=True,
             report=report,

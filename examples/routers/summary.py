@@ -168,7 +168,7 @@ def section(name: str, runs: Runs) -> list[str]:
     head = HEAD.format(
         name=name, experts=experts, unseen=unseen, near=near, limit=limit, seeds=seeds
     )
-    own = OWN.format(limit=limit, prompts=PROMPTS, experts=experts)
+    own = OWN.format(limit=proof["own_limit"], prompts=PROMPTS, experts=experts)
     return [head, *main_table(runs), *task_table(runs), own, *own_table(runs)]
 
 
