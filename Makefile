@@ -6,7 +6,7 @@ RECIPES := $(addprefix examples/demo/, task_arithmetic.yaml uniform.yaml phatgoo
 
 PEERS := $(patsubst tests/peers/%.txt, build/peers/%/.installed, $(wildcard tests/peers/*.txt))
 
-.PHONY: demo demo-controls demo-skills demo-near suite-encoder suite-vision peers test test-all docs experts clean
+.PHONY: demo demo-controls demo-skills demo-near suite-encoder suite-vision routers-encoder peers test test-all docs experts clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -52,6 +52,13 @@ suite-vision: .venv/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[suite]'
 	$(BIN)/python examples/suite/vision.py build/suite/vit
 	$(BIN)/python examples/suite/run.py examples/suite/vision.yaml
+	$(BIN)/python examples/suite/table.py
+
+# Every router on tasks that no expert was trained on, three seeds: many hours; goes on where it stopped.
+routers-encoder: .venv/.installed
+	$(BIN)/hub pull all-minilm-l6-v2
+	$(BIN)/hub tasks import bigbench $$(sed -n 's/^ *- bigbench://p' examples/routers/encoder.yaml)
+	$(BIN)/python examples/routers/run.py examples/routers/encoder.yaml
 	$(BIN)/python examples/suite/table.py
 
 # Programs of others that the tests meet, each in an environment of its own.

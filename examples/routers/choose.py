@@ -1,0 +1,77 @@
+"""Which tasks can be learned: one quickly trained expert for every candidate, beside its base.
+
+Usage: python examples/routers/choose.py PROOF.yaml CANDIDATES.txt [--base-only]
+
+Scores are those of the validation splits, so that neither test splits nor routers take part in
+the choice.  Goes on where it stopped; the figures are written beside the proof's file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from experthub import hub
+from experthub.hub import _yaml
+from experthub.hub._files import write_json
+from experthub.hub.errors import HubError
+from experthub.hub.tasks.task import Split, read_task
+from run import Run, say
+
+EXAMPLES = 150
+STAND_IN = "bigbench:intent_recognition"
+
+
+def tried(run: Run, name: str, base_only: bool) -> dict[str, Any]:
+    """The base on a task, and the expert of that task, if it is to be trained."""
+    task, split = f"bigbench:{name}", "all" if base_only else "validation"
+    # Of the other expert only the base's column is kept: a recipe has to be named.
+    expert = run.expert(STAND_IN if base_only else task)
+    found = hub.evaluate({"it": run.alone(expert)}, [task], split=split, limit=EXAMPLES)
+    row = found["tasks"][0]
+    result = described(task, split) | {"base": row["methods"]["base"]["accuracy"]}
+    if base_only:
+        return result
+    it = row["methods"]["it"]
+    return result | {"expert": it["accuracy"], "delta_ci95": it["delta_to_base"]["ci95"]}
+
+
+def described(reference: str, split: Split) -> dict[str, Any]:
+    """How many examples; what guessing reaches, and the most common answer where all share them."""
+    task = read_task(reference)
+    examples = task.split(split, EXAMPLES)
+    choices = [task.choices(example) for example in examples]
+    answers = Counter(c[task.answer(e) or 0] for c, e in zip(choices, examples, strict=True))
+    shared = len(set(map(frozenset, choices))) == 1
+    return {
+        "source": task.card.source,
+        "n": len(examples),
+        "chance": sum(1 / len(c) for c in choices) / len(examples),
+        "most_common": max(answers.values()) / len(examples) if shared else None,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("proof", type=Path)
+    parser.add_argument("candidates", type=Path)
+    parser.add_argument("--base-only", action="store_true")
+    given = parser.parse_args()
+    run = Run(_yaml.read(given.proof).value, 0)
+    place = given.proof.with_name(f"{given.proof.stem}-{given.candidates.stem}.json")
+    known: dict[str, Any] = json.loads(place.read_text()) if place.is_file() else {}
+    for name in given.candidates.read_text().split():
+        if name not in known:
+            try:
+                known[name] = tried(run, name, given.base_only)
+            except HubError as error:
+                known[name] = {"error": error.message}
+            say(f"{name}: {known[name]}")
+            write_json(place, known)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""How long and how fast gates are to be trained: a few experts, by steps and learning rate.
+
+Usage: python examples/routers/gates.py PROOF.yaml [--experts 6] [--steps 30 100] [--lr 5e-3 2e-2]
+
+Gates are judged on the validation splits of the experts' own tasks: by how often a router finds the
+task's own expert among the few, and by accuracy.  The figures are written beside the proof's file.
+"""
+
+from __future__ import annotations
+
+import argparse
+from itertools import product
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from experthub.hub import _yaml
+from experthub.hub._files import write_json
+from run import Run, accuracies, say
+
+
+def judged(proof: dict[str, Any], steps: int, lr: float) -> dict[str, Any]:
+    """What gates of one setting do."""
+    run = Run({**proof, "gate": {**proof["gate"], "steps": steps, "lr": lr}}, 0)
+    hits = run.hits()
+    columns = accuracies(run.evaluated(run.recipes, run.tasks, "validation", False))
+    return {
+        "steps": steps,
+        "lr": lr,
+        "loss": {task: record["gate"] for task, record in run.training().items()},
+        "hits": hits,
+        "accuracy": columns,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("proof", type=Path)
+    parser.add_argument("--experts", type=int, default=6)
+    parser.add_argument("--steps", type=int, nargs="+", default=[30, 100])
+    parser.add_argument("--lr", type=float, nargs="+", default=[5e-3, 2e-2])
+    given = parser.parse_args()
+    proof = _yaml.read(given.proof).value
+    proof["tasks"] = proof["tasks"][: given.experts]
+    proof["recipes"] = {name: proof["recipes"][name] for name in proof["watched"]}
+    found = []
+    for steps, lr in product(given.steps, given.lr):
+        found.append(judged(proof, steps, lr))
+        for name, hits in found[-1]["hits"].items():
+            weight = mean(hit["weight"] for hit in hits.values())
+            first = mean(hit["place"] == 1 for hit in hits.values())
+            accuracy = mean(found[-1]["accuracy"][name].values())
+            say(f"{steps} steps at {lr}: {name} {weight:.3f}, {first:.3f}, {accuracy:.3f}")
+        write_json(given.proof.with_name(f"{given.proof.stem}-gates.json"), found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""Routers on tasks that no expert was trained on: experts and gates trained, all routers scored.
+
+Usage: python examples/routers/run.py PROOF.yaml [--seeds 0 1 2] [--experts-only]
+
+Everything is kept as it is made (experts, gates, scores), so an interrupted run goes on, and a
+recipe that is added to the file later costs its own column only.  Results are written beside the
+proof's file, one JSON for each seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from experthub import hub
+from experthub.hub import _yaml
+from experthub.hub._files import write_json
+from experthub.hub.errors import NotFoundError
+from experthub.hub.expert import Expert, Reference
+from experthub.hub.scoring.routing_map import routing_map
+from experthub.hub.tasks.task import Example, Split, Task, read_task, write_task
+
+PROMPTS = 16  # of a task's test split, on which a router is watched
+SUITE = "routers"  # of the tasks that are made here
+
+
+def short(task: str) -> str:
+    return task.rpartition(":")[2].replace("/", "-").replace("_", "-").lower()[:40].strip("-")
+
+
+def say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def report(what: str, done: int, size: int) -> None:
+    if size and done == size:
+        say(f"  {what} {done}/{size}")
+
+
+@dataclass
+class Run:
+    """One seed of a proof: that of its experts and of their gates."""
+
+    proof: dict[str, Any]
+    seed: int
+
+    @property
+    def tasks(self) -> list[str]:
+        """Those that experts are trained on."""
+        return list(self.proof["tasks"])
+
+    @property
+    def unseen(self) -> list[str]:
+        return [task for group in self.proof["unseen"].values() for task in group]
+
+    def expert(self, task: str) -> str:
+        """The expert of a task, without gates, trained unless it is there."""
+        return self._trained(task, short(task), self._settings("train"))
+
+    def _trained(self, task: str, what: str, settings: hub.Settings) -> str:
+        name = f"{SUITE}-{self.proof['name']}-{what}-{self.seed}"
+        try:
+            return hub.Registry.read().expert(Reference.parse(f"{name}@1")).reference
+        except NotFoundError:
+            say(f"training {name}")
+        return hub.train_lora(self.proof["base"], task, name, settings).reference
+
+    def _settings(self, kind: str, **more: Any) -> hub.Settings:
+        return hub.Settings(**{**self.proof[kind], "seed": self.seed, **more})
+
+    def gated(self, task: str) -> Expert:
+        """The expert of a task with gates that were trained as the proof says."""
+        plain = self.expert(task)
+        newest = hub.Registry.read().expert(Reference.parse(plain.partition("@")[0]))
+        settings = self._settings("gate")
+        found = {**newest.training}.get("gate", {})
+        if {key: found.get(key) for key in asdict(settings)} != asdict(settings):
+            say(f"training the gates of {plain}")
+            newest = hub.train_gate(plain, settings)
+        return newest
+
+    @cached_property
+    def experts(self) -> list[str]:
+        """In the order of the tasks; first all experts, then all gates."""
+        for task in self.tasks:
+            self.expert(task)
+        return [self.gated(task).reference for task in self.tasks]
+
+    def recipe(self, body: Mapping[str, Any], experts: Sequence[str] | None = None) -> hub.Recipe:
+        """A recipe of the proof: its merge or route, with the base and the experts."""
+        common = {"base": self.proof["base"], "experts": list(experts or self.experts)}
+        return hub.Recipe.of({**common, **body, "seed": self.seed})
+
+    def alone(self, expert: str) -> hub.Recipe:
+        return self.recipe({"merge": {"method": "linear"}}, [expert])
+
+    @property
+    def recipes(self) -> dict[str, hub.Recipe]:
+        return {name: self.recipe(body) for name, body in self.proof["recipes"].items()}
+
+    def multi_task(self) -> str:
+        """One expert of all tasks, of the examples that the others are trained on, mixed.
+
+        With as many steps as all of them together.
+        """
+        train = self._settings("train")
+        examples = [
+            own_choices(task, example)
+            for task in map(read_task, self.tasks)
+            for example in task.split("train", train.examples)
+        ]
+        card = read_task(self.tasks[0]).card
+        card = card.model_copy(update={"name": f"mix-{self.proof['name']}", "labels": None})
+        steps = train.steps * len(self.tasks)
+        settings = self._settings("train", steps=steps, examples=len(examples))
+        reference = write_task(SUITE, card, examples)
+        return self._trained(reference, "mix", settings)
+
+    def evaluated(
+        self, recipes: Mapping[str, hub.Recipe], tasks: Sequence[str], split: Split, controls: bool
+    ) -> dict[str, Any]:
+        return hub.evaluate(
+            recipes,
+            tasks,
+            split=split,
+            limit=self.proof["limit" if split == "all" else "own_limit"],
+            controls=controls,
+            with_samples=True,
+            report=report,
+        )
+
+    def on_unseen(self, multi_task: bool) -> dict[str, Any]:
+        """Every column, the controls among them, example by example."""
+        found = self.evaluated(self.recipes, self.unseen, "all", True)
+        columns, controls = outcomes(found), found["controls"]
+        if multi_task:
+            recipes = {"multi_task": self.alone(self.multi_task())}
+            columns |= outcomes(self.evaluated(recipes, self.unseen, "all", False))
+        return {"columns": columns, "controls": controls}
+
+    def on_own(self) -> dict[str, dict[str, float]]:
+        """Accuracy on the test splits of the trained tasks, by column and task."""
+        found = self.evaluated(self.recipes, self.tasks, "test", False)
+        columns = accuracies(found)
+        columns["individual"] = {
+            task: accuracies(self.evaluated({"it": self.alone(expert)}, [task], "test", False))[
+                "it"
+            ][task]
+            for expert, task in zip(self.experts, self.tasks, strict=True)
+        }
+        return columns
+
+    def hits(self) -> dict[str, dict[str, dict[str, float]]]:
+        """How much of its own expert a router takes on each trained task.
+
+        By recipe and task: the mean weight of that expert over tokens and modules, and its place
+        among all experts by that weight, 1 for the first.
+        """
+        return {
+            name: {
+                task: self._hit(self.recipes[name], place, task)
+                for place, task in enumerate(self.tasks)
+            }
+            for name in self.proof["watched"]
+        }
+
+    def _hit(self, recipe: hub.Recipe, place: int, task: str) -> dict[str, float]:
+        found = routing_map(recipe, [held_out(task)], per_task=PROMPTS)
+        layers = found["weights"]
+        means = [sum(row[e] for row in layers) / len(layers) for e in range(len(layers[0]))]
+        own = means[place]
+        return {"weight": own, "place": 1 + sum(mean > own for mean in means)}
+
+    def training(self) -> dict[str, Any]:
+        """Losses of the first and the last ten steps, of experts and of gates."""
+        found = {task: self.gated(task).training for task in self.tasks}
+        return {
+            task: {"loss": record["loss"], "gate": record["gate"]["loss"]}
+            for task, record in found.items()
+        }
+
+    def all(self, multi_task: bool = True) -> dict[str, Any]:
+        return {
+            "proof": self.proof,
+            "seed": self.seed,
+            "unseen": self.on_unseen(multi_task),
+            "own": self.on_own(),
+            "hits": self.hits(),
+            "training": self.training(),
+        }
+
+
+def outcomes(result: dict[str, Any]) -> dict[str, Any]:
+    """By column and task: which examples were right, as ones and noughts, and the log-probability."""
+    right: dict[str, dict[str, str]] = {}
+    for sample in result["samples"]:
+        row = right.setdefault(sample["method"], {})
+        row[sample["task"]] = row.get(sample["task"], "") + str(int(sample["right"]))
+    return {
+        name: {
+            "right": right[name],
+            "logprob": {r["task"]: r["methods"][name]["logprob"] for r in result["tasks"]},
+        }
+        for name in right
+    }
+
+
+def accuracies(result: dict[str, Any]) -> dict[str, dict[str, float]]:
+    return {
+        name: {row["task"]: row["methods"][name]["accuracy"] for row in result["tasks"]}
+        for name in result["average"]
+    }
+
+
+def own_choices(task: Task, example: Example) -> Example:
+    """An example with its choices beside it, so that tasks can be mixed."""
+    choices = task.choices(example)
+    return Example(id=example.id, input=example.input, choices=choices, answer=task.answer(example))
+
+
+def held_out(reference: str) -> str:
+    """The first test examples of a task, as a task of its own."""
+    task = read_task(reference)
+    card = task.card.model_copy(update={"name": f"test-{short(reference)}"})
+    return write_task(SUITE, card, task.split("test", PROMPTS))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("proof", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--experts-only", action="store_true")
+    given = parser.parse_args()
+    proof = _yaml.read(given.proof).value
+    # The expert of all tasks takes as long as all others: last, for every seed.
+    for multi_task in (False, True):
+        for run in (Run(proof, seed) for seed in given.seeds):
+            if given.experts_only:
+                say(f"seed {run.seed}: {len(run.experts)} experts with gates")
+                continue
+            place = given.proof.with_name(f"{given.proof.stem}-{run.seed}.json")
+            write_json(place, run.all(multi_task))
+            say(f"wrote {place}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""The proof of routers: what its runner keeps, and what its table says, on tiny data."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from conftest import tiny_bert
+from experthub import hub
+from experthub.hub.expert import Reference
+from experthub.hub.scoring import evaluation
+from experthub.hub.tasks.task import Card, Example, example_id, read_task, write_task
+
+FOLDER = Path(__file__).parent.parent / "examples" / "routers"
+
+
+def script(name: str) -> ModuleType:
+    """One of the scripts, as a module."""
+    spec = importlib.util.spec_from_file_location(f"routers_{name}", FOLDER / f"{name}.py")
+    if spec is None or spec.loader is None:
+        raise ImportError(name)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+run, summary = script("run"), script("summary")
+
+
+def made(name: str, labels: list[str], words: Sequence[str]) -> str:
+    """A task whose answer is said by a word of the input."""
+    examples = []
+    for n in range(120):
+        text = f"{words[n % len(words)]} {n}"
+        answer = labels[n % len(labels)]
+        examples.append(Example(id=example_id(text, labels), input=text, targets=[answer]))
+    card = Card(name=name, source=name, kind="labels", labels=labels)
+    return write_task("local", card, examples)
+
+
+@pytest.fixture
+def proof(tmp_path: Path) -> dict[str, Any]:
+    trained = [
+        made("colours", ["red", "green"], ["fire", "grass"]),
+        made("sizes", ["big", "small"], ["whale", "ant"]),
+    ]
+    near, far = made("hues", ["blue", "gold"], ["sea", "ring"]), made("odd", ["0", "1"], ["n", "m"])
+    return {
+        "name": "tiny",
+        "base": str(tiny_bert(tmp_path / "encoder")),
+        "tasks": trained,
+        "unseen": {"near": [near], "far": [far]},
+        "train": {"steps": 3, "examples": 40, "batch_size": 4, "lr": 1e-2},
+        "gate": {"steps": 2, "examples": 40, "batch_size": 4, "lr": 1e-2},
+        "limit": 12,
+        "own_limit": 8,
+        "recipes": {
+            "uniform": {"route": {"method": "uniform"}},
+            "phatgoose": {"route": {"method": "phatgoose", "top_k": 1}},
+        },
+        "watched": ["phatgoose"],
+        "shown": ["phatgoose"],
+    }
+
+
+def test_a_run_holds_every_column_and_goes_on_where_it_stopped(
+    proof: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run.Run(proof, 0)
+    found = first.all()
+    unseen, columns = first.unseen, found["unseen"]["columns"]
+    controls = {"merged", "best_individual", "oracle", "multi_task"}
+    assert set(columns) == {"base", "uniform", "phatgoose"} | controls
+    for column in columns.values():
+        assert {task: len(column["right"][task]) for task in unseen} == dict.fromkeys(unseen, 12)
+    assert columns["uniform"]["right"] == columns["merged"]["right"]
+    assert set(found["own"]) == {"base", "uniform", "phatgoose", "individual"}
+    for hit in found["hits"]["phatgoose"].values():
+        assert 0 <= hit["weight"] <= 1 and hit["place"] in (1, 2)
+    assert json.loads(json.dumps(found)) == found
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("trained again")
+
+    composed: list[str] = []
+    compose = evaluation.compose
+    monkeypatch.setattr(hub, "train_lora", refuse)
+    monkeypatch.setattr(hub, "train_gate", refuse)
+    monkeypatch.setattr(
+        evaluation,
+        "compose",
+        lambda plan, **more: composed.append(plan.recipe.method.method) or compose(plan, **more),
+    )
+    added = copy.deepcopy(proof)
+    added["recipes"]["arrow"] = {"route": {"method": "arrow"}}
+    again = run.Run(added, 0).all()
+    assert set(composed) == {"arrow"}
+    assert {n: again["unseen"]["columns"][n] for n in columns} == columns
+
+
+def entry(reference: str) -> hub.Expert:
+    return hub.Registry.read().expert(Reference.parse(reference))
+
+
+def test_seeds_are_other_experts(proof: dict[str, Any]) -> None:
+    references = [run.Run(proof, seed).expert(proof["tasks"][0]) for seed in (0, 1)]
+    assert len({entry(reference).digest for reference in references}) == 2
+
+
+def test_gates_are_trained_again_when_their_settings_change(proof: dict[str, Any]) -> None:
+    task = proof["tasks"][0]
+    first = run.Run(proof, 0).gated(task)
+    assert run.Run(proof, 0).gated(task).digest == first.digest
+    proof["gate"]["steps"] = 4
+    second = run.Run(proof, 0).gated(task)
+    assert (first.reference[-2:], second.reference[-2:]) == ("@2", "@3")
+    assert second.training["gate"]["steps"] == 4
+
+
+def test_the_expert_of_all_tasks_sees_training_examples_only(proof: dict[str, Any]) -> None:
+    one = run.Run(proof, 0)
+    expert = entry(one.multi_task())
+    assert expert.training["steps"] == 3 * 2
+    mixed = {example.input for example in read_task(expert.task or "").examples}
+    trained = [e.input for t in proof["tasks"] for e in read_task(t).split("train", 40)]
+    assert mixed == set(trained)
+
+
+# The table, on results made by hand.
+
+
+def result(seed: int, **columns: Sequence[str]) -> dict[str, Any]:
+    """A run with one near and one far task; columns: what was right on each."""
+    tasks = ["t:near", "t:far"]
+    made = {
+        name: {"right": dict(zip(tasks, right, strict=True)), "logprob": dict.fromkeys(tasks, -1.0)}
+        for name, right in columns.items()
+    }
+    return {
+        "proof": {
+            "name": "tiny",
+            "tasks": ["t:own"],
+            "unseen": {"near": tasks[:1], "far": tasks[1:]},
+            "limit": 40,
+            "own_limit": 20,
+            "recipes": {"good": {}, "same": {}},
+            "watched": ["good"],
+            "shown": ["good"],
+        },
+        "seed": seed,
+        "unseen": {"columns": made},
+        "own": {name: {"t:own": 0.5} for name in ("base", "good", "individual")},
+        "hits": {"good": {"t:own": {"weight": 0.75, "place": 1 + seed}}},
+    }
+
+
+@pytest.fixture
+def runs() -> list[dict[str, Any]]:
+    none, half, full = "0" * 40, "01" * 20, "1" * 40
+    fixed = {"base": (none, half), "same": (none, half), "oracle": (full, full)}
+    fixed |= {"best_individual": (half, half), "merged": (none, half)}
+    return [result(0, good=(full, half), **fixed), result(1, good=(half, half), **fixed)]
+
+
+def row(lines: Sequence[str], name: str) -> list[str]:
+    found = [line for line in lines if line.startswith(f"| {name} |")]
+    assert len(found) == 1
+    return [cell.strip() for cell in found[0].strip("|").split("|")]
+
+
+def test_averages_are_those_of_tasks_groups_and_seeds(runs: list[dict[str, Any]]) -> None:
+    good = row(summary.main_table(runs), "`good`")
+    assert good[1:4] == ["0.625 ± 0.177", "0.750 ± 0.354", "0.500 ± 0.000"]
+
+
+def test_a_task_is_won_by_its_own_interval(runs: list[dict[str, Any]]) -> None:
+    lines = summary.main_table(runs)
+    good, same = row(lines, "`good`"), row(lines, "`same`")
+    assert good[4].startswith("+0.375 (+0.000..") and good[5] == "1, 1, 0"
+    assert same[4] == "+0.000 (+0.000..+0.000)" and same[5] == "0, 2, 0"
+    # Half of the near task's examples are won, none lost, against the best individual expert.
+    assert good[6].startswith("+0.125") and good[7] == "1, 1, 0"
+    assert same[7] == "0, 1, 1"
+
+
+def test_the_difference_is_paired(runs: list[dict[str, Any]]) -> None:
+    assert summary.minus(runs, "good", "base", "t:near") == [0.5, 1.0] * 20
+    assert summary.minus(runs, "good", "base", "t:far") == [0.0] * 40
+
+
+def test_columns_that_a_seed_lacks_are_left_out(runs: list[dict[str, Any]]) -> None:
+    runs[0]["unseen"]["columns"]["multi_task"] = runs[0]["unseen"]["columns"]["good"]
+    assert "multi_task" not in summary.columns_of(runs)
+    runs[1]["unseen"]["columns"]["multi_task"] = runs[1]["unseen"]["columns"]["good"]
+    assert summary.columns_of(runs)[-1] == "multi_task"
+
+
+def test_hits_are_counted_over_tasks_and_seeds(runs: list[dict[str, Any]]) -> None:
+    lines = summary.own_table(runs)
+    assert row(lines, "`own`")[-1] == "0.750, 1.5"
+    assert row(lines, "**first place**")[-1] == "0.500"
+
+
+def test_results_are_found_by_name_and_seed(runs: list[dict[str, Any]], tmp_path: Path) -> None:
+    for one in runs:
+        (tmp_path / f"tiny-{one['seed']}.json").write_text(json.dumps(one))
+    (tmp_path / "tiny-candidates.json").write_text("{}")
+    assert summary.results(tmp_path) == {"tiny": runs}
+    text = "\n".join(summary.lines(tmp_path))
+    assert "mean over seeds 0, 1" in text and "2 tasks that none of them was trained on" in text
