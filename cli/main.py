@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from experthub.cli import (
+    cluster,
     coefficients,
     compose,
     difference,
@@ -20,6 +21,7 @@ from experthub.cli import (
     router,
     share,
     store,
+    suggest,
     tasks,
     trace,
     train,
@@ -132,6 +134,8 @@ router.register(app)
 lock.register(app)
 evaluate.register(app)
 trace.register(app)
+suggest.register(app)
+cluster.register(app)
 store.register(app)
 doctor.register(app)
 app.add_typer(train.app, name="train", epilog="Example: hub train gate sentiment --steps 30")

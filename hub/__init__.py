@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from experthub.hub.registry import Registry
     from experthub.hub.resolution import resolve
     from experthub.hub.scoring.evaluation import evaluate
+    from experthub.hub.selection.clusters import cluster
+    from experthub.hub.selection.measuring import suggest
     from experthub.hub.store import Store
     from experthub.hub.tracing.trace import Trace, trace
     from experthub.hub.training.fit import Settings
@@ -39,11 +41,13 @@ _HOMES = {
     "Store": "store",
     "Trace": "tracing.trace",
     "adapt": "training.skills",
+    "cluster": "selection.clusters",
     "compose": "composition",
     "diff": "finetunes.difference",
     "evaluate": "scoring.evaluation",
     "plan_of": "lock",
     "resolve": "resolution",
+    "suggest": "selection.measuring",
     "trace": "tracing.trace",
     "train_full": "training.full",
     "train_gate": "training.train",
@@ -65,11 +69,13 @@ __all__ = [
     "Store",
     "Trace",
     "adapt",
+    "cluster",
     "compose",
     "diff",
     "evaluate",
     "plan_of",
     "resolve",
+    "suggest",
     "trace",
     "train_full",
     "train_gate",

@@ -46,7 +46,7 @@ def _by_text(
 ) -> Any:
     from experthub.hub.learning.embedder import Embedder
 
-    embedder = Embedder.of(plan, registry, report)
+    embedder = Embedder.of(plan.recipe.method.options["embedder"], registry, report)
     embedder.check(state)
     tokenizer = load_tokenizer(plan.base)
 

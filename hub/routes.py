@@ -183,8 +183,7 @@ def _stacked(
         for name in names:
             here = [e for e, vector in enumerate(vectors) if f"{name}.weight" in vector.load]
             deltas = {
-                e: _for_module(name, modules[name], vectors[e], plan.experts[e].weight)
-                for e in here
+                e: for_module(name, modules[name], vectors[e], plan.experts[e].weight) for e in here
             }
             width = next(iter(deltas.values())).shape[1]
             own = {e: inputs[e].get(name, torch.zeros(width)) for e in here}
@@ -246,7 +245,7 @@ def sharing(names: Sequence[str]) -> list[list[str]]:
     return list(found.values())
 
 
-def _for_module(name: str, module: nn.Module, vector: TaskVector, weight: float) -> LowRank:
+def for_module(name: str, module: nn.Module, vector: TaskVector, weight: float) -> LowRank:
     """The change of a linear module as A `[R, I]` and B `[O, R]`, however its weight is stored."""
     delta = vector[f"{name}.weight"].scaled(weight)
     if not isinstance(delta, LowRank):
@@ -254,12 +253,16 @@ def _for_module(name: str, module: nn.Module, vector: TaskVector, weight: float)
             f"the change of {name} is dense, and a route needs low-rank experts",
             "give the nested merge a rank, or use merge: instead of route:",
         )
-    conv = type(module).__name__ == "Conv1D"
-    if not (conv or isinstance(module, nn.Linear)):
+    if not is_linear(module):
         raise HubError(
             f"{name} is a {type(module).__name__}, and only linear modules can be routed",
             "leave it out with targets:, or use merge: instead of route:",
         )
-    if conv:
+    if type(module).__name__ == "Conv1D":
         return LowRank(delta.b.T.contiguous(), delta.a.T.contiguous(), delta.scale)
     return delta
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module can be routed: a linear layer, however its weight is stored."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"

@@ -5,6 +5,7 @@ from experthub.merge._catalogue import Catalogue, Combine, Option, Range, Routin
 from experthub.merge._coefficients import Coefficients, blocks_of, composed
 from experthub.merge._delta import Delta, Dense, LowRank, total, truncated
 from experthub.merge._fit import Fit, learn
+from experthub.merge._inner import cosines, gram, inner
 from experthub.merge._learner import Data, Learner
 from experthub.merge._methods import merges
 from experthub.merge._task_vector import TaskVector, combine, tensorwise
@@ -40,8 +41,11 @@ __all__ = [
     "blocks_of",
     "combine",
     "composed",
+    "cosines",
     "dare",
     "fisher",
+    "gram",
+    "inner",
     "learn",
     "linear",
     "lorahub",

@@ -2,7 +2,7 @@
 
 from experthub.routing._context import Context, Selected
 from experthub.routing._group import Group, Kernel
-from experthub.routing._kernels import reference
+from experthub.routing._kernels import reference, scored
 from experthub.routing._measure import fastest, shape
 from experthub.routing._methods import routers
 from experthub.routing._packed import Packed
@@ -64,6 +64,7 @@ __all__ = [
     "retrieval",
     "routed",
     "routers",
+    "scored",
     "shape",
     "smear",
     "standardised",

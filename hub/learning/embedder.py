@@ -9,7 +9,6 @@ from experthub.hub.base_sources import find
 from experthub.hub.bases import Report, load_model, load_tokenizer
 from experthub.hub.errors import IntegrityError, UsageError
 from experthub.hub.learning.router_state import State
-from experthub.hub.plan import Plan
 from experthub.hub.registry import Registry
 from experthub.hub.scoring.similarity import embedded
 from torch import Tensor
@@ -25,9 +24,8 @@ class Embedder:
         self.model, self.tokenizer, self.fingerprint = model, tokenizer, fingerprint
 
     @classmethod
-    def of(cls, plan: Plan, registry: Registry | None, report: Report) -> Embedder:
-        """The one that the recipe names; UsageError for a base that is no encoder."""
-        name = str(plan.recipe.method.options["embedder"])
+    def of(cls, name: str, registry: Registry | None, report: Report) -> Embedder:
+        """The one of a name; UsageError for a base that is no encoder."""
         base = find(name, registry or Registry.read(), report)
         if not base.encoder:
             raise UsageError(f"embedder {name} is no sentence encoder", "say all-minilm-l6-v2")

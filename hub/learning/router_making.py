@@ -5,8 +5,7 @@ Shapes: N examples, D features of an embedding, E experts, C choices.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +19,7 @@ from experthub.hub.learning.examples import chosen
 from experthub.hub.learning.router_state import State
 from experthub.hub.method import Method
 from experthub.hub.plan import Plan, PlannedExpert
+from experthub.hub.reading.features import watched
 from experthub.hub.reading.kinds import reader_for
 from experthub.hub.reading.reader import Reader, read_all
 from experthub.hub.registry import Registry
@@ -89,7 +89,7 @@ def _texts(plan: Plan, one: Chosen) -> list[str]:
 
 def _index(plan: Plan, given: Sequence[Chosen], registry: Registry | None, report: Report) -> State:
     """Unit embeddings of examples of every expert's tasks, and whose they are."""
-    embedder = Embedder.of(plan, registry, report)
+    embedder = Embedder.of(plan.recipe.method.options["embedder"], registry, report)
     rows, owners = [], []
     for number, expert in enumerate(plan.experts):
         report(f"embedding examples for {expert.label}", number, len(plan.experts))
@@ -107,34 +107,16 @@ def _activations(alone: Composition, reader: Reader, own: Sequence[Chosen]) -> d
     sums: dict[str, Tensor] = {}
     counts: dict[str, Tensor] = {}
 
-    def watch(name: str) -> Any:
-        def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].float()
-            real = reader.real
-            if real is not None and x.shape[:2] == real.shape:
-                x = x[real]
-            x_TI = x.reshape(-1, x.shape[-1])
-            sums[name] = sums.get(name, torch.zeros(())) + x_TI.sum(0)
-            counts[name] = counts.get(name, torch.zeros(())) + len(x_TI)
+    def seen(name: str, x_TI: Tensor) -> None:
+        sums[name] = sums.get(name, torch.zeros(())) + x_TI.sum(0)
+        counts[name] = counts.get(name, torch.zeros(())) + len(x_TI)
 
-        return before
-
-    with _hooked(alone.model, watch):
+    routed = {n: m for n, m in alone.model.named_modules() if isinstance(m, RoutedLinear)}
+    with watched(routed, reader, seen):
         for one in own:
             rows = [reader.row(reader.question(one.task, e)) for e in one.examples]
             read_all(reader, alone.model, rows, max(len(one.task.choices(e)) for e in one.examples))
     return {name: sums[name] / counts[name].clamp(min=1) for name in sums}
-
-
-@contextmanager
-def _hooked(model: nn.Module, watch: Any) -> Iterator[None]:
-    routed = [(n, m) for n, m in model.named_modules() if isinstance(m, RoutedLinear)]
-    handles = [module.register_forward_pre_hook(watch(name)) for name, module in routed]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

@@ -66,13 +66,16 @@ class ReaderScorer:
         ]
 
 
-def read_all(reader: Reader, model: Any, rows: Sequence[Row], width: int) -> Tensor:
-    """Logits `[N, width]` of any number of inputs; like sizes are read together."""
+def read_all(reader: Reader, model: Any, rows: Sequence[Row], width: int | None = None) -> Tensor:
+    """Logits `[N, width]` of any number of inputs; like sizes are read together.
+
+    width: the largest number of choices; None where all reads give the same.
+    """
     order = sorted(range(len(rows)), key=lambda i: rows[i].size)
     parts = []
     for batch in _batches(order, rows):
         logits_NC = reader.read(model, [rows[i] for i in batch])
-        missing = width - logits_NC.shape[1]
+        missing = 0 if width is None else width - logits_NC.shape[1]
         parts.append(torch.nn.functional.pad(logits_NC, (0, missing), value=float("-inf")))
     back = torch.empty(len(order), dtype=torch.long)
     back[torch.tensor(order, dtype=torch.long)] = torch.arange(len(order))

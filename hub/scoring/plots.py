@@ -83,6 +83,24 @@ def plot_coefficients(
     _save(figure, path)
 
 
+def plot_similarity(rows: list[list[float]], experts: list[str], by: str, path: Path) -> None:
+    """Cosines between experts as a heat map, each written into its cell.
+
+    rows: `[experts][experts]`.
+    """
+    figure, axes = _figure(0.7 * len(experts) + 3, 0.5 * len(experts) + 2)
+    image = axes.imshow(rows, cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
+    for i, row in enumerate(rows):
+        for j, value in enumerate(row):
+            color = "white" if abs(value) > 0.6 else "black"
+            axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=color, fontsize=8)
+    axes.set_xticks(range(len(experts)), experts, rotation=35, ha="right")
+    axes.set_yticks(range(len(experts)), experts)
+    axes.set_title(f"cosine of experts by {by}", fontsize=10)
+    figure.colorbar(image, ax=axes)
+    _save(figure, path)
+
+
 def _alike(column: tuple[str, ...]) -> bool:
     return len(set(column)) == 1
 

@@ -62,3 +62,27 @@ def _means(
 def _percentiles(means: numpy.ndarray[tuple[int], numpy.dtype[numpy.float64]]) -> Interval:
     low, high = numpy.percentile(means, [2.5, 97.5])
     return [float(low), float(high)]
+
+
+def spearman(xs: Sequence[float], ys: Sequence[float]) -> float | None:
+    """Spearman's rank correlation, ties at their mean rank; None where one side is constant."""
+    a, b = (_mean_ranks(values) for values in (xs, ys))
+    a, b = a - a.mean(), b - b.mean()
+    scale = math.sqrt(float((a * a).sum() * (b * b).sum()))
+    return float((a * b).sum() / scale) if scale else None
+
+
+def kendall(xs: Sequence[float], ys: Sequence[float]) -> float | None:
+    """Kendall's rank correlation tau-b, which corrects for ties; None where one side is constant."""
+    a, b = (numpy.sign(numpy.subtract.outer(v, v)) for v in map(numpy.asarray, (xs, ys)))
+    scale = math.sqrt(float((a * a).sum() * (b * b).sum()))
+    return float((a * b).sum() / scale) if scale else None
+
+
+def _mean_ranks(values: Sequence[float]) -> numpy.ndarray[tuple[int], numpy.dtype[numpy.float64]]:
+    array = numpy.asarray(values, float)
+    below = (array[:, None] > array).sum(1)
+    ranks: numpy.ndarray[tuple[int], numpy.dtype[numpy.float64]] = (
+        below + ((array[:, None] == array).sum(1) + 1) / 2
+    )
+    return ranks

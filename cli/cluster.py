@@ -1,0 +1,113 @@
+"""cluster: which experts are alike, for a route between groups of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from experthub.cli._output import (
+    JsonOption,
+    RegistryOption,
+    print_json,
+    print_lines,
+    print_table,
+    progress,
+    say,
+)
+from experthub.cli.suggest import (
+    BaseOption,
+    EmbedderOption,
+    ExpertsOption,
+    ForceOption,
+    NamesArgument,
+    OutOption,
+    named,
+)
+
+if TYPE_CHECKING:
+    from experthub.hub.selection.clusters import Clusters
+
+
+def cluster(
+    names: NamesArgument = None,
+    experts: ExpertsOption = None,
+    base: BaseOption = None,
+    k: Annotated[int, typer.Option("--k", help="Groups.", min=1)] = 4,
+    by: Annotated[str, typer.Option(help="weights, gates or embeddings.")] = "weights",
+    rank: Annotated[
+        int | None, typer.Option(help="Of each group's merge; exact by default.", min=1)
+    ] = None,
+    out: OutOption = None,
+    method: Annotated[str, typer.Option(help="The router between groups.")] = "arrow",
+    force: ForceOption = False,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Draw the similarities into this PNG.")
+    ] = None,
+    embedder: EmbedderOption = "all-minilm-l6-v2",
+    json: JsonOption = False,
+    registry: RegistryOption = None,
+) -> None:
+    """Group experts by their similarity, and write a recipe that routes between merged groups.
+
+    Examples: hub cluster --base smollm2-135m-instruct --k 4 --out recipe.yaml;
+    hub cluster sentiment intent-recognition question-typing --k 2 --by gates --plot alike.png;
+    hub cluster --base all-minilm-l6-v2 --k 3 --rank 8 --method phatgoose --out recipe.yaml
+    """
+    from experthub.hub.registry import Registry
+    from experthub.hub.scoring.plots import plot_similarity
+    from experthub.hub.selection.clusters import as_by, cluster, write_clusters
+    from experthub.hub.selection.written import check_target, way_of
+
+    kind = as_by(by)
+    way_of(method, routes_only=True)
+    if out is not None:
+        check_target(out, force)
+    layers = Registry.read(registry)
+    with progress() as report:
+        found = cluster(
+            named(names, experts),
+            base=base,
+            k=k,
+            by=kind,
+            embedder=embedder,
+            registry=layers,
+            report=report,
+        )
+        if out is not None:
+            write_clusters(found, out, method, rank, registry=layers, report=report)
+    if plot is not None:
+        order = [e for group in found.groups for e in group]
+        rows = [[found.similarity[e][f] for f in order] for e in order]
+        plot_similarity(rows, [found.plan.experts[e].label for e in order], by, plot)
+    if json:
+        print_json({**found.record(), "by": by, "recipe": str(out) if out else None})
+    else:
+        _print(found)
+    for path in filter(None, (out, plot)):
+        say(f"wrote {path}")
+
+
+def _print(found: Clusters) -> None:
+    """The groups, and the cosines between their experts in the same order."""
+    order = [e for group in found.groups for e in group]
+    labels = [expert.label for expert in found.plan.experts]
+    rows: list[list[str]] = []
+    for number, group in enumerate(found.groups, 1):
+        mean = found.within(group)
+        members = ", ".join(labels[e] for e in group)
+        rows.append([f"group-{number}", "" if mean is None else f"{mean:+.3f}", members])
+    print_table(["group", ">mean cosine", "experts"], rows)
+    print_lines(["", "cosines:"])
+    numbered = {e: str(place) for place, e in enumerate(order, 1)}
+    print_table(
+        [">", "expert", *(f">{numbered[e]}" for e in order)],
+        [
+            [numbered[e], labels[e], *(f"{found.similarity[e][f]:+.3f}" for f in order)]
+            for e in order
+        ],
+    )
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(cluster)

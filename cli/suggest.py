@@ -1,0 +1,185 @@
+"""suggest: which experts to compose for a task."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from experthub.cli import _completion
+from experthub.cli._output import (
+    DeviceOption,
+    JsonOption,
+    RegistryOption,
+    print_json,
+    print_lines,
+    print_table,
+    progress,
+    say,
+)
+
+if TYPE_CHECKING:
+    from experthub.hub.selection.suggestion import Suggestion
+
+NamesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[EXPERTS]...",
+        help="Experts; all of the base's by default.",
+        autocompletion=_completion.experts,
+    ),
+]
+ExpertsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--experts",
+        help="The same: repeated, or separated by commas or spaces.",
+        autocompletion=_completion.experts,
+    ),
+]
+BaseOption = Annotated[
+    str | None,
+    typer.Option(help="The base: the experts' by default.", autocompletion=_completion.bases),
+]
+TaskOption = Annotated[
+    str, typer.Option(help="The task: suite:name or a folder.", autocompletion=_completion.tasks)
+]
+OutOption = Annotated[Path | None, typer.Option("--out", help="Write a recipe into this file.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace the file of --out.")]
+EmbedderOption = Annotated[
+    str, typer.Option(help="The sentence encoder for embeddings.", autocompletion=_completion.bases)
+]
+
+
+def suggest(
+    task: TaskOption,
+    names: NamesArgument = None,
+    experts: ExpertsOption = None,
+    base: BaseOption = None,
+    by: Annotated[str, typer.Option(help="gates, prototypes, embeddings, tmi or all.")] = "all",
+    rank_by: Annotated[
+        str | None, typer.Option(help="The measure that decides; the best of those there are.")
+    ] = None,
+    k: Annotated[
+        int | None, typer.Option("--k", help="Experts of the recipe: 5, or all if fewer.", min=1)
+    ] = None,
+    examples: Annotated[int, typer.Option(help="Examples that are read, at most.", min=1)] = 32,
+    labels: Annotated[
+        bool, typer.Option("--labels/--no-labels", help="Look at the right answers, for tmi.")
+    ] = False,
+    truth: Annotated[
+        bool, typer.Option("--truth", help="Evaluate every expert alone, to judge the measures.")
+    ] = False,
+    split: Annotated[
+        str, typer.Option(help="For --truth.", autocompletion=_completion.splits)
+    ] = "test",
+    limit: Annotated[int | None, typer.Option(help="Examples for --truth, at most.", min=1)] = None,
+    out: OutOption = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the recipe; phatgoose, or arrow where gates are missing.",
+            autocompletion=_completion.methods,
+        ),
+    ] = None,
+    force: ForceOption = False,
+    embedder: EmbedderOption = "all-minilm-l6-v2",
+    json: JsonOption = False,
+    device: DeviceOption = None,
+    registry: RegistryOption = None,
+) -> None:
+    """Rank experts for a task by a few of its examples, and write a recipe with the best.
+
+    Examples: hub suggest --task bigbench:implicatures --base smollm2-135m-instruct --k 3 --out recipe.yaml;
+    hub suggest sentiment question-typing --task ./my-task --by gates;
+    hub suggest --task bigbench:snarks --base all-minilm-l6-v2 --labels --truth
+    """
+    from experthub.hub._memory import reuse_memory
+    from experthub.hub.registry import Registry
+    from experthub.hub.selection.measuring import suggest
+    from experthub.hub.selection.suggestion import as_measure, write_suggestion
+    from experthub.hub.selection.written import check_target, way_of
+    from experthub.hub.tasks.task import as_split
+
+    reuse_memory()
+    measure, decides = as_measure(by), None if rank_by is None else as_measure(rank_by)
+    if method is not None:
+        way_of(method)
+    if out is not None:
+        check_target(out, force)
+    layers = Registry.read(registry)
+    with progress() as report:
+        found = suggest(
+            task,
+            named(names, experts),
+            base=base,
+            by=measure,
+            rank_by=decides,
+            k=k,
+            examples=examples,
+            labels=labels,
+            truth=truth,
+            split=as_split(split),
+            limit=limit,
+            embedder=embedder,
+            device=device,
+            registry=layers,
+            report=report,
+        )
+        best = found.best(k)
+        if out is not None:
+            write_suggestion(found, k, out, method, registry=layers, report=report)
+    if json:
+        print_json({**found.record(), "best": best, "recipe": str(out) if out else None})
+    else:
+        _print_suggestion(found)
+    if out is not None:
+        say(f"wrote {out}")
+
+
+def named(*given: list[str] | None) -> list[str]:
+    """The experts of an argument and an option, each of which may hold several."""
+    texts = [text for some in given for text in some or ()]
+    return [name for text in texts for name in re.split(r"[,\s]+", text) if name]
+
+
+def _print_suggestion(found: Suggestion) -> None:
+    """A row for each expert: its score and rank by each measure, and what it does alone."""
+    measures = list(found.scores)
+    rows = []
+    for row in found.record()["experts"]:
+        cells = [row["expert"], row["task"] or ""]
+        for measure in measures:
+            score, rank = row["scores"][measure], row["ranks"][measure]
+            cells += ["-" if score is None else f"{score:.4g}", "" if rank is None else str(rank)]
+        rows.append([*cells, *(f"{value:.3f}" for value in row.get("truth", {}).values())])
+    columns = [column for measure in measures for column in (f">{measure}", ">rank")]
+    print_table(["expert", "trained on", *columns, *(f">{kind}" for kind in found.truth)], rows)
+    print_lines(
+        [
+            "",
+            f"{found.task.reference}: {found.examples} training examples, "
+            f"{'with' if found.labels else 'without'} labels; ordered by {found.rank_by}",
+        ]
+    )
+    if found.truth:
+        _print_correlations(found)
+
+
+def _print_correlations(found: Suggestion) -> None:
+    pairs = [(kind, name) for kind in found.truth for name in ("spearman", "kendall")]
+    rows = [
+        [measure, *(_signed(own[kind][name]) for kind, name in pairs), str(own["accuracy"]["n"])]
+        for measure, own in found.correlations().items()
+    ]
+    print_lines(["", f"rank correlation with what each expert does alone on {found.n} examples:"])
+    print_table(["measure", *(f">{kind}: {name}" for kind, name in pairs), ">n"], rows)
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.2f}"
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(suggest)

@@ -1,0 +1,110 @@
+"""How much inputs agree with what routers know of experts, in one pass of the base.
+
+Shapes: T tokens, I inputs of a module, P experts at a module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from experthub.hub.plan import Plan
+from experthub.hub.reading.features import Features, watched
+from experthub.hub.routes import for_module, is_linear
+from experthub.hub.store import Store
+from experthub.hub.weights import Contents, gates, task_vector
+from experthub.merge import LowRank
+from experthub.routing import ExpertStack, Router, arrow, phatgoose, scored
+from torch import Tensor, nn
+
+Scores = list[float | None]
+ROUTERS: Mapping[str, Callable[..., Router]] = {"gates": phatgoose, "prototypes": arrow}
+
+
+@dataclass
+class Probe:
+    """A router over all experts of one module, and their weights `[P]`, summed over tokens."""
+
+    router: Router
+    experts: tuple[int, ...]
+    total_P: Tensor
+    tokens: int = 0
+
+    def see(self, x_TI: Tensor) -> None:
+        scores_TP = scored(x_TI, self.router.probes_PI, self.router.layer_norm)
+        weights_TP = self.router.weights(scores_TP).dense(len(self.experts))
+        self.total_P += weights_TP.sum(0).double().cpu()
+        self.tokens += len(x_TI)
+
+
+def affinities(
+    plan: Plan,
+    features: Features,
+    model: nn.Module,
+    texts: Sequence[str],
+    measures: Sequence[str],
+    store: Store,
+) -> dict[str, Scores]:
+    """By measure, every expert's mean routing weight over tokens and modules, times the experts there.
+
+    1 is what chance gives.  measures: of `gates` and `prototypes`.  None for an expert that has none
+    of what the measure reads.  The base alone reads the texts.
+    """
+    probes = _probes(plan, model, measures, store)
+
+    def seen(name: str, x_TI: Tensor) -> None:
+        for own in probes[name].values():
+            own.see(x_TI)
+
+    modules = {name: model.get_submodule(name) for name in probes}
+    with watched(modules, features, seen):
+        features.of(model, texts)
+    return {
+        measure: _means(
+            [own[measure] for own in probes.values() if measure in own], len(plan.experts)
+        )
+        for measure in measures
+    }
+
+
+def _probes(
+    plan: Plan, model: nn.Module, measures: Sequence[str], store: Store
+) -> dict[str, dict[str, Probe]]:
+    """By module and measure, what looks at the module's inputs; only where there is something."""
+    found: dict[str, dict[str, Probe]] = {}
+    with Contents(plan.members, store, gates="gates" in measures) as contents:
+        vectors = [task_vector(expert, plan, contents) for expert in plan.experts]
+        gates_of = [gates(e, contents) if "gates" in measures else {} for e in plan.experts]
+        low = [e for e, expert in enumerate(plan.experts) if expert.low_rank]
+        for parameter in plan.parameters:
+            name = parameter.removesuffix(".weight")
+            module = model.get_submodule(name) if name != parameter else None
+            here = [e for e in low if parameter in vectors[e].load]
+            if not here or module is None or not is_linear(module):
+                continue
+            deltas = {e: for_module(name, module, vectors[e], 1.0) for e in here}
+            gated = {e: gates_of[e][name] for e in here if name in gates_of[e]}
+            for measure, experts in {"prototypes": here, "gates": list(gated)}.items():
+                if measure in measures and experts:
+                    probe = _probe(measure, {e: deltas[e] for e in experts}, gated, len(vectors))
+                    found.setdefault(name, {})[measure] = probe
+    return found
+
+
+def _probe(
+    measure: str, deltas: Mapping[int, LowRank], gates: Mapping[int, Tensor], n_experts: int
+) -> Probe:
+    own = gates if measure == "gates" else None
+    router = ROUTERS[measure](ExpertStack.of(deltas, n_experts, own), top_k=n_experts)
+    return Probe(router, tuple(deltas), torch.zeros(len(deltas), dtype=torch.double))
+
+
+def _means(probes: Sequence[Probe], n_experts: int) -> Scores:
+    """Every expert's mean over the modules where it has a probe; None without one."""
+    sums, counts = [0.0] * n_experts, [0] * n_experts
+    for probe in (probe for probe in probes if probe.tokens):
+        for e, total in zip(probe.experts, probe.total_P.tolist(), strict=True):
+            sums[e] += total / probe.tokens * len(probe.experts)
+            counts[e] += 1
+    return [total / n if n else None for total, n in zip(sums, counts, strict=True)]

@@ -1,0 +1,63 @@
+"""Which experts are compared: those that are named, or all that the registries have for a base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from experthub.hub.bases import Report
+from experthub.hub.errors import NotFoundError, UsageError
+from experthub.hub.expert import Expert, Reference
+from experthub.hub.plan import Plan, PlannedExpert
+from experthub.hub.recipe import Recipe
+from experthub.hub.registry import Registry
+from experthub.hub.resolution import resolve
+from experthub.hub.store import Store
+
+KINDS = ("lora", "task_vector")
+
+
+def candidates(
+    base: str | None, experts: Sequence[str], registry: Registry, store: Store, report: Report
+) -> Plan:
+    """The experts as a plan, fetched and checked against their base.
+
+    base: a reference, that of the experts by default.  experts: references; the newest version of every
+    expert of the base by default.  Raises NotFoundError where there is none, UsageError where the
+    base is left open.
+    """
+    base = base or _base_of(experts, registry)
+    chosen = list(dict.fromkeys(experts)) or [e.reference for e in _all_of(base, registry)]
+    if not chosen:
+        raise NotFoundError(f"no registry knows an expert of {base}", "see hub list")
+    recipe = {"base": base, "experts": chosen, "merge": {"method": "linear"}, "dtype": "float32"}
+    return resolve(Recipe.of(recipe), registry, store, report)
+
+
+def alone(plan: Plan, expert: PlannedExpert) -> Plan:
+    """The plan of the base with one of a plan's experts, whole."""
+    own = tuple(name for name in plan.parameters if name in expert.changes)
+    return replace(plan, experts=(expert,), parameters=own)
+
+
+def _all_of(base: str, registry: Registry) -> list[Expert]:
+    known = registry.base(base)[0] if registry.has_base(base) else base
+    names = dict.fromkeys(e.name for e in registry.experts())
+    newest = [registry.expert(Reference.parse(name)) for name in names]
+    return [e for e in newest if e.base in (base, known) and e.kind in KINDS]
+
+
+def _base_of(experts: Sequence[str], registry: Registry) -> str:
+    if experts:
+        references = [Reference.parse(text) for text in experts]
+        bases = {registry.expert(r).base if r.name else "" for r in references}
+    else:
+        bases = {expert.base for expert in registry.experts() if expert.kind in KINDS}
+    if len(bases) == 1 and "" not in bases:
+        return bases.pop()
+    raise UsageError(
+        f"the experts have {len(bases - {''}) or 'no'} known bases: {', '.join(sorted(bases))}"
+        if experts
+        else f"there are experts of {len(bases)} bases: {', '.join(sorted(bases))}",
+        "say --base",
+    )

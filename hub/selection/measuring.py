@@ -1,0 +1,161 @@
+"""Ranking experts for a task that they may not have been trained on, from a few of its examples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from experthub.hub.bases import Report, load_model, silent
+from experthub.hub.errors import HubError, UsageError
+from experthub.hub.learning.embedder import Embedder
+from experthub.hub.plan import Plan
+from experthub.hub.reading.features import Features
+from experthub.hub.recipe import Recipe
+from experthub.hub.registry import Registry
+from experthub.hub.scoring.evaluation import evaluate
+from experthub.hub.selection.affinity import ROUTERS, Scores, affinities
+from experthub.hub.selection.candidates import candidates
+from experthub.hub.selection.likeness import mean_embedding, own_embeddings
+from experthub.hub.selection.suggestion import BEST, LABELLED, MEASURES, By, Suggestion
+from experthub.hub.selection.tmi import tmi
+from experthub.hub.store import Store
+from experthub.hub.tasks.task import Split, Task, read_task
+
+
+def suggest(
+    task: str,
+    experts: Sequence[str] = (),
+    *,
+    base: str | None = None,
+    by: By = "all",
+    rank_by: By | None = None,
+    k: int | None = None,
+    examples: int = 32,
+    labels: bool = False,
+    truth: bool = False,
+    split: Split = "test",
+    limit: int | None = None,
+    embedder: str = "all-minilm-l6-v2",
+    device: str | None = None,
+    registry: Registry | None = None,
+    store: Store | None = None,
+    report: Report = silent,
+) -> Suggestion:
+    """Rank experts for a task by what a few examples of its training split show.
+
+    task: a reference.  experts: references, all of the base's by default.  base: a reference, the
+    experts' by default.  by: a measure, or `all` that can be had: `gates` and `prototypes`, how much weight the
+    routers PHATGOOSE and Arrow give an expert in one pass of the base; `embeddings`, the cosine with examples of
+    the expert's own task; `tmi`, the entropy of features within classes.  examples: at most, at least 1.  labels: whether
+    the right answers may be seen, which `tmi` needs and nothing else is given.  truth: evaluate each expert alone, on
+    `split`, at most `limit` examples.  embedder: the sentence encoder for `embeddings`.
+    rank_by: the measure that decides, the best of those that there are by default.  k: how many experts are
+    wanted, which is checked before anything is read.  Raises UsageError for labels that a measure lacks, HubError where no expert has a score.
+    """
+    registry, store = registry or Registry.read(), store or Store()
+    _check_measures(by, rank_by, labels)
+    read = read_task(task)
+    plan = candidates(base, experts, registry, store, report)
+    if k is not None and k > len(plan.experts):
+        raise UsageError(
+            f"--k {k}, and there are {len(plan.experts)} experts of {plan.base.name}",
+            f"say --k {len(plan.experts)} or less",
+        )
+    features = Features(plan.base)
+    texts = features.texts(read, examples)
+    answers = _answers(read, examples) if labels else None
+    report(f"reading {len(texts)} examples of {read.reference}", 0, 0)
+    inputs = _Inputs(plan, features, texts, device, registry, store, report)
+    scores = inputs.scores(by, embedder, examples, answers)
+    if rank_by is not None and rank_by not in scores:
+        raise HubError(f"no expert has a score by {rank_by}", f"there are {', '.join(scores)}")
+    best = next(measure for measure in BEST if measure in scores)
+    made = Suggestion(plan, read, len(texts), labels, scores, rank_by or best)
+    del inputs  # and the base that it holds
+    if not truth:
+        return made
+    singles = {reference: _single(plan, reference) for reference in made.references}
+    options: dict[str, Any] = {"device": device, "registry": registry, "store": store}
+    result = evaluate(singles, [task], split=split, limit=limit, report=report, **options)
+    return replace(made, truth=_truth(result, made.references), n=result["tasks"][0]["n"])
+
+
+def _check_measures(by: By, rank_by: By | None, labels: bool) -> None:
+    """Refuse measures that will not be there, before anything is read."""
+    for measure in (by, rank_by):
+        if measure in LABELLED and not labels:
+            raise UsageError(
+                f"{measure} looks at the right answers", "say --labels, or use another measure"
+            )
+    if rank_by is not None and by not in ("all", rank_by):
+        raise UsageError(f"--rank-by {rank_by}, and --by {by}", f"say --by {rank_by}, or all")
+    if rank_by == "all":
+        raise UsageError("--rank-by all is no measure", f"use one of {', '.join(MEASURES)}")
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What measures are given: experts, and the texts of a task without anything of its answers."""
+
+    plan: Plan
+    features: Features
+    texts: Sequence[str]
+    device: str | None
+    registry: Registry
+    store: Store
+    report: Report
+
+    @cached_property
+    def model(self) -> Any:
+        self.report("loading the base", 0, 0)
+        return load_model(self.plan.base, "float32", self.device)
+
+    def scores(
+        self, by: str, embedder: str, examples: int, answers: Sequence[str] | None
+    ) -> dict[str, Scores]:
+        """By measure; of all, those by which some expert has a score.  answers: for what needs them."""
+        wanted = MEASURES if by == "all" else (by,)
+        measures = [measure for measure in wanted if measure in ROUTERS]
+        found: dict[str, Scores] = {}
+        if measures:
+            args = self.plan, self.features, self.model, self.texts, measures, self.store
+            found |= affinities(*args)
+        if "embeddings" in wanted:
+            found["embeddings"] = self._likeness(embedder, examples)
+        if "tmi" in wanted and answers is not None:
+            labelled = self.plan, self.features, self.model, self.texts, answers
+            found["tmi"] = tmi(*labelled, self.store, self.report)
+        for measure in [m for m, scores in found.items() if set(scores) == {None}]:
+            del found[measure]
+            self.report(f"note: no expert has what {measure} reads", 0, 0)
+        if not found:
+            raise HubError(
+                f"no expert of {self.plan.base.name} has a score by {by}",
+                "use another measure: --by",
+            )
+        return found
+
+    def _likeness(self, embedder: str, examples: int) -> Scores:
+        embed = Embedder.of(embedder, self.registry, self.report)
+        here_D = mean_embedding(embed, self.texts)
+        own = own_embeddings(
+            self.plan, embed, lambda task: self.features.texts(task, examples), self.report
+        )
+        return [None if own_D is None else float(own_D @ here_D) for own_D in own]
+
+
+def _answers(task: Task, examples: int) -> list[str]:
+    """The right answers of the examples, which are the classes of a task."""
+    return [task.right_answer(example) for example in task.split("train", examples)]
+
+
+def _single(plan: Plan, reference: str) -> Recipe:
+    recipe = {"base": plan.recipe.base, "experts": [reference], "merge": {"method": "linear"}}
+    return Recipe.of(recipe)
+
+
+def _truth(result: dict[str, Any], references: Sequence[str]) -> dict[str, list[float]]:
+    methods = result["tasks"][0]["methods"]
+    return {kind: [methods[r][kind] for r in references] for kind in ("accuracy", "logprob")}

@@ -1,0 +1,89 @@
+"""Recipes that the hub writes for a user."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from experthub.hub import _yaml
+from experthub.hub._files import write_text
+from experthub.hub.bases import Report
+from experthub.hub.errors import ConflictError, UsageError
+from experthub.hub.expert import Reference
+from experthub.hub.plan import Plan
+from experthub.hub.recipe import Recipe
+from experthub.hub.registry import Registry
+from experthub.hub.resolution import resolve
+from experthub.hub.store import Store
+
+
+def check_target(path: Path, force: bool) -> None:
+    """Raise ConflictError for a file that is there; force: unless it may be replaced."""
+    if path.exists() and not (force and path.is_file()):
+        raise ConflictError(f"{path} exists", "name another file, or say --force to replace it")
+
+
+def way_of(method: str, routes_only: bool = False) -> dict[str, Any]:
+    """The part of a recipe that names a method: `{"route": ...}` or `{"merge": ...}`.
+
+    Raises UsageError for a name that no catalogue has, and for a merge where only a route will do.
+    """
+    from experthub.merge import merges
+    from experthub.routing import routers
+
+    if method in routers:
+        return {"route": {"method": method}}
+    if method in merges and not routes_only:
+        return {"merge": {"method": method}}
+    known = [*routers, *([] if routes_only else merges)]
+    kind = "router" if routes_only else "method"
+    raise UsageError(f"there is no {kind} {method!r}", _yaml.did_you_mean(method, known))
+
+
+def write_recipe(
+    path: Path,
+    recipe: dict[str, Any],
+    comment: str,
+    registry: Registry,
+    store: Store,
+    report: Report,
+) -> Plan:
+    """Check that a recipe resolves, and write it; returns its plan.
+
+    recipe: plain values, folders absolute: those below the file's folder are written relative to it.
+    comment: one line above it.
+    """
+    plan = resolve(Recipe.of(recipe), registry, store, report)
+    near = path.resolve().parent
+    experts = [_placed(entry, near) for entry in recipe["experts"]]
+    placed = {**recipe, "base": _near(recipe["base"], near), "experts": experts}
+    write_text(path, f"# {comment}\n{_yaml.dump(placed)}")
+    return plan
+
+
+def method_for(plan: Plan) -> str:
+    """The first of phatgoose, arrow and linear for which a plan's experts have what is needed."""
+    if not all(expert.low_rank for expert in plan.experts):
+        return "linear"
+    gated = [
+        {name.removesuffix(".weight") for name in member.changes} <= member.gated
+        for member in plan.members
+    ]
+    return "phatgoose" if all(gated) else "arrow"
+
+
+def _placed(entry: Any, near: Path) -> Any:
+    if isinstance(entry, str):
+        return _near(entry, near)
+    if "merge" in entry:
+        return {**entry, "experts": [_placed(inner, near) for inner in entry["experts"]]}
+    return {**entry, "expert": _near(entry["expert"], near)}
+
+
+def _near(text: str, folder: Path) -> str:
+    """A reference as it is written into a file of a folder."""
+    place = Reference.parse(text).folder
+    if place is None:
+        return text
+    place = place.resolve()
+    return f"./{place.relative_to(folder)}" if place.is_relative_to(folder) else str(place)
