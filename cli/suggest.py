@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 NamesArgument = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[EXPERTS]...",
         help="Experts; all of the base's by default.",
         autocompletion=_completion.experts,
     ),
@@ -168,13 +167,16 @@ def _print_suggestion(found: Suggestion) -> None:
 
 
 def _print_correlations(found: Suggestion) -> None:
-    pairs = [(kind, name) for kind in found.truth for name in ("spearman", "kendall")]
-    rows = [
-        [measure, *(_signed(own[kind][name]) for kind, name in pairs), str(own["accuracy"]["n"])]
-        for measure, own in found.correlations().items()
-    ]
-    print_lines(["", f"rank correlation with what each expert does alone on {found.n} examples:"])
-    print_table(["measure", *(f">{kind}: {name}" for kind, name in pairs), ">n"], rows)
+    """How each measure ranks, against what every expert does alone."""
+    rows = []
+    for measure, own in found.correlations().items():
+        for kind, judged in own.items():
+            ranks = [_signed(judged[name]) for name in ("spearman", "kendall")]
+            values = [f"{judged[name]:.3f}" for name in ("first", "best", "mean")]
+            rows.append([measure, kind, *ranks, str(judged["n"]), *values])
+    print_lines(["", f"against what each expert does alone on {found.n} examples:"])
+    columns = [">spearman", ">kendall", ">experts", ">of the first", ">of the best", ">mean"]
+    print_table(["measure", "truth", *columns], rows)
 
 
 def _signed(value: float | None) -> str:

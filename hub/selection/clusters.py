@@ -124,7 +124,7 @@ def as_by(text: str) -> By:
 
 def write_clusters(
     found: Clusters,
-    path: Path,
+    path: Path | str,
     method: str = "arrow",
     rank: int | None = None,
     *,
@@ -141,7 +141,7 @@ def write_clusters(
     recipe = {"base": found.plan.recipe.base, "experts": found.experts(rank), **way}
     why = f"{len(found.plan.experts)} experts in {len(found.groups)} groups of like ones."
     layers, held = registry or Registry.read(), store or Store()
-    return write_recipe(path, recipe, why, layers, held, report)
+    return write_recipe(Path(path), recipe, why, layers, held, report)
 
 
 def average_linkage(similarity_EE: Tensor, k: int) -> list[list[int]]:

@@ -81,15 +81,25 @@ class Suggestion:
         return [self.references[e] for e in order[: FIRST if k is None else k]]
 
     def correlations(self) -> dict[str, dict[str, Any]]:
-        """By measure and kind of truth: `spearman`, `kendall` and the number `n` of experts."""
+        """By measure and kind of truth: how well the measure ranks.
+
+        `spearman` and `kendall`, over `n` experts; `first`, the truth of the expert that it puts first,
+        `best` and `mean` that of the best and the mean of those `n`.
+        """
         found: dict[str, dict[str, Any]] = {}
         for measure, scores in self.scores.items():
             known = [e for e, score in enumerate(scores) if score is not None]
             own = [score for score in scores if score is not None]
             for kind, values in self.truth.items():
                 true = [values[e] for e in known]
-                pair = {"spearman": spearman(own, true), "kendall": kendall(own, true)}
-                found.setdefault(measure, {})[kind] = {**pair, "n": len(known)}
+                found.setdefault(measure, {})[kind] = {
+                    "spearman": spearman(own, true),
+                    "kendall": kendall(own, true),
+                    "n": len(known),
+                    "first": true[own.index(max(own))],
+                    "best": max(true),
+                    "mean": sum(true) / len(true),
+                }
         return found
 
     def record(self) -> dict[str, Any]:
@@ -123,7 +133,7 @@ class Suggestion:
 def write_suggestion(
     found: Suggestion,
     k: int | None,
-    path: Path,
+    path: Path | str,
     method: str | None = None,
     *,
     registry: Registry | None = None,
@@ -144,4 +154,4 @@ def write_suggestion(
         f"by {found.rank_by} on {found.examples} examples."
     )
     layers, held = registry or Registry.read(), store or Store()
-    return write_recipe(path, recipe, why, layers, held, report)
+    return write_recipe(Path(path), recipe, why, layers, held, report)
