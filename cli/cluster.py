@@ -57,19 +57,16 @@ def cluster(
     from experthub.hub.registry import Registry
     from experthub.hub.scoring.plots import plot_similarity
     from experthub.hub.selection.clusters import as_by, cluster, write_clusters
-    from experthub.hub.selection.written import check_target, way_of
+    from experthub.hub.selection.written import check_request
 
-    kind = as_by(by)
-    way_of(method, routes_only=True)
-    if out is not None:
-        check_target(out, force)
+    check_request(out, force, method, routes_only=True)
     layers = Registry.read(registry)
     with progress() as report:
         found = cluster(
             named(names, experts),
             base=base,
             k=k,
-            by=kind,
+            by=as_by(by),
             embedder=embedder,
             registry=layers,
             report=report,

@@ -49,6 +49,29 @@ ForceOption = Annotated[bool, typer.Option("--force", help="Replace the file of 
 EmbedderOption = Annotated[
     str, typer.Option(help="The sentence encoder for embeddings.", autocompletion=_completion.bases)
 ]
+ByOption = Annotated[str, typer.Option(help="gates, prototypes, embeddings, tmi or all.")]
+RankByOption = Annotated[
+    str | None, typer.Option(help="The measure that decides; the best of those there are.")
+]
+CountOption = Annotated[
+    int | None, typer.Option("--k", help="Experts of the recipe: 5, or all if fewer.", min=1)
+]
+ExamplesOption = Annotated[int, typer.Option(help="Examples that are read, at most.", min=1)]
+LabelsOption = Annotated[
+    bool, typer.Option("--labels/--no-labels", help="Look at the right answers, for tmi.")
+]
+TruthOption = Annotated[
+    bool, typer.Option("--truth", help="Evaluate every expert alone, to judge the measures.")
+]
+SplitOption = Annotated[str, typer.Option(help="For --truth.", autocompletion=_completion.splits)]
+LimitOption = Annotated[int | None, typer.Option(help="Examples for --truth, at most.", min=1)]
+MethodOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Of the recipe; phatgoose, or arrow where gates are missing.",
+        autocompletion=_completion.methods,
+    ),
+]
 
 
 def suggest(
@@ -56,32 +79,16 @@ def suggest(
     names: NamesArgument = None,
     experts: ExpertsOption = None,
     base: BaseOption = None,
-    by: Annotated[str, typer.Option(help="gates, prototypes, embeddings, tmi or all.")] = "all",
-    rank_by: Annotated[
-        str | None, typer.Option(help="The measure that decides; the best of those there are.")
-    ] = None,
-    k: Annotated[
-        int | None, typer.Option("--k", help="Experts of the recipe: 5, or all if fewer.", min=1)
-    ] = None,
-    examples: Annotated[int, typer.Option(help="Examples that are read, at most.", min=1)] = 32,
-    labels: Annotated[
-        bool, typer.Option("--labels/--no-labels", help="Look at the right answers, for tmi.")
-    ] = False,
-    truth: Annotated[
-        bool, typer.Option("--truth", help="Evaluate every expert alone, to judge the measures.")
-    ] = False,
-    split: Annotated[
-        str, typer.Option(help="For --truth.", autocompletion=_completion.splits)
-    ] = "test",
-    limit: Annotated[int | None, typer.Option(help="Examples for --truth, at most.", min=1)] = None,
+    by: ByOption = "all",
+    rank_by: RankByOption = None,
+    k: CountOption = None,
+    examples: ExamplesOption = 32,
+    labels: LabelsOption = False,
+    truth: TruthOption = False,
+    split: SplitOption = "test",
+    limit: LimitOption = None,
     out: OutOption = None,
-    method: Annotated[
-        str | None,
-        typer.Option(
-            help="Of the recipe; phatgoose, or arrow where gates are missing.",
-            autocompletion=_completion.methods,
-        ),
-    ] = None,
+    method: MethodOption = None,
     force: ForceOption = False,
     embedder: EmbedderOption = "all-minilm-l6-v2",
     json: JsonOption = False,
@@ -98,23 +105,19 @@ def suggest(
     from experthub.hub.registry import Registry
     from experthub.hub.selection.measuring import suggest
     from experthub.hub.selection.suggestion import as_measure, write_suggestion
-    from experthub.hub.selection.written import check_target, way_of
+    from experthub.hub.selection.written import check_request
     from experthub.hub.tasks.task import as_split
 
     reuse_memory()
-    measure, decides = as_measure(by), None if rank_by is None else as_measure(rank_by)
-    if method is not None:
-        way_of(method)
-    if out is not None:
-        check_target(out, force)
+    check_request(out, force, method)
     layers = Registry.read(registry)
     with progress() as report:
         found = suggest(
             task,
             named(names, experts),
             base=base,
-            by=measure,
-            rank_by=decides,
+            by=as_measure(by),
+            rank_by=None if rank_by is None else as_measure(rank_by),
             k=k,
             examples=examples,
             labels=labels,
@@ -126,15 +129,15 @@ def suggest(
             registry=layers,
             report=report,
         )
-        best = found.best(k)
         if out is not None:
             write_suggestion(found, k, out, method, registry=layers, report=report)
+    recipe = str(out) if out else None
     if json:
-        print_json({**found.record(), "best": best, "recipe": str(out) if out else None})
+        print_json({**found.record(), "best": found.best(k), "recipe": recipe})
     else:
         _print_suggestion(found)
-    if out is not None:
-        say(f"wrote {out}")
+    if recipe:
+        say(f"wrote {recipe}")
 
 
 def named(*given: list[str] | None) -> list[str]:

@@ -22,7 +22,7 @@ from experthub.hub.selection.tmi import conditional_entropy
 from experthub.hub.tasks.task import Card, Example, example_id, read_task, write_task
 from experthub.hub.training.fit import Settings
 from experthub.hub.training.train import train_gate, train_lora
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 WORDS = {"animals": "cat dog cow hen", "colours": "RED BLUE GREEN PINK", "signs": "!!! ??? ###"}
 ENCODER_LINEARS = ("query", "key", "value", "dense")
@@ -340,6 +340,32 @@ def test_what_is_missing_is_left_out_or_refused(
     assert list(only.scores) == ["prototypes"]
     with pytest.raises(HubError, match="has a score by gates"):
         suggest(pool["tasks"][0], ["bare"], by="gates")
+
+
+def test_a_dense_expert_has_neither_gates_nor_a_prototype(
+    pool: dict[str, Any], base_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "dense").mkdir()
+    names = ("model.layers.0.self_attn.q_proj.weight", "model.norm.weight")
+    tensors = {n: 0.1 * torch.randn(32, 32) if "q_proj" in n else torch.randn(32) for n in names}
+    save_file(tensors, tmp_path / "dense" / "task_vector.safetensors")
+    where = ("--base", base_folder, "--task", pool["tasks"][0])
+    added = run_hub("add", tmp_path / "dense", "--name", "dense", *where)
+    assert added.code == 0, added.err
+    found = suggest(
+        pool["tasks"][0],
+        ["dense", "expert-1"],
+        labels=True,
+        examples=20,
+        embedder=pool["embedder"],
+    )
+    assert found.scores["gates"][0] is None is found.scores["prototypes"][0]
+    assert found.scores["gates"][1] is not None and None not in found.scores["tmi"]
+    assert found.best(2) == ["dense@1", "expert-1@1"]
+    assert write_suggestion(found, 2, "recipe.yaml").recipe.method.method == "linear"
+    with torch.no_grad():
+        model = hub.compose("recipe.yaml").model
+        assert torch.isfinite(model(input_ids=torch.tensor([[5, 9]])).logits).all()
 
 
 def test_errors(pool: dict[str, Any], tmp_path: Path) -> None:

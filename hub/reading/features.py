@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 
 class Features:
-    """Texts to features: the pooled embedding of an encoder, the last token's state of a language model.
+    """Texts to features: an encoder's pooled embedding, a language model's state of the last token.
 
     A reader whose questions have no choices.  Raises UsageError for a base of another kind.
     """

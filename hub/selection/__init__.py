@@ -1,1 +1,1 @@
-"""Choosing experts for a task, and grouping them: measures, similarities, and the recipes of both."""
+"""Choosing experts for a task, and grouping them: measures, similarities, recipes."""

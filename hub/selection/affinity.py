@@ -46,10 +46,11 @@ def affinities(
     measures: Sequence[str],
     store: Store,
 ) -> dict[str, Scores]:
-    """By measure, every expert's mean routing weight over tokens and modules, times the experts there.
+    """By measure, every expert's mean routing weight over tokens and modules, chance being 1.
 
-    1 is what chance gives.  measures: of `gates` and `prototypes`.  None for an expert that has none
-    of what the measure reads.  The base alone reads the texts.
+    A weight is taken times the number of experts at its module.  measures: of `gates` and
+    `prototypes`.  The base alone reads the texts.  None for an expert that has nothing of what the
+    measure reads.
     """
     probes = _probes(plan, model, measures, store)
 

@@ -22,9 +22,9 @@ def candidates(
 ) -> Plan:
     """The experts as a plan, fetched and checked against their base.
 
-    base: a reference, that of the experts by default.  experts: references; the newest version of every
-    expert of the base by default.  Raises NotFoundError where there is none, UsageError where the
-    base is left open.
+    base: a reference, that of the experts by default.  experts: references; the newest version of
+    every expert of the base by default.  Raises NotFoundError where there is none, UsageError where
+    the base is left open.
     """
     base = base or _base_of(experts, registry)
     chosen = list(dict.fromkeys(experts)) or [e.reference for e in _all_of(base, registry)]

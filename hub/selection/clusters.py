@@ -1,10 +1,11 @@
 """Groups of like experts, for a route between what their groups merge to (MBC).
 
 Ostapenko et al., "Towards Modular LLMs by Building and Reusing a Library of LoRAs",
-https://arxiv.org/abs/2405.11157, section 3.  Deviations: the cosine is that of the experts' changes themselves, exact from
-their factors, where the authors' code has that of a sparse SVD of the flattened factors; groups are
-made by average linkage, which has no random start, where they run k-means on the rows of the
-matrix; and a group's experts are merged, where they train one on the tasks of all.
+https://arxiv.org/abs/2405.11157, section 3.  Deviations: the cosine is that of the experts' changes
+themselves, exact from their factors, where the authors' code has that of a sparse SVD of the
+flattened factors; groups are made by average linkage, which has no random start, where they run
+k-means on the rows of the matrix; and a group's experts are merged, where they train one on the
+tasks of all.
 
 Shapes: E experts, D entries of what they are compared by.
 """
@@ -40,8 +41,8 @@ EXAMPLES = 32
 class Clusters:
     """Experts in groups.
 
-    plan: the experts.  similarity: cosines, a row for each expert.  groups: places of experts in the
-    plan, each once, the group of the first one first.
+    plan: the experts.  similarity: cosines, a row for each expert.  groups: places of experts in
+    the plan, each once, the group of the first one first.
     """
 
     plan: Plan
@@ -91,10 +92,10 @@ def cluster(
 ) -> Clusters:
     """Group experts by the cosines between them, with average linkage.
 
-    experts: references, all of the base's by default.  base: a reference, the experts' by default.  k: groups,
-    from 1 to the number of experts.  by: `weights`, the changes of the base's weights; `gates`, the
-    standardised gates; `embeddings`, the mean embedding of examples of the experts' own tasks.
-    embedder: the sentence encoder for those.  Raises UsageError for too many groups, HubError for
+    experts: references, all of the base's by default.  base: a reference, the experts' by default.
+    k: groups, from 1 to the number of experts.  by: `weights`, the changes of the base's weights;
+    `gates`, the standardised gates; `embeddings`, the mean embedding of examples of the experts' own
+    tasks.  embedder: the sentence encoder for those.  Raises UsageError for too many groups, HubError for
     experts without what they are compared by.
     """
     registry, store = registry or Registry.read(), store or Store()
@@ -134,8 +135,8 @@ def write_clusters(
 ) -> Plan:
     """Write a recipe that routes between the merged groups; returns its plan.
 
-    method: a router.  rank: of the merges; None keeps them exact.  Raises HubError for a router that the experts
-    lack something for, and for dense experts without a rank.
+    method: a router.  rank: of the merges; None keeps them exact.  Raises HubError for a router that
+    the experts lack something for, and for dense experts without a rank.
     """
     way = way_of(method, routes_only=True)
     recipe = {"base": found.plan.recipe.base, "experts": found.experts(rank), **way}
@@ -165,7 +166,7 @@ def average_linkage(similarity_EE: Tensor, k: int) -> list[list[int]]:
 
 
 def _gates(plan: Plan, store: Store) -> Tensor:
-    """Every expert's standardised gates `[E, D]`, one module after the other; zeros where it has none."""
+    """Every expert's standardised gates `[E, D]`, module by module; zeros where it has none."""
     with Contents(plan.members, store, gates=True) as contents:
         own = [gates(expert, contents) for expert in plan.experts]
     for expert, found in zip(plan.experts, own, strict=True):

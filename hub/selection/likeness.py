@@ -28,7 +28,7 @@ def mean_embedding(embed: Embed, texts: Sequence[str]) -> Tensor:
 def own_embeddings(
     plan: Plan, embed: Embed, texts_of: Callable[[Task], Sequence[str]], report: Report
 ) -> list[Tensor | None]:
-    """Every expert's mean embedding `[D]`, of texts of its own tasks; None where no task is here."""
+    """Every expert's mean embedding `[D]`, of texts of its own tasks; None where none is here."""
     found: dict[tuple[str, ...], Tensor | None] = {}
     for number, expert in enumerate(plan.experts):
         report("embedding examples of the experts' own tasks", number, len(plan.experts))

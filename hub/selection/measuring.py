@@ -46,13 +46,15 @@ def suggest(
     """Rank experts for a task by what a few examples of its training split show.
 
     task: a reference.  experts: references, all of the base's by default.  base: a reference, the
-    experts' by default.  by: a measure, or `all` that can be had: `gates` and `prototypes`, how much weight the
-    routers PHATGOOSE and Arrow give an expert in one pass of the base; `embeddings`, the cosine with examples of
-    the expert's own task; `tmi`, the entropy of features within classes.  examples: at most, at least 1.  labels: whether
-    the right answers may be seen, which `tmi` needs and nothing else is given.  truth: evaluate each expert alone, on
-    `split`, at most `limit` examples.  embedder: the sentence encoder for `embeddings`.
-    rank_by: the measure that decides, the best of those that there are by default.  k: how many experts are
-    wanted, which is checked before anything is read.  Raises UsageError for labels that a measure lacks, HubError where no expert has a score.
+    experts' by default.  by: a measure, or `all` that can be had: `gates` and `prototypes`, how much
+    weight the routers PHATGOOSE and Arrow give an expert in one pass of the base; `embeddings`, the
+    cosine with examples of the expert's own task; `tmi`, the entropy of features within classes.
+    rank_by: the measure that decides, the best of those that there are by default.  k: how many
+    experts are wanted, which is checked before anything is read.  examples: at most, at least 1.
+    labels: whether the right answers may be seen, which `tmi` needs and nothing else is given.
+    truth: evaluate each expert alone, on `split`, at most `limit` examples.  embedder: the sentence
+    encoder for `embeddings`.  Raises UsageError for labels that a measure lacks and for too large a
+    k, HubError where no expert has a score.
     """
     registry, store = registry or Registry.read(), store or Store()
     _check_measures(by, rank_by, labels)
@@ -115,7 +117,7 @@ class _Inputs:
     def scores(
         self, by: str, embedder: str, examples: int, answers: Sequence[str] | None
     ) -> dict[str, Scores]:
-        """By measure; of all, those by which some expert has a score.  answers: for what needs them."""
+        """By measure, those by which some expert has a score.  answers: for what needs them."""
         wanted = MEASURES if by == "all" else (by,)
         measures = [measure for measure in wanted if measure in ROUTERS]
         found: dict[str, Scores] = {}

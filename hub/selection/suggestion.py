@@ -37,9 +37,10 @@ def as_measure(text: str) -> By:
 class Suggestion:
     """How experts compare for a task.
 
-    plan: the experts.  examples: how many were read, and whether with labels.  scores: by measure, every expert's in the
-    plan's order, higher is better; None where an expert lacks what the measure reads.  rank_by: the measure that decides.  truth: what every
-    expert does alone on `n` examples of the task, by `accuracy` and `logprob`.
+    plan: the experts.  examples: how many were read.  labels: whether with the right answers.
+    scores: by measure, every expert's in the plan's order, higher is better; None where an expert
+    lacks what the measure reads.  rank_by: the measure that decides.  truth: what every expert does
+    alone on `n` examples of the task, by `accuracy` and `logprob`.
     """
 
     plan: Plan
@@ -83,8 +84,8 @@ class Suggestion:
     def correlations(self) -> dict[str, dict[str, Any]]:
         """By measure and kind of truth: how well the measure ranks.
 
-        `spearman` and `kendall`, over `n` experts; `first`, the truth of the expert that it puts first,
-        `best` and `mean` that of the best and the mean of those `n`.
+        `spearman` and `kendall`, over `n` experts; `first`, the truth of the expert that it puts
+        first, beside the `best` and the `mean` of those `n`.
         """
         found: dict[str, dict[str, Any]] = {}
         for measure, scores in self.scores.items():
@@ -142,8 +143,8 @@ def write_suggestion(
 ) -> Plan:
     """Write a recipe with the k best experts; returns its plan.
 
-    method: a router or a merge; phatgoose where all have gates, otherwise arrow, by default.  Raises
-    HubError for a method that the experts lack something for.
+    method: a router or a merge; by default phatgoose where all have gates, otherwise arrow, and linear
+    where one is dense.  Raises HubError for a method that the experts lack something for.
     """
     best = found.best(k)
     experts = tuple(e for e in found.plan.experts if e.members[0].reference in best)

@@ -5,8 +5,8 @@ Variance", https://arxiv.org/abs/2308.05986, as in the authors' code: `H(feature
 distances to the k-th nearest neighbour (Kozachenko and Leonenko) in the maximum norm, k = 3.  Three
 deviations: the code divides by the number of classes as well, a constant of the task; it counts
 single examples as 0, which are left out here with all classes of k or fewer; and it takes no
-distance below 1.0, which would be all of them here, for pooled embeddings have length 1: it is 1e-6.
-The formula is that of the code; the text of the paper was not compared.
+distance below 1.0, which would be all of them here, for pooled embeddings have length 1: here that
+is 1e-6.  The formula is that of the code; the text of the paper was not compared.
 
 Shapes: N examples, D features.
 """

@@ -17,9 +17,17 @@ from experthub.hub.resolution import resolve
 from experthub.hub.store import Store
 
 
-def check_target(path: Path, force: bool) -> None:
-    """Raise ConflictError for a file that is there; force: unless it may be replaced."""
-    if path.exists() and not (force and path.is_file()):
+def check_request(
+    path: Path | None, force: bool, method: str | None, routes_only: bool = False
+) -> None:
+    """Refuse what could not be written, before anything is read.
+
+    Raises ConflictError for a file that is there, unless `force` says that it may be replaced;
+    UsageError for an unknown method, see `way_of`.
+    """
+    if method is not None:
+        way_of(method, routes_only)
+    if path is not None and path.exists() and not (force and path.is_file()):
         raise ConflictError(f"{path} exists", "name another file, or say --force to replace it")
 
 
@@ -50,8 +58,8 @@ def write_recipe(
 ) -> Plan:
     """Check that a recipe resolves, and write it; returns its plan.
 
-    recipe: plain values, folders absolute: those below the file's folder are written relative to it.
-    comment: one line above it.
+    recipe: plain values, folders absolute: those below the file's folder are written relative to
+    it.  comment: one line above it.
     """
     plan = resolve(Recipe.of(recipe), registry, store, report)
     near = path.resolve().parent
