@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 from conftest import tiny_bert
 from experthub import hub
+from experthub.hub import _yaml
 from experthub.hub.expert import Reference
 from experthub.hub.scoring import evaluation
+from experthub.hub.scoring.statistics import wilson
 from experthub.hub.tasks.task import Card, Example, example_id, read_task, write_task
 
 FOLDER = Path(__file__).parent.parent / "examples" / "routers"
@@ -53,9 +55,10 @@ def proof(tmp_path: Path) -> dict[str, Any]:
         made("sizes", ["big", "small"], ["whale", "ant"]),
     ]
     near, far = made("hues", ["blue", "gold"], ["sea", "ring"]), made("odd", ["0", "1"], ["n", "m"])
+    base = str(tiny_bert(tmp_path / "encoder"))
     return {
         "name": "tiny",
-        "base": str(tiny_bert(tmp_path / "encoder")),
+        "base": base,
         "tasks": trained,
         "unseen": {"near": [near], "far": [far]},
         "train": {"steps": 3, "examples": 40, "batch_size": 4, "lr": 1e-2},
@@ -65,8 +68,9 @@ def proof(tmp_path: Path) -> dict[str, Any]:
         "recipes": {
             "uniform": {"route": {"method": "uniform"}},
             "phatgoose": {"route": {"method": "phatgoose", "top_k": 1}},
+            "retrieval": {"route": {"method": "retrieval", "embedder": base}},
         },
-        "watched": ["phatgoose"],
+        "watched": ["phatgoose", "retrieval"],
         "shown": ["phatgoose"],
     }
 
@@ -78,13 +82,16 @@ def test_a_run_holds_every_column_and_goes_on_where_it_stopped(
     found = first.all()
     unseen, columns = first.unseen, found["unseen"]["columns"]
     controls = {"merged", "best_individual", "oracle", "multi_task"}
-    assert set(columns) == {"base", "uniform", "phatgoose"} | controls
+    assert set(columns) == {"base", *proof["recipes"]} | controls
     for column in columns.values():
         assert {task: len(column["right"][task]) for task in unseen} == dict.fromkeys(unseen, 12)
     assert columns["uniform"]["right"] == columns["merged"]["right"]
-    assert set(found["own"]) == {"base", "uniform", "phatgoose", "individual"}
+    assert set(found["own"]) == {"base", *proof["recipes"], "individual"}
     for hit in found["hits"]["phatgoose"].values():
         assert 0 <= hit["weight"] <= 1 and hit["place"] in (1, 2)
+    # One expert for the whole input: the weight is the share of inputs that it serves.
+    for hit in found["hits"]["retrieval"].values():
+        assert hit["place"] == (1 if hit["weight"] >= 0.5 else 2)
     assert json.loads(json.dumps(found)) == found
 
     def refuse(*_: Any, **__: Any) -> None:
@@ -132,6 +139,23 @@ def test_the_expert_of_all_tasks_sees_training_examples_only(proof: dict[str, An
     mixed = {example.input for example in read_task(expert.task or "").examples}
     trained = [e.input for t in proof["tasks"] for e in read_task(t).split("train", 40)]
     assert mixed == set(trained)
+
+
+def test_the_tasks_are_those_that_the_trials_speak_for() -> None:
+    """Trained are tasks that were learned; none of them is unseen; the base is no guesser there."""
+    proof = _yaml.read(FOLDER / "encoder.yaml").value
+    tried = json.loads((FOLDER / "encoder-candidates.json").read_text())
+    for task in proof["tasks"]:
+        found = tried[task.partition(":")[2]]
+        assert found["delta_ci95"][0] > 0 and found["expert"] > (found["most_common"] or 0), task
+    bases = json.loads((FOLDER / "encoder-unseen-candidates.json").read_text())
+    groups = proof["unseen"]
+    unseen = [task for group in groups.values() for task in group]
+    assert len(set(unseen)) == len(unseen) >= 16 and not set(unseen) & set(proof["tasks"])
+    for task in groups["far"]:
+        found = bases[task.partition(":")[2]]
+        low, high = wilson(found["base"] * found["n"], found["n"])
+        assert found["n"] >= 60 and not low <= found["chance"] <= high, task
 
 
 # The table, on results made by hand.
