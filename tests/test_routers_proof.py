@@ -87,11 +87,11 @@ def test_a_run_holds_every_column_and_goes_on_where_it_stopped(
         assert {task: len(column["right"][task]) for task in unseen} == dict.fromkeys(unseen, 12)
     assert columns["uniform"]["right"] == columns["merged"]["right"]
     assert set(found["own"]) == {"base", *proof["recipes"], "individual"}
-    for hit in found["hits"]["phatgoose"].values():
-        assert 0 <= hit["weight"] <= 1 and hit["place"] in (1, 2)
-    # One expert for the whole input: the weight is the share of inputs that it serves.
-    for hit in found["hits"]["retrieval"].values():
-        assert hit["place"] == (1 if hit["weight"] >= 0.5 else 2)
+    for weights in found["watched"]["phatgoose"].values():
+        assert sum(weights) == pytest.approx(1, abs=1e-4) and min(weights) >= 0
+    # One expert for the whole input: the weight is the share of inputs, by their tokens.
+    task = proof["tasks"][1]
+    assert summary.hits(found, "retrieval")[task] == (found["watched"]["retrieval"][task][1], 1)
     assert json.loads(json.dumps(found)) == found
 
     def refuse(*_: Any, **__: Any) -> None:
@@ -168,6 +168,7 @@ def result(seed: int, **columns: Sequence[str]) -> dict[str, Any]:
         name: {"right": dict(zip(tasks, right, strict=True)), "logprob": dict.fromkeys(tasks, -1.0)}
         for name, right in columns.items()
     }
+    singles = {"own@2": dict.fromkeys(tasks, 0.8), "other@2": dict.fromkeys(tasks, 0.2)}
     return {
         "proof": {
             "name": "tiny",
@@ -180,9 +181,12 @@ def result(seed: int, **columns: Sequence[str]) -> dict[str, Any]:
             "shown": ["good"],
         },
         "seed": seed,
-        "unseen": {"columns": made},
+        "unseen": {"columns": made, "controls": {"singles": singles}},
         "own": {name: {"t:own": 0.5} for name in ("base", "good", "individual")},
-        "hits": {"good": {"t:own": {"weight": 0.75, "place": 1 + seed}}},
+        "experts": ["own@2", "other@2"],
+        "watched": {
+            "good": {"t:own": [0.4, 0.6] if seed else [0.9, 0.1], "t:near": [1, 0], "t:far": [0, 1]}
+        },
     }
 
 
@@ -229,8 +233,15 @@ def test_columns_that_a_seed_lacks_are_left_out(runs: list[dict[str, Any]]) -> N
 
 def test_hits_are_counted_over_tasks_and_seeds(runs: list[dict[str, Any]]) -> None:
     lines = summary.own_table(runs)
-    assert row(lines, "`own`")[-1] == "0.750, 1.5"
+    assert row(lines, "`own`")[-1] == "0.650, 1.5"
     assert row(lines, "**first place**")[-1] == "0.500"
+
+
+def test_what_a_router_chooses_is_scored_alone(runs: list[dict[str, Any]]) -> None:
+    lines = summary.choice_table(runs)
+    found = row(lines, "`good`: the heaviest expert, alone")
+    assert found[1:] == ["0.500 ± 0.000", "0.800 ± 0.000", "0.200 ± 0.000"]
+    assert row(lines, "mean of all experts, alone")[1] == "0.500 ± 0.000"
 
 
 def test_results_are_found_by_name_and_seed(runs: list[dict[str, Any]], tmp_path: Path) -> None:
