@@ -57,7 +57,7 @@ suite-vision: .venv/.installed
 # Every router on tasks that no expert was trained on, three seeds: many hours; goes on where it stopped.
 routers-encoder: .venv/.installed
 	$(BIN)/hub pull all-minilm-l6-v2
-	$(BIN)/hub tasks import bigbench $$(sed -n 's/^ *- bigbench://p' examples/routers/encoder.yaml)
+	$(BIN)/hub tasks import bigbench $$(sed -n 's/^ *- bigbench:\([^ ]*\).*/\1/p' examples/routers/encoder.yaml)
 	$(BIN)/python examples/routers/run.py examples/routers/encoder.yaml
 	$(BIN)/python examples/suite/table.py
 

@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 from conftest import tiny_bert
 from experthub import hub
+from experthub.hub import _yaml
 from experthub.hub.expert import Reference
 from experthub.hub.scoring import evaluation
+from experthub.hub.scoring.statistics import wilson
 from experthub.hub.tasks.task import Card, Example, example_id, read_task, write_task
 
 FOLDER = Path(__file__).parent.parent / "examples" / "routers"
@@ -53,9 +55,10 @@ def proof(tmp_path: Path) -> dict[str, Any]:
         made("sizes", ["big", "small"], ["whale", "ant"]),
     ]
     near, far = made("hues", ["blue", "gold"], ["sea", "ring"]), made("odd", ["0", "1"], ["n", "m"])
+    base = str(tiny_bert(tmp_path / "encoder"))
     return {
         "name": "tiny",
-        "base": str(tiny_bert(tmp_path / "encoder")),
+        "base": base,
         "tasks": trained,
         "unseen": {"near": [near], "far": [far]},
         "train": {"steps": 3, "examples": 40, "batch_size": 4, "lr": 1e-2},
@@ -65,8 +68,9 @@ def proof(tmp_path: Path) -> dict[str, Any]:
         "recipes": {
             "uniform": {"route": {"method": "uniform"}},
             "phatgoose": {"route": {"method": "phatgoose", "top_k": 1}},
+            "retrieval": {"route": {"method": "retrieval", "embedder": base}},
         },
-        "watched": ["phatgoose"],
+        "watched": ["phatgoose", "retrieval"],
         "shown": ["phatgoose"],
     }
 
@@ -78,13 +82,16 @@ def test_a_run_holds_every_column_and_goes_on_where_it_stopped(
     found = first.all()
     unseen, columns = first.unseen, found["unseen"]["columns"]
     controls = {"merged", "best_individual", "oracle", "multi_task"}
-    assert set(columns) == {"base", "uniform", "phatgoose"} | controls
+    assert set(columns) == {"base", *proof["recipes"]} | controls
     for column in columns.values():
         assert {task: len(column["right"][task]) for task in unseen} == dict.fromkeys(unseen, 12)
     assert columns["uniform"]["right"] == columns["merged"]["right"]
-    assert set(found["own"]) == {"base", "uniform", "phatgoose", "individual"}
-    for hit in found["hits"]["phatgoose"].values():
-        assert 0 <= hit["weight"] <= 1 and hit["place"] in (1, 2)
+    assert set(found["own"]) == {"base", *proof["recipes"], "individual"}
+    for weights in found["watched"]["phatgoose"].values():
+        assert sum(weights) == pytest.approx(1, abs=1e-4) and min(weights) >= 0
+    # One expert for the whole input: the weight is the share of inputs, by their tokens.
+    task = proof["tasks"][1]
+    assert summary.hits(found, "retrieval")[task] == (found["watched"]["retrieval"][task][1], 1)
     assert json.loads(json.dumps(found)) == found
 
     def refuse(*_: Any, **__: Any) -> None:
@@ -134,6 +141,23 @@ def test_the_expert_of_all_tasks_sees_training_examples_only(proof: dict[str, An
     assert mixed == set(trained)
 
 
+def test_the_tasks_are_those_that_the_trials_speak_for() -> None:
+    """Trained are tasks that were learned; none of them is unseen; the base is no guesser there."""
+    proof = _yaml.read(FOLDER / "encoder.yaml").value
+    tried = json.loads((FOLDER / "encoder-candidates.json").read_text())
+    for task in proof["tasks"]:
+        found = tried[task.partition(":")[2]]
+        assert found["delta_ci95"][0] > 0 and found["expert"] > (found["most_common"] or 0), task
+    bases = json.loads((FOLDER / "encoder-unseen-candidates.json").read_text())
+    groups = proof["unseen"]
+    unseen = [task for group in groups.values() for task in group]
+    assert len(set(unseen)) == len(unseen) >= 16 and not set(unseen) & set(proof["tasks"])
+    for task in groups["far"]:
+        found = bases[task.partition(":")[2]]
+        low, high = wilson(found["base"] * found["n"], found["n"])
+        assert found["n"] >= 60 and not low <= found["chance"] <= high, task
+
+
 # The table, on results made by hand.
 
 
@@ -144,6 +168,7 @@ def result(seed: int, **columns: Sequence[str]) -> dict[str, Any]:
         name: {"right": dict(zip(tasks, right, strict=True)), "logprob": dict.fromkeys(tasks, -1.0)}
         for name, right in columns.items()
     }
+    singles = {"own@2": dict.fromkeys(tasks, 0.8), "other@2": dict.fromkeys(tasks, 0.2)}
     return {
         "proof": {
             "name": "tiny",
@@ -156,9 +181,12 @@ def result(seed: int, **columns: Sequence[str]) -> dict[str, Any]:
             "shown": ["good"],
         },
         "seed": seed,
-        "unseen": {"columns": made},
+        "unseen": {"columns": made, "controls": {"singles": singles}},
         "own": {name: {"t:own": 0.5} for name in ("base", "good", "individual")},
-        "hits": {"good": {"t:own": {"weight": 0.75, "place": 1 + seed}}},
+        "experts": ["own@2", "other@2"],
+        "watched": {
+            "good": {"t:own": [0.4, 0.6] if seed else [0.9, 0.1], "t:near": [1, 0], "t:far": [0, 1]}
+        },
     }
 
 
@@ -205,8 +233,15 @@ def test_columns_that_a_seed_lacks_are_left_out(runs: list[dict[str, Any]]) -> N
 
 def test_hits_are_counted_over_tasks_and_seeds(runs: list[dict[str, Any]]) -> None:
     lines = summary.own_table(runs)
-    assert row(lines, "`own`")[-1] == "0.750, 1.5"
+    assert row(lines, "`own`")[-1] == "0.650, 1.5"
     assert row(lines, "**first place**")[-1] == "0.500"
+
+
+def test_what_a_router_chooses_is_scored_alone(runs: list[dict[str, Any]]) -> None:
+    lines = summary.choice_table(runs)
+    found = row(lines, "`good`: the heaviest expert, alone")
+    assert found[1:] == ["0.500 ± 0.000", "0.800 ± 0.000", "0.200 ± 0.000"]
+    assert row(lines, "mean of all experts, alone")[1] == "0.500 ± 0.000"
 
 
 def test_results_are_found_by_name_and_seed(runs: list[dict[str, Any]], tmp_path: Path) -> None:

@@ -17,20 +17,26 @@ from typing import Any
 from experthub.hub import _yaml
 from experthub.hub._files import write_json
 from run import Run, accuracies, say
+from summary import hits
 
 
 def judged(proof: dict[str, Any], steps: int, lr: float) -> dict[str, Any]:
     """What gates of one setting do."""
     run = Run({**proof, "gate": {**proof["gate"], "steps": steps, "lr": lr}}, 0)
-    hits = run.hits()
+    seen = {"proof": run.proof, "watched": run.watched()}
     columns = accuracies(run.evaluated(run.recipes, run.tasks, "validation", False))
     return {
         "steps": steps,
         "lr": lr,
         "loss": {task: record["gate"] for task, record in run.training().items()},
-        "hits": hits,
+        "hits": {name: placed(seen, name) for name in run.recipes},
         "accuracy": columns,
     }
+
+
+def placed(seen: dict[str, Any], name: str) -> dict[str, dict[str, float]]:
+    """By task: the weight of its own expert under a router, and its place."""
+    return {task: {"weight": w, "place": p} for task, (w, p) in hits(seen, name).items()}
 
 
 def main() -> None:
@@ -42,13 +48,14 @@ def main() -> None:
     given = parser.parse_args()
     proof = _yaml.read(given.proof).value
     proof["tasks"] = proof["tasks"][: given.experts]
+    proof["unseen"] = {}
     proof["recipes"] = {name: proof["recipes"][name] for name in proof["watched"]}
     found = []
     for steps, lr in product(given.steps, given.lr):
         found.append(judged(proof, steps, lr))
-        for name, hits in found[-1]["hits"].items():
-            weight = mean(hit["weight"] for hit in hits.values())
-            first = mean(hit["place"] == 1 for hit in hits.values())
+        for name, rows in found[-1]["hits"].items():
+            weight = mean(hit["weight"] for hit in rows.values())
+            first = mean(hit["place"] == 1 for hit in rows.values())
             accuracy = mean(found[-1]["accuracy"][name].values())
             say(f"{steps} steps at {lr}: {name} {weight:.3f}, {first:.3f}, {accuracy:.3f}")
         write_json(given.proof.with_name(f"{given.proof.stem}-gates.json"), found)

@@ -156,26 +156,20 @@ class Run:
         }
         return columns
 
-    def hits(self) -> dict[str, dict[str, dict[str, float]]]:
-        """How much of its own expert a router takes on each trained task.
+    def watched(self) -> dict[str, dict[str, list[float]]]:
+        """The weights that routers give, by recipe and task: every expert's mean, in their order.
 
-        By recipe and task: the mean weight of that expert over tokens and modules, and its place
-        among all experts by that weight, 1 for the first.
+        Over tokens and modules, on inputs of the test splits of the trained tasks, and of the unseen.
         """
+        inputs = {task: held_out(task) for task in self.tasks} | {t: t for t in self.unseen}
         return {
-            name: {
-                task: self._hit(self.recipes[name], place, task)
-                for place, task in enumerate(self.tasks)
-            }
+            name: {task: self._weights(self.recipes[name], inputs[task]) for task in inputs}
             for name in self.proof["watched"]
         }
 
-    def _hit(self, recipe: hub.Recipe, place: int, task: str) -> dict[str, float]:
-        found = routing_map(recipe, [held_out(task)], per_task=PROMPTS)
-        layers = found["weights"]
-        means = [sum(row[e] for row in layers) / len(layers) for e in range(len(layers[0]))]
-        own = means[place]
-        return {"weight": own, "place": 1 + sum(mean > own for mean in means)}
+    def _weights(self, recipe: hub.Recipe, task: str) -> list[float]:
+        layers = routing_map(recipe, [task], per_task=PROMPTS)["weights"]
+        return [round(sum(row) / len(layers), 6) for row in zip(*layers, strict=True)]
 
     def training(self) -> dict[str, Any]:
         """Losses of the first and the last ten steps, of experts and of gates."""
@@ -189,9 +183,10 @@ class Run:
         return {
             "proof": self.proof,
             "seed": self.seed,
+            "experts": self.experts,
             "unseen": self.on_unseen(multi_task),
             "own": self.on_own(),
-            "hits": self.hits(),
+            "watched": self.watched(),
             "training": self.training(),
         }
 

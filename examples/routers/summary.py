@@ -32,6 +32,10 @@ and examples, of the mean over seeds. A task is won or lost where its own interv
 individual` and `oracle` are picked by the very scores that are shown, so they flatter. `make routers-encoder`; recipes and tasks
 in `examples/routers/{name}.yaml`.
 """
+CHOSEN = """### Whom routers choose on unseen tasks
+
+Accuracy, on the unseen tasks, of the one expert alone that a router gives the largest mean weight on {prompts} inputs.
+"""
 OWN = """### On the experts' own tasks
 
 Accuracy on at most {limit} examples of the test splits, mean over seeds. Behind it what a router makes of {prompts} of these inputs:
@@ -148,15 +152,51 @@ def own_table(runs: Runs) -> list[str]:
     return table(["task", *head], rows)
 
 
+def hits(run: dict[str, Any], name: str) -> dict[str, tuple[float, int]]:
+    """By trained task: the weight that a router gives to its own expert, and its place by weight."""
+    found = {}
+    for place, task in enumerate(run["proof"]["tasks"]):
+        weights = run["watched"][name][task]
+        found[task] = (weights[place], 1 + sum(other > weights[place] for other in weights))
+    return found
+
+
 def watched(runs: Runs, name: str, tasks: Sequence[str]) -> str:
-    found = [run["hits"][name][task] for run in runs for task in tasks]
-    return f"{mean(f['weight'] for f in found):.3f}, {mean(f['place'] for f in found):.1f}"
+    found = [hits(run, name)[task] for run in runs for task in tasks]
+    return f"{mean(weight for weight, _ in found):.3f}, {mean(place for _, place in found):.1f}"
 
 
 def firsts(runs: Runs, name: str) -> str:
     """Of all tasks and seeds, the share in which a task's own expert has the largest weight."""
-    places = [hit["place"] for run in runs for hit in run["hits"][name].values()]
-    return f"{mean(place == 1 for place in places):.3f}"
+    return f"{mean(place == 1 for run in runs for _, place in hits(run, name).values()):.3f}"
+
+
+def heaviest(run: dict[str, Any], name: str, tasks: Sequence[str]) -> float:
+    """Mean accuracy, on unseen tasks, of the expert alone that a router gives the largest weight."""
+    singles, total = run["unseen"]["controls"]["singles"], 0.0
+    for task in tasks:
+        weights = run["watched"][name][task]
+        total += singles[run["experts"][weights.index(max(weights))]][task]
+    return total / len(tasks)
+
+
+def any_expert(run: dict[str, Any], tasks: Sequence[str]) -> float:
+    """Mean accuracy of all experts, each alone."""
+    rows = run["unseen"]["controls"]["singles"].values()
+    return mean(mean(row[task] for task in tasks) for row in rows)
+
+
+def choice_table(runs: Runs) -> list[str]:
+    groups = runs[0]["proof"]["unseen"]
+    parts = [[task for group in groups.values() for task in group], *groups.values()]
+    rows = [
+        ["mean of all experts, alone", *(cell([any_expert(r, p) for r in runs]) for p in parts)]
+    ]
+    for name in runs[0]["proof"]["watched"]:
+        cells = [cell([heaviest(run, name, part) for run in runs]) for part in parts]
+        rows.append([f"`{name}`: the heaviest expert, alone", *cells])
+    rows.append([label(ORACLE), *(average(runs, ORACLE, part) for part in parts)])
+    return table(["", "all", *groups], rows)
 
 
 def section(name: str, runs: Runs) -> list[str]:
@@ -169,7 +209,9 @@ def section(name: str, runs: Runs) -> list[str]:
         name=name, experts=experts, unseen=unseen, near=near, limit=limit, seeds=seeds
     )
     own = OWN.format(limit=proof["own_limit"], prompts=PROMPTS, experts=experts)
-    return [head, *main_table(runs), *task_table(runs), own, *own_table(runs)]
+    chosen = CHOSEN.format(prompts=PROMPTS)
+    unseen_tables = [*main_table(runs), *task_table(runs), chosen, *choice_table(runs)]
+    return [head, *unseen_tables, own, *own_table(runs)]
 
 
 def lines(folder: Path = HERE) -> list[str]:
