@@ -1,4 +1,4 @@
-"""Time one step of training: an expert (peft's LoRA), and the gates of one (PHATGOOSE).
+"""Time one step of training: an expert (peft's LoRA), its gates (PHATGOOSE), and skills (Poly, MHR).
 
 SmolLM2-135M, a batch of 8 inputs of 64 tokens, every linear adapted at rank 4, float32, two threads;
 forward, backward and AdamW.
@@ -27,11 +27,11 @@ from experthub.hub import Registry
 from experthub.hub.base_sources import find
 from experthub.hub.bases import load_model
 from experthub.merge import LowRank
-from experthub.routing import ExpertStack, RoutedLinear, untrained_gate
+from experthub.routing import ExpertStack, RoutedLinear, SkilledLinear, TaskRows, untrained_gate
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-BATCH, TOKENS, RANK, TARGET = 8, 64, 4, 1.1
+BATCH, TOKENS, RANK, TARGET, SKILLS_TARGET = 8, 64, 4, 1.1, 1.2
 
 
 def lora(model: Any) -> Any:
@@ -49,6 +49,19 @@ def gated(model: Any) -> Any:
         stack = ExpertStack.of({0: LowRank(a, b, 2.0)}, 1)
         gate = RoutedLinear.alone(module, stack, untrained_gate(stack), train_probes=True)
         model.set_submodule(name, gate)
+    return model
+
+
+def skilled(model: Any, n_skills: int, n_heads: int) -> Any:
+    """Skills on every linear as `hub train skills` makes them, every row of a task of its own."""
+    model.requires_grad_(False)
+    rows = TaskRows(torch.arange(BATCH))
+    for name, module in [(n, m) for n, m in model.named_modules() if n.endswith(LINEARS)]:
+        outputs, inputs = module.weight.shape
+        a = torch.randn(n_skills, RANK, inputs) / inputs**0.5
+        b = torch.randn(n_skills, outputs, RANK) * 0.01
+        logits = nn.Parameter(torch.zeros(BATCH, n_heads, n_skills))
+        model.set_submodule(name, SkilledLinear(module, a, b, 1.0, logits, rows))
     return model
 
 
@@ -76,9 +89,16 @@ def main() -> None:
     base = find(BASE, Registry.read())
     around = surroundings({})
     ids = torch.randint(1000, 40000, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0))
+
+    def fresh() -> Any:
+        return load_model(base, "float32", "cpu")
+
     models = {
-        "expert": lora(load_model(base, "float32", "cpu")),
-        "gate": gated(load_model(base, "float32", "cpu")),
+        "expert": lora(fresh()),
+        "gate": gated(fresh()),
+        "shared": skilled(fresh(), 1, 1),
+        "poly": skilled(fresh(), 8, 1),
+        "mhr": skilled(fresh(), 8, 8),
     }
     trained = {
         name: sum(p.numel() for p in m.parameters() if p.requires_grad)
@@ -92,6 +112,8 @@ def main() -> None:
             f"{case:12} {spread(seconds):32} {ratio(times, case, 'expert'):6.3f} x expert, {trained[case]} trained"
         )
     print(f"target: a gate's step at most {TARGET} x an expert's")
+    for case in ("poly", "mhr"):
+        print(f"{case}: {ratio(times, case, 'shared'):.3f} x shared, target {SKILLS_TARGET}")
     finish(
         {
             "benchmark": "training",
@@ -99,6 +121,7 @@ def main() -> None:
             "seconds": times,
             "median_seconds": {case: median(seconds) for case, seconds in times.items()},
             "ratio_to_expert": {case: ratio(times, case, "expert") for case in times},
+            "ratio_to_shared": {case: ratio(times, case, "shared") for case in ("poly", "mhr")},
             "trained": trained,
             "target": TARGET,
         },

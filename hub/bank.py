@@ -19,16 +19,17 @@ from experthub.hub._files import digest_of, hub_home, new_folder
 from experthub.hub.errors import IntegrityError
 from experthub.hub.formats.writer import Layout, safetensors_file
 from experthub.hub.plan import Plan
-from experthub.routing import Packed, Rows, Selected
+from experthub.routing import Context, Packed, Rows
 from torch import Tensor
 
-LAYOUT = 1
+LAYOUT = 2
 LARGE = 100_000_000  # bytes of experts, from which on mapping a bank is faster than stacking them
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 FILE = "{:04d}.safetensors"
+PROBES = "probes"  # of all modules of a group
 
-# Modules that share an input, their experts, and the router of each; None where one chooses for all.
-Part = tuple[list[str], Packed, list[Any]]
+# Modules that share an input, their experts and routers.
+Part = tuple[list[str], Packed]
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,12 @@ class Bank:
     def there(self) -> bool:
         return self.routers.is_dir() and self.experts.is_dir()
 
-    def parts(self, make: Callable[[], Iterator[Part]], dtype: torch.dtype) -> Iterator[Part]:
+    def parts(
+        self, make: Callable[[], Iterator[Part]], dtype: torch.dtype, context: Context
+    ) -> Iterator[Part]:
         """Everything in the bank; what is missing of it is made and written first.
 
+        dtype: that the experts are used in.  context: that routers of whole examples look at.
         Raises IntegrityError for files that cannot be read.
         """
         from safetensors import SafetensorError
@@ -65,7 +69,7 @@ class Bank:
                 self._write(make(), dtype)
         for number in range(len(list(self.routers.iterdir()))):
             try:
-                yield self._part(FILE.format(number))
+                yield self._part(FILE.format(number), context)
             except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
                 raise IntegrityError(
                     f"the bank {self.experts.parent} is damaged: {error}", "remove that folder"
@@ -73,39 +77,34 @@ class Bank:
 
     def _write(self, made: Iterator[Part], dtype: torch.dtype) -> None:
         """Pack part after part; no more than one is in memory."""
-        like = torch.empty(0, dtype=dtype)
         with ExitStack() as folders:
             there = self.experts.is_dir()
             routers = folders.enter_context(new_folder(self.routers, replace=not there))
             experts = None if there else folders.enter_context(new_folder(self.experts))
-            for number, (names, packed, found) in enumerate(made):
+            for number, (names, packed) in enumerate(made):
                 name = FILE.format(number)
                 if experts is not None:
-                    _save(experts / name, _tensors(packed, like), {"modules": names})
-                own = {
-                    f"{i}.{field}": value
-                    for i, router in enumerate(found)
-                    for field, value in _fields(router).items()
-                    if isinstance(value, Tensor)
-                }
-                _save(routers / name, own, {"routers": list(map(_settings, found))})
+                    _save(experts / name, _experts(packed, dtype), {"modules": names})
+                settings, tensors = _written(packed)
+                _save(routers / name, tensors, {"router": settings})
 
-    def _part(self, name: str) -> Part:
+    def _part(self, name: str, context: Context) -> Part:
         from safetensors import safe_open
 
         with safe_open(self.experts / name, framework="pt") as file:
             names = json.loads(file.metadata()["modules"])
-            packed = Packed(
-                tuple(file.get_tensor("experts").tolist()),
-                tuple(map(tuple, file.get_tensor("ranks").tolist())),
-                (file.get_tensor("a"),),
-                tuple(file.get_tensor(f"b.{i}") for i in range(len(names))),
-                mapped=True,
-            )
+            experts = tuple(file.get_tensor("experts").tolist())
+            ranks = tuple(map(tuple, file.get_tensor("ranks").tolist()))
+            a, b = file.get_tensor("a"), [file.get_tensor(f"b.{i}") for i in range(len(names))]
         with safe_open(self.routers / name, framework="pt") as file:
-            settings = json.loads(file.metadata()["routers"])
+            settings = json.loads(file.metadata()["router"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        return names, packed, [_router(own, tensors, i) for i, own in enumerate(settings)]
+        probes = tensors.pop(PROBES, None)
+        if probes is not None:
+            tensors["probes_PI"] = probes[: len(probes) // len(names)]
+        router = _read(settings, tensors, context)
+        parts = () if probes is None else (probes,)
+        return names, Packed(experts, ranks, (a,), tuple(b), router, parts, mapped=True)
 
 
 def bank_for(plan: Plan) -> Bank | None:
@@ -115,16 +114,23 @@ def bank_for(plan: Plan) -> Bank | None:
     return Bank.of(plan) if pays else None
 
 
-def _tensors(packed: Packed, like: Tensor) -> dict[str, Tensor]:
-    """What a file holds of a group: its rows as they are used, zeros at the end where ranks differ."""
+def _experts(packed: Packed, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What a file holds of a group's experts: rows, and zeros at their end where ranks differ."""
     flat = [rank for own in packed.ranks for rank in own]
     pairs = enumerate(zip(packed.b, packed.ranks, strict=True))
+    like = torch.empty(0, dtype=dtype)
     return {
-        "a": Rows(packed.a, flat, packed.rank, like).all,
-        **{f"b.{i}": Rows([rows], own, packed.rank, like).all for i, (rows, own) in pairs},
+        "a": _narrow(Rows(packed.a, flat, packed.rank, like).all),
+        **{f"b.{i}": _narrow(Rows([r], own, packed.rank, like).all) for i, (r, own) in pairs},
         "experts": torch.tensor(packed.experts),
         "ranks": torch.tensor(packed.ranks),
     }
+
+
+def _narrow(rows: Tensor) -> Tensor:
+    """The same numbers in bfloat16, in which most experts come, if they are the same there."""
+    half = rows.bfloat16()
+    return half if torch.equal(half.to(rows.dtype), rows) else rows
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -143,30 +149,26 @@ def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(flat)
 
 
-def _fields(router: Any) -> dict[str, Any]:
-    """A router's values by name; none for what chooses for the whole model."""
-    if isinstance(router, Selected):
-        return {}
-    return {field.name: getattr(router, field.name) for field in fields(router)}
+def _written(packed: Packed) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A group's router as its class and plain values, and tensors: the probes of all modules in one."""
+    router: Any = packed.router
+    values = {field.name: getattr(router, field.name) for field in fields(router)}
+    tensors = {n: v for n, v in values.items() if isinstance(v, Tensor) and n != "probes_PI"}
+    if packed.probes:
+        tensors[PROBES] = torch.cat(packed.probes)
+    plain = {n: v for n, v in values.items() if not isinstance(v, Tensor | Context)}
+    kind = type(router)
+    return {"class": [kind.__module__, kind.__qualname__], "values": plain}, tensors
 
 
-def _settings(router: Any) -> dict[str, Any] | None:
-    """A router's class, and its values but for tensors; None for what chooses for the whole model."""
-    if isinstance(router, Selected):
-        return None
-    values = {n: v for n, v in _fields(router).items() if not isinstance(v, Tensor)}
-    return {"class": [type(router).__module__, type(router).__qualname__], "values": values}
-
-
-def _router(settings: dict[str, Any] | None, tensors: Mapping[str, Tensor], module: int) -> Any:
+def _read(settings: dict[str, Any], tensors: Mapping[str, Tensor], context: Context) -> Any:
     """The router that was written: of a class that is loaded already, nothing is imported."""
-    if settings is None:
-        return None
     place, name = settings["class"]
     kind: Any = getattr(sys.modules[place], name)
     if not (isinstance(kind, type) and is_dataclass(kind)):
         raise ValueError(f"{name} is no router")
-    start = f"{module}."
-    own = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
-    router: Any = kind(**settings["values"], **own)
+    given = {**settings["values"], **tensors}
+    if "context" in {field.name for field in fields(kind)}:
+        given["context"] = context
+    router: Any = kind(**given)
     return router

@@ -118,16 +118,12 @@ def route(
     def stacked() -> Iterator[Part]:
         return _stacked(modules, plan, contents, state, select, context, report)
 
-    parts = bank.parts(stacked, model.dtype) if bank else stacked()
+    parts = bank.parts(stacked, model.dtype, context) if bank else stacked()
     groups = []
-    for names, packed, own in parts:
-        found = [
-            one or Selected(context, packed.experts, len(plan.experts), _layer(name, plan))
-            for name, one in zip(names, own, strict=True)
-        ]
+    for names, packed in parts:
         bases = [modules[name] for name in names]
         with explained(names[0]):
-            linears = routed(bases, packed, found, method.combine, kernel, context)
+            linears = routed(bases, packed, method.combine, kernel, context)
         for name, linear in zip(names, linears, strict=True):
             owner, _, leaf = name.rpartition(".")
             setattr(modules[owner], leaf, linear)
@@ -195,8 +191,8 @@ def _stacked(
                     layer = _layer(name, plan)
                     found.append(Selected(context, stacks[-1].experts, len(vectors), layer))
         for places in together(stacks, found, method.combine):
-            packed = Packed.of([stacks[i] for i in places])
-            yield [names[i] for i in places], packed, [found[i] for i in places]
+            packed = Packed.of([stacks[i] for i in places], [found[i] for i in places])
+            yield [names[i] for i in places], packed
 
 
 def _layer(name: str, plan: Plan) -> int | None:

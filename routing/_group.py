@@ -20,7 +20,7 @@ from experthub.routing._context import Context
 from experthub.routing._kernels import CHOSEN, inverse_deviation, scored
 from experthub.routing._packed import Packed
 from experthub.routing._router import Router, Weights
-from experthub.routing._rows import Rows
+from experthub.routing._rows import Rows, joined
 from torch import Tensor, nn
 
 Kernel = Literal["all", "copied", "sampled"]
@@ -43,10 +43,11 @@ class Mixed:
 class Group:
     """All experts of some modules: their A, and below these the probes, and the B of each module.
 
-    packed: the experts.  routers: one for each module, which differ in probes alone.  like: a weight of the base, whose dtype and device all get.  kernel:
-    which rows of A are read: `all`; or, of a router that chooses, those of the chosen, `copied` or
-    `sampled`; None takes `few` for few tokens and `many` for more.  trained: probes in place of the
-    routers'.  context: what routers know of the batch.  Raises ValueError for combine: parameters with unequal ranks.
+    packed: the experts and routers.  like: a weight of the base, whose device all get, and in whose
+    dtype experts are used.  kernel: which rows of A are read: `all`; or, of a router that chooses,
+    those of the chosen, `copied` or `sampled`; None takes `few` for few tokens and `many` for more.
+    trained: probes in place of the routers'.  context: what routers know of the batch.  Raises
+    ValueError for combine: parameters with unequal ranks.
 
     No torch module: attributes of one are found several times slower, which counts for one token.
     """
@@ -54,7 +55,6 @@ class Group:
     def __init__(
         self,
         packed: Packed,
-        routers: Sequence[Router],
         like: Tensor,
         combine: Combine = "outputs",
         *,
@@ -63,21 +63,21 @@ class Group:
         context: Context | None = None,
     ) -> None:
         ranks, rank = packed.ranks, packed.rank
-        probes = [r.probes_PI.to(like.device) for r in routers if r.probes_PI is not None]
+        probes = [part.to(like.device) for part in packed.probes]
         # One product reads x for A and the probes; in a narrower dtype the scores need their own.
         single = like.dtype == torch.float32 and trained is None
         self.fused = bool(probes) and single and not packed.mapped
         below = probes if self.fused else ()
-        self.a = Rows(packed.a, [*chain(*ranks)], rank, like, below)
+        self.a = Rows(packed.a, [*chain(*ranks)], rank, like, below, packed.mapped)
         if combine == "parameters" and self.a.ragged:
             raise ValueError("combine: parameters expects experts of one rank")
         pairs = zip(packed.b, ranks, strict=True)
-        self.b = [Rows([b_RO], own, rank, like) for b_RO, own in pairs]
-        self.apart = None if self.fused or not probes else torch.cat(probes)
+        self.b = [Rows([b_RO], own, rank, like, mapped=packed.mapped) for b_RO, own in pairs]
+        self.apart = None if self.fused or not probes else joined(probes)
         self.trained = trained
         self.experts = packed.experts
         self.size, self.n_experts = len(ranks), len(packed.experts)
-        self.router, self.combine = routers[0], combine
+        self.router, self.combine, self.dtype = packed.router, combine, like.dtype
         self.context = context or Context()
         self.kernel: Kernel | None = kernel if trained is None else "all"
         self.few: Kernel = "copied"
@@ -102,7 +102,7 @@ class Group:
         mixed, y_TO = self._mixed(x, module), y.view(-1, y.shape[-1])
         if mixed.experts is None:
             start, end = self.spans[module]
-            y_TO.addmm_(mixed.z[:, start:end], self.b[module].own)
+            y_TO.addmm_(mixed.z[:, start:end], self.b[module].own.to(y.dtype))
         else:
             write = CHOSEN[mixed.kernel][1]
             write(y_TO, mixed.z[:, module], self.b[module], mixed.experts[:, module])
@@ -139,7 +139,8 @@ class Group:
         weights = self._weights(self._scores(x_TI), x)
         experts = weights.experts
         if kernel == "all" or experts is None:
-            return Mixed(self._times(x_TI @ self.a.own.T, weights.dense(self.n_experts)))
+            w = weights.dense(self.n_experts)
+            return Mixed(self._times(x_TI @ self.a.own.to(x_TI.dtype).T, w))
         experts = experts.expand(-1, self.size, -1)
         rows = (experts + self.first_G1 if self.size > 1 else experts).flatten(1)
         z_TJ = CHOSEN[kernel][0](x_TI, self.a, rows)

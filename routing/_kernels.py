@@ -32,40 +32,33 @@ def inverse_deviation(x_TI: Tensor) -> Tensor:
 
 def read_copied(x_TI: Tensor, a: Rows, experts_TK: Tensor) -> Tensor:
     """`A x` of the experts that each token chose, `[T, J]`."""
-    return torch.bmm(a.copied(experts_TK), x_TI.unsqueeze(-1)).squeeze(-1)
+    return torch.bmm(a.copied(experts_TK, x_TI.dtype), x_TI.unsqueeze(-1)).squeeze(-1)
 
 
 def read_sampled(x_TI: Tensor, a: Rows, experts_TK: Tensor) -> Tensor:
     """The same by a product with A of which only the chosen entries are computed."""
-    places_TJ = a.places(experts_TK)
+    rows, places_TJ = a.once(experts_TK, x_TI.dtype)
     n_tokens, width = places_TJ.shape
-    columns = places_TJ.view(-1)
-    ends = torch.arange(0, n_tokens * width + 1, width, device=x_TI.device)
-    if a.ragged:
-        there = places_TJ < len(a.all) - 1
-        columns, ends = places_TJ[there], nn.functional.pad(there.sum(1).cumsum(0), (1, 0))
     wanted = torch.sparse_csr_tensor(
-        ends,
-        columns,
-        x_TI.new_zeros(len(columns)),
-        size=(n_tokens, len(a.all)),
+        torch.arange(0, n_tokens * width + 1, width, device=x_TI.device),
+        places_TJ.view(-1),
+        x_TI.new_zeros(n_tokens * width),
+        size=(n_tokens, len(rows)),
         check_invariants=False,
     )
-    found: Tensor = torch.sparse.sampled_addmm(wanted, x_TI, a.all.T, beta=0.0).values()
-    if a.ragged:
-        return x_TI.new_zeros(places_TJ.shape).masked_scatter_(there, found)
+    found: Tensor = torch.sparse.sampled_addmm(wanted, x_TI, rows.T, beta=0.0).values()
     return found.view(n_tokens, width)
 
 
 def write_copied(y_TO: Tensor, z_TJ: Tensor, b: Rows, experts_Tk: Tensor) -> None:
     """`y + B z` of the experts that each token chose, in place."""
-    y_TO.unsqueeze(1).baddbmm_(z_TJ.unsqueeze(1), b.copied(experts_Tk))
+    y_TO.unsqueeze(1).baddbmm_(z_TJ.unsqueeze(1), b.copied(experts_Tk, z_TJ.dtype))
 
 
 def write_summed(y_TO: Tensor, z_TJ: Tensor, b: Rows, experts_Tk: Tensor) -> None:
-    """The same as a weighted sum of rows of B, which are not copied."""
-    places = b.places(experts_Tk)
-    y_TO.add_(nn.functional.embedding_bag(places, b.all, per_sample_weights=z_TJ, mode="sum"))
+    """The same as a weighted sum of rows of B, which are not copied for every token."""
+    rows, places = b.once(experts_Tk, z_TJ.dtype)
+    y_TO.add_(nn.functional.embedding_bag(places, rows, per_sample_weights=z_TJ, mode="sum"))
 
 
 CHOSEN = {"copied": (read_copied, write_copied), "sampled": (read_sampled, write_summed)}

@@ -17,7 +17,7 @@ def shape(group: Group) -> str:
     """What the time of a group's kernels depends on, besides the machine."""
     outputs = "+".join(str(b.all.shape[1]) for b in group.b)
     ranks = f"{group.n_experts}x{group.a.rank}{'-' if group.a.ragged else ''}"
-    return f"{ranks} {group.a.all.shape[1]}>{outputs} {group.combine} {group.a.all.dtype}"
+    return f"{ranks} {group.a.all.shape[1]}>{outputs} {group.combine} {group.a.all.dtype} {group.dtype}"
 
 
 def fastest(group: Group) -> tuple[Kernel, Kernel]:
@@ -31,10 +31,9 @@ def fastest(group: Group) -> tuple[Kernel, Kernel]:
 @torch.no_grad()
 def _better(group: Group, tokens: int, other: Kernel) -> Kernel:
     random = torch.Generator().manual_seed(0)
-    like = group.a.all
-    x = torch.randn(tokens, like.shape[1], generator=random).to(like)
-    outputs = [like.new_zeros(tokens, b.all.shape[1]) for b in group.b]
-    kernels: tuple[Kernel, ...] = ("all", other) if like.dtype == torch.float32 else ("all",)
+    x = torch.randn(tokens, group.a.all.shape[1], generator=random).to(group.dtype)
+    outputs = [x.new_zeros(tokens, b.all.shape[1]) for b in group.b]
+    kernels: tuple[Kernel, ...] = ("all", other) if group.dtype == torch.float32 else ("all",)
     before, times = group.kernel, dict.fromkeys(kernels, float("inf"))
     for _ in range(ROUNDS):
         for kernel in kernels:  # in turn, so that a slow moment meets both

@@ -50,8 +50,7 @@ class RoutedLinear(nn.Module):
         if train_probes and probes is not None:
             trained = nn.Parameter(probes.to(weight.device, torch.float32))
         group = Group(
-            Packed.of([stack]),
-            [router],
+            Packed.of([stack], [router]),
             weight,
             combine,
             kernel=kernel,
@@ -88,7 +87,6 @@ class RoutedLinear(nn.Module):
 def routed(
     bases: Sequence[nn.Module],
     packed: Packed,
-    routers: Sequence[Router],
     combine: Combine = "outputs",
     kernel: Kernel | None = None,
     context: Context | None = None,
@@ -98,7 +96,7 @@ def routed(
     context: of the model that they are parts of.
     """
     weight = cast(Tensor, bases[0].weight)
-    group = Group(packed, routers, weight, combine, kernel=kernel, context=context)
+    group = Group(packed, weight, combine, kernel=kernel, context=context)
     return [RoutedLinear(base, group, number) for number, base in enumerate(bases)]
 
 

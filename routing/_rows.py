@@ -21,16 +21,18 @@ class Rows:
         rank: int,
         like: Tensor,
         below: Sequence[Tensor] = (),
+        mapped: bool = False,
     ) -> None:
         """parts: the rows in any number of parts, with the row of zeros or without.  rank: the
         largest, of these and of what they are used with.  like: whose dtype and device all get.
+        mapped: they keep their dtype.
         """
         self.count, self.rank = sum(ranks), rank
         self.ragged = set(ranks) != {rank}
         whole = len(parts) == 1 and len(parts[0]) == self.count + self.ragged and not below
         zero = [parts[0].new_zeros(1, parts[0].shape[1])] if self.ragged else []
         all_rows = parts[0] if whole else torch.cat([*parts, *below, *zero])
-        all_rows = all_rows.to(like)
+        all_rows = all_rows.to(like.device) if mapped else all_rows.to(like)
         self.others = slice(self.count, self.count + sum(map(len, below)))
         sizes = torch.tensor(ranks)
         row = torch.arange(self.rank)
@@ -50,15 +52,34 @@ class Rows:
         """Replace the tensors by what a function makes of them: others on another device, say."""
         self._set(change(self.all), change(self.places_Er))
 
-    def places(self, experts_TK: Tensor) -> Tensor:
-        """Where the rows of chosen experts are, `[T, K r]`."""
-        return self.places_Er[experts_TK].flatten(1)
-
-    def copied(self, experts_TK: Tensor) -> Tensor:
+    def copied(self, experts_TK: Tensor, dtype: torch.dtype) -> Tensor:
         """The rows of chosen experts, `[T, K r, C]`."""
-        chosen = experts_TK.reshape(-1)
-        if self.by_expert is None:
-            found = self.all.index_select(0, self.places_Er[chosen].view(-1))
-        else:
-            found = self.by_expert.index_select(0, chosen)
+        found = self._of(experts_TK.reshape(-1), dtype)
         return found.view(len(experts_TK), experts_TK.shape[1] * self.rank, self.all.shape[1])
+
+    def once(self, experts_TK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Rows, and where among them those of chosen experts are, `[T, K r]`.
+
+        All rows where they are; in another dtype, or of unequal ranks, a copy of those chosen.
+        """
+        if self.all.dtype == dtype and not self.ragged:
+            return self.own, self.places_Er[experts_TK].flatten(1)
+        some_E = torch.zeros(len(self.places_Er), dtype=torch.bool, device=experts_TK.device)
+        some_E[experts_TK] = True
+        rows = self._of(some_E.nonzero().squeeze(1), dtype)
+        first_TK = (some_E.cumsum(0) - 1)[experts_TK] * self.rank
+        row = torch.arange(self.rank, device=experts_TK.device)
+        return rows, (first_TK.unsqueeze(-1) + row).flatten(1)
+
+    def _of(self, experts_N: Tensor, dtype: torch.dtype) -> Tensor:
+        """The rows of some experts, `[N r, C]`."""
+        if self.by_expert is None:
+            found = self.all.index_select(0, self.places_Er[experts_N].view(-1))
+        else:
+            found = self.by_expert.index_select(0, experts_N).flatten(0, 1)
+        return found.to(dtype)
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """The parts as one, not copied if they are one."""
+    return parts[0] if len(parts) == 1 else torch.cat([*parts])

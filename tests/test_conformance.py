@@ -229,7 +229,7 @@ class TestRouters:
         found = [strategy.call(experts, **strategy.bind({})) for experts in stacks]
         bases = [linear() for _ in stacks]
         assert together(stacks, found, combine) == [[0, 1, 2]]
-        grouped = routed(bases, Packed.of(stacks), found, combine, kernel)
+        grouped = routed(bases, Packed.of(stacks, found), combine, kernel)
         pairs = zip(bases, stacks, found, strict=True)
         alone = [RoutedLinear.alone(b, s, r, combine, kernel=kernel) for b, s, r in pairs]
         x, other = inputs(), inputs() * 2
@@ -253,7 +253,7 @@ class TestRouters:
     def test_is_captured_as_one_graph(self, strategy: Strategy, combine: Any, tokens: int) -> None:
         stacks = [stack(4), stack(4)]
         found = [strategy.call(experts, **strategy.bind({})) for experts in stacks]
-        module = nn.ModuleList(routed([linear(), linear()], Packed.of(stacks), found, combine))
+        module = nn.ModuleList(routed([linear(), linear()], Packed.of(stacks, found), combine))
         x = torch.randn(tokens, 8, generator=torch.Generator().manual_seed(1))
 
         def run(given: Tensor) -> list[Tensor]:

@@ -1,0 +1,125 @@
+"""One composition of many experts in a process of its own: answers commands, one a line, in JSON."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from _bench import BASE, THREADS, timed
+from experthub.hub import Plan, Recipe, Registry, Store, compose, resolve
+from experthub.hub.bank import Bank
+from experthub.hub.base_sources import find
+from experthub.hub.bases import load_model
+from experthub.routing import RoutedLinear
+from torch import Tensor
+
+
+def private_bytes() -> int:
+    """Memory of this process that is no file's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+
+class Side:
+    """The base and a composition of the first `count` experts of a registry."""
+
+    def __init__(self, folder: Path, registry: Path, count: int, method: str) -> None:
+        self.store, self.registry = Store(folder), Registry.read(registry)
+        experts = [f"expert-{number}" for number in range(count)]
+        route = json.loads(method)
+        self.recipe = {"base": BASE, "experts": experts, "dtype": "float32", "route": route}
+        self.base_of = find(BASE, self.registry)
+        self.models: dict[str, Any] = {}
+        self.ids = torch.zeros(1, 0, dtype=torch.long)
+
+    def plan(self) -> Plan:
+        return resolve(Recipe.of(self.recipe), self.registry, self.store)
+
+    def composed(self) -> Any:
+        return compose(self.recipe, registry=self.registry, store=self.store).model
+
+    def base(self) -> Any:
+        return load_model(self.base_of, "float32", "cpu")
+
+    def do_pack(self) -> dict[str, float]:
+        """Make the bank anew: seconds, and its bytes."""
+        place = Bank.of(self.plan()).experts.parent
+        shutil.rmtree(place, ignore_errors=True)
+        seconds = timed(self.composed)()
+        size = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+        return {"seconds": seconds, "bytes": size}
+
+    def do_load(self, what: str) -> float:
+        calls: dict[str, Callable[[], Any]] = {
+            "base": self.base,
+            "routed": self.composed,
+            "resolve": self.plan,
+        }
+        return timed(calls[what])()
+
+    def do_keep(self, *ids: str) -> dict[str, int]:
+        """Load the base and the composition for what follows: private bytes of each."""
+        self.ids = torch.tensor([[int(token) for token in ids]])
+        found = {}
+        for name, load in (("base", self.base), ("routed", self.composed)):
+            before = private_bytes()
+            self.models[name] = load()
+            found[name] = private_bytes() - before
+        return found
+
+    def do_forward(self, name: str) -> float:
+        model = self.models[name]
+        return timed(lambda: model(input_ids=self.ids, use_cache=False).logits)()
+
+    def do_decode(self, name: str, steps: str) -> float:
+        """Seconds for a token after the input, with a cache: the median of some steps."""
+        model = self.models[name]
+        out = model(input_ids=self.ids, use_cache=True)
+        times = []
+        for _ in range(int(steps)):
+            token, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+            start = time.perf_counter()
+            out = model(input_ids=token, past_key_values=cache, use_cache=True)
+            times.append(time.perf_counter() - start)
+        return sorted(times)[len(times) // 2]
+
+    def do_private(self) -> int:
+        return private_bytes()
+
+    def do_touched(self) -> float:
+        """Which part of the experts some token of the input chose: the mean over modules."""
+        shares: list[float] = []
+
+        def look(module: Any, inputs: tuple[Tensor]) -> None:
+            weights = module.routing(inputs[0])
+            shares.append(float((weights.flatten(0, -2) > 0).any(0).float().mean()))
+
+        model = self.models["routed"]
+        modules = [m for m in model.modules() if isinstance(m, RoutedLinear)]
+        hooks = [module.register_forward_pre_hook(look) for module in modules]
+        model(input_ids=self.ids, use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        return sum(shares) / len(shares)
+
+
+@torch.no_grad()
+def main() -> None:
+    """Answer until stdin ends; only answers go to stdout."""
+    answers, sys.stdout = sys.stdout, sys.stderr
+    folder, registry, count, method = sys.argv[1:]
+    torch.set_num_threads(THREADS)
+    side = Side(Path(folder), Path(registry), int(count), method)
+    for line in sys.stdin:
+        word, *rest = line.split()
+        print(json.dumps(getattr(side, f"do_{word}")(*rest)), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
