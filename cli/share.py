@@ -98,7 +98,7 @@ def push(
     known, store = Registry.read(registry), Store()
     expert = known.expert(Reference.parse(name))
     with progress() as report:
-        pulled(Content.of(expert), store, report)
+        pulled(store, Content.of(expert), report=report)
         done = pushed(
             expert,
             target,
@@ -152,7 +152,7 @@ def export(
         raise UsageError(f"{target} is no name of an archive", "write names first, FILE.tar last")
     with progress() as report:
         for expert in experts:
-            pulled(Content.of(expert), store, report)
+            pulled(store, Content.of(expert), report=report)
     if portable:
         from experthub.hub.export import export_portable
 

@@ -19,10 +19,10 @@ from experthub.hub._files import digest_of, hub_home, new_folder
 from experthub.hub.errors import IntegrityError
 from experthub.hub.formats.writer import Layout, safetensors_file
 from experthub.hub.plan import Plan
-from experthub.routing import Context, Packed, Rows
+from experthub.routing import MANY, Context, Packed, Rows, Screen, TopK
 from torch import Tensor
 
-LAYOUT = 2
+LAYOUT = 3
 LARGE = 100_000_000  # bytes of experts, from which on mapping a bank is faster than stacking them
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 FILE = "{:04d}.safetensors"
@@ -102,9 +102,11 @@ class Bank:
         probes = tensors.pop(PROBES, None)
         if probes is not None:
             tensors["probes_PI"] = probes[: len(probes) // len(names)]
+        screen = Screen.read(tensors)
         router = _read(settings, tensors, context)
         parts = () if probes is None else (probes,)
-        return names, Packed(experts, ranks, (a,), tuple(b), router, parts, mapped=True)
+        packed = Packed(experts, ranks, (a,), tuple(b), router, parts, screen, mapped=True)
+        return names, packed
 
 
 def bank_for(plan: Plan) -> Bank | None:
@@ -156,6 +158,8 @@ def _written(packed: Packed) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors = {n: v for n, v in values.items() if isinstance(v, Tensor) and n != "probes_PI"}
     if packed.probes:
         tensors[PROBES] = torch.cat(packed.probes)
+        if isinstance(router, TopK) and len(packed.experts) >= MANY:
+            tensors |= Screen.of(tensors[PROBES], len(packed.ranks)).tensors
     plain = {n: v for n, v in values.items() if not isinstance(v, Tensor | Context)}
     kind = type(router)
     return {"class": [kind.__module__, kind.__qualname__], "values": plain}, tensors
@@ -167,8 +171,8 @@ def _read(settings: dict[str, Any], tensors: Mapping[str, Tensor], context: Cont
     kind: Any = getattr(sys.modules[place], name)
     if not (isinstance(kind, type) and is_dataclass(kind)):
         raise ValueError(f"{name} is no router")
-    given = {**settings["values"], **tensors}
-    if "context" in {field.name for field in fields(kind)}:
-        given["context"] = context
-    router: Any = kind(**given)
+    names = {field.name for field in fields(kind)}
+    own = {name: tensor for name, tensor in tensors.items() if name in names}
+    shared = {"context": context} if "context" in names else {}
+    router: Any = kind(**settings["values"], **own, **shared)
     return router

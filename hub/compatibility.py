@@ -35,6 +35,8 @@ def check_method(
         return
     from experthub.routing import routers
 
+    wanted, needs = frozenset(parameters), routers[recipe.route.method].needs
+    complete: set[tuple[int, int]] = set()  # of the many experts that share their shapes
     for expert in experts:
         if not expert.low_rank:
             raise UsageError(
@@ -42,12 +44,11 @@ def check_method(
                 "give its merge a rank, or use merge: instead of route:",
             )
         for member in expert.members:
-            missing = sorted(
-                n.removesuffix(".weight")
-                for n in member.changes
-                if n in parameters and n.removesuffix(".weight") not in member.gated
-            )
-            if "gates" in routers[recipe.route.method].needs and missing:
+            shape = id(member.changes), id(member.gated)
+            if "gates" not in needs or shape in complete:
+                continue
+            modules = {n.removesuffix(".weight") for n in member.changes if n in wanted}
+            if missing := sorted(modules - member.gated):
                 raise HubError(
                     f"expert {member.reference} has no gate for {missing[0]}, "
                     f"which {recipe.route.method} needs",
@@ -55,12 +56,13 @@ def check_method(
                     if member.task and "/" not in member.reference
                     else "register it (hub add --task), then run hub train gate",
                 )
+            complete.add(shape)
+    adapted = {id(m.adapted): m.adapted for e in experts for m in e.members}
     embedding = [
         a.module
-        for e in experts
-        for m in e.members
-        for a in m.adapted
-        if a.embedding and f"{a.module}.weight" in parameters
+        for one in adapted.values()
+        for a in one
+        if a.embedding and f"{a.module}.weight" in wanted
     ]
     if embedding:
         raise HubError(

@@ -18,7 +18,7 @@ class Method(Closed):
     kind: Literal["merge", "route"]
     method: str
     combine: Literal["outputs", "parameters"] = "outputs"
-    kernel: Literal["auto", "all", "copied", "sampled"] = "auto"
+    kernel: Literal["auto", "all", "copied", "sampled", "screened"] = "auto"
     options: dict[str, Any] = {}
 
     @property
@@ -61,7 +61,7 @@ def method_of(kind: Literal["merge", "route"], value: Any) -> Method | None:
     kernel: Any = given.pop("kernel", "auto") if kind == "route" else "auto"
     if kernel not in get_args(Method.model_fields["kernel"].annotation):
         raise error_at(
-            f"expected auto, all, copied or sampled, found {kernel!r}",
+            f"expected auto, all, copied, sampled or screened, found {kernel!r}",
             "kernel",
             "auto measures which is the fastest",
         )

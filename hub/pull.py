@@ -9,7 +9,14 @@ from pathlib import Path
 
 from experthub.hub.bases import Report, silent
 from experthub.hub.errors import HubError, IntegrityError, NotFoundError, UsageError
-from experthub.hub.expert import DESCRIPTION, NAME, Expert, Reference, absolute_source
+from experthub.hub.expert import (
+    DESCRIPTION,
+    NAME,
+    Expert,
+    Identity,
+    Reference,
+    absolute_source,
+)
 from experthub.hub.formats.adapter import read_json
 from experthub.hub.formats.layout import Layout, is_layout
 from experthub.hub.registry import Registry, checked_name, register, with_source
@@ -31,16 +38,20 @@ class Content:
         return cls(expert.reference, expert.digest, tuple(expert.sources), expert.task)
 
 
-def pull(content: Content, store: Store, report: Report = silent) -> None:
-    """Bring an expert's content into the store unless it is there whole; it stays while this process runs.
+def pull(store: Store, *contents: Content, report: Report = silent) -> list[Identity]:
+    """Bring contents into the store unless they are there whole; they stay while this process runs.
 
-    Its sources are tried in order; the first error is raised when all of them fail.
+    The sources of each are tried in order; the first error is raised when all of them fail.
     """
-    try:
-        store.hold(content.digest, store.identity(content.digest))
-        store.identity(content.digest)  # still here: from now on it is not collected
-    except NotFoundError:
-        fetch(content, store, report)
+    store.hold(*(content.digest for content in contents))  # from now on they are not collected
+    found = []
+    for content in contents:
+        try:
+            found.append(store.identity(content.digest))
+        except NotFoundError:
+            fetch(content, store, report)
+            found.append(store.identity(content.digest))
+    return found
 
 
 def fetch(
@@ -85,7 +96,7 @@ def pull_by_name(
     if as_name:
         raise UsageError(f"{name} has a name already", "--name is for what no registry knows")
     expert = registry.expert(reference)
-    pull(Content.of(expert), store, report)
+    pull(store, Content.of(expert), report=report)
     register(expert)
     return [expert]
 

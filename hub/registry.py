@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence, Set
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -55,6 +56,14 @@ class Layer:
     @property
     def folder(self) -> Path:
         return self.path.resolve().parent
+
+    @cached_property
+    def by_name(self) -> dict[str, list[Expert]]:
+        """All versions of each expert, in their order."""
+        found: dict[str, list[Expert]] = {}
+        for expert in self.content.experts:
+            found.setdefault(expert.name, []).append(expert)
+        return found
 
 
 @dataclass(frozen=True)
@@ -131,9 +140,7 @@ class Registry:
         `name@sha256:...` mean the nearest entry that fits.  Raises NotFoundError with a
         did-you-mean, HubError for a digest prefix that fits several.
         """
-        layers = [
-            [e for e in layer.content.experts if e.name == reference.name] for layer in self.layers
-        ]
+        layers = [layer.by_name.get(reference.name, []) for layer in self.layers]
         entries = [expert for known in layers for expert in known]
         if not entries:
             name = reference.name or reference.text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from experthub.hub._patterns import matching
@@ -24,7 +24,13 @@ from experthub.hub.expert import (
     Reference,
     absolute_source,
 )
-from experthub.hub.formats.adapter import check_shapes, read_adapter, read_gates, read_json
+from experthub.hub.formats.adapter import (
+    Adapted,
+    check_shapes,
+    read_adapter,
+    read_gates,
+    read_json,
+)
 from experthub.hub.formats.skills import read_skills
 from experthub.hub.formats.task_vector import read_task_vector
 from experthub.hub.learning.examples import PlannedData
@@ -35,6 +41,7 @@ from experthub.hub.registry import Registry
 from experthub.hub.sources import opened
 from experthub.hub.store import Store
 
+Changes = dict[str, tuple[int, ...]]
 FOUND = {"coefficients": "learned coefficients", "router": "a router's state"}
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "F32": 4, "BF16": 2, "F16": 2}
 
@@ -60,15 +67,15 @@ def resolve(
     # Cheap refusals first: names before downloads.
     contents = iter(pinned or (find_content(use, registry, store, report) for use in recipe.uses))
     stored = [[next(contents) for _ in members_of(entry)] for entry in recipe.experts]
-    for content in (content for group in stored for content in group):
-        pull(content, store, report)
+    identities = iter(pull(store, *(c for group in stored for c in group), report=report))
     base = find(recipe.base, registry, report)
+    stock = _Stock(store, base, recipe.allow_base_mismatch)
     experts = tuple(
         _plan_expert(
             entry,
             [
-                _member(use, found, base, recipe, store)
-                for use, found in zip(members_of(entry), group, strict=True)
+                stock.member(use, content, next(identities))
+                for use, content in zip(members_of(entry), group, strict=True)
             ],
         )
         for entry, group in zip(recipe.experts, stored, strict=True)
@@ -82,8 +89,7 @@ def resolve(
     if recipe.stored and found is None:
         found = find_content(ExpertUse(expert=recipe.stored), registry, store, report)
     if found is not None:
-        pull(found, store, report)
-        _check_found(found, recipe, store)
+        _check_found(found, pull(store, found, report=report)[0], recipe)
     if data is None and recipe.stored is None:
         data = _data(recipe, experts)
     reads = base.tensor_bytes + sum(m.size for e in experts for m in e.members)
@@ -98,11 +104,10 @@ def resolve(
     return replace(plan, parts=tuple(replace(plan, recipe=w, parameters=own) for w, own in pairs))
 
 
-def _check_found(content: Content, recipe: Recipe, store: Store) -> None:
+def _check_found(content: Content, identity: Identity, recipe: Recipe) -> None:
     wanted = "coefficients" if recipe.route is None else "router"
-    kind = store.identity(content.digest).kind
-    if kind != wanted:
-        what = FOUND.get(kind, "an expert")
+    if identity.kind != wanted:
+        what = FOUND.get(identity.kind, "an expert")
         raise UsageError(
             f"{wanted}: {content.reference} is {what}", f"name what hub {wanted} stored"
         )
@@ -139,58 +144,83 @@ def find_content(use: ExpertUse, registry: Registry, store: Store, report: Repor
     return Content(use.expert, digest, (source,), task if isinstance(task, str) else None)
 
 
-def _member(use: ExpertUse, found: Content, base: Base, recipe: Recipe, store: Store) -> Member:
-    reference, digest = found.reference, found.digest
-    identity = store.identity(digest)
-    other = identity.base_fingerprint
-    if other and other != base.fingerprint and not recipe.allow_base_mismatch:
-        raise IntegrityError(
-            f"expert {reference} was made for the base {other[:19]}, "
-            f"and {base.name} is {base.fingerprint[:19]}",
-            "use its own base, or say allow_base_mismatch: true if you know that it fits",
-        )
-    size = sum(info.size for info in identity.files.values())
-    if identity.kind in FOUND:
-        raise UsageError(
-            f"{reference} holds {FOUND[identity.kind]}, and is no expert",
-            f"say {identity.kind}: {reference}, beside the experts that it is of",
-        )
-    if identity.kind == "task_vector":
-        changes = _dense_changes(store, identity, digest, reference, base)
-        return Member(found, "task_vector", use.weight, size, changes, (), frozenset())
-    if identity.kind == "skills":
-        record, adapted = read_skills(store.file(digest, SKILLS_JSON), store.locate(digest, SKILLS))
-        check_shapes(adapted, base.shapes, reference, base.name)
-        changes = {f"{a.module}.weight": a.shape for a in adapted}
-        tasks = tuple(record.tasks)
-        return Member(found, "skills", use.weight, size, changes, adapted, frozenset(), tasks)
-    config, weights = store.file(digest, ADAPTER_CONFIG), store.locate(digest, ADAPTER)
-    adapted = read_adapter(config, weights, reference)
-    check_shapes(adapted, base.shapes, reference, base.name)
-    gated: frozenset[str] = frozenset()
-    if GATES in identity.files:
-        gated = frozenset(read_gates(store.locate(digest, GATES)))
-    changes = {f"{a.module}.weight": a.shape for a in adapted}
-    return Member(found, "lora", use.weight, size, changes, adapted, gated)
+@dataclass(frozen=True)
+class _Stock:
+    """Stored experts against a base.  Many have the same shapes, which are checked once."""
 
+    store: Store
+    base: Base
+    allow_mismatch: bool
+    fitting: dict[int, tuple[tuple[Adapted, ...], Changes]] = field(default_factory=dict)
+    gates: dict[int, tuple[Changes, frozenset[str]]] = field(default_factory=dict)
 
-def _dense_changes(
-    store: Store, identity: Identity, digest: str, reference: str, base: Base
-) -> dict[str, tuple[int, ...]]:
-    """Parameter -> shape of what a task vector changes; of tied weights, every use that it has not."""
-    stored = read_task_vector({n: store.locate(digest, n) for n in identity.weights})
-    changes = {name: change.shape for name, change in stored.items()}
-    changes |= {
-        use: changes[n] for use, n in base.tied.items() if n in changes and use not in changes
-    }
-    for name, shape in changes.items():
-        if base.shapes.get(name) != shape:
-            raise HubError(
-                f"{reference}: changes {name} {list(shape)}, where {base.name} has "
-                f"{list(base.shapes.get(name, ())) or 'nothing'}",
-                did_you_mean(name, base.shapes),
+    def member(self, use: ExpertUse, found: Content, identity: Identity) -> Member:
+        """One expert as the recipe names it, checked."""
+        reference, other = found.reference, identity.base_fingerprint
+        if other and other != self.base.fingerprint and not self.allow_mismatch:
+            raise IntegrityError(
+                f"expert {reference} was made for the base {other[:19]}, "
+                f"and {self.base.name} is {self.base.fingerprint[:19]}",
+                "use its own base, or say allow_base_mismatch: true if you know that it fits",
             )
-    return changes
+        if identity.kind in FOUND:
+            raise UsageError(
+                f"{reference} holds {FOUND[identity.kind]}, and is no expert",
+                f"say {identity.kind}: {reference}, beside the experts that it is of",
+            )
+        size = sum(info.size for info in identity.files.values())
+        adapted: tuple[Adapted, ...] = ()
+        gated: frozenset[str] = frozenset()
+        tasks: tuple[str, ...] = ()
+        if identity.kind == "task_vector":
+            changes = self._dense(
+                {n: self._place(identity, n) for n in identity.weights}, reference
+            )
+        elif identity.kind == "skills":
+            written = self._checked(identity, SKILLS_JSON)
+            record, adapted = read_skills(written, self._place(identity, SKILLS))
+            changes, tasks = self._fit(adapted, reference), tuple(record.tasks)
+        else:
+            config = self._checked(identity, ADAPTER_CONFIG)
+            adapted = read_adapter(config, self._place(identity, ADAPTER), reference)
+            changes = self._fit(adapted, reference)
+            if GATES in identity.files:
+                gated = self._gated(self._place(identity, GATES))
+        return Member(found, identity.kind, use.weight, size, changes, adapted, gated, tasks)
+
+    def _place(self, identity: Identity, name: str) -> Path:
+        return self.store.path(identity.files[name].sha256)
+
+    def _checked(self, identity: Identity, name: str) -> Path:
+        return self.store.checked(identity.files[name].sha256)
+
+    def _fit(self, adapted: tuple[Adapted, ...], reference: str) -> Changes:
+        """Parameter -> shape of what a LoRA changes."""
+        if id(adapted) not in self.fitting:
+            check_shapes(adapted, self.base.shapes, reference, self.base.name)
+            changes: Changes = {f"{a.module}.weight": a.shape for a in adapted}
+            self.fitting[id(adapted)] = adapted, changes
+        return self.fitting[id(adapted)][1]
+
+    def _gated(self, path: Path) -> frozenset[str]:
+        gates = read_gates(path)
+        return self.gates.setdefault(id(gates), (gates, frozenset(gates)))[1]
+
+    def _dense(self, files: dict[str, Path], reference: str) -> Changes:
+        """Parameter -> shape of what a task vector changes; of tied weights, every use that it has not."""
+        base, stored = self.base, read_task_vector(files)
+        changes: Changes = {name: change.shape for name, change in stored.items()}
+        changes |= {
+            use: changes[n] for use, n in base.tied.items() if n in changes and use not in changes
+        }
+        for name, shape in changes.items():
+            if base.shapes.get(name) != shape:
+                raise HubError(
+                    f"{reference}: changes {name} {list(shape)}, where {base.name} has "
+                    f"{list(base.shapes.get(name, ())) or 'nothing'}",
+                    did_you_mean(name, base.shapes),
+                )
+        return changes
 
 
 def _plan_expert(entry: ExpertUse | NestedMerge, members: list[Member]) -> PlannedExpert:
@@ -202,7 +232,8 @@ def _plan_expert(entry: ExpertUse | NestedMerge, members: list[Member]) -> Plann
 
 
 def _targets(recipe: Recipe, experts: tuple[PlannedExpert, ...], base: Base) -> tuple[str, ...]:
-    names = sorted({name for expert in experts for name in expert.changes})
+    shapes = {id(m.changes): m.changes for expert in experts for m in expert.members}
+    names = sorted({name for changes in shapes.values() for name in changes})
     if recipe.targets is None:
         return tuple(names)
     try:

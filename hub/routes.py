@@ -103,9 +103,11 @@ def route(
     """
     method = plan.recipe.method
     kernel = None if method.kernel == "auto" else method.kernel
-    if kernel == "sampled" and (plan.dtype != "float32" or model.device.type != "cpu"):
+    if kernel in ("sampled", "screened") and (
+        plan.dtype != "float32" or model.device.type != "cpu"
+    ):
         raise UsageError(
-            f"kernel: sampled is for float32 on a CPU, and this is {plan.dtype} on {model.device}",
+            f"kernel: {kernel} is for float32 on a CPU, and this is {plan.dtype} on {model.device}",
             "leave kernel out: auto takes what there is",
         )
     if plan.skilled:

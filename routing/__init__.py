@@ -12,11 +12,13 @@ from experthub.routing._routed_linear import RoutedLinear, routed, together
 from experthub.routing._router import (
     ExpertStack,
     Router,
+    TopK,
     Weights,
     standardised,
     top_k_softmax,
 )
 from experthub.routing._rows import Rows
+from experthub.routing._screen import MANY, Screen
 from experthub.routing._skilled_linear import SkilledLinear, TaskRows
 from experthub.routing._skills import AVERAGE, Skills, check_heads
 from experthub.routing.arrow import arrow
@@ -34,6 +36,7 @@ from experthub.routing.xlora import untrained_classifier, xlora
 
 __all__ = [
     "AVERAGE",
+    "MANY",
     "Context",
     "ExpertStack",
     "Group",
@@ -43,12 +46,14 @@ __all__ = [
     "RoutedLinear",
     "Router",
     "Rows",
+    "Screen",
     "Select",
     "Selected",
     "SigmoidGate",
     "SkilledLinear",
     "Skills",
     "TaskRows",
+    "TopK",
     "Weights",
     "arrow",
     "average_activation",

@@ -19,11 +19,12 @@ from experthub.merge import Combine
 from experthub.routing._context import Context
 from experthub.routing._kernels import CHOSEN, inverse_deviation, scored
 from experthub.routing._packed import Packed
-from experthub.routing._router import Router, Weights
+from experthub.routing._router import Router, TopK, Weights
 from experthub.routing._rows import Rows, joined
+from experthub.routing._screen import Screen
 from torch import Tensor, nn
 
-Kernel = Literal["all", "copied", "sampled"]
+Kernel = Literal["all", "copied", "sampled", "screened"]
 FEW_TOKENS = 16
 FEW_ROWS = 80  # of A in one module
 
@@ -45,7 +46,8 @@ class Group:
 
     packed: the experts and routers.  like: a weight of the base, whose device all get, and in whose
     dtype experts are used.  kernel: which rows of A are read: `all`; or, of a router that chooses,
-    those of the chosen, `copied` or `sampled`; None takes `few` for few tokens and `many` for more.
+    those of the chosen, `copied` or `sampled`, or `screened`, which also finds them in another way;
+    None takes `few` for few tokens and `many` for more.
     trained: probes in place of the routers'.  context: what routers know of the batch.  Raises
     ValueError for combine: parameters with unequal ranks.
 
@@ -62,7 +64,7 @@ class Group:
         trained: nn.Parameter | None = None,
         context: Context | None = None,
     ) -> None:
-        ranks, rank = packed.ranks, packed.rank
+        ranks, rank, self.router = packed.ranks, packed.rank, packed.router
         probes = [part.to(like.device) for part in packed.probes]
         # One product reads x for A and the probes; in a narrower dtype the scores need their own.
         single = like.dtype == torch.float32 and trained is None
@@ -74,10 +76,13 @@ class Group:
         pairs = zip(packed.b, ranks, strict=True)
         self.b = [Rows([b_RO], own, rank, like, mapped=packed.mapped) for b_RO, own in pairs]
         self.apart = None if self.fused or not probes else joined(probes)
+        self.screen = packed.screen
+        if self.screen is None and kernel == "screened" and isinstance(self.router, TopK):
+            self.screen = Screen.of(self.a.below if self.fused else joined(probes), len(ranks))
         self.trained = trained
         self.experts = packed.experts
         self.size, self.n_experts = len(ranks), len(packed.experts)
-        self.router, self.combine, self.dtype = packed.router, combine, like.dtype
+        self.combine, self.dtype = combine, like.dtype
         self.context = context or Context()
         self.kernel: Kernel | None = kernel if trained is None else "all"
         self.few: Kernel = "copied"
@@ -136,7 +141,9 @@ class Group:
                 scores = scores * inverse_deviation(x_TI)[:, None, None]
             w = self._weights(scores, x).dense(self.n_experts)
             return Mixed(self._times(both[:, : self.a.count], w))
-        weights = self._weights(self._scores(x_TI), x)
+        weights = self._screened(x_TI) if kernel == "screened" else None
+        if weights is None:
+            weights = self._weights(self._scores(x_TI), x)
         experts = weights.experts
         if kernel == "all" or experts is None:
             w = weights.dense(self.n_experts)
@@ -171,10 +178,19 @@ class Group:
 
     def _scores(self, x_TI: Tensor) -> Tensor:
         """The probes' scores `[T, G, P]`."""
-        probes = (
-            self.a.below if self.fused else self.apart if self.trained is None else self.trained
-        )
-        return self._by_module(scored(x_TI, probes, self.router.layer_norm))
+        return self._by_module(scored(x_TI, self._probes, self.router.layer_norm))
+
+    def _screened(self, x_TI: Tensor) -> Weights | None:
+        """The same weights by a screen; None where there is none."""
+        screen, router, probes = self.screen, self.router, self._probes
+        if screen is None or probes is None or not isinstance(router, TopK):
+            return None
+        return screen.weights(x_TI, probes, router)
+
+    @property
+    def _probes(self) -> Tensor | None:
+        """Those of all modules, float32."""
+        return self.a.below if self.fused else self.apart if self.trained is None else self.trained
 
     def _by_module(self, scores: Tensor) -> Tensor:
         return scores.view(len(scores), self.size, scores.shape[1] // self.size)

@@ -14,14 +14,17 @@ from experthub.routing._rows import Rows
 from torch import Tensor, nn
 
 
+def normal(x_TI: Tensor, layer_norm: bool) -> Tensor:
+    """The inputs as probes read them, in float32."""
+    wide = x_TI.float()
+    return nn.functional.layer_norm(wide, wide.shape[1:], eps=EPS) if layer_norm else wide
+
+
 def scored(x_TI: Tensor, probes_PI: Tensor | None, layer_norm: bool) -> Tensor:
     """The probes' scores `[T, P]` in float32, `[T, 0]` without probes."""
     if probes_PI is None:
         return x_TI.new_empty((len(x_TI), 0), dtype=torch.float32)
-    wide = x_TI.float()
-    if layer_norm:
-        wide = nn.functional.layer_norm(wide, wide.shape[1:], eps=EPS)
-    return torch.mm(wide, probes_PI.T)
+    return torch.mm(normal(x_TI, layer_norm), probes_PI.T)
 
 
 def inverse_deviation(x_TI: Tensor) -> Tensor:
@@ -35,19 +38,23 @@ def read_copied(x_TI: Tensor, a: Rows, experts_TK: Tensor) -> Tensor:
     return torch.bmm(a.copied(experts_TK, x_TI.dtype), x_TI.unsqueeze(-1)).squeeze(-1)
 
 
-def read_sampled(x_TI: Tensor, a: Rows, experts_TK: Tensor) -> Tensor:
-    """The same by a product with A of which only the chosen entries are computed."""
-    rows, places_TJ = a.once(experts_TK, x_TI.dtype)
+def products(x_TI: Tensor, rows: Tensor, places_TJ: Tensor) -> Tensor:
+    """`x` of each token times some of the rows, `[T, J]`: of a sparse product, the entries wanted."""
     n_tokens, width = places_TJ.shape
     wanted = torch.sparse_csr_tensor(
         torch.arange(0, n_tokens * width + 1, width, device=x_TI.device),
-        places_TJ.view(-1),
+        places_TJ.reshape(-1),
         x_TI.new_zeros(n_tokens * width),
         size=(n_tokens, len(rows)),
         check_invariants=False,
     )
     found: Tensor = torch.sparse.sampled_addmm(wanted, x_TI, rows.T, beta=0.0).values()
     return found.view(n_tokens, width)
+
+
+def read_sampled(x_TI: Tensor, a: Rows, experts_TK: Tensor) -> Tensor:
+    """The same by a product with A of which only the chosen entries are computed."""
+    return products(x_TI, *a.once(experts_TK, x_TI.dtype))
 
 
 def write_copied(y_TO: Tensor, z_TJ: Tensor, b: Rows, experts_Tk: Tensor) -> None:
@@ -61,7 +68,11 @@ def write_summed(y_TO: Tensor, z_TJ: Tensor, b: Rows, experts_Tk: Tensor) -> Non
     y_TO.add_(nn.functional.embedding_bag(places, rows, per_sample_weights=z_TJ, mode="sum"))
 
 
-CHOSEN = {"copied": (read_copied, write_copied), "sampled": (read_sampled, write_summed)}
+CHOSEN = {
+    "copied": (read_copied, write_copied),
+    "sampled": (read_sampled, write_summed),
+    "screened": (read_sampled, write_summed),
+}
 
 
 def reference(

@@ -11,6 +11,7 @@ from itertools import chain
 
 import torch
 from experthub.routing._router import ExpertStack, Router
+from experthub.routing._screen import Screen
 from torch import Tensor
 
 
@@ -23,7 +24,7 @@ class Packed:
     the rows `[R, O]` of each module.  A row of zeros may stand at the end of each, for ranks that
     differ.  router: of one module; those of the others differ in nothing but probes.  probes: of
     all modules `[., I]`, module after module, in any number of parts; none for a router that does
-    not look at the input.  mapped: all this lies in a file, and is not to be copied; the experts'
+    not look at the input.  screen: the same in bfloat16, where it was made.  mapped: all this lies in a file, and is not to be copied; the experts'
     dtype may be narrower there than they are used in.
     """
 
@@ -33,6 +34,7 @@ class Packed:
     b: tuple[Tensor, ...]
     router: Router
     probes: tuple[Tensor, ...] = ()
+    screen: Screen | None = None
     mapped: bool = False
 
     @classmethod
@@ -59,5 +61,8 @@ class Packed:
     @property
     def owner_N(self) -> Tensor:
         """For every row of A its expert and module: a place in `experts`, module after module."""
-        flat = torch.tensor(list(chain(*self.ranks)))
-        return torch.arange(len(flat)).repeat_interleave(flat)
+        flat = list(chain(*self.ranks))
+        places = torch.arange(len(flat))
+        if self.equal_ranks:
+            return places[:, None].expand(-1, self.rank).flatten()
+        return places.repeat_interleave(torch.tensor(flat))

@@ -146,6 +146,27 @@ class Router(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
+class TopK:
+    """The router of most token-wise methods: softmax over the top k scores of an input.
+
+    absolute: of their sizes, whatever their signs.
+    """
+
+    probes_PI: Tensor
+    top_k: int
+    layer_norm: bool = False
+    absolute: bool = False
+    pooled: bool = False
+
+    def weights(self, scores: Tensor) -> Weights:
+        return top_k_softmax(self.ranked(scores), self.top_k)
+
+    def ranked(self, scores: Tensor) -> Tensor:
+        """What the top k are taken of."""
+        return scores.abs() if self.absolute else scores
+
+
 EPS = 1e-5  # of LayerNorm
 
 

@@ -34,10 +34,12 @@ class Rows:
         all_rows = parts[0] if whole else torch.cat([*parts, *below, *zero])
         all_rows = all_rows.to(like.device) if mapped else all_rows.to(like)
         self.others = slice(self.count, self.count + sum(map(len, below)))
-        sizes = torch.tensor(ranks)
-        row = torch.arange(self.rank)
-        starts = sizes.cumsum(0) - sizes
-        places_Er = torch.where(row < sizes[:, None], starts[:, None] + row, len(all_rows) - 1)
+        if self.ragged:
+            sizes, row = torch.tensor(ranks), torch.arange(self.rank)
+            starts = sizes.cumsum(0) - sizes
+            places_Er = torch.where(row < sizes[:, None], starts[:, None] + row, len(all_rows) - 1)
+        else:
+            places_Er = torch.arange(self.count).view(-1, self.rank)
         self._set(all_rows.contiguous(), places_Er.to(all_rows.device))
 
     def _set(self, rows: Tensor, places_Er: Tensor) -> None:

@@ -8,27 +8,13 @@ paper's code nor peft's normalises the token, and neither do we.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 from experthub.merge import LowRank, Range, Routing
 from experthub.routing._methods import routers
-from experthub.routing._router import ExpertStack, Router, Weights, top_k_softmax
+from experthub.routing._router import ExpertStack, Router, TopK
 from torch import Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Arrow:
-    """Softmax over the top k of `|x . v_e|`."""
-
-    probes_PI: Tensor
-    top_k: int
-    layer_norm: bool = False
-    pooled: bool = False
-
-    def weights(self, scores: Tensor) -> Weights:
-        return top_k_softmax(scores.abs(), self.top_k)
 
 
 @routers.register(paper="https://arxiv.org/abs/2405.11157", routing=Routing(sparse=True))
@@ -47,7 +33,7 @@ def arrow(
     as in the authors' code.  temperature: of the softmax.
     """
     prototypes = torch.stack([_prototype(delta) for delta in stack.deltas.values()])
-    return Arrow(prototypes / temperature, top_k)
+    return TopK(prototypes / temperature, top_k, absolute=True)
 
 
 def _prototype(delta: LowRank) -> Tensor:

@@ -16,21 +16,8 @@ from typing import Annotated
 import torch
 from experthub.merge import Range, Routing
 from experthub.routing._methods import routers
-from experthub.routing._router import ExpertStack, Router, Weights, standardised, top_k_softmax
+from experthub.routing._router import ExpertStack, Router, TopK, Weights, standardised
 from torch import Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Phatgoose:
-    """Softmax over the top k of `LN(x) . LN(gate_e) / sqrt(I)`."""
-
-    probes_PI: Tensor
-    top_k: int
-    layer_norm: bool = True
-    pooled: bool = False
-
-    def weights(self, scores: Tensor) -> Weights:
-        return top_k_softmax(scores, self.top_k)
 
 
 @routers.register(
@@ -53,7 +40,7 @@ def phatgoose(
     if stack.gates_EI is None:
         raise ValueError("phatgoose expects a gate of every expert, found none")
     scale = temperature * math.sqrt(stack.width)
-    return Phatgoose(standardised(stack.gates_EI) / scale, top_k)
+    return TopK(standardised(stack.gates_EI) / scale, top_k, layer_norm=True)
 
 
 @dataclass(frozen=True, eq=False)

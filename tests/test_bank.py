@@ -13,6 +13,7 @@ from conftest import logits
 from experthub import hub
 from experthub.hub import bank, routes
 from experthub.hub.errors import IntegrityError
+from safetensors.torch import load_file, save_file
 
 ROUTES: list[dict[str, Any]] = [
     {"method": "phatgoose"},
@@ -108,3 +109,35 @@ def test_nothing_is_left_of_an_interrupted_bank(
     assert not folders(home)
     hub.compose(whole)
     assert len(folders(home)) == 2
+
+
+def test_halves_stay_halves_and_gates_are_screened(
+    base_folder: Path,
+    expert_folder: Callable[..., Path],
+    home: Path,
+    always: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bank, "MANY", 2)
+    monkeypatch.setattr("experthub.routing._screen.CANDIDATES", 2)
+    experts = [str(halved(expert_folder(seed))) for seed in range(6)]
+    whole = {"base": str(base_folder), "experts": experts, "dtype": "float32"}
+    for method in ("phatgoose", "arrow"):
+        route = {"method": method, "top_k": 1}
+        packed = hub.compose({**whole, "route": {**route, "kernel": "screened"}})
+        groups = [m.group for m in packed.model.modules() if hasattr(m, "group")]
+        assert all(g.screen.rows.dtype == g.a.all.dtype == torch.bfloat16 for g in groups)
+        assert all(g.apart.dtype == torch.float32 for g in groups)
+        monkeypatch.setattr(bank, "LARGE", 1 << 60)
+        stacked = hub.compose({**whole, "route": {**route, "kernel": "all"}})
+        monkeypatch.setattr(bank, "LARGE", 1)
+        torch.testing.assert_close(
+            logits(packed.model), logits(stacked.model), atol=1e-4, rtol=1e-4
+        )
+
+
+def halved(folder: Path) -> Path:
+    """The expert with its weights in bfloat16."""
+    file = folder / "adapter_model.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file)
+    return folder

@@ -58,7 +58,7 @@ def gc(grace: float = 3600) -> tuple[int, int]:
 @pytest.fixture(autouse=True)
 def own_leases(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process holds nothing: what the commands of a test add is not in use afterwards."""
-    monkeypatch.setattr("experthub.hub.store.Store.hold", lambda *_: None)
+    monkeypatch.setattr("experthub.hub.store.Store.hold", lambda *_, **__: None)
 
 
 def test_every_flipped_bit_is_found_and_repaired(expert_folder: Make) -> None:

@@ -53,10 +53,8 @@ class Adapted:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; IntegrityError when the file is damaged."""
-    if path.stat().st_size > MAX_JSON:
-        raise IntegrityError(f"{path} has more than {MAX_JSON} bytes", "is it the right file?")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(_small(path).decode())
     except (ValueError, RecursionError) as error:
         raise IntegrityError(
             f"{path} is damaged: {error}", "get it again from its source"
@@ -68,6 +66,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _small(path: Path) -> bytes:
+    if path.stat().st_size > MAX_JSON:
+        raise IntegrityError(f"{path} has more than {MAX_JSON} bytes", "is it the right file?")
+    return path.read_bytes()
+
+
 def read_adapter(config: Path, weights: Path, name: str) -> tuple[Adapted, ...]:
     """What a PEFT LoRA changes, module by module, sorted by module.
 
@@ -75,10 +79,13 @@ def read_adapter(config: Path, weights: Path, name: str) -> tuple[Adapted, ...]:
     configuration that asks for more than a low-rank change, and for tensors without a partner, of
     the wrong rank, or that the configuration does not target.
     """
-    read_json(config), read_header(weights)  # for their errors, which name the file
+    text, (header, size) = _small(config), header_text(weights)
     try:
         with matching():
-            return _read_adapter(config.read_bytes(), *header_text(weights))
+            return _read_adapter(text, header, size)
+    except (ValueError, AttributeError, RecursionError):
+        read_json(config), read_header(weights)  # for their errors, which name the file
+        raise
     except HubError as error:
         raise type(error)(f"{name}: {error.message}", error.hint) from None
     except (TimeoutError, re.error) as error:
@@ -220,11 +227,20 @@ def kind_of(folder: Path) -> Kind:
 
 def read_gates(path: Path) -> dict[str, tuple[int, ...]]:
     """Module -> shape of the gates in a file; IntegrityError for anything else in it."""
+    try:
+        return _read_gates(*header_text(path))
+    except ValueError:
+        read_header(path)  # for its error, which names the file
+        raise
+    except IntegrityError as error:
+        raise IntegrityError(f"{path}: {error.message}", error.hint) from None
+
+
+@lru_cache(maxsize=64)
+def _read_gates(header: bytes, size: int) -> dict[str, tuple[int, ...]]:
     gates: dict[str, tuple[int, ...]] = {}
-    for tensor, info in read_header(path).items():
+    for tensor, info in parsed(header, size).items():
         if not tensor.endswith(".gate") or info.dtype not in FLOATS or len(info.shape) != 1:
-            raise IntegrityError(
-                f"{path}: tensor {tensor} is not a gate [d_in]", "train the gates again"
-            )
+            raise IntegrityError(f"tensor {tensor} is not a gate [d_in]", "train the gates again")
         gates[tensor.removesuffix(".gate")] = info.shape
     return gates

@@ -138,7 +138,7 @@ def adapt(
     expert = registry.expert(Reference.parse(skills))
     if expert.kind != "skills":
         raise UsageError(f"{expert.reference} is no inventory of skills", "see hub train skills")
-    pull(Content.of(expert), store, report)
+    pull(store, Content.of(expert), report=report)
     read, found = read_task(task), find(expert.base, registry, report)
     inventory = Inventory(expert.digest, store, Tensors(store.read(expert.digest, SKILLS)))
     torch.manual_seed(settings.seed)

@@ -108,7 +108,7 @@ def train_gate(
             "add it again with --task",
         )
     read = read_task(expert.task)
-    pull(Content.of(expert), store, report)
+    pull(store, Content.of(expert), report=report)
     found = find(expert.base, registry, report)
     torch.manual_seed(settings.seed)
     model = load_model(found, "float32", device)
