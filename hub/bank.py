@@ -46,6 +46,7 @@ class Bank:
     def of(cls, plan: Plan) -> Bank:
         """The place for a plan's bank, whether it is there or not."""
         content = [LAYOUT, plan.base.fingerprint, [e.content for e in plan.experts]]
+        content += [plan.general] if plan.general else []
         key = digest_of([*content, list(plan.parameters), plan.dtype])[7:23]
         folder = hub_home() / "banks" / key
         return cls(folder / "experts", folder / f"router-{plan.digest[7:23]}")
