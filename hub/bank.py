@@ -2,11 +2,13 @@
 
 What no token chooses is never read.  A bank lies in `$HUB_HOME/banks`, under the digest of what
 decides its content, and may be removed at any time: the experts themselves are in the store.
+`hub gc` removes one that was not used for a week.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
@@ -68,6 +70,9 @@ class Bank:
         while not self.there:
             with suppress(FileExistsError):  # another process was faster
                 self._write(make(), dtype)
+        for folder in (self.experts, self.routers):
+            with suppress(OSError):
+                os.utime(folder)  # hub gc takes what was not used for long
         for number in range(len(list(self.routers.iterdir()))):
             try:
                 yield self._part(FILE.format(number), context)
