@@ -143,6 +143,13 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def discard(folder: Path) -> None:
+    """Delete a folder that counts as a whole: nobody sees a part of it, whenever this is killed."""
+    draft = _draft_of(folder)
+    folder.rename(draft)
+    remove(draft)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a whole text file, atomically."""
     with written(path) as file:

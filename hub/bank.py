@@ -2,11 +2,13 @@
 
 What no token chooses is never read.  A bank lies in `$HUB_HOME/banks`, under the digest of what
 decides its content, and may be removed at any time: the experts themselves are in the store.
+`hub gc` removes one that was not used for a week.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
@@ -46,6 +48,7 @@ class Bank:
     def of(cls, plan: Plan) -> Bank:
         """The place for a plan's bank, whether it is there or not."""
         content = [LAYOUT, plan.base.fingerprint, [e.content for e in plan.experts]]
+        content += [plan.general] if plan.general else []
         key = digest_of([*content, list(plan.parameters), plan.dtype])[7:23]
         folder = hub_home() / "banks" / key
         return cls(folder / "experts", folder / f"router-{plan.digest[7:23]}")
@@ -67,6 +70,9 @@ class Bank:
         while not self.there:
             with suppress(FileExistsError):  # another process was faster
                 self._write(make(), dtype)
+        for folder in (self.experts, self.routers):
+            with suppress(OSError):
+                os.utime(folder)  # hub gc takes what was not used for long
         for number in range(len(list(self.routers.iterdir()))):
             try:
                 yield self._part(FILE.format(number), context)

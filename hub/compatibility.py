@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from experthub.hub._patterns import matching
+from experthub.hub._yaml import did_you_mean
 from experthub.hub.errors import HubError, UsageError
 from experthub.hub.plan import PlannedExpert
 from experthub.hub.recipe import Recipe
@@ -70,7 +71,9 @@ def check_method(
             "leave it out with targets:, or use merge: instead of route:",
         )
     if recipe.route.combine == "parameters":
-        _check_equal_ranks(experts, parameters)
+        _check_equal_ranks("combine: parameters", "use combine: outputs", experts, parameters)
+    if recipe.route.options.get("gks"):
+        _check_general(recipe.route.options["gks"], experts, parameters)
 
 
 def _check_skills(recipe: Recipe, experts: tuple[PlannedExpert, ...]) -> None:
@@ -100,7 +103,49 @@ def _check_granularity(granularity: str, parameters: tuple[str, ...]) -> None:
         raise UsageError(str(error), "write it simpler, or use a name") from None
 
 
-def _check_equal_ranks(experts: tuple[PlannedExpert, ...], parameters: tuple[str, ...]) -> None:
+def _check_general(
+    named: Sequence[str], experts: tuple[PlannedExpert, ...], parameters: tuple[str, ...]
+) -> None:
+    """Refuse general experts that cannot be taken off the others."""
+    labels = [expert.label for expert in experts]
+    for name in named:
+        if labels.count(name) != 1:
+            raise UsageError(
+                f"gks names {name}, and {labels.count(name)} experts of the recipe are called so",
+                did_you_mean(name, labels) if name not in labels else "say as: for each of them",
+            )
+    general = [expert for expert in experts if expert.label in named]
+    others = [expert for expert in experts if expert.label not in named]
+    if not others:
+        raise UsageError("gks names all experts, and none is left to route to", "leave one out")
+    for expert in experts:
+        if expert.merge is not None:
+            raise UsageError(
+                f"expert {expert.label} is a merge, and gks is of the stored A and B of experts",
+                "name its experts one by one",
+            )
+    for expert in general:
+        if expert.weight != 1:
+            raise UsageError(
+                f"expert {expert.label} has a weight, and gks takes the mean of general experts",
+                "leave weight out",
+            )
+    for name in parameters:
+        module = name.removesuffix(".weight")
+        if not any(name in expert.changes for expert in others):
+            raise HubError(f"only general experts adapt {module}", "leave it out with targets:")
+        for expert in general:
+            if name not in expert.changes:
+                raise HubError(
+                    f"the general expert {expert.label} does not adapt {module}, and others do",
+                    "leave the module out with targets:, or take another general expert",
+                )
+    _check_equal_ranks("gks", "leave out what differs with targets:", experts, parameters)
+
+
+def _check_equal_ranks(
+    what: str, hint: str, experts: tuple[PlannedExpert, ...], parameters: tuple[str, ...]
+) -> None:
     ranks: dict[str, dict[int, str]] = {}
     for expert in experts:
         for name in parameters:
@@ -113,7 +158,7 @@ def _check_equal_ranks(experts: tuple[PlannedExpert, ...], parameters: tuple[str
     for name, by_rank in ranks.items():
         if len(by_rank) > 1:
             raise HubError(
-                f"combine: parameters needs one rank, and {name.removesuffix('.weight')} has "
+                f"{what} needs one rank, and {name.removesuffix('.weight')} has "
                 + ", ".join(f"{rank} ({label})" for rank, label in sorted(by_rank.items())),
-                "use combine: outputs",
+                hint,
             )

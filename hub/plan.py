@@ -110,6 +110,19 @@ class Plan:
         return any(unit.recipe.route is not None and not unit.folds for unit in self.units)
 
     @property
+    def general(self) -> tuple[int, ...]:
+        """The places of the experts that are taken off the others; of a plan of one method."""
+        named = self.recipe.method.options.get("gks") or ()
+        return tuple(e for e, expert in enumerate(self.experts) if expert.label in named)
+
+    def candidates(self, module: str) -> tuple[int, ...]:
+        """The places of the experts that a routed module chooses from."""
+        name = f"{module}.weight"
+        general = next(unit.general for unit in self.units if name in unit.parameters)
+        here = (e for e, expert in enumerate(self.experts) if name in expert.changes)
+        return tuple(e for e in here if e not in general)
+
+    @property
     def skilled(self) -> bool:
         """Whether its route is over an inventory of skills."""
         return any("skills" in method.strategy.needs for method in self.recipe.methods)
@@ -207,7 +220,9 @@ def _method_record(method: Method) -> dict[str, Any]:
     mixing: dict[str, str] = {"combine": method.combine} if method.kind == "route" else {}
     if method.kernel != "auto":
         mixing["kernel"] = method.kernel
-    return {"method": method.method, **mixing, **method.options}
+    # Without it, a recipe has the digest that it had before there was such an option.
+    options = {k: v for k, v in method.options.items() if k != "gks" or v is not None}
+    return {"method": method.method, **mixing, **options}
 
 
 def _locked_content(content: Content) -> dict[str, Any]:

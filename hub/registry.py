@@ -118,10 +118,8 @@ class Registry:
                 " ".join([*expert.tags, expert.task or ""]),
                 f"{expert.description} {expert.base} {expert.kind}",
             )
-            places = [
-                next((i for i, text in enumerate(fields) if word in text.lower()), None)
-                for word in wanted
-            ]
+            texts = [text.lower() for text in fields]
+            places = [next((i for i, t in enumerate(texts) if word in t), None) for word in wanted]
             if None not in places:
                 ranked.append((sum(place or 0 for place in places), expert))
         return [e for _, e in sorted(ranked, key=lambda r: (r[0], r[1].name, -r[1].version))]

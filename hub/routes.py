@@ -186,7 +186,8 @@ def _stacked(
             width = next(iter(deltas.values())).shape[1]
             own = {e: inputs[e].get(name, torch.zeros(width)) for e in here}
             with explained(name):
-                stacks.append(ExpertStack.of(deltas, len(vectors), own if any(inputs) else None))
+                stack = ExpertStack.of(deltas, len(vectors), own if any(inputs) else None)
+                stacks.append(stack.less(plan.general) if plan.general else stack)
                 if select is None:
                     found.append(method.strategy.call(stacks[-1], **method.options))
                 else:

@@ -50,13 +50,15 @@ class Option:
     def type_name(self) -> str:
         if self.choices:
             return " | ".join(self.choices)
-        return " | ".join("null" if t is NoneType else t.__name__ for t in self.types)
+        names = {NoneType: "null", list: "list of str"}
+        return " | ".join(names.get(t, t.__name__) for t in self.types)
 
     def check(self, value: object) -> object:
         """The value, an int widened where a float is meant; ValueError says what was expected."""
         if float in self.types and type(value) is int and abs(value) < 1 << 1000:
             value = float(value)
-        if type(value) not in self.types or (self.choices and value not in self.choices):
+        wrong = type(value) not in self.types or (self.choices and value not in self.choices)
+        if wrong or (isinstance(value, list) and {type(item) for item in value} - {str}):
             raise ValueError(f"option {self.name!r}: expected {self.type_name}, found {value!r}")
         if self.range and isinstance(value, int | float) and not self.range.holds(value):
             raise ValueError(f"option {self.name!r}: expected {self.range}, found {value!r}")
@@ -230,6 +232,7 @@ def _option(name: str, hint: Any, parameter: inspect.Parameter, description: str
     if get_origin(hint) is Literal:
         choices, hint = get_args(hint), str
     types = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    types = tuple(get_origin(one) or one for one in types)
     required = parameter.default is inspect.Parameter.empty
     default = None if required else parameter.default
     return Option(name, types, choices, limits, default, required, description)

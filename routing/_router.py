@@ -6,7 +6,7 @@ ranks, I inputs and O outputs of the module, P probes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -51,6 +51,28 @@ class ExpertStack:
         if stacked is not None and tuple(stacked.shape) != (len(experts), width):
             raise ValueError(f"expected gates [{len(experts)}, {width}], found {stacked.shape}")
         return cls({e: deltas[e] for e in experts}, n_experts, stacked)
+
+    def less(self, general: Collection[int]) -> ExpertStack:
+        """The other experts, with the mean A and the mean B of the general ones taken off theirs.
+
+        general: places in the recipe.  The factors are subtracted, whatever their scales, and not
+        the changes `B A`: those would add up to a higher rank.  Raises ValueError where a general
+        expert does not adapt the module, no other does, or ranks differ.
+        """
+        others = [e for e in self.experts if e not in general]
+        if not others or not set(general) <= set(self.experts):
+            raise ValueError(
+                f"expected general experts {sorted(general)} and others, found {[*self.experts]}"
+            )
+        if not self.equal_ranks:
+            raise ValueError("subtracting general experts needs experts of one rank")
+        a_RI = torch.stack([self.deltas[e].a for e in general]).mean(0)
+        b_OR = torch.stack([self.deltas[e].b for e in general]).mean(0)
+        left = {e: self.deltas[e] for e in others}
+        deltas = {e: LowRank(d.a - a_RI, d.b - b_OR, d.scale) for e, d in left.items()}
+        rows = [place for place, e in enumerate(self.experts) if e in left]
+        gates_EI = None if self.gates_EI is None else self.gates_EI[rows]
+        return ExpertStack(deltas, self.n_experts, gates_EI)
 
     @property
     def experts(self) -> tuple[int, ...]:

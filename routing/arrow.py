@@ -4,6 +4,10 @@ Ostapenko et al., "Towards Modular LLMs by Building and Reusing a Library of LoR
 https://arxiv.org/abs/2405.11157, section 4.2.  The prototypes are exact singular vectors, from the
 factors alone; peft's come from 15 steps of a power iteration with a random start.  Neither the
 paper's code nor peft's normalises the token, and neither do we.
+
+General-knowledge subtraction is of Bagherifard et al., "GenKnowSub: Improving Modularity and
+Reusability of LLMs through General Knowledge Subtraction", https://arxiv.org/abs/2505.10939, as peft
+has it.  A stack comes here with it done: `ExpertStack.less`.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ def arrow(
     *,
     top_k: Annotated[int, Range(1)] = 3,
     temperature: Annotated[float, Range(0.01, 100)] = 1.0,
+    gks: list[str] | None = None,
 ) -> Router:
     """Prototypes of the experts' own weights: the input direction that each of them amplifies most.
 
@@ -30,7 +35,9 @@ def arrow(
     first right singular vector of `B_e A_e`; softmax weights. Needs nothing but the experts.
 
     top_k: experts per token and module, at least 1; 3 as in peft, and more than there are means all,
-    as in the authors' code.  temperature: of the softmax.
+    as in the authors' code.  temperature: of the softmax.  gks: general-knowledge subtraction, the
+    recipe's names of general experts: the mean of their A and that of their B are taken off every
+    other's A and B, whatever the scales, before prototypes are; no token goes to them.
     """
     prototypes = torch.stack([_prototype(delta) for delta in stack.deltas.values()])
     return TopK(prototypes / temperature, top_k, absolute=True)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import logits
+from conftest import logits, run_hub
 from experthub import hub
 from experthub.hub import bank, routes
 from experthub.hub.errors import IntegrityError
@@ -141,3 +143,52 @@ def halved(folder: Path) -> Path:
     file = folder / "adapter_model.safetensors"
     save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file)
     return folder
+
+
+def age(paths: list[Path], days: float) -> None:
+    for path in paths:
+        os.utime(path, (time.time() - days * 86400,) * 2)
+
+
+def collected(home: Path, *options: str) -> list[Path]:
+    """What `hub gc` takes away as leftovers."""
+    ran = run_hub("gc", "--json", "--yes", *options)
+    assert ran.code == 0, ran.err
+    return sorted(home / name for name in ran.json["gc"]["leftovers"])
+
+
+def test_a_bank_is_collected_when_it_was_not_used_for_a_week(
+    recipe: dict[str, Any], home: Path, always: None
+) -> None:
+    routed = [{**recipe, "route": {"method": "arrow", "top_k": top_k}} for top_k in (1, 2)]
+    first = logits(hub.compose(routed[0]).model)
+    hub.compose(routed[1])
+    age(folders(home), days=6.9)
+    assert len(folders(home)) == 3 and not collected(home)
+    age(folders(home), days=7.1)
+    everything = folders(home)
+    assert collected(home, "--dry-run") == everything == folders(home)
+    held = hub.compose(routed[0])  # a use: its router and the experts count as new
+    (other,) = collected(home)
+    assert other.name.startswith("router-") and folders(home) == sorted({*everything} - {other})
+    age(folders(home), days=7.1)
+    assert collected(home) == sorted({*everything} - {other})
+    assert not list((home / "banks").iterdir())
+    assert torch.equal(logits(held.model), first), "what is mapped stays readable"
+    assert torch.equal(logits(hub.compose(routed[0]).model), first)
+
+
+def test_a_bank_that_is_half_written_or_half_removed_is_no_bank(
+    recipe: dict[str, Any], home: Path, always: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = {**recipe, "route": {"method": "arrow"}}
+    first = logits(hub.compose(whole).model)
+    age(folders(home), days=8)
+    with monkeypatch.context() as patched:  # killed while it removes
+        patched.setattr("experthub.hub._files.remove", lambda _: None)
+        collected(home)
+    left = folders(home)
+    assert left and all(path.name.startswith(".") for path in left)
+    assert collected(home) == left and not folders(home)
+    assert torch.equal(logits(hub.compose(whole).model), first)
+    assert [path.name.partition("-")[0] for path in folders(home)] == ["experts", "router"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,11 @@ from experthub import hub
 from experthub.hub.errors import HubError, IntegrityError
 from experthub.hub.formats.adapter import Adapted, read_adapter
 from experthub.hub.formats.header import check_finite, read_header
+from experthub.hub.formats.router import RouterRecord
+from experthub.hub.formats.skills import SkillsRecord
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
 
@@ -430,3 +434,13 @@ def test_every_float_is_checked(dtype: torch.dtype, value: float, tmp_path: Path
     save_file({"a": sound, "b": torch.tensor([1, 2])}, path)
     with pytest.raises(IntegrityError, match="tensor a holds NaN or infinity"):
         check_finite(path, read_header(path))
+
+
+@pytest.mark.parametrize(
+    ("record", "name"), [(SkillsRecord, "skills.json"), (RouterRecord, "router.json")]
+)
+def test_the_docs_name_every_key(record: type[BaseModel], name: str) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "registry.md").read_text(encoding="utf-8")
+    rows = page.partition(f"| key of `{name}` |")[2].partition("\n\n")[0].splitlines()[2:]
+    keys = [key for row in rows for key in re.findall(r"`(\w+)`", row.split("|")[1])]
+    assert keys == [info.alias or own for own, info in record.model_fields.items()]

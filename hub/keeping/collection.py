@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from experthub.hub._files import drafts, locked, remove, unused
+from experthub.hub._files import discard, drafts, locked, remove, unused
 from experthub.hub.errors import UsageError
 from experthub.hub.expert import Expert, Reference
 from experthub.hub.keeping.leases import COLLECTING, held
@@ -24,7 +24,8 @@ from experthub.hub.registry import Registry
 from experthub.hub.store import TRASH, Store
 
 GRACE = 3600.0
-STALE = 7 * 24 * 3600.0  # of a download that nobody goes on with
+STALE = 7 * 24 * 3600.0  # of a download that nobody goes on with, of a bank that nobody uses
+BANKS = "banks"
 # Where files and folders appear under their names, besides the tasks.
 PLACES = (
     "objects/sha256/*",
@@ -37,6 +38,7 @@ PLACES = (
     "hf/*/refs",
     "bases",
     "drafts",
+    f"{BANKS}/*",
 )
 
 
@@ -99,11 +101,19 @@ def collect(
                     size = size_of(path) if path.is_dir() else path.stat().st_size
                     found.leftovers[str(path.relative_to(store.root))] = size
                     if not dry_run:
-                        remove(path)
-                        if path.parent.name.startswith("."):  # a draft: it goes with its last file
-                            with contextlib.suppress(OSError):
-                                path.parent.rmdir()
+                        _remove(path)
     return found
+
+
+def _remove(path: Path) -> None:
+    """Delete a leftover; a draft or a bank that it was the last of goes with it."""
+    if path.is_dir():
+        discard(path)
+    else:
+        remove(path)
+    if path.parent.name.startswith(".") or path.parent.parent.name == BANKS:
+        with contextlib.suppress(OSError):
+            path.parent.rmdir()
 
 
 def _trash(path: Path, target: Path) -> None:
@@ -129,14 +139,17 @@ def _empty(
 
 
 def _leftovers(root: Path) -> Iterator[Path]:
-    """What killed processes left half-written, and downloads that nobody goes on with."""
+    """What killed processes left half-written, and downloads and banks that nobody uses."""
     places = [folder for pattern in PLACES for folder in sorted(root.glob(pattern))]
     places += [Path(place) for place, _, _ in os.walk(root / "tasks")]
     for folder in places:
         yield from drafts(folder)
-    for path in sorted([*root.glob("partial/*"), *root.glob("hf/*/.*/*")]):
-        if path.is_file() and time.time() - path.stat().st_mtime >= STALE:
-            yield path
+    downloads = [p for p in (*root.glob("partial/*"), *root.glob("hf/*/.*/*")) if p.is_file()]
+    packed = [p for p in root.glob(f"{BANKS}/*/*") if not p.name.startswith(".")]
+    for path in sorted([*downloads, *packed]):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime >= STALE:
+                yield path
 
 
 def removable(name: str, registry: Registry) -> list[Expert]:

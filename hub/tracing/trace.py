@@ -221,10 +221,7 @@ def _put_together(plan: Plan, tokens: list[Token], parts: dict[str, list[Tensor]
             f"no routed module reads every token once: {', '.join(list(parts)[:3])}",
             "trace a recipe that routes others",
         )
-    modules = []
-    for name in whole:
-        here = [e for e, expert in enumerate(plan.experts) if f"{name}.weight" in expert.changes]
-        modules.append(Traced(name, layer_of(name), tuple(here)))
+    modules = [Traced(name, layer_of(name), plan.candidates(name)) for name in whole]
     left_out = tuple(name for name in parts if name not in whole)
     return Trace(plan, tuple(tokens), tuple(modules), torch.stack(list(whole.values())), left_out)
 
