@@ -9,7 +9,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -27,8 +27,8 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 Times = dict[str, list[float]]
 
 
-def arguments(description: str | None) -> argparse.Namespace:
-    """The options of every benchmark."""
+def arguments(description: str | None, **numbers: tuple[Sequence[int], str]) -> argparse.Namespace:
+    """The options of every benchmark, and lists of numbers by name: their default, and what they are."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (at least 5)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
@@ -38,6 +38,8 @@ def arguments(description: str | None) -> argparse.Namespace:
         default=hub_home() / "benchmarks",
         help="where the peer's virtual environment is kept ($HUB_HOME/benchmarks)",
     )
+    for name, (default, text) in numbers.items():
+        parser.add_argument(f"--{name}", type=int, nargs="*", default=default, help=text)
     options = parser.parse_args()
     if options.rounds < 5:
         parser.error("a median needs at least 5 rounds")

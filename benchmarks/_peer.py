@@ -20,14 +20,21 @@ class Peer:
     """A script of this folder in its own virtual environment.
 
     It does one command at a time, and waits between.  variables: of its environment, besides ours.
+    own: it is our side, in a process of its own.
     """
 
     def __init__(
-        self, python: Path, script: str, *options: str | Path, variables: dict[str, str] = OFFLINE
+        self,
+        python: Path,
+        script: str,
+        *options: str | Path,
+        variables: dict[str, str] = OFFLINE,
+        own: bool = False,
     ) -> None:
         # -I: this folder must not be on its path, where `evaluate` is one of lm-eval's own packages.
+        isolated = () if own else ("-I",)
         self._process = subprocess.Popen(
-            [python, "-I", HERE / script, str(THREADS), *options],
+            [python, *isolated, HERE / script, str(THREADS), *options],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

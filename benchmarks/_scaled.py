@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _bench import BASE, THREADS, timed
+from _answers import answer
+from _bench import BASE, timed
 from experthub.hub import Plan, Recipe, Registry, Store, compose, resolve
 from experthub.hub.bank import Bank
 from experthub.hub.base_sources import find
@@ -66,6 +67,7 @@ class Side:
     def do_keep(self, *ids: str) -> dict[str, int]:
         """Load the base and the composition for what follows: private bytes of each."""
         self.ids = torch.tensor([[int(token) for token in ids]])
+        self.base()  # what is imported is no part of it
         found = {}
         for name, load in (("base", self.base), ("routed", self.composed)):
             before = private_bytes()
@@ -89,8 +91,13 @@ class Side:
             times.append(time.perf_counter() - start)
         return sorted(times)[len(times) // 2]
 
-    def do_private(self) -> int:
-        return private_bytes()
+    def do_versions(self) -> dict[str, str]:
+        return {"torch": torch.__version__}
+
+    def do_kernels(self) -> list[str]:
+        """Which were the fastest, for few tokens and for many."""
+        groups = [m.group for m in self.models["routed"].modules() if isinstance(m, RoutedLinear)]
+        return sorted({f"{group.few}, {group.many}" for group in groups})
 
     def do_touched(self) -> float:
         """Which part of the experts some token of the input chose: the mean over modules."""
@@ -111,14 +118,11 @@ class Side:
 
 @torch.no_grad()
 def main() -> None:
-    """Answer until stdin ends; only answers go to stdout."""
-    answers, sys.stdout = sys.stdout, sys.stderr
-    folder, registry, count, method = sys.argv[1:]
-    torch.set_num_threads(THREADS)
+    """Answer until stdin ends."""
+    threads, folder, registry, count, method = sys.argv[1:]
+    torch.set_num_threads(int(threads))
     side = Side(Path(folder), Path(registry), int(count), method)
-    for line in sys.stdin:
-        word, *rest = line.split()
-        print(json.dumps(getattr(side, f"do_{word}")(*rest)), file=answers, flush=True)
+    answer(side)
 
 
 if __name__ == "__main__":

@@ -11,67 +11,21 @@ over all experts, which its selector makes in float32.
 from __future__ import annotations
 
 import sys
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 import transformers  # noqa: F401  before anything is replaced: it looks for what is installed
+from replacing import replace
 from routed import EXPERTS, INPUTS, OUTPUTS, RANK, make_case, write
 from torch import Tensor, nn
 
 COMMAND = "python tests/golden/mttl.py"
 ALPHA = 2.0
-# What mttl imports and these cases never call: training, data, plots, storage.
-REPLACED = (
-    "azure",
-    "bitsandbytes",
-    "einops",
-    "mttl.datamodule",
-    "mttl.dataloader",
-    "mttl.evaluators",
-    "mttl.models.lightning",
-    "mttl.models.modifiers.sparse_mask",
-    "mttl.models.ranker",
-    "pandas",
-    "prettytable",
-    "pytorch_lightning",
-    "sklearn",
-    "wandb",
-)
-
-
-class Anything(ModuleType):
-    """A module that has every name, each an empty class."""
-
-    __path__: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return type(name, (), {})
-
-
-class Replacing(MetaPathFinder, Loader):
-    """Finds `Anything` for the modules that are replaced."""
-
-    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        named = any(f"{name}.".startswith(f"{start}.") for start in REPLACED)
-        return ModuleSpec(name, self, is_package=True) if named else None
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return Anything(spec.name)
-
-    def exec_module(self, module: ModuleType) -> None:
-        pass
-
-
 here = Path(__file__).resolve().parent  # where "mttl" is this script
 sys.path = [entry for entry in sys.path if Path(entry).resolve() != here]
-sys.meta_path.insert(0, Replacing())
+replace()
 from mttl.models.containers.lora_containers import LoRAExpertContainer  # noqa: E402
 from mttl.models.containers.selectors import (  # noqa: E402
     ArrowSelectorConfig,
