@@ -6,7 +6,7 @@ RECIPES := $(addprefix examples/demo/, task_arithmetic.yaml uniform.yaml phatgoo
 
 PEERS := $(patsubst tests/peers/%.txt, build/peers/%/.installed, $(wildcard tests/peers/*.txt))
 
-.PHONY: demo demo-controls demo-skills demo-near suite-encoder suite-vision routers-encoder peers test test-all docs experts clean
+.PHONY: demo demo-controls demo-skills demo-near suite-encoder suite-vision routers-encoder routers-smollm2 skills-encoder peers test test-all docs experts clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -59,6 +59,20 @@ routers-encoder: .venv/.installed
 	$(BIN)/hub pull all-minilm-l6-v2
 	$(BIN)/hub tasks import bigbench $$(sed -n 's/^ *- bigbench:\([^ ]*\).*/\1/p' examples/routers/encoder.yaml)
 	$(BIN)/python examples/routers/run.py examples/routers/encoder.yaml
+	$(BIN)/python examples/suite/table.py
+
+# The same on the language model, with the starter experts: some hours.
+routers-smollm2: .venv/.installed
+	$(BIN)/hub pull smollm2-135m-instruct all-minilm-l6-v2 $$(cat examples/demo/experts.txt)
+	$(BIN)/hub tasks import bigbench $$(sed -n 's/^ *- bigbench:\([^ ]*\).*/\1/p' examples/routers/smollm2.yaml)
+	$(BIN)/python examples/routers/run.py examples/routers/smollm2.yaml
+	$(BIN)/python examples/suite/table.py
+
+# Inventories of skills adapted by few examples, three seeds: some hours; goes on where it stopped.
+skills-encoder: .venv/.installed
+	$(BIN)/hub pull all-minilm-l6-v2
+	$(BIN)/hub tasks import bigbench $$(sed -n 's/^ *- bigbench://p' examples/skills/encoder.yaml)
+	$(BIN)/python examples/skills/run.py examples/skills/encoder.yaml
 	$(BIN)/python examples/suite/table.py
 
 # Programs of others that the tests meet, each in an environment of its own.

@@ -117,6 +117,19 @@ def entry(reference: str) -> hub.Expert:
     return hub.Registry.read().expert(Reference.parse(reference))
 
 
+def test_experts_that_are_there_are_taken_as_they_are(proof: dict[str, Any]) -> None:
+    trained = run.Run(proof, 0).experts
+    given = {key: proof[key] for key in proof if key not in ("train", "gate")}
+    found = run.Run({**given, "experts": trained}, 0).all(multi_task=False)
+    assert found["experts"] == trained
+    assert summary.section("tiny", [found])
+    shipped = _yaml.read(FOLDER / "smollm2.yaml").value
+    names = [entry(name) for name in shipped["experts"]]
+    assert [e.task for e in names] == shipped["tasks"] and {e.base for e in names} == {
+        shipped["base"]
+    }
+
+
 def test_seeds_are_other_experts(proof: dict[str, Any]) -> None:
     references = [run.Run(proof, seed).expert(proof["tasks"][0]) for seed in (0, 1)]
     assert len({entry(reference).digest for reference in references}) == 2
@@ -172,6 +185,7 @@ def result(seed: int, **columns: Sequence[str]) -> dict[str, Any]:
     return {
         "proof": {
             "name": "tiny",
+            "base": "tiny-base",
             "tasks": ["t:own"],
             "unseen": {"near": tasks[:1], "far": tasks[1:]},
             "limit": 40,

@@ -25,6 +25,7 @@ from experthub.hub.expert import Expert, Reference
 from experthub.hub.scoring.routing_map import routing_map
 from experthub.hub.tasks.task import Example, Split, Task, read_task, write_task
 
+SEEDS = (0, 1, 2)
 PROMPTS = 16  # of a task's test split, on which a router is watched
 SUITE = "routers"  # of the tasks that are made here
 
@@ -86,11 +87,17 @@ class Run:
         return newest
 
     @cached_property
-    def experts(self) -> list[str]:
-        """In the order of the tasks; first all experts, then all gates."""
+    def entries(self) -> list[Expert]:
+        """In the order of the tasks, those that the proof names, or its own: first all, then all gates."""
+        if given := self.proof.get("experts"):
+            return [hub.Registry.read().expert(Reference.parse(name)) for name in given]
         for task in self.tasks:
             self.expert(task)
-        return [self.gated(task).reference for task in self.tasks]
+        return [self.gated(task) for task in self.tasks]
+
+    @property
+    def experts(self) -> list[str]:
+        return [expert.reference for expert in self.entries]
 
     def recipe(self, body: Mapping[str, Any], experts: Sequence[str] | None = None) -> hub.Recipe:
         """A recipe of the proof: its merge or route, with the base and the experts."""
@@ -173,9 +180,9 @@ class Run:
 
     def training(self) -> dict[str, Any]:
         """Losses of the first and the last ten steps, of experts and of gates."""
-        found = {task: self.gated(task).training for task in self.tasks}
+        found = {task: entry.training for task, entry in zip(self.tasks, self.entries, strict=True)}
         return {
-            task: {"loss": record["loss"], "gate": record["gate"]["loss"]}
+            task: {"loss": record.get("loss"), "gate": record.get("gate", {}).get("loss")}
             for task, record in found.items()
         }
 
@@ -229,13 +236,13 @@ def held_out(reference: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("proof", type=Path)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", help="those of the proof by default")
     parser.add_argument("--experts-only", action="store_true")
     given = parser.parse_args()
     proof = _yaml.read(given.proof).value
     # The expert of all tasks takes as long as all others: last, for every seed.
-    for multi_task in (False, True):
-        for run in (Run(proof, seed) for seed in given.seeds):
+    for multi_task in (False, True)[: 1 + ("train" in proof)]:
+        for run in (Run(proof, seed) for seed in given.seeds or proof.get("seeds", SEEDS)):
             if given.experts_only:
                 say(f"seed {run.seed}: {len(run.experts)} experts with gates")
                 continue

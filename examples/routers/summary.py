@@ -23,13 +23,13 @@ LABELS = {
     ORACLE: "oracle (best expert of each task)",
     "multi_task": "multi-task training",
 }
-HEAD = """## Routers on unseen tasks: {name}
+HEAD = """## Routers on unseen tasks: {title}
 
 {experts} experts with gates, {unseen} tasks that none of them was trained on, {near} of them near the trained ones: the same dataset,
 or the same question about other inputs. Accuracy on at most {limit} examples of each, all splits, in the mean of the tasks;
 mean over seeds {seeds}, and the standard deviation between them. The intervals are the paired bootstrap's, 95 %, over tasks
 and examples, of the mean over seeds. A task is won or lost where its own interval leaves out zero, tied otherwise. `best
-individual` and `oracle` are picked by the very scores that are shown, so they flatter. `make routers-encoder`; recipes and tasks
+individual` and `oracle` are picked by the very scores that are shown, so they flatter. `make routers-{name}`; recipes and tasks
 in `examples/routers/{name}.yaml`.
 """
 CHOSEN = """### Whom routers choose on unseen tasks
@@ -206,7 +206,13 @@ def section(name: str, runs: Runs) -> list[str]:
     unseen = sum(map(len, proof["unseen"].values()))
     seeds = ", ".join(str(run["seed"]) for run in runs)
     head = HEAD.format(
-        name=name, experts=experts, unseen=unseen, near=near, limit=limit, seeds=seeds
+        name=name,
+        title=proof["base"],
+        experts=experts,
+        unseen=unseen,
+        near=near,
+        limit=limit,
+        seeds=seeds,
     )
     own = OWN.format(limit=proof["own_limit"], prompts=PROMPTS, experts=experts)
     chosen = CHOSEN.format(prompts=PROMPTS)

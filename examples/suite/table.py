@@ -15,7 +15,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "results.md"
-ROUTERS = HERE.parent / "routers" / "summary.py"
+SUMMARIES = [HERE.parent / kind / "summary.py" for kind in ("routers", "skills")]
 COLUMNS = {
     "base": "zero-shot",
     "individual": "individual",
@@ -110,7 +110,8 @@ def page() -> str:
     lines = [HEAD]
     for (name, kind), runs in results().items():
         lines += section(name, kind, runs)
-    lines += runpy.run_path(str(ROUTERS))["lines"]()
+    for summary in SUMMARIES:
+        lines += runpy.run_path(str(summary))["lines"]()
     return "\n".join(lines).rstrip() + "\n"
 
 

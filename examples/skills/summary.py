@@ -1,0 +1,74 @@
+"""The section on skills of docs/results.md, from the results of their runs.
+
+examples/suite/table.py puts it behind the others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+HERE = Path(__file__).parent
+HEAD = """## Skills: adapting to a new task by few examples ({name})
+
+Inventories trained on {tasks} tasks together, then adapted to {held_out} others; accuracy on at most {limit} examples of their test
+splits, in the mean of the tasks; mean over seeds {seeds}, and the standard deviation between them. `average`: the
+skills' mean, with no example of the task. `z`: the router's numbers alone are trained; `mu`: the average of the skills alone;
+`lora all`: a LoRA of the same rank from the examples alone. Trainable: how many numbers are. `make skills-encoder`; all settings in
+`examples/skills/{name}.yaml`.
+"""
+
+
+def results(folder: Path = HERE) -> dict[str, list[dict[str, Any]]]:
+    """The runs of all seeds by the study's name."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(folder.glob("*-[0-9].json")):
+        run = json.loads(path.read_text())
+        found.setdefault(run["study"], []).append(run)
+    return found
+
+
+def cell(runs: Sequence[dict[str, Any]], column: str) -> str:
+    """Mean over seeds of the mean over tasks, and the deviation between seeds."""
+    means = [mean(task["accuracy"][column] for task in run["tasks"].values()) for run in runs]
+    spread = f" ± {stdev(means):.3f}" if len(means) > 1 else ""
+    return f"{mean(means):.3f}{spread}"
+
+
+def table(runs: Sequence[dict[str, Any]], study: dict[str, Any]) -> list[str]:
+    """A row for each way, a column for each number of examples."""
+    first = next(iter(runs[0]["tasks"].values()))
+    shots = [str(count) for count in study["shots"]]
+    lines = [f"| | 0 | {' | '.join(shots)} | trainable |", f"| --- |{' ---: |' * (len(shots) + 2)}"]
+    lines.append(f"| zero-shot | {cell(runs, 'base')} |{' |' * (len(shots) + 1)}")
+    for kind in study["inventories"]:
+        lines.append(
+            f"| {kind} average | {cell(runs, f'{kind} average')} |{' |' * (len(shots) + 1)}"
+        )
+    ways = dict.fromkeys(name.rpartition(" ")[0] for name in first["trainable"])
+    for way in ways:
+        cells = [cell(runs, f"{way} {count}") for count in shots]
+        trainable = first["trainable"][f"{way} {shots[0]}"]
+        count = "" if trainable is None else f"{trainable:,}"
+        lines.append(f"| {way} | | {' | '.join(cells)} | {count} |")
+    return [*lines, ""]
+
+
+def lines(folder: Path = HERE) -> list[str]:
+    from experthub.hub import _yaml
+
+    found = []
+    for name, runs in results(folder).items():
+        study: dict[str, Any] = _yaml.read(folder / f"{name}.yaml").value
+        head = HEAD.format(
+            name=name,
+            tasks=len(study["tasks"]),
+            held_out=len(study["held_out"]),
+            limit=study["limit"],
+            seeds=", ".join(str(run["seed"]) for run in runs),
+        )
+        found += [head, *table(runs, study)]
+    return found
