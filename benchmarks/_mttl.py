@@ -23,6 +23,7 @@ sys.path += [str(HERE), str(HERE.parent / "tests" / "golden")]  # last: one hold
 from _answers import answer  # noqa: E402
 from replacing import replace  # noqa: E402
 
+ATTENTION = torch.nn.functional.scaled_dot_product_attention
 replace()
 from mttl.models.containers.lora_containers import LoRAExpertContainer  # noqa: E402
 from mttl.models.containers.selectors import (  # noqa: E402
@@ -37,6 +38,8 @@ from mttl.models.modifiers.lora import LoRAConfig  # noqa: E402
 from mttl.models.modifiers.routing import RoutingInfo  # noqa: E402
 
 LORA = "base_model.model.{}.lora_{}.weight"
+
+torch.nn.functional.scaled_dot_product_attention = ATTENTION  # which mttl replaces by an older one
 
 
 class Side:

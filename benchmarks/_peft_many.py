@@ -67,6 +67,7 @@ class Side:
             r=config["r"],
             n_skills=len(self.experts),
             n_tasks=1,
+            task_type="CAUSAL_LM",
             target_modules=config["target_modules"],
         )
         return get_peft_model(base, poly)
