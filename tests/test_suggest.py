@@ -13,6 +13,7 @@ import torch
 import transformers
 from conftest import make_expert, run_hub, tiny_bert
 from experthub import hub
+from experthub.hub._files import hub_home
 from experthub.hub.errors import HubError, UsageError
 from experthub.hub.expert import ADAPTER, GATES
 from experthub.hub.scoring.statistics import kendall, spearman
@@ -40,6 +41,18 @@ def made_task(name: str, words: str, turned: bool = False, count: int = 60) -> s
         )
         examples.append(example)
     return write_task("made", Card(name=name, source="made-up", template="{input} ="), examples)
+
+
+def examples_of(task: str) -> Path:
+    return hub_home() / "tasks" / task.replace(":", "/") / "examples.jsonl"
+
+
+def left_with(task: str, parts: set[str]) -> int:
+    """Take all examples but those of some splits out of a task; how many are left."""
+    lines = examples_of(task).read_text().splitlines(keepends=True)
+    left = [line for line in lines if Example.model_validate_json(line).part in parts]
+    examples_of(task).write_text("".join(left))
+    return len(left)
 
 
 @pytest.fixture
@@ -372,6 +385,8 @@ def test_errors(pool: dict[str, Any], tmp_path: Path) -> None:
     task, base = pool["tasks"][0], ("--base", pool["base"])
     lonely = tmp_path / "lonely"
     tiny_bert(lonely)
+    untested = made_task("untested", "x y z")
+    left = left_with(untested, {"train"})
     cases: list[tuple[list[str], int, str]] = [
         (["--task", "made:nowhere", *base], 4, "there is no task made:nowhere"),
         (["--task", task, "--base", str(lonely)], 4, "no registry knows an expert of"),
@@ -385,11 +400,35 @@ def test_errors(pool: dict[str, Any], tmp_path: Path) -> None:
         (["--task", task], 2, "say --base"),
         (["--task", task, "nobody"], 4, "nobody"),
         (["--task", task, *base, "--embedder", pool["base"]], 2, "is no sentence encoder"),
+        (["--task", task, "--base", "nobody"], 4, "no registry knows a base 'nobody'"),
+        (["--task", task, *base, "--out", str(tmp_path), "--force"], 2, "is no file"),
+        (["--task", task, *base, "--out", f"{lonely}/config.json/x.yaml"], 2, "is no folder"),
+        (["--task", task, *base, "--truth", "--split", "all"], 2, "was trained on"),
+        (["--task", untested, *base, "--truth"], 1, f"it has {left} in all: {left} train"),
     ]
     for arguments, code, words in cases:
         ran = run_hub("suggest", *arguments)
         assert (ran.code, words in ran.err) == (code, True), (arguments, ran.err)
         assert len(ran.lines("error:")) == 1 == len(ran.lines("hint:")), (arguments, ran.err)
+        assert "loading the base" not in ran.err or "encoder" in ran.err, (arguments, ran.err)
+
+
+def test_an_expert_is_compared_once(pool: dict[str, Any]) -> None:
+    names = ["expert-1", "expert-1@1", "expert-0"]
+    found = suggest(pool["tasks"][0], names, by="prototypes", examples=4)
+    assert found.references == ["expert-1@1", "expert-0@1"]
+
+
+def test_experts_whose_tasks_show_nothing_have_no_embedding(pool: dict[str, Any]) -> None:
+    """One task has no training examples, one is damaged."""
+    said: list[str] = []
+    left_with(pool["tasks"][0], {"validation", "test"})
+    examples_of(pool["tasks"][1]).write_text("{")
+    found = ranked(pool, pool["tasks"][2], report=lambda what, done, size: said.append(what))
+    assert [score is None for score in found.scores["embeddings"]] == [True, True, False]
+    assert None not in found.scores["gates"] and found.best() == ["expert-2@1"]
+    for words in ("has no train examples", "line 1: "):
+        assert any("note:" in what and words in what for what in said), (words, said)
 
 
 def test_classes_that_are_too_small(pool: dict[str, Any]) -> None:

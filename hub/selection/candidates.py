@@ -27,8 +27,12 @@ def candidates(
     the base is left open.
     """
     base = base or _base_of(experts, registry)
-    chosen = list(dict.fromkeys(experts)) or [e.reference for e in _all_of(base, registry)]
+    chosen = list(dict.fromkeys(_versioned(text, registry) for text in experts)) or [
+        e.reference for e in _all_of(base, registry)
+    ]
     if not chosen:
+        if not registry.has_base(base) and not _is_place(base):
+            registry.base(base)  # which says what there is
         raise NotFoundError(f"no registry knows an expert of {base}", "see hub list")
     recipe = {"base": base, "experts": chosen, "merge": {"method": "linear"}, "dtype": "float32"}
     return resolve(Recipe.of(recipe), registry, store, report)
@@ -45,6 +49,21 @@ def _all_of(base: str, registry: Registry) -> list[Expert]:
     names = dict.fromkeys(e.name for e in registry.experts())
     newest = [registry.expert(Reference.parse(name)) for name in names]
     return [e for e in newest if e.base in (base, known) and e.kind in KINDS]
+
+
+def _versioned(text: str, registry: Registry) -> str:
+    """A reference by which an expert with and without its version is the same; a place as it is."""
+    reference = Reference.parse(text)
+    return registry.expert(reference).reference if reference.name else text
+
+
+def _is_place(base: str) -> bool:
+    """Whether a base is a folder or a remote place, and no name."""
+    try:
+        reference = Reference.parse(base)
+    except UsageError:
+        return False
+    return reference.folder is not None or bool(reference.remote)
 
 
 def _base_of(experts: Sequence[str], registry: Registry) -> str:
