@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from experthub.hub.training.train import train_gate, train_lora
 from safetensors.torch import load_file, save_file
 
 WORDS = {"animals": "cat dog cow hen", "colours": "RED BLUE GREEN PINK", "signs": "!!! ??? ###"}
+SELECTION = Path(__file__).parents[1] / "docs" / "selection.md"
 ENCODER_LINEARS = ("query", "key", "value", "dense")
 
 
@@ -299,6 +301,11 @@ def test_folders_are_written_relative_to_the_recipe(
     assert {e.label for e in hub.resolve(hub.Recipe.read(out)).experts} == {"mine", "expert-1"}
 
 
+def shape(value: Any) -> Any:
+    """The keys of plain values, without the values."""
+    return {key: shape(own) for key, own in value.items()} if isinstance(value, dict) else None
+
+
 def test_the_command(pool: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "recipe.yaml"
     common = ["--base", pool["base"], "--task", pool["tasks"][1], "--embedder", pool["embedder"]]
@@ -317,6 +324,11 @@ def test_the_command(pool: dict[str, Any], tmp_path: Path) -> None:
     kinds = found["correlations"]["tmi"]
     assert set(kinds) == {"accuracy", "logprob"} and kinds["logprob"]["n"] == 3
     assert -1 <= kinds["logprob"]["spearman"] <= 1
+    (documented,) = re.findall(r"```json\n(.*?)```", SELECTION.read_text(), re.DOTALL)
+    shown = json.loads(documented)
+    assert list(shown) == list(found)
+    assert shape(shown["experts"][0]) == shape(found["experts"][0])
+    assert shape(shown["correlations"]["gates"]) == shape(found["correlations"]["gates"])
     again = run_hub("suggest", *common, "--by", "gates", "--out", out)
     assert again.code == 6 and "--force" in again.err
     table = run_hub("suggest", *common, "--by", "gates", "--out", out, "--force")
