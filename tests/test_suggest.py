@@ -16,7 +16,7 @@ from conftest import make_expert, run_hub, tiny_bert
 from experthub import hub
 from experthub.hub._files import hub_home
 from experthub.hub.errors import HubError, UsageError
-from experthub.hub.expert import ADAPTER, GATES
+from experthub.hub.expert import ADAPTER, GATES, Reference
 from experthub.hub.scoring.statistics import kendall, spearman
 from experthub.hub.selection.measuring import suggest
 from experthub.hub.selection.suggestion import Suggestion, write_suggestion
@@ -429,6 +429,29 @@ def test_an_expert_is_compared_once(pool: dict[str, Any]) -> None:
     names = ["expert-1", "expert-1@1", "expert-0"]
     found = suggest(pool["tasks"][0], names, by="prototypes", examples=4)
     assert found.references == ["expert-1@1", "expert-0@1"]
+
+
+def test_the_base_is_that_of_the_experts_by_any_of_its_names(
+    pool: dict[str, Any], tmp_path: Path
+) -> None:
+    """One expert says what the base is also known as, one is a folder that says nothing."""
+    entry = hub.Registry.read().expert(Reference.parse("expert-0")).model_dump(mode="json")
+    bases = {"tiny": {"sources": [f"file:{pool['base']}"], "aka": ["org/tiny"]}}
+    experts = [
+        {**entry, "name": name, "base": base}
+        for name, base in (("one", "tiny"), ("two", "org/tiny"))
+    ]
+    file = tmp_path / "registry.yaml"
+    file.write_text(json.dumps({"version": 1, "bases": bases, "experts": experts}))
+    layers = hub.Registry.read(file)
+    options: dict[str, Any] = {"by": "prototypes", "examples": 4, "registry": layers}
+    for base in ("tiny", "org/tiny"):
+        all_of = suggest(pool["tasks"][0], base=base, **options)
+        assert all_of.references == ["one@1", "two@1"]
+    named = suggest(pool["tasks"][0], ["one", "two", str(pool["folders"][1])], **options)
+    assert len(named.references) == 3 and named.plan.base.name == "tiny"
+    with pytest.raises(UsageError, match="no known base"):
+        suggest(pool["tasks"][0], [str(pool["folders"][1])], **options)
 
 
 def test_experts_whose_tasks_show_nothing_have_no_embedding(pool: dict[str, Any]) -> None:
