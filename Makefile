@@ -6,7 +6,7 @@ RECIPES := $(addprefix examples/demo/, task_arithmetic.yaml uniform.yaml phatgoo
 
 PEERS := $(patsubst tests/peers/%.txt, build/peers/%/.installed, $(wildcard tests/peers/*.txt))
 
-.PHONY: demo demo-controls demo-skills demo-near suite-encoder suite-vision routers-encoder routers-smollm2 skills-encoder peers test test-all docs experts clean
+.PHONY: demo demo-controls demo-skills demo-near suite-encoder suite-vision routers-encoder routers-smollm2 skills-encoder suggest-judge peers test test-all docs experts clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -74,6 +74,14 @@ skills-encoder: .venv/.installed
 	$(BIN)/hub tasks import bigbench $$(sed -n 's/^ *- bigbench://p' examples/skills/encoder.yaml)
 	$(BIN)/python examples/skills/run.py examples/skills/encoder.yaml
 	$(BIN)/python examples/suite/table.py
+# How well hub suggest ranks experts on real tasks, against what each of them does alone: hours; goes on from kept scores.
+suggest-judge: .venv/.installed
+	$(BIN)/hub pull all-minilm-l6-v2 $$(sed -n 's/^- name: \(.*-minilm\)$$/\1/p' registry.yaml)
+	$(BIN)/hub pull smollm2-135m-instruct $$(cat examples/demo/experts.txt)
+	$(BIN)/hub tasks import bigbench $$(sed 's/^bigbench://' examples/selection/tasks.txt)
+	$(BIN)/python examples/selection/judge.py all-minilm-l6-v2 --out examples/selection/encoder.json
+	$(BIN)/python examples/selection/judge.py smollm2-135m-instruct --limit 32 \
+		--tasks examples/selection/first.txt --out examples/selection/smollm2.json
 
 # Programs of others that the tests meet, each in an environment of its own.
 peers: $(PEERS)

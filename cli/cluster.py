@@ -54,12 +54,18 @@ def cluster(
     hub cluster sentiment intent-recognition question-typing --k 2 --by gates --plot alike.png;
     hub cluster --base all-minilm-l6-v2 --k 3 --rank 8 --method phatgoose --out recipe.yaml
     """
+    from experthub.hub._files import check_file
+    from experthub.hub.errors import UsageError
     from experthub.hub.registry import Registry
     from experthub.hub.scoring.plots import plot_similarity
     from experthub.hub.selection.clusters import as_by, cluster, write_clusters
     from experthub.hub.selection.written import check_request
 
     check_request(out, force, method, routes_only=True)
+    if plot is not None:
+        check_file(plot)
+        if out is not None and plot.resolve() == out.resolve():
+            raise UsageError(f"--out and --plot are both {out}", "name two files")
     layers = Registry.read(registry)
     with progress() as report:
         found = cluster(

@@ -78,7 +78,7 @@ def trace(
     hub trace recipe.yaml --prompt "Name three fruits." --chat --generate 16 --html trace.html --open;
     hub trace recipe.yaml --task bigbench:implicatures --limit 2 --module ".*q_proj" --json
     """
-    from experthub.hub._files import write_text
+    from experthub.hub._files import check_file, write_text
     from experthub.hub._memory import reuse_memory
     from experthub.hub.composition import compose as composed
     from experthub.hub.errors import UsageError
@@ -90,6 +90,8 @@ def trace(
 
     if open_ and html is None:
         raise UsageError("--open shows the page that --html writes", "add --html trace.html")
+    if html is not None:
+        check_file(html)
     reuse_memory()
     layers = Registry.read(registry)
     with progress() as report:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from experthub.hub.errors import ConflictError, HubError
+from experthub.hub.errors import ConflictError, HubError, UsageError
 
 DRAFT = re.compile(r"\..+\.[0-9a-f]{16}", re.S)
 
@@ -229,6 +229,15 @@ def check_free(folder: Path) -> None:
     """Raise ConflictError unless the path is free for a new folder."""
     if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
         raise ConflictError(f"{folder} is in use", "name a new folder")
+
+
+def check_file(path: Path) -> None:
+    """Raise UsageError unless the path can be that of a file: it is one, or is free."""
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} is no file", "name another one")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise UsageError(f"{path}: {above} is no folder", "name a file in a folder")
 
 
 @contextmanager

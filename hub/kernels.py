@@ -11,7 +11,7 @@ import torch
 from experthub.hub._files import hub_home, write_json
 from experthub.hub.errors import HubError
 from experthub.hub.formats.adapter import read_json
-from experthub.routing import Group, Kernel, fastest, shape
+from experthub.routing import Group, Kernel, Selected, fastest, shape
 
 PAIRS = [list(pair) for pair in product(get_args(Kernel), repeat=2)]
 
@@ -19,7 +19,8 @@ PAIRS = [list(pair) for pair in product(get_args(Kernel), repeat=2)]
 def tune(groups: Iterable[Group]) -> None:
     """Give every group the kernels that `kernels/measured.json` names for its shape, measured if it has none.
 
-    Kernels round differently, so a recipe gives the same bits again only with the same ones.
+    Kernels round differently, so a recipe gives the same bits again only with the same ones.  Groups
+    whose experts are chosen for whole rows keep theirs: before a row is read there is nothing to time.
     """
     file = hub_home() / "kernels" / "measured.json"
     try:
@@ -29,6 +30,8 @@ def tune(groups: Iterable[Group]) -> None:
     machine = f"{platform.node()} torch {torch.__version__} {torch.get_num_threads()} threads"
     measured = False
     for group in groups:
+        if isinstance(group.router, Selected):
+            continue
         key = f"{machine} {shape(group)}"
         found = known.get(key)
         if found not in PAIRS:

@@ -208,6 +208,8 @@ def test_errors(pool: dict[str, Any], expert_folder: Make, tmp_path: Path) -> No
         ((*base, "--method", "arow"), 2, "did you mean"),
         ((*base, "--method", "linear"), 2, "there is no router 'linear'"),
         (("nobody",), 4, "nobody"),
+        ((*base, "--k", "2", "--plot", str(tmp_path)), 2, "is no file"),
+        ((*base, "--k", "2", "--plot", "a.yaml", "--out", "./a.yaml"), 2, "are both a.yaml"),
         (
             ("e0", "e1", "--k", "1", "--by", "embeddings", *encoder),
             4,

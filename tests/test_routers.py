@@ -98,6 +98,20 @@ def ids_of(texts: list[str], folder: str, side: str = "right") -> Any:
     return tokenizer(texts, padding=True, return_tensors="pt")
 
 
+def test_experts_of_high_rank_are_chosen_for_whole_rows(
+    base_folder: Path, expert_folder: Callable[..., Path]
+) -> None:
+    """Of so many rows that a router by token has its kernels timed."""
+    experts = [str(expert_folder(seed, rank=16, size=0.1)) for seed in (1, 2)]
+    recipe = {"base": str(base_folder), "experts": experts}
+    composition = hub.compose({**recipe, "route": {"method": "task"}})
+    for expert, planned in zip(experts, composition.plan.experts, strict=True):
+        alone = hub.compose({**recipe, "experts": [expert], "merge": {"method": "linear"}}).model
+        with composition.tasks(planned.label):
+            found = logits(composition.model, ROWS)
+        torch.testing.assert_close(found, logits(alone, ROWS), atol=1e-4, rtol=1e-4)
+
+
 def test_retrieval_takes_the_expert_of_the_nearest_example(pool: dict[str, Any]) -> None:
     composition = routed(pool, "retrieval", examples=20)
     texts = ["RED BLUE PINK RED 1", "cat dog"]

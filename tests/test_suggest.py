@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ import torch
 import transformers
 from conftest import make_expert, run_hub, tiny_bert
 from experthub import hub
+from experthub.hub._files import hub_home
 from experthub.hub.errors import HubError, UsageError
-from experthub.hub.expert import ADAPTER, GATES
+from experthub.hub.expert import ADAPTER, GATES, Reference
 from experthub.hub.scoring.statistics import kendall, spearman
 from experthub.hub.selection.measuring import suggest
 from experthub.hub.selection.suggestion import Suggestion, write_suggestion
@@ -25,6 +27,7 @@ from experthub.hub.training.train import train_gate, train_lora
 from safetensors.torch import load_file, save_file
 
 WORDS = {"animals": "cat dog cow hen", "colours": "RED BLUE GREEN PINK", "signs": "!!! ??? ###"}
+SELECTION = Path(__file__).parents[1] / "docs" / "selection.md"
 ENCODER_LINEARS = ("query", "key", "value", "dense")
 
 
@@ -40,6 +43,18 @@ def made_task(name: str, words: str, turned: bool = False, count: int = 60) -> s
         )
         examples.append(example)
     return write_task("made", Card(name=name, source="made-up", template="{input} ="), examples)
+
+
+def examples_of(task: str) -> Path:
+    return hub_home() / "tasks" / task.replace(":", "/") / "examples.jsonl"
+
+
+def left_with(task: str, parts: set[str]) -> int:
+    """Take all examples but those of some splits out of a task; how many are left."""
+    lines = examples_of(task).read_text().splitlines(keepends=True)
+    left = [line for line in lines if Example.model_validate_json(line).part in parts]
+    examples_of(task).write_text("".join(left))
+    return len(left)
 
 
 @pytest.fixture
@@ -286,6 +301,11 @@ def test_folders_are_written_relative_to_the_recipe(
     assert {e.label for e in hub.resolve(hub.Recipe.read(out)).experts} == {"mine", "expert-1"}
 
 
+def shape(value: Any) -> Any:
+    """The keys of plain values, without the values."""
+    return {key: shape(own) for key, own in value.items()} if isinstance(value, dict) else None
+
+
 def test_the_command(pool: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "recipe.yaml"
     common = ["--base", pool["base"], "--task", pool["tasks"][1], "--embedder", pool["embedder"]]
@@ -304,6 +324,11 @@ def test_the_command(pool: dict[str, Any], tmp_path: Path) -> None:
     kinds = found["correlations"]["tmi"]
     assert set(kinds) == {"accuracy", "logprob"} and kinds["logprob"]["n"] == 3
     assert -1 <= kinds["logprob"]["spearman"] <= 1
+    (documented,) = re.findall(r"```json\n(.*?)```", SELECTION.read_text(), re.DOTALL)
+    shown = json.loads(documented)
+    assert list(shown) == list(found)
+    assert shape(shown["experts"][0]) == shape(found["experts"][0])
+    assert shape(shown["correlations"]["gates"]) == shape(found["correlations"]["gates"])
     again = run_hub("suggest", *common, "--by", "gates", "--out", out)
     assert again.code == 6 and "--force" in again.err
     table = run_hub("suggest", *common, "--by", "gates", "--out", out, "--force")
@@ -372,6 +397,8 @@ def test_errors(pool: dict[str, Any], tmp_path: Path) -> None:
     task, base = pool["tasks"][0], ("--base", pool["base"])
     lonely = tmp_path / "lonely"
     tiny_bert(lonely)
+    untested = made_task("untested", "x y z")
+    left = left_with(untested, {"train"})
     cases: list[tuple[list[str], int, str]] = [
         (["--task", "made:nowhere", *base], 4, "there is no task made:nowhere"),
         (["--task", task, "--base", str(lonely)], 4, "no registry knows an expert of"),
@@ -385,11 +412,58 @@ def test_errors(pool: dict[str, Any], tmp_path: Path) -> None:
         (["--task", task], 2, "say --base"),
         (["--task", task, "nobody"], 4, "nobody"),
         (["--task", task, *base, "--embedder", pool["base"]], 2, "is no sentence encoder"),
+        (["--task", task, "--base", "nobody"], 4, "no registry knows a base 'nobody'"),
+        (["--task", task, *base, "--out", str(tmp_path), "--force"], 2, "is no file"),
+        (["--task", task, *base, "--out", f"{lonely}/config.json/x.yaml"], 2, "is no folder"),
+        (["--task", task, *base, "--truth", "--split", "all"], 2, "was trained on"),
+        (["--task", untested, *base, "--truth"], 1, f"it has {left} in all: {left} train"),
     ]
     for arguments, code, words in cases:
         ran = run_hub("suggest", *arguments)
         assert (ran.code, words in ran.err) == (code, True), (arguments, ran.err)
         assert len(ran.lines("error:")) == 1 == len(ran.lines("hint:")), (arguments, ran.err)
+        assert "loading the base" not in ran.err or "encoder" in ran.err, (arguments, ran.err)
+
+
+def test_an_expert_is_compared_once(pool: dict[str, Any]) -> None:
+    names = ["expert-1", "expert-1@1", "expert-0"]
+    found = suggest(pool["tasks"][0], names, by="prototypes", examples=4)
+    assert found.references == ["expert-1@1", "expert-0@1"]
+
+
+def test_the_base_is_that_of_the_experts_by_any_of_its_names(
+    pool: dict[str, Any], tmp_path: Path
+) -> None:
+    """One expert says what the base is also known as, one is a folder that says nothing."""
+    entry = hub.Registry.read().expert(Reference.parse("expert-0")).model_dump(mode="json")
+    bases = {"tiny": {"sources": [f"file:{pool['base']}"], "aka": ["org/tiny"]}}
+    experts = [
+        {**entry, "name": name, "base": base}
+        for name, base in (("one", "tiny"), ("two", "org/tiny"))
+    ]
+    file = tmp_path / "registry.yaml"
+    file.write_text(json.dumps({"version": 1, "bases": bases, "experts": experts}))
+    layers = hub.Registry.read(file)
+    options: dict[str, Any] = {"by": "prototypes", "examples": 4, "registry": layers}
+    for base in ("tiny", "org/tiny"):
+        all_of = suggest(pool["tasks"][0], base=base, **options)
+        assert all_of.references == ["one@1", "two@1"]
+    named = suggest(pool["tasks"][0], ["one", "two", str(pool["folders"][1])], **options)
+    assert len(named.references) == 3 and named.plan.base.name == "tiny"
+    with pytest.raises(UsageError, match="no known base"):
+        suggest(pool["tasks"][0], [str(pool["folders"][1])], **options)
+
+
+def test_experts_whose_tasks_show_nothing_have_no_embedding(pool: dict[str, Any]) -> None:
+    """One task has no training examples, one is damaged."""
+    said: list[str] = []
+    left_with(pool["tasks"][0], {"validation", "test"})
+    examples_of(pool["tasks"][1]).write_text("{")
+    found = ranked(pool, pool["tasks"][2], report=lambda what, done, size: said.append(what))
+    assert [score is None for score in found.scores["embeddings"]] == [True, True, False]
+    assert None not in found.scores["gates"] and found.best() == ["expert-2@1"]
+    for words in ("has no train examples", "line 1: "):
+        assert any("note:" in what and words in what for what in said), (words, said)
 
 
 def test_classes_that_are_too_small(pool: dict[str, Any]) -> None:

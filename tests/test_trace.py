@@ -360,6 +360,7 @@ def test_a_merge_is_refused_before_it_is_loaded(folders: list[Path], base_folder
         (("-p", "x", "--module", "(q"), "is no regular expression"),
         (("-p", "x", "--module", "(.*)*(.*)*(.*)*(.*)*(.*)*x!"), "matching takes too long"),
         (("-p", "x", "--open"), "--open shows the page that --html writes"),
+        (("-p", "x", "--html", "."), ". is no file"),
         (("-p", "x", "--chat"), "has no chat template"),
         (("-p", "x", "--top", "0"), "invalid value for '--top'"),
     ],

@@ -3,25 +3,31 @@
 Usage: python examples/selection/judge.py BASE [--limit 64] [--tasks FILE] [--out RESULT.json]
        python examples/selection/judge.py --table RESULT.json ...
 
-All measures see 32 training examples of a task; each expert alone is scored on its test split.
+All measures see 32 training examples of a task; each expert alone is scored on its test split.  The
+tables have two more measures: gates and prototypes, each divided by what the expert usually gets, the
+geometric mean over the other tasks of the result.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
+from collections import Counter
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from experthub import hub
 from experthub.hub._files import write_json
 from experthub.hub._memory import reuse_memory
-from experthub.hub.scoring.statistics import bootstrap
+from experthub.hub.scoring.statistics import bootstrap, kendall, spearman
 
 HERE = Path(__file__).resolve().parent
 MEASURES = ("gates", "prototypes", "embeddings", "tmi")
+RELATIVE = {"gates": "gates, relative", "prototypes": "prototypes, relative"}
 
 
 def main() -> None:
@@ -34,48 +40,118 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.table:
         for path in chosen.table:
-            print_table(path.stem, json.loads(path.read_text())["tasks"])
+            print_tables(json.loads(path.read_text()))
         return
     reuse_memory()
-    records = []
+    records: list[dict[str, Any]] = []
     for task in chosen.tasks.read_text().split():
         print(task, file=sys.stderr)
         made = hub.suggest(task, base=chosen.base, labels=True, truth=True, limit=chosen.limit)
         records.append(made.record())
         if chosen.out:
-            write_json(chosen.out, {"schema": 1, "tasks": records})
-    print_table(chosen.base, records)
+            write_json(chosen.out, kept(records, chosen.limit))
+    print_tables(kept(records, chosen.limit))
 
 
-def print_table(base: str, records: Sequence[dict[str, Any]]) -> None:
-    """Means over tasks, for those that some expert was trained on and for the others."""
-    own = [r for r in records if r["task"] in {e["task"] for e in r["experts"]}]
-    others = [r for r in records if r not in own]
-    print(f"\n{base}\n")
-    print(
-        "| tasks | measure | n | Spearman, accuracy | Kendall | Spearman, log-prob. | first | best | mean |"
-    )
-    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for name, some in (("trained on", own), ("others", others), ("all", records)):
-        for measure in MEASURES:
-            judged = [r["correlations"][measure] for r in some if measure in r["correlations"]]
+def kept(records: Sequence[dict[str, Any]], limit: int) -> dict[str, Any]:
+    """What the tables are made of: scores and truth as lists, in the order of the experts."""
+    tasks = []
+    for record in records:
+        rows = sorted(record["experts"], key=lambda row: row["expert"])
+        judged = {
+            kind: {name: [row[kind][name] for row in rows] for name in rows[0][kind]}
+            for kind in ("scores", "truth")
+        }
+        named = {name: record[name] for name in ("task", "task_digest", "examples")}
+        tasks.append({**named, "n": record["truth_n"], **judged})
+    experts = [{name: row[name] for name in ("expert", "digest", "task")} for row in rows]
+    base = records[0]["base"]
+    return {"schema": 1, "base": base, "limit": limit, "experts": experts, "tasks": tasks}
+
+
+def print_tables(result: dict[str, Any]) -> None:
+    """Means over tasks: those that some expert was trained on, the others, and all."""
+    tasks = with_relative(result["tasks"])
+    trained = {expert["task"] for expert in result["experts"]}
+    own = [task for task in tasks if task["task"] in trained]
+    others = [task for task in tasks if task["task"] not in trained]
+    print(f"\n{result['base']}\n")
+    head = "| tasks | measure | n | Spearman, accuracy | Kendall | Spearman, log-prob. "
+    print(f"{head}| first - mean | first | best | mean |")
+    print(f"| --- | --- |{' ---: |' * 8}")
+    for name, some in (("trained on", own), ("others", others), ("all", tasks)):
+        for measure in (*MEASURES, *RELATIVE.values()):
+            judged = [task for task in some if measure in task["scores"]]
             if judged:
-                print(f"| {name} | `{measure}` | {len(judged)} | {' | '.join(cells(judged))} |")
+                cells = " | ".join(judgement(measure, judged))
+                print(f"| {name} | {measure} | {len(judged)} | {cells} |")
+    print("\n| order by | Spearman between two tasks | comes first most often |")
+    print("| --- | ---: | --- |")
+    for measure in (*MEASURES, *RELATIVE.values()):
+        orders = [task["scores"][measure] for task in tasks if measure in task["scores"]]
+        print_order(measure, orders, result["experts"])
+    print_order("accuracy alone", [task["truth"]["accuracy"] for task in tasks], result["experts"])
 
 
-def cells(judged: Sequence[dict[str, Any]]) -> list[str]:
-    def mean(kind: str, name: str) -> tuple[float, list[float]]:
-        values = [one[kind][name] for one in judged if one[kind][name] is not None]
-        return sum(values) / len(values), values
+def with_relative(tasks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The tasks with two more measures: scores divided by their geometric mean over the others."""
+    made = []
+    for task in tasks:
+        scores = dict(task["scores"])
+        for measure, name in RELATIVE.items():
+            columns = [
+                [math.log(score) for score in other["scores"][measure]]
+                for other in tasks
+                if other is not task
+            ]
+            usual = [sum(own) / len(own) for own in zip(*columns, strict=True)]
+            if usual:
+                pairs = zip(scores[measure], usual, strict=True)
+                scores[name] = [math.log(score) - mean for score, mean in pairs]
+        made.append({**task, "scores": scores})
+    return made
 
-    def ranked(kind: str, name: str) -> str:
-        value, values = mean(kind, name)
-        low, high = bootstrap(values)
-        return f"{value:+.2f} ({low:+.2f}..{high:+.2f})"
 
-    kinds = [("accuracy", "spearman"), ("accuracy", "kendall"), ("logprob", "spearman")]
-    plain = [f"{mean('accuracy', name)[0]:.3f}" for name in ("first", "best", "mean")]
-    return [*(ranked(*kind) for kind in kinds), *plain]
+def judgement(measure: str, tasks: Sequence[dict[str, Any]]) -> list[str]:
+    """The cells of one measure: correlations where the truth differs, and what its first is worth."""
+    accuracies = [task["truth"]["accuracy"] for task in tasks]
+    scores = [task["scores"][measure] for task in tasks]
+    ranks = [spearman(s, a) for s, a in zip(scores, accuracies, strict=True)]
+    taus = [kendall(s, a) for s, a in zip(scores, accuracies, strict=True)]
+    logs = [spearman(task["scores"][measure], task["truth"]["logprob"]) for task in tasks]
+    first = [a[s.index(max(s))] for s, a in zip(scores, accuracies, strict=True)]
+    means = [sum(a) / len(a) for a in accuracies]
+    gains = [f - m for f, m in zip(first, means, strict=True)]
+    tau = [value for value in taus if value is not None]
+    plain = [first, [max(a) for a in accuracies], means]
+    return [
+        ranged(ranks),
+        f"{sum(tau) / len(tau):+.2f}",
+        ranged(logs),
+        ranged(gains, 3),
+        *(f"{sum(values) / len(values):.3f}" for values in plain),
+    ]
+
+
+def ranged(found: Sequence[float | None], digits: int = 2) -> str:
+    """A mean over tasks with its 95 % interval, for tasks like these."""
+    values = [value for value in found if value is not None]
+    low, high = bootstrap(values)
+    mean = sum(values) / len(values)
+    return f"{mean:+.{digits}f} ({low:+.{digits}f}..{high:+.{digits}f})"
+
+
+def print_order(
+    name: str, orders: Sequence[Sequence[float]], experts: Sequence[dict[str, Any]]
+) -> None:
+    """How far experts are in the same order whatever the task."""
+    pairs = [spearman(a, b) for a, b in combinations(orders, 2)]
+    alike = [value for value in pairs if value is not None]
+    if alike:
+        first = Counter(experts[order.index(max(order))]["expert"] for order in orders)
+        label, count = first.most_common(1)[0]
+        mean = f"{sum(alike) / len(alike):+.2f}"
+        print(f"| {name} | {mean} | {label.split('@')[0]}, {count} of {len(orders)} |")
 
 
 if __name__ == "__main__":

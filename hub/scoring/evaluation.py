@@ -170,6 +170,15 @@ class _Bench:
         )
 
 
+def check_tasks(
+    tasks: Sequence[str], plans: Mapping[str, Plan], split: Split, limit: int | None
+) -> None:
+    """Refuse what `evaluate` would of tasks, for those who have more to do before it."""
+    chosen = _chosen(tasks, split, limit)
+    if split == "all":
+        _refuse_trained(plans, [one.task for one in chosen])
+
+
 def _chosen(references: Sequence[str], split: Split, limit: int | None) -> list[Chosen]:
     chosen = []
     for task in (read_task(reference) for reference in references):

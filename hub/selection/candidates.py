@@ -27,8 +27,12 @@ def candidates(
     the base is left open.
     """
     base = base or _base_of(experts, registry)
-    chosen = list(dict.fromkeys(experts)) or [e.reference for e in _all_of(base, registry)]
+    chosen = list(dict.fromkeys(_versioned(text, registry) for text in experts)) or [
+        e.reference for e in _all_of(base, registry)
+    ]
     if not chosen:
+        if not registry.has_base(base) and not _is_place(base):
+            registry.base(base)  # which says what there is
         raise NotFoundError(f"no registry knows an expert of {base}", "see hub list")
     recipe = {"base": base, "experts": chosen, "merge": {"method": "linear"}, "dtype": "float32"}
     return resolve(Recipe.of(recipe), registry, store, report)
@@ -41,23 +45,41 @@ def alone(plan: Plan, expert: PlannedExpert) -> Plan:
 
 
 def _all_of(base: str, registry: Registry) -> list[Expert]:
-    known = registry.base(base)[0] if registry.has_base(base) else base
+    wanted = _base_name(base, registry)
     names = dict.fromkeys(e.name for e in registry.experts())
     newest = [registry.expert(Reference.parse(name)) for name in names]
-    return [e for e in newest if e.base in (base, known) and e.kind in KINDS]
+    return [e for e in newest if _base_name(e.base, registry) == wanted and e.kind in KINDS]
+
+
+def _base_name(base: str, registry: Registry) -> str:
+    """The registry's name of a base that is also known as others; any other as it is."""
+    return registry.base(base)[0] if registry.has_base(base) else base
+
+
+def _versioned(text: str, registry: Registry) -> str:
+    """A bare name with its version; a digest, which may be more exact than that, and a place as they are."""
+    reference = Reference.parse(text)
+    bare = reference.name and reference.version is None and not reference.digest
+    return registry.expert(reference).reference if bare else text
+
+
+def _is_place(base: str) -> bool:
+    """Whether a base is a folder or a remote place, and no name."""
+    try:
+        reference = Reference.parse(base)
+    except UsageError:
+        return False
+    return reference.folder is not None or bool(reference.remote)
 
 
 def _base_of(experts: Sequence[str], registry: Registry) -> str:
     if experts:
         references = [Reference.parse(text) for text in experts]
-        bases = {registry.expert(r).base if r.name else "" for r in references}
+        known = [registry.expert(reference) for reference in references if reference.name]
     else:
-        bases = {expert.base for expert in registry.experts() if expert.kind in KINDS}
-    if len(bases) == 1 and "" not in bases:
-        return bases.pop()
-    raise UsageError(
-        f"the experts have {len(bases - {''}) or 'no'} known bases: {', '.join(sorted(bases))}"
-        if experts
-        else f"there are experts of {len(bases)} bases: {', '.join(sorted(bases))}",
-        "say --base",
-    )
+        known = [expert for expert in registry.experts() if expert.kind in KINDS]
+    bases = sorted({_base_name(expert.base, registry) for expert in known})
+    if len(bases) == 1:
+        return bases[0]
+    found = f"{len(bases)} bases: {', '.join(bases)}" if bases else "no known base"
+    raise UsageError(f"the experts have {found}", "say --base")

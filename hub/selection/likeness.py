@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from experthub.hub.bases import Report
-from experthub.hub.errors import NotFoundError
+from experthub.hub.errors import HubError
 from experthub.hub.plan import Plan, PlannedExpert
 from experthub.hub.tasks.task import Task, read_task
 from torch import Tensor
@@ -34,18 +34,23 @@ def own_embeddings(
         report("embedding examples of the experts' own tasks", number, len(plan.experts))
         names = tuple(member.task for member in expert.members if member.task)
         if names not in found:
-            texts = [text for task in _here(expert, names, report) for text in texts_of(task)]
+            texts = [text for own in _here(expert, names, texts_of, report) for text in own]
             found[names] = mean_embedding(embed, texts) if texts else None
     report("embedding examples of the experts' own tasks", len(plan.experts), len(plan.experts))
     return [found[tuple(m.task for m in e.members if m.task)] for e in plan.experts]
 
 
-def _here(expert: PlannedExpert, names: Sequence[str], report: Report) -> list[Task]:
-    """The tasks of an expert that are imported."""
-    tasks = []
+def _here(
+    expert: PlannedExpert,
+    names: Sequence[str],
+    texts_of: Callable[[Task], Sequence[str]],
+    report: Report,
+) -> list[Sequence[str]]:
+    """Texts of an expert's tasks, of those that are imported and have some."""
+    found = []
     for name in names:
         try:
-            tasks.append(read_task(name))
-        except NotFoundError as error:
+            found.append(texts_of(read_task(name)))
+        except HubError as error:
             report(f"note: {expert.label}: {error.message}: {error.hint}", 0, 0)
-    return tasks
+    return found

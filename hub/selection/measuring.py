@@ -14,7 +14,7 @@ from experthub.hub.plan import Plan
 from experthub.hub.reading.features import Features
 from experthub.hub.recipe import Recipe
 from experthub.hub.registry import Registry
-from experthub.hub.scoring.evaluation import evaluate
+from experthub.hub.scoring.evaluation import check_tasks, evaluate
 from experthub.hub.selection.affinity import ROUTERS, Scores, affinities
 from experthub.hub.selection.candidates import candidates
 from experthub.hub.selection.likeness import mean_embedding, own_embeddings
@@ -65,6 +65,8 @@ def suggest(
             f"--k {k}, and there are {len(plan.experts)} experts of {plan.base.name}",
             f"say --k {len(plan.experts)} or less",
         )
+    if truth:
+        check_tasks([task], {plan.base.name: plan}, split, limit)
     features = Features(plan.base)
     texts = features.texts(read, examples)
     answers = _answers(read, examples) if labels else None

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from experthub.hub import _yaml
-from experthub.hub._files import write_text
+from experthub.hub._files import check_file, write_text
 from experthub.hub.bases import Report
 from experthub.hub.errors import ConflictError, UsageError
 from experthub.hub.expert import Reference
@@ -23,11 +23,14 @@ def check_request(
     """Refuse what could not be written, before anything is read.
 
     Raises ConflictError for a file that is there, unless `force` says that it may be replaced;
-    UsageError for an unknown method, see `way_of`.
+    UsageError for what can be no file, and for an unknown method, see `way_of`.
     """
     if method is not None:
         way_of(method, routes_only)
-    if path is not None and path.exists() and not (force and path.is_file()):
+    if path is None:
+        return
+    check_file(path)
+    if path.exists() and not force:
         raise ConflictError(f"{path} exists", "name another file, or say --force to replace it")
 
 

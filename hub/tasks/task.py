@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,9 +101,11 @@ class Task:
         """The examples of a split, at most `limit`, always the same ones; HubError when none."""
         chosen = [e for e in self.examples if name in ("all", e.part)]
         if not chosen:
+            counts = Counter(example.part for example in self.examples)
+            there = ", ".join(f"{count} {part}" for part, count in counts.items())
             raise HubError(
                 f"task {self.reference} has no {name} examples",
-                f"it has {len(self.examples)} in all; choose another --split",
+                f"it has {len(self.examples)} in all: {there}",
             )
         return chosen[:limit]
 
