@@ -74,6 +74,7 @@ skills-encoder: .venv/.installed
 	$(BIN)/hub tasks import bigbench $$(sed -n 's/^ *- bigbench://p' examples/skills/encoder.yaml)
 	$(BIN)/python examples/skills/run.py examples/skills/encoder.yaml
 	$(BIN)/python examples/suite/table.py
+
 # How well hub suggest ranks experts on real tasks, against what each of them does alone: hours; goes on from kept scores.
 suggest-judge: .venv/.installed
 	$(BIN)/hub pull all-minilm-l6-v2 $$(sed -n 's/^- name: \(.*-minilm\)$$/\1/p' registry.yaml)
