@@ -66,7 +66,7 @@ def test_kernels_are_measured_once_and_can_be_said(
         assert "2x16" in file.read_text() and "slow" not in file.read_text()
     with pytest.raises(UsageError, match="sampled is for float32 on a CPU, and this is bfloat16"):
         hub.compose({**recipe, "dtype": "bfloat16", "route": {**route, "kernel": "sampled"}})
-    with pytest.raises(UsageError, match="expected auto, all, copied or sampled"):
+    with pytest.raises(UsageError, match="expected auto, all, copied, sampled or screened"):
         hub.compose({**recipe, "route": {**route, "kernel": "fast"}})
 
 
