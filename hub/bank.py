@@ -7,10 +7,9 @@ decides its content, and may be removed at any time: the experts themselves are 
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -19,15 +18,12 @@ from typing import Any
 import torch
 from experthub.hub._files import digest_of, hub_home, new_folder
 from experthub.hub.errors import IntegrityError
-from experthub.hub.formats.writer import Layout, safetensors_file
-from experthub.hub.plan import Plan
+from experthub.hub.formats.mapped import MappedTensors, TensorsWriter
+from experthub.hub.plan import Plan, is_large
 from experthub.routing import MANY, Context, Packed, Rows, Screen, TopK
 from torch import Tensor
 
-LAYOUT = 3
-LARGE = 100_000_000  # bytes of experts, from which on mapping a bank is faster than stacking them
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
-FILE = "{:04d}.safetensors"
+LAYOUT = 4
 PROBES = "probes"  # of all modules of a group
 
 # Modules that share an input, their experts and routers.
@@ -65,74 +61,88 @@ class Bank:
         dtype: that the experts are used in.  context: that routers of whole examples look at.
         Raises IntegrityError for files that cannot be read.
         """
-        from safetensors import SafetensorError
-
         while not self.there:
             with suppress(FileExistsError):  # another process was faster
                 self._write(make(), dtype)
         for folder in (self.experts, self.routers):
             with suppress(OSError):
                 os.utime(folder)  # hub gc takes what was not used for long
-        for number in range(len(list(self.routers.iterdir()))):
-            try:
-                yield self._part(FILE.format(number), context)
-            except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-                raise IntegrityError(
-                    f"the bank {self.experts.parent} is damaged: {error}", "remove that folder"
-                ) from None
+        try:
+            experts, routers = MappedTensors(self.experts), MappedTensors(self.routers)
+            for number in range(len(experts)):
+                yield _part(experts, routers, number, context)
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OSError) as error:
+            raise IntegrityError(
+                f"the bank {self.experts.parent} is damaged: {error}", "remove that folder"
+            ) from None
 
     def _write(self, made: Iterator[Part], dtype: torch.dtype) -> None:
         """Pack part after part; no more than one is in memory."""
-        with ExitStack() as folders:
+        with ExitStack() as stack:
             there = self.experts.is_dir()
-            routers = folders.enter_context(new_folder(self.routers, replace=not there))
-            experts = None if there else folders.enter_context(new_folder(self.experts))
-            for number, (names, packed) in enumerate(made):
-                name = FILE.format(number)
-                if experts is not None:
-                    _save(experts / name, _experts(packed, dtype), {"modules": names})
-                settings, tensors = _written(packed)
-                _save(routers / name, tensors, {"router": settings})
+            folders = [stack.enter_context(new_folder(self.routers, replace=not there))]
+            if not there:
+                folders.append(stack.enter_context(new_folder(self.experts)))
+            files = [stack.enter_context(TensorsWriter(folder)) for folder in folders]
+            for names, packed in made:
+                files[0].put(*_router(packed))
+                for file in files[1:]:
+                    file.put(*_experts(names, packed, dtype))
 
-    def _part(self, name: str, context: Context) -> Part:
-        from safetensors import safe_open
 
-        with safe_open(self.experts / name, framework="pt") as file:
-            names = json.loads(file.metadata()["modules"])
-            experts = tuple(file.get_tensor("experts").tolist())
-            ranks = tuple(map(tuple, file.get_tensor("ranks").tolist()))
-            a, b = file.get_tensor("a"), [file.get_tensor(f"b.{i}") for i in range(len(names))]
-        with safe_open(self.routers / name, framework="pt") as file:
-            settings = json.loads(file.metadata()["router"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        probes = tensors.pop(PROBES, None)
-        if probes is not None:
-            tensors["probes_PI"] = probes[: len(probes) // len(names)]
-        screen = Screen.read(tensors)
-        router = _read(settings, tensors, context)
-        parts = () if probes is None else (probes,)
-        packed = Packed(experts, ranks, (a,), tuple(b), router, parts, screen, mapped=True)
-        return names, packed
+def _part(experts: MappedTensors, routers: MappedTensors, number: int, context: Context) -> Part:
+    settings, rows = experts[number]
+    names = list(settings["modules"])
+    b = tuple(rows[f"b.{i}"] for i in range(len(names)))
+    made, tensors = routers[number]
+    probes = tensors.pop(PROBES, None)
+    if probes is not None:
+        tensors["probes_PI"] = probes[: len(probes) // len(names)]
+    screen = Screen.read(tensors)
+    router = _read(made, tensors, context)
+    parts = () if probes is None else (probes,)
+    ranks = tuple(_unrolled(runs, 0) for runs in settings["ranks"])
+    own = _unrolled(settings["experts"], 1)
+    return names, Packed(own, ranks, (rows["a"],), b, router, parts, screen, mapped=True)
 
 
 def bank_for(plan: Plan) -> Bank | None:
     """The place for a plan's bank; None where its experts are so few that none pays."""
     route = plan.recipe.route is not None and not plan.skilled
-    pays = route and sum(member.size for member in plan.members) >= LARGE
-    return Bank.of(plan) if pays else None
+    return Bank.of(plan) if route and is_large(plan.members) else None
 
 
-def _experts(packed: Packed, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What a file holds of a group's experts: rows, and zeros at their end where ranks differ."""
+def _experts(
+    names: list[str], packed: Packed, dtype: torch.dtype
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What is kept of a group's experts: rows, and zeros at their end where ranks differ."""
     flat = [rank for own in packed.ranks for rank in own]
     pairs = enumerate(zip(packed.b, packed.ranks, strict=True))
     like = torch.empty(0, dtype=dtype)
-    return {
+    settings = {
+        "modules": names,
+        "experts": _runs(packed.experts, 1),
+        "ranks": [_runs(own, 0) for own in packed.ranks],
+    }
+    return settings, {
         "a": _narrow(Rows(packed.a, flat, packed.rank, like).all),
         **{f"b.{i}": _narrow(Rows([r], own, packed.rank, like).all) for i, (r, own) in pairs},
-        "experts": torch.tensor(packed.experts),
-        "ranks": torch.tensor(packed.ranks),
     }
+
+
+def _runs(numbers: Sequence[int], step: int) -> list[list[int]]:
+    """Numbers as runs, each its first and how many there are: a thousand are mostly one."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][0] + step * found[-1][1]:
+            found[-1][1] += 1
+        else:
+            found.append([number, 1])
+    return found
+
+
+def _unrolled(runs: Sequence[Sequence[int]], step: int) -> tuple[int, ...]:
+    return tuple(first + step * i for first, count in runs for i in range(count))
 
 
 def _narrow(rows: Tensor) -> Tensor:
@@ -141,23 +151,7 @@ def _narrow(rows: Tensor) -> Tensor:
     return half if torch.equal(half.to(rows.dtype), rows) else rows
 
 
-def _save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    held = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    layout = Layout(
-        {name: (DTYPES[t.dtype], tuple(t.shape)) for name, t in held.items()},
-        {key: json.dumps(value) for key, value in metadata.items()},
-    )
-    with safetensors_file(path, layout) as file:
-        for name, tensor in held.items():
-            file.put(name, _bytes(tensor))
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-    return memoryview(flat)
-
-
-def _written(packed: Packed) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _router(packed: Packed) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A group's router as its class and plain values, and tensors: the probes of all modules in one."""
     router: Any = packed.router
     values = {field.name: getattr(router, field.name) for field in fields(router)}

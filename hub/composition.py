@@ -17,6 +17,7 @@ from experthub.hub.errors import HubError, IntegrityError, UsageError, explained
 from experthub.hub.learning.learned import merge
 from experthub.hub.learning.router_state import State
 from experthub.hub.plan import Plan
+from experthub.hub.pull import pull
 from experthub.hub.recipe import Recipe
 from experthub.hub.registry import Registry
 from experthub.hub.resolution import resolve
@@ -108,11 +109,16 @@ def compose(
         recipe = Recipe.read(recipe)
     elif isinstance(recipe, dict):
         recipe = Recipe.of(recipe)
-    plan = recipe if isinstance(recipe, Plan) else resolve(recipe, registry, store, report)
-    if router is None and plan.parts == () and plan.recipe.route is not None:
-        router = router_state(plan, registry, store, device, report)
+    if isinstance(recipe, Plan):
+        plan = recipe
+    else:
+        plan = resolve(recipe, registry, store, report, packed=True)
     banks = [bank_for(unit) for unit in plan.units]
     packed = all(bank is not None and bank.there for bank in banks)
+    if not packed and any(banks):
+        pull(store, *(member.content for member in plan.members), report=report)
+    if router is None and plan.parts == () and plan.recipe.route is not None:
+        router = router_state(plan, registry, store, device, report)
     report("loading the base", 0, 0)
     with Contents([] if packed else plan.members, store, gates=_gated(plan)) as contents:
         if model is None:

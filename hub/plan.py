@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,8 @@ from experthub.hub.learning.examples import PlannedData
 from experthub.hub.method import Method
 from experthub.hub.pull import Content
 from experthub.hub.recipe import Recipe
+
+LARGE = 100_000_000  # bytes of experts, from which on mapping a bank is faster than stacking them
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,11 @@ class Member:
     @property
     def task(self) -> str | None:
         return self.content.task
+
+
+def is_large(members: Sequence[Member]) -> bool:
+    """Whether a bank pays for these experts."""
+    return sum(member.size for member in members) >= LARGE
 
 
 @dataclass(frozen=True)

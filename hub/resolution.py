@@ -11,6 +11,7 @@ from experthub.hub._patterns import matching
 from experthub.hub._yaml import did_you_mean
 from experthub.hub.base_sources import find
 from experthub.hub.bases import Base, Report, silent
+from experthub.hub.catalogue import Catalogue
 from experthub.hub.compatibility import check_apart, check_method
 from experthub.hub.errors import HubError, IntegrityError, UsageError
 from experthub.hub.expert import (
@@ -34,7 +35,7 @@ from experthub.hub.formats.adapter import (
 from experthub.hub.formats.skills import read_skills
 from experthub.hub.formats.task_vector import read_task_vector
 from experthub.hub.learning.examples import PlannedData
-from experthub.hub.plan import Member, Plan, PlannedExpert
+from experthub.hub.plan import Member, Plan, PlannedExpert, is_large
 from experthub.hub.pull import Content, pull
 from experthub.hub.recipe import DataUse, ExpertUse, NestedMerge, Recipe, members_of
 from experthub.hub.registry import Registry
@@ -54,31 +55,26 @@ def resolve(
     pinned: Sequence[Content] | None = None,
     data: PlannedData | None = None,
     found: Content | None = None,
+    packed: bool = False,
 ) -> Plan:
     """Look up, fetch and check everything that a recipe names.
 
     pinned: the contents of the recipe's experts in its order, which are looked up by default.
     data: what a lock says of the recipe's data, in the place of the tasks themselves.
-    found: by the method before, so that no data is needed.
+    found: by the method before, so that no data is needed.  packed: the experts need not be in the
+    store if they are known from before, because a bank may hold them; without that bank, pull them.
     Raises NotFoundError for unknown experts or bases, IntegrityError for another base or damaged
     content, HubError for shapes and targets that do not fit or state that the method lacks.
     """
     registry, store = registry or Registry.read(), store or Store()
     # Cheap refusals first: names before downloads.
-    contents = iter(pinned or (find_content(use, registry, store, report) for use in recipe.uses))
-    stored = [[next(contents) for _ in members_of(entry)] for entry in recipe.experts]
-    identities = iter(pull(store, *(c for group in stored for c in group), report=report))
+    contents = list(pinned or (find_content(use, registry, store, report) for use in recipe.uses))
     base = find(recipe.base, registry, report)
-    stock = _Stock(store, base, recipe.allow_base_mismatch)
+    stock = _Stock(store, base, recipe.allow_base_mismatch, report)
+    uses = zip(contents, recipe.uses, strict=True)
+    members = iter(stock.members([*uses], packed and recipe.route is not None))
     experts = tuple(
-        _plan_expert(
-            entry,
-            [
-                stock.member(use, content, next(identities))
-                for use, content in zip(members_of(entry), group, strict=True)
-            ],
-        )
-        for entry, group in zip(recipe.experts, stored, strict=True)
+        _plan_expert(entry, [next(members) for _ in members_of(entry)]) for entry in recipe.experts
     )
     ways = [recipe.of_part(part) for part in recipe.parts] if recipe.parts else [recipe]
     targets = [_targets(way, experts, base) for way in ways]
@@ -151,8 +147,23 @@ class _Stock:
     store: Store
     base: Base
     allow_mismatch: bool
+    report: Report
     fitting: dict[int, tuple[tuple[Adapted, ...], Changes]] = field(default_factory=dict)
     gates: dict[int, tuple[Changes, frozenset[str]]] = field(default_factory=dict)
+
+    def members(self, named: Sequence[tuple[Content, ExpertUse]], packed: bool) -> list[Member]:
+        """All experts of a recipe, from the store, or as they are known if they may be packed."""
+        contents = [content for content, _ in named]
+        catalogue = Catalogue.of(contents, self.base, self.allow_mismatch)
+        weighed = [(content, use.weight) for content, use in named]
+        if packed and (known := catalogue.members(weighed)):
+            return known
+        identities = pull(self.store, *contents, report=self.report)
+        pairs = zip(named, identities, strict=True)
+        found = [self.member(use, content, identity) for (content, use), identity in pairs]
+        if packed and is_large(found) and all(member.kind == "lora" for member in found):
+            catalogue.keep(found)
+        return found
 
     def member(self, use: ExpertUse, found: Content, identity: Identity) -> Member:
         """One expert as the recipe names it, checked."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 
 import torch
@@ -49,12 +50,12 @@ class Packed:
             tuple(r.probes_PI for r in routers if r.probes_PI is not None),
         )
 
-    @property
+    @cached_property
     def rank(self) -> int:
         """The largest."""
         return max(chain(*self.ranks))
 
-    @property
+    @cached_property
     def equal_ranks(self) -> bool:
         return len(set(chain(*self.ranks))) == 1
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import logits
 from experthub import hub
-from experthub.hub import bank, trace
+from experthub.hub import plan, trace
 from experthub.hub.errors import HubError, UsageError
 from experthub.merge import LowRank
 from experthub.routing import ExpertStack, Kernel, RoutedLinear, arrow
@@ -191,7 +191,7 @@ def test_a_recipe_subtracts_what_peft_would_write(
     plain["experts"][0]["weight"] = 0.5
     expected = logits(hub.compose(plain).model)
     torch.testing.assert_close(logits(hub.compose(whole).model), expected, atol=1e-5, rtol=1e-5)
-    monkeypatch.setattr(bank, "LARGE", 1)
+    monkeypatch.setattr(plan, "LARGE", 1)
     hub.compose(recipe(base_folder, order, combine=combine))  # another bank, of all five
     for _ in range(2):
         found = logits(hub.compose(whole).model)

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import pytest
 import torch
 from conftest import logits, run_hub
 from experthub import hub
-from experthub.hub import bank, routes
+from experthub.hub import bank, plan, routes
 from experthub.hub.errors import IntegrityError
+from experthub.hub.formats.mapped import TensorsWriter
 from safetensors.torch import load_file, save_file
 
 ROUTES: list[dict[str, Any]] = [
@@ -35,12 +37,12 @@ def recipe(base_folder: Path, expert_folder: Callable[..., Path]) -> dict[str, A
 
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(bank, "LARGE", 1)
+    monkeypatch.setattr(plan, "LARGE", 1)
     yield
 
 
 def folders(home: Path) -> list[Path]:
-    return sorted(home.glob("banks/*/*"))
+    return sorted(path for path in home.glob("banks/*/*") if path.parent.name != "members")
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: str(route["method"]))
@@ -50,7 +52,7 @@ def test_a_bank_gives_what_the_experts_give(
     whole = {**recipe, "route": route}
     without = hub.compose(whole)
     assert not folders(home)
-    monkeypatch.setattr(bank, "LARGE", 1)
+    monkeypatch.setattr(plan, "LARGE", 1)
     made = hub.compose(whole)
     assert len(folders(home)) == 2
 
@@ -87,30 +89,63 @@ def test_a_bank_that_is_removed_or_damaged(
     shutil.rmtree(experts)  # what is left is not used with what is made anew
     assert torch.equal(logits(hub.compose(whole).model), first)
     (experts, routers) = folders(home)
-    (routers / "0000.safetensors").write_bytes(b"\0" * 40)
-    with pytest.raises(IntegrityError, match=r"bank .* is damaged"):
-        hub.compose(whole)
+    for folder, name, damage in product(
+        (experts, routers),
+        ("tensors.bin", "index.json"),
+        (b"", b"\0" * 40, b"[]", b'{"parts": [1]}'),
+    ):
+        good = (folder / name).read_bytes()
+        (folder / name).unlink()  # what is mapped keeps its own
+        (folder / name).write_bytes(damage)
+        with pytest.raises(IntegrityError, match=r"bank .* is damaged"):
+            hub.compose(whole)
+        (folder / name).write_bytes(good)
+    assert torch.equal(logits(hub.compose(whole).model), first)
 
 
 def test_nothing_is_left_of_an_interrupted_bank(
     recipe: dict[str, Any], home: Path, always: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = {**recipe, "route": {"method": "phatgoose"}}
-    save, count = bank._save, 0
+    put, count = TensorsWriter.put, 0
 
     def stop(*arguments: Any) -> None:
         nonlocal count
         count += 1
         if count == 6:
             raise KeyboardInterrupt
-        save(*arguments)
+        put(*arguments)
 
-    monkeypatch.setattr(bank, "_save", stop)
+    monkeypatch.setattr(TensorsWriter, "put", stop)
     with pytest.raises(KeyboardInterrupt):
         hub.compose(whole)
     assert not folders(home)
     hub.compose(whole)
     assert len(folders(home)) == 2
+
+
+def test_what_is_packed_needs_no_store(recipe: dict[str, Any], home: Path, always: None) -> None:
+    """Experts are known again by one file; whatever is not in a bank is asked of the store as ever."""
+    for number, folder in enumerate(recipe["experts"]):
+        assert run_hub("add", folder, "--name", f"e{number}").code == 0
+    whole = {**recipe, "experts": ["e0", "e1", "e2"], "route": {"method": "phatgoose"}}
+    made = hub.compose(whole)
+    (known,) = home.glob("banks/members/*.json")
+    shutil.rmtree(home / "objects")
+    again = hub.compose(whole)
+    assert not (home / "objects").exists()
+    assert again.lock == made.lock and again.plan.members == made.plan.members
+    assert torch.equal(logits(again.model), logits(made.model))
+    for change in ({"dtype": "bfloat16"}, {"route": {"method": "arrow"}, "targets": ".*q_proj"}):
+        hub.compose({**whole, **change})  # another bank: pulled again
+        shutil.rmtree(home / "objects")
+    hub.compose({**recipe, "experts": ["e0", "e1", "e2"], "merge": {"method": "linear"}})
+    shutil.rmtree(home / "objects")
+    text = known.read_text()
+    for damaged in ("", "{", "[]", "{}", text.replace("q_proj", "v_proj", 1)):
+        known.write_text(damaged)
+        assert hub.compose(whole).plan.members == made.plan.members
+        assert known.read_text() == text, "written anew"
 
 
 def test_halves_stay_halves_and_gates_are_screened(
@@ -130,9 +165,9 @@ def test_halves_stay_halves_and_gates_are_screened(
         groups = [m.group for m in packed.model.modules() if hasattr(m, "group")]
         assert all(g.screen.rows.dtype == g.a.all.dtype == torch.bfloat16 for g in groups)
         assert all(g.apart.dtype == torch.float32 for g in groups)
-        monkeypatch.setattr(bank, "LARGE", 1 << 60)
+        monkeypatch.setattr(plan, "LARGE", 1 << 60)
         stacked = hub.compose({**whole, "route": {**route, "kernel": "all"}})
-        monkeypatch.setattr(bank, "LARGE", 1)
+        monkeypatch.setattr(plan, "LARGE", 1)
         torch.testing.assert_close(
             logits(packed.model), logits(stacked.model), atol=1e-4, rtol=1e-4
         )
@@ -171,8 +206,9 @@ def test_a_bank_is_collected_when_it_was_not_used_for_a_week(
     held = hub.compose(routed[0])  # a use: its router and the experts count as new
     (other,) = collected(home)
     assert other.name.startswith("router-") and folders(home) == sorted({*everything} - {other})
-    age(folders(home), days=7.1)
-    assert collected(home) == sorted({*everything} - {other})
+    known = list(home.glob("banks/members/*"))
+    age([*folders(home), *known], days=7.1)
+    assert collected(home) == sorted({*everything, *known} - {other})
     assert not list((home / "banks").iterdir())
     assert torch.equal(logits(held.model), first), "what is mapped stays readable"
     assert torch.equal(logits(hub.compose(routed[0]).model), first)
