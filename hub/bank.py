@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields, is_dataclass
+from functools import lru_cache
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,7 @@ class Bank:
     @classmethod
     def of(cls, plan: Plan) -> Bank:
         """The place for a plan's bank, whether it is there or not."""
-        content = [LAYOUT, plan.base.fingerprint, [e.content for e in plan.experts]]
+        content = [LAYOUT, plan.base.fingerprint, plan.contents]
         content += [plan.general] if plan.general else []
         key = digest_of([*content, list(plan.parameters), plan.dtype])[7:23]
         folder = hub_home() / "banks" / key
@@ -101,8 +103,8 @@ def _part(experts: MappedTensors, routers: MappedTensors, number: int, context: 
     screen = Screen.read(tensors)
     router = _read(made, tensors, context)
     parts = () if probes is None else (probes,)
-    ranks = tuple(_unrolled(runs, 0) for runs in settings["ranks"])
-    own = _unrolled(settings["experts"], 1)
+    ranks = tuple(_unrolled(tuple(map(tuple, runs)), 0) for runs in settings["ranks"])
+    own = _unrolled(tuple(map(tuple, settings["experts"])), 1)
     return names, Packed(own, ranks, (rows["a"],), b, router, parts, screen, mapped=True)
 
 
@@ -141,8 +143,10 @@ def _runs(numbers: Sequence[int], step: int) -> list[list[int]]:
     return found
 
 
-def _unrolled(runs: Sequence[Sequence[int]], step: int) -> tuple[int, ...]:
-    return tuple(first + step * i for first, count in runs for i in range(count))
+@lru_cache(maxsize=16)
+def _unrolled(runs: tuple[tuple[int, int], ...], step: int) -> tuple[int, ...]:
+    parts = (range(first, first + n) if step else repeat(first, n) for first, n in runs)
+    return tuple(chain.from_iterable(parts))
 
 
 def _narrow(rows: Tensor) -> Tensor:

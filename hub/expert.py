@@ -146,16 +146,16 @@ class Reference:
 
         folder: what relative paths are relative to; the current one by default.
         """
-        near = folder or Path.cwd()
         if "\0" in text:
             raise UsageError(f"{text[:200]!r} is not a reference", "no file has such a name")
         if text.startswith(("./", "../", "/")) or text in (".", ".."):
-            return cls(text, folder=near / text)
+            return cls(text, folder=(folder or Path.cwd()) / text)
         if text.startswith("file:"):
             place = text.removeprefix("file:")
             found = re.search(rf"#({NAME}@\d+)$", place)
             member = found.group(1) if found else ""
-            return cls(text, folder=near / place.removesuffix(f"#{member}"), member=member)
+            place = place.removesuffix(f"#{member}")
+            return cls(text, folder=(folder or Path.cwd()) / place, member=member)
         if re.match(r"(hf|pypi|s3|oci):", text):
             return cls(text, remote=text)
         found = re.fullmatch(rf"({NAME})(?:@(?:([0-9]{{1,9}})|(sha256:[0-9a-f]{{8,64}})))?", text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from experthub.hub._files import digest_of
@@ -145,13 +146,18 @@ class Plan:
     def members(self) -> list[Member]:
         return [member for expert in self.experts for member in expert.members]
 
+    @cached_property
+    def contents(self) -> list[Any]:
+        """What decides the experts' weights."""
+        return [expert.content for expert in self.experts]
+
     @property
     def digest(self) -> str:
         """Names the composition by content: the same digest and code give the same bits."""
         content: dict[str, Any] = {
             **self._options,
             "base": self.base.fingerprint,
-            "experts": [expert.content for expert in self.experts],
+            "experts": self.contents,
         }
         if self.recipe.stored and self.found:
             content[self._found_as] = self.found.digest

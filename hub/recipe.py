@@ -290,6 +290,6 @@ def _absolute(text: str, folder: Path) -> str:
 
 def _located(use: ExpertUse | NestedMerge, folder: Path) -> ExpertUse | NestedMerge:
     if isinstance(use, ExpertUse):
-        return use.model_copy(update={"expert": _absolute(use.expert, folder)})
-    inner = [u.model_copy(update={"expert": _absolute(u.expert, folder)}) for u in use.experts]
-    return use.model_copy(update={"experts": inner})
+        place = _absolute(use.expert, folder)
+        return use if place == use.expert else use.model_copy(update={"expert": place})
+    return use.model_copy(update={"experts": [_located(one, folder) for one in use.experts]})

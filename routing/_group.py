@@ -88,17 +88,18 @@ class Group:
         self.few: Kernel = "copied"
         self.many: Kernel = "all" if self.n_experts * self.a.rank <= FEW_ROWS else "sampled"
         self.spans = list(pairwise(accumulate(map(sum, ranks), initial=0)))  # of N, by module
-        self.owner_N = packed.owner_N
-        self.first_G1 = torch.arange(self.size)[:, None] * self.n_experts
-        self.apply(lambda tensor: tensor.to(like.device))
+        self.owner_N = packed.owner_N.to(like.device) if self.a.ragged else None
+        self.first_G1 = torch.arange(self.size, device=like.device)[:, None] * self.n_experts
+        self._held: tuple[Tensor, Mixed, set[int]] | None = None
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace the tensors by what a function makes of them: others on another device, say."""
         for rows in (self.a, *self.b):
             rows.apply(change)
-        self.owner_N, self.first_G1 = change(self.owner_N), change(self.first_G1)
+        self.first_G1 = change(self.first_G1)
+        self.owner_N = None if self.owner_N is None else change(self.owner_N)
         self.apart = None if self.apart is None else change(self.apart)
-        self._held: tuple[Tensor, Mixed, set[int]] | None = None
+        self._held = None
 
     def add_to(self, y: Tensor, x: Tensor, module: int) -> Tensor:
         """`y` `[..., O]` plus what the experts of one module make of x `[..., I]`, in place."""
@@ -159,8 +160,11 @@ class Group:
 
     def _times(self, z_TN: Tensor, w: Tensor) -> Tensor:
         """`A x` of all experts times their weights `[E]` or `[T, G, E]`."""
-        w_N = w.expand(*w.shape[:-2], self.size, self.n_experts).flatten(-2)
-        w_N = w_N.index_select(-1, self.owner_N).to(z_TN.dtype)
+        w_N = w.expand(*w.shape[:-2], self.size, self.n_experts).flatten(-2).to(z_TN.dtype)
+        if self.owner_N is None:
+            w_N = w_N.unsqueeze(-1).expand(*w_N.shape, self.a.rank).flatten(-2)
+        else:
+            w_N = w_N.index_select(-1, self.owner_N)
         z_TN = z_TN * w_N
         if self.combine == "parameters":
             shape = len(z_TN), self.size, self.n_experts, self.a.rank

@@ -53,17 +53,14 @@ class Packed:
     @cached_property
     def rank(self) -> int:
         """The largest."""
-        return max(chain(*self.ranks))
+        return max(map(max, self.ranks))
 
     @cached_property
     def equal_ranks(self) -> bool:
-        return len(set(chain(*self.ranks))) == 1
+        return all(own.count(self.rank) == len(own) for own in self.ranks)
 
     @property
     def owner_N(self) -> Tensor:
         """For every row of A its expert and module: a place in `experts`, module after module."""
-        flat = list(chain(*self.ranks))
-        places = torch.arange(len(flat))
-        if self.equal_ranks:
-            return places[:, None].expand(-1, self.rank).flatten()
-        return places.repeat_interleave(torch.tensor(flat))
+        flat = torch.tensor([*chain(*self.ranks)])
+        return torch.arange(len(flat)).repeat_interleave(flat)

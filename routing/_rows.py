@@ -28,31 +28,29 @@ class Rows:
         mapped: they keep their dtype.
         """
         self.count, self.rank = sum(ranks), rank
-        self.ragged = set(ranks) != {rank}
+        self.ragged = ranks.count(rank) != len(ranks)
         whole = len(parts) == 1 and len(parts[0]) == self.count + self.ragged and not below
         zero = [parts[0].new_zeros(1, parts[0].shape[1])] if self.ragged else []
         all_rows = parts[0] if whole else torch.cat([*parts, *below, *zero])
         all_rows = all_rows.to(like.device) if mapped else all_rows.to(like)
         self.others = slice(self.count, self.count + sum(map(len, below)))
+        self.n_experts, self.row_r = len(ranks), torch.arange(rank)
+        self.places_Er: Tensor | None = None  # only where they are not to be computed
         if self.ragged:
-            sizes, row = torch.tensor(ranks), torch.arange(self.rank)
-            starts = sizes.cumsum(0) - sizes
-            places_Er = torch.where(row < sizes[:, None], starts[:, None] + row, len(all_rows) - 1)
-        else:
-            places_Er = torch.arange(self.count).view(-1, self.rank)
-        self._set(all_rows.contiguous(), places_Er.to(all_rows.device))
-
-    def _set(self, rows: Tensor, places_Er: Tensor) -> None:
-        self.all, self.places_Er = rows, places_Er
-        self.own, self.below = rows[: self.count], rows[self.others]
-        self.read = rows[: self.others.stop]
-        self.by_expert = (
-            None if self.ragged else self.own.view(len(places_Er), self.rank, rows.shape[1])
-        )
+            sizes = torch.tensor(ranks)
+            starts, inside = sizes.cumsum(0) - sizes, self.row_r < sizes[:, None]
+            self.places_Er = torch.where(inside, starts[:, None] + self.row_r, len(all_rows) - 1)
+        self.all = all_rows.contiguous()
+        self.apply(lambda tensor: tensor.to(like.device))
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace the tensors by what a function makes of them: others on another device, say."""
-        self._set(change(self.all), change(self.places_Er))
+        self.all, self.row_r = change(self.all), change(self.row_r)
+        self.places_Er = None if self.places_Er is None else change(self.places_Er)
+        self.own, self.below = self.all[: self.count], self.all[self.others]
+        self.read = self.all[: self.others.stop]
+        shape = self.n_experts, self.rank, self.all.shape[1]
+        self.by_expert = None if self.ragged else self.own.view(shape)
 
     def copied(self, experts_TK: Tensor, dtype: torch.dtype) -> Tensor:
         """The rows of chosen experts, `[T, K r, C]`."""
@@ -65,20 +63,23 @@ class Rows:
         All rows where they are; in another dtype, or of unequal ranks, a copy of those chosen.
         """
         if self.all.dtype == dtype and not self.ragged:
-            return self.own, self.places_Er[experts_TK].flatten(1)
-        some_E = torch.zeros(len(self.places_Er), dtype=torch.bool, device=experts_TK.device)
+            return self.own, self._rows_of(experts_TK)
+        some_E = torch.zeros(self.n_experts, dtype=torch.bool, device=experts_TK.device)
         some_E[experts_TK] = True
         rows = self._of(some_E.nonzero().squeeze(1), dtype)
-        first_TK = (some_E.cumsum(0) - 1)[experts_TK] * self.rank
-        row = torch.arange(self.rank, device=experts_TK.device)
-        return rows, (first_TK.unsqueeze(-1) + row).flatten(1)
+        return rows, self._rows_of((some_E.cumsum(0) - 1)[experts_TK])
+
+    def _rows_of(self, experts_TK: Tensor) -> Tensor:
+        """Where the rows of experts are, `[T, K r]`, if all have as many."""
+        return ((experts_TK * self.rank).unsqueeze(-1) + self.row_r).flatten(1)
 
     def _of(self, experts_N: Tensor, dtype: torch.dtype) -> Tensor:
         """The rows of some experts, `[N r, C]`."""
-        if self.by_expert is None:
-            found = self.all.index_select(0, self.places_Er[experts_N].view(-1))
-        else:
+        if self.by_expert is not None:
             found = self.by_expert.index_select(0, experts_N).flatten(0, 1)
+        else:
+            assert self.places_Er is not None
+            found = self.all.index_select(0, self.places_Er[experts_N].view(-1))
         return found.to(dtype)
 
 
