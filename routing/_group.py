@@ -160,17 +160,15 @@ class Group:
 
     def _times(self, z_TN: Tensor, w: Tensor) -> Tensor:
         """`A x` of all experts times their weights `[E]` or `[T, G, E]`."""
-        w_N = w.expand(*w.shape[:-2], self.size, self.n_experts).flatten(-2).to(z_TN.dtype)
-        if self.owner_N is None:
-            w_N = w_N.unsqueeze(-1).expand(*w_N.shape, self.a.rank).flatten(-2)
-        else:
-            w_N = w_N.index_select(-1, self.owner_N)
-        z_TN = z_TN * w_N
+        w = w.expand(*w.shape[:-2], self.size, self.n_experts).flatten(-2).to(z_TN.dtype)
+        if self.owner_N is not None:
+            return z_TN * w.index_select(-1, self.owner_N)
+        z, w = z_TN.view(len(z_TN), -1, self.a.rank), w.unsqueeze(-1)
+        z = z * w
         if self.combine == "parameters":
-            shape = len(z_TN), self.size, self.n_experts, self.a.rank
-            mixed = z_TN.view(shape).sum(2, keepdim=True).expand(shape)
-            z_TN = mixed.flatten(1) * w_N
-        return z_TN
+            shape = len(z), self.size, self.n_experts, self.a.rank
+            z = z.view(shape).sum(2, keepdim=True).expand(shape).flatten(1, 2) * w
+        return z.flatten(1)
 
     def _weights(self, scores: Tensor, x: Tensor) -> Weights:
         """The weights that the routers make of scores `[T, G, P]`."""
