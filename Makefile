@@ -6,7 +6,7 @@ RECIPES := $(addprefix examples/demo/, task_arithmetic.yaml uniform.yaml phatgoo
 
 PEERS := $(patsubst tests/peers/%.txt, build/peers/%/.installed, $(wildcard tests/peers/*.txt))
 
-.PHONY: demo demo-controls demo-skills demo-near suite-encoder suite-vision routers-encoder routers-smollm2 skills-encoder suggest-judge peers test test-all docs experts clean
+.PHONY: demo demo-controls demo-skills demo-near demo-learned suite-encoder suite-vision routers-encoder routers-smollm2 skills-encoder suggest-judge peers test test-all docs experts clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -32,6 +32,14 @@ demo-skills: .venv/.installed
 	mkdir -p $(DEMO)
 	$(BIN)/hub eval $(RECIPES) --tasks @examples/demo/trained.txt \
 		--split test --limit 64 --out $(DEMO)/skills.json
+
+# The same, by merges that learn.
+demo-learned: .venv/.installed
+	$(BIN)/hub pull smollm2-135m-instruct $$(cat examples/demo/experts.txt)
+	$(BIN)/hub tasks import bigbench $$(sed 's/^bigbench://' examples/demo/trained.txt)
+	mkdir -p $(DEMO)
+	$(BIN)/hub eval examples/demo/task_arithmetic.yaml examples/learned/*.yaml \
+		--tasks @examples/demo/trained.txt --split test --limit 64 --out $(DEMO)/learned.json
 
 # Tasks near the experts' own: the same kind from another source or in another language.
 demo-near: .venv/.installed
