@@ -103,6 +103,24 @@ def test_a_bank_that_is_removed_or_damaged(
     assert torch.equal(logits(hub.compose(whole).model), first)
 
 
+def test_verify_finds_a_flipped_bit(recipe: dict[str, Any], home: Path, always: None) -> None:
+    whole = {**recipe, "route": {"method": "phatgoose"}}
+    first = logits(hub.compose(whole).model)
+    assert run_hub("verify").code == 0
+    for folder, name in product(folders(home), ("tensors.bin", "index.json", "files.yaml")):
+        content = bytearray((folder / name).read_bytes())
+        content[len(content) // 2] ^= 4
+        (folder / name).unlink()  # what is mapped keeps its own
+        (folder / name).write_bytes(content)
+        ran = run_hub("verify", "--json")
+        found = {str(folder.relative_to(home)): [name]}
+        assert ran.code == 3 and ran.json["verify"]["folders"] == found
+        ran = run_hub("verify", "--repair", "--json")
+        assert ran.code == 0 and ran.json["verify"]["repaired"] == [*found]
+        assert not folder.exists() and run_hub("verify").code == 0
+        assert torch.equal(logits(hub.compose(whole).model), first)
+
+
 def test_nothing_is_left_of_an_interrupted_bank(
     recipe: dict[str, Any], home: Path, always: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,12 +1,13 @@
 """Tensors of many parts in one file that is mapped and not read: a part costs microseconds.
 
-A folder holds `tensors.bin`, in which each tensor begins at a multiple of 64 bytes, and
-`index.json`, in which every part has its settings and where its tensors are.  It is for what can be
-made again: what experts are exchanged in is safetensors.
+A folder holds `tensors.bin`, in which each tensor begins at a multiple of 64 bytes, `index.json`, in
+which every part has its settings and where its tensors are, and a manifest of both, by which `hub
+verify` finds damage.  It is for what can be made again: what experts are exchanged in is safetensors.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -15,7 +16,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from experthub.hub._files import write_json, written
+from experthub.hub import sealed
+from experthub.hub._files import sha256_of, write_json, written
 from torch import Tensor
 
 DATA, INDEX = "tensors.bin", "index.json"
@@ -28,7 +30,7 @@ class TensorsWriter:
     """Writes such a folder part after part; the file and its index appear at the end, or neither."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.end = folder, 0
+        self.folder, self.end, self.sha256 = folder, 0, hashlib.sha256()
         self.parts: list[dict[str, Any]] = []
 
     def __enter__(self) -> TensorsWriter:
@@ -40,17 +42,23 @@ class TensorsWriter:
         self.stack.__exit__(*error)
         if error[0] is None:
             write_json(self.folder / INDEX, {"parts": self.parts})
+            files = {DATA: self.sha256.hexdigest(), INDEX: sha256_of(self.folder / INDEX)}
+            sealed.write_manifest(self.folder, files)
 
     def put(self, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Add a part: plain values, and tensors under their names."""
         places: dict[str, Any] = {}
         for name, tensor in tensors.items():
-            self.file.write(b"\0" * (-self.end % ALIGNED))
-            self.end += -self.end % ALIGNED
+            self._write(b"\0" * (-self.end % ALIGNED))
             places[name] = [NAMES[tensor.dtype], list(tensor.shape), self.end]
             data: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-            self.end += self.file.write(memoryview(data))
+            self._write(memoryview(data))
         self.parts.append({"settings": dict(settings), "tensors": places})
+
+    def _write(self, data: bytes | memoryview) -> None:
+        self.file.write(data)
+        self.sha256.update(data)
+        self.end += len(data)
 
 
 class MappedTensors:

@@ -1,4 +1,4 @@
-"""Entries, lock files, tasks and fetched folders: what is damaged, and how it is put right."""
+"""Entries, lock files, tasks, fetched folders and banks: what is damaged, and how it is put right."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from experthub.hub import _yaml, sealed
-from experthub.hub._files import files_below, sha256_of, write_text
+from experthub.hub._files import discard, files_below, sha256_of, write_text
 from experthub.hub.bases import Report
 from experthub.hub.errors import HubError
 from experthub.hub.keeping.roots import ROOTS, lock_files, root_files, root_name
@@ -91,7 +91,7 @@ def _read_entry(path: Path) -> None:
 
 
 def folders(root: Path, report: Report) -> Iterator[Kept]:
-    """The damaged ones of the tasks, and of the folders that were fetched from model hubs."""
+    """The damaged ones of the tasks, of the folders that were fetched from model hubs, and of the banks."""
     manifests = [p for p in files_below(root / "tasks") if p.name == sealed.MANIFEST]
     for folder in [manifest.parent for manifest in manifests]:
         reference = ":".join(str(folder.relative_to(root / "tasks")).split("/", 1))
@@ -109,6 +109,11 @@ def folders(root: Path, report: Report) -> Iterator[Kept]:
         known = {folder.name[:40] for folder in ref.parent.parent.iterdir()}
         if not ref.name.startswith(".") and commit not in known:
             yield Kept(ref, str(ref.relative_to(root)), ref.unlink, [ref.name])
+    for manifest in sorted((root / "banks").glob(f"*/[!.]*/{sealed.MANIFEST}")):
+        folder, name = manifest.parent, str(manifest.parent.relative_to(root))
+        report(f"hashing {name}", 0, 0)
+        if wrong := damaged_in(folder):  # the next composition makes it again
+            yield Kept(folder, name, partial(discard, folder), wrong)
 
 
 def damaged_in(folder: Path) -> list[str]:
