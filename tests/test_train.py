@@ -80,6 +80,18 @@ def test_an_expert_and_its_gate_learn(base_folder: Path, letters: str, home: Pat
     assert Registry.read().expert(Reference.parse("letters@1")).digest == expert.digest
 
 
+@pytest.mark.parametrize("learned", [0.0, 1e9])
+def test_gates_of_an_expert_without_a_loss_are_remarked_on(
+    base_folder: Path, letters: str, learned: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("experthub.hub.training.train.LEARNED", learned)
+    train_lora(str(base_folder), letters, "letters", Settings(steps=1))
+    said: list[str] = []
+    train_gate("letters", Settings(steps=1), report=lambda what, *_: said.append(what))
+    notes = [text for text in said if text.startswith("note: ")]
+    assert len(notes) == bool(learned) and all("nothing to learn from" in n for n in notes)
+
+
 TRAIN = """
 import sys
 from experthub.hub.training.fit import Settings

@@ -24,6 +24,8 @@ from experthub.merge import LowRank
 from experthub.routing import ExpertStack, RoutedLinear, untrained_gate
 from torch import nn
 
+LEARNED = 0.01  # loss of an expert, below which its gates get no gradient to speak of
+
 
 def train_lora(
     base: str,
@@ -117,6 +119,13 @@ def train_gate(
     key = {"kind": "gate", "expert": expert.digest, "task": read.digest, **asdict(settings)}
     run = run_folder(f"{expert.name}-gate", key)
     loss = fit_task(model, objective, read, settings, run, report)
+    if loss and loss["first"] < LEARNED:
+        report(
+            f"note: the loss of {expert.reference} was {loss['first']:.4f} before its gates were trained, "
+            "which leaves them nothing to learn from; routers find an expert of fewer steps more easily",
+            0,
+            0,
+        )
     gates = {
         f"{module}.gate": linear.probes_PI[0].detach().cpu()
         for module, linear in gated.items()
