@@ -163,7 +163,7 @@ class Group:
         w = w.expand(*w.shape[:-2], self.size, self.n_experts).flatten(-2).to(z_TN.dtype)
         if self.owner_N is not None:
             return z_TN * w.index_select(-1, self.owner_N)
-        z, w = z_TN.view(len(z_TN), -1, self.a.rank), w.unsqueeze(-1)
+        z, w = z_TN.view(len(z_TN), self.size * self.n_experts, self.a.rank), w.unsqueeze(-1)
         z = z * w
         if self.combine == "parameters":
             shape = len(z), self.size, self.n_experts, self.a.rank

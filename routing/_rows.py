@@ -49,8 +49,8 @@ class Rows:
         self.places_Er = None if self.places_Er is None else change(self.places_Er)
         self.own, self.below = self.all[: self.count], self.all[self.others]
         self.read = self.all[: self.others.stop]
-        shape = self.n_experts, self.rank, self.all.shape[1]
-        self.by_expert = None if self.ragged else self.own.view(shape)
+        if not self.ragged:
+            self.by_expert = self.own.view(self.n_experts, self.rank, self.all.shape[1])
 
     def copied(self, experts_TK: Tensor, dtype: torch.dtype) -> Tensor:
         """The rows of chosen experts, `[T, K r, C]`."""
@@ -75,10 +75,9 @@ class Rows:
 
     def _of(self, experts_N: Tensor, dtype: torch.dtype) -> Tensor:
         """The rows of some experts, `[N r, C]`."""
-        if self.by_expert is not None:
+        if self.places_Er is None:
             found = self.by_expert.index_select(0, experts_N).flatten(0, 1)
         else:
-            assert self.places_Er is not None
             found = self.all.index_select(0, self.places_Er[experts_N].view(-1))
         return found.to(dtype)
 
