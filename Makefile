@@ -33,13 +33,13 @@ demo-skills: .venv/.installed
 	$(BIN)/hub eval $(RECIPES) --tasks @examples/demo/trained.txt \
 		--split test --limit 64 --out $(DEMO)/skills.json
 
-# The same, by merges that learn.
+# Six of the experts on their own tasks, by merges that learn their coefficients.
 demo-learned: .venv/.installed
 	$(BIN)/hub pull smollm2-135m-instruct $$(cat examples/demo/experts.txt)
-	$(BIN)/hub tasks import bigbench $$(sed 's/^bigbench://' examples/demo/trained.txt)
+	$(BIN)/hub tasks import bigbench $$(sed 's/^bigbench://' examples/learned/tasks.txt)
 	mkdir -p $(DEMO)
-	$(BIN)/hub eval examples/demo/task_arithmetic.yaml examples/learned/*.yaml \
-		--tasks @examples/demo/trained.txt --split test --limit 64 --out $(DEMO)/learned.json
+	$(BIN)/hub eval examples/learned/*.yaml --tasks @examples/learned/tasks.txt \
+		--split test --limit 64 --out $(DEMO)/learned.json
 
 # Tasks near the experts' own: the same kind from another source or in another language.
 demo-near: .venv/.installed
