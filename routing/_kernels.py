@@ -8,10 +8,15 @@ Shapes as in `_router.py`, with the tokens flattened to T; J rows that a token u
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from experthub.routing._router import EPS, ExpertStack, Router
 from experthub.routing._rows import Rows
 from torch import Tensor, nn
+
+# The one layout that the product below takes; users can do nothing about it.
+warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
 
 
 def normal(x_TI: Tensor, layer_norm: bool) -> Tensor:

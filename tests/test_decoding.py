@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,3 +107,14 @@ def test_in_a_mixed_batch(model: Any) -> None:
     for i in range(6):
         alone = model(input_ids=tokens[i : i + 1]).logits
         torch.testing.assert_close(alone[0], whole[i], atol=1e-4, rtol=1e-4)
+
+
+def test_nobody_is_warned_of_a_kernel() -> None:
+    program = (
+        "import torch; from experthub.routing._kernels import products; "
+        "products(torch.ones(2, 3), torch.ones(4, 3), torch.zeros(2, 1, dtype=torch.long))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stderr == ""
