@@ -145,6 +145,13 @@ def gate(
     examples: ExamplesOption = 480,
     batch_size: BatchOption = 8,
     lr: RateOption = 5e-3,
+    start: Annotated[
+        float,
+        typer.Option(
+            help="Weight of the expert before, between 0 and 1; the paper's is 0.5, 0.1 suits experts "
+            "with hardly any loss."
+        ),
+    ] = 0.5,
     seed: SeedOption = 0,
     json: JsonOption = False,
     device: DeviceOption = None,
@@ -152,7 +159,7 @@ def gate(
 ) -> None:
     """Train an expert's PHATGOOSE gates; the result is its next version.
 
-    Examples: hub train gate intents; hub train gate intents@1 --steps 100
+    Examples: hub train gate intents; hub train gate intents@1 --steps 100 --start 0.1
     """
     from experthub.hub._memory import reuse_memory
     from experthub.hub.registry import Registry
@@ -163,7 +170,12 @@ def gate(
     settings = Settings(steps, examples, batch_size, lr, seed)
     with progress() as report:
         expert = train_gate(
-            name, settings, device=device, registry=Registry.read(registry), report=report
+            name,
+            settings,
+            start=start,
+            device=device,
+            registry=Registry.read(registry),
+            report=report,
         )
     _print(expert.reference, expert.digest, expert.training["gate"], json)
 

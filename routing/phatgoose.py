@@ -45,16 +45,20 @@ def phatgoose(
 
 @dataclass(frozen=True, eq=False)
 class SigmoidGate:
-    """The gate as it is trained: one expert, with the weight `sigmoid(x . gate)` (section 3.1)."""
+    """The gate as it is trained: one expert, with the weight `sigmoid(x . gate + offset)`.
+
+    Section 3.1 has no offset.
+    """
 
     probes_PI: Tensor
+    offset: float = 0.0
     layer_norm: bool = False
     pooled: bool = False
 
     def weights(self, scores: Tensor) -> Weights:
-        return Weights(torch.sigmoid(scores))
+        return Weights(torch.sigmoid(scores + self.offset))
 
 
-def untrained_gate(stack: ExpertStack) -> SigmoidGate:
-    """A gate of zeros for the stack's single expert: every token with weight 1/2."""
-    return SigmoidGate(torch.zeros(1, stack.width))
+def untrained_gate(stack: ExpertStack, start: float = 0.5) -> SigmoidGate:
+    """A gate of zeros for the stack's single expert: every token with the weight `start`, in (0, 1)."""
+    return SigmoidGate(torch.zeros(1, stack.width), math.log(start / (1 - start)))

@@ -63,11 +63,13 @@ def proof(tmp_path: Path) -> dict[str, Any]:
         "unseen": {"near": [near], "far": [far]},
         "train": {"steps": 3, "examples": 40, "batch_size": 4, "lr": 1e-2},
         "gate": {"steps": 2, "examples": 40, "batch_size": 4, "lr": 1e-2},
+        "closed_gate": {"start": 0.1},
         "limit": 12,
         "own_limit": 8,
         "recipes": {
             "uniform": {"route": {"method": "uniform"}},
             "phatgoose": {"route": {"method": "phatgoose", "top_k": 1}},
+            "closed": {"gate": "closed_gate", "route": {"method": "phatgoose", "top_k": 1}},
             "retrieval": {"route": {"method": "retrieval", "embedder": base}},
         },
         "watched": ["phatgoose", "retrieval"],
@@ -143,6 +145,14 @@ def test_gates_are_trained_again_when_their_settings_change(proof: dict[str, Any
     second = run.Run(proof, 0).gated(task)
     assert (first.reference[-2:], second.reference[-2:]) == ("@2", "@3")
     assert second.training["gate"]["steps"] == 4
+    third = run.Run(proof, 0).gated(task, "closed_gate")
+    assert third.reference.endswith("@4")
+    assert third.training["gate"] == {
+        **second.training["gate"],
+        **third.training["gate"],
+        "start": 0.1,
+    }
+    assert run.Run(proof, 0).gated(task).digest == second.digest
 
 
 def test_the_expert_of_all_tasks_sees_training_examples_only(proof: dict[str, Any]) -> None:

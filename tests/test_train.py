@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -90,6 +91,22 @@ def test_gates_of_an_expert_without_a_loss_are_remarked_on(
     train_gate("letters", Settings(steps=1), report=lambda what, *_: said.append(what))
     notes = [text for text in said if text.startswith("note: ")]
     assert len(notes) == bool(learned) and all("nothing to learn from" in n for n in notes)
+    said.clear()
+    train_gate("letters@1", Settings(steps=1), start=0.1, report=lambda what, *_: said.append(what))
+    assert not [text for text in said if text.startswith("note: ")]
+
+
+def test_gates_may_start_nearly_closed(base_folder: Path, letters: str) -> None:
+    train_lora(str(base_folder), letters, "letters", SETTINGS)
+    gate = Settings(steps=3, lr=5e-3)
+    paper = train_gate("letters@1", gate)
+    closed = train_gate("letters@1", gate, start=0.1)
+    assert closed.digest != paper.digest
+    assert (paper.training["gate"].get("start"), closed.training["gate"]["start"]) == (None, 0.1)
+    assert closed.training["gate"]["loss"]["first"] > paper.training["gate"]["loss"]["first"]
+    for start in (0.0, 1.0, -1.0, math.nan):
+        with pytest.raises(UsageError, match="cannot start at"):
+            train_gate("letters@1", gate, start=start)
 
 
 TRAIN = """

@@ -12,8 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from experthub.hub.tasks.task import Example, Split, Task, read_task, write_task
 
 SEEDS = (0, 1, 2)
 PROMPTS = 16  # of a task's test split, on which a router is watched
+GATE = "gate"  # in a proof, how gates are trained; in a recipe, which of its keys says it
 SUITE = "routers"  # of the tasks that are made here
 
 
@@ -50,6 +50,7 @@ class Run:
 
     proof: dict[str, Any]
     seed: int
+    known: dict[str, list[Expert]] = field(default_factory=dict)  # by how gates are trained
 
     @property
     def tasks(self) -> list[str]:
@@ -75,34 +76,46 @@ class Run:
     def _settings(self, kind: str, **more: Any) -> hub.Settings:
         return hub.Settings(**{**self.proof[kind], "seed": self.seed, **more})
 
-    def gated(self, task: str) -> Expert:
-        """The expert of a task with gates that were trained as the proof says."""
-        plain = self.expert(task)
-        newest = hub.Registry.read().expert(Reference.parse(plain.partition("@")[0]))
-        settings = self._settings("gate")
-        found = {**newest.training}.get("gate", {})
-        if {key: found.get(key) for key in asdict(settings)} != asdict(settings):
-            say(f"training the gates of {plain}")
-            newest = hub.train_gate(plain, settings)
-        return newest
+    def gated(self, task: str, gate: str = GATE) -> Expert:
+        """The expert of a task with gates that were trained as the proof says.
 
-    @cached_property
-    def entries(self) -> list[Expert]:
+        gate: the key of the proof that says it, in what it differs from `gate`.
+        """
+        plain = self.expert(task)
+        start = self.proof[gate].get("start", 0.5)
+        settings = self._settings(
+            GATE, **{k: v for k, v in self.proof[gate].items() if k != "start"}
+        )
+        wanted = {**asdict(settings), "start": start}
+        for expert in hub.Registry.read().experts():
+            found = {"start": 0.5, **{**expert.training}.get("gate", {})}
+            same = {key: found.get(key) for key in wanted} == wanted
+            if same and expert.name == plain.partition("@")[0]:
+                return expert
+        say(f"training the gates of {plain}")
+        return hub.train_gate(plain, settings, start=start)
+
+    def entries(self, gate: str = GATE) -> list[Expert]:
         """In the order of the tasks, those that the proof names, or its own: first all, then all gates."""
-        if given := self.proof.get("experts"):
-            return [hub.Registry.read().expert(Reference.parse(name)) for name in given]
-        for task in self.tasks:
-            self.expert(task)
-        return [self.gated(task) for task in self.tasks]
+        if gate not in self.known:
+            if given := self.proof.get("experts"):
+                registry = hub.Registry.read()
+                return [registry.expert(Reference.parse(name)) for name in given]
+            for task in self.tasks:
+                self.expert(task)
+            self.known[gate] = [self.gated(task, gate) for task in self.tasks]
+        return self.known[gate]
 
     @property
     def experts(self) -> list[str]:
-        return [expert.reference for expert in self.entries]
+        return [expert.reference for expert in self.entries()]
 
     def recipe(self, body: Mapping[str, Any], experts: Sequence[str] | None = None) -> hub.Recipe:
         """A recipe of the proof: its merge or route, with the base and the experts."""
-        common = {"base": self.proof["base"], "experts": list(experts or self.experts)}
-        return hub.Recipe.of({**common, **body, "seed": self.seed})
+        experts = experts or [e.reference for e in self.entries(body.get(GATE, GATE))]
+        method = {key: value for key, value in body.items() if key != GATE}
+        common = {"base": self.proof["base"], "experts": list(experts)}
+        return hub.Recipe.of({**common, **method, "seed": self.seed})
 
     def alone(self, expert: str) -> hub.Recipe:
         return self.recipe({"merge": {"method": "linear"}}, [expert])
@@ -144,8 +157,13 @@ class Run:
 
     def on_unseen(self, multi_task: bool) -> dict[str, Any]:
         """Every column, the controls among them, example by example."""
-        found = self.evaluated(self.recipes, self.unseen, "all", True)
+        own, others = {}, {}
+        for name, recipe in self.recipes.items():
+            (others if GATE in self.proof["recipes"][name] else own)[name] = recipe
+        found = self.evaluated(own, self.unseen, "all", True)
         columns, controls = outcomes(found), found["controls"]
+        if others:
+            columns |= outcomes(self.evaluated(others, self.unseen, "all", False))
         if multi_task:
             recipes = {"multi_task": self.alone(self.multi_task())}
             columns |= outcomes(self.evaluated(recipes, self.unseen, "all", False))
@@ -180,10 +198,13 @@ class Run:
 
     def training(self) -> dict[str, Any]:
         """Losses of the first and the last ten steps, of experts and of gates."""
-        found = {task: entry.training for task, entry in zip(self.tasks, self.entries, strict=True)}
+        gates = dict.fromkeys(body.get(GATE, GATE) for body in self.proof["recipes"].values())
         return {
-            task: {"loss": record.get("loss"), "gate": record.get("gate", {}).get("loss")}
-            for task, record in found.items()
+            task: {
+                "loss": self.entries()[place].training.get("loss"),
+                **{g: self.entries(g)[place].training.get(GATE, {}).get("loss") for g in gates},
+            }
+            for place, task in enumerate(self.tasks)
         }
 
     def all(self, multi_task: bool = True) -> dict[str, Any]:

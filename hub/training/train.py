@@ -89,6 +89,7 @@ def train_gate(
     name: str,
     settings: Settings,
     *,
+    start: float = 0.5,
     device: str | None = None,
     registry: Registry | None = None,
     store: Store | None = None,
@@ -99,9 +100,14 @@ def train_gate(
     Base and expert are frozen; each adapted linear gets one vector, zero at first, whose sigmoid
     weighs the expert's output for every token (Muqeeth et al., section 3.1).  The result is the
     next version of the expert.
+
+    start: the expert's weight before, in (0, 1).  The paper's 0.5 leaves most of the expert in place: one that
+    is strong enough at half its strength gives its gate no reason to open, and routers then miss it.
     """
     from safetensors.torch import save_file
 
+    if not 0 < start < 1:
+        raise UsageError(f"a gate cannot start at {start:g}", "choose a weight between 0 and 1")
     registry, store = registry or Registry.read(), store or Store()
     expert = registry.expert(Reference.parse(name))
     if expert.task is None:
@@ -115,14 +121,16 @@ def train_gate(
     torch.manual_seed(settings.seed)
     model = load_model(found, "float32", device)
     objective = objective_for(found, device)
-    gated = _gated(model, expert, registry, store)
-    key = {"kind": "gate", "expert": expert.digest, "task": read.digest, **asdict(settings)}
+    gated = _gated(model, expert, start, registry, store)
+    # The paper's start goes without saying: records from before the option stay as they are.
+    record = {**asdict(settings), **({} if start == 0.5 else {"start": start})}
+    key = {"kind": "gate", "expert": expert.digest, "task": read.digest, **record}
     run = run_folder(f"{expert.name}-gate", key)
     loss = fit_task(model, objective, read, settings, run, report)
-    if loss and loss["first"] < LEARNED:
+    if loss["first"] < LEARNED and start >= 0.5:
         report(
             f"note: the loss of {expert.reference} was {loss['first']:.4f} before its gates were trained, "
-            "which leaves them nothing to learn from; routers find an expert of fewer steps more easily",
+            "which leaves them nothing to learn from; let them start nearly closed (--start 0.1)",
             0,
             0,
         )
@@ -139,7 +147,7 @@ def train_gate(
             folder / GATES,
             metadata={"format": "pt"},
         )
-    training = {**expert.training, "gate": {**asdict(settings), "loss": loss}}
+    training = {**expert.training, "gate": {**record, "loss": loss}}
     return describe(
         run / "expert",
         expert.name,
@@ -153,7 +161,7 @@ def train_gate(
 
 
 def _gated(
-    model: nn.Module, expert: Expert, registry: Registry, store: Store
+    model: nn.Module, expert: Expert, start: float, registry: Registry, store: Store
 ) -> dict[str, RoutedLinear]:
     """Put the expert, and a trainable gate, beside every linear that it adapts."""
     recipe = Recipe.of(
@@ -173,7 +181,10 @@ def _gated(
         if isinstance(delta, LowRank):
             stack = ExpertStack.of({0: delta}, 1)
             linear = RoutedLinear.alone(
-                model.get_submodule(module), stack, untrained_gate(stack), train_probes=True
+                model.get_submodule(module),
+                stack,
+                untrained_gate(stack, start),
+                train_probes=True,
             )
             model.set_submodule(module, linear)
             gated[module] = linear
