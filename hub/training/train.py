@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from experthub.hub._files import new_folder
@@ -22,7 +24,7 @@ from experthub.hub.training.objectives import FROZEN, objective_for
 from experthub.hub.weights import Contents, task_vector
 from experthub.merge import LowRank
 from experthub.routing import ExpertStack, RoutedLinear, untrained_gate
-from torch import nn
+from torch import Tensor, nn
 
 LEARNED = 0.01  # loss of an expert, below which its gates get no gradient to speak of
 
@@ -104,8 +106,6 @@ def train_gate(
     start: the expert's weight before, in (0, 1).  The paper's 0.5 leaves most of the expert in place: one that
     is strong enough at half its strength gives its gate no reason to open, and routers then miss it.
     """
-    from safetensors.torch import save_file
-
     if not 0 < start < 1:
         raise UsageError(f"a gate cannot start at {start:g}", "choose a weight between 0 and 1")
     registry, store = registry or Registry.read(), store or Store()
@@ -139,14 +139,7 @@ def train_gate(
         for module, linear in gated.items()
         if linear.probes_PI is not None
     }
-    with new_folder(run / "expert") as folder:
-        store.copy_out(expert.digest, folder)
-        (folder / GATES).unlink(missing_ok=True)
-        save_file(
-            {n: g.bfloat16().contiguous() for n, g in gates.items()},
-            folder / GATES,
-            metadata={"format": "pt"},
-        )
+    _write(run / "expert", expert, gates, store)
     training = {**expert.training, "gate": {**record, "loss": loss}}
     return describe(
         run / "expert",
@@ -158,6 +151,17 @@ def train_gate(
         training=training,
         like=expert,
     )
+
+
+def _write(to: Path, expert: Expert, gates: Mapping[str, Tensor], store: Store) -> None:
+    """The expert's files with these gates."""
+    from safetensors.torch import save_file
+
+    half = {n: g.bfloat16().contiguous() for n, g in gates.items()}
+    with new_folder(to) as folder:
+        store.copy_out(expert.digest, folder)
+        (folder / GATES).unlink(missing_ok=True)
+        save_file(half, folder / GATES, metadata={"format": "pt"})
 
 
 def _gated(
