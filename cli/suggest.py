@@ -60,6 +60,13 @@ ExamplesOption = Annotated[int, typer.Option(help="Examples that are read, at mo
 LabelsOption = Annotated[
     bool, typer.Option("--labels/--no-labels", help="Look at the right answers, for tmi.")
 ]
+RelativeOption = Annotated[
+    bool,
+    typer.Option(
+        "--relative/--absolute",
+        help="Divide gates and prototypes by what an expert gets on the experts' own tasks.",
+    ),
+]
 TruthOption = Annotated[
     bool, typer.Option("--truth", help="Evaluate every expert alone, to judge the measures.")
 ]
@@ -73,6 +80,8 @@ MethodOption = Annotated[
     ),
 ]
 
+RELATIVE = "; gates and prototypes relative to what an expert gets on the experts' own tasks"
+
 
 def suggest(
     task: TaskOption,
@@ -84,6 +93,7 @@ def suggest(
     k: CountOption = None,
     examples: ExamplesOption = 32,
     labels: LabelsOption = False,
+    relative: RelativeOption = True,
     truth: TruthOption = False,
     split: SplitOption = "test",
     limit: LimitOption = None,
@@ -121,6 +131,7 @@ def suggest(
             k=k,
             examples=examples,
             labels=labels,
+            relative=relative,
             truth=truth,
             split=as_split(split),
             limit=limit,
@@ -131,13 +142,12 @@ def suggest(
         )
         if out is not None:
             write_suggestion(found, k, out, method, registry=layers, report=report)
-    recipe = str(out) if out else None
     if json:
-        print_json({**found.record(), "best": found.best(k), "recipe": recipe})
+        print_json({**found.record(), "best": found.best(k), "recipe": str(out) if out else None})
     else:
         _print_suggestion(found)
-    if recipe:
-        say(f"wrote {recipe}")
+    if out:
+        say(f"wrote {out}")
 
 
 def named(*given: list[str] | None) -> list[str]:
@@ -162,7 +172,8 @@ def _print_suggestion(found: Suggestion) -> None:
         [
             "",
             f"{found.task.reference}: {found.examples} training examples, "
-            f"{'with' if found.labels else 'without'} labels; ordered by {found.rank_by}",
+            f"{'with' if found.labels else 'without'} labels; ordered by {found.rank_by}"
+            f"{RELATIVE if found.relative else ''}",
         ]
     )
     if found.truth:

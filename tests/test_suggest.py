@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,11 +138,48 @@ def arrow_score(x: torch.Tensor, delta: torch.Tensor, gate: torch.Tensor) -> tor
 def test_affinities_are_mean_routing_weights(
     pool: dict[str, Any], measure: Any, score: Callable[..., torch.Tensor]
 ) -> None:
-    found = ranked(pool, pool["tasks"][1], by=measure, examples=7)
-    assert found.examples == 7
+    found = ranked(pool, pool["tasks"][1], by=measure, examples=7, relative=False)
+    assert found.examples == 7 and not found.relative
     expected = literal_affinity(pool, texts_of(pool["tasks"][1], 7), score)
     assert found.scores == {measure: pytest.approx(expected, abs=1e-4)}
     assert len(set(expected)) == 3
+
+    found = ranked(pool, pool["tasks"][1], by=measure, examples=7)
+    others = [literal_affinity(pool, texts_of(pool["tasks"][t], 7), score) for t in (0, 2)]
+    usual = [math.sqrt(a * b) for a, b in zip(*others, strict=True)]
+    divided = [e / u for e, u in zip(expected, usual, strict=True)]
+    assert found.relative and found.record()["relative"] is True
+    assert found.scores == {measure: pytest.approx(divided, abs=1e-4)}
+
+
+def test_without_other_tasks_weights_are_not_relative(
+    pool: dict[str, Any], expert_folder: Callable[..., Path]
+) -> None:
+    """The only task that an expert was trained on is the one asked for; a folder names none."""
+    given: dict[str, Any] = {"base": pool["base"], "embedder": pool["embedder"], "examples": 5}
+    names = ["expert-0", str(expert_folder(7))]
+    found = suggest(pool["tasks"][0], names, **given)
+    assert not found.relative and found.rank_by == "embeddings"
+    absolute = suggest(pool["tasks"][0], names, **given, relative=False)
+    assert found.scores == absolute.scores
+    other = suggest(pool["tasks"][1], names, **given)
+    assert other.relative and other.rank_by == "prototypes"
+
+
+def test_many_tasks_are_read_by_few_texts_each(
+    pool: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("experthub.hub.selection.measuring.OTHERS", 5)
+    given: dict[str, Any] = {"by": "gates", "rank_by": "gates"}
+    few = ranked(pool, pool["tasks"][1], **given, examples=9).scores["gates"]
+    usual = [
+        ranked(pool, pool["tasks"][t], **given, examples=2, relative=False).scores["gates"]
+        for t in (0, 2)
+    ]
+    raw = ranked(pool, pool["tasks"][1], **given, examples=9, relative=False).scores["gates"]
+    assert few == pytest.approx(
+        [r / math.sqrt(a * b) for r, a, b in zip(raw, *usual, strict=True)], rel=1e-5
+    )
 
 
 def unit(pool: dict[str, Any], text: str) -> torch.Tensor:
@@ -351,6 +389,8 @@ def test_what_is_missing_is_left_out_or_refused(
     place = found.references.index("bare@1")
     assert found.scores["gates"][place] is None is found.scores["embeddings"][place]
     assert found.scores["prototypes"][place] is not None
+    assert found.rank_by == "prototypes" and len(found.best(4)) == 4
+    found = replace(found, rank_by="gates")
     assert found.ranks("gates")[place] is None and place not in found.order
     assert found.record()["experts"][-1]["expert"] == "bare@1"
     with pytest.raises(UsageError, match="3 experts have a score"):

@@ -90,7 +90,7 @@ def test_gates_of_an_expert_without_a_loss_are_remarked_on(
     said: list[str] = []
     train_gate("letters", Settings(steps=1), report=lambda what, *_: said.append(what))
     notes = [text for text in said if text.startswith("note: ")]
-    assert len(notes) == bool(learned) and all("nothing to learn from" in n for n in notes)
+    assert len(notes) == bool(learned) and all("no reason to open" in n for n in notes)
     said.clear()
     train_gate("letters@1", Settings(steps=1), start=0.1, report=lambda what, *_: said.append(what))
     assert not [text for text in said if text.startswith("note: ")]

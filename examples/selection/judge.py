@@ -4,8 +4,8 @@ Usage: python examples/selection/judge.py BASE [--limit 64] [--tasks FILE] [--ou
        python examples/selection/judge.py --table RESULT.json ...
 
 All measures see 32 training examples of a task; each expert alone is scored on its test split.  The
-tables have two more measures: gates and prototypes, each divided by what the expert usually gets, the
-geometric mean over the other tasks of the result.
+tables have gates and prototypes twice: as they are, and relative, divided by the geometric mean of what
+the expert gets on the other tasks that experts were trained on, as `hub suggest` does by default.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,9 @@ def main() -> None:
     records: list[dict[str, Any]] = []
     for task in chosen.tasks.read_text().split():
         print(task, file=sys.stderr)
-        made = hub.suggest(task, base=chosen.base, labels=True, truth=True, limit=chosen.limit)
+        made = hub.suggest(
+            task, base=chosen.base, labels=True, relative=False, truth=True, limit=chosen.limit
+        )
         records.append(made.record())
         if chosen.out:
             write_json(chosen.out, kept(records, chosen.limit))
@@ -71,8 +73,8 @@ def kept(records: Sequence[dict[str, Any]], limit: int) -> dict[str, Any]:
 
 def print_tables(result: dict[str, Any]) -> None:
     """Means over tasks: those that some expert was trained on, the others, and all."""
-    tasks = with_relative(result["tasks"])
     trained = {expert["task"] for expert in result["experts"]}
+    tasks = with_relative(result["tasks"], trained)
     own = [task for task in tasks if task["task"] in trained]
     others = [task for task in tasks if task["task"] not in trained]
     print(f"\n{result['base']}\n")
@@ -93,8 +95,10 @@ def print_tables(result: dict[str, Any]) -> None:
     print_order("accuracy alone", [task["truth"]["accuracy"] for task in tasks], result["experts"])
 
 
-def with_relative(tasks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The tasks with two more measures: scores divided by their geometric mean over the others."""
+def with_relative(
+    tasks: Sequence[dict[str, Any]], trained: Collection[str]
+) -> list[dict[str, Any]]:
+    """The tasks with two more measures: scores divided by their geometric mean over the trained."""
     made = []
     for task in tasks:
         scores = dict(task["scores"])
@@ -102,7 +106,7 @@ def with_relative(tasks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             columns = [
                 [math.log(score) for score in other["scores"][measure]]
                 for other in tasks
-                if other is not task
+                if other is not task and other["task"] in trained
             ]
             usual = [sum(own) / len(own) for own in zip(*columns, strict=True)]
             if usual:

@@ -5,10 +5,12 @@ Shapes: T tokens, I inputs of a module, P experts at a module.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from experthub.hub.bases import Report, silent
 from experthub.hub.plan import Plan
 from experthub.hub.reading.features import Features, watched
 from experthub.hub.routes import for_module, is_linear
@@ -19,6 +21,7 @@ from experthub.routing import ExpertStack, Router, arrow, phatgoose, scored
 from torch import Tensor, nn
 
 Scores = list[float | None]
+TINY = 1e-12  # for weights that underflow
 ROUTERS: Mapping[str, Callable[..., Router]] = {"gates": phatgoose, "prototypes": arrow}
 
 
@@ -30,6 +33,10 @@ class Probe:
     experts: tuple[int, ...]
     total_P: Tensor
     tokens: int = 0
+
+    def forget(self) -> None:
+        self.total_P.zero_()
+        self.tokens = 0
 
     def see(self, x_TI: Tensor) -> None:
         scores_TP = scored(x_TI, self.router.probes_PI, self.router.layer_norm)
@@ -43,30 +50,55 @@ def affinities(
     features: Features,
     model: nn.Module,
     texts: Sequence[str],
+    others: Sequence[Sequence[str]],
     measures: Sequence[str],
     store: Store,
+    report: Report = silent,
 ) -> dict[str, Scores]:
     """By measure, every expert's mean routing weight over tokens and modules, chance being 1.
 
-    A weight is taken times the number of experts at its module.  measures: of `gates` and
-    `prototypes`.  The base alone reads the texts.  None for an expert that has nothing of what the
-    measure reads.
+    A weight is taken times the number of experts at its module.  others: texts of other tasks; where
+    there are some, a weight is divided by the geometric mean of what the expert gets on each of them.
+    measures: of `gates` and `prototypes`.  The base alone reads the texts.  None for an expert that
+    has nothing of what the measure reads.
     """
     probes = _probes(plan, model, measures, store)
+    modules = {name: model.get_submodule(name) for name in probes}
 
     def seen(name: str, x_TI: Tensor) -> None:
         for own in probes[name].values():
             own.see(x_TI)
 
-    modules = {name: model.get_submodule(name) for name in probes}
-    with watched(modules, features, seen):
-        features.of(model, texts)
+    def weights(read: Sequence[str]) -> dict[str, Scores]:
+        for own in probes.values():
+            for probe in own.values():
+                probe.forget()
+        with watched(modules, features, seen):
+            features.of(model, read)
+        return {
+            measure: _means(
+                [own[measure] for own in probes.values() if measure in own], len(plan.experts)
+            )
+            for measure in measures
+        }
+
+    found, usual = weights(texts), []
+    for number, read in enumerate(others, 1):
+        usual.append(weights(read))
+        report("reading examples of the experts' own tasks", number, len(others))
+    if not usual:
+        return found
     return {
-        measure: _means(
-            [own[measure] for own in probes.values() if measure in own], len(plan.experts)
-        )
-        for measure in measures
+        measure: [
+            None if score is None else score / _geometric([row[measure][e] for row in usual])
+            for e, score in enumerate(scores)
+        ]
+        for measure, scores in found.items()
     }
+
+
+def _geometric(scores: Scores) -> float:
+    return math.exp(sum(math.log(max(score or 0, TINY)) for score in scores) / len(scores))
 
 
 def _probes(

@@ -25,7 +25,7 @@ from experthub.hub.plan import Plan
 from experthub.hub.reading.features import Features
 from experthub.hub.registry import Registry
 from experthub.hub.selection.candidates import candidates
-from experthub.hub.selection.likeness import own_embeddings
+from experthub.hub.selection.likeness import own_embeddings, own_texts
 from experthub.hub.selection.written import way_of, write_recipe
 from experthub.hub.store import Store
 from experthub.hub.weights import Contents, gates, task_vector
@@ -187,7 +187,8 @@ def _gates(plan: Plan, store: Store) -> Tensor:
 
 def _embeddings(plan: Plan, embedder: str, registry: Registry, report: Report) -> Tensor:
     features, embed = Features(plan.base), Embedder.of(embedder, registry, report)
-    found = own_embeddings(plan, embed, lambda task: features.texts(task, EXAMPLES), report)
+    texts = own_texts(plan, lambda task: features.texts(task, EXAMPLES), report)
+    found = own_embeddings(plan, embed, texts, report)
     for expert, embedding in zip(plan.experts, found, strict=True):
         if embedding is None:
             raise NotFoundError(

@@ -8,7 +8,7 @@ Shapes: N texts, E experts, D features of an embedding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from experthub.hub.bases import Report
@@ -25,32 +25,37 @@ def mean_embedding(embed: Embed, texts: Sequence[str]) -> Tensor:
     return torch.nn.functional.normalize(embed(texts).mean(0), dim=0)
 
 
+def own_texts(
+    plan: Plan, texts_of: Callable[[Task], Sequence[str]], report: Report
+) -> dict[str, Sequence[str]]:
+    """Texts of the tasks that experts were trained on, of those that are imported and have some."""
+    found: dict[str, Sequence[str]] = {}
+    for expert in plan.experts:
+        for name in own_tasks(expert):
+            if name not in found:
+                try:
+                    found[name] = texts_of(read_task(name))
+                except HubError as error:
+                    found[name] = ()
+                    report(f"note: {expert.label}: {error.message}: {error.hint}", 0, 0)
+    return {name: texts for name, texts in found.items() if texts}
+
+
+def own_tasks(expert: PlannedExpert) -> tuple[str, ...]:
+    return tuple(member.task for member in expert.members if member.task)
+
+
 def own_embeddings(
-    plan: Plan, embed: Embed, texts_of: Callable[[Task], Sequence[str]], report: Report
+    plan: Plan, embed: Embed, texts: Mapping[str, Sequence[str]], report: Report
 ) -> list[Tensor | None]:
     """Every expert's mean embedding `[D]`, of texts of its own tasks; None where none is here."""
     found: dict[tuple[str, ...], Tensor | None] = {}
+    what = "embedding examples of the experts' own tasks"
     for number, expert in enumerate(plan.experts):
-        report("embedding examples of the experts' own tasks", number, len(plan.experts))
-        names = tuple(member.task for member in expert.members if member.task)
+        report(what, number, len(plan.experts))
+        names = own_tasks(expert)
         if names not in found:
-            texts = [text for own in _here(expert, names, texts_of, report) for text in own]
-            found[names] = mean_embedding(embed, texts) if texts else None
-    report("embedding examples of the experts' own tasks", len(plan.experts), len(plan.experts))
-    return [found[tuple(m.task for m in e.members if m.task)] for e in plan.experts]
-
-
-def _here(
-    expert: PlannedExpert,
-    names: Sequence[str],
-    texts_of: Callable[[Task], Sequence[str]],
-    report: Report,
-) -> list[Sequence[str]]:
-    """Texts of an expert's tasks, of those that are imported and have some."""
-    found = []
-    for name in names:
-        try:
-            found.append(texts_of(read_task(name)))
-        except HubError as error:
-            report(f"note: {expert.label}: {error.message}: {error.hint}", 0, 0)
-    return found
+            own = [text for name in names for text in texts.get(name, ())]
+            found[names] = mean_embedding(embed, own) if own else None
+    report(what, len(plan.experts), len(plan.experts))
+    return [found[own_tasks(expert)] for expert in plan.experts]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -17,11 +17,19 @@ from experthub.hub.registry import Registry
 from experthub.hub.scoring.evaluation import check_tasks, evaluate
 from experthub.hub.selection.affinity import ROUTERS, Scores, affinities
 from experthub.hub.selection.candidates import candidates
-from experthub.hub.selection.likeness import mean_embedding, own_embeddings
-from experthub.hub.selection.suggestion import BEST, LABELLED, MEASURES, By, Suggestion
+from experthub.hub.selection.likeness import mean_embedding, own_embeddings, own_texts
+from experthub.hub.selection.suggestion import (
+    LABELLED,
+    MEASURES,
+    By,
+    Suggestion,
+    best_measure,
+)
 from experthub.hub.selection.tmi import tmi
 from experthub.hub.store import Store
 from experthub.hub.tasks.task import Split, Task, read_task
+
+OTHERS = 256  # texts in all, by which weights are compared
 
 
 def suggest(
@@ -34,6 +42,7 @@ def suggest(
     k: int | None = None,
     examples: int = 32,
     labels: bool = False,
+    relative: bool = True,
     truth: bool = False,
     split: Split = "test",
     limit: int | None = None,
@@ -52,6 +61,9 @@ def suggest(
     rank_by: the measure that decides, the best of those that there are by default.  k: how many
     experts are wanted, which is checked before anything is read.  examples: at most, at least 1.
     labels: whether the right answers may be seen, which `tmi` needs and nothing else is given.
+    relative: whether `gates` and `prototypes` are divided by what an expert gets on the experts' own
+    tasks, the geometric mean over those that are imported and are not this one; some experts get a
+    large weight whatever is read.
     truth: evaluate each expert alone, on `split`, at most `limit` examples.  embedder: the sentence
     encoder for `embeddings`.  Raises UsageError for labels that a measure lacks and for too large a
     k, HubError where no expert has a score.
@@ -67,16 +79,14 @@ def suggest(
         )
     if truth:
         check_tasks([task], {plan.base.name: plan}, split, limit)
-    features = Features(plan.base)
-    texts = features.texts(read, examples)
-    answers = _answers(read, examples) if labels else None
-    report(f"reading {len(texts)} examples of {read.reference}", 0, 0)
-    inputs = _Inputs(plan, features, texts, device, registry, store, report)
-    scores = inputs.scores(by, embedder, examples, answers)
+    features, answers = Features(plan.base), _answers(read, examples) if labels else None
+    inputs = _Inputs(plan, features, read, examples, relative, device, registry, store, report)
+    scores = inputs.scores(by, embedder, answers)
     if rank_by is not None and rank_by not in scores:
         raise HubError(f"no expert has a score by {rank_by}", f"there are {', '.join(scores)}")
-    best = next(measure for measure in BEST if measure in scores)
-    made = Suggestion(plan, read, len(texts), labels, scores, rank_by or best)
+    divided = bool(ROUTERS.keys() & scores.keys() and inputs.others)
+    decides = rank_by or best_measure(scores, divided)
+    made = Suggestion(plan, read, len(inputs.texts), labels, scores, divided, decides)
     del inputs  # and the base that it holds
     if not truth:
         return made
@@ -105,7 +115,9 @@ class _Inputs:
 
     plan: Plan
     features: Features
-    texts: Sequence[str]
+    task: Task
+    examples: int
+    relative: bool
     device: str | None
     registry: Registry
     store: Store
@@ -116,18 +128,37 @@ class _Inputs:
         self.report("loading the base", 0, 0)
         return load_model(self.plan.base, "float32", self.device)
 
-    def scores(
-        self, by: str, embedder: str, examples: int, answers: Sequence[str] | None
-    ) -> dict[str, Scores]:
+    @cached_property
+    def texts(self) -> list[str]:
+        found = self.features.texts(self.task, self.examples)
+        self.report(f"reading {len(found)} examples of {self.task.reference}", 0, 0)
+        return found
+
+    @cached_property
+    def own(self) -> Mapping[str, Sequence[str]]:
+        """Texts of the tasks that experts were trained on."""
+        return own_texts(
+            self.plan, lambda task: self.features.texts(task, self.examples), self.report
+        )
+
+    @cached_property
+    def others(self) -> list[Sequence[str]]:
+        """What weights are compared with: the experts' own tasks but this one, few texts of each."""
+        if not self.relative:
+            return []
+        found = [texts for name, texts in self.own.items() if name != self.task.reference]
+        return [texts[: max(1, OTHERS // len(found))] for texts in found]
+
+    def scores(self, by: str, embedder: str, answers: Sequence[str] | None) -> dict[str, Scores]:
         """By measure, those by which some expert has a score.  answers: for what needs them."""
         wanted = MEASURES if by == "all" else (by,)
         measures = [measure for measure in wanted if measure in ROUTERS]
         found: dict[str, Scores] = {}
         if measures:
-            args = self.plan, self.features, self.model, self.texts, measures, self.store
-            found |= affinities(*args)
+            args = self.plan, self.features, self.model, self.texts, self.others, measures
+            found |= affinities(*args, self.store, self.report)
         if "embeddings" in wanted:
-            found["embeddings"] = self._likeness(embedder, examples)
+            found["embeddings"] = self._likeness(embedder)
         if "tmi" in wanted and answers is not None:
             labelled = self.plan, self.features, self.model, self.texts, answers
             found["tmi"] = tmi(*labelled, self.store, self.report)
@@ -141,12 +172,10 @@ class _Inputs:
             )
         return found
 
-    def _likeness(self, embedder: str, examples: int) -> Scores:
+    def _likeness(self, embedder: str) -> Scores:
         embed = Embedder.of(embedder, self.registry, self.report)
         here_D = mean_embedding(embed, self.texts)
-        own = own_embeddings(
-            self.plan, embed, lambda task: self.features.texts(task, examples), self.report
-        )
+        own = own_embeddings(self.plan, embed, self.own, self.report)
         return [None if own_D is None else float(own_D @ here_D) for own_D in own]
 
 

@@ -20,7 +20,9 @@ from experthub.hub.tasks.task import Task
 Measure = Literal["gates", "prototypes", "embeddings", "tmi"]
 By = Measure | Literal["all"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
-BEST: tuple[Measure, ...] = ("embeddings", "gates", "prototypes", "tmi")  # by docs/experiments.md
+# By docs/experiments.md; the second where weights are relative.
+BEST: tuple[Measure, ...] = ("embeddings", "gates", "prototypes", "tmi")
+BEST_RELATIVE: tuple[Measure, ...] = ("prototypes", "embeddings", "gates", "tmi")
 FIRST = 5
 LABELLED = ("tmi",)
 
@@ -33,13 +35,20 @@ def as_measure(text: str) -> By:
     return cast(By, text)
 
 
+def best_measure(scores: Mapping[str, Scores], relative: bool) -> str:
+    """The measure that decides: the best there is; of relative ones, among those for the most experts."""
+    known = [m for m in (BEST_RELATIVE if relative else BEST) if m in scores]
+    return max(known, key=lambda m: -scores[m].count(None)) if relative else known[0]
+
+
 @dataclass(frozen=True)
 class Suggestion:
     """How experts compare for a task.
 
     plan: the experts.  examples: how many were read.  labels: whether with the right answers.
     scores: by measure, every expert's in the plan's order, higher is better; None where an expert
-    lacks what the measure reads.  rank_by: the measure that decides.  truth: what every expert does
+    lacks what the measure reads.  relative: whether `gates` and `prototypes` are divided by what the
+    expert gets on other tasks.  rank_by: the measure that decides.  truth: what every expert does
     alone on `n` examples of the task, by `accuracy` and `logprob`.
     """
 
@@ -48,6 +57,7 @@ class Suggestion:
     examples: int
     labels: bool
     scores: Mapping[str, Scores]
+    relative: bool
     rank_by: str
     truth: Mapping[str, list[float]] = field(default_factory=dict)
     n: int = 0
@@ -125,6 +135,7 @@ class Suggestion:
             "base": self.plan.base.name,
             "examples": self.examples,
             "labels": self.labels,
+            "relative": self.relative,
             "rank_by": self.rank_by,
             "experts": experts,
             **judged,

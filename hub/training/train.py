@@ -130,7 +130,7 @@ def train_gate(
     if loss["first"] < LEARNED and start >= 0.5:
         report(
             f"note: the loss of {expert.reference} was {loss['first']:.4f} before its gates were trained, "
-            "which leaves them nothing to learn from; let them start nearly closed (--start 0.1)",
+            "which gives them no reason to open; let them start nearly closed (--start 0.1)",
             0,
             0,
         )
