@@ -98,13 +98,17 @@ class Run:
     def entries(self, gate: str = GATE) -> list[Expert]:
         """In the order of the tasks, those that the proof names, or its own: first all, then all gates."""
         if gate not in self.known:
-            if given := self.proof.get("experts"):
-                registry = hub.Registry.read()
-                return [registry.expert(Reference.parse(name)) for name in given]
-            for task in self.tasks:
-                self.expert(task)
-            self.known[gate] = [self.gated(task, gate) for task in self.tasks]
+            self.known[gate] = self._given() or self._made(gate)
         return self.known[gate]
+
+    def _given(self) -> list[Expert]:
+        registry = hub.Registry.read()
+        return [registry.expert(Reference.parse(name)) for name in self.proof.get("experts", ())]
+
+    def _made(self, gate: str) -> list[Expert]:
+        for task in self.tasks:
+            self.expert(task)
+        return [self.gated(task, gate) for task in self.tasks]
 
     @property
     def experts(self) -> list[str]:

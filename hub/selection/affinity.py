@@ -63,6 +63,8 @@ def affinities(
     has nothing of what the measure reads.
     """
     probes = _probes(plan, model, measures, store)
+    if not probes:
+        return {measure: [None] * len(plan.experts) for measure in measures}
     modules = {name: model.get_submodule(name) for name in probes}
 
     def seen(name: str, x_TI: Tensor) -> None:

@@ -26,7 +26,9 @@ from experthub.merge import LowRank
 from experthub.routing import ExpertStack, RoutedLinear, untrained_gate
 from torch import Tensor, nn
 
-LEARNED = 0.01  # loss of an expert, below which its gates get no gradient to speak of
+LEARNED = (
+    0.01  # loss of an expert at half its strength, below which its gates have no reason to open
+)
 
 
 def train_lora(
