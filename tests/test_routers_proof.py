@@ -64,6 +64,7 @@ def proof(tmp_path: Path) -> dict[str, Any]:
         "train": {"steps": 3, "examples": 40, "batch_size": 4, "lr": 1e-2},
         "gate": {"steps": 2, "examples": 40, "batch_size": 4, "lr": 1e-2},
         "closed_gate": {"start": 0.1},
+        "advised_gate": {"start": 0.1, "below": 1.0},
         "limit": 12,
         "own_limit": 8,
         "recipes": {
@@ -83,6 +84,7 @@ def test_a_run_holds_every_column_and_goes_on_where_it_stopped(
     first = run.Run(proof, 0)
     found = first.all()
     unseen, columns = first.unseen, found["unseen"]["columns"]
+    columns |= first.of_multi_task()
     controls = {"merged", "best_individual", "oracle", "multi_task"}
     assert set(columns) == {"base", *proof["recipes"]} | controls
     for column in columns.values():
@@ -110,9 +112,10 @@ def test_a_run_holds_every_column_and_goes_on_where_it_stopped(
     )
     added = copy.deepcopy(proof)
     added["recipes"]["arrow"] = {"route": {"method": "arrow"}}
-    again = run.Run(added, 0).all()
+    second = run.Run(added, 0)
+    again = second.all()["unseen"]["columns"] | second.of_multi_task()
     assert set(composed) == {"arrow"}
-    assert {n: again["unseen"]["columns"][n] for n in columns} == columns
+    assert {name: again[name] for name in columns} == columns
 
 
 def entry(reference: str) -> hub.Expert:
@@ -122,7 +125,7 @@ def entry(reference: str) -> hub.Expert:
 def test_experts_that_are_there_are_taken_as_they_are(proof: dict[str, Any]) -> None:
     trained = run.Run(proof, 0).experts
     given = {key: proof[key] for key in proof if key not in ("train", "gate")}
-    found = run.Run({**given, "experts": trained}, 0).all(multi_task=False)
+    found = run.Run({**given, "experts": trained}, 0).all()
     assert found["experts"] == trained
     assert summary.section("tiny", [found])
     shipped = _yaml.read(FOLDER / "smollm2.yaml").value
@@ -153,6 +156,15 @@ def test_gates_are_trained_again_when_their_settings_change(proof: dict[str, Any
         "start": 0.1,
     }
     assert run.Run(proof, 0).gated(task).digest == second.digest
+
+
+@pytest.mark.parametrize(("below", "start"), [(1e6, 0.1), (1e-6, None)])
+def test_gates_are_advised_where_there_is_no_loss(
+    proof: dict[str, Any], below: float, start: float | None
+) -> None:
+    proof["advised_gate"]["below"] = below
+    gates = run.Run(proof, 0).gated(proof["tasks"][0], "advised_gate").training["gate"]
+    assert gates.get("start") == start
 
 
 def test_the_expert_of_all_tasks_sees_training_examples_only(proof: dict[str, Any]) -> None:

@@ -79,13 +79,16 @@ class Run:
     def gated(self, task: str, gate: str = GATE) -> Expert:
         """The expert of a task with gates that were trained as the proof says.
 
-        gate: the key of the proof that says it, in what it differs from `gate`.
+        gate: the key of the proof that says it, in what it differs from `gate`: settings, `start`, and
+        `below`, the loss of `gate` at its start from which on gates are as in `gate`.
         """
-        plain = self.expert(task)
-        start = self.proof[gate].get("start", 0.5)
-        settings = self._settings(
-            GATE, **{k: v for k, v in self.proof[gate].items() if k != "start"}
-        )
+        plain, more = self.expert(task), dict(self.proof[gate])
+        start, below = more.pop("start", 0.5), more.pop("below", None)
+        if below is not None:
+            usual = self.gated(task)
+            if usual.training[GATE]["loss"]["first"] >= below:
+                return usual
+        settings = self._settings(GATE, **more)
         wanted = {**asdict(settings), "start": start}
         for expert in hub.Registry.read().experts():
             found = {"start": 0.5, **{**expert.training}.get("gate", {})}
@@ -159,7 +162,7 @@ class Run:
             report=report,
         )
 
-    def on_unseen(self, multi_task: bool) -> dict[str, Any]:
+    def on_unseen(self) -> dict[str, Any]:
         """Every column, the controls among them, example by example."""
         own, others = {}, {}
         for name, recipe in self.recipes.items():
@@ -168,10 +171,12 @@ class Run:
         columns, controls = outcomes(found), found["controls"]
         if others:
             columns |= outcomes(self.evaluated(others, self.unseen, "all", False))
-        if multi_task:
-            recipes = {"multi_task": self.alone(self.multi_task())}
-            columns |= outcomes(self.evaluated(recipes, self.unseen, "all", False))
         return {"columns": columns, "controls": controls}
+
+    def of_multi_task(self) -> dict[str, Any]:
+        """The column of the one expert of all tasks."""
+        recipes = {"multi_task": self.alone(self.multi_task())}
+        return outcomes(self.evaluated(recipes, self.unseen, "all", False))
 
     def on_own(self) -> dict[str, dict[str, float]]:
         """Accuracy on the test splits of the trained tasks, by column and task."""
@@ -211,12 +216,12 @@ class Run:
             for place, task in enumerate(self.tasks)
         }
 
-    def all(self, multi_task: bool = True) -> dict[str, Any]:
+    def all(self) -> dict[str, Any]:
         return {
             "proof": self.proof,
             "seed": self.seed,
             "experts": self.experts,
-            "unseen": self.on_unseen(multi_task),
+            "unseen": self.on_unseen(),
             "own": self.on_own(),
             "watched": self.watched(),
             "training": self.training(),
@@ -265,15 +270,25 @@ def main() -> None:
     parser.add_argument("--experts-only", action="store_true")
     given = parser.parse_args()
     proof = _yaml.read(given.proof).value
+    runs = [Run(proof, seed) for seed in given.seeds or proof.get("seeds", SEEDS)]
+    if given.experts_only:
+        for run in runs:
+            say(f"seed {run.seed}: {len(run.experts)} experts with gates")
+        return
+    found = {}
+    for run in runs:
+        found[run.seed] = run.all()
+        write(given.proof, run, found[run.seed])
     # The expert of all tasks takes as long as all others: last, for every seed.
-    for multi_task in (False, True)[: 1 + ("train" in proof)]:
-        for run in (Run(proof, seed) for seed in given.seeds or proof.get("seeds", SEEDS)):
-            if given.experts_only:
-                say(f"seed {run.seed}: {len(run.experts)} experts with gates")
-                continue
-            place = given.proof.with_name(f"{given.proof.stem}-{run.seed}.json")
-            write_json(place, run.all(multi_task))
-            say(f"wrote {place}")
+    for run in runs if "train" in proof else ():
+        found[run.seed]["unseen"]["columns"] |= run.of_multi_task()
+        write(given.proof, run, found[run.seed])
+
+
+def write(proof: Path, run: Run, found: dict[str, Any]) -> None:
+    place = proof.with_name(f"{proof.stem}-{run.seed}.json")
+    write_json(place, found)
+    say(f"wrote {place}")
 
 
 if __name__ == "__main__":
