@@ -81,7 +81,7 @@ class Run:
                 yield kind, tune
 
     def of_task(self, task: str) -> dict[str, Any]:
-        """Accuracies on one held-out task, and how many numbers each way trained."""
+        """Which examples of one held-out task were right, and how many numbers each way trained."""
         recipes, trainable = {}, {}
         for kind in self.study["inventories"]:
             router = self.study["inventories"][kind]["router"]
@@ -97,10 +97,11 @@ class Run:
                 recipes[column] = self.recipe(expert, {"method": "uniform" if plain else method})
                 trainable[column] = expert.training.get("trainable")
         limit = self.study["limit"]
-        found = hub.evaluate(recipes, [task], split="test", limit=limit)["tasks"][0]
-        methods = found["methods"]
-        accuracy = {name: methods[name]["accuracy"] for name in methods}
-        return {"n": found["n"], "accuracy": accuracy, "trainable": trainable}
+        found = hub.evaluate(recipes, [task], split="test", limit=limit, with_samples=True)
+        right = dict.fromkeys(found["average"], "")
+        for sample in found["samples"]:
+            right[sample["method"]] += str(int(sample["right"]))
+        return {"right": right, "trainable": trainable}
 
     def recipe(self, expert: hub.Expert, route: dict[str, Any]) -> hub.Recipe:
         return hub.Recipe.of({"base": self.base, "experts": [expert.reference], "route": route})
@@ -109,7 +110,8 @@ class Run:
         tasks = {}
         for task in self.study["held_out"]:
             tasks[task] = self.of_task(task)
-            say(f"{task}: {tasks[task]['accuracy']}")
+            right = tasks[task]["right"].items()
+            say(f"{task}: { ({name: row.count('1') / len(row) for name, row in right}) }")
         return {"schema": 1, "study": self.study["name"], "seed": self.seed, "tasks": tasks}
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from experthub.hub.scoring.statistics import hierarchical
+
 HERE = Path(__file__).parent
 HEAD = """## Skills: adapting to a new task by few examples ({name})
 
@@ -20,6 +22,10 @@ skills' mean, with no example of the task. `z`: the router's numbers alone are t
 `lora all`: a LoRA of the same rank from the examples alone. Trainable: how many numbers are. `make skills-encoder`; all settings in
 `examples/skills/{name}.yaml`.
 """
+COMPARED = """The ways that the papers compare. The intervals are the paired bootstrap's, 95 %, over tasks and examples, of the mean over seeds;
+there are few tasks, so they are rather too narrow.
+"""
+RESAMPLES = 2000
 
 
 def results(folder: Path = HERE) -> dict[str, list[dict[str, Any]]]:
@@ -31,9 +37,13 @@ def results(folder: Path = HERE) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def right(run: dict[str, Any], column: str, task: str) -> list[int]:
+    return [int(one) for one in run["tasks"][task]["right"][column]]
+
+
 def cell(runs: Sequence[dict[str, Any]], column: str) -> str:
     """Mean over seeds of the mean over tasks, and the deviation between seeds."""
-    means = [mean(task["accuracy"][column] for task in run["tasks"].values()) for run in runs]
+    means = [mean(mean(right(run, column, task)) for task in run["tasks"]) for run in runs]
     spread = f" ± {stdev(means):.3f}" if len(means) > 1 else ""
     return f"{mean(means):.3f}{spread}"
 
@@ -57,6 +67,31 @@ def table(runs: Sequence[dict[str, Any]], study: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def minus(runs: Sequence[dict[str, Any]], column: str, other: str) -> str:
+    """The difference of two columns, with its interval."""
+    differences = [
+        [
+            mean(a - b for a, b in example)
+            for example in zip(
+                *(zip(right(r, column, task), right(r, other, task), strict=True) for r in runs),
+                strict=True,
+            )
+        ]
+        for task in runs[0]["tasks"]
+    ]
+    low, high = hierarchical(differences, resamples=RESAMPLES)
+    return f"{mean(map(mean, differences)):+.3f} ({low:+.3f}..{high:+.3f})"
+
+
+def comparisons(runs: Sequence[dict[str, Any]], study: dict[str, Any]) -> list[str]:
+    shots = study["shots"]
+    lines = [f"| | {' | '.join(map(str, shots))} |", f"| --- |{' ---: |' * len(shots)}"]
+    for way, other in study["compared"]:
+        cells = [minus(runs, f"{way} {count}", f"{other} {count}") for count in shots]
+        lines.append(f"| {way} - {other} | {' | '.join(cells)} |")
+    return [COMPARED, *lines, ""]
+
+
 def lines(folder: Path = HERE) -> list[str]:
     from experthub.hub import _yaml
 
@@ -70,5 +105,5 @@ def lines(folder: Path = HERE) -> list[str]:
             limit=study["limit"],
             seeds=", ".join(str(run["seed"]) for run in runs),
         )
-        found += [head, *table(runs, study)]
+        found += [head, *table(runs, study), *comparisons(runs, study)]
     return found
