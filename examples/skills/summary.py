@@ -19,8 +19,8 @@ HEAD = """## Skills: adapting to a new task by few examples ({name})
 Inventories trained on {tasks} tasks together, then adapted to {held_out} others; accuracy on at most {limit} examples of their test
 splits, in the mean of the tasks; mean over seeds {seeds}, and the standard deviation between them. `average`: the
 skills' mean, with no example of the task. `z`: the router's numbers alone are trained; `mu`: the average of the skills alone;
-`lora all`: a LoRA of the same rank from the examples alone. Trainable: how many numbers are. `make skills-encoder`; all settings in
-`examples/skills/{name}.yaml`.
+`lora all`: a LoRA of the same rank from the examples alone, as many numbers as `shared mu`. Trainable: how many numbers are.
+`make skills-encoder`; all settings in `examples/skills/{name}.yaml`.
 """
 COMPARED = """The ways that the papers compare. The intervals are the paired bootstrap's, 95 %, over tasks and examples, of the mean over seeds;
 there are few tasks, so they are rather too narrow.
