@@ -34,7 +34,10 @@ BatchOption = Annotated[int, typer.Option(help="Examples per step.", min=1)]
 RateOption = Annotated[float, typer.Option(help="Peak learning rate.", min=0.0)]
 RouterRateOption = Annotated[
     float | None,
-    typer.Option(help="Peak learning rate of the router; ten times --lr by default.", min=0.0),
+    typer.Option(
+        help="Peak learning rate of the router; by default ten times --lr, 0.1 for --tune z.",
+        min=0.0,
+    ),
 ]
 SeedOption = Annotated[int, typer.Option(help="Of initialisation and order.")]
 

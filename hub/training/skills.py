@@ -35,6 +35,7 @@ from experthub.routing import TaskRows
 from torch import Tensor
 
 Tune = Literal["all", "z", "mu"]
+Z_LR = 0.1  # peak learning rate of a router that is trained alone
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def train_skills(
     if shape.router in ("shared", "private"):
         for module in skilled.values():
             module.logits.requires_grad_(False)
-    numbers = {**asdict(shape), **asdict(settings), "router_lr": router_lr or 10 * settings.lr}
+    numbers = {**asdict(shape), **asdict(settings), "router_lr": _router_lr(router_lr, settings)}
     key = {
         "kind": "skills",
         "base": found.fingerprint,
@@ -131,7 +132,8 @@ def adapt(
     this one task.  `mu` trains the average of the skills, and gives a plain LoRA: the authors train
     every skill under fixed weights 1 / S, which is the same but for the optimiser's epsilon, at S
     times the memory (Caccia et al., section 3.2).  shots: examples in all, of the training split,
-    as many of each class as there can be.  router_lr: see `train_skills`.
+    as many of each class as there can be.  router_lr: peak learning rate of the logits, 0.1 by
+    default for `z`, the lower of the two that the authors search, else as in `train_skills`.
     """
     registry, store = registry or Registry.read(), store or Store()
     checked_name(name)
@@ -160,7 +162,7 @@ def adapt(
         **asdict(settings),
         "shots": shots,
         "tune": tune,
-        "router_lr": router_lr or 10 * settings.lr,
+        "router_lr": Z_LR if router_lr is None and tune == "z" else _router_lr(router_lr, settings),
     }
     key = {"kind": "adapt", "skills": expert.digest, "task": read.digest, **numbers}
     run = run_folder(name, key)
@@ -175,6 +177,10 @@ def adapt(
     training = {**numbers, "skills": expert.reference, "trainable": trainable(model), "loss": loss}
     made = read.reference
     return describe(run / "expert", name, found, registry, store, task=made, training=training)
+
+
+def _router_lr(given: float | None, settings: Settings) -> float:
+    return 10 * settings.lr if given is None else given
 
 
 def tune_of(word: str) -> Tune:
