@@ -171,15 +171,17 @@ def test_trained_adapted_and_composed(
     assert loss["last"] < loss["first"]
     shown = run_hub("show", "many")
     assert shown.code == 0 and "skills" in shown.out
-    adapted = {}
+    adapted, rates = {}, {}
     for tune in ("all", "z", "mu"):
         given = ["--task", tasks[2], "--tune", tune, "--name", f"new-{tune}", "--shots", "8"]
         ran = run_hub("train", "adapt", "many", *given, "--steps", "3", "--json")
         assert ran.code == 0, ran.err
-        adapted[tune] = ran.json["expert"]["training"]["trainable"]
+        training = ran.json["expert"]["training"]
+        adapted[tune], rates[tune] = training["trainable"], training["router_lr"]
     n_layers, heads, n_skills = 2, 4, 3
     assert adapted["z"] == n_layers * heads * n_skills
     assert adapted["all"] - adapted["z"] == 3 * adapted["mu"]
+    assert rates["z"] == 0.1 and rates["all"] == pytest.approx(10 * training["lr"])
     expert_kinds = {n: hub.Registry.read().expert(_reference(n)).kind for n in ("new-z", "new-mu")}
     assert expert_kinds == {"new-z": "skills", "new-mu": "lora"}
     recipes = {
