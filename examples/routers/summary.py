@@ -27,11 +27,13 @@ HEAD = """## Routers on unseen tasks: {title}
 
 {experts} experts with gates, {unseen} tasks that none of them was trained on, {near} of them near the trained ones: the same dataset,
 or the same question about other inputs. Accuracy on at most {limit} examples of each, all splits, in the mean of the tasks;
-mean over seeds {seeds}, and the standard deviation between them. The intervals are the paired bootstrap's, 95 %, over tasks
+{seeds}. The intervals are the paired bootstrap's, 95 %, over tasks
 and examples, of the mean over seeds. A task is won or lost where its own interval leaves out zero, tied otherwise. `best
 individual` and `oracle` are picked by the very scores that are shown, so they flatter. `make routers-{name}`; recipes and tasks
 in `examples/routers/{name}.yaml`.
 """
+SPREAD = "mean over seeds {seeds}, and the standard deviation between them"
+ONE = "one seed, as these experts have one"
 CHOSEN = """### Whom routers choose on unseen tasks
 
 Accuracy, on the unseen tasks, of the one expert alone that a router gives the largest mean weight on {prompts} inputs.
@@ -212,7 +214,7 @@ def section(name: str, runs: Runs) -> list[str]:
         unseen=unseen,
         near=near,
         limit=limit,
-        seeds=seeds,
+        seeds=SPREAD.format(seeds=seeds) if len(runs) > 1 else ONE,
     )
     own = OWN.format(limit=proof["own_limit"], prompts=PROMPTS, experts=experts)
     chosen = CHOSEN.format(prompts=PROMPTS)
