@@ -11,6 +11,8 @@ import pytest
 import torch
 from conftest import LINEARS, logits
 from experthub import hub
+from experthub.merge import LowRank
+from experthub.routing import ExpertStack, RoutedLinear, phatgoose, routers
 from safetensors.torch import load_file
 from torch import nn
 
@@ -113,9 +115,6 @@ def test_equals_the_closed_form(
 
 def test_every_count_of_experts_and_k(base_folder: Path) -> None:
     """One linear, E in 1..16, k in 1..E, against the literal form."""
-    from experthub.merge import LowRank
-    from experthub.routing import ExpertStack, RoutedLinear, phatgoose
-
     torch.manual_seed(0)
     linear = nn.Linear(24, 10).requires_grad_(False)
     x = torch.randn(2, 5, 24)
@@ -131,6 +130,29 @@ def test_every_count_of_experts_and_k(base_folder: Path) -> None:
             routed = RoutedLinear.alone(linear, stack, phatgoose(stack, top_k=k, temperature=t))
             expected = Literal(linear, experts, k, t)(x)
             torch.testing.assert_close(routed(x), expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["phatgoose", "smear"])
+@pytest.mark.parametrize(("scale", "shift"), [(100.0, 0.0), (0.3, 0.0), (1.0, 30.0), (7.0, -50.0)])
+def test_the_size_and_the_mean_of_a_gate_do_not_matter(
+    method: str, scale: float, shift: float
+) -> None:
+    """Gates of people who share nothing are compared by direction alone, but for LayerNorm's epsilon."""
+    random = torch.Generator().manual_seed(0)
+    deltas = {
+        e: LowRank(torch.randn(2, 24, generator=random), torch.randn(10, 2, generator=random), 1.0)
+        for e in range(5)
+    }
+    gates = [torch.randn(24, generator=random) for _ in deltas]
+    x = torch.randn(2, 40, 24, generator=random) + 3 * torch.randn(2, 1, 24, generator=random)
+    found = []
+    for change in (False, True):
+        own = {e: gate * scale + shift * e if change else gate for e, gate in enumerate(gates)}
+        stack = ExpertStack.of(deltas, 5, own)
+        found.append(RoutedLinear.alone(nn.Linear(24, 10), stack, routers[method].call(stack)))
+    plain, changed = (module.routing(x) for module in found)
+    assert float((plain - 1 / 5).abs().max()) > 0.1
+    torch.testing.assert_close(changed, plain, atol=1e-3, rtol=1e-3)
 
 
 def test_detach_restores_the_base_bit_for_bit(

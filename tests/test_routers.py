@@ -177,14 +177,15 @@ def test_smear_is_the_literal_merge_of_each_row(pool: dict[str, Any]) -> None:
     """The first routed module against the paper's section 3, with padding that has no say."""
     composition = routed(pool, "smear")
     module = composition.model.model.layers[0].self_attn.q_proj
-    ids = torch.tensor([[5, 77, 130, 9], [9, 33, 12, 0]])
-    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+    ids = torch.tensor([[5, 77, 130, 9], [9, 33, 12, 0], [0, 0, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0]])
     seen: list[Any] = []
     handle = module.register_forward_hook(lambda m, i, o: seen.append((i[0], o)))
     with torch.no_grad():
         composition.model(input_ids=ids, attention_mask=mask)
     handle.remove()
     x, y = seen[0]
+    assert bool(y.isfinite().all())
     recipe = {**pool["recipe"], "route": {"method": "phatgoose", "top_k": 1}}
     other = hub.compose(recipe).model.model.layers[0].self_attn.q_proj
     group, n = other.group, other.number
