@@ -25,7 +25,7 @@ from experthub.hub.plan import Plan, is_large
 from experthub.routing import MANY, Context, Packed, Rows, Screen, TopK
 from torch import Tensor
 
-LAYOUT = 4
+LAYOUT = 5
 PROBES = "probes"  # of all modules of a group
 
 # Modules that share an input, their experts and routers.

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from experthub.merge import Combine
 from experthub.routing._context import Context
-from experthub.routing._kernels import CHOSEN, inverse_deviation, scored
+from experthub.routing._kernels import CHOSEN, FEW_TOKENS, inverse_deviation, scored
 from experthub.routing._packed import Packed
 from experthub.routing._router import Router, TopK, Weights
 from experthub.routing._rows import Rows, joined
@@ -25,7 +25,6 @@ from experthub.routing._screen import Screen
 from torch import Tensor, nn
 
 Kernel = Literal["all", "copied", "sampled", "screened"]
-FEW_TOKENS = 16
 FEW_ROWS = 80  # of A in one module
 
 
@@ -149,11 +148,14 @@ class Group:
         if kernel == "all" or experts is None:
             w = weights.dense(self.n_experts)
             return Mixed(self._times(x_TI @ self.a.own.to(x_TI.dtype).T, w))
-        experts = experts.expand(-1, self.size, -1)
-        rows = (experts + self.first_G1 if self.size > 1 else experts).flatten(1)
-        z_TJ = CHOSEN[kernel][0](x_TI, self.a, rows)
-        w = weights.values.to(z_TJ.dtype).unsqueeze(-1)
-        z = z_TJ.view(*experts.shape, self.a.rank) * w
+        if experts.shape[1] != self.size:
+            experts = experts.expand(-1, self.size, -1)
+        if kernel == "screened" and x_TI.shape[0] <= FEW_TOKENS:
+            kernel = "copied"  # from here on
+        rows = experts + self.first_G1 if self.size > 1 else experts
+        z = CHOSEN[kernel][0](x_TI, self.a, rows.flatten(1))
+        w = weights.values.to(z.dtype).unsqueeze(-1)
+        z = z.view(*experts.shape, self.a.rank) * w
         if self.combine == "parameters":
             z = z.sum(2, keepdim=True) * w
         return Mixed(z.flatten(2), experts, kernel)
@@ -187,7 +189,7 @@ class Group:
         screen, router, probes = self.screen, self.router, self._probes
         if screen is None or probes is None or not isinstance(router, TopK):
             return None
-        return screen.weights(x_TI, probes, router)
+        return screen.weights(x_TI, probes, router, self.first_G1)
 
     @property
     def _probes(self) -> Tensor | None:
@@ -195,7 +197,8 @@ class Group:
         return self.a.below if self.fused else self.apart if self.trained is None else self.trained
 
     def _by_module(self, scores: Tensor) -> Tensor:
-        return scores.view(len(scores), self.size, scores.shape[1] // self.size)
+        n_tokens, n_probes = scores.shape
+        return scores.view(n_tokens, self.size, n_probes // self.size)
 
     def _kernel(self, x_TI: Tensor) -> Kernel:
         """Which rows of A to read for these inputs."""
@@ -203,11 +206,12 @@ class Group:
             return self.kernel
         if torch.is_grad_enabled() and x_TI.requires_grad:
             return "all"
-        if len(x_TI) <= FEW_TOKENS:
-            return self.few
-        # Sparse products: of this dtype, of this device, and of no graph that is captured.
+        # Sparse and screened products: of this dtype, of this device, and of no graph that is captured.
         plain = x_TI.dtype == torch.float32 and x_TI.device.type == "cpu"
-        return self.many if plain and not torch.compiler.is_compiling() else "all"
+        plain = plain and not torch.compiler.is_compiling()
+        if x_TI.shape[0] <= FEW_TOKENS:
+            return self.few if plain or self.few != "screened" else "copied"
+        return self.many if plain else "all"
 
 
 def alike(routers: Sequence[Router]) -> bool:

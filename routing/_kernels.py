@@ -15,6 +15,8 @@ from experthub.routing._router import EPS, ExpertStack, Router
 from experthub.routing._rows import Rows
 from torch import Tensor, nn
 
+FEW_TOKENS = 16
+
 # The one layout that the product below takes; users can do nothing about it.
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
 
@@ -39,8 +41,15 @@ def inverse_deviation(x_TI: Tensor) -> Tensor:
 
 
 def read_copied(x_TI: Tensor, a: Rows, experts_TK: Tensor) -> Tensor:
-    """`A x` of the experts that each token chose, `[T, J]`."""
-    return torch.bmm(a.copied(experts_TK, x_TI.dtype), x_TI.unsqueeze(-1)).squeeze(-1)
+    """`A x` of the experts that each token chose, `[T, J, 1]`."""
+    return each(x_TI, a.copied(experts_TK.reshape(-1), x_TI.dtype))
+
+
+def each(x_TI: Tensor, rows: Tensor) -> Tensor:
+    """Each token times rows of its own, `[T J, I]`: `[T, J, 1]`."""
+    (n_tokens, width), count = x_TI.shape, rows.shape[0]
+    own = rows.view(n_tokens, count // max(n_tokens, 1), width)
+    return torch.bmm(own, x_TI.unsqueeze(-1))
 
 
 def products(x_TI: Tensor, rows: Tensor, places_TJ: Tensor) -> Tensor:
@@ -64,7 +73,11 @@ def read_sampled(x_TI: Tensor, a: Rows, experts_TK: Tensor) -> Tensor:
 
 def write_copied(y_TO: Tensor, z_TJ: Tensor, b: Rows, experts_Tk: Tensor) -> None:
     """`y + B z` of the experts that each token chose, in place."""
-    y_TO.unsqueeze(1).baddbmm_(z_TJ.unsqueeze(1), b.copied(experts_Tk, z_TJ.dtype))
+    rows = b.copied(experts_Tk.reshape(-1), z_TJ.dtype)
+    if y_TO.shape[0] == 1:
+        y_TO.addmm_(z_TJ, rows)
+    else:
+        y_TO.unsqueeze(1).baddbmm_(z_TJ.unsqueeze(1), rows.view(*z_TJ.shape, y_TO.shape[1]))
 
 
 def write_summed(y_TO: Tensor, z_TJ: Tensor, b: Rows, experts_Tk: Tensor) -> None:

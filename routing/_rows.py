@@ -52,10 +52,13 @@ class Rows:
         if not self.ragged:
             self.by_expert = self.own.view(self.n_experts, self.rank, self.all.shape[1])
 
-    def copied(self, experts_TK: Tensor, dtype: torch.dtype) -> Tensor:
-        """The rows of chosen experts, `[T, K r, C]`."""
-        found = self._of(experts_TK.reshape(-1), dtype)
-        return found.view(len(experts_TK), experts_TK.shape[1] * self.rank, self.all.shape[1])
+    def copied(self, experts_N: Tensor, dtype: torch.dtype) -> Tensor:
+        """The rows of some experts, `[N r, C]`."""
+        if self.places_Er is None:
+            found = self.by_expert.index_select(0, experts_N).flatten(0, 1)
+        else:
+            found = self.all.index_select(0, self.places_Er[experts_N].view(-1))
+        return found if found.dtype == dtype else found.to(dtype)
 
     def once(self, experts_TK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Rows, and where among them those of chosen experts are, `[T, K r]`.
@@ -66,20 +69,12 @@ class Rows:
             return self.own, self._rows_of(experts_TK)
         some_E = torch.zeros(self.n_experts, dtype=torch.bool, device=experts_TK.device)
         some_E[experts_TK] = True
-        rows = self._of(some_E.nonzero().squeeze(1), dtype)
+        rows = self.copied(some_E.nonzero().squeeze(1), dtype)
         return rows, self._rows_of((some_E.cumsum(0) - 1)[experts_TK])
 
     def _rows_of(self, experts_TK: Tensor) -> Tensor:
         """Where the rows of experts are, `[T, K r]`, if all have as many."""
         return ((experts_TK * self.rank).unsqueeze(-1) + self.row_r).flatten(1)
-
-    def _of(self, experts_N: Tensor, dtype: torch.dtype) -> Tensor:
-        """The rows of some experts, `[N r, C]`."""
-        if self.places_Er is None:
-            found = self.by_expert.index_select(0, experts_N).flatten(0, 1)
-        else:
-            found = self.all.index_select(0, self.places_Er[experts_N].view(-1))
-        return found.to(dtype)
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

@@ -174,14 +174,16 @@ def test_halves_stay_halves_and_gates_are_screened(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(bank, "MANY", 2)
-    monkeypatch.setattr("experthub.routing._screen.CANDIDATES", 2)
+    for coarse in ("Halves", "Bytes"):
+        monkeypatch.setattr(f"experthub.routing._screen.{coarse}.candidates", 2)
     experts = [str(halved(expert_folder(seed))) for seed in range(6)]
     whole = {"base": str(base_folder), "experts": experts, "dtype": "float32"}
     for method in ("phatgoose", "arrow"):
         route = {"method": method, "top_k": 1}
         packed = hub.compose({**whole, "route": {**route, "kernel": "screened"}})
         groups = [m.group for m in packed.model.modules() if hasattr(m, "group")]
-        assert all(g.screen.rows.dtype == g.a.all.dtype == torch.bfloat16 for g in groups)
+        assert all(g.screen.halves.rows.dtype == g.a.all.dtype == torch.bfloat16 for g in groups)
+        assert all(g.screen.bytes.rows.dtype == torch.int8 for g in groups)
         assert all(g.apart.dtype == torch.float32 for g in groups)
         monkeypatch.setattr(plan, "LARGE", 1 << 60)
         stacked = hub.compose({**whole, "route": {**route, "kernel": "all"}})

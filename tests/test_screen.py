@@ -1,10 +1,12 @@
-"""Pre-selection in bfloat16 chooses what the probes themselves choose."""
+"""Pre-selection in bfloat16 or 8 bits chooses what the probes themselves choose."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from experthub.routing import Screen, TopK, scored, standardised
+from experthub.routing._kernels import normal
+from experthub.routing._screen import Bytes, Halves
 from torch import Tensor
 
 TOKENS, WIDTH, EXPERTS, MODULES = 64, 48, 300, 3
@@ -28,6 +30,7 @@ PROBES = {
     "of all sizes": random(MODULES * EXPERTS, WIDTH) * random(MODULES * EXPERTS, 1).mul(8).exp(),
     "zero": torch.zeros(MODULES * EXPERTS, WIDTH),
 }
+FIRST = torch.arange(MODULES)[:, None] * EXPERTS
 INPUTS = {
     "random": random(TOKENS, WIDTH, seed=2),
     "one large": random(TOKENS, WIDTH, seed=2) + 500 * torch.eye(WIDTH)[7],
@@ -41,13 +44,14 @@ INPUTS = {
 @pytest.mark.parametrize("top_k", [1, 3])
 @pytest.mark.parametrize("given", INPUTS)
 @pytest.mark.parametrize("of", PROBES)
+@pytest.mark.parametrize("tokens", [TOKENS, 7, 1], ids=["in halves", "in bytes", "one"])
 def test_it_chooses_what_all_scores_would(
-    of: str, given: str, top_k: int, absolute: bool, layer_norm: bool
+    tokens: int, of: str, given: str, top_k: int, absolute: bool, layer_norm: bool
 ) -> None:
     probes = standardised(PROBES[of]) if layer_norm and of != "zero" else PROBES[of]
     router = TopK(probes[:EXPERTS], top_k, layer_norm, absolute)
-    x = INPUTS[given]
-    found = Screen.of(probes, MODULES).weights(x, probes, router)
+    x = INPUTS[given][:tokens]
+    found = Screen.of(probes, MODULES).weights(x, probes, router, FIRST)
     scores = scored(x, probes, layer_norm).view(len(x), MODULES, EXPERTS)
     wanted = router.weights(scores)
     assert found.experts is not None and wanted.experts is not None
@@ -61,24 +65,49 @@ def test_it_chooses_what_all_scores_would(
     assert bool((found.experts.sort(-1).values.diff() > 0).all())
 
 
-def test_bfloat16_alone_would_choose_others() -> None:
-    probes, x = near_each_other(), random(TOKENS, WIDTH, seed=2)
+@pytest.mark.parametrize("of", PROBES)
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_scores_are_no_further_off_than_said(of: str, layer_norm: bool) -> None:
+    x, probes = normal(10 * INPUTS["one large"], layer_norm), PROBES[of]
+    exact = (x.double() @ probes.double().T).view(TOKENS, MODULES, -1)
+    for coarse in (Halves.of(probes, MODULES), Bytes.of(probes, MODULES)):
+        scores, error = coarse.scores(x)
+        rough = scores.view(exact.shape).double()
+        off = (rough - exact).abs() - rough.abs() * coarse.relative
+        assert bool((off.amax(-1) <= error).all())
+        assert (
+            float(error.max())
+            < 0.1 * float(x.norm(dim=-1).max() * probes.norm(dim=-1).max()) + 1e-9
+        )
+
+
+@pytest.mark.parametrize("tokens", [TOKENS, 8])
+def test_coarse_probes_alone_would_choose_others(tokens: int) -> None:
+    probes, x = near_each_other(), random(tokens, WIDTH, seed=2)
     router = TopK(probes[:EXPERTS], 2)
-    rough = router.weights(
-        scored(x.bfloat16(), probes.bfloat16().float(), False).view(TOKENS, 3, -1)
-    )
-    exact = router.weights(scored(x, probes, False).view(TOKENS, 3, -1))
-    found = Screen.of(probes, MODULES).weights(x, probes, router)
+    screen = Screen.of(probes, MODULES)
+    coarse = screen.halves if tokens == TOKENS else screen.bytes
+    rough = router.weights(coarse.scores(x)[0].float().view(tokens, 3, -1))
+    exact = router.weights(scored(x, probes, False).view(tokens, 3, -1))
+    found = screen.weights(x, probes, router, FIRST)
     assert rough.experts is not None and exact.experts is not None and found.experts is not None
     assert not torch.equal(rough.experts, exact.experts)
     assert torch.equal(found.experts, exact.experts)
+
+
+def test_no_tokens_choose_nothing() -> None:
+    probes = random(MODULES * EXPERTS, WIDTH)
+    found = Screen.of(probes, MODULES).weights(
+        torch.empty(0, WIDTH), probes, TopK(probes[:EXPERTS], 2), FIRST
+    )
+    assert found.values.shape == (0, MODULES, 2)
 
 
 def test_few_experts_are_all_read() -> None:
     probes = random(2 * 5, WIDTH)
     router = TopK(probes[:5], 2)
     x = INPUTS["random"]
-    found = Screen.of(probes, 2).weights(x, probes, router)
+    found = Screen.of(probes, 2).weights(x, probes, router, torch.tensor([[0], [5]]))
     torch.testing.assert_close(
         found.dense(5), router.weights(scored(x, probes, False).view(TOKENS, 2, 5)).dense(5)
     )

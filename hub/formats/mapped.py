@@ -21,7 +21,13 @@ from experthub.hub._files import sha256_of, write_json, written
 from torch import Tensor
 
 DATA, INDEX = "tensors.bin", "index.json"
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64}
+DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "I8": torch.int8,
+}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ALIGNED = 64  # bytes
 
