@@ -163,5 +163,5 @@ def norm(rows: Tensor, order: float = 2) -> Tensor:
 
 def _norms(probes: Tensor, near: Tensor, n_modules: int) -> tuple[Tensor, Tensor]:
     """`norm_G` and `lost_G` of probes and what they are rounded to."""
-    norm, lost = (rows.norm(dim=-1).view(n_modules, -1).amax(1) for rows in (probes, probes - near))
-    return norm, lost + 2 * probes.shape[1] * FLOAT.eps * (norm + lost)
+    size_G, lost_G = (norm(rows).view(n_modules, -1).amax(1) for rows in (probes, probes - near))
+    return size_G, lost_G + 2 * probes.shape[1] * FLOAT.eps * (size_G + lost_G)
