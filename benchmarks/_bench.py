@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from experthub.hub import Store
-from experthub.hub._files import hub_home
-from experthub.hub.bases import Base
+from experthub.hub.bases.base import Base
+from experthub.hub.files.atomic import hub_home
 from safetensors.torch import save_file
 
 BASE = "smollm2-135m-instruct"

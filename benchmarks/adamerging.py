@@ -18,8 +18,8 @@ from _bench import Times, arguments, finish, ratio, run_rounds, spread, surround
 from _peer import HERE, Peer, environment
 from _unlabelled import EXPERTS, INPUTS, TASKS, TOKENS, write
 from experthub.hub import Registry
-from experthub.hub.base_sources import find
-from experthub.hub.bases import load_model
+from experthub.hub.bases.base import load_model
+from experthub.hub.bases.base_sources import find
 from safetensors.torch import load_file
 
 BASE = "all-minilm-l6-v2"

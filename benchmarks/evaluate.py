@@ -19,9 +19,9 @@ import torch
 from _bench import BASE, THREADS, Times, arguments, finish, run_rounds, surroundings, timed
 from _peer import OFFLINE, Peer, environment
 from experthub.hub import Registry
-from experthub.hub.base_sources import find
-from experthub.hub.bases import load_model, load_tokenizer
-from experthub.hub.scoring.likelihood import choice_logprobs, encode
+from experthub.hub.bases.base import load_model, load_tokenizer
+from experthub.hub.bases.base_sources import find
+from experthub.hub.readers.likelihood import choice_logprobs, encode
 from experthub.hub.tasks.task import read_task
 
 HERE = Path(__file__).parent

@@ -27,8 +27,8 @@ from _bench import (
 )
 from _peer import peft
 from experthub.hub import Recipe, Registry, compose, resolve
-from experthub.hub.base_sources import find
-from experthub.hub.bases import load_model, weight_files
+from experthub.hub.bases.base import load_model, weight_files
+from experthub.hub.bases.base_sources import find
 
 METHODS = {
     "route": {"route": {"method": "phatgoose", "top_k": 2}},

@@ -22,10 +22,10 @@ from urllib.parse import urlsplit
 import torch
 from _bench import Times, arguments, finish, ratio, run_rounds, spread, surroundings, timed
 from _peer import Peer, environment
-from experthub.hub._files import sha256_of
+from experthub.hub.files.atomic import sha256_of
 from safetensors.torch import save_file
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))
 
 from hf_store import Store
 

@@ -29,8 +29,8 @@ from _bench import (
 )
 from _peer import Peer, peft
 from experthub.hub import Plan, Recipe, Registry, compose, resolve
-from experthub.hub.base_sources import find
-from experthub.hub.bases import load_model
+from experthub.hub.bases.base import load_model
+from experthub.hub.bases.base_sources import find
 from torch import Tensor
 
 TOKENS, TOP_K, TARGET = 512, 2, 1.6

@@ -15,8 +15,8 @@ from _bench import BASE, LINEARS, Times, arguments, finish, ratio, run_rounds, s
 from _many import RANK, many
 from _peer import HERE, OFFLINE, Peer, environment
 from experthub.hub import Registry, Store
-from experthub.hub.base_sources import find
-from experthub.hub.bases import Base
+from experthub.hub.bases.base import Base
+from experthub.hub.bases.base_sources import find
 
 COUNTS, TOKENS, TOP_K, STEPS = (16, 64, 128, 256, 1024), 512, 2, 16
 WITH_PEERS = (16, 64)

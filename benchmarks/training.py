@@ -24,8 +24,8 @@ from _bench import (
     timed,
 )
 from experthub.hub import Registry
-from experthub.hub.base_sources import find
-from experthub.hub.bases import load_model
+from experthub.hub.bases.base import load_model
+from experthub.hub.bases.base_sources import find
 from experthub.merge import LowRank
 from experthub.routing import ExpertStack, RoutedLinear, SkilledLinear, TaskRows, untrained_gate
 from peft import LoraConfig, PeftModel, get_peft_model

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, get_args
 import typer
 
 if TYPE_CHECKING:
-    from experthub.hub.registry import Registry
+    from experthub.hub.registry.registry import Registry
 
 
 def experts(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -27,7 +27,7 @@ def bases(ctx: typer.Context) -> list[str]:
 def _registry(ctx: typer.Context) -> Registry | None:
     """The registry that the command would read; None when it cannot be read."""
     from experthub.hub.errors import HubError
-    from experthub.hub.registry import Registry
+    from experthub.hub.registry.registry import Registry
 
     try:
         return Registry.read(ctx.params.get("registry"))
@@ -51,7 +51,7 @@ def splits() -> list[str]:
 
 def measures() -> list[str]:
     """What a choice is scored by."""
-    from experthub.hub.scoring.scorer import Measure
+    from experthub.hub.readers.scorer import Measure
 
     return list(get_args(Measure))
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from experthub.hub.bases import Report
-    from experthub.hub.lock import Pins
+    from experthub.hub.progress import Report
+    from experthub.hub.recipes.lock import Pins
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print names only, one per line.")]

@@ -54,10 +54,10 @@ def cluster(
     hub cluster sentiment intent-recognition question-typing --k 2 --by gates --plot alike.png;
     hub cluster --base all-minilm-l6-v2 --k 3 --rank 8 --method phatgoose --out recipe.yaml
     """
-    from experthub.hub._files import check_file
     from experthub.hub.errors import UsageError
-    from experthub.hub.registry import Registry
-    from experthub.hub.scoring.plots import plot_similarity
+    from experthub.hub.evaluation.plots import plot_similarity
+    from experthub.hub.files.atomic import check_file
+    from experthub.hub.registry.registry import Registry
     from experthub.hub.selection.clusters import as_by, cluster, write_clusters
     from experthub.hub.selection.written import check_request
 

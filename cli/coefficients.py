@@ -44,12 +44,12 @@ def coefficients(
     Examples: hub coefficients recipe.yaml; hub coefficients recipe.yaml --plot coefficients.png;
     hub coefficients recipe.yaml --name my-coefficients
     """
-    from experthub.hub.describe import register_found
     from experthub.hub.errors import UsageError
-    from experthub.hub.learning.learned import learned, stored_coefficients
-    from experthub.hub.lock import plan_of
-    from experthub.hub.registry import Registry, checked_name
-    from experthub.hub.store import Store
+    from experthub.hub.materials.learned import learned, stored_coefficients
+    from experthub.hub.recipes.lock import plan_of
+    from experthub.hub.registry.registry import Registry, checked_name
+    from experthub.hub.store.store import Store
+    from experthub.hub.transfer.describe import register_found
 
     if name is not None:
         checked_name(name)
@@ -66,7 +66,7 @@ def coefficients(
     if name is not None:
         say(f"registered {register_found(content, name, layers, store).reference}")
     if plot is not None:
-        from experthub.hub.scoring.plots import plot_coefficients
+        from experthub.hub.evaluation.plots import plot_coefficients
 
         labels = [expert.expert for expert in record.experts]
         values = found.values.mean(2) if found.values.ndim == 3 else found.values

@@ -23,7 +23,7 @@ from experthub.cli._output import (
 )
 
 if TYPE_CHECKING:
-    from experthub.hub.plan import Plan
+    from experthub.hub.recipes.plan import Plan
 
 RecipeArgument = Annotated[Path, typer.Argument(help="A recipe.yaml.")]
 
@@ -48,10 +48,10 @@ def compose(
     Examples: hub compose recipe.yaml; hub compose recipe.yaml --out ./model;
     hub compose recipe.yaml --out ./adapter --format peft; hub compose recipe.yaml --locked --out ./model
     """
-    from experthub.hub._files import check_free
     from experthub.hub.errors import UsageError
-    from experthub.hub.lock import plan_of
-    from experthub.hub.registry import Registry
+    from experthub.hub.files.atomic import check_free
+    from experthub.hub.recipes.lock import plan_of
+    from experthub.hub.registry.registry import Registry
 
     if format not in ("hf", "peft"):
         raise UsageError(f"unknown format {format!r}", "use hf or peft")
@@ -66,7 +66,7 @@ def compose(
                     "or write merge: instead of route:",
                 )
             check_free(out)
-            from experthub.hub.composition import compose as composed
+            from experthub.hub.composition.composition import compose as composed
 
             composed(resolved, device=device, report=report).save(out, kind)
     if json:
@@ -151,11 +151,11 @@ def generate(
     Examples: hub generate recipe.yaml --prompt "The capital of France is";
     hub generate recipe.yaml --prompt "Name three fruits." --chat
     """
-    from experthub.hub._memory import reuse_memory
-    from experthub.hub.composition import compose as composed
-    from experthub.hub.generation import generate_text
-    from experthub.hub.lock import plan_of
-    from experthub.hub.registry import Registry
+    from experthub.hub.composition.composition import compose as composed
+    from experthub.hub.composition.generation import generate_text
+    from experthub.hub.files.memory import reuse_memory
+    from experthub.hub.recipes.lock import plan_of
+    from experthub.hub.registry.registry import Registry
 
     reuse_memory()
     with progress() as report:

@@ -62,8 +62,8 @@ def diff(
     hub diff ./base hf:someone/tuned --name theirs --sparse 0.1 --dtype bfloat16
     """
     from experthub.hub.finetunes.difference import diff as make
-    from experthub.hub.registry import Registry
-    from experthub.hub.remotes._http import parse_size
+    from experthub.hub.registry.registry import Registry
+    from experthub.hub.transfer.remotes._http import parse_size
 
     with progress() as report:
         made = make(

@@ -25,7 +25,7 @@ from experthub.cli._output import (
 )
 
 if TYPE_CHECKING:
-    from experthub.hub.plan import Plan
+    from experthub.hub.recipes.plan import Plan
 
 TasksOption = Annotated[
     list[str] | None,
@@ -90,11 +90,11 @@ def eval_(
     hub eval *.yaml --tasks @unseen.txt --split all --limit 100 --out results.json;
     hub eval phatgoose.yaml --tasks @unseen.txt --controls --plots pictures
     """
-    from experthub.hub._memory import reuse_memory
-    from experthub.hub.lock import plan_of
-    from experthub.hub.registry import Registry
-    from experthub.hub.scoring.evaluation import evaluate
-    from experthub.hub.scoring.scorer import as_measure
+    from experthub.hub.evaluation.evaluation import evaluate
+    from experthub.hub.files.memory import reuse_memory
+    from experthub.hub.readers.scorer import as_measure
+    from experthub.hub.recipes.lock import plan_of
+    from experthub.hub.registry.registry import Registry
     from experthub.hub.tasks.task import as_split
 
     reuse_memory()
@@ -142,7 +142,7 @@ def _files_and_tasks(recipes: list[str], tasks: list[str]) -> tuple[list[str], l
 
 
 def _write(result: dict[str, Any], out: Path | None, samples: Path | None) -> None:
-    from experthub.hub._files import write_json, write_text
+    from experthub.hub.files.atomic import write_json, write_text
 
     if samples is not None:
         lines = (dumps(row, ensure_ascii=False) + "\n" for row in result.pop("samples"))
@@ -155,8 +155,8 @@ def _write(result: dict[str, Any], out: Path | None, samples: Path | None) -> No
 
 def _plot(result: dict[str, Any], plans: dict[str, Plan], folder: Path) -> None:
     from experthub.hub.errors import UsageError
-    from experthub.hub.scoring.plots import plot_result, plot_routing
-    from experthub.hub.scoring.routing_map import routing_map
+    from experthub.hub.evaluation.plots import plot_result, plot_routing
+    from experthub.hub.evaluation.routing_map import routing_map
 
     plot_result(result, folder / "table.png")
     say(f"wrote {folder / 'table.png'}")

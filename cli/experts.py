@@ -18,7 +18,7 @@ from experthub.cli._output import (
 )
 
 if TYPE_CHECKING:
-    from experthub.hub.expert import Expert
+    from experthub.hub.registry.expert import Expert
 
 
 def list_(
@@ -31,7 +31,7 @@ def list_(
 
     Examples: hub list; hub list --bases; hub list --json | jq '.experts[].name'
     """
-    from experthub.hub.registry import Registry
+    from experthub.hub.registry.registry import Registry
 
     known = Registry.read(registry)
     if bases:
@@ -67,9 +67,9 @@ def search(
 
     Examples: hub search sentiment; hub search "multiple choice" commonsense; hub search minilm -q
     """
-    from experthub.hub._yaml import did_you_mean
     from experthub.hub.errors import NotFoundError
-    from experthub.hub.registry import Registry
+    from experthub.hub.files.yaml_files import did_you_mean
+    from experthub.hub.registry.registry import Registry
 
     known = Registry.read(registry)
     found = known.search(words)
@@ -96,7 +96,7 @@ def _print_experts(experts: list[Expert]) -> None:
 
 
 def _stored(expert: Any) -> bool:
-    from experthub.hub.store import Store
+    from experthub.hub.store.store import Store
 
     return expert.digest.removeprefix("sha256:") in Store()
 
@@ -121,8 +121,8 @@ def show(
 
     Examples: hub show sentiment; hub show sentiment@1 --json; hub show smollm2-135m-instruct
     """
-    from experthub.hub.expert import Reference
-    from experthub.hub.registry import Registry
+    from experthub.hub.registry.expert import Reference
+    from experthub.hub.registry.registry import Registry
 
     known = Registry.read(registry)
     if name in known.bases():
@@ -187,9 +187,9 @@ def add(
 
     Examples: hub add ./my-lora --name my-lora; hub add ./my-lora --name my-lora --task bigbench:snarks
     """
-    from experthub.hub.describe import add_folder
-    from experthub.hub.registry import Registry, checked_name
-    from experthub.hub.store import Store
+    from experthub.hub.registry.registry import Registry, checked_name
+    from experthub.hub.store.store import Store
+    from experthub.hub.transfer.describe import add_folder
 
     expert = add_folder(
         folder,

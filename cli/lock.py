@@ -17,7 +17,7 @@ from experthub.cli._output import (
 )
 
 if TYPE_CHECKING:
-    from experthub.hub.lockfile import Lock
+    from experthub.hub.recipes.lock_file import Lock
 
 
 def lock(
@@ -36,10 +36,10 @@ def lock(
     What is pinned already stays while the recipe allows it; hub update moves it.
     Examples: hub lock recipe.yaml; hub lock --check *.yaml; hub lock recipe.yaml --upgrade
     """
-    from experthub.hub.lock import check_lock
+    from experthub.hub.recipes.lock import check_lock
 
     if check:
-        from experthub.hub.registry import Registry
+        from experthub.hub.registry.registry import Registry
 
         known = Registry.read(registry)
         with progress() as report:
@@ -62,9 +62,9 @@ def update(
 
     Examples: hub update sentiment; hub update sentiment recipe.yaml
     """
-    from experthub.hub.expert import Reference
-    from experthub.hub.lock import locked_with
-    from experthub.hub.registry import checked_name
+    from experthub.hub.recipes.lock import locked_with
+    from experthub.hub.registry.expert import Reference
+    from experthub.hub.registry.registry import checked_name
 
     name = checked_name(Reference.parse(name).name)
     _print(_write(recipes or locked_with(name, Path()), [name], registry), json)
@@ -74,9 +74,9 @@ def _write(
     recipes: list[Path], newest: list[str] | tuple[()] | None, registry: Path | None
 ) -> dict[Path, Lock]:
     """Lock recipes; nothing is written unless all of them can be."""
-    from experthub.hub.lock import lock
-    from experthub.hub.lockfile import lock_path
-    from experthub.hub.registry import Registry
+    from experthub.hub.recipes.lock import lock
+    from experthub.hub.recipes.lock_file import lock_path
+    from experthub.hub.registry.registry import Registry
 
     known = Registry.read(registry)
     with progress() as report:
@@ -87,7 +87,7 @@ def _write(
 
 
 def _print(locks: dict[Path, Lock], json: bool) -> None:
-    from experthub.hub.lockfile import lock_path
+    from experthub.hub.recipes.lock_file import lock_path
 
     if json:
         rows = [

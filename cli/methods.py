@@ -25,8 +25,8 @@ def methods(
 
     Examples: hub methods; hub methods phatgoose; hub methods --json
     """
-    from experthub.hub._yaml import did_you_mean
     from experthub.hub.errors import NotFoundError
+    from experthub.hub.files.yaml_files import did_you_mean
     from experthub.merge import merges
     from experthub.routing import routers
 

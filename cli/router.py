@@ -38,13 +38,13 @@ def router(
 
     Examples: hub router retrieval.yaml; hub router retrieval.yaml --name examples
     """
-    from experthub.hub.describe import register_found
     from experthub.hub.errors import UsageError
-    from experthub.hub.learning.learned import learned
-    from experthub.hub.learning.router_state import stored_router
-    from experthub.hub.lock import plan_of
-    from experthub.hub.registry import Registry, checked_name
-    from experthub.hub.store import Store
+    from experthub.hub.materials.learned import learned
+    from experthub.hub.materials.router_state import stored_router
+    from experthub.hub.recipes.lock import plan_of
+    from experthub.hub.registry.registry import Registry, checked_name
+    from experthub.hub.store.store import Store
+    from experthub.hub.transfer.describe import register_found
 
     if name is not None:
         checked_name(name)

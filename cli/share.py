@@ -44,10 +44,10 @@ def pull(
     Examples: hub pull sentiment; hub pull smollm2-135m-instruct sentiment intent-recognition@1;
     hub pull hf:someone/boolq-lora@main --name boolq --max-size 500MB; hub pull file:/mnt/experts#intents@2
     """
-    from experthub.hub.pull import pull_by_name
-    from experthub.hub.registry import Registry
-    from experthub.hub.remotes._http import at_most, parse_size
-    from experthub.hub.store import Store
+    from experthub.hub.registry.registry import Registry
+    from experthub.hub.store.store import Store
+    from experthub.hub.transfer.pull import pull_by_name
+    from experthub.hub.transfer.remotes._http import at_most, parse_size
 
     known = Registry.read(registry)
     pulled: list[dict[str, str]] = []
@@ -58,7 +58,7 @@ def pull(
     with progress() as report, at_most(parse_size(max_size) if max_size else None):
         for wanted in names:
             if wanted in known.bases():
-                from experthub.hub.base_sources import find
+                from experthub.hub.bases.base_sources import find
 
                 base = find(wanted, known, report)
                 pulled.append({"name": wanted, "digest": base.fingerprint})
@@ -88,12 +88,12 @@ def push(
     Examples: hub push intents hf:me/intents --dry-run; hub push intents@2 hf:me/intents --tag v2;
     hub push intents file:/mnt/experts
     """
-    from experthub.hub.expert import Reference
-    from experthub.hub.pull import Content
-    from experthub.hub.pull import pull as pulled
-    from experthub.hub.push import push as pushed
-    from experthub.hub.registry import Registry
-    from experthub.hub.store import Store
+    from experthub.hub.registry.expert import Reference
+    from experthub.hub.registry.registry import Registry
+    from experthub.hub.store.store import Store
+    from experthub.hub.transfer.pull import Content
+    from experthub.hub.transfer.pull import pull as pulled
+    from experthub.hub.transfer.push import push as pushed
 
     known, store = Registry.read(registry), Store()
     expert = known.expert(Reference.parse(name))
@@ -138,11 +138,11 @@ def export(
     Examples: hub export intents sentiment@2 experts.tar; hub export intents --portable ./intents
     """
     from experthub.hub.errors import UsageError
-    from experthub.hub.expert import Reference
-    from experthub.hub.pull import Content
-    from experthub.hub.pull import pull as pulled
-    from experthub.hub.registry import Registry
-    from experthub.hub.store import Store
+    from experthub.hub.registry.expert import Reference
+    from experthub.hub.registry.registry import Registry
+    from experthub.hub.store.store import Store
+    from experthub.hub.transfer.pull import Content
+    from experthub.hub.transfer.pull import pull as pulled
 
     known, store = Registry.read(registry), Store()
     experts = [known.expert(Reference.parse(name)) for name in names]
@@ -154,11 +154,11 @@ def export(
         for expert in experts:
             pulled(store, Content.of(expert), report=report)
     if portable:
-        from experthub.hub.export import export_portable
+        from experthub.hub.composition.export import export_portable
 
         export_portable(experts[0], target, known, store)
     else:
-        from experthub.hub.image import image, write_archive
+        from experthub.hub.transfer.oci_image import image, write_archive
 
         write_archive([image(expert, store) for expert in experts], target)
     if json:

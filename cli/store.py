@@ -33,8 +33,8 @@ def verify(
 
     Examples: hub verify; hub verify --repair; hub verify --json
     """
-    from experthub.hub.keeping.verification import check
-    from experthub.hub.keeping.verification import verify as verified
+    from experthub.hub.maintenance.verification import check
+    from experthub.hub.maintenance.verification import verify as verified
 
     with progress() as report:
         found = verified(registry, repair=repair, report=report)
@@ -76,8 +76,8 @@ def rm(
 
     Examples: hub rm intents; hub rm intents@1 --yes
     """
-    from experthub.hub.keeping.collection import removable
-    from experthub.hub.registry import Registry, remove
+    from experthub.hub.maintenance.collection import removable
+    from experthub.hub.registry.registry import Registry, remove
 
     known = Registry.read()
     mine = removable(name, known)
@@ -94,9 +94,9 @@ def du(json: JsonOption = False, registry: RegistryOption = None) -> None:
 
     Examples: hub du; hub du --json
     """
-    from experthub.hub.keeping.usage import usage
-    from experthub.hub.registry import Registry
-    from experthub.hub.store import Store
+    from experthub.hub.maintenance.usage import usage
+    from experthub.hub.registry.registry import Registry
+    from experthub.hub.store.store import Store
 
     found = usage(Registry.read(registry), Store())
     if json:
@@ -131,8 +131,8 @@ def gc(
     The first run moves it to the trash, from where any use brings it back; a later run deletes it.
     Examples: hub gc --dry-run; hub gc; hub gc --grace 0 --yes
     """
-    from experthub.hub.keeping.collection import collect
-    from experthub.hub.store import Store
+    from experthub.hub.maintenance.collection import collect
+    from experthub.hub.store.store import Store
 
     store = Store()
     planned = collect(registry, store, grace=grace, dry_run=True)

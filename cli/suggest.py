@@ -111,8 +111,8 @@ def suggest(
     hub suggest sentiment question-typing --task ./my-task --by gates;
     hub suggest --task bigbench:snarks --base all-minilm-l6-v2 --labels --truth
     """
-    from experthub.hub._memory import reuse_memory
-    from experthub.hub.registry import Registry
+    from experthub.hub.files.memory import reuse_memory
+    from experthub.hub.registry.registry import Registry
     from experthub.hub.selection.measuring import suggest
     from experthub.hub.selection.suggestion import as_measure, write_suggestion
     from experthub.hub.selection.written import check_request

@@ -73,7 +73,7 @@ def import_(
     """
     left_out: list[str] = []
     if source == "bigbench":
-        from experthub.hub.store import Store
+        from experthub.hub.store.store import Store
         from experthub.hub.tasks.bigbench import import_tasks
 
         with progress() as report:

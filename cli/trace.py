@@ -24,7 +24,7 @@ from experthub.cli._output import (
 from experthub.cli.compose import RecipeArgument
 
 if TYPE_CHECKING:
-    from experthub.hub.bases import Base
+    from experthub.hub.bases.base import Base
     from experthub.hub.tracing.trace import Trace
 
 COLUMNS = 8  # experts in the table by layer
@@ -78,12 +78,12 @@ def trace(
     hub trace recipe.yaml --prompt "Name three fruits." --chat --generate 16 --html trace.html --open;
     hub trace recipe.yaml --task bigbench:implicatures --limit 2 --module ".*q_proj" --json
     """
-    from experthub.hub._files import check_file, write_text
-    from experthub.hub._memory import reuse_memory
-    from experthub.hub.composition import compose as composed
+    from experthub.hub.composition.composition import compose as composed
     from experthub.hub.errors import UsageError
-    from experthub.hub.lock import plan_of
-    from experthub.hub.registry import Registry
+    from experthub.hub.files.atomic import check_file, write_text
+    from experthub.hub.files.memory import reuse_memory
+    from experthub.hub.recipes.lock import plan_of
+    from experthub.hub.registry.registry import Registry
     from experthub.hub.tracing.page import page
     from experthub.hub.tracing.trace import check_traceable
     from experthub.hub.tracing.trace import trace as traced

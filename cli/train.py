@@ -64,8 +64,8 @@ def lora(
 
     Examples: hub train lora --base smollm2-135m-instruct --task bigbench:intent_recognition --name intents
     """
-    from experthub.hub._memory import reuse_memory
-    from experthub.hub.registry import Registry
+    from experthub.hub.files.memory import reuse_memory
+    from experthub.hub.registry.registry import Registry
     from experthub.hub.training.fit import Settings
     from experthub.hub.training.train import train_lora
 
@@ -112,8 +112,8 @@ def full(
     hub train full --base ./base --task mine:letters --name letters --out ./tuned
     """
     from experthub.cli.difference import print_difference
-    from experthub.hub._memory import reuse_memory
-    from experthub.hub.registry import Registry
+    from experthub.hub.files.memory import reuse_memory
+    from experthub.hub.registry.registry import Registry
     from experthub.hub.training.fit import Settings
     from experthub.hub.training.full import train_full
 
@@ -164,8 +164,8 @@ def gate(
 
     Examples: hub train gate intents; hub train gate intents@1 --steps 100 --start 0.1
     """
-    from experthub.hub._memory import reuse_memory
-    from experthub.hub.registry import Registry
+    from experthub.hub.files.memory import reuse_memory
+    from experthub.hub.registry.registry import Registry
     from experthub.hub.training.fit import Settings
     from experthub.hub.training.train import train_gate
 
@@ -223,8 +223,8 @@ def skills(
     Examples: hub train skills --base all-minilm-l6-v2 --tasks bigbench:ruin_names --tasks bigbench:intent_recognition --name inventory;
     hub train skills --base all-minilm-l6-v2 --tasks @tasks.txt --router mhr --skills 4 --heads 8 --name inventory
     """
-    from experthub.hub._memory import reuse_memory
-    from experthub.hub.registry import Registry
+    from experthub.hub.files.memory import reuse_memory
+    from experthub.hub.registry.registry import Registry
     from experthub.hub.training.fit import Settings
     from experthub.hub.training.inventory import shape_of
     from experthub.hub.training.skills import train_skills
@@ -272,8 +272,8 @@ def adapt(
     Examples: hub train adapt inventory --task bigbench:emoji_movie --name emojis;
     hub train adapt inventory --task bigbench:emoji_movie --tune z --shots 64 --name emojis-z
     """
-    from experthub.hub._memory import reuse_memory
-    from experthub.hub.registry import Registry
+    from experthub.hub.files.memory import reuse_memory
+    from experthub.hub.registry.registry import Registry
     from experthub.hub.training.fit import Settings
     from experthub.hub.training.skills import adapt as adapted
     from experthub.hub.training.skills import tune_of

@@ -6,20 +6,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from experthub.hub.composition import Composition, compose
+    from experthub.hub.composition.composition import Composition, compose
     from experthub.hub.errors import HubError
-    from experthub.hub.expert import Expert
+    from experthub.hub.evaluation.evaluation import evaluate
     from experthub.hub.finetunes.difference import Difference, diff
-    from experthub.hub.lock import plan_of
-    from experthub.hub.lockfile import Lock
-    from experthub.hub.plan import Plan
-    from experthub.hub.recipe import Recipe
-    from experthub.hub.registry import Registry
-    from experthub.hub.resolution import resolve
-    from experthub.hub.scoring.evaluation import evaluate
+    from experthub.hub.recipes.lock import plan_of
+    from experthub.hub.recipes.lock_file import Lock
+    from experthub.hub.recipes.plan import Plan
+    from experthub.hub.recipes.recipe import Recipe
+    from experthub.hub.recipes.resolution import resolve
+    from experthub.hub.registry.expert import Expert
+    from experthub.hub.registry.registry import Registry
     from experthub.hub.selection.clusters import cluster
     from experthub.hub.selection.measuring import suggest
-    from experthub.hub.store import Store
+    from experthub.hub.session import Session
+    from experthub.hub.store.store import Store
     from experthub.hub.tracing.trace import Trace, trace
     from experthub.hub.training.fit import Settings
     from experthub.hub.training.full import train_full
@@ -28,25 +29,26 @@ if TYPE_CHECKING:
     from experthub.hub.training.train import train_gate, train_lora
 
 _HOMES = {
-    "Composition": "composition",
+    "Composition": "composition.composition",
     "Difference": "finetunes.difference",
-    "Expert": "expert",
+    "Expert": "registry.expert",
     "HubError": "errors",
     "InventoryShape": "training.inventory",
-    "Lock": "lockfile",
-    "Plan": "plan",
-    "Recipe": "recipe",
-    "Registry": "registry",
+    "Lock": "recipes.lock_file",
+    "Plan": "recipes.plan",
+    "Recipe": "recipes.recipe",
+    "Registry": "registry.registry",
+    "Session": "session",
     "Settings": "training.fit",
-    "Store": "store",
+    "Store": "store.store",
     "Trace": "tracing.trace",
     "adapt": "training.skills",
     "cluster": "selection.clusters",
-    "compose": "composition",
+    "compose": "composition.composition",
     "diff": "finetunes.difference",
-    "evaluate": "scoring.evaluation",
-    "plan_of": "lock",
-    "resolve": "resolution",
+    "evaluate": "evaluation.evaluation",
+    "plan_of": "recipes.lock",
+    "resolve": "recipes.resolution",
     "suggest": "selection.measuring",
     "trace": "tracing.trace",
     "train_full": "training.full",
@@ -65,6 +67,7 @@ __all__ = [
     "Plan",
     "Recipe",
     "Registry",
+    "Session",
     "Settings",
     "Store",
     "Trace",

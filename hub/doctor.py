@@ -14,14 +14,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from experthub.hub._files import hub_home
-from experthub.hub.base_sources import is_here
+from experthub.hub.bases.base_sources import is_here
 from experthub.hub.errors import HubError, NotFoundError
-from experthub.hub.expert import Expert, Reference
-from experthub.hub.registry import Registry
-from experthub.hub.remotes._hf_api import token_path
-from experthub.hub.remotes._http import is_offline
-from experthub.hub.store import Store
+from experthub.hub.files.atomic import hub_home
+from experthub.hub.registry.expert import Expert, Reference
+from experthub.hub.registry.registry import Registry
+from experthub.hub.store.store import Store
+from experthub.hub.transfer.remotes._hf_api import token_path
+from experthub.hub.transfer.remotes._http import is_offline
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 

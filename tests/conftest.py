@@ -20,8 +20,8 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import pytest
 import torch
-from experthub.hub import bases
-from experthub.hub.bases import Base
+from experthub.hub.bases import base as bases
+from experthub.hub.bases.base import Base
 from experthub.hub.tasks.task import Card, Example, example_id, write_task
 from safetensors.torch import save_file
 

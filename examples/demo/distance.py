@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from experthub.hub import Registry
-from experthub.hub.base_sources import find
-from experthub.hub.bases import load_model, load_tokenizer
-from experthub.hub.expert import Reference
-from experthub.hub.scoring.similarity import embedded
+from experthub.hub.bases.base import load_model, load_tokenizer
+from experthub.hub.bases.base_sources import find
+from experthub.hub.readers.similarity import embedded
+from experthub.hub.registry.expert import Reference
 from experthub.hub.tasks.task import read_task
 from torch import Tensor
 

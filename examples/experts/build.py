@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 from experthub import hub
-from experthub.hub import _yaml
-from experthub.hub._files import write_text
-from experthub.hub._memory import reuse_memory
-from experthub.hub.describe import add_folder, write_description
 from experthub.hub.errors import NotFoundError
-from experthub.hub.expert import Reference, Score
+from experthub.hub.files import yaml_files
+from experthub.hub.files.atomic import write_text
+from experthub.hub.files.memory import reuse_memory
+from experthub.hub.registry.expert import Reference, Score
 from experthub.hub.tasks.task import read_task
+from experthub.hub.transfer.describe import add_folder, write_description
 
 HERE = Path(__file__).resolve().parent
 REGISTRY = HERE.parent.parent / "registry.yaml"
@@ -230,9 +230,9 @@ def publish(starter: Starter) -> None:
 
 def forget(name: str) -> None:
     """Make room in the starter registry for an expert that was trained again."""
-    document = _yaml.read(REGISTRY).value
+    document = yaml_files.read(REGISTRY).value
     document["experts"] = [e for e in document["experts"] if e["name"] != name]
-    write_text(REGISTRY, _yaml.dump(document))
+    write_text(REGISTRY, yaml_files.dump(document))
 
 
 def main(names: list[str]) -> None:

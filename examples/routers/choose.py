@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from experthub import hub
-from experthub.hub import _yaml
-from experthub.hub._files import write_json
 from experthub.hub.errors import HubError
+from experthub.hub.files import yaml_files
+from experthub.hub.files.atomic import write_json
 from experthub.hub.tasks.task import Split, read_task
 from run import Run, say
 
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("candidates", type=Path)
     parser.add_argument("--base-only", action="store_true")
     given = parser.parse_args()
-    run = Run(_yaml.read(given.proof).value, 0)
+    run = Run(yaml_files.read(given.proof).value, 0)
     place = given.proof.with_name(f"{given.proof.stem}-{given.candidates.stem}.json")
     known: dict[str, Any] = json.loads(place.read_text()) if place.is_file() else {}
     for name in given.candidates.read_text().split():

@@ -14,8 +14,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from experthub.hub import _yaml
-from experthub.hub._files import write_json
+from experthub.hub.files import yaml_files
+from experthub.hub.files.atomic import write_json
 from run import Run, accuracies, say
 from summary import hits
 
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[30, 100])
     parser.add_argument("--lr", type=float, nargs="+", default=[5e-3, 2e-2])
     given = parser.parse_args()
-    proof = _yaml.read(given.proof).value
+    proof = yaml_files.read(given.proof).value
     proof["tasks"] = proof["tasks"][: given.experts]
     proof["unseen"] = {}
     proof["recipes"] = {name: proof["recipes"][name] for name in proof["watched"]}

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from experthub import hub
-from experthub.hub import _yaml
-from experthub.hub._files import write_json
 from experthub.hub.errors import NotFoundError
-from experthub.hub.expert import Expert, Reference
-from experthub.hub.scoring.routing_map import routing_map
+from experthub.hub.evaluation.routing_map import routing_map
+from experthub.hub.files import yaml_files
+from experthub.hub.files.atomic import write_json
+from experthub.hub.registry.expert import Expert, Reference
 from experthub.hub.tasks.task import Example, Split, Task, read_task, write_task
 
 SEEDS = (0, 1, 2)
@@ -269,7 +269,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="those of the proof by default")
     parser.add_argument("--experts-only", action="store_true")
     given = parser.parse_args()
-    proof = _yaml.read(given.proof).value
+    proof = yaml_files.read(given.proof).value
     runs = [Run(proof, seed) for seed in given.seeds or proof.get("seeds", SEEDS)]
     if given.experts_only:
         for run in runs:

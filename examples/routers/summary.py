@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from experthub.hub.scoring.statistics import bootstrap, hierarchical
+from experthub.hub.evaluation.statistics import bootstrap, hierarchical
 
 HERE = Path(__file__).parent
 RESAMPLES = 2000

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from experthub import hub
-from experthub.hub._files import write_json
-from experthub.hub._memory import reuse_memory
-from experthub.hub.scoring.statistics import bootstrap, kendall, spearman
+from experthub.hub.evaluation.statistics import bootstrap, kendall, spearman
+from experthub.hub.files.atomic import write_json
+from experthub.hub.files.memory import reuse_memory
 
 HERE = Path(__file__).resolve().parent
 MEASURES = ("gates", "prototypes", "embeddings", "tmi")

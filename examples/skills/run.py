@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from experthub import hub
-from experthub.hub import _yaml
-from experthub.hub._files import write_json
-from experthub.hub._memory import reuse_memory
 from experthub.hub.errors import NotFoundError
-from experthub.hub.expert import Reference
+from experthub.hub.files import yaml_files
+from experthub.hub.files.atomic import write_json
+from experthub.hub.files.memory import reuse_memory
+from experthub.hub.registry.expert import Reference
 
 SCRATCH = "lora"  # a LoRA of the held-out task's examples alone
 
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     given = parser.parse_args()
     reuse_memory()
-    study = _yaml.read(given.study).value
+    study = yaml_files.read(given.study).value
     for seed in given.seeds:
         place = given.study.with_name(f"{given.study.stem}-{seed}.json")
         if not place.is_file():

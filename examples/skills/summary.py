@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from experthub.hub.scoring.statistics import hierarchical
+from experthub.hub.evaluation.statistics import hierarchical
 
 HERE = Path(__file__).parent
 HEAD = """## Skills: adapting to a new task by few examples ({name})
@@ -93,11 +93,11 @@ def comparisons(runs: Sequence[dict[str, Any]], study: dict[str, Any]) -> list[s
 
 
 def lines(folder: Path = HERE) -> list[str]:
-    from experthub.hub import _yaml
+    from experthub.hub.files import yaml_files
 
     found = []
     for name, runs in results(folder).items():
-        study: dict[str, Any] = _yaml.read(folder / f"{name}.yaml").value
+        study: dict[str, Any] = yaml_files.read(folder / f"{name}.yaml").value
         head = HEAD.format(
             name=name,
             tasks=len(study["tasks"]),

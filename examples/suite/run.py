@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from experthub import hub
-from experthub.hub import _yaml
-from experthub.hub._files import write_json
 from experthub.hub.errors import NotFoundError
-from experthub.hub.expert import COEFFICIENTS, COEFFICIENTS_JSON, Reference
-from experthub.hub.learning.learned import found_folder
+from experthub.hub.files import yaml_files
+from experthub.hub.files.atomic import write_json
+from experthub.hub.materials.learned import found_folder
+from experthub.hub.registry.expert import COEFFICIENTS, COEFFICIENTS_JSON, Reference
 from experthub.hub.tasks.task import Example, example_id, read_task, write_task
 
 HERE = Path(__file__).parent
@@ -272,7 +272,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--kinds", nargs="+", default=["full", "lora"], choices=["full", "lora"])
     given = parser.parse_args()
-    suite = _yaml.read(given.suite).value
+    suite = yaml_files.read(given.suite).value
     for seed in given.seeds:
         for kind in given.kinds:
             place = given.suite.with_name(f"{given.suite.stem}-{kind}-{seed}.json")

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from experthub.hub.reading.images import Preparation
-from experthub.hub.store import Store
+from experthub.hub.readers.images import Preparation
+from experthub.hub.store.store import Store
 from experthub.hub.tasks import bigbench
 from experthub.hub.tasks.task import Card, Example, example_id, read_task, tasks_folder, write_task
 from PIL import Image, ImageFilter, ImageOps

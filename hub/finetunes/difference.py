@@ -7,17 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experthub.hub._files import new_folder
-from experthub.hub.base_sources import find
-from experthub.hub.bases import Base, Report, linear_modules, silent
-from experthub.hub.describe import describe, run_folder
+from experthub.hub.bases.base import Base, linear_modules
+from experthub.hub.bases.base_sources import find
 from experthub.hub.errors import HubError
-from experthub.hub.expert import Expert
+from experthub.hub.files.atomic import new_folder
 from experthub.hub.finetunes import lora, vector
 from experthub.hub.finetunes.form import MAX_SHARD_SIZE, Form
 from experthub.hub.finetunes.two_models import Changed, Weights, changed_of, pairs_of, weights_of
-from experthub.hub.registry import Registry, checked_name
-from experthub.hub.store import Store
+from experthub.hub.progress import Report, silent
+from experthub.hub.registry.expert import Expert
+from experthub.hub.registry.registry import Registry, checked_name
+from experthub.hub.store.store import Store
+from experthub.hub.transfer.describe import describe, run_folder
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from experthub.hub._files import write_json
-from experthub.hub.bases import Base, Report
+from experthub.hub.bases.base import Base
 from experthub.hub.errors import HubError
-from experthub.hub.expert import ADAPTER, ADAPTER_CONFIG
+from experthub.hub.files.atomic import write_json
 from experthub.hub.finetunes.form import Error, Form
 from experthub.hub.finetunes.two_models import Changed, Weights, read_pair
 from experthub.hub.formats.adapter import PREFIX
+from experthub.hub.progress import Report
+from experthub.hub.registry.expert import ADAPTER, ADAPTER_CONFIG
 from experthub.merge import Dense, LowRank, truncated
 from torch import Tensor
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from experthub.hub._yaml import did_you_mean
-from experthub.hub.bases import Base, Report, weight_files
+from experthub.hub.bases.base import Base, weight_files
 from experthub.hub.errors import HubError, IntegrityError
-from experthub.hub.formats.header import FLOATS, read_header
+from experthub.hub.files.yaml_files import did_you_mean
+from experthub.hub.formats.safetensors_header import FLOATS, read_header
+from experthub.hub.progress import Report
 from torch import Tensor
 
 

@@ -8,19 +8,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from experthub.hub._files import write_json
-from experthub.hub.bases import Base, Report
+from experthub.hub.bases.base import Base
+from experthub.hub.composition.weights import unpacked
 from experthub.hub.errors import HubError
-from experthub.hub.expert import SHARD, SHARD_INDEX, TASK_VECTOR
+from experthub.hub.files.atomic import write_json
 from experthub.hub.finetunes.form import Error, Form
 from experthub.hub.finetunes.two_models import Changed, Weights, read_pair
+from experthub.hub.formats.safetensors_writer import Layout, safetensors_file
 from experthub.hub.formats.task_vector import SHAPES
-from experthub.hub.formats.writer import Layout, safetensors_file
-from experthub.hub.weights import unpacked
+from experthub.hub.progress import Report
+from experthub.hub.registry.expert import SHARD, SHARD_INDEX, TASK_VECTOR
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from experthub.hub.formats.writer import Writer
+    from experthub.hub.formats.safetensors_writer import Writer
 
 DTYPES = {
     "float32": ("F32", torch.float32),

@@ -14,10 +14,19 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from experthub.hub._patterns import matching
-from experthub.hub._yaml import did_you_mean
 from experthub.hub.errors import HubError, IntegrityError
-from experthub.hub.expert import (
+from experthub.hub.files.json_files import read_json, read_small
+from experthub.hub.files.patterns import matching
+from experthub.hub.files.yaml_files import did_you_mean
+from experthub.hub.formats.lora_config import by_pattern, check_config, targeted
+from experthub.hub.formats.safetensors_header import (
+    FLOATS,
+    Header,
+    header_text,
+    parsed,
+    read_header,
+)
+from experthub.hub.registry.expert import (
     ADAPTER,
     COEFFICIENTS,
     ROUTER,
@@ -26,11 +35,8 @@ from experthub.hub.expert import (
     TASK_VECTOR,
     Kind,
 )
-from experthub.hub.formats.header import FLOATS, Header, header_text, parsed, read_header
-from experthub.hub.formats.lora_config import by_pattern, check_config, targeted
 
 PREFIX = "base_model.model."
-MAX_JSON = 64 << 20  # bytes; the longest there are list the tensors of the largest models
 
 
 @dataclass(frozen=True)
@@ -51,27 +57,6 @@ class Adapted:
     embedding: bool = False
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; IntegrityError when the file is damaged."""
-    try:
-        value = json.loads(_small(path).decode())
-    except (ValueError, RecursionError) as error:
-        raise IntegrityError(
-            f"{path} is damaged: {error}", "get it again from its source"
-        ) from None
-    if not isinstance(value, dict):
-        raise IntegrityError(
-            f"{path} is damaged: not a JSON object", "get it again from its source"
-        )
-    return value
-
-
-def _small(path: Path) -> bytes:
-    if path.stat().st_size > MAX_JSON:
-        raise IntegrityError(f"{path} has more than {MAX_JSON} bytes", "is it the right file?")
-    return path.read_bytes()
-
-
 def read_adapter(config: Path, weights: Path, name: str) -> tuple[Adapted, ...]:
     """What a PEFT LoRA changes, module by module, sorted by module.
 
@@ -79,7 +64,7 @@ def read_adapter(config: Path, weights: Path, name: str) -> tuple[Adapted, ...]:
     configuration that asks for more than a low-rank change, and for tensors without a partner, of
     the wrong rank, or that the configuration does not target.
     """
-    text, (header, size) = _small(config), header_text(weights)
+    text, (header, size) = read_small(config), header_text(weights)
     try:
         with matching():
             return _read_adapter(text, header, size)

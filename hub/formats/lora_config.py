@@ -6,9 +6,9 @@ import re
 from reprlib import repr as short
 from typing import Annotated, Any
 
-from experthub.hub._patterns import checked_pattern
-from experthub.hub._yaml import did_you_mean
 from experthub.hub.errors import IntegrityError
+from experthub.hub.files.patterns import checked_pattern
+from experthub.hub.files.yaml_files import did_you_mean
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 # Keys of a LoRA configuration that change nothing, or whose meaning is honoured below.

@@ -8,7 +8,7 @@ from reprlib import repr as short
 from typing import Any
 
 from experthub.hub.errors import IntegrityError
-from experthub.hub.formats.adapter import read_json
+from experthub.hub.files.json_files import read_json
 
 CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json")
 # Beside a model, transformers would load it as well, unfingerprinted.

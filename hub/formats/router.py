@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from experthub.hub._yaml import Closed
 from experthub.hub.errors import IntegrityError
-from experthub.hub.expert import ROUTER_JSON, Digest
-from experthub.hub.formats.adapter import read_json
-from experthub.hub.formats.header import read_header
+from experthub.hub.files.json_files import read_json
+from experthub.hub.files.yaml_files import Closed
+from experthub.hub.formats.safetensors_header import read_header
+from experthub.hub.registry.expert import ROUTER_JSON, Digest
 from pydantic import Field, ValidationError
 
 DTYPES = ("F32", "I64")

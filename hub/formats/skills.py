@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from experthub.hub._yaml import Closed
 from experthub.hub.errors import IntegrityError
-from experthub.hub.expert import SKILLS_JSON
-from experthub.hub.formats.adapter import Adapted, read_json
-from experthub.hub.formats.header import FLOATS, Header, read_header
+from experthub.hub.files.json_files import read_json
+from experthub.hub.files.yaml_files import Closed
+from experthub.hub.formats.adapter import Adapted
+from experthub.hub.formats.safetensors_header import FLOATS, Header, read_header
+from experthub.hub.registry.expert import SKILLS_JSON
 from pydantic import Field, ValidationError
 
 AGAIN = "get both files again, or train the inventory again"

@@ -11,15 +11,15 @@ from reprlib import repr as short
 from typing import Any
 
 from experthub.hub.errors import IntegrityError
-from experthub.hub.expert import SHARD, SHARD_INDEX, TASK_VECTOR
-from experthub.hub.formats.adapter import read_json
-from experthub.hub.formats.header import (
+from experthub.hub.files.json_files import read_json
+from experthub.hub.formats.safetensors_header import (
     FLOATS,
     Header,
     TensorInfo,
     header_text,
     read_header,
 )
+from experthub.hub.registry.expert import SHARD, SHARD_INDEX, TASK_VECTOR
 
 SHAPES = "hub.shapes"  # metadata: the shapes of sparse parameters, as JSON
 CHUNK = 1 << 20

@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from experthub.hub.bases import Report, silent
-from experthub.hub.plan import Plan
-from experthub.hub.reading.features import Features, watched
-from experthub.hub.routes import for_module, is_linear
-from experthub.hub.store import Store
-from experthub.hub.weights import Contents, gates, task_vector
+from experthub.hub.composition.routes import for_module, is_linear
+from experthub.hub.composition.weights import Contents, gates, task_vector
+from experthub.hub.progress import Report, silent
+from experthub.hub.readers.features import Features, watched
+from experthub.hub.recipes.plan import Plan
+from experthub.hub.store.store import Store
 from experthub.merge import LowRank
 from experthub.routing import ExpertStack, Router, arrow, phatgoose, scored
 from torch import Tensor, nn

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from experthub.hub.bases import Report
 from experthub.hub.errors import NotFoundError, UsageError
-from experthub.hub.expert import Expert, Reference
-from experthub.hub.plan import Plan, PlannedExpert
-from experthub.hub.recipe import Recipe
-from experthub.hub.registry import Registry
-from experthub.hub.resolution import resolve
-from experthub.hub.store import Store
+from experthub.hub.progress import Report
+from experthub.hub.recipes.plan import Plan, PlannedExpert
+from experthub.hub.recipes.recipe import Recipe
+from experthub.hub.recipes.resolution import resolve
+from experthub.hub.registry.expert import Expert, Reference
+from experthub.hub.registry.registry import Registry
+from experthub.hub.store.store import Store
 
 KINDS = ("lora", "task_vector")
 

@@ -18,17 +18,17 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
-from experthub.hub.bases import Report, silent
+from experthub.hub.composition.weights import Contents, gates, task_vector
 from experthub.hub.errors import HubError, NotFoundError, UsageError
-from experthub.hub.learning.embedder import Embedder
-from experthub.hub.plan import Plan
-from experthub.hub.reading.features import Features
-from experthub.hub.registry import Registry
+from experthub.hub.materials.embedder import Embedder
+from experthub.hub.progress import Report, silent
+from experthub.hub.readers.features import Features
+from experthub.hub.recipes.plan import Plan
+from experthub.hub.registry.registry import Registry
 from experthub.hub.selection.candidates import candidates
 from experthub.hub.selection.likeness import own_embeddings, own_texts
 from experthub.hub.selection.written import way_of, write_recipe
-from experthub.hub.store import Store
-from experthub.hub.weights import Contents, gates, task_vector
+from experthub.hub.store.store import Store
 from experthub.merge import cosines, gram
 from experthub.routing import standardised
 from torch import Tensor

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from experthub.hub.bases import Report
 from experthub.hub.errors import HubError
-from experthub.hub.plan import Plan, PlannedExpert
+from experthub.hub.progress import Report
+from experthub.hub.recipes.plan import Plan, PlannedExpert
 from experthub.hub.tasks.task import Task, read_task
 from torch import Tensor
 

@@ -7,14 +7,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from experthub.hub.bases import Report, load_model, silent
+from experthub.hub.bases.base import load_model
 from experthub.hub.errors import HubError, UsageError
-from experthub.hub.learning.embedder import Embedder
-from experthub.hub.plan import Plan
-from experthub.hub.reading.features import Features
-from experthub.hub.recipe import Recipe
-from experthub.hub.registry import Registry
-from experthub.hub.scoring.evaluation import check_tasks, evaluate
+from experthub.hub.evaluation.evaluation import check_tasks, evaluate
+from experthub.hub.materials.embedder import Embedder
+from experthub.hub.progress import Report, silent
+from experthub.hub.readers.features import Features
+from experthub.hub.recipes.plan import Plan
+from experthub.hub.recipes.recipe import Recipe
+from experthub.hub.registry.registry import Registry
 from experthub.hub.selection.affinity import ROUTERS, Scores, affinities
 from experthub.hub.selection.candidates import candidates
 from experthub.hub.selection.likeness import mean_embedding, own_embeddings, own_texts
@@ -26,7 +27,7 @@ from experthub.hub.selection.suggestion import (
     best_measure,
 )
 from experthub.hub.selection.tmi import tmi
-from experthub.hub.store import Store
+from experthub.hub.store.store import Store
 from experthub.hub.tasks.task import Split, Task, read_task
 
 OTHERS = 256  # texts in all, by which weights are compared

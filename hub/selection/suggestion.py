@@ -7,14 +7,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from experthub.hub.bases import Report, silent
 from experthub.hub.errors import UsageError
-from experthub.hub.plan import Plan
-from experthub.hub.registry import Registry
-from experthub.hub.scoring.statistics import kendall, spearman
+from experthub.hub.evaluation.statistics import kendall, spearman
+from experthub.hub.progress import Report, silent
+from experthub.hub.recipes.plan import Plan
+from experthub.hub.registry.registry import Registry
 from experthub.hub.selection.affinity import Scores
 from experthub.hub.selection.written import method_for, way_of, write_recipe
-from experthub.hub.store import Store
+from experthub.hub.store.store import Store
 from experthub.hub.tasks.task import Task
 
 Measure = Literal["gates", "prototypes", "embeddings", "tmi"]

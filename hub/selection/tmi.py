@@ -16,12 +16,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from experthub.hub.bases import Report
-from experthub.hub.composition import compose
-from experthub.hub.plan import Plan
-from experthub.hub.reading.features import Features
+from experthub.hub.composition.composition import compose
+from experthub.hub.progress import Report
+from experthub.hub.readers.features import Features
+from experthub.hub.recipes.plan import Plan
 from experthub.hub.selection.candidates import alone
-from experthub.hub.store import Store
+from experthub.hub.store.store import Store
 from torch import Tensor
 
 NEIGHBOUR = 3

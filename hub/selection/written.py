@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from experthub.hub import _yaml
-from experthub.hub._files import check_file, write_text
-from experthub.hub.bases import Report
 from experthub.hub.errors import ConflictError, UsageError
-from experthub.hub.expert import Reference
-from experthub.hub.plan import Plan
-from experthub.hub.recipe import Recipe
-from experthub.hub.registry import Registry
-from experthub.hub.resolution import resolve
-from experthub.hub.store import Store
+from experthub.hub.files import yaml_files
+from experthub.hub.files.atomic import check_file, write_text
+from experthub.hub.progress import Report
+from experthub.hub.recipes.plan import Plan
+from experthub.hub.recipes.recipe import Recipe
+from experthub.hub.recipes.resolution import resolve
+from experthub.hub.registry.expert import Reference
+from experthub.hub.registry.registry import Registry
+from experthub.hub.store.store import Store
 
 
 def check_request(
@@ -48,7 +48,7 @@ def way_of(method: str, routes_only: bool = False) -> dict[str, Any]:
         return {"merge": {"method": method}}
     known = [*routers, *([] if routes_only else merges)]
     kind = "router" if routes_only else "method"
-    raise UsageError(f"there is no {kind} {method!r}", _yaml.did_you_mean(method, known))
+    raise UsageError(f"there is no {kind} {method!r}", yaml_files.did_you_mean(method, known))
 
 
 def write_recipe(
@@ -68,7 +68,7 @@ def write_recipe(
     near = path.resolve().parent
     experts = [_placed(entry, near) for entry in recipe["experts"]]
     placed = {**recipe, "base": _near(recipe["base"], near), "experts": experts}
-    write_text(path, f"# {comment}\n{_yaml.dump(placed)}")
+    write_text(path, f"# {comment}\n{yaml_files.dump(placed)}")
     return plan
 
 

@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
 
-from experthub.hub._files import ensure_space, hub_home, locked
-from experthub.hub._yaml import did_you_mean
-from experthub.hub.bases import Report, silent
 from experthub.hub.errors import HubError, NotFoundError
-from experthub.hub.store import Store
+from experthub.hub.files.atomic import ensure_space, hub_home, locked
+from experthub.hub.files.yaml_files import did_you_mean
+from experthub.hub.progress import Report, silent
+from experthub.hub.store.store import Store
 from experthub.hub.tasks.task import Card, Example, example_id, write_task
 
 VERSION = "1.0.0"
@@ -48,7 +48,7 @@ def archive(store: Store, report: Report = silent) -> Path:
         return store.checked(SHA256)
     with locked(hub_home() / "locks" / "bigbench"):
         if SHA256 not in store:
-            from experthub.hub.remotes import pypi
+            from experthub.hub.transfer.remotes import pypi
 
             ensure_space(store.root, 2 * SIZE)
             partial = pypi.fetch(

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, cast, get_args
 
-from experthub.hub import _yaml, sealed
-from experthub.hub._files import (
+from experthub.hub.errors import ConflictError, HubError, IntegrityError, NotFoundError, UsageError
+from experthub.hub.files import checksummed_text, yaml_files
+from experthub.hub.files.atomic import (
     canonical_json,
     digest_of,
     files_below,
@@ -20,8 +21,7 @@ from experthub.hub._files import (
     sha256_of,
     write_text,
 )
-from experthub.hub._yaml import Closed, did_you_mean
-from experthub.hub.errors import ConflictError, HubError, IntegrityError, NotFoundError, UsageError
+from experthub.hub.files.yaml_files import Closed, did_you_mean
 from pydantic import Field, ValidationError, model_validator
 
 Split = Literal["train", "validation", "test", "all"]
@@ -194,7 +194,7 @@ def read_task(reference: str) -> Task:
 
 def read_folder(folder: Path, reference: str) -> Task:
     """Read and check a task's folder."""
-    card = _yaml.validated(Card, _yaml.read(folder / CARD), "docs/registry.md")
+    card = yaml_files.validated(Card, yaml_files.read(folder / CARD), "docs/registry.md")
     path = folder / EXAMPLES
     if not path.is_file():
         raise IntegrityError(f"task {reference} has no {EXAMPLES}", "import it again")
@@ -249,15 +249,15 @@ def write_task(
         raise ConflictError(f"{reference} exists with other content", f"remove {target} first")
     with new_folder(target, renew) as draft:
         record = card.model_dump(mode="json", exclude_none=True)
-        write_text(draft / CARD, _yaml.dump(record))
+        write_text(draft / CARD, yaml_files.dump(record))
         lines = (e.model_dump(exclude_none=True) for e in task.examples)
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_text(draft / EXAMPLES, text)
         files = {name: sha256_of(draft / name) for name in (CARD, EXAMPLES)}
-        before = sealed.read_manifest(target)
+        before = checksummed_text.read_manifest(target)
         if before and before["files"] != files:
             raise IntegrityError(f"the source of {reference} has changed", "remove and import it")
-        sealed.write_manifest(draft, files, str(source.resolve()) if source else None)
+        checksummed_text.write_manifest(draft, files, str(source.resolve()) if source else None)
     return reference
 
 

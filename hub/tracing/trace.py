@@ -13,14 +13,15 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from experthub.hub._patterns import checked_pattern, matching
-from experthub.hub.bases import Base, Report, load_tokenizer, silent
-from experthub.hub.composition import Composition
+from experthub.hub.bases.base import Base, load_tokenizer
+from experthub.hub.composition.composition import Composition
+from experthub.hub.composition.generation import check_generates, generate_ids, in_chat
 from experthub.hub.errors import UsageError
-from experthub.hub.formats.adapter import read_json
-from experthub.hub.generation import check_generates, generate_ids, in_chat
-from experthub.hub.plan import Plan, layer_of
-from experthub.hub.scoring.similarity import MAX_TOKENS
+from experthub.hub.files.json_files import read_json
+from experthub.hub.files.patterns import checked_pattern, matching
+from experthub.hub.progress import Report, silent
+from experthub.hub.readers.similarity import MAX_TOKENS
+from experthub.hub.recipes.plan import Plan, layer_of
 from experthub.hub.tasks.task import read_task
 from experthub.hub.tracing.summary import Layer, summed_up
 from experthub.hub.tracing.tokens import Token, pieces

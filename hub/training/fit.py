@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experthub.hub._files import write_json
-from experthub.hub.bases import Report
 from experthub.hub.errors import HubError
+from experthub.hub.files.atomic import write_json
+from experthub.hub.progress import Report
 from experthub.hub.tasks.task import Task
 from experthub.hub.training.objectives import Objective
 from torch import Tensor, nn

@@ -7,19 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from experthub.hub._files import check_free, new_folder
-from experthub.hub.base_sources import find
-from experthub.hub.bases import Report, load_model, load_tokenizer, silent, without_bars
-from experthub.hub.describe import run_folder
+from experthub.hub.bases.base import load_model, load_tokenizer, without_bars
+from experthub.hub.bases.base_sources import find
 from experthub.hub.errors import HubError
+from experthub.hub.files.atomic import check_free, new_folder
 from experthub.hub.finetunes.difference import Difference, take_in
 from experthub.hub.finetunes.form import Form
 from experthub.hub.finetunes.two_models import Weights, weights_of
-from experthub.hub.registry import Registry, checked_name
-from experthub.hub.store import Store
+from experthub.hub.progress import Report, silent
+from experthub.hub.registry.registry import Registry, checked_name
+from experthub.hub.store.store import Store
 from experthub.hub.tasks.task import read_task
 from experthub.hub.training.fit import Settings, fit_task
 from experthub.hub.training.objectives import FROZEN, objective_for
+from experthub.hub.transfer.describe import run_folder
 from torch import nn
 
 

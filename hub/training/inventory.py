@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
-from experthub.hub._files import new_folder, write_json
-from experthub.hub.bases import Base
+from experthub.hub.bases.base import Base
+from experthub.hub.composition.export import write_portable
+from experthub.hub.composition.skills import Inventory
 from experthub.hub.errors import HubError, UsageError
-from experthub.hub.expert import SKILLS, SKILLS_JSON
-from experthub.hub.export import write_portable
+from experthub.hub.files.atomic import new_folder, write_json
 from experthub.hub.formats.adapter import PREFIX
 from experthub.hub.formats.skills import SkillsRecord, place_of
-from experthub.hub.skills import Inventory
+from experthub.hub.registry.expert import SKILLS, SKILLS_JSON
 from experthub.hub.training.objectives import FROZEN
 from experthub.routing import AVERAGE, SkilledLinear, TaskRows, check_heads
 from torch import Tensor, nn

@@ -11,10 +11,10 @@ from functools import cache
 from typing import Any, Protocol
 
 import torch
-from experthub.hub.bases import Base, load_model, load_tokenizer
-from experthub.hub.reading.kinds import reader_for
-from experthub.hub.reading.reader import Reader
-from experthub.hub.scoring.similarity import MAX_TOKENS, SCALE, Similarity, pooled
+from experthub.hub.bases.base import Base, load_model, load_tokenizer
+from experthub.hub.readers.reader import Reader
+from experthub.hub.readers.reader_for import reader_for
+from experthub.hub.readers.similarity import MAX_TOKENS, SCALE, Similarity, pooled
 from experthub.hub.tasks.task import Example, Task
 from torch import Tensor, nn
 

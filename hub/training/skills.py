@@ -7,16 +7,16 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast, get_args
 
 import torch
-from experthub.hub.base_sources import find
-from experthub.hub.bases import Report, load_model, silent
-from experthub.hub.describe import describe, run_folder
+from experthub.hub.bases.base import load_model
+from experthub.hub.bases.base_sources import find
+from experthub.hub.composition.skills import Inventory
+from experthub.hub.composition.weights import Tensors
 from experthub.hub.errors import UsageError
-from experthub.hub.expert import SKILLS, Expert, Reference
-from experthub.hub.learning.examples import few
-from experthub.hub.pull import Content, pull
-from experthub.hub.registry import Registry, checked_name
-from experthub.hub.skills import Inventory
-from experthub.hub.store import Store
+from experthub.hub.progress import Report, silent
+from experthub.hub.recipes.examples import few
+from experthub.hub.registry.expert import SKILLS, Expert, Reference
+from experthub.hub.registry.registry import Registry, checked_name
+from experthub.hub.store.store import Store
 from experthub.hub.tasks.task import Example, Task, read_task
 from experthub.hub.training.fit import Settings, fit
 from experthub.hub.training.inventory import (
@@ -30,7 +30,8 @@ from experthub.hub.training.inventory import (
     untrained,
 )
 from experthub.hub.training.objectives import Objective, objective_for
-from experthub.hub.weights import Tensors
+from experthub.hub.transfer.describe import describe, run_folder
+from experthub.hub.transfer.pull import Content, pull
 from experthub.routing import TaskRows
 from torch import Tensor
 

@@ -7,21 +7,22 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from experthub.hub._files import new_folder
-from experthub.hub.base_sources import find
-from experthub.hub.bases import Report, load_model, silent
-from experthub.hub.describe import describe, run_folder
+from experthub.hub.bases.base import load_model
+from experthub.hub.bases.base_sources import find
+from experthub.hub.composition.weights import Contents, task_vector
 from experthub.hub.errors import UsageError
-from experthub.hub.expert import ADAPTER, GATES, Expert, Reference
-from experthub.hub.pull import Content, pull
-from experthub.hub.recipe import Recipe
-from experthub.hub.registry import Registry, checked_name
-from experthub.hub.resolution import resolve
-from experthub.hub.store import Store
+from experthub.hub.files.atomic import new_folder
+from experthub.hub.progress import Report, silent
+from experthub.hub.recipes.recipe import Recipe
+from experthub.hub.recipes.resolution import resolve
+from experthub.hub.registry.expert import ADAPTER, GATES, Expert, Reference
+from experthub.hub.registry.registry import Registry, checked_name
+from experthub.hub.store.store import Store
 from experthub.hub.tasks.task import read_task
 from experthub.hub.training.fit import Settings, fit_task
 from experthub.hub.training.objectives import FROZEN, objective_for
-from experthub.hub.weights import Contents, task_vector
+from experthub.hub.transfer.describe import describe, run_folder
+from experthub.hub.transfer.pull import Content, pull
 from experthub.merge import LowRank
 from experthub.routing import ExpertStack, RoutedLinear, untrained_gate
 from torch import Tensor, nn

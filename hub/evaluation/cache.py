@@ -1,0 +1,60 @@
+"""Scores that were computed once, kept by the digest of all that they depend on.
+
+A unit is up to 32 examples that are scored together.  Its scores are a function of the
+composition, the questions, the scorer, the device and the versions: what comes from here is, to
+the last digit, what would be computed now.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experthub.hub.files.atomic import digest_of, hub_home, write_text
+from experthub.hub.readers.scorer import Question, Scores
+
+UNIT = 32
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Questions that are scored together, and what else their scores depend on."""
+
+    surroundings: dict[str, Any]
+    questions: tuple[Question, ...]
+
+    @property
+    def path(self) -> Path:
+        asked = [[q.text, *q.choices] for q in self.questions]
+        key = digest_of({**self.surroundings, "questions": asked}).removeprefix("sha256:")
+        return hub_home() / "results" / key[:2] / f"{key[2:]}.json"
+
+    def read(self) -> list[Scores] | None:
+        """The scores as they were computed; None when they were not, or were damaged."""
+        try:
+            record = json.loads(self.path.read_text())
+            rows = record["scores"]
+            if record.get("check", digest_of(rows)) != digest_of(rows):
+                return None
+            found = [Scores(tuple(map(float, v)), tuple(map(int, t))) for v, t in rows]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        fits = [
+            len(s.values) == len(q.choices) == len(s.tokens)
+            for s, q in zip(found, self.questions, strict=False)
+        ]
+        return found if len(found) == len(self.questions) and all(fits) else None
+
+    def write(self, scores: Sequence[Scores]) -> None:
+        rows = [[s.values, s.tokens] for s in scores]
+        record = {**self.surroundings, "scores": rows, "check": digest_of(rows)}
+        write_text(self.path, json.dumps(record))
+
+
+def units(surroundings: dict[str, Any], questions: Sequence[Question]) -> list[Unit]:
+    """The questions in units, in their order."""
+    starts = range(0, len(questions), UNIT)
+    return [Unit(surroundings, tuple(questions[at : at + UNIT])) for at in starts]

@@ -1,0 +1,237 @@
+"""Zero-shot evaluation: every choice scored under every composition, next to the base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from experthub.hub.bases.base import Base, load_model, load_tokenizer
+from experthub.hub.composition.composition import Composition, compose
+from experthub.hub.errors import HubError, UsageError
+from experthub.hub.evaluation.cache import units
+from experthub.hub.evaluation.controls import AVERAGE, control_plans, pick
+from experthub.hub.evaluation.result import (
+    BASE,
+    MEASURES,
+    Outcome,
+    comparisons,
+    result,
+    samples,
+    versions,
+)
+from experthub.hub.progress import Report, silent
+from experthub.hub.readers.likelihood import Likelihood
+from experthub.hub.readers.reader import ReaderScorer
+from experthub.hub.readers.reader_for import reader_for
+from experthub.hub.readers.scorer import Measure, Scorer, Scores
+from experthub.hub.readers.similarity import Similarity
+from experthub.hub.recipes.lock import Pins, plan_of
+from experthub.hub.recipes.plan import Plan
+from experthub.hub.recipes.recipe import Recipe
+from experthub.hub.recipes.resolution import resolve
+from experthub.hub.registry.registry import Registry
+from experthub.hub.store.store import Store
+from experthub.hub.tasks.task import Chosen, Split, Task, read_task
+
+
+def evaluate(
+    recipes: Sequence[str | Path] | Mapping[str, Recipe],
+    tasks: Sequence[str],
+    *,
+    split: Split = "test",
+    limit: int | None = None,
+    score: Measure = "mean",
+    controls: bool = False,
+    cache: bool = True,
+    with_samples: bool = False,
+    pins: Pins | None = None,
+    device: str | None = None,
+    seed: int = 0,
+    registry: Registry | None = None,
+    store: Store | None = None,
+    report: Report = silent,
+) -> dict[str, Any]:
+    """Score the base and every recipe on every task; returns the result of the contracts.
+
+    recipes: paths, whose file stems name the columns, or names with recipes; all of one base, a
+    language model, an encoder, a classifier or CLIP.  tasks: references.  split: `train`,
+    `validation`, `test` or `all`; `all` only for tasks on which no expert of a recipe was trained.
+    limit: examples per task, at most.  score: of a choice, from its tokens' log-probabilities:
+    their `mean`, their `sum`, or the sum per `byte` of the choice.  controls: add the columns
+    `best_individual`, `oracle` and `merged`.  cache: use and keep the scores of earlier runs.
+    with_samples: add `samples`, the scores of every example.  pins: for recipes given as files,
+    see `hub.lock.plan_of`.  seed: of the bootstrap.
+    """
+    registry, store = registry or Registry.read(), store or Store()
+    chosen = _chosen(tasks, split, limit)
+    paths: dict[str, str] = {}
+    if isinstance(recipes, Mapping):
+        plans = {name: resolve(one, registry, store, report) for name, one in recipes.items()}
+    else:
+        paths = _named(recipes)
+        plans = {name: plan_of(path, pins, registry, store, report) for name, path in paths.items()}
+    base = _one_base(plans)
+    if split == "all":
+        _refuse_trained(plans, [one.task for one in chosen])
+    dtype = next(iter(plans.values())).dtype
+    bench = _Bench(base, dtype, device, registry, store, report, cache)
+    outcomes = {
+        name: bench.outcomes(name, plan, chosen, score)
+        for name, plan in {BASE: None, **plans}.items()
+    }
+    between = {name: outcomes[name] for name in plans}
+    picked: dict[str, Any] = {}
+    if controls:
+        plans[AVERAGE], alone = control_plans(plans, registry, store, report)
+        outcomes[AVERAGE] = bench.outcomes(AVERAGE, plans[AVERAGE], chosen, score)
+        singles = {name: bench.outcomes(name, plan, chosen, score) for name, plan in alone.items()}
+        columns, picked = pick(singles, chosen)
+        outcomes |= columns
+    protocol = MEASURES[score] if base.causal else bench.scorer.name
+    found = result(chosen, outcomes, split=split, score=protocol, seed=seed)
+    found["recipes"] = {
+        name: {"digest": plan.digest, "path": paths.get(name)} for name, plan in plans.items()
+    }
+    found["comparisons"] = comparisons(between, seed)
+    extra = {"controls": picked} if controls else {}
+    return found | extra | ({"samples": samples(chosen, outcomes)} if with_samples else {})
+
+
+class _Bench:
+    """One base, loaded when a score is not known yet, and the models composed on it."""
+
+    def __init__(
+        self,
+        base: Base,
+        dtype: str,
+        device: str | None,
+        registry: Registry,
+        store: Store,
+        report: Report,
+        cache: bool,
+    ) -> None:
+        self.base, self.dtype, self.device = base, dtype, device or "cpu"
+        self.registry, self.store, self.report, self.cache = registry, store, report, cache
+
+    @cached_property
+    def model(self) -> Any:
+        self.report("loading the base", 0, 0)
+        return load_model(self.base, self.dtype, self.device)
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        if self.base.causal:
+            return Likelihood(load_tokenizer(self.base))
+        if self.base.encoder:
+            return Similarity(lambda: self.model, load_tokenizer(self.base))
+        return ReaderScorer(reader_for(self.base, self.device, lambda: self.model))
+
+    def outcomes(
+        self, name: str, plan: Plan | None, chosen: Sequence[Chosen], measure: Measure
+    ) -> list[Outcome]:
+        """How the base, or the composition of a plan, does on every task."""
+        methods = plan.recipe.methods if plan else []
+        by_task = any("task" in method.strategy.needs for method in methods)
+        surroundings: dict[str, Any] = {
+            "composition": plan.digest if plan else [self.base.fingerprint, self.dtype],
+            "scorer": self.scorer.name,
+            "device": self.device.partition(":")[0],
+            "versions": versions(),
+        }
+        composed: Composition | None = None
+        found = []
+        for one in chosen:
+            what = f"{name} on {one.task.reference}"
+            questions = [self.scorer.question(one.task, example) for example in one.examples]
+            scores: list[Scores] = []
+            near = surroundings | ({"task": one.task.reference} if by_task else {})
+            for unit in units(near, questions):
+                known = unit.read() if self.cache else None
+                if known is None:
+                    composed = composed or self._composed(plan)
+                    with composed.tasks(one.task.reference) if composed else nullcontext():
+                        model = composed.model if composed else self.model
+                        known = self.scorer.scores(model, unit.questions)
+                    if self.cache:
+                        unit.write(known)
+                scores += known
+                self.report(what, len(scores), len(questions))
+            found.append(Outcome.of(one.task, one.examples, questions, scores, measure))
+        return found
+
+    def _composed(self, plan: Plan | None) -> Composition | None:
+        """The composition of a plan; None for the base."""
+        if plan is None:
+            return None
+        return compose(
+            plan, model=self.model, registry=self.registry, store=self.store, report=self.report
+        )
+
+
+def check_tasks(
+    tasks: Sequence[str], plans: Mapping[str, Plan], split: Split, limit: int | None
+) -> None:
+    """Refuse what `evaluate` would of tasks, for those who have more to do before it."""
+    chosen = _chosen(tasks, split, limit)
+    if split == "all":
+        _refuse_trained(plans, [one.task for one in chosen])
+
+
+def _chosen(references: Sequence[str], split: Split, limit: int | None) -> list[Chosen]:
+    chosen = []
+    for task in (read_task(reference) for reference in references):
+        if not task.ranked:
+            raise UsageError(f"task {task.reference} has no choices to rank", "choose another task")
+        chosen.append(Chosen(task, tuple(task.split(split, limit))))
+    return chosen
+
+
+def _named(paths: Sequence[str | Path]) -> dict[str, str]:
+    named = {Path(path).stem: str(path) for path in paths}
+    if len(named) < len(paths) or BASE in named:
+        raise UsageError(
+            "recipes are told apart by their file names, and two are the same or 'base'",
+            "rename one of the files",
+        )
+    return named
+
+
+def _one_base(plans: Mapping[str, Plan]) -> Base:
+    if not plans:
+        raise UsageError("there is no recipe to evaluate", "name a recipe.yaml")
+    bases = {plan.base.fingerprint: plan.base for plan in plans.values()}
+    dtypes = {plan.dtype for plan in plans.values()}
+    if len(bases) > 1 or len(dtypes) > 1:
+        found = sorted({b.name for b in bases.values()} | (dtypes if len(dtypes) > 1 else set()))
+        raise UsageError(
+            f"the recipes have different bases or dtypes: {', '.join(found)}",
+            "evaluate them in separate runs",
+        )
+    return next(iter(bases.values()))
+
+
+def _refuse_trained(plans: Mapping[str, Plan], tasks: Sequence[Task]) -> None:
+    """Refuse tasks, by content, on which an expert of a recipe was trained."""
+    unseen = {task.digest: task.reference for task in tasks}
+    for name, plan in plans.items():
+        for member in plan.members:
+            trained = _digest_of(member.task, tasks)
+            if trained in unseen:
+                raise UsageError(
+                    f"--split all: {member.reference} of {name} was trained on {unseen[trained]}",
+                    "use --split test, which its training did not see",
+                )
+
+
+def _digest_of(reference: str | None, tasks: Sequence[Task]) -> str | None:
+    """The content of the task that an expert names, as far as it is here."""
+    for task in tasks:
+        if task.reference == reference:
+            return task.digest
+    try:
+        return read_task(reference).digest if reference else None
+    except HubError:
+        return None

@@ -1,0 +1,119 @@
+"""Pictures of results and of what was learned; they need matplotlib, the extra `plot`."""
+
+from __future__ import annotations
+
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from experthub.hub.errors import HubError
+from experthub.hub.files.atomic import written
+
+
+def plot_result(result: dict[str, Any], path: Path) -> None:
+    """Accuracy by task and method as a table, each cell coloured by its difference to the base."""
+    names = list(result["average"])
+    rows = [
+        (row["task"].partition(":")[2] or row["task"], row["methods"]) for row in result["tasks"]
+    ]
+    rows.append(("average", result["average"]))
+    accuracies = [[scores[name]["accuracy"] for name in names] for _, scores in rows]
+    deltas = [[scores[name]["delta_to_base"] for name in names] for _, scores in rows]
+    figure, axes = _figure(1.25 * len(names) + 3, 0.36 * len(rows) + 1.3)
+    values = [[d["value"] for d in row] for row in deltas]
+    axes.imshow(values, cmap="RdBu", vmin=-0.4, vmax=0.4, aspect="auto")
+    for i, row in enumerate(accuracies):
+        for j, accuracy in enumerate(row):
+            low, high = deltas[i][j]["ci95"]
+            clear = low > 0 or high < 0
+            dark = abs(values[i][j]) > 0.25
+            axes.text(
+                j,
+                i,
+                f"{accuracy:.3f}",
+                ha="center",
+                va="center",
+                weight="bold" if clear else "normal",
+                color="white" if dark else "black",
+            )
+    axes.set_xticks(range(len(names)), names, rotation=20, ha="left")
+    axes.xaxis.tick_top()
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axes.axhline(len(rows) - 1.5, color="black", linewidth=1)
+    n = sum(row["n"] for row in result["tasks"])
+    axes.set_xlabel(
+        f"accuracy, zero-shot, {n} examples; blue: above the base, red: below;\n"
+        "bold: the 95 % interval of the paired difference leaves out zero"
+    )
+    _save(figure, path)
+
+
+def plot_routing(found: dict[str, Any], name: str, path: Path) -> None:
+    """The mean weight of every expert in every layer, as a heat map."""
+    layers, experts = found["layers"], found["experts"]
+    figure, axes = _figure(0.55 * len(experts) + 3, 0.2 * len(layers) + 2.2)
+    image = axes.imshow(found["weights"], cmap="viridis", vmin=0, aspect="auto")
+    axes.set_xticks(range(len(experts)), experts, rotation=35, ha="right")
+    axes.set_yticks(range(len(layers)), layers)
+    axes.set_ylabel("layer")
+    axes.set_title(f"{name}: mean weight over {found['tokens']} tokens", fontsize=10)
+    figure.colorbar(image, ax=axes)
+    _save(figure, path)
+
+
+def plot_coefficients(
+    values: list[list[float]], experts: list[str], blocks: list[str], name: str, path: Path
+) -> None:
+    """A coefficient for every expert and block, as a heat map with zero in the middle.
+
+    values: `[experts][blocks]`.
+    """
+    parts = [block.split(".") for block in blocks]
+    # What all labels begin with says nothing.
+    shared = len(list(takewhile(_alike, zip(*parts, strict=False))))
+    shown = [".".join(part[min(shared, len(part) - 1) :]).removesuffix(".weight") for part in parts]
+    figure, axes = _figure(0.55 * len(experts) + 5, min(60, 0.16 * len(blocks) + 2.2))
+    limit = max((abs(value) for row in values for value in row), default=0) or 1.0
+    columns = [list(column) for column in zip(*values, strict=True)]
+    image = axes.imshow(columns, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+    axes.set_xticks(range(len(experts)), experts, rotation=35, ha="right")
+    axes.set_yticks(range(len(blocks)), shown, fontsize=7 if len(blocks) > 20 else 9)
+    axes.set_title(f"{name}: coefficients", fontsize=10)
+    figure.colorbar(image, ax=axes)
+    _save(figure, path)
+
+
+def plot_similarity(rows: list[list[float]], experts: list[str], by: str, path: Path) -> None:
+    """Cosines between experts as a heat map, each written into its cell.
+
+    rows: `[experts][experts]`.
+    """
+    figure, axes = _figure(0.7 * len(experts) + 3, 0.5 * len(experts) + 2)
+    image = axes.imshow(rows, cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
+    for i, row in enumerate(rows):
+        for j, value in enumerate(row):
+            color = "white" if abs(value) > 0.6 else "black"
+            axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=color, fontsize=8)
+    axes.set_xticks(range(len(experts)), experts, rotation=35, ha="right")
+    axes.set_yticks(range(len(experts)), experts)
+    axes.set_title(f"cosine of experts by {by}", fontsize=10)
+    figure.colorbar(image, ax=axes)
+    _save(figure, path)
+
+
+def _alike(column: tuple[str, ...]) -> bool:
+    return len(set(column)) == 1
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise HubError("pictures need matplotlib", "pip install 'experthub[plot]'") from None
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _save(figure: Any, path: Path) -> None:
+    with written(path) as file:
+        figure.savefig(file, format="png", dpi=130)

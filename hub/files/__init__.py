@@ -1,0 +1,1 @@
+"""Files of the hub: written atomically, hashed, parsed."""

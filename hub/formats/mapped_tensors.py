@@ -1,0 +1,97 @@
+"""Tensors of many parts in one file that is mapped and not read: a part costs microseconds.
+
+A folder holds `tensors.bin`, in which each tensor begins at a multiple of 64 bytes, `index.json`, in
+which every part has its settings and where its tensors are, and a manifest of both, by which `hub
+verify` finds damage.  It is for what can be made again: what experts are exchanged in is safetensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from experthub.hub.files import checksummed_text
+from experthub.hub.files.atomic import sha256_of, write_json, written
+from torch import Tensor
+
+DATA, INDEX = "tensors.bin", "index.json"
+DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "I8": torch.int8,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+ALIGNED = 64  # bytes
+
+
+class TensorsWriter:
+    """Writes such a folder part after part; the file and its index appear at the end, or neither."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.end, self.sha256 = folder, 0, hashlib.sha256()
+        self.parts: list[dict[str, Any]] = []
+
+    def __enter__(self) -> TensorsWriter:
+        self.stack = ExitStack()
+        self.file: IO[bytes] = self.stack.enter_context(written(self.folder / DATA))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.stack.__exit__(*error)
+        if error[0] is None:
+            write_json(self.folder / INDEX, {"parts": self.parts})
+            files = {DATA: self.sha256.hexdigest(), INDEX: sha256_of(self.folder / INDEX)}
+            checksummed_text.write_manifest(self.folder, files)
+
+    def put(self, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Add a part: plain values, and tensors under their names."""
+        places: dict[str, Any] = {}
+        for name, tensor in tensors.items():
+            self._write(b"\0" * (-self.end % ALIGNED))
+            places[name] = [NAMES[tensor.dtype], list(tensor.shape), self.end]
+            data: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+            self._write(memoryview(data))
+        self.parts.append({"settings": dict(settings), "tensors": places})
+
+    def _write(self, data: bytes | memoryview) -> None:
+        self.file.write(data)
+        self.sha256.update(data)
+        self.end += len(data)
+
+
+class MappedTensors:
+    """The parts of such a folder, which stay readable when it is removed.
+
+    Raises LookupError, TypeError, ValueError, AttributeError, RuntimeError or OSError when damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / DATA
+        self.parts = json.loads((folder / INDEX).read_bytes())["parts"]
+        # A private mapping: what is written to a tensor by mistake never reaches the file.
+        self.data: Any = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, number: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """A part's settings and tensors."""
+        part = self.parts[number]
+        places = part["tensors"].items()
+        return part["settings"], {name: self._tensor(*place) for name, place in places}
+
+    def _tensor(self, dtype: str, shape: list[int], start: int) -> Tensor:
+        kind = DTYPES[dtype]
+        if start % ALIGNED or start + math.prod(shape) * kind.itemsize > self.data.nbytes():
+            raise ValueError(f"a tensor at {start} is outside of the file")
+        empty: Any = torch.empty(0, dtype=kind)
+        tensor: Tensor = empty.set_(self.data, start // kind.itemsize, shape)
+        return tensor

@@ -1,0 +1,50 @@
+"""Which reader a base has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from experthub.hub.bases.base import Base, load_model, load_tokenizer
+from experthub.hub.errors import UsageError
+from experthub.hub.files.json_files import read_json
+from experthub.hub.readers.images import Clip, ImageClassifier, Preparation
+from experthub.hub.readers.reader import Reader
+from experthub.hub.readers.similarity import Similarity
+from experthub.hub.readers.text import Encoder, LanguageModel, Seq2Seq, TextClassifier
+
+
+def reader_for(base: Base, device: str | None, loaded: Callable[[], Any] | None = None) -> Reader:
+    """The reader of a base's kind; UsageError for one that has none.
+
+    loaded: gives the base's model, where one is at hand, for heads that are made of text.
+    """
+    loaded = loaded or cache(lambda: load_model(base, "float32", device))
+    config = read_json(base.folder / "config.json")
+    kind = base.architecture
+    if kind.endswith("ForImageClassification"):
+        preparation = Preparation.of(base.folder, int(config.get("image_size", 224)))
+        return ImageClassifier(preparation, _labels(config))
+    if kind == "CLIPModel":
+        side = int(config.get("vision_config", {}).get("image_size", 224))
+        return Clip(Preparation.of(base.folder, side), load_tokenizer(base), loaded)
+    if base.causal:
+        return LanguageModel(load_tokenizer(base))
+    if kind.endswith("ForConditionalGeneration") and config.get("is_encoder_decoder"):
+        return Seq2Seq(load_tokenizer(base))
+    if kind.endswith("ForSequenceClassification"):
+        return TextClassifier(load_tokenizer(base), _labels(config))
+    if base.encoder:
+        return Encoder(Similarity(loaded, load_tokenizer(base)))
+    raise UsageError(
+        f"{base.name} is a {kind}, which gives no choices a score",
+        "use a language model, an encoder, a classifier or CLIP",
+    )
+
+
+def _labels(config: dict[str, object]) -> dict[str, int]:
+    """Label -> output of a classifier, as its configuration names them."""
+    named = config.get("id2label")
+    pairs = named.items() if isinstance(named, dict) else ()
+    return {str(label): int(index) for index, label in pairs}

@@ -1,0 +1,1 @@
+"""From a recipe to a plan and its lock file."""

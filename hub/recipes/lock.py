@@ -1,0 +1,193 @@
+"""Lock files: what a recipe is made of, pinned by digest and source, so that it stays the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from experthub.hub.errors import ConflictError, NotFoundError, UsageError
+from experthub.hub.files import yaml_files
+from experthub.hub.files.atomic import digest_of
+from experthub.hub.progress import Report, silent
+from experthub.hub.recipes.examples import PlannedData
+from experthub.hub.recipes.lock_file import SUFFIX, Lock, LockedExpert, LockedTask, lock_path
+from experthub.hub.recipes.plan import Plan
+from experthub.hub.recipes.recipe import DataUse, ExpertUse, Recipe
+from experthub.hub.recipes.resolution import find_content, resolve
+from experthub.hub.registry.expert import Reference
+from experthub.hub.registry.registry import BaseEntry, Layer, Registry, RegistryFile
+from experthub.hub.store.store import Store
+from experthub.hub.tasks.task import read_task
+from experthub.hub.transfer.pull import Content
+from pydantic import ValidationError
+
+Pins = Literal["locked", "frozen"]
+
+
+def recipe_digest(path: Path) -> str:
+    """The digest of a recipe file's values."""
+    return digest_of(yaml_files.read(path).value)
+
+
+def lock(
+    path: Path,
+    registry: Registry | None = None,
+    store: Store | None = None,
+    *,
+    update: Sequence[str] | None = (),
+    report: Report = silent,
+) -> Lock:
+    """The lock that a recipe should have now; what it pins is in the store when this returns.
+
+    A method that learns does so now, unless it has before.  An expert keeps the content that the
+    recipe's present lock gives it while its reference still allows that.  update: names whose newest version is taken instead; None for all.  Nothing is
+    written.
+    """
+    registry, store = registry or Registry.read(), store or Store()
+    recipe = Recipe.read(path)
+    held = lock_path(path)
+    known = Lock.read(held).members if held.is_file() else []
+    pinned = [
+        _kept(use, known, update) or find_content(use, registry, store, report)
+        for use in recipe.uses
+    ]
+    plan = resolve(recipe, registry, store, report, pinned=pinned)
+    if plan.learns and plan.found is None:
+        from experthub.hub.materials.learned import learned
+
+        plan = replace(plan, found=learned(plan, registry=registry, store=store, report=report))
+    return Lock.of(plan, recipe_digest(path))
+
+
+def _kept(
+    use: ExpertUse, known: Sequence[LockedExpert], update: Sequence[str] | None
+) -> Content | None:
+    """What the present lock has for a use; None where it is to be looked up."""
+    if update is None or Reference.parse(use.expert).name in update:
+        return None
+    return next((entry.content for entry in known if _allows(use, entry)), None)
+
+
+def _allows(use: ExpertUse, entry: LockedExpert) -> bool:
+    """Whether a recipe's reference can mean what a lock holds."""
+    wanted = Reference.parse(use.expert)
+    if not wanted.name:
+        return use.expert == entry.expert
+    held = Reference.parse(entry.expert)
+    return (
+        wanted.name == held.name
+        and wanted.version in (None, held.version)
+        and entry.digest.startswith(wanted.digest)
+    )
+
+
+def plan_of(
+    path: Path | str,
+    pins: Pins | None = None,
+    registry: Registry | None = None,
+    store: Store | None = None,
+    report: Report = silent,
+) -> Plan:
+    """Resolve a recipe file, to what its lock pins if that is asked for.
+
+    pins: `locked` takes what the lock pins and asks the registries whether its names still mean
+    that; `frozen` takes the lock as it is, without them; None looks everything up anew.  Raises
+    NotFoundError without a lock, ConflictError when the recipe, a name or the base has changed
+    since.
+    """
+    path = Path(path)
+    recipe = Recipe.read(path)
+    if pins is None:
+        return resolve(recipe, registry, store, report)
+    held = Lock.read(lock_path(path))
+    if held.recipe != recipe_digest(path):
+        raise ConflictError(f"{path} has changed since it was locked", f"run hub lock {path}")
+    contents = [member.content for member in held.members]
+    if pins == "locked":
+        registry = registry or Registry.read()
+        contents = [_as_known(content, registry, path) for content in contents]
+    else:
+        registry = _registry_of(held, path, recipe)
+    data = None
+    if held.data:
+        use = recipe.data or DataUse.model_validate(held.data.use)
+        data = PlannedData(use, tuple(_now(task, pins) for task in held.data.tasks))
+    kept = held.coefficients or held.router
+    found = kept.content if kept else None
+    if found and pins == "locked" and recipe.stored:
+        found = _as_known(found, registry, path)
+    plan = resolve(recipe, registry, store, report, pinned=contents, data=data, found=found)
+    if plan.digest != held.composition:
+        raise ConflictError(
+            f"{path} resolves to {plan.digest[:19]}, and its lock says {held.composition[:19]}",
+            f"the base or the lock was changed: run hub lock {path}",
+        )
+    return plan
+
+
+def _now(locked: LockedTask, pins: Pins) -> str:
+    """The digest of a task: as it is here, or for `frozen`, or where it is not here, as locked."""
+    if pins == "frozen":
+        return locked.digest
+    try:
+        return read_task(locked.task).digest
+    except NotFoundError:
+        return locked.digest
+
+
+def _as_known(content: Content, registry: Registry, path: Path) -> Content:
+    """The registries' entry for what a lock pins; ConflictError when it has another content."""
+    reference = Reference.parse(content.reference)
+    if not reference.name:
+        return content
+    known = Content.of(registry.expert(reference))
+    if known.digest != content.digest:
+        raise ConflictError(
+            f"{content.reference} is {known.digest[:19]} now, and the lock of {path} says "
+            f"{content.digest[:19]}",
+            f"run hub lock {path}, or use --frozen",
+        )
+    return known
+
+
+def _registry_of(held: Lock, path: Path, recipe: Recipe) -> Registry:
+    """A registry that knows the locked base, by what the recipe calls it, and nothing else."""
+    base = held.base
+    if Reference.parse(recipe.base).folder or Reference.parse(recipe.base).remote:
+        return Registry(())
+    entry = BaseEntry(
+        sources=base.sources, sha256=base.sha256, fingerprint=base.fingerprint, aka=[recipe.base]
+    )
+    try:
+        known = RegistryFile(version=1, bases={base.name: entry})
+    except ValidationError:
+        raise UsageError(
+            f"{lock_path(path)}: {base.name!r} is no base's name", f"run hub lock {path}"
+        ) from None
+    return Registry((Layer(lock_path(path), known),))
+
+
+def check_lock(
+    path: Path,
+    registry: Registry | None = None,
+    store: Store | None = None,
+    report: Report = silent,
+) -> Lock:
+    """A recipe's lock, when `--locked` would take it; ConflictError, NotFoundError otherwise."""
+    plan_of(path, "locked", registry, store, report)
+    return Lock.read(lock_path(path))
+
+
+def locked_with(name: str, folder: Path) -> list[Path]:
+    """The recipes of a folder whose locks pin an expert; UsageError when there is none."""
+    found = []
+    for held in sorted(folder.glob(f"*{SUFFIX}")):
+        recipe = held.with_name(held.name.removesuffix(SUFFIX) + ".yaml")
+        names = {Reference.parse(m.expert).name for m in Lock.read(held).members}
+        if recipe.is_file() and name in names:
+            found.append(recipe)
+    if not found:
+        raise UsageError(f"no lock in {folder} pins {name}", "name the recipe")
+    return found

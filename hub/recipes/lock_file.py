@@ -1,0 +1,157 @@
+"""The lock file: what is written in `<recipe>.lock.yaml`, and how it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from experthub.hub.errors import NotFoundError
+from experthub.hub.files import checksummed_text, yaml_files
+from experthub.hub.files.atomic import hub_home
+from experthub.hub.files.yaml_files import Closed
+from experthub.hub.recipes.plan import Plan
+from experthub.hub.registry.expert import Digest, absolute_source, relative_source
+from experthub.hub.registry.registry import HEX
+from experthub.hub.store.leases import lease
+from experthub.hub.store.roots import remember
+from experthub.hub.transfer.pull import Content
+from pydantic import Field, StringConstraints
+
+SUFFIX = ".lock.yaml"
+
+
+class LockedBase(Closed):
+    """The base: what it is called, what it is, and where to get it."""
+
+    name: str
+    fingerprint: Digest
+    sources: Annotated[list[str], Field(min_length=1)]
+    sha256: Annotated[str, StringConstraints(pattern=HEX)] | None = None
+
+
+class LockedExpert(Closed):
+    """One expert: what it is called, what it is, and where to get it."""
+
+    expert: str
+    digest: Digest
+    sources: Annotated[list[str], Field(min_length=1)]
+    task: str | None = None
+    as_: Annotated[str | None, Field(alias="as")] = None
+    weight: float = 1.0
+
+    @property
+    def content(self) -> Content:
+        return Content(self.expert, self.digest, tuple(self.sources), self.task)
+
+
+class LockedMerge(Closed):
+    """An expert that is a merge of experts."""
+
+    merge: dict[str, Any]
+    experts: Annotated[list[LockedExpert], Field(min_length=1)]
+    rank: int | None = None
+    as_: Annotated[str | None, Field(alias="as")] = None
+    weight: float = 1.0
+
+
+class LockedTask(Closed):
+    """One task that a merge learned from."""
+
+    task: str
+    digest: Digest
+
+
+class LockedData(Closed):
+    """What a method learned from; see `hub.recipe.DataUse`."""
+
+    tasks: Annotated[list[LockedTask], Field(min_length=1)]
+    split: str
+    labels: bool
+    shots: int | None = None
+    limit: int | None = None
+
+    @property
+    def use(self) -> dict[str, Any]:
+        """As a recipe would say it."""
+        rest = self.model_dump(exclude={"tasks"})
+        return {"tasks": [task.task for task in self.tasks], **rest}
+
+
+class Lock(Closed):
+    """`<recipe>.lock.yaml`, version 1.
+
+    recipe: the digest of the recipe's values; comments and layout do not count.  composition: the
+    digest of the plan, which everything that changes the composed weights is part of.
+    """
+
+    version: Literal[1]
+    recipe: Digest
+    composition: Digest
+    base: LockedBase
+    experts: Annotated[list[LockedExpert | LockedMerge], Field(min_length=1)]
+    merge: dict[str, Any] | None = None
+    route: dict[str, Any] | None = None
+    parts: list[dict[str, Any]] | None = None
+    targets: str | None = None
+    dtype: str
+    seed: int
+    allow_base_mismatch: bool
+    data: LockedData | None = None
+    coefficients: LockedExpert | None = None
+    router: LockedExpert | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> Lock:
+        """Read a lock file, its sources made absolute.
+
+        Raises NotFoundError when there is none, UsageError with file and line for a malformed one.
+        """
+        if not path.is_file():
+            raise NotFoundError(f"there is no lock {path}", "make it with hub lock")
+        lock = yaml_files.validated(cls, yaml_files.read(path), "docs/recipes.md")
+        return lock._placed(lambda source: absolute_source(source, path.resolve().parent))
+
+    @classmethod
+    def of(cls, plan: Plan, recipe: str) -> Lock:
+        """The lock of a plan.  recipe: the digest of the recipe's values."""
+        return cls.model_validate({**plan.lock, "recipe": recipe})
+
+    def write(self, path: Path) -> None:
+        """Write the file; sources inside its folder are relative to it, so that both can move."""
+        near = self._placed(lambda source: relative_source(source, path.resolve().parent))
+        with lease(hub_home()):  # no collection between the two
+            remember(path)
+            checksummed_text.write(path, yaml_files.dump(near.record()))
+
+    def record(self) -> dict[str, Any]:
+        """The lock as plain values, for `--json` and the file."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+    @property
+    def members(self) -> list[LockedExpert]:
+        """The experts, those of nested merges included, in the recipe's order."""
+        groups = [[e] if isinstance(e, LockedExpert) else e.experts for e in self.experts]
+        return [member for group in groups for member in group]
+
+    def _placed(self, place: Callable[[str], str]) -> Lock:
+        """The lock with every source rewritten."""
+
+        def there(entry: Any) -> Any:
+            if isinstance(entry, LockedMerge):
+                return entry.model_copy(update={"experts": list(map(there, entry.experts))})
+            return entry.model_copy(update={"sources": list(map(place, entry.sources))})
+
+        update: dict[str, Any] = {
+            "base": there(self.base),
+            "experts": list(map(there, self.experts)),
+        }
+        for key in ("coefficients", "router"):
+            if getattr(self, key):
+                update[key] = there(getattr(self, key))
+        return self.model_copy(update=update)
+
+
+def lock_path(recipe: Path) -> Path:
+    """Where a recipe's lock is: beside it, under its stem."""
+    return recipe.with_name(recipe.stem + SUFFIX)

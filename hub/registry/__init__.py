@@ -1,0 +1,1 @@
+"""Names of experts and bases, and what they refer to."""

@@ -1,0 +1,1 @@
+"""The content-addressed store of experts, and who uses what is in it."""

@@ -1,0 +1,1 @@
+"""Moving experts: from and to folders, archives and remote repositories."""

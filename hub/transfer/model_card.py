@@ -1,0 +1,95 @@
+"""The README of an expert's repository: what the Hub reads off it, and what a person wants to know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from experthub.hub.files import yaml_files
+from experthub.hub.registry.expert import ADAPTER, Expert, Identity
+from experthub.hub.registry.registry import Registry
+
+
+def model_card(expert: Expert, identity: Identity, registry: Registry, repository: str) -> str:
+    """A model card: metadata, description, scores, training, files, and how to use it.
+
+    repository: where it will be, `org/name`.
+    """
+    known = registry.bases().get(expert.base)
+    base = known.aka[0] if known and known.aka else expert.base
+    lora = expert.kind == "lora"
+    metadata: dict[str, Any] = {
+        "library_name": "peft" if lora else "transformers",
+        "base_model": base,
+        "base_model_relation": "adapter" if lora else "finetune",
+        "license": expert.license,
+        "datasets": [expert.task.partition(":")[2].split("/")[0]] if expert.task else None,
+        "tags": [
+            "experthub",
+            *(["lora", f"base_model:adapter:{base}"] if lora else []),
+            *expert.tags,
+        ],
+    }
+    given = {key: value for key, value in metadata.items() if value}
+    parts = [
+        f"---\n{yaml_files.dump(given)}---\n",
+        f"# {expert.name}\n\n{expert.description}\n",
+        _facts(expert, identity, base),
+        _scores(expert),
+        _use(repository, base, lora),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _facts(expert: Expert, identity: Identity, base: str) -> str:
+    rows = {
+        "kind": expert.kind,
+        "base": base,
+        "trained on": expert.task,
+        "digest": identity.digest,
+        "base's fingerprint": identity.base_fingerprint,
+        "gates": "PHATGOOSE" if any("gates" in name for name in identity.files) else None,
+    }
+    training = {k: v for k, v in expert.training.items() if not isinstance(v, dict)}
+    rows["training"] = ", ".join(f"{k} {v}" for k, v in training.items()) or None
+    lines = [f"| {name} | `{value}` |" for name, value in rows.items() if value]
+    return "\n".join(["| | |", "| --- | --- |", *lines]) + "\n"
+
+
+def _scores(expert: Expert) -> str:
+    if not expert.scores:
+        return ""
+    head = [
+        "## Scores",
+        "",
+        "| task | split | n | base | expert |",
+        "| --- | --- | --: | --: | --: |",
+    ]
+    rows = [
+        f"| {s.task} | {s.split} | {s.n} | {s.base:.3f} | {s.expert:.3f} |" for s in expert.scores
+    ]
+    return "\n".join([*head, *rows]) + "\n"
+
+
+def _use(repository: str, base: str, lora: bool) -> str:
+    text = f"""## Use
+
+```yaml
+base: {base}
+experts: [hf:{repository}]
+merge: {{method: linear}}
+```
+
+`hub compose recipe.yaml` composes it; `hub pull hf:{repository}` brings it here, checked.
+"""
+    if not lora:
+        return text
+    return f"""{text}
+With peft, from the file `{ADAPTER}`:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{repository}")
+```
+"""

@@ -1,0 +1,162 @@
+"""Experts as OCI images, after the CNCF ModelPack specification: in a shared folder or an archive.
+
+One expert, with one description, makes one manifest digest: nothing in it depends on time or place.
+https://github.com/modelpack/model-spec (v0.0.7)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import shutil
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from experthub.hub.errors import ConflictError
+from experthub.hub.files.atomic import canonical_json, locked, written
+from experthub.hub.formats.oci_layout import (
+    EXPERT_DIGEST,
+    FILE_NAME,
+    INDEX,
+    MARK,
+    REFERENCE,
+    Layout,
+)
+from experthub.hub.registry.expert import DESCRIPTION, Expert
+from experthub.hub.store.store import Store
+from experthub.hub.transfer.describe import description
+
+MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
+INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
+MODEL_TYPE = "application/vnd.cncf.model"
+CHUNK = 1 << 20
+
+Content = Path | bytes  # a file of the store, or the bytes themselves
+
+
+@dataclass(frozen=True)
+class Image:
+    """An expert as it is shared.
+
+    files: the expert's own, by name.  blobs: these, the config and the manifest, by sha256.  entry:
+    its line in an index.
+    """
+
+    expert: Expert
+    files: dict[str, Content]
+    entry: dict[str, Any]
+    blobs: dict[str, Content]
+
+
+def image(expert: Expert, store: Store) -> Image:
+    """Package an expert that is in the store; its bytes are checked."""
+    blobs: dict[str, Content] = {}
+    identity = store.identity(expert.digest)
+    files: dict[str, Content] = {n: store.file(expert.digest, n) for n in identity.files}
+    files[DESCRIPTION] = description(expert, identity).encode()
+    layers = []
+    for name, content in files.items():
+        kind = "weight" if name.endswith(".safetensors") else "weight.config"
+        named = {FILE_NAME: name, "org.opencontainers.image.title": name}
+        layer = _descriptor(f"{MODEL_TYPE}.{kind}.v1.raw", content, blobs)
+        layers.append(layer | {"annotations": named})
+    config = {
+        "descriptor": {"name": expert.name, "version": str(expert.version)}
+        | ({"description": expert.description} if expert.description else {})
+        | ({"licenses": [expert.license]} if expert.license else {}),
+        "config": {"format": "safetensors"},
+        "modelfs": {"type": "layers", "diffIds": [layer["digest"] for layer in layers]},
+    }
+    stated = {
+        EXPERT_DIGEST: expert.digest,
+        "dev.experthub.expert.kind": expert.kind,
+        "dev.experthub.expert.base": expert.base,
+        "dev.experthub.expert.base.fingerprint": identity.base_fingerprint,
+        "dev.experthub.expert.format": "1",
+    }
+    manifest = {
+        "schemaVersion": 2,
+        "mediaType": MANIFEST_TYPE,
+        "artifactType": f"{MODEL_TYPE}.manifest.v1+json",
+        "config": _descriptor(f"{MODEL_TYPE}.config.v1+json", canonical_json(config), blobs),
+        "layers": layers,
+        "annotations": {key: value for key, value in stated.items() if value},
+    }
+    entry = _descriptor(MANIFEST_TYPE, canonical_json(manifest), blobs)
+    marks = {REFERENCE: expert.reference, EXPERT_DIGEST: expert.digest}
+    return Image(expert, files, entry | {"annotations": marks}, blobs)
+
+
+def _descriptor(kind: str, content: Content, blobs: dict[str, Content]) -> dict[str, Any]:
+    if isinstance(content, Path):
+        sha256, size = content.parent.name + content.name, content.stat().st_size
+    else:
+        sha256, size = hashlib.sha256(content).hexdigest(), len(content)
+    blobs[sha256] = content
+    return {"mediaType": kind, "digest": f"sha256:{sha256}", "size": size}
+
+
+def write_folder(made: Image, folder: Path) -> None:
+    """Add an image to a shared folder: blobs first, the index last; a reader sees old or new.
+
+    Raises ConflictError when the name and version have other content there, or when the folder is
+    something else.
+    """
+    own = {".lock", "blobs", MARK, INDEX}
+    if folder.exists() and not own.issuperset(path.name for path in folder.iterdir()):
+        raise ConflictError(f"{folder} is in use, and is no shared folder", "name a new folder")
+    with locked(folder / ".lock"):
+        present = Layout.read(folder).entries if (folder / INDEX).is_file() else []
+        entries = [made.entry]
+        for entry in present:
+            if entry.annotations.get(REFERENCE) != made.expert.reference:
+                entries.append(entry.model_dump(mode="json", exclude_unset=True))
+            elif entry.annotations.get(EXPERT_DIGEST) != made.expert.digest:
+                raise ConflictError(
+                    f"{folder} has a {made.expert.reference} already, with other content",
+                    "give yours a new version, or push to another folder",
+                )
+        for name, content in _files([made], entries).items():
+            path = folder / name
+            if name == INDEX or not path.is_file() or path.stat().st_size != size_of(content):
+                with written(path) as file, _stream(content) as data:
+                    shutil.copyfileobj(data, file, CHUNK)
+
+
+def write_archive(made: Sequence[Image], path: Path) -> None:
+    """Write images to a new tar archive; the same experts make the same bytes."""
+    if path.exists():
+        raise ConflictError(f"{path} is there already", "name a new file, or remove it")
+    with (
+        written(path) as file,
+        tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as archive,
+    ):
+        for name, content in _files(made, [image.entry for image in made]).items():
+            member = tarfile.TarInfo(name)
+            member.size, member.mode = size_of(content), 0o644
+            with _stream(content) as data:
+                archive.addfile(member, data)
+
+
+def _files(made: Sequence[Image], entries: list[dict[str, Any]]) -> dict[str, Content]:
+    """Everything that a layout consists of, in the order in which it is to be written."""
+    blobs = {f"blobs/sha256/{k}": v for image in made for k, v in image.blobs.items()}
+    index = {
+        "schemaVersion": 2,
+        "mediaType": INDEX_TYPE,
+        "manifests": sorted(entries, key=canonical_json),
+    }
+    mark = canonical_json({"imageLayoutVersion": "1.0.0"})
+    return {**dict(sorted(blobs.items())), MARK: mark, INDEX: canonical_json(index)}
+
+
+def size_of(content: Content) -> int:
+    """In bytes."""
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+def _stream(content: Content) -> IO[bytes]:
+    return io.BytesIO(content) if isinstance(content, bytes) else content.open("rb")

@@ -1,0 +1,95 @@
+"""The layer rules, read off the source."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ORDER = ("cli", "hub", "routing", "merge")
+SOURCES = sorted(p for package in ORDER for p in (ROOT / package).rglob("*.py"))
+# Modules of hub that load or run models; weights and composition are what they hand on.
+MODEL_MODULES = {"base", "composition", "fit", "generation", "train"}
+SOCKETS = {"socket", "http", "urllib", "httpx", "requests", "huggingface_hub"}
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+def calls(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name):
+            yield node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_to_the_right_only(path: Path) -> None:
+    package = path.relative_to(ROOT).parts[0]
+    allowed = ORDER[ORDER.index(package) :]
+    for name in imports(path):
+        if not name.startswith("experthub"):
+            continue
+        parts = name.split(".")
+        assert parts[1] in allowed, f"{path.name} imports {name}"
+        if parts[1] in ("merge", "routing") and parts[1] != package:
+            assert len(parts) == 2, f"{path.name} imports {name}, past the façade"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_what_each_layer_may_import(path: Path) -> None:
+    place = path.relative_to(ROOT)
+    roots = {name.split(".")[0] for name in imports(path)}
+    if place.parts[0] in ("merge", "routing"):
+        assert roots <= {"torch", "experthub", *sys.stdlib_module_names}
+    if place.parts[:3] != ("hub", "transfer", "remotes"):
+        assert not {n for n in imports(path) if n == "urllib.request"} and not (
+            roots & (SOCKETS - {"urllib"})
+        )
+    if "transformers" in roots or "peft" in roots:
+        assert place.parts[0] == "hub" and path.stem in MODEL_MODULES
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_house_rules(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 320, "too long: find the second purpose in it"
+    if path.name != "atomic.py" and path.parts[-2] != "remotes":
+        assert not {"write_text", "write_bytes"} & {
+            node.func.attr
+            for node in ast.walk(ast.parse(text))
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        }, "files are written through hub/files/atomic.py"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ExceptHandler):
+            caught = ast.unparse(node.type) if node.type else ""
+            assert caught not in ("", "Exception"), "name what is caught"
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 65, f"{node.name} is too long"
+        assert not isinstance(node, ast.Assert), "assert is for tests"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["list"], ["list", "--bases"], ["pull", "--help"], ["tasks", "list"], ["doctor"]],
+)
+def test_light_commands_do_not_import_torch(arguments: list[str]) -> None:
+    script = (
+        "import sys\nfrom experthub.cli.main import app\n"
+        "try:\n    app(sys.argv[1:])\nexcept SystemExit as end:\n"
+        "    heavy = {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
+        "    sys.exit(f'imported {heavy}' if heavy else end.code)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
