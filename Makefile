@@ -1,4 +1,4 @@
-# make demo: the main job on real input.  make test: the tests.  Both make .venv first.
+# `make demo` runs the demo on real data, and `make test` runs the tests. Both create .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := build/demo
@@ -20,12 +20,14 @@ demo: .venv/.installed
 	$(BIN)/hub eval $(RECIPES) --tasks @examples/demo/unseen.txt \
 		--split all --limit 64 --out $(DEMO)/results.json --plots $(DEMO)
 
-# The demo's table with what a choice among the experts could reach; goes on from the demo's scores.
+# Add the controls to the demo's table: the accuracy that a choice among the experts could reach.
+# The command reuses the demo's scores.
 demo-controls: demo
 	$(BIN)/hub eval $(RECIPES) --tasks @examples/demo/unseen.txt \
 		--split all --limit 64 --controls --out $(DEMO)/controls.json
 
-# What the composed models keep of the experts' own skills: the test split of the training tasks.
+# Evaluate the composed models on the test split of the training tasks. The scores show how much of
+# the experts' own skills the models keep.
 demo-skills: .venv/.installed
 	$(BIN)/hub pull smollm2-135m-instruct $$(cat examples/demo/experts.txt)
 	$(BIN)/hub tasks import bigbench $$(sed 's/^bigbench://' examples/demo/trained.txt)
@@ -33,7 +35,7 @@ demo-skills: .venv/.installed
 	$(BIN)/hub eval $(RECIPES) --tasks @examples/demo/trained.txt \
 		--split test --limit 64 --out $(DEMO)/skills.json
 
-# Six of the experts on their own tasks, by merges that learn their coefficients.
+# Evaluate merges that learn their coefficients, on the training tasks of six experts.
 demo-learned: .venv/.installed
 	$(BIN)/hub pull smollm2-135m-instruct $$(cat examples/demo/experts.txt)
 	$(BIN)/hub tasks import bigbench $$(sed 's/^bigbench://' examples/learned/tasks.txt)
@@ -41,7 +43,8 @@ demo-learned: .venv/.installed
 	$(BIN)/hub eval examples/learned/*.yaml --tasks @examples/learned/tasks.txt \
 		--split test --limit 64 --out $(DEMO)/learned.json
 
-# Tasks near the experts' own: the same kind from another source or in another language.
+# Evaluate the recipes on tasks that are similar to the training tasks: the same kind of task from
+# another source or in another language.
 demo-near: .venv/.installed
 	$(BIN)/hub pull smollm2-135m-instruct $$(cat examples/demo/experts.txt)
 	$(BIN)/hub tasks import bigbench $$(sed 's/^bigbench://' examples/demo/near.txt)
@@ -49,7 +52,8 @@ demo-near: .venv/.installed
 	$(BIN)/hub eval $(RECIPES) --tasks @examples/demo/near.txt \
 		--split all --limit 64 --out $(DEMO)/near.json
 
-# Every merge on real tasks, three seeds, full fine-tunes and LoRAs: many hours; goes on where it stopped.
+# Evaluate every merge on real tasks with three seeds, for full fine-tunes and LoRAs. The command
+# takes many hours and resumes where it stopped.
 suite-encoder: .venv/.installed
 	$(BIN)/hub pull all-minilm-l6-v2
 	$(BIN)/hub tasks import bigbench $$(sed -n 's/^  - bigbench://p' examples/suite/encoder.yaml)
@@ -62,28 +66,31 @@ suite-vision: .venv/.installed
 	$(BIN)/python examples/suite/run.py examples/suite/vision.yaml
 	$(BIN)/python examples/suite/table.py
 
-# Every router on tasks that no expert was trained on, three seeds: many hours; goes on where it stopped.
+# Evaluate every router on tasks that no expert was trained on, with three seeds. The command takes
+# many hours and resumes where it stopped.
 routers-encoder: .venv/.installed
 	$(BIN)/hub pull all-minilm-l6-v2
 	$(BIN)/hub tasks import bigbench $$(sed -n 's/^ *- bigbench:\([^ ]*\).*/\1/p' examples/routers/encoder.yaml)
 	$(BIN)/python examples/routers/run.py examples/routers/encoder.yaml
 	$(BIN)/python examples/suite/table.py
 
-# The same on the language model, with the starter experts: some hours.
+# Evaluate the same on the language model, with the starter experts. The command takes some hours.
 routers-smollm2: .venv/.installed
 	$(BIN)/hub pull smollm2-135m-instruct all-minilm-l6-v2 $$(cat examples/demo/experts.txt)
 	$(BIN)/hub tasks import bigbench $$(sed -n 's/^ *- bigbench:\([^ ]*\).*/\1/p' examples/routers/smollm2.yaml)
 	$(BIN)/python examples/routers/run.py examples/routers/smollm2.yaml
 	$(BIN)/python examples/suite/table.py
 
-# Inventories of skills adapted by few examples, three seeds: some hours; goes on where it stopped.
+# Evaluate inventories of skills that are adapted from few examples, with three seeds. The command
+# takes some hours and resumes where it stopped.
 skills-encoder: .venv/.installed
 	$(BIN)/hub pull all-minilm-l6-v2
 	$(BIN)/hub tasks import bigbench $$(sed -n 's/^ *- bigbench://p' examples/skills/encoder.yaml)
 	$(BIN)/python examples/skills/run.py examples/skills/encoder.yaml
 	$(BIN)/python examples/suite/table.py
 
-# How well hub suggest ranks experts on real tasks, against what each of them does alone: hours; goes on from kept scores.
+# Measure how well `hub suggest` ranks experts on real tasks. The ranking is compared with the score
+# of each expert alone. The command takes hours and reuses stored scores.
 suggest-judge: .venv/.installed
 	$(BIN)/hub pull all-minilm-l6-v2 $$(sed -n 's/^- name: \(.*-minilm\)$$/\1/p' registry.yaml)
 	$(BIN)/hub pull smollm2-135m-instruct $$(cat examples/demo/experts.txt)
@@ -92,7 +99,7 @@ suggest-judge: .venv/.installed
 	$(BIN)/python examples/selection/judge.py smollm2-135m-instruct --limit 32 \
 		--tasks examples/selection/first.txt --out examples/selection/smollm2.json
 
-# Programs of others that the tests meet, each in an environment of its own.
+# Install third-party programs that the tests run against, each in its own environment.
 peers: $(PEERS)
 
 build/peers/%/.installed: tests/peers/%.txt | .venv/.installed
@@ -101,7 +108,7 @@ build/peers/%/.installed: tests/peers/%.txt | .venv/.installed
 	$(BIN)/python -m pip --python $(@D) install --quiet --disable-pip-version-check --no-deps -r $<
 	touch $@
 
-# Without a peer its tests are skipped, unless HUB_PEERS=required.
+# If a peer cannot be installed, its tests are skipped. With HUB_PEERS=required, this is an error.
 test: .venv/.installed
 	$(MAKE) peers || test "$$HUB_PEERS" != required
 	$(BIN)/ruff check .

@@ -1,8 +1,12 @@
-"""Our side of the AdaMerging benchmark, in a process of its own as the peer's is.
+"""Run our side of the AdaMerging benchmark in its own process, like the peer's side.
 
-Reads one command a line from stdin, and answers each with one line of JSON on stdout:
-`seconds WHAT`, the median of several; `peak WHAT`, bytes of anonymous memory; and `gradient FILE`.
-WHAT is `step`; `halves`, with task vectors in bfloat16; or `lora`, with as many LoRAs in their place.
+The script reads one command per line from stdin and answers each with one line of JSON on stdout:
+
+- `seconds WHAT` returns the median time of several steps.
+- `peak WHAT` returns the peak of anonymous memory in bytes.
+- `gradient FILE` writes the first gradient.
+
+WHAT is `step`, `halves` (task vectors in bfloat16) or `lora` (as many LoRAs instead).
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from experthub.merge import Delta, Dense, Fit, Learner, LowRank, TaskVector, learn
+from experthub.merge import Delta, Dense, Fit, LowRank, Materials, TaskVector, learn_coefficients
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -45,7 +49,12 @@ RANK = 4
 
 
 class Inputs:
-    """The unlabelled inputs of all tasks, which the encoder reads in one batch."""
+    """The unlabelled inputs of all tasks, which the encoder reads in one batch.
+
+    Args:
+        problem: The problem of the benchmark.
+        sizes: The number of inputs of each task.
+    """
 
     labels = held_out = real = None
 
@@ -55,6 +64,15 @@ class Inputs:
         self.sizes = [sizes] * TASKS
 
     def logits(self, rows: Sequence[Tensor], view: int = 0) -> list[Tensor]:
+        """Compute the logits of some inputs of every task.
+
+        Args:
+            rows: The places of the inputs, for each task.
+            view: This argument is ignored.
+
+        Returns:
+            The logits `[inputs, classes]` of each task.
+        """
         pairs = zip(self.problem.inputs, rows, strict=True)
         batch = together([{k: v[r] for k, v in inputs.items()} for inputs, r in pairs])
         parts = features(self.model, batch).split([len(r) for r in rows])
@@ -62,7 +80,14 @@ class Inputs:
 
 
 def loras(problem: Problem) -> list[TaskVector]:
-    """Random LoRAs of all linear layers that the encoder's embedding passes through."""
+    """Create random LoRAs on all linear layers that the embedding passes through.
+
+    Args:
+        problem: The problem of the benchmark.
+
+    Returns:
+        A task vector for each expert.
+    """
     model, random = problem.model(), torch.Generator().manual_seed(0)
     linears = {
         f"{name}.weight": module.weight.shape
@@ -82,7 +107,14 @@ def loras(problem: Problem) -> list[TaskVector]:
 
 
 def vectors(problem: Problem) -> list[TaskVector]:
-    """The task vectors, read from their files when they are asked for."""
+    """Return the dense task vectors, which are read from their files on demand.
+
+    Args:
+        problem: The problem of the benchmark.
+
+    Returns:
+        A task vector for each expert.
+    """
 
     def change(file: Path, name: str) -> Dense:
         with safe_open(file, framework="pt") as tensors:
@@ -100,17 +132,36 @@ def vectors(problem: Problem) -> list[TaskVector]:
 def fitted(
     problem: Problem, inputs: Inputs, steps: int, what: str = "step", **ports: Callable[..., Any]
 ) -> Any:
-    """The coefficients of some steps of layer-wise AdaMerging; the one call that is measured."""
+    """Learn coefficients with some steps of layer-wise AdaMerging. This is the call that is measured.
+
+    Args:
+        problem: The problem of the benchmark.
+        inputs: The unlabelled inputs.
+        steps: The number of steps.
+        what: `step`, `halves` or `lora`.
+        **ports: Callbacks for progress and for the state of the optimiser.
+
+    Returns:
+        The learned coefficients.
+    """
     halves = what == "halves"
     fit = Fit(
         "entropy", "layer", start=INITIAL, steps=steps, lr=RATE, batch_size=INPUTS, halves=halves
     )
     given = loras(problem) if what == "lora" else vectors(problem)
-    return learn(given, Learner(inputs, **ports), fit)
+    return learn_coefficients(given, Materials(inputs, **ports), fit)
 
 
 def step_seconds(problem: Problem, what: str) -> float:
-    """From the end of a step to that of the next, without what comes before the first."""
+    """Time a step from the end of the one before it, so that the preparation does not count.
+
+    Args:
+        problem: The problem of the benchmark.
+        what: `step`, `halves` or `lora`.
+
+    Returns:
+        The median time in seconds.
+    """
     ends: list[float] = []
     inputs = Inputs(problem, len(problem.inputs[0]["input_ids"]))
     fitted(problem, inputs, REPEATS + 1, what, report=lambda *_: ends.append(time.perf_counter()))
@@ -118,7 +169,14 @@ def step_seconds(problem: Problem, what: str) -> float:
 
 
 def gradient(problem: Problem) -> dict[str, Tensor]:
-    """Of the initial coefficients, by parameter: Adam's first mean is a tenth of it."""
+    """Return the gradient of the initial coefficients, computed from Adam's first mean, a tenth of it.
+
+    Args:
+        problem: The problem of the benchmark.
+
+    Returns:
+        The gradient of the experts' coefficients, by parameter.
+    """
     states: list[Any] = []
     found = fitted(problem, Inputs(problem, INPUTS), 1, save=states.append)
     columns = zip(found.blocks, (states[-1]["exp_avg"] / 0.1).T, strict=True)
@@ -126,7 +184,15 @@ def gradient(problem: Problem) -> dict[str, Tensor]:
 
 
 def do(paths: list[Path], command: str) -> Any:
-    """The answer to one command."""
+    """Answer one command.
+
+    Args:
+        paths: The folder of the encoder and the folder of the problem.
+        command: The command.
+
+    Returns:
+        The answer, which can be written as JSON.
+    """
     if command == "versions":
         return {name: version(name) for name in ("torch", "transformers", "experthub")}
     if command.startswith("gradient "):
@@ -141,7 +207,7 @@ def do(paths: list[Path], command: str) -> Any:
 
 
 def main() -> None:
-    """Answer until stdin ends; only answers go to stdout."""
+    """Answer commands until stdin ends. Only answers go to stdout."""
     answers, sys.stdout = sys.stdout, sys.stderr
     logging.disable_progress_bar()
     threads, *paths = sys.argv[1:]

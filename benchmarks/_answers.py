@@ -1,4 +1,4 @@
-"""The loop of a process that answers commands, one a line, each with one line of JSON; standard library only."""
+"""Answer commands from stdin, one per line, each with one line of JSON. Needs only the standard library."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from typing import Any
 
 
 def answer(side: Any) -> None:
-    """`word a b` calls `side.do_word("a", "b")`, until stdin ends; only answers go to stdout."""
+    """Answer commands until stdin ends. Only answers go to stdout.
+
+    Args:
+        side: The object that answers: the command `word a b` calls `side.do_word("a", "b")`.
+    """
     answers, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         word, *rest = line.split()

@@ -1,4 +1,4 @@
-"""What the benchmarks share: options, random experts, rounds, and their statistics."""
+"""Shared parts of the benchmarks: options, random experts, rounds, and statistics."""
 
 from __future__ import annotations
 
@@ -28,26 +28,42 @@ Times = dict[str, list[float]]
 
 
 def arguments(description: str | None, **numbers: tuple[Sequence[int], str]) -> argparse.Namespace:
-    """The options of every benchmark, and lists of numbers by name: their default, and what they are."""
+    """Parse the options that every benchmark has, and further options with lists of numbers.
+
+    Args:
+        description: The text that `--help` shows.
+        **numbers: The default and the help text of each further option.
+
+    Returns:
+        The parsed options.
+    """
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (at least 5)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
+    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds, at least 5")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file")
     parser.add_argument(
         "--cache",
         type=Path,
         default=hub_home() / "benchmarks",
-        help="where the peer's virtual environment is kept ($HUB_HOME/benchmarks)",
+        help="folder of the peers' virtual environments (default: $HUB_HOME/benchmarks)",
     )
     for name, (default, text) in numbers.items():
         parser.add_argument(f"--{name}", type=int, nargs="*", default=default, help=text)
     options = parser.parse_args()
     if options.rounds < 5:
-        parser.error("a median needs at least 5 rounds")
+        parser.error("a median needs at least 5 rounds; pass --rounds 5 or more")
     return options
 
 
 def make_experts(folder: Path, base: Base) -> list[Path]:
-    """Random rank-8 LoRAs of all linear kinds with gates, small enough for sane logits."""
+    """Write random LoRAs with gates on every linear module, small enough for sane logits.
+
+    Args:
+        folder: The folder under which every expert gets a folder.
+        base: The base that the experts fit.
+
+    Returns:
+        The folders of the experts.
+    """
     kinds = tuple(f".{linear}.weight" for linear in LINEARS)
     modules = [name.removesuffix(".weight") for name in base.shapes if name.endswith(kinds)]
     folders = []
@@ -73,19 +89,36 @@ def make_experts(folder: Path, base: Base) -> list[Path]:
 
 
 def add_experts(folder: Path, experts: list[Path]) -> tuple[Store, Path]:
-    """A store under a folder that holds the experts, and the registry that names them."""
+    """Create a store that holds the experts, and a registry that names them.
+
+    Args:
+        folder: The folder for the store and the registry.
+        experts: The folders of the experts.
+
+    Returns:
+        The store, and the path of the registry.
+    """
     store, registry = Store(folder / "store"), folder / "registry.yaml"
     entries = []
     for place in experts:
         digest, _ = store.add(place)
         entry = {"name": place.name, "base": BASE, "sources": [f"file:{place}"], "digest": digest}
         entries.append(entry)
-    registry.write_text(json.dumps({"version": 1, "experts": entries}))  # JSON is YAML
+    registry.write_text(json.dumps({"version": 1, "experts": entries}))  # JSON is valid YAML
     return store, registry
 
 
 def timed(call: Callable[[], Any]) -> Callable[[], float]:
-    """The call as a case: seconds, with the garbage of the last one collected before."""
+    """Return a function that times a call in seconds.
+
+    Garbage is collected before the call, so that a call does not pay for the one before it.
+
+    Args:
+        call: The call to time.
+
+    Returns:
+        A function that calls it and returns the seconds it took.
+    """
 
     def seconds() -> float:
         gc.collect()
@@ -99,7 +132,15 @@ def timed(call: Callable[[], Any]) -> Callable[[], float]:
 
 
 def run_rounds(cases: dict[str, Callable[[], float]], rounds: int) -> Times:
-    """Every case once per round, in turn (A B C A B C ...), after one round of warm-up."""
+    """Run every case once per round, in turn (A B C A B C ...), after one round of warm-up.
+
+    Args:
+        cases: For each case, a function that returns the seconds it took.
+        rounds: The number of rounds that count.
+
+    Returns:
+        The seconds of each case, one value per round.
+    """
     times: Times = {name: [] for name in cases}
     for count in range(rounds + 1):
         for name, case in cases.items():
@@ -111,17 +152,40 @@ def run_rounds(cases: dict[str, Callable[[], float]], rounds: int) -> Times:
 
 
 def ratio(times: Times, name: str, to: str) -> float:
-    """The median over rounds of the ratio of two cases in one round."""
+    """Return the median over rounds of the ratio of two cases within a round.
+
+    Args:
+        times: The seconds of each case.
+        name: The case in the numerator.
+        to: The case in the denominator.
+
+    Returns:
+        The median ratio.
+    """
     return median(a / b for a, b in zip(times[name], times[to], strict=True))
 
 
 def spread(seconds: list[float]) -> str:
-    """Median, smallest and largest, as a column of a table."""
+    """Format the median, the smallest and the largest time as a cell of a table.
+
+    Args:
+        seconds: The times of one case.
+
+    Returns:
+        The text of the cell.
+    """
     return f"{median(seconds):8.3f} s ({min(seconds):.3f} to {max(seconds):.3f})"
 
 
 def surroundings(peer_versions: dict[str, str]) -> dict[str, Any]:
-    """What the figures depend on besides the code."""
+    """Describe the machine, its load and the versions, on which the times depend.
+
+    Args:
+        peer_versions: The versions of the peer's packages.
+
+    Returns:
+        The description, as it stands in the JSON file.
+    """
     ours = {name: version(name) for name in ("torch", "transformers")}
     load = [round(x, 2) for x in os.getloadavg()]
     machine = {"processors": os.cpu_count(), "threads": THREADS, "machine": platform.machine()}
@@ -129,7 +193,12 @@ def surroundings(peer_versions: dict[str, str]) -> dict[str, Any]:
 
 
 def finish(result: dict[str, Any], to: Path | None) -> None:
-    """Write the result, with whether the peer stayed out of this process."""
+    """Write the result, and record whether peft was imported into this process.
+
+    Args:
+        result: The result of a benchmark.
+        to: The JSON file to write, if any.
+    """
     result["peft_imported_here"] = "peft" in sys.modules
     print(f"load average before: {result['surroundings']['load_average']}")
     if to:

@@ -1,12 +1,15 @@
-"""fusion_bench's side of the AdaMerging benchmark; run by `_peer.Peer` with its own interpreter.
+"""Run fusion_bench for the AdaMerging benchmark. `_peer.Peer` starts this script with its own interpreter.
 
-Reads one command a line from stdin, and answers each with one line of JSON on stdout:
-`seconds` or `peak` with what is measured, `step`, `bare` or `bare together`: seconds of one, the
-median of several, or bytes of anonymous memory; and `gradient FILE`.
+The script reads one command per line from stdin and answers each with one line of JSON on stdout:
 
-The step is that of `fusion_bench/method/adamerging/layer_wise_adamerging.py` with the options of its
-`config/method/adamerging/clip.yaml`. Its loop itself cannot be called without a Lightning fabric,
-whose `backward` on a CPU is the loss's own.
+- `seconds WHAT` returns the median time of several steps.
+- `peak WHAT` returns the peak of anonymous memory in bytes.
+- `gradient FILE` writes the first gradient.
+
+WHAT is `step`, `bare` or `bare together`. The step equals the one in
+`fusion_bench/method/adamerging/layer_wise_adamerging.py` with the options of
+`config/method/adamerging/clip.yaml`. The loop itself cannot be called without a Lightning fabric,
+whose `backward` on a CPU calls that of the loss.
 """
 
 from __future__ import annotations
@@ -47,7 +50,11 @@ PACKAGES = ("torch", "transformers", "fusion_bench")
 
 
 class Learning:
-    """The merged model and its optimiser, as fusion_bench constructs them."""
+    """The merged model and its optimiser, constructed as in fusion_bench.
+
+    Args:
+        problem: The problem of the benchmark.
+    """
 
     def __init__(self, problem: Problem) -> None:
         self.problem, self.steps = problem, 0
@@ -63,7 +70,14 @@ class Learning:
         self.module.merge_weights()
 
     def finetuned(self, expert: int) -> Any:
-        """The base with a task vector added, which fusion_bench takes off again."""
+        """Return the base plus a task vector, because fusion_bench subtracts the base again.
+
+        Args:
+            expert: The number of the expert.
+
+        Returns:
+            The model.
+        """
         model, vector = self.problem.model(), self.problem.vector(expert)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -71,12 +85,14 @@ class Learning:
         return model
 
     def backward(self) -> None:
+        """Compute the gradients of one step, task by task."""
         for task in range(TASKS):
             batch = self.problem.batch(task, self.steps)
             loss = entropy_loss(self.problem.logits(self.module, batch, task))
             loss.backward(retain_graph=True)
 
     def step(self) -> None:
+        """Run one step: gradients, Adam, and the merge of the new weights."""
         self.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -84,26 +100,31 @@ class Learning:
         self.steps += 1
 
     def gradient(self) -> dict[str, torch.Tensor]:
-        """Of the initial coefficients, by parameter."""
+        """Return the gradient of the initial coefficients, by parameter."""
         self.backward()
         found = self.module.merge_weight.grad
         return {name: found[:, place].clone() for place, name in enumerate(self.names)}
 
 
 class Bare:
-    """A model of which every parameter takes its gradient: what no method that learns can go below."""
+    """The bare model with gradients of all parameters, which no method that learns can undercut.
+
+    Args:
+        problem: The problem of the benchmark.
+    """
 
     def __init__(self, problem: Problem) -> None:
         self.problem, self.model = problem, problem.model()
 
     def step(self) -> None:
+        """Compute the gradients task by task."""
         for task in range(TASKS):
             found = self.problem.logits(self.model, self.problem.batch(task, 0), task)
             entropy_loss(found).backward()
         self.model.zero_grad()
 
     def together(self) -> None:
-        """All tasks in one batch."""
+        """Compute the gradients with all tasks in one batch."""
         batches = [self.problem.batch(task, 0) for task in range(TASKS)]
         parts = features(self.model, together(batches)).tensor_split(TASKS)
         pairs = zip(parts, self.problem.heads, strict=True)
@@ -112,7 +133,11 @@ class Bare:
 
 
 class Side:
-    """The state between commands; models are made when they are first asked for."""
+    """The state between commands. Models are created when they are first needed.
+
+    Args:
+        *paths: The folder of the encoder and the folder of the problem.
+    """
 
     def __init__(self, *paths: str) -> None:
         self.paths = [Path(path) for path in paths]
@@ -120,12 +145,27 @@ class Side:
         self.made: dict[type, Any] = {}
 
     def get(self, kind: type) -> Any:
+        """Return the instance of a class, which is created once.
+
+        Args:
+            kind: `Learning` or `Bare`.
+
+        Returns:
+            The instance.
+        """
         if kind not in self.made:
             self.made[kind] = kind(self.problem)
         return self.made[kind]
 
     def do(self, command: str) -> Any:
-        """The answer to one command."""
+        """Answer one command.
+
+        Args:
+            command: The command.
+
+        Returns:
+            The answer, which can be written as JSON.
+        """
         if command == "versions":
             return {name: version(name) for name in PACKAGES}
         if command.startswith("gradient "):
@@ -143,7 +183,7 @@ class Side:
 
 
 def main() -> None:
-    """Answer until stdin ends; only answers go to stdout."""
+    """Answer commands until stdin ends. Only answers go to stdout."""
     answers, sys.stdout = sys.stdout, sys.stderr
     logging.disable_progress_bar()
     threads, *paths = sys.argv[1:]

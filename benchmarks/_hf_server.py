@@ -1,6 +1,6 @@
-"""The Hub of the tests in a process of its own; run by `_peer.Peer`.
+"""Run the test Hub in its own process. `_peer.Peer` starts this script.
 
-Reads one command a line from stdin, and answers each with one line of JSON on stdout.
+The script reads one command per line from stdin and answers each with one line of JSON on stdout.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from hf_server import HfServer
 
 
 def main() -> None:
-    """Serve a folder until stdin ends; `versions` is its address, `sent` the bytes since the last time."""
+    """Serve a folder until stdin ends.
+
+    The command `versions` returns the address. Any other command returns the number of bytes sent
+    since the last such command.
+    """
     with HfServer(Path(sys.argv[2])) as server:
         for line in sys.stdin:
             if line.strip() == "versions":

@@ -1,6 +1,6 @@
-"""lm-evaluation-harness's side of the benchmarks; run by `_peer.Peer` with its own interpreter.
+"""Run lm-evaluation-harness for the benchmarks. `_peer.Peer` starts this script with its own interpreter.
 
-Reads one command a line from stdin, and answers each with one line of JSON on stdout.
+The script reads one command per line from stdin and answers each with one line of JSON on stdout.
 """
 
 from __future__ import annotations
@@ -24,12 +24,21 @@ PACKAGES = ("torch", "transformers", "lm_eval")
 
 
 class Recorded(HFLM):
-    """The model class as it is; the last requests and their token ids stay readable."""
+    """The model class of lm-evaluation-harness, which keeps the last requests and their token ids."""
 
     requests: list[Instance]
     ids: dict[tuple[str, str], tuple[list[int], list[int]]]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> Any:
+        """Score the requests, and keep them.
+
+        Args:
+            requests: The requests of one task.
+            disable_tqdm: This argument is ignored; there is never a progress bar.
+
+        Returns:
+            The log-likelihoods.
+        """
         self.requests = requests
         return super().loglikelihood(requests, disable_tqdm=True)
 
@@ -39,7 +48,11 @@ class Recorded(HFLM):
 
 
 class Side:
-    """The state between commands: the model, and the requests of every task scored so far."""
+    """The state between commands: the model, and the requests of every task scored so far.
+
+    Args:
+        folder: The folder of the model.
+    """
 
     def __init__(self, folder: str) -> None:
         self.model = Recorded(pretrained=folder, device="cpu", dtype="float32", batch_size=1)
@@ -47,14 +60,32 @@ class Side:
         self.requests: dict[str, list[Instance]] = {}
 
     def do(self, command: str) -> Any:
-        """The answer to one command."""
+        """Answer one command.
+
+        Args:
+            command: `versions`, or a JSON list of `score` or `seconds` and its arguments.
+
+        Returns:
+            The answer, which can be written as JSON.
+        """
         if command == "versions":
             return {name: version(name) for name in PACKAGES}
         word, *arguments = json.loads(command)
         return self.score(*arguments) if word == "score" else self.seconds(*arguments)
 
     def score(self, name: str, file: str) -> list[dict[str, Any]]:
-        """Evaluate the task of a JSON Lines file; what was logged for every example."""
+        """Evaluate the task in a JSON Lines file.
+
+        Args:
+            name: The name of the task.
+            file: The path of the file.
+
+        Returns:
+            The texts, the token ids, the sums of log-probabilities and the accuracy of each example.
+
+        Raises:
+            RuntimeError: If lm-evaluation-harness returns no result.
+        """
         task = {
             "task": name,
             "dataset_path": "json",
@@ -72,7 +103,7 @@ class Side:
         found = evaluate(self.model, self.manager.load([task]), bootstrap_iters=0)
         self.requests[name] = self.model.requests
         if found is None:
-            raise RuntimeError("lm-eval gave no result")
+            raise RuntimeError("lm-eval returned no result")
         samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
         return [
             {
@@ -85,7 +116,16 @@ class Side:
         ]
 
     def seconds(self, name: str, batch: int, examples: int) -> float:
-        """How long the log-likelihoods of a scored task's first examples take, tokenising included."""
+        """Time the log-likelihoods of the first examples of a scored task, including tokenising.
+
+        Args:
+            name: The name of the task.
+            batch: The batch size.
+            examples: The number of examples.
+
+        Returns:
+            The time in seconds.
+        """
         self.model.batch_size_per_gpu = batch
         requests = [request for request in self.requests[name] if request.doc_id < examples]
         gc.collect()
@@ -95,7 +135,7 @@ class Side:
 
 
 def main() -> None:
-    """Answer until stdin ends; only answers go to stdout."""
+    """Answer commands until stdin ends. Only answers go to stdout."""
     answers, sys.stdout = sys.stdout, sys.stderr
     logging.disable(logging.WARNING)
     transformers_logging.disable_progress_bar()

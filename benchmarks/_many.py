@@ -1,7 +1,8 @@
-"""Many experts for a benchmark: pairs of the starter experts, with noise of their own.
+"""Create many experts for a benchmark: pairs of the starter experts with added noise.
 
-Two experts of rank 4, one below the other, are one of rank 8.  Every weight gets normal noise of half
-its tensor's deviation, and every gate noise of its own deviation, seeded by the expert's number.
+Two experts of rank 4 are stacked into one of rank 8. Every weight gets normal noise of half the
+standard deviation of its tensor. Every gate gets noise of its own standard deviation. The number
+of the expert is the seed.
 """
 
 from __future__ import annotations
@@ -17,14 +18,22 @@ from experthub.hub import Store
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-NOISE, GATE_NOISE = 0.5, 1.0  # of a tensor's standard deviation
+NOISE, GATE_NOISE = 0.5, 1.0  # relative to the standard deviation of a tensor
 RANK = 8
 REAL = Path(__file__).parent.parent / "examples" / "experts"
 NAMES = Path(__file__).parent.parent / "examples" / "demo" / "experts.txt"
 
 
 def many(folder: Path, count: int) -> tuple[Store, Path]:
-    """A store under the folder with this many experts, made unless they are there, and its registry."""
+    """Create a store with experts and a registry that names them, unless they exist.
+
+    Args:
+        folder: The folder for the store and the registry.
+        count: The number of experts.
+
+    Returns:
+        The store, and the path of the registry.
+    """
     store, registry = Store(folder / "store"), folder / f"registry-{count}.yaml"
     if registry.is_file():
         return store, registry
@@ -39,13 +48,13 @@ def many(folder: Path, count: int) -> tuple[Store, Path]:
         entry = {"name": name, "base": BASE, "sources": [f"file:{folder}"], "digest": digest}
         entries.append(entry)
         if number % 64 == 63:
-            print(f"made {number + 1} of {count} experts", file=sys.stderr)
-    registry.write_text(json.dumps({"version": 1, "experts": entries}))  # JSON is YAML
+            print(f"created {number + 1} of {count} experts", file=sys.stderr)
+    registry.write_text(json.dumps({"version": 1, "experts": entries}))  # JSON is valid YAML
     return store, registry
 
 
 def _real(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights of a starter expert, its scale in B, and its gates."""
+    """Load the weights of a starter expert, with its scale multiplied into B, and its gates."""
     folder = REAL / name
     config = json.loads((folder / "adapter_config.json").read_text())
     scale = config["lora_alpha"] / config["r"]
@@ -57,6 +66,7 @@ def _real(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def _write(
     place: Path, number: int, real: list[tuple[dict[str, Tensor], dict[str, Tensor]]]
 ) -> None:
+    """Write the expert of a number as an adapter folder."""
     random = torch.Generator().manual_seed(number)
     one, two = real[number % len(real)], real[number // len(real) % len(real)]
 

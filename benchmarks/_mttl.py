@@ -1,7 +1,7 @@
-"""mttl's side of the scale benchmark: its PHATGOOSE and its Arrow over many experts of one base.
+"""Run mttl for the scale benchmark: its PHATGOOSE and its Arrow over many experts of one base.
 
-Reads one command a line from stdin, and answers each with one line of JSON on stdout.  Every linear
-gets mttl's own container and selector, as its `MultiExpertModel` gives it one by one.
+The script reads one command per line from stdin and answers each with one line of JSON on stdout.
+Every linear module gets mttl's own container and selector, as mttl's `MultiExpertModel` does it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 HERE = Path(__file__).resolve().parent
-sys.path += [str(HERE), str(HERE.parent / "tests" / "golden")]  # last: one holds another mttl
+# These folders come last, because one of them holds another mttl.
+sys.path += [str(HERE), str(HERE.parent / "tests" / "golden")]
 from _answers import answer  # noqa: E402
 from replacing import replace  # noqa: E402
 
@@ -39,11 +40,17 @@ from mttl.models.modifiers.routing import RoutingInfo  # noqa: E402
 
 LORA = "base_model.model.{}.lora_{}.weight"
 
-torch.nn.functional.scaled_dot_product_attention = ATTENTION  # which mttl replaces by an older one
+# mttl replaces this function by an older one, so it is put back.
+torch.nn.functional.scaled_dot_product_attention = ATTENTION
 
 
 class Side:
-    """A base with all experts, and one of mttl's selectors, at every linear."""
+    """A base with all experts and one of mttl's selectors at every linear module.
+
+    Args:
+        base: The folder of the base.
+        experts: The folders of the experts.
+    """
 
     def __init__(self, base: str, experts: list[Path]) -> None:
         self.base, self.experts = base, experts
@@ -51,13 +58,26 @@ class Side:
         self.model: Any = None
 
     def do_versions(self) -> dict[str, str]:
+        """Return the versions of the packages."""
         return {name: version(name) for name in ("torch", "transformers", "mttl")}
 
     def do_input(self, *ids: str) -> None:
+        """Set the input of the forward passes.
+
+        Args:
+            *ids: The token ids.
+        """
         self.ids = torch.tensor([[int(token) for token in ids]])
 
     def do_load(self, method: str) -> float:
-        """Seconds to put all experts around the linears of a base that is loaded already."""
+        """Time wrapping the linear modules of an already loaded base with all experts.
+
+        Args:
+            method: `phatgoose` or `arrow`.
+
+        Returns:
+            The time in seconds.
+        """
         self.model = AutoModelForCausalLM.from_pretrained(self.base, dtype="float32").eval()
         start = time.perf_counter()
         weights = [load_file(folder / "adapter_model.safetensors") for folder in self.experts]
@@ -90,7 +110,7 @@ class Side:
         self.model.set_submodule(name, made)
 
     def do_forward(self) -> float:
-        """Seconds of one forward, logits included."""
+        """Time one forward pass in seconds, including the logits."""
         start = time.perf_counter()
         with InfoContainer(None, RoutingInfo(task_names=["unknown"])):
             self.model(input_ids=self.ids, use_cache=False)
@@ -99,9 +119,9 @@ class Side:
 
 @torch.no_grad()
 def main() -> None:
-    """Answer until stdin ends."""
+    """Answer commands until stdin ends."""
     logging.disable_progress_bar()
-    getLogger("mttl").setLevel(ERROR)  # it warns of every vector whose sign is another
+    getLogger("mttl").setLevel(ERROR)  # it warns about every vector with another sign
     threads, base, *experts = sys.argv[1:]
     torch.set_num_threads(int(threads))
     side = Side(base, [Path(folder) for folder in experts])

@@ -1,4 +1,4 @@
-"""A peer's process as ours sees it: its virtual environment, and a line of JSON per command."""
+"""Start a peer in its own process and virtual environment, and exchange commands with it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,16 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TQDM_DISABLE": "1
 
 
 class Peer:
-    """A script of this folder in its own virtual environment.
+    """A script of this folder that runs in its own process.
 
-    It does one command at a time, and waits between.  variables: of its environment, besides ours.
-    own: it is our side, in a process of its own.
+    It runs one command at a time and waits in between.
+
+    Args:
+        python: The interpreter of the peer's virtual environment.
+        script: The name of the script in this folder.
+        *options: The options of the script.
+        variables: The environment variables to set in addition to those of this process.
+        own: Whether the script is our side, which may import from this folder.
     """
 
     def __init__(
@@ -31,7 +37,7 @@ class Peer:
         variables: dict[str, str] = OFFLINE,
         own: bool = False,
     ) -> None:
-        # -I: this folder must not be on its path, where `evaluate` is one of lm-eval's own packages.
+        # `-I` keeps this folder off the path, because `evaluate` is also a package that lm-eval imports.
         isolated = () if own else ("-I",)
         self._process = subprocess.Popen(
             [python, *isolated, HERE / script, str(THREADS), *options],
@@ -43,28 +49,47 @@ class Peer:
         self.versions = self.ask("versions")
 
     def ask(self, command: str) -> Any:
-        """The peer's answer; for a measured command, the seconds it took there."""
+        """Send a command and return the answer.
+
+        Args:
+            command: The command, one line.
+
+        Returns:
+            The answer; for a timed command, the seconds that it took in the peer's process.
+
+        Raises:
+            RuntimeError: If the peer has ended.
+        """
         if self._process.stdin is None or self._process.stdout is None:
-            raise RuntimeError("the peer has no pipes")
+            raise RuntimeError("the pipes to the peer are missing")
         self._process.stdin.write(command + "\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the peer ended at {command!r}; its error is above")
+            raise RuntimeError(f"the peer ended at {command!r}; its error is printed above")
         return json.loads(line)
 
     def close(self) -> None:
-        """Let the process end."""
+        """Close the pipes and wait until the process ends."""
         self._process.communicate()
 
 
 def environment(
     folder: Path, packages: tuple[str, ...], pins: tuple[str, ...] = (), whole: bool = False
 ) -> Path:
-    """The interpreter of an environment, made once for one set of versions.
+    """Return the interpreter of a virtual environment, which is created once per set of versions.
 
-    packages: pinned as ours are.  pins: requirements of its own.  whole: these are all there is, and
-    what they require besides is left out.  CalledProcessError when it cannot be installed.
+    Args:
+        folder: The folder of the environment.
+        packages: The packages to install in the versions of `constraints.txt`.
+        pins: Further requirements.
+        whole: Whether these are all packages, so that their own requirements are skipped.
+
+    Returns:
+        The path of the interpreter.
+
+    Raises:
+        CalledProcessError: If the installation fails.
     """
     constraints, mark = HERE.parent / "constraints.txt", folder / "versions.txt"
     starts = tuple(f"{name}==" for name in packages)
@@ -81,6 +106,15 @@ def environment(
 
 
 def peft(cache: Path, base: Path, experts: list[Path]) -> Peer:
-    """`_peft.py`, with the base and the experts loaded."""
+    """Start `_peft.py` with the base and the experts loaded.
+
+    Args:
+        cache: The folder of the virtual environments.
+        base: The folder of the base.
+        experts: The folders of the experts.
+
+    Returns:
+        The peer.
+    """
     python = environment(cache / "peft-venv", ("torch", "transformers", "peft"))
     return Peer(python, "_peft.py", base, *experts)

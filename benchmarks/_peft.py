@@ -1,6 +1,6 @@
-"""peft's side of the benchmarks; run by `_peer.Peer` with the interpreter of peft's own environment.
+"""Run peft for the benchmarks. `_peer.Peer` starts this script with the interpreter of peft's environment.
 
-Reads one command a line from stdin, and answers each with one line of JSON on stdout.
+The script reads one command per line from stdin and answers each with one line of JSON on stdout.
 """
 
 from __future__ import annotations
@@ -21,12 +21,28 @@ from transformers.utils import logging
 
 
 def load(folder: str) -> Any:
-    """The base in float32, as peft's own documentation loads it."""
+    """Load the base in float32, as peft's documentation does.
+
+    Args:
+        folder: The folder of the base.
+
+    Returns:
+        The model.
+    """
     return AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
 
 
 def adapt(model: Any, experts: list[str], **options: bool) -> PeftModel:
-    """All experts loaded onto an already loaded base."""
+    """Load all experts onto a base that is already loaded.
+
+    Args:
+        model: The base.
+        experts: The folders of the experts.
+        **options: Further options of `PeftModel.from_pretrained`.
+
+    Returns:
+        The model with all adapters.
+    """
     adapted = PeftModel.from_pretrained(model, experts[0], adapter_name="e0", **options)
     for number, folder in enumerate(experts[1:], 1):
         adapted.load_adapter(folder, adapter_name=f"e{number}", **options)
@@ -34,7 +50,14 @@ def adapt(model: Any, experts: list[str], **options: bool) -> PeftModel:
 
 
 def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
-    """How long a call took, and its result."""
+    """Time a call.
+
+    Args:
+        call: The call to time.
+
+    Returns:
+        The seconds that it took, and its result.
+    """
     gc.collect()
     start = time.perf_counter()
     result = call()
@@ -42,7 +65,12 @@ def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
 
 
 class Side:
-    """The state between commands: one base, and one model with all experts on another."""
+    """The state between commands: one base, and a second base with all experts.
+
+    Args:
+        base: The folder of the base.
+        experts: The folders of the experts.
+    """
 
     def __init__(self, base: str, experts: list[str]) -> None:
         self.base, self.experts = load(base), experts
@@ -51,7 +79,14 @@ class Side:
         self.ids = torch.zeros(1, 0, dtype=torch.long)
 
     def do(self, command: str) -> Any:
-        """The answer to one command."""
+        """Answer one command.
+
+        Args:
+            command: `versions`, `load`, `input` with token ids, or a case of `forward`.
+
+        Returns:
+            The answer, which can be written as JSON.
+        """
         word, _, argument = command.partition(" ")
         if word == "versions":
             return {"torch": torch.__version__, "peft": peft.__version__} | {
@@ -69,9 +104,20 @@ class Side:
         return self.forward(word, argument)
 
     def forward(self, which: str, file: str) -> float:
-        """Seconds of one forward with `base`, `one` or `eight` active; logits go to the file."""
+        """Time one forward pass.
+
+        Args:
+            which: The model: `base`, or the adapters, with `one` or `eight` of them active.
+            file: The file that gets the logits, or an empty string.
+
+        Returns:
+            The time in seconds.
+
+        Raises:
+            ValueError: If no input was given before.
+        """
         if self.adapted is None:
-            raise ValueError("expected an input first")
+            raise ValueError("expected the command `input` first")
         model: Any = self.base
         if which != "base":
             names = [f"e{number}" for number in range(len(self.experts))]
@@ -85,7 +131,7 @@ class Side:
 
 
 def main() -> None:
-    """Answer until stdin ends; only answers go to stdout."""
+    """Answer commands until stdin ends. Only answers go to stdout."""
     answers, sys.stdout = sys.stdout, sys.stderr
     logging.disable_progress_bar()
     threads, base, *experts = sys.argv[1:]

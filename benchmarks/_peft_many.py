@@ -1,6 +1,6 @@
-"""peft's side of the scale benchmark: many adapters on one base, active, routed by Arrow, and its Poly.
+"""Run peft for the scale benchmark: many active adapters, adapters routed by Arrow, and Poly.
 
-Reads one command a line from stdin, and answers each with one line of JSON on stdout.
+The script reads one command per line from stdin and answers each with one line of JSON on stdout.
 """
 
 from __future__ import annotations
@@ -21,11 +21,16 @@ from transformers.utils import logging
 sys.path.append(str(Path(__file__).resolve().parent))
 from _answers import answer
 
-SOME = 16  # adapters active at once
+SOME = 16  # the number of adapters that are active at once
 
 
 class Side:
-    """A base with all experts in one of peft's ways."""
+    """A base with all experts, adapted in one of peft's ways.
+
+    Args:
+        base: The folder of the base.
+        experts: The folders of the experts.
+    """
 
     def __init__(self, base: str, experts: list[str]) -> None:
         self.base, self.experts = base, experts
@@ -34,13 +39,26 @@ class Side:
         self.more: dict[str, Any] = {}
 
     def do_versions(self) -> dict[str, str]:
+        """Return the versions of the packages."""
         return {name: version(name) for name in ("torch", "transformers", "peft")}
 
     def do_input(self, *ids: str) -> None:
+        """Set the input of the forward passes.
+
+        Args:
+            *ids: The token ids.
+        """
         self.ids = torch.tensor([[int(token) for token in ids]])
 
     def do_load(self, way: str) -> float:
-        """Seconds to put all experts onto a base that is loaded already."""
+        """Time loading all experts onto a base that is already loaded.
+
+        Args:
+            way: `one` or `sixteen` for active adapters, `arrow`, or `poly`.
+
+        Returns:
+            The time in seconds.
+        """
         self.model = None
         gc.collect()
         base = AutoModelForCausalLM.from_pretrained(self.base, dtype="float32").eval()
@@ -60,7 +78,7 @@ class Side:
         return time.perf_counter() - start
 
     def _poly(self, base: Any) -> Any:
-        """As many skills as there are experts, random: only the time counts."""
+        """Create a Poly model with as many random skills as experts: only its time counts."""
         config = json.loads(Path(self.experts[0], "adapter_config.json").read_text())
         self.more = {"task_ids": torch.zeros(1, dtype=torch.long)}
         poly = PolyConfig(
@@ -73,7 +91,7 @@ class Side:
         return get_peft_model(base, poly)
 
     def do_forward(self) -> float:
-        """Seconds of one forward, logits included."""
+        """Time one forward pass in seconds, including the logits."""
         start = time.perf_counter()
         self.model(input_ids=self.ids, use_cache=False, **self.more)
         return time.perf_counter() - start
@@ -81,7 +99,7 @@ class Side:
 
 @torch.no_grad()
 def main() -> None:
-    """Answer until stdin ends."""
+    """Answer commands until stdin ends."""
     logging.disable_progress_bar()
     threads, base, *experts = sys.argv[1:]
     torch.set_num_threads(int(threads))

@@ -1,7 +1,7 @@
-"""One pull of a repository, by `hub pull` or by `snapshot_download`; run by `_peer.Peer`.
+"""Pull a repository with `hub pull` or `snapshot_download`. `_peer.Peer` starts this script.
 
-Reads one command a line from stdin, and answers each with one line of JSON on stdout.  What either
-side needs is imported before the first answer.
+The script reads one command per line from stdin and answers each with one line of JSON on stdout.
+All modules that a side needs are imported before the first answer.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 IMPORTS = ["certifi", "httpcore", "httpx", "numpy", "yaml"]
-IMPORTS += [f"experthub.hub.{name}" for name in ("base_sources", "describe", "pull", "remotes.hf")]
+IMPORTS += [f"experthub.hub.{name}" for name in ("bases.base_sources", "transfer.describe")]
+IMPORTS += [f"experthub.hub.transfer.{name}" for name in ("pull", "remotes.hf")]
 
 
 def hub() -> Callable[[str], None]:
-    """The command, in this process."""
+    """Return a function that runs `hub pull` in this process."""
     for name in IMPORTS:
         import_module(name)
     from experthub.cli.main import app
@@ -32,13 +33,13 @@ def hub() -> Callable[[str], None]:
                 app(["pull", *what.split()])
             except SystemExit as end:
                 if end.code:
-                    raise RuntimeError(f"hub pull {what} ended with {end.code}") from None
+                    raise RuntimeError(f"hub pull {what} exited with code {end.code}") from None
 
     return pull
 
 
 def snapshot_download() -> Callable[[str], None]:
-    """The Hub's own client, as its documentation calls it."""
+    """Return a function that calls the Hub's own client, as its documentation does."""
     from huggingface_hub import snapshot_download as download
 
     def pull(what: str) -> None:
@@ -48,7 +49,7 @@ def snapshot_download() -> Callable[[str], None]:
 
 
 def main() -> None:
-    """Answer until stdin ends: the versions, or the seconds that a pull took."""
+    """Answer commands until stdin ends, with the versions or with the seconds that a pull took."""
     side = sys.argv[2]
     pull = {"hub": hub, "snapshot_download": snapshot_download}[side]()
     package = {"hub": "httpx", "snapshot_download": "huggingface_hub"}[side]

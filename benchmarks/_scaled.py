@@ -1,4 +1,7 @@
-"""One composition of many experts in a process of its own: answers commands, one a line, in JSON."""
+"""Run one composition of many experts in its own process.
+
+The script reads one command per line from stdin and answers each with one line of JSON on stdout.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from typing import Any
 import torch
 from _answers import answer
 from _bench import BASE, timed
-from experthub.hub import Plan, Recipe, Registry, Store, compose, resolve
+from experthub.hub import Plan, Recipe, Registry, Session, Store, compose, resolve
 from experthub.hub.bases.base import load_model
 from experthub.hub.bases.base_sources import find
 from experthub.hub.composition.bank import Bank
@@ -22,34 +25,44 @@ from torch import Tensor
 
 
 def private_bytes() -> int:
-    """Memory of this process that is no file's."""
+    """Return the bytes of this process's memory that belong to no file."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 
 class Side:
-    """The base and a composition of the first `count` experts of a registry."""
+    """The base, and a composition of the first experts of a registry.
+
+    Args:
+        folder: The folder of the store.
+        registry: The file of the registry.
+        count: The number of experts.
+        method: The `route:` of the recipe, as JSON.
+    """
 
     def __init__(self, folder: Path, registry: Path, count: int, method: str) -> None:
-        self.store, self.registry = Store(folder), Registry.read(registry)
+        self.session = Session(Registry.read(registry), Store(folder))
         experts = [f"expert-{number}" for number in range(count)]
         route = json.loads(method)
         self.recipe = {"base": BASE, "experts": experts, "dtype": "float32", "route": route}
-        self.base_of = find(BASE, self.registry)
+        self.base_of = find(BASE, self.session)
         self.models: dict[str, Any] = {}
         self.ids = torch.zeros(1, 0, dtype=torch.long)
 
     def plan(self) -> Plan:
-        return resolve(Recipe.of(self.recipe), self.registry, self.store)
+        """Resolve the recipe."""
+        return resolve(Recipe.of(self.recipe), session=self.session)
 
     def composed(self) -> Any:
-        return compose(self.recipe, registry=self.registry, store=self.store).model
+        """Compose the recipe, and return the model."""
+        return compose(self.recipe, session=self.session).model
 
     def base(self) -> Any:
+        """Load the base."""
         return load_model(self.base_of, "float32", "cpu")
 
     def do_pack(self) -> dict[str, float]:
-        """Make the bank anew: seconds, and its bytes."""
+        """Rebuild the bank, and return the seconds and the bytes that it takes."""
         place = Bank.of(self.plan()).experts.parent
         shutil.rmtree(place, ignore_errors=True)
         seconds = timed(self.composed)()
@@ -57,6 +70,14 @@ class Side:
         return {"seconds": seconds, "bytes": size}
 
     def do_load(self, what: str) -> float:
+        """Time loading.
+
+        Args:
+            what: `base`, `routed` for the composition, or `resolve`.
+
+        Returns:
+            The time in seconds.
+        """
         calls: dict[str, Callable[[], Any]] = {
             "base": self.base,
             "routed": self.composed,
@@ -65,9 +86,16 @@ class Side:
         return timed(calls[what])()
 
     def do_keep(self, *ids: str) -> dict[str, int]:
-        """Load the base and the composition for what follows: private bytes of each."""
+        """Load the base and the composition, and keep them for the following commands.
+
+        Args:
+            *ids: The token ids of the input.
+
+        Returns:
+            The private bytes that each of them takes.
+        """
         self.ids = torch.tensor([[int(token) for token in ids]])
-        self.base()  # what is imported is no part of it
+        self.base()  # imports must not count
         found = {}
         for name, load in (("base", self.base), ("routed", self.composed)):
             before = private_bytes()
@@ -76,11 +104,27 @@ class Side:
         return found
 
     def do_forward(self, name: str) -> float:
+        """Time one forward pass.
+
+        Args:
+            name: `base` or `routed`.
+
+        Returns:
+            The time in seconds.
+        """
         model = self.models[name]
         return timed(lambda: model(input_ids=self.ids, use_cache=False).logits)()
 
     def do_decode(self, name: str, steps: str) -> float:
-        """Seconds for a token after the input, with a cache: the median of some steps."""
+        """Time decoding one token after the input, with a cache.
+
+        Args:
+            name: `base` or `routed`.
+            steps: The number of tokens.
+
+        Returns:
+            The median time of a token in seconds.
+        """
         model = self.models[name]
         out = model(input_ids=self.ids, use_cache=True)
         times = []
@@ -92,19 +136,20 @@ class Side:
         return sorted(times)[len(times) // 2]
 
     def do_versions(self) -> dict[str, str]:
+        """Return the versions of the packages."""
         return {"torch": torch.__version__}
 
     def do_kernels(self) -> list[str]:
-        """Which were the fastest, for few tokens and for many."""
+        """Return the kernels that were the fastest, for few tokens and for many."""
         groups = [m.group for m in self.models["routed"].modules() if isinstance(m, RoutedLinear)]
-        return sorted({f"{group.few}, {group.many}" for group in groups})
+        return sorted({f"{group.kernels.few}, {group.kernels.many}" for group in groups})
 
     def do_touched(self) -> float:
-        """Which part of the experts some token of the input chose: the mean over modules."""
+        """Return the share of experts that some token of the input chose, averaged over modules."""
         shares: list[float] = []
 
         def look(module: Any, inputs: tuple[Tensor]) -> None:
-            weights = module.routing(inputs[0])
+            weights = module.compute_weights(inputs[0])
             shares.append(float((weights.flatten(0, -2) > 0).any(0).float().mean()))
 
         model = self.models["routed"]
@@ -118,7 +163,7 @@ class Side:
 
 @torch.no_grad()
 def main() -> None:
-    """Answer until stdin ends."""
+    """Answer commands until stdin ends."""
     threads, folder, registry, count, method = sys.argv[1:]
     torch.set_num_threads(int(threads))
     side = Side(Path(folder), Path(registry), int(count), method)

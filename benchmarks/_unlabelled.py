@@ -1,8 +1,8 @@
-"""What both sides of the AdaMerging benchmark are given, and how they read it: written once, read by both.
+"""The problem that both sides of the AdaMerging benchmark read: an encoder, task vectors and tasks.
 
-An encoder, eight dense task vectors of all its parameters, and for each of eight tasks a frozen
-head and unlabelled inputs. Logits are 20 times the cosine between the mean of the last hidden
-states and the head's rows. Needs torch, transformers and safetensors, and nothing of the hub.
+There are eight dense task vectors of all parameters, and eight tasks, each with a frozen head and
+unlabelled inputs. Logits are 20 times the cosine between the mean of the last hidden states and the
+rows of the head. The module needs torch, transformers and safetensors, but not experthub.
 """
 
 from __future__ import annotations
@@ -21,18 +21,25 @@ from torch import Tensor, nn
 
 EXPERTS, TASKS, INPUTS, TOKENS = 8, 8, 16, 32
 SIZE, BATCHES, INITIAL, RATE = 0.01, 4, 0.3, 1e-3
-REPEATS = 3  # of what is measured once
+REPEATS = 3  # repetitions within one measurement
 Batch = dict[str, Tensor]
 
 
 def write(folder: Path, shapes: Mapping[str, Sequence[int]], width: int, vocabulary: int) -> None:
-    """Random task vectors of the parameters, heads and inputs, the same every time."""
+    """Write random task vectors, heads and inputs, which are the same every time.
+
+    Args:
+        folder: The folder for the files.
+        shapes: The shape of every parameter of the encoder.
+        width: The size of a hidden state.
+        vocabulary: The number of token ids.
+    """
     for expert in range(EXPERTS):
         random = torch.Generator().manual_seed(expert)
         vector = {n: SIZE * torch.randn(*s, generator=random) for n, s in shapes.items()}
         save_file(vector, folder / f"expert-{expert}.safetensors")
     random = torch.Generator().manual_seed(EXPERTS)
-    frequency = 1 / (torch.arange(vocabulary) + 2.7)  # Zipf and Mandelbrot's, of words in texts
+    frequency = 1 / (torch.arange(vocabulary) + 2.7)  # the Zipf-Mandelbrot law of word frequencies
     tensors = {}
     for task in range(TASKS):
         tensors[f"{task}.head"] = torch.randn(2 + 2 * task, width, generator=random)
@@ -46,7 +53,13 @@ def write(folder: Path, shapes: Mapping[str, Sequence[int]], width: int, vocabul
 
 
 class Problem:
-    """The files of a folder, read."""
+    """The heads and the inputs of all tasks, read from the files of a folder.
+
+    Args:
+        base: The folder of the encoder.
+        folder: The folder that `write` filled.
+        dtype: The dtype of the encoder, the heads and the task vectors.
+    """
 
     def __init__(self, base: Path, folder: Path, dtype: str = "float32") -> None:
         self.base, self.folder, self.dtype = base, folder, dtype
@@ -58,7 +71,7 @@ class Problem:
         ]
 
     def model(self) -> Any:
-        """The encoder without dropout, its parameters in memory and not in the file's pages."""
+        """Load the encoder without dropout, with its parameters in memory instead of mapped from the file."""
         from transformers import AutoModel
 
         off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -68,36 +81,94 @@ class Problem:
         return model
 
     def vector(self, expert: int) -> dict[str, Tensor]:
-        """A task vector, as wide as the model."""
+        """Load a task vector in the dtype of the model.
+
+        Args:
+            expert: The number of the expert.
+
+        Returns:
+            The change of every parameter.
+        """
         found = load_file(self.folder / f"expert-{expert}.safetensors")
         return {name: tensor.to(getattr(torch, self.dtype)) for name, tensor in found.items()}
 
     def batch(self, task: int, step: int) -> Batch:
+        """Return the inputs of a task at a step.
+
+        Args:
+            task: The number of the task.
+            step: The number of the step.
+
+        Returns:
+            Token ids and attention mask, `[INPUTS, TOKENS]` each.
+        """
         start = step % BATCHES * INPUTS
         return {k: v[start : start + INPUTS] for k, v in self.inputs[task].items()}
 
     def logits(self, model: Callable[..., Any], batch: Batch, task: int) -> Tensor:
+        """Compute the logits of a batch.
+
+        Args:
+            model: The encoder.
+            batch: The inputs.
+            task: The number of the task, whose head is used.
+
+        Returns:
+            The logits `[inputs, classes]`.
+        """
         return logits(features(model, batch), self.heads[task])
 
 
 def features(model: Callable[..., Any], batch: Batch) -> Tensor:
-    """The mean of the last hidden states where there is no padding."""
+    """Compute the mean of the last hidden states over the tokens that are no padding.
+
+    Args:
+        model: The encoder.
+        batch: The inputs.
+
+    Returns:
+        The features `[inputs, width]`.
+    """
     hidden = model(**batch).last_hidden_state
     mask = batch["attention_mask"][..., None].to(hidden.dtype)
     return (hidden * mask).sum(1) / mask.sum(1)
 
 
 def logits(found: Tensor, head: Tensor) -> Tensor:
+    """Compute logits as 20 times the cosine between features and the rows of a head.
+
+    Args:
+        found: The features `[inputs, width]`.
+        head: The head `[classes, width]`.
+
+    Returns:
+        The logits `[inputs, classes]`.
+    """
     unit = nn.functional.normalize
     return 20 * unit(found, dim=-1) @ unit(head, dim=-1).T
 
 
 def together(batches: Sequence[Batch]) -> Batch:
-    """Batches of one width as one."""
+    """Concatenate batches of equal length into one.
+
+    Args:
+        batches: The batches.
+
+    Returns:
+        One batch with the rows of all.
+    """
     return {k: torch.cat([batch[k] for batch in batches]) for k in batches[0]}
 
 
 def seconds(call: Callable[[], object]) -> float:
+    """Time a call in seconds.
+
+    Args:
+        call: The call to time.
+
+    Returns:
+        The time in seconds.
+    """
     gc.collect()
     start = time.perf_counter()
     call()
@@ -105,15 +176,26 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def anonymous() -> int:
-    """The bytes of this process's memory that are no pages of files."""
+    """Return the bytes of anonymous memory of this process, which belong to no file.
+
+    Raises:
+        RuntimeError: If the system does not report them.
+    """
     found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
     if found is None:
-        raise RuntimeError("this system does not say how much memory is anonymous")
+        raise RuntimeError("this system does not report anonymous memory: run this on Linux")
     return int(found.group(1)) * 1024
 
 
 def peak(call: Callable[[], object]) -> int:
-    """The most anonymous memory while something ran, looked at every millisecond."""
+    """Return the peak of anonymous memory during a call, sampled every millisecond.
+
+    Args:
+        call: The call to measure.
+
+    Returns:
+        The peak in bytes.
+    """
     most, done = anonymous(), threading.Event()
 
     def watch() -> None:

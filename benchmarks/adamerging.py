@@ -1,7 +1,7 @@
-"""Time a step of layer-wise AdaMerging, and take its memory: ours, fusion_bench's, and the bare model's.
+"""Measure time and memory of a step of layer-wise AdaMerging: experthub, fusion_bench, the bare model.
 
-all-MiniLM-L6-v2 with eight dense task vectors of all its parameters, float32, two threads; a step
-reads sixteen inputs of 32 tokens for each of eight tasks.
+The base is all-MiniLM-L6-v2 in float32, with eight dense task vectors of all its parameters and two
+threads. A step reads sixteen inputs of 32 tokens for each of eight tasks.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any
 from _bench import Times, arguments, finish, ratio, run_rounds, spread, surroundings
 from _peer import HERE, Peer, environment
 from _unlabelled import EXPERTS, INPUTS, TASKS, TOKENS, write
-from experthub.hub import Registry
 from experthub.hub.bases.base import load_model
 from experthub.hub.bases.base_sources import find
+from experthub.hub.session import Session
 from safetensors.torch import load_file
 
 BASE = "all-minilm-l6-v2"
-PROCESSES = 3  # in which memory is taken: allocators differ by some percent
+PROCESSES = 3  # memory is measured in several processes, because allocators differ by some percent
 REQUIREMENTS = HERE.parent / "tests" / "golden" / "fusion_bench.txt"
 OURS, THEIRS, BARE, TOGETHER = (
     "experthub, step",
@@ -37,12 +37,20 @@ COMMANDS = {**OWN, THEIRS: "step", BARE: "bare", TOGETHER: "bare together"}
 
 
 def pins() -> tuple[str, ...]:
+    """Read the requirements of fusion_bench's environment."""
     lines = REQUIREMENTS.read_text().splitlines()
     return tuple(line for line in lines if not line.startswith("#"))
 
 
 def memory(start: Callable[[str], Peer]) -> dict[str, list[int]]:
-    """The most anonymous memory of each case, each time in a process that does nothing else."""
+    """Measure the peak of anonymous memory of each case, in processes that do nothing else.
+
+    Args:
+        start: A function that starts the process of a case.
+
+    Returns:
+        The bytes of each case, one value per process.
+    """
     found: dict[str, list[int]] = {case: [] for case in COMMANDS}
     for case, what in [*COMMANDS.items()] * PROCESSES:
         side = start(case)
@@ -52,7 +60,18 @@ def memory(start: Callable[[str], Peer]) -> dict[str, list[int]]:
 
 
 def parity(sides: dict[str, Peer], folder: Path) -> dict[str, float]:
-    """Both gradients of the initial coefficients, in float64."""
+    """Compare the gradients of the initial coefficients on both sides, in float64.
+
+    Args:
+        sides: The processes of both sides, by case.
+        folder: A folder for the files.
+
+    Returns:
+        The largest difference and the largest gradient.
+
+    Raises:
+        RuntimeError: If the sides have coefficients of different parameters.
+    """
     found = {}
     for case in (OURS, THEIRS):
         file = folder / "gradient.safetensors"
@@ -68,7 +87,12 @@ def parity(sides: dict[str, Peer], folder: Path) -> dict[str, float]:
 
 
 def report(times: Times, bytes_of: dict[str, float]) -> None:
-    """Print the table."""
+    """Print the table.
+
+    Args:
+        times: The seconds of each case.
+        bytes_of: The peak of memory of each case.
+    """
     head = "median (smallest to largest)"
     print(f"{'':24} {head:32} {'x task by task':>14} {'x at once':>10} {'peak':>8}")
     for case, seconds in times.items():
@@ -76,7 +100,7 @@ def report(times: Times, bytes_of: dict[str, float]) -> None:
             f"{case:24} {spread(seconds):32} {ratio(times, case, BARE):14.3f} "
             f"{ratio(times, case, TOGETHER):10.3f} {bytes_of[case] / 1e6:5.0f} MB"
         )
-    print(f"{ratio(times, THEIRS, OURS):.2f} steps of ours in the time of one of theirs")
+    print(f"a step of fusion_bench takes {ratio(times, THEIRS, OURS):.2f} times as long as ours")
     for case in (*OWN, THEIRS):
         above = [(bytes_of[case] - bytes_of[bare]) / 1e6 for bare in (BARE, TOGETHER)]
         print(f"{case}: {above[0]:.0f} MB above {BARE}, {above[1]:.0f} MB above {TOGETHER}")
@@ -87,7 +111,7 @@ def main() -> None:
     options = arguments(__doc__)
     folder_of = options.cache / "fusion_bench-venv"
     python = {THEIRS: environment(folder_of, (), pins(), whole=True), OURS: Path(sys.executable)}
-    base = find(BASE, Registry.read())
+    base = find(BASE, Session())
     model = load_model(base, "float32", "cpu")
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     width, vocabulary = model.config.hidden_size, model.config.vocab_size

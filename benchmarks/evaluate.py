@@ -1,6 +1,7 @@
 """Time the scoring of multiple-choice examples against lm-evaluation-harness, and compare decisions.
 
-The same model, prompts and choices, float32, two threads; tokenising included, loading excluded.
+Both sides use the same model, prompts and choices in float32 with two threads. The times include
+tokenising and exclude loading.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from typing import Any
 import torch
 from _bench import BASE, THREADS, Times, arguments, finish, run_rounds, surroundings, timed
 from _peer import OFFLINE, Peer, environment
-from experthub.hub import Registry
 from experthub.hub.bases.base import load_model, load_tokenizer
 from experthub.hub.bases.base_sources import find
 from experthub.hub.readers.likelihood import choice_logprobs, encode
-from experthub.hub.tasks.task import read_task
+from experthub.hub.session import Session
+from experthub.hub.tasks.task_files import read_task
 
 HERE = Path(__file__).parent
 TASKS = (
@@ -32,14 +33,20 @@ TASKS = (
     "bigbench:similarities_abstraction",
 )
 EXAMPLES, TUNED, TARGET = 32, 16, 2.0
-BATCHES = (2, 4, 8, 16, 32)  # tried for lm-eval: its `auto` probes for longer than a task takes
+BATCHES = (2, 4, 8, 16, 32)  # for lm-eval, because its `auto` takes longer than a task
 PINS = ("lm_eval[hf]==0.4.13", "datasets==5.2.0", "evaluate==0.4.6")
-SHARED = ("torch", "transformers", "tokenizers")  # of the same version as ours
+SHARED = ("torch", "transformers", "tokenizers")  # packages in the same version as ours
 
 
 @dataclass(frozen=True)
 class Question:
-    """One example: what both sides are asked.  choices: without the space before them."""
+    """One example, as both sides get it.
+
+    Attributes:
+        prompt: The text before the choice.
+        choices: The choices, without the space before them.
+        answer: The place of the right choice.
+    """
 
     prompt: str
     choices: tuple[str, ...]
@@ -48,10 +55,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Scored:
-    """What one side makes of one example, choice by choice.
+    """The scores of one example on one side, choice by choice.
 
-    ids: of what is read before the choice, and of the choice.  sums: of the log-probabilities of
-    the choice's tokens.
+    Attributes:
+        ids: The token ids of the text before each choice, and of the choice.
+        sums: The sum of the log-probabilities of each choice's tokens.
     """
 
     ids: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
@@ -64,7 +72,13 @@ class Scored:
 
 
 class LmEval(Peer):
-    """`_lm_eval.py` in its own virtual environment.  folder: for its tasks and its caches."""
+    """The script `_lm_eval.py` in its own virtual environment.
+
+    Args:
+        cache: The folder of the virtual environments.
+        model: The folder of the model.
+        folder: A folder for tasks and caches.
+    """
 
     def __init__(self, cache: Path, model: Path, folder: Path) -> None:
         python = environment(cache / "lm-eval-venv", SHARED, PINS)
@@ -75,7 +89,15 @@ class LmEval(Peer):
     def score(self, name: str, questions: Sequence[Question]) -> list[Scored]:
         """Evaluate the questions as a local task.
 
-        RuntimeError when it read another text than ours, or its `acc` is not that of its sums.
+        Args:
+            name: The name of the task.
+            questions: The examples.
+
+        Returns:
+            The scores of each example.
+
+        Raises:
+            RuntimeError: If lm-eval reads another text, or if its `acc` does not follow from its sums.
         """
         file = self._folder / f"{name}.jsonl"
         rows = (
@@ -95,18 +117,27 @@ class LmEval(Peer):
         return scored
 
     def seconds(self, name: str, batch: int, examples: int) -> float:
-        """How long the log-likelihoods of a scored task's first examples take with a batch size."""
+        """Time lm-eval's log-likelihoods of the first examples of a scored task, with a batch size."""
         taken: float = self.ask(json.dumps(["seconds", name, batch, examples]))
         return taken
 
 
 def after(question: Question) -> list[str]:
-    """What may follow the prompt: every choice, after one space."""
+    """Return the texts that may follow the prompt: every choice after one space."""
     return [" " + choice for choice in question.choices]
 
 
 def score(model: Any, tokenizer: Any, questions: Sequence[Question]) -> list[Scored]:
-    """experthub's side: tokenise, and score the choices."""
+    """Tokenise the questions and score their choices with experthub.
+
+    Args:
+        model: The model.
+        tokenizer: The tokenizer of the model.
+        questions: The examples.
+
+    Returns:
+        The scores of each example.
+    """
     encoded = [encode(tokenizer, question.prompt, after(question)) for question in questions]
     sums = iter(choice_logprobs(model, [item for items in encoded for item in items]))
     return [
@@ -119,20 +150,27 @@ def score(model: Any, tokenizer: Any, questions: Sequence[Question]) -> list[Sco
 
 
 def best(values: Sequence[float]) -> int:
-    """The first of the highest, as numpy's argmax."""
+    """Return the place of the highest value, and of several the first, like numpy's argmax."""
     return max(range(len(values)), key=values.__getitem__)
 
 
 def margin(values: Sequence[float]) -> float:
-    """How far the best is above the second."""
+    """Return the difference of the highest and the second highest value."""
     first, second = sorted(values, reverse=True)[:2]
     return first - second
 
 
 def compare(ours: Sequence[Scored], theirs: Sequence[Scored]) -> dict[str, Any]:
-    """Where the two sides agree and differ, over examples.
+    """Count where the two sides agree and differ.
 
-    A tie: the best two choices of an example are equal, to the last bit, on either side.
+    A tie is an example whose best two choices are equal to the last bit, on either side.
+
+    Args:
+        ours: The scores of experthub.
+        theirs: The scores of lm-eval, in the same order.
+
+    Returns:
+        The counts and the largest difference.
     """
     pairs = list(zip(ours, theirs, strict=True))
     found: dict[str, Any] = {
@@ -154,7 +192,7 @@ def compare(ours: Sequence[Scored], theirs: Sequence[Scored]) -> dict[str, Any]:
 
 
 def questions_of(reference: str) -> list[Question]:
-    """The first examples of a task, in the order of their ids."""
+    """Read the first examples of a task, in the order of their ids."""
     task = read_task(reference)
     return [
         Question(task.prompt(example), tuple(task.choices(example)), task.answer(example) or 0)
@@ -163,7 +201,7 @@ def questions_of(reference: str) -> list[Question]:
 
 
 def tune(peer: LmEval, name: str) -> dict[int, float]:
-    """Seconds of lm-eval by batch size, on the first examples of a task: the better of two."""
+    """Time lm-eval on the first examples of a task for each batch size, the better of two passes."""
     passes = [{batch: peer.seconds(name, batch, TUNED) for batch in BATCHES} for _ in range(2)]
     taken = {batch: min(seconds[batch] for seconds in passes) for batch in BATCHES}
     print(f"lm-eval, {name}, seconds by batch size:", taken, file=sys.stderr)
@@ -171,13 +209,13 @@ def tune(peer: LmEval, name: str) -> dict[int, float]:
 
 
 def rates(seconds: Sequence[float], examples: int) -> str:
-    """Examples per second: median, smallest and largest."""
+    """Format the examples per second: median, smallest and largest."""
     found = [examples / s for s in seconds]
     return f"{median(found):7.2f} ({min(found):.2f} to {max(found):.2f})"
 
 
 def row(name: str, examples: int, ours: list[float], theirs: list[float]) -> dict[str, Any]:
-    """Print one line of the table; its figures."""
+    """Print one row of the table, and return its numbers."""
     ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
     spread = f"{median(ratios):5.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
     print(f"{name:42} {rates(ours, examples):26} {rates(theirs, examples):26} {spread}")
@@ -191,8 +229,8 @@ def row(name: str, examples: int, ours: list[float], theirs: list[float]) -> dic
 
 
 def report(asked: dict[str, list[Question]], times: Times) -> dict[str, Any]:
-    """The table of speeds, by task and over all of them."""
-    print(f"{'examples/s, median (smallest, largest)':42} {'experthub':26} {'lm-eval':26} ratio")
+    """Print the table of speeds, by task and for all tasks, and return its numbers."""
+    print(f"{'examples/s, median (smallest to largest)':42} {'experthub':26} {'lm-eval':26} ratio")
     found = {}
     for reference, questions in asked.items():
         ours, theirs = times[f"{reference}, experthub"], times[f"{reference}, lm-eval"]
@@ -203,7 +241,7 @@ def report(asked: dict[str, list[Question]], times: Times) -> dict[str, Any]:
         for side in ("experthub", "lm-eval")
     ]
     found["all"] = row("all", total, *sides)
-    print(f"target: at least {TARGET} times lm-eval's examples per second, on all")
+    print(f"target: at least {TARGET} times lm-eval's examples per second over all tasks")
     return found
 
 
@@ -211,7 +249,7 @@ def main() -> None:
     """Run the benchmark and print its tables."""
     options = arguments(__doc__)
     torch.set_num_threads(THREADS)
-    found = find(BASE, Registry.read())
+    found = find(BASE, Session())
     asked = {reference: questions_of(reference) for reference in TASKS}
     tokenizer, model = load_tokenizer(found), load_model(found, "float32", "cpu")
     agreement, tuned = {}, {}

@@ -1,4 +1,4 @@
-"""Time loading SmolLM2-135M bare, composed with eight experts, and adapted by peft.
+"""Time loading SmolLM2-135M: bare, composed with eight experts, and adapted by peft.
 
 The experts are in the store, and every file is in the page cache.
 """
@@ -29,6 +29,7 @@ from _peer import peft
 from experthub.hub import Recipe, Registry, compose, resolve
 from experthub.hub.bases.base import load_model, weight_files
 from experthub.hub.bases.base_sources import find
+from experthub.hub.session import Session
 
 METHODS = {
     "route": {"route": {"method": "phatgoose", "top_k": 2}},
@@ -37,7 +38,14 @@ METHODS = {
 
 
 def read(files: list[Path]) -> int:
-    """Read every byte of the files once, as the least that loading them can do."""
+    """Read every byte of the files once, which is the limit of loading them.
+
+    Args:
+        files: The files.
+
+    Returns:
+        The number of bytes.
+    """
     buffer, total = bytearray(1 << 22), 0
     for path in files:
         with path.open("rb", buffering=0) as file:
@@ -54,7 +62,7 @@ def main() -> None:
     options = arguments(__doc__)
     logging.disable_progress_bar()
     torch.set_num_threads(THREADS)
-    found = find(BASE, Registry.read())
+    found = find(BASE, Session())
     with TemporaryDirectory() as name:
         folder = Path(name)
         experts = make_experts(folder / "experts", found)
@@ -66,10 +74,10 @@ def main() -> None:
         base = load_model(found, "float32", "cpu")
 
         def composed(kind: str, model: Any = None) -> Any:
-            return compose(recipes[kind], model=model, registry=Registry.read(file), store=store)
+            return compose(recipes[kind], model=model, session=Session(Registry.read(file), store))
 
         def resolved() -> Any:
-            return resolve(Recipe.of(recipes["route"]), Registry.read(file), store)
+            return resolve(Recipe.of(recipes["route"]), session=Session(Registry.read(file), store))
 
         def bare() -> Any:
             return AutoModelForCausalLM.from_pretrained(found.folder, dtype="float32")
@@ -91,9 +99,9 @@ def main() -> None:
             "compose, merge": timed(lambda: composed("merge")),
             "onto a base, route": timed(lambda: composed("route", base)),
             "onto a base, merge": timed(lambda: composed("merge", base)),
-            "of it, resolve": timed(resolved),
+            "resolve only": timed(resolved),
             "onto a base, peft": lambda: peer.ask("load"),
-            "the same, low_cpu_mem": lambda: peer.ask("load low_cpu_mem_usage"),
+            "peft, low_cpu_mem": lambda: peer.ask("load low_cpu_mem_usage"),
             "read base": timed(lambda: read(base_files)),
             "read experts": timed(lambda: read(files)),
             "fill merged weights": timed(lambda: torch.empty(changed).fill_(1.0)),

@@ -1,6 +1,7 @@
 """Time `hub pull` against huggingface_hub's snapshot_download, both from one Hub on this machine.
 
-An expert of one large file, and a base of eight; every pull in a fresh process with empty caches.
+The Hub holds an expert with one large file and a base with eight files. Every pull runs in a fresh
+process with empty caches.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from urllib.parse import urlsplit
 import torch
 from _bench import Times, arguments, finish, ratio, run_rounds, spread, surroundings, timed
 from _peer import Peer, environment
-from experthub.hub.files.atomic import sha256_of
+from experthub.hub.files.digests import sha256_of
 from safetensors.torch import save_file
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))
@@ -30,15 +31,21 @@ sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))
 from hf_store import Store
 
 TARGET = 1.0
-MODULES, RANK, WIDTH = 64, 16, 24_576  # of the expert
-SHARDS, ROWS, COLUMNS = 8, 1000, 5000  # of the base
+MODULES, RANK, WIDTH = 64, 16, 24_576  # the size of the expert
+SHARDS, ROWS, COLUMNS = 8, 1000, 5000  # the size of the base
 SETTINGS = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": ""}
 SETTINGS |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
 
 
 @dataclass(frozen=True)
 class Published:
-    """A repository on the Hub: its weights there, and what `hub pull` is told to get."""
+    """A repository on the Hub.
+
+    Attributes:
+        name: The name of the repository.
+        files: The weight files on the Hub.
+        words: The arguments of `hub pull` for it.
+    """
 
     name: str
     files: tuple[Path, ...]
@@ -46,14 +53,20 @@ class Published:
 
     @property
     def bytes(self) -> int:
+        """The size of all weight files."""
         return sum(file.stat().st_size for file in self.files)
 
     def words_for(self, side: str) -> str:
+        """Return the arguments of a pull by `hub` or by `snapshot_download`."""
         return self.words if side == "hub" else f"alice/{self.name}"
 
 
 def make_expert(folder: Path) -> None:
-    """A random LoRA of 200 MB."""
+    """Write a random LoRA of 200 MB.
+
+    Args:
+        folder: The folder of the expert.
+    """
     random = torch.Generator().manual_seed(0)
     tensors = {}
     for module in range(MODULES):
@@ -66,7 +79,11 @@ def make_expert(folder: Path) -> None:
 
 
 def make_base(folder: Path) -> None:
-    """A model folder with its weights in eight files of 20 MB."""
+    """Write a model with its weights in eight files of 20 MB.
+
+    Args:
+        folder: The folder of the model.
+    """
     random = torch.Generator().manual_seed(1)
     places = {}
     for shard in range(SHARDS):
@@ -79,7 +96,15 @@ def make_base(folder: Path) -> None:
 
 
 def publish(store: Store, folder: Path) -> tuple[Path, ...]:
-    """Put a folder on the Hub under its name; its weights there."""
+    """Publish a folder on the Hub under its name.
+
+    Args:
+        store: The store of the Hub.
+        folder: The folder.
+
+    Returns:
+        The weight files on the Hub.
+    """
     repository = store.create(f"alice/{folder.name}", private=False)
     lines: list[dict[str, Any]] = []
     for path in sorted(folder.iterdir()):
@@ -97,16 +122,33 @@ def publish(store: Store, folder: Path) -> tuple[Path, ...]:
 
 
 class Puller:
-    """Pulls in fresh processes, with empty caches below a folder.  python: per side."""
+    """Pulls in fresh processes, with empty caches below a folder.
+
+    Args:
+        home: The folder of the caches.
+        url: The address of the Hub.
+        python: The interpreter of each side.
+    """
 
     def __init__(self, home: Path, url: str, python: dict[str, Path]) -> None:
         self.home, self.url, self.python = home, url, python
         self.versions: dict[str, str] = {}
 
     def seconds(self, side: str, what: Published) -> float:
-        """How long a pull took; RuntimeError when the bytes are not the same."""
+        """Time one pull.
+
+        Args:
+            side: `hub` or `snapshot_download`.
+            what: The repository.
+
+        Returns:
+            The time in seconds.
+
+        Raises:
+            RuntimeError: If the pulled bytes differ from the published bytes.
+        """
         shutil.rmtree(self.home, ignore_errors=True)
-        os.sync()  # what the last one left to be written is not this one's
+        os.sync()  # so that this pull does not wait for what the last one wrote
         places = {"HF_HOME": str(self.home / "hf"), "HUB_HOME": str(self.home / "hub")}
         variables = SETTINGS | places | {"HF_ENDPOINT": self.url}
         peer = Peer(self.python[side], "_puller.py", side, variables=variables)
@@ -115,12 +157,17 @@ class Puller:
         self.versions |= peer.versions
         found = {sha256_of(path) for path in self.home.rglob("*") if path.is_file()}
         if not {path.name for path in what.files} <= found:
-            raise RuntimeError(f"{side} brought other bytes of {what.name}")
+            raise RuntimeError(f"{side} pulled other bytes of {what.name} than were published")
         return taken
 
 
 def socket(url: str, what: Published) -> None:
-    """Every byte read off one connection, and forgotten: the least that a pull can do."""
+    """Read every byte from one connection and discard it, which is the limit of a pull.
+
+    Args:
+        url: The address of the Hub.
+        what: The repository.
+    """
     buffer = bytearray(1 << 20)
     line = http.client.HTTPConnection(urlsplit(url).netloc)
     for path in what.files:
@@ -132,12 +179,22 @@ def socket(url: str, what: Published) -> None:
 
 
 def sha256(what: Published) -> None:
+    """Hash every byte once.
+
+    Args:
+        what: The repository.
+    """
     for path in what.files:
         sha256_of(path)
 
 
 def written(folder: Path, what: Published) -> None:
-    """Every byte written once, and fsynced."""
+    """Write every byte once, with an fsync.
+
+    Args:
+        folder: The folder for the copies.
+        what: The repository.
+    """
     for number, path in enumerate(what.files):
         with path.open("rb") as source, (folder / str(number)).open("wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
@@ -146,7 +203,17 @@ def written(folder: Path, what: Published) -> None:
 
 
 def measured(published: list[Published], pull: Puller, bare: Path, rounds: int) -> Times:
-    """Seconds by case, which is named after the repository and what was done."""
+    """Time every case, which is named after the repository and the action.
+
+    Args:
+        published: The repositories.
+        pull: The pulls.
+        bare: A folder for copies of the files.
+        rounds: The number of rounds.
+
+    Returns:
+        The seconds of each case.
+    """
     cases: dict[str, Callable[[], float]] = {}
     for what in published:
         for side in ("hub", "snapshot_download"):
@@ -158,7 +225,15 @@ def measured(published: list[Published], pull: Puller, bare: Path, rounds: int) 
 
 
 def report(published: list[Published], times: Times) -> dict[str, Any]:
-    """Print the table; its figures."""
+    """Print the table.
+
+    Args:
+        published: The repositories.
+        times: The seconds of each case.
+
+    Returns:
+        The numbers of the table.
+    """
     found = {}
     print(f"{'':26} {'median (smallest to largest)':32}   MB/s  x snapshot_download")
     for what in published:
@@ -180,7 +255,7 @@ def report(published: list[Published], times: Times) -> dict[str, Any]:
             f"{what.name}: {median(ratios):.2f} ({smallest:.2f} to {largest:.2f}) times the "
             f"throughput of snapshot_download; {len(what.files)} files, {what.bytes:,} bytes"
         )
-    print(f"target: at least {TARGET}")
+    print(f"target: at least {TARGET} times the throughput of snapshot_download")
     return found
 
 

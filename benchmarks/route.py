@@ -1,6 +1,6 @@
-"""Time one forward of SmolLM2-135M: bare, routed over eight experts, and with peft.
+"""Time one forward pass of SmolLM2-135M: bare, routed over eight experts, and with peft.
 
-One input of 512 tokens, float32, two threads, logits included.
+The input has 512 tokens. The model runs in float32 with two threads and computes all logits.
 """
 
 from __future__ import annotations
@@ -31,16 +31,25 @@ from _peer import Peer, peft
 from experthub.hub import Plan, Recipe, Registry, compose, resolve
 from experthub.hub.bases.base import load_model
 from experthub.hub.bases.base_sources import find
+from experthub.hub.session import Session
 from torch import Tensor
 
 TOKENS, TOP_K, TARGET = 512, 2, 1.6
 
 
 def flops(plan: Plan, config: Any, rows: int) -> tuple[int, int]:
-    """Multiply-adds of the base's forward, and those added by `rows` rows of A per module.
+    """Count the multiply-adds of the base's forward pass, and those that the experts add.
 
-    The base: every linear, the output embedding, and attention without the causal mask's savings.
-    Added: A x for the rows, B z for the rows, and one probe of every expert.
+    The base has every linear module, the output embedding, and attention without the savings of the
+    causal mask. The experts add A x and B z for the rows, and one gate for every expert.
+
+    Args:
+        plan: The plan, which names the modules.
+        config: The configuration of the base.
+        rows: The rows of A that are read per module.
+
+    Returns:
+        The multiply-adds of the base, and the added ones.
     """
     shapes = plan.base.shapes
     linears = sum(o * i for o, i in (shapes[name] for name in plan.parameters))
@@ -51,11 +60,31 @@ def flops(plan: Plan, config: Any, rows: int) -> tuple[int, int]:
 
 
 def difference(a: Tensor, b: Tensor) -> float:
+    """Return the largest absolute difference.
+
+    Args:
+        a: A tensor.
+        b: A tensor of the same shape.
+
+    Returns:
+        The difference.
+    """
     return float((a - b).abs().max())
 
 
 def parity(peer: Peer, base: Any, merged: Any, ids: Tensor, folder: Path) -> dict[str, float]:
-    """peft with eight active adapters of weight 1 against our `task_arithmetic` with scale 1."""
+    """Compare peft with eight active adapters of weight 1 with our `task_arithmetic` of scale 1.
+
+    Args:
+        peer: The process of peft.
+        base: The bare model.
+        merged: The merged model.
+        ids: The token ids `[1, tokens]`.
+        folder: A folder for peft's logits.
+
+    Returns:
+        The largest difference, the largest change by the experts, and the largest logit.
+    """
     peer.ask(f"eight {folder / 'logits.pt'}")
     theirs = torch.load(folder / "logits.pt", weights_only=True)
     ours, bare = merged(input_ids=ids).logits, base(input_ids=ids).logits
@@ -70,7 +99,7 @@ def main() -> None:
     """Run the benchmark and print its table."""
     options = arguments(__doc__)
     torch.set_num_threads(THREADS)
-    found = find(BASE, Registry.read())
+    found = find(BASE, Session())
     with TemporaryDirectory() as name:
         folder = Path(name)
         experts = make_experts(folder / "experts", found)
@@ -80,11 +109,11 @@ def main() -> None:
         recipe = {"base": BASE, "experts": [e.name for e in experts], "dtype": "float32"}
         registry = Registry.read(file)
         route = {"method": "phatgoose", "top_k": TOP_K}
-        plan = resolve(Recipe.of(recipe | {"route": route}), registry, store)
+        plan = resolve(Recipe.of(recipe | {"route": route}), session=Session(registry, store))
         base = load_model(found, "float32", "cpu")
-        routed = compose(plan, model=base, store=store).model
+        routed = compose(plan, model=base, session=Session(store=store)).model
         sums = recipe | {"merge": {"method": "task_arithmetic", "scale": 1.0}}
-        merged = compose(sums, model=base, registry=registry, store=store).model
+        merged = compose(sums, model=base, session=Session(registry, store)).model
         random = torch.Generator().manual_seed(0)
         ids = torch.randint(base.config.vocab_size, (1, TOKENS), generator=random)
         peer.ask(f"input {ids[0].tolist()}")
@@ -107,7 +136,7 @@ def main() -> None:
     for what, limit in limits.items():
         print(f"{'limit by flops, ' + what:57} {limit:6.3f} x base")
     print(f"target: routed <= {TARGET} x base")
-    print("parity, peft eight active against task_arithmetic:", agreement)
+    print("parity of peft with eight active adapters and task_arithmetic:", agreement)
     result = {
         "benchmark": "route",
         "surroundings": around,

@@ -1,7 +1,8 @@
-"""From sixteen experts to a thousand on SmolLM2-135M: packing, loading, one forward, decoding.
+"""Measure 16 to 1,024 experts on SmolLM2-135M: packing, loading, one forward pass, decoding.
 
-Rank-8 experts with gates, pairs of the starter experts with noise of their own; phatgoose, top_k 2.
-One input of 512 tokens of text, float32, two threads, logits included.
+The experts have rank 8 and gates; each is a pair of the starter experts with added noise. The router is
+phatgoose with top_k 2. The input has 512 tokens of text. The model runs in float32 with two threads and
+computes all logits.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from _peer import HERE, OFFLINE, Peer, environment
 from experthub.hub import Registry, Store
 from experthub.hub.bases.base import Base
 from experthub.hub.bases.base_sources import find
+from experthub.hub.session import Session
 
 COUNTS, TOKENS, TOP_K, STEPS = (16, 64, 128, 256, 1024), 512, 2, 16
 WITH_PEERS = (16, 64)
 ROUTE = '{"method": "phatgoose", "top_k": 2}'
-FORWARD = {16: 1.5, 128: 2.3, 1024: 4.0}  # goals, x base
+FORWARD = {16: 1.5, 128: 2.3, 1024: 4.0}  # goals, relative to the base
 DECODE = {16: 1.6}
 LOAD = {1024: 2.0}
 TEXT = HERE.parent / "docs" / "recipes.md"
@@ -36,10 +38,18 @@ PEERS = {
 
 
 def bounds(base: Base, count: int) -> dict[str, float]:
-    """What no exact router of this kind can be faster than, x base: the gates and the chosen experts.
+    """Compute the bounds of an exact router that scores every expert, relative to the base.
 
-    forward: multiply-adds, attention's and the output embedding's in the base's.  decode: bytes of
-    weights, the experts' in bfloat16, the rest in float32.
+    The bounds count the gates and the chosen experts. For `forward` they count multiply-adds, where
+    the base includes attention and the output embedding. For `decode` they count bytes of weights,
+    with the experts in bfloat16 and the rest in float32.
+
+    Args:
+        base: The base.
+        count: The number of experts.
+
+    Returns:
+        The bounds of `forward` and `decode`.
     """
     shapes, kinds = base.shapes, tuple(f".{linear}.weight" for linear in LINEARS)
     linears = [shapes[name] for name in shapes if name.endswith(kinds)]
@@ -56,13 +66,31 @@ def bounds(base: Base, count: int) -> dict[str, float]:
 
 
 def ours(store: Store, registry: Path, count: int) -> Peer:
-    """`_scaled.py`, in a process of its own."""
+    """Start `_scaled.py` in its own process.
+
+    Args:
+        store: The store of the experts.
+        registry: The file of the registry.
+        count: The number of experts.
+
+    Returns:
+        The process.
+    """
     options = [str(store.root), registry, str(count), ROUTE]
     return Peer(Path(sys.executable), "_scaled.py", *options, variables={}, own=True)
 
 
 def others(cache: Path, base: Path, folders: list[Path]) -> dict[str, tuple[Peer, float]]:
-    """Every way of the peers, each in its own process, with its seconds to load; without one that fails."""
+    """Start every case of the peers in its own process. A case that fails is left out.
+
+    Args:
+        cache: The folder of the virtual environments.
+        base: The folder of the base.
+        folders: The folders of the experts.
+
+    Returns:
+        The process of each case, and the seconds that it took to load.
+    """
     pins = tuple(
         line
         for line in (HERE.parent / "tests" / "golden" / "mttl.txt").read_text().splitlines()
@@ -84,7 +112,17 @@ def others(cache: Path, base: Path, folders: list[Path]) -> dict[str, tuple[Peer
 
 
 def folders_of(store: Store, registry: Registry, count: int, place: Path) -> list[Path]:
-    """The first experts as folders, which peers read."""
+    """Copy the first experts out of the store, for the peers.
+
+    Args:
+        store: The store of the experts.
+        registry: The registry that names them.
+        count: The number of experts.
+        place: The folder for the copies.
+
+    Returns:
+        The folders of the experts.
+    """
     known = {expert.name: expert.digest for expert in registry.experts()}
     found = [place / f"expert-{number}" for number in range(count)]
     for folder in found:
@@ -93,7 +131,18 @@ def folders_of(store: Store, registry: Registry, count: int, place: Path) -> lis
 
 
 def measured(count: int, options: Any, base: Base, store: Store, file: Path) -> dict[str, Any]:
-    """Everything about one number of experts."""
+    """Measure everything for one number of experts.
+
+    Args:
+        count: The number of experts.
+        options: The options of the benchmark.
+        base: The base.
+        store: The store of the experts.
+        file: The file of the registry.
+
+    Returns:
+        The results.
+    """
     with TemporaryDirectory() as place:
         side = ours(store, file, count)
         pack = side.ask("pack")
@@ -136,6 +185,14 @@ def measured(count: int, options: Any, base: Base, store: Store, file: Path) -> 
 
 
 def tokens(base: Base) -> list[int]:
+    """Tokenise the text of the input.
+
+    Args:
+        base: The base, whose tokenizer is used.
+
+    Returns:
+        The token ids.
+    """
     from transformers import AutoTokenizer
 
     ids: list[int] = AutoTokenizer.from_pretrained(base.folder)(TEXT.read_text())["input_ids"]
@@ -143,18 +200,21 @@ def tokens(base: Base) -> list[int]:
 
 
 def show(found: dict[str, Any]) -> None:
+    """Print the results for one number of experts.
+
+    Args:
+        found: The results.
+    """
     count, bound = found["experts"], found["bounds"]
     pack, private = found["pack"], found["private_bytes"]
-    size = f"{pack['bytes'] / 1e9:.2f} GB" if pack["bytes"] else "no bank, too few"
+    size = f"{pack['bytes'] / 1e9:.2f} GB" if pack["bytes"] else "no bank, too few experts"
     print(
-        f"\n{count} experts: packed in {pack['seconds']:.1f} s ({size}); private memory of a load "
+        f"\n{count} experts: packed in {pack['seconds']:.1f} s ({size}); private memory after loading:"
     )
     print(
         f"  {private['base'] / 1e6:.0f} MB base, {private['routed'] / 1e6:.0f} MB routed; ", end=""
     )
-    print(
-        f"{100 * found['touched']:.0f} % of the experts are chosen by some token (mean over modules)"
-    )
+    print(f"some token chooses {100 * found['touched']:.0f} % of the experts (mean over modules)")
     print(f"  kernels: {found['kernels']}")
     goals = {"load": LOAD, "forward": FORWARD, "decode": DECODE}
     for what, goal in goals.items():
@@ -166,17 +226,17 @@ def show(found: dict[str, Any]) -> None:
                 line += f", goal {goal[count]}" if count in goal else ""
             print(line)
     for name, seconds in found["peers_load"].items():
-        print(f"  load     {name:22} {seconds:8.3f} s, once, onto a loaded base")
+        print(f"  load     {name:22} {seconds:8.3f} s (one run, onto a loaded base)")
 
 
 def main() -> None:
     """Run the benchmark and print its tables."""
     options = arguments(
         __doc__,
-        experts=(COUNTS, "how many are composed"),
-        peers=(WITH_PEERS, "of these, where the peers do so too"),
+        experts=(COUNTS, "numbers of experts to compose"),
+        peers=(WITH_PEERS, "numbers of experts at which the peers run too"),
     )
-    base = find(BASE, Registry.read())
+    base = find(BASE, Session())
     folder = options.cache / "scale"
     store, file = many(folder, max(COUNTS))
     around = surroundings({})

@@ -1,7 +1,7 @@
 """Time one step of training: an expert (peft's LoRA), its gates (PHATGOOSE), and skills (Poly, MHR).
 
-SmolLM2-135M, a batch of 8 inputs of 64 tokens, every linear adapted at rank 4, float32, two threads;
-forward, backward and AdamW.
+The base is SmolLM2-135M in float32 with two threads, adapted at rank 4 on every linear module. A step is
+forward, backward and AdamW on a batch of 8 inputs of 64 tokens.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from _bench import (
     surroundings,
     timed,
 )
-from experthub.hub import Registry
 from experthub.hub.bases.base import load_model
 from experthub.hub.bases.base_sources import find
+from experthub.hub.session import Session
 from experthub.merge import LowRank
-from experthub.routing import ExpertStack, RoutedLinear, SkilledLinear, TaskRows, untrained_gate
+from experthub.routing import BatchTasks, ExpertStack, RoutedLinear, SkilledLinear, untrained_gate
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
@@ -35,27 +35,50 @@ BATCH, TOKENS, RANK, TARGET, SKILLS_TARGET = 8, 64, 4, 1.1, 1.2
 
 
 def lora(model: Any) -> Any:
-    """A fresh LoRA on every linear, as `hub train lora` makes it."""
+    """Add an untrained LoRA to every linear module, as `hub train lora` does.
+
+    Args:
+        model: The base.
+
+    Returns:
+        The model with its LoRA.
+    """
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(LINEARS))
     return get_peft_model(model, config)
 
 
 def gated(model: Any) -> Any:
-    """A random expert and an untrained gate on every linear, as `hub train gate` makes them."""
+    """Add a random expert and an untrained gate to every linear module, as `hub train gate` does.
+
+    Args:
+        model: The base.
+
+    Returns:
+        The model with its gates.
+    """
     linears = [(n, m) for n, m in model.named_modules() if n.endswith(LINEARS)]
     for name, module in linears:
         outputs, inputs = module.weight.shape
         a, b = torch.randn(RANK, inputs) / inputs**0.5, torch.randn(outputs, RANK) * 0.01
         stack = ExpertStack.of({0: LowRank(a, b, 2.0)}, 1)
-        gate = RoutedLinear.alone(module, stack, untrained_gate(stack), train_probes=True)
+        gate = RoutedLinear.from_stack(module, stack, untrained_gate(stack), train_probes=True)
         model.set_submodule(name, gate)
     return model
 
 
 def skilled(model: Any, n_skills: int, n_heads: int) -> Any:
-    """Skills on every linear as `hub train skills` makes them, every row of a task of its own."""
+    """Add skills to every linear module, as `hub train skills` does. Every row has its own task.
+
+    Args:
+        model: The base.
+        n_skills: The number of skills.
+        n_heads: The number of heads.
+
+    Returns:
+        The model with its skills.
+    """
     model.requires_grad_(False)
-    rows = TaskRows(torch.arange(BATCH))
+    rows = BatchTasks(torch.arange(BATCH))
     for name, module in [(n, m) for n, m in model.named_modules() if n.endswith(LINEARS)]:
         outputs, inputs = module.weight.shape
         a = torch.randn(n_skills, RANK, inputs) / inputs**0.5
@@ -66,7 +89,15 @@ def skilled(model: Any, n_skills: int, n_heads: int) -> Any:
 
 
 def step(model: Any, ids: Tensor) -> Callable[[], Any]:
-    """One step of AdamW over whatever can be trained."""
+    """Return a function that runs one step of AdamW on all trainable parameters.
+
+    Args:
+        model: The model.
+        ids: The token ids `[inputs, tokens]`.
+
+    Returns:
+        The function.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
 
@@ -86,7 +117,7 @@ def main() -> None:
     """Run the benchmark and print its table."""
     options = arguments(__doc__)
     torch.set_num_threads(THREADS)
-    base = find(BASE, Registry.read())
+    base = find(BASE, Session())
     around = surroundings({})
     ids = torch.randint(1000, 40000, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0))
 
@@ -109,7 +140,7 @@ def main() -> None:
     )
     for case, seconds in times.items():
         print(
-            f"{case:12} {spread(seconds):32} {ratio(times, case, 'expert'):6.3f} x expert, {trained[case]} trained"
+            f"{case:12} {spread(seconds):32} {ratio(times, case, 'expert'):6.3f} x expert, {trained[case]} numbers trained"
         )
     print(f"target: a gate's step at most {TARGET} x an expert's")
     for case in ("poly", "mhr"):

@@ -37,7 +37,7 @@ def _registry(ctx: typer.Context) -> Registry | None:
 
 def tasks() -> list[str]:
     """The imported tasks."""
-    from experthub.hub.tasks.task import list_references
+    from experthub.hub.tasks.task_files import list_references
 
     return list_references()
 

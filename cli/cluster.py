@@ -12,9 +12,9 @@ from experthub.cli._output import (
     print_json,
     print_lines,
     print_table,
-    progress,
     say,
 )
+from experthub.cli._session import open_session
 from experthub.cli.suggest import (
     BaseOption,
     EmbedderOption,
@@ -56,8 +56,7 @@ def cluster(
     """
     from experthub.hub.errors import UsageError
     from experthub.hub.evaluation.plots import plot_similarity
-    from experthub.hub.files.atomic import check_file
-    from experthub.hub.registry.registry import Registry
+    from experthub.hub.files.path_checks import check_file
     from experthub.hub.selection.clusters import as_by, cluster, write_clusters
     from experthub.hub.selection.written import check_request
 
@@ -66,19 +65,12 @@ def cluster(
         check_file(plot)
         if out is not None and plot.resolve() == out.resolve():
             raise UsageError(f"--out and --plot are both {out}", "name two files")
-    layers = Registry.read(registry)
-    with progress() as report:
+    with open_session(registry) as session:
         found = cluster(
-            named(names, experts),
-            base=base,
-            k=k,
-            by=as_by(by),
-            embedder=embedder,
-            registry=layers,
-            report=report,
+            named(names, experts), base=base, k=k, by=as_by(by), embedder=embedder, session=session
         )
         if out is not None:
-            write_clusters(found, out, method, rank, registry=layers, report=report)
+            write_clusters(found, out, session, method, rank)
     if plot is not None:
         order = [e for group in found.groups for e in group]
         rows = [[found.similarity[e][f] for f in order] for e in order]

@@ -16,9 +16,9 @@ from experthub.cli._output import (
     print_fields,
     print_json,
     print_table,
-    progress,
     say,
 )
+from experthub.cli._session import open_session
 
 if TYPE_CHECKING:
     from experthub.hub.formats.coefficients import CoefficientsRecord
@@ -45,26 +45,24 @@ def coefficients(
     hub coefficients recipe.yaml --name my-coefficients
     """
     from experthub.hub.errors import UsageError
-    from experthub.hub.materials.learned import learned, stored_coefficients
     from experthub.hub.recipes.lock import plan_of
-    from experthub.hub.registry.registry import Registry, checked_name
-    from experthub.hub.store.store import Store
+    from experthub.hub.registry.entries import check_name
+    from experthub.hub.states.states import load_state, store_state
     from experthub.hub.transfer.describe import register_found
 
     if name is not None:
-        checked_name(name)
-    layers, store = Registry.read(registry), Store()
-    with progress() as report:
-        plan = plan_of(recipe, pins_of(locked, frozen), layers, store, report)
-        if plan.routed or not plan.learns:
+        check_name(name)
+    with open_session(registry, device) as session:
+        plan = plan_of(recipe, pins_of(locked, frozen), session=session)
+        if plan.routed or not plan.keeps_state:
             raise UsageError(
                 f"{plan.recipe.methods[0].method} has no coefficients",
                 "see hub methods for those that do",
             )
-        content = plan.found or learned(plan, device=device, store=store, report=report)
-    record, found = stored_coefficients(content, store)
+        content = plan.found or store_state(plan, session)
+    record, found = load_state(plan, content, session)
     if name is not None:
-        say(f"registered {register_found(content, name, layers, store).reference}")
+        say(f"registered {register_found(content, name, session).reference}")
     if plot is not None:
         from experthub.hub.evaluation.plots import plot_coefficients
 

@@ -18,9 +18,9 @@ from experthub.cli._output import (
     print_fields,
     print_json,
     print_table,
-    progress,
     say,
 )
+from experthub.cli._session import open_session
 
 if TYPE_CHECKING:
     from experthub.hub.recipes.plan import Plan
@@ -49,15 +49,14 @@ def compose(
     hub compose recipe.yaml --out ./adapter --format peft; hub compose recipe.yaml --locked --out ./model
     """
     from experthub.hub.errors import UsageError
-    from experthub.hub.files.atomic import check_free
+    from experthub.hub.files.path_checks import check_free
     from experthub.hub.recipes.lock import plan_of
-    from experthub.hub.registry.registry import Registry
 
     if format not in ("hf", "peft"):
         raise UsageError(f"unknown format {format!r}", "use hf or peft")
     kind: Literal["hf", "peft"] = "peft" if format == "peft" else "hf"
-    with progress() as report:
-        resolved = plan_of(recipe, pins_of(locked, frozen), Registry.read(registry), report=report)
+    with open_session(registry, device) as session:
+        resolved = plan_of(recipe, pins_of(locked, frozen), session=session)
         if out is not None and not plan:
             if resolved.routed:
                 raise UsageError(
@@ -66,9 +65,9 @@ def compose(
                     "or write merge: instead of route:",
                 )
             check_free(out)
-            from experthub.hub.composition.composition import compose as composed
+            from experthub.hub.composition.compose import compose as composed
 
-            composed(resolved, device=device, report=report).save(out, kind)
+            composed(resolved, session=session).save(out, kind)
     if json:
         print_json({"plan": resolved.record()} | ({"out": str(out)} if out and not plan else {}))
     else:
@@ -151,17 +150,16 @@ def generate(
     Examples: hub generate recipe.yaml --prompt "The capital of France is";
     hub generate recipe.yaml --prompt "Name three fruits." --chat
     """
-    from experthub.hub.composition.composition import compose as composed
+    from experthub.hub.composition.compose import compose as composed
     from experthub.hub.composition.generation import generate_text
     from experthub.hub.files.memory import reuse_memory
     from experthub.hub.recipes.lock import plan_of
-    from experthub.hub.registry.registry import Registry
 
     reuse_memory()
-    with progress() as report:
-        plan = plan_of(recipe, pins_of(locked, frozen), Registry.read(registry), report=report)
-        composition = composed(plan, device=device, report=report)
-        report("writing", 0, 0)
+    with open_session(registry, device) as session:
+        plan = plan_of(recipe, pins_of(locked, frozen), session=session)
+        composition = composed(plan, session=session)
+        session.report("writing", 0, 0)
         text = generate_text(
             composition, prompt, max_new_tokens=max_new_tokens, temperature=temperature, chat=chat
         )

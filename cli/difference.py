@@ -12,8 +12,8 @@ from experthub.cli._output import (
     print_fields,
     print_json,
     print_lines,
-    progress,
 )
+from experthub.cli._session import open_session
 
 if TYPE_CHECKING:
     from experthub.hub.finetunes.difference import Difference
@@ -62,10 +62,9 @@ def diff(
     hub diff ./base hf:someone/tuned --name theirs --sparse 0.1 --dtype bfloat16
     """
     from experthub.hub.finetunes.difference import diff as make
-    from experthub.hub.registry.registry import Registry
     from experthub.hub.transfer.remotes._http import parse_size
 
-    with progress() as report:
+    with open_session(registry) as session:
         made = make(
             base,
             finetuned,
@@ -78,8 +77,7 @@ def diff(
             task=task,
             description=description,
             version=version,
-            registry=Registry.read(registry),
-            report=report,
+            session=session,
         )
     print_difference(made, json)
 

@@ -20,12 +20,13 @@ from experthub.cli._output import (
     print_json,
     print_lines,
     print_table,
-    progress,
     say,
 )
+from experthub.cli._session import open_session
 
 if TYPE_CHECKING:
     from experthub.hub.recipes.plan import Plan
+    from experthub.hub.session import Session
 
 TasksOption = Annotated[
     list[str] | None,
@@ -92,33 +93,31 @@ def eval_(
     """
     from experthub.hub.evaluation.evaluation import evaluate
     from experthub.hub.files.memory import reuse_memory
-    from experthub.hub.readers.scorer import as_measure
+    from experthub.hub.readers.scorer import parse_measure
     from experthub.hub.recipes.lock import plan_of
-    from experthub.hub.registry.registry import Registry
-    from experthub.hub.tasks.task import as_split
+    from experthub.hub.tasks.task import parse_split
 
     reuse_memory()
     files, named = _files_and_tasks(recipes, tasks or [])
-    layers, pins = Registry.read(registry), pins_of(locked, frozen)
-    with progress() as report:
+    pins = pins_of(locked, frozen)
+    with open_session(registry, device) as session:
         result = evaluate(
             files,
             named,
-            split=as_split(split),
+            split=parse_split(split),
             limit=limit,
-            score=as_measure(score),
+            score=parse_measure(score),
             controls=controls,
             cache=cache,
             with_samples=samples is not None,
             pins=pins,
-            device=device,
             seed=seed,
-            registry=layers,
-            report=report,
+            session=session,
         )
     _write(result, out, samples)
     if plots is not None:
-        _plot(result, {Path(f).stem: plan_of(f, pins, layers) for f in files}, plots)
+        plans = {Path(file).stem: plan_of(file, pins, session=session) for file in files}
+        _plot(result, plans, plots, session)
     if json:
         print_json(result)
     else:
@@ -153,7 +152,8 @@ def _write(result: dict[str, Any], out: Path | None, samples: Path | None) -> No
         say(f"wrote {out}")
 
 
-def _plot(result: dict[str, Any], plans: dict[str, Plan], folder: Path) -> None:
+def _plot(result: dict[str, Any], plans: dict[str, Plan], folder: Path, session: Session) -> None:
+    """Draw the table of scores, and the routing of each recipe that routes."""
     from experthub.hub.errors import UsageError
     from experthub.hub.evaluation.plots import plot_result, plot_routing
     from experthub.hub.evaluation.routing_map import routing_map
@@ -165,7 +165,7 @@ def _plot(result: dict[str, Any], plans: dict[str, Plan], folder: Path) -> None:
         if plan.routed:
             picture = folder / f"{name}-routing.png"
             try:
-                found = routing_map(plan, tasks)
+                found = routing_map(plan, tasks, session=session)
             except UsageError as error:  # images, say: the scores are there all the same
                 say(f"no {picture}: {error.message}")
                 continue

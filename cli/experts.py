@@ -68,7 +68,7 @@ def search(
     Examples: hub search sentiment; hub search "multiple choice" commonsense; hub search minilm -q
     """
     from experthub.hub.errors import NotFoundError
-    from experthub.hub.files.yaml_files import did_you_mean
+    from experthub.hub.files.spelling import suggest_name
     from experthub.hub.registry.registry import Registry
 
     known = Registry.read(registry)
@@ -79,7 +79,7 @@ def search(
         everything = {word for e in known.experts() for word in [e.name, *e.tags]}
         raise NotFoundError(
             f"no expert has {' and '.join(map(repr, words))}",
-            did_you_mean(words[0], everything) if len(words) == 1 else "try fewer words",
+            suggest_name(words[0], everything) if len(words) == 1 else "try fewer words",
         )
     elif quiet:
         print_lines([e.reference for e in found])
@@ -187,15 +187,14 @@ def add(
 
     Examples: hub add ./my-lora --name my-lora; hub add ./my-lora --name my-lora --task bigbench:snarks
     """
-    from experthub.hub.registry.registry import Registry, checked_name
-    from experthub.hub.store.store import Store
+    from experthub.hub.registry.entries import check_name
+    from experthub.hub.session import Session
     from experthub.hub.transfer.describe import add_folder
 
     expert = add_folder(
         folder,
-        checked_name(name),
-        Registry.read(),
-        Store(),
+        check_name(name),
+        Session(),
         version=version,
         base=base,
         task=task,

@@ -13,8 +13,8 @@ from experthub.cli._output import (
     print_json,
     print_lines,
     print_table,
-    progress,
 )
+from experthub.cli._session import open_session
 
 if TYPE_CHECKING:
     from experthub.hub.recipes.lock_file import Lock
@@ -39,11 +39,8 @@ def lock(
     from experthub.hub.recipes.lock import check_lock
 
     if check:
-        from experthub.hub.registry.registry import Registry
-
-        known = Registry.read(registry)
-        with progress() as report:
-            locks = {path: check_lock(path, known, report=report) for path in recipes}
+        with open_session(registry) as session:
+            locks = {path: check_lock(path, session) for path in recipes}
     else:
         locks = _write(recipes, None if upgrade else (), registry)
     _print(locks, json)
@@ -63,10 +60,10 @@ def update(
     Examples: hub update sentiment; hub update sentiment recipe.yaml
     """
     from experthub.hub.recipes.lock import locked_with
+    from experthub.hub.registry.entries import check_name
     from experthub.hub.registry.expert import Reference
-    from experthub.hub.registry.registry import checked_name
 
-    name = checked_name(Reference.parse(name).name)
+    name = check_name(Reference.parse(name).name)
     _print(_write(recipes or locked_with(name, Path()), [name], registry), json)
 
 
@@ -76,11 +73,9 @@ def _write(
     """Lock recipes; nothing is written unless all of them can be."""
     from experthub.hub.recipes.lock import lock
     from experthub.hub.recipes.lock_file import lock_path
-    from experthub.hub.registry.registry import Registry
 
-    known = Registry.read(registry)
-    with progress() as report:
-        locks = {path: lock(path, known, update=newest, report=report) for path in recipes}
+    with open_session(registry) as session:
+        locks = {path: lock(path, session, update=newest) for path in recipes}
     for path, made in locks.items():
         made.write(lock_path(path))
     return locks

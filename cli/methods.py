@@ -26,15 +26,15 @@ def methods(
     Examples: hub methods; hub methods phatgoose; hub methods --json
     """
     from experthub.hub.errors import NotFoundError
-    from experthub.hub.files.yaml_files import did_you_mean
+    from experthub.hub.files.spelling import suggest_name
     from experthub.merge import merges
     from experthub.routing import routers
 
-    known = [*merges.values(), *routers.values()]
+    known: list[Strategy[Any]] = [*merges.values(), *routers.values()]
     chosen = [s for s in known if name in (None, s.name)]
     if not chosen:
         raise NotFoundError(
-            f"there is no method {name!r}", did_you_mean(str(name), [s.name for s in known])
+            f"there is no method {name!r}", suggest_name(str(name), [s.name for s in known])
         )
     if json:
         print_json({"methods": [record(s) for s in chosen]})
@@ -55,7 +55,7 @@ def methods(
                     "",
                     f"paper: {strategy.paper}",
                     *([f"needs: {', '.join(strategy.needs)}"] if strategy.needs else []),
-                    *([f"gives: {strategy.routing}"] if strategy.kind == "route" else []),
+                    *([f"gives: {strategy.traits.routing}"] if strategy.kind == "route" else []),
                 ]
             )
             if strategy.options:
@@ -73,7 +73,7 @@ def methods(
                 )
 
 
-def record(strategy: Strategy) -> dict[str, Any]:
+def record(strategy: Strategy[Any]) -> dict[str, Any]:
     """A method as plain values."""
     return {
         "name": strategy.name,
@@ -90,7 +90,7 @@ def record(strategy: Strategy) -> dict[str, Any]:
             for o in strategy.options.values()
         },
         "needs": list(strategy.needs),
-        **({"routing": asdict(strategy.routing)} if strategy.kind == "route" else {}),
+        **({"routing": asdict(strategy.traits.routing)} if strategy.kind == "route" else {}),
     }
 
 

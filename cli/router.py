@@ -16,9 +16,9 @@ from experthub.cli._output import (
     print_fields,
     print_json,
     print_table,
-    progress,
     say,
 )
+from experthub.cli._session import open_session
 
 
 def router(
@@ -39,29 +39,24 @@ def router(
     Examples: hub router retrieval.yaml; hub router retrieval.yaml --name examples
     """
     from experthub.hub.errors import UsageError
-    from experthub.hub.materials.learned import learned
-    from experthub.hub.materials.router_state import stored_router
     from experthub.hub.recipes.lock import plan_of
-    from experthub.hub.registry.registry import Registry, checked_name
-    from experthub.hub.store.store import Store
+    from experthub.hub.registry.entries import check_name
+    from experthub.hub.states.states import load_state, store_state
     from experthub.hub.transfer.describe import register_found
 
     if name is not None:
-        checked_name(name)
-    layers, store = Registry.read(registry), Store()
-    with progress() as report:
-        plan = plan_of(recipe, pins_of(locked, frozen), layers, store, report)
-        if not plan.routed or not plan.learns:
+        check_name(name)
+    with open_session(registry, device) as session:
+        plan = plan_of(recipe, pins_of(locked, frozen), session=session)
+        if not plan.routed or not plan.keeps_state:
             raise UsageError(
                 f"{plan.recipe.methods[0].method} needs nothing besides its experts",
                 "see hub methods for routers that do",
             )
-        content = plan.found or learned(
-            plan, device=device, registry=layers, store=store, report=report
-        )
-    record, state = stored_router(content, store)
+        content = plan.found or store_state(plan, session)
+    record, state = load_state(plan, content, session)
     if name is not None:
-        say(f"registered {register_found(content, name, layers, store).reference}")
+        say(f"registered {register_found(content, name, session).reference}")
     shapes = {tensor: list(values.shape) for tensor, values in sorted(state.tensors.items())}
     if json:
         described = record.model_dump(mode="json", by_alias=True)

@@ -14,9 +14,9 @@ from experthub.cli._output import (
     print_json,
     print_lines,
     print_table,
-    progress,
     say,
 )
+from experthub.cli._session import open_session
 
 
 def pull(
@@ -44,26 +44,24 @@ def pull(
     Examples: hub pull sentiment; hub pull smollm2-135m-instruct sentiment intent-recognition@1;
     hub pull hf:someone/boolq-lora@main --name boolq --max-size 500MB; hub pull file:/mnt/experts#intents@2
     """
-    from experthub.hub.registry.registry import Registry
-    from experthub.hub.store.store import Store
-    from experthub.hub.transfer.pull import pull_by_name
+    from experthub.hub.transfer.pull_by_name import pull_by_name
     from experthub.hub.transfer.remotes._http import at_most, parse_size
 
-    known = Registry.read(registry)
     pulled: list[dict[str, str]] = []
     if name and len(names) > 1:
         from experthub.hub.errors import UsageError
 
         raise UsageError("--name is for one expert", "pull them one by one")
-    with progress() as report, at_most(parse_size(max_size) if max_size else None):
+    limit = parse_size(max_size) if max_size else None
+    with open_session(registry) as session, at_most(limit):
         for wanted in names:
-            if wanted in known.bases():
+            if wanted in session.registry.bases():
                 from experthub.hub.bases.base_sources import find
 
-                base = find(wanted, known, report)
+                base = find(wanted, session)
                 pulled.append({"name": wanted, "digest": base.fingerprint})
             else:
-                for expert in pull_by_name(wanted, known, Store(), report, as_name=name):
+                for expert in pull_by_name(wanted, session, as_name=name):
                     pulled.append({"name": expert.reference, "digest": expert.digest})
     if json:
         print_json({"pulled": pulled})
@@ -88,27 +86,22 @@ def push(
     Examples: hub push intents hf:me/intents --dry-run; hub push intents@2 hf:me/intents --tag v2;
     hub push intents file:/mnt/experts
     """
+    from experthub.hub.registry.content import Content
     from experthub.hub.registry.expert import Reference
-    from experthub.hub.registry.registry import Registry
-    from experthub.hub.store.store import Store
-    from experthub.hub.transfer.pull import Content
     from experthub.hub.transfer.pull import pull as pulled
     from experthub.hub.transfer.push import push as pushed
 
-    known, store = Registry.read(registry), Store()
-    expert = known.expert(Reference.parse(name))
-    with progress() as report:
-        pulled(store, Content.of(expert), report=report)
+    with open_session(registry) as session:
+        expert = session.registry.expert(Reference.parse(name))
+        pulled(session, Content.of(expert))
         done = pushed(
             expert,
             target,
-            known,
-            store,
+            session,
             private=private,
             message=message,
             tag=tag,
             dry_run=dry_run,
-            report=report,
         )
     if json:
         print_json({"pushed": vars(done) | {"expert": expert.reference, "digest": expert.digest}})
@@ -138,29 +131,25 @@ def export(
     Examples: hub export intents sentiment@2 experts.tar; hub export intents --portable ./intents
     """
     from experthub.hub.errors import UsageError
+    from experthub.hub.registry.content import Content
     from experthub.hub.registry.expert import Reference
-    from experthub.hub.registry.registry import Registry
-    from experthub.hub.store.store import Store
-    from experthub.hub.transfer.pull import Content
     from experthub.hub.transfer.pull import pull as pulled
 
-    known, store = Registry.read(registry), Store()
-    experts = [known.expert(Reference.parse(name)) for name in names]
-    if portable and len(experts) > 1:
+    if portable and len(names) > 1:
         raise UsageError("--portable is for one expert", "write one folder for each")
     if not portable and target.suffix != ".tar":
         raise UsageError(f"{target} is no name of an archive", "write names first, FILE.tar last")
-    with progress() as report:
-        for expert in experts:
-            pulled(store, Content.of(expert), report=report)
+    with open_session(registry) as session:
+        experts = [session.registry.expert(Reference.parse(name)) for name in names]
+        pulled(session, *map(Content.of, experts))
     if portable:
         from experthub.hub.composition.export import export_portable
 
-        export_portable(experts[0], target, known, store)
+        export_portable(experts[0], target, session)
     else:
         from experthub.hub.transfer.oci_image import image, write_archive
 
-        write_archive([image(expert, store) for expert in experts], target)
+        write_archive([image(expert, session.store) for expert in experts], target)
     if json:
         listed = [{"name": e.reference, "digest": e.digest} for e in experts]
         print_json({"exported": listed, "out": str(target)})

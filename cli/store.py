@@ -15,9 +15,9 @@ from experthub.cli._output import (
     print_json,
     print_lines,
     print_table,
-    progress,
     say,
 )
+from experthub.cli._session import open_session
 
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
@@ -36,8 +36,8 @@ def verify(
     from experthub.hub.maintenance.verification import check
     from experthub.hub.maintenance.verification import verify as verified
 
-    with progress() as report:
-        found = verified(registry, repair=repair, report=report)
+    with open_session() as session:
+        found = verified(session, registry, repair=repair)
     if json:
         print_json({"verify": found.record()})
     else:
@@ -77,7 +77,8 @@ def rm(
     Examples: hub rm intents; hub rm intents@1 --yes
     """
     from experthub.hub.maintenance.collection import removable
-    from experthub.hub.registry.registry import Registry, remove
+    from experthub.hub.registry.entries import remove
+    from experthub.hub.registry.registry import Registry
 
     known = Registry.read()
     mine = removable(name, known)
@@ -96,9 +97,9 @@ def du(json: JsonOption = False, registry: RegistryOption = None) -> None:
     """
     from experthub.hub.maintenance.usage import usage
     from experthub.hub.registry.registry import Registry
-    from experthub.hub.store.store import Store
+    from experthub.hub.session import Session
 
-    found = usage(Registry.read(registry), Store())
+    found = usage(Session(Registry.read(registry)))
     if json:
         print_json(found)
         return

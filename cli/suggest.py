@@ -15,9 +15,9 @@ from experthub.cli._output import (
     print_json,
     print_lines,
     print_table,
-    progress,
     say,
 )
+from experthub.cli._session import open_session
 
 if TYPE_CHECKING:
     from experthub.hub.selection.suggestion import Suggestion
@@ -112,16 +112,14 @@ def suggest(
     hub suggest --task bigbench:snarks --base all-minilm-l6-v2 --labels --truth
     """
     from experthub.hub.files.memory import reuse_memory
-    from experthub.hub.registry.registry import Registry
     from experthub.hub.selection.measuring import suggest
     from experthub.hub.selection.suggestion import as_measure, write_suggestion
     from experthub.hub.selection.written import check_request
-    from experthub.hub.tasks.task import as_split
+    from experthub.hub.tasks.task import parse_split
 
     reuse_memory()
     check_request(out, force, method)
-    layers = Registry.read(registry)
-    with progress() as report:
+    with open_session(registry, device) as session:
         found = suggest(
             task,
             named(names, experts),
@@ -133,15 +131,13 @@ def suggest(
             labels=labels,
             relative=relative,
             truth=truth,
-            split=as_split(split),
+            split=parse_split(split),
             limit=limit,
             embedder=embedder,
-            device=device,
-            registry=layers,
-            report=report,
+            session=session,
         )
         if out is not None:
-            write_suggestion(found, k, out, method, registry=layers, report=report)
+            write_suggestion(found, k, out, session, method)
     if json:
         print_json({**found.record(), "best": found.best(k), "recipe": str(out) if out else None})
     else:

@@ -12,9 +12,9 @@ from experthub.cli._output import (
     print_json,
     print_lines,
     print_table,
-    progress,
     say,
 )
+from experthub.cli._session import open_session
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List and import tasks.")
 
@@ -25,7 +25,7 @@ def list_(json: JsonOption = False, quiet: QuietOption = False) -> None:
 
     Examples: hub tasks list; hub tasks list --json
     """
-    from experthub.hub.tasks.task import list_references, read_task
+    from experthub.hub.tasks.task_files import list_references, read_task
 
     references = list_references()
     if quiet:
@@ -73,13 +73,12 @@ def import_(
     """
     left_out: list[str] = []
     if source == "bigbench":
-        from experthub.hub.store.store import Store
         from experthub.hub.tasks.bigbench import import_tasks
 
-        with progress() as report:
-            imported, left_out = import_tasks(names or [], Store(), report)
+        with open_session() as session:
+            imported, left_out = import_tasks(names or [], session)
     else:
-        from experthub.hub.tasks.task import import_folder
+        from experthub.hub.tasks.task_files import import_folder
 
         imported = import_folder(Path(source), suite)
     for line in left_out:

@@ -18,9 +18,9 @@ from experthub.cli._output import (
     print_json,
     print_lines,
     print_table,
-    progress,
     say,
 )
+from experthub.cli._session import open_session
 from experthub.cli.compose import RecipeArgument
 
 if TYPE_CHECKING:
@@ -78,12 +78,12 @@ def trace(
     hub trace recipe.yaml --prompt "Name three fruits." --chat --generate 16 --html trace.html --open;
     hub trace recipe.yaml --task bigbench:implicatures --limit 2 --module ".*q_proj" --json
     """
-    from experthub.hub.composition.composition import compose as composed
+    from experthub.hub.composition.compose import compose as composed
     from experthub.hub.errors import UsageError
-    from experthub.hub.files.atomic import check_file, write_text
+    from experthub.hub.files.atomic import write_text
     from experthub.hub.files.memory import reuse_memory
+    from experthub.hub.files.path_checks import check_file
     from experthub.hub.recipes.lock import plan_of
-    from experthub.hub.registry.registry import Registry
     from experthub.hub.tracing.page import page
     from experthub.hub.tracing.trace import check_traceable
     from experthub.hub.tracing.trace import trace as traced
@@ -93,19 +93,18 @@ def trace(
     if html is not None:
         check_file(html)
     reuse_memory()
-    layers = Registry.read(registry)
-    with progress() as report:
-        plan = plan_of(recipe, pins_of(locked, frozen), layers, report=report)
+    with open_session(registry, device) as session:
+        plan = plan_of(recipe, pins_of(locked, frozen), session=session)
         check_traceable(plan, module)
         texts = _texts(plan.base, prompts or [], task, limit)
         found = traced(
-            composed(plan, device=device, registry=layers, report=report),
+            composed(plan, session=session),
             texts,
             modules=module,
             new_tokens=generate,
             chat=chat,
             tasks=[task] * len(texts) if task else None,
-            report=report,
+            session=session,
         )
     for name in found.left_out:
         say(f"note: {name} does not read every token once, and is left out")

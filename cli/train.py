@@ -14,9 +14,9 @@ from experthub.cli._output import (
     RegistryOption,
     print_json,
     print_lines,
-    progress,
     say,
 )
+from experthub.cli._session import open_session
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Train experts and gates.")
 
@@ -65,24 +65,13 @@ def lora(
     Examples: hub train lora --base smollm2-135m-instruct --task bigbench:intent_recognition --name intents
     """
     from experthub.hub.files.memory import reuse_memory
-    from experthub.hub.registry.registry import Registry
     from experthub.hub.training.fit import Settings
     from experthub.hub.training.train import train_lora
 
     reuse_memory()
     settings = Settings(steps, examples, batch_size, lr, seed)
-    with progress() as report:
-        expert = train_lora(
-            base,
-            task,
-            name,
-            settings,
-            rank=rank,
-            alpha=alpha,
-            device=device,
-            registry=Registry.read(registry),
-            report=report,
-        )
+    with open_session(registry, device) as session:
+        expert = train_lora(base, task, name, settings, rank=rank, alpha=alpha, session=session)
     _print(expert.reference, expert.digest, expert.training, json)
 
 
@@ -113,23 +102,14 @@ def full(
     """
     from experthub.cli.difference import print_difference
     from experthub.hub.files.memory import reuse_memory
-    from experthub.hub.registry.registry import Registry
     from experthub.hub.training.fit import Settings
     from experthub.hub.training.full import train_full
 
     reuse_memory()
     settings = Settings(steps, examples, batch_size, lr, seed)
-    with progress() as report:
+    with open_session(registry, device) as session:
         made = train_full(
-            base,
-            task,
-            name,
-            settings,
-            embeddings=embeddings,
-            out=out,
-            device=device,
-            registry=Registry.read(registry),
-            report=report,
+            base, task, name, settings, embeddings=embeddings, out=out, session=session
         )
     if not json:
         say(f"loss {made.expert.training['loss']}")
@@ -165,21 +145,13 @@ def gate(
     Examples: hub train gate intents; hub train gate intents@1 --steps 100 --start 0.1
     """
     from experthub.hub.files.memory import reuse_memory
-    from experthub.hub.registry.registry import Registry
     from experthub.hub.training.fit import Settings
     from experthub.hub.training.train import train_gate
 
     reuse_memory()
     settings = Settings(steps, examples, batch_size, lr, seed)
-    with progress() as report:
-        expert = train_gate(
-            name,
-            settings,
-            start=start,
-            device=device,
-            registry=Registry.read(registry),
-            report=report,
-        )
+    with open_session(registry, device) as session:
+        expert = train_gate(name, settings, start=start, session=session)
     _print(expert.reference, expert.digest, expert.training["gate"], json)
 
 
@@ -224,7 +196,6 @@ def skills(
     hub train skills --base all-minilm-l6-v2 --tasks @tasks.txt --router mhr --skills 4 --heads 8 --name inventory
     """
     from experthub.hub.files.memory import reuse_memory
-    from experthub.hub.registry.registry import Registry
     from experthub.hub.training.fit import Settings
     from experthub.hub.training.inventory import shape_of
     from experthub.hub.training.skills import train_skills
@@ -232,7 +203,7 @@ def skills(
     reuse_memory()
     shape = shape_of(router, n_skills, heads, rank, alpha, granularity, relaxed)
     settings = Settings(steps, examples, batch_size, lr, seed)
-    with progress() as report:
+    with open_session(registry, device) as session:
         expert = train_skills(
             base,
             task_references(tasks),
@@ -240,9 +211,7 @@ def skills(
             shape,
             settings,
             router_lr=router_lr,
-            device=device,
-            registry=Registry.read(registry),
-            report=report,
+            session=session,
         )
     _print(expert.reference, expert.digest, expert.training, json)
 
@@ -273,14 +242,13 @@ def adapt(
     hub train adapt inventory --task bigbench:emoji_movie --tune z --shots 64 --name emojis-z
     """
     from experthub.hub.files.memory import reuse_memory
-    from experthub.hub.registry.registry import Registry
     from experthub.hub.training.fit import Settings
     from experthub.hub.training.skills import adapt as adapted
     from experthub.hub.training.skills import tune_of
 
     reuse_memory()
     settings = Settings(steps, shots, min(batch_size, shots), lr, seed)
-    with progress() as report:
+    with open_session(registry, device) as session:
         expert = adapted(
             skills,
             task,
@@ -289,9 +257,7 @@ def adapt(
             settings,
             shots=shots,
             router_lr=router_lr,
-            device=device,
-            registry=Registry.read(registry),
-            report=report,
+            session=session,
         )
     _print(expert.reference, expert.digest, expert.training, json)
 

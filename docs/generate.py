@@ -102,10 +102,10 @@ def _method(strategy: Strategy) -> str:
         f"- Needs: {needs}",
     ]
     if strategy.kind == "route":
-        lines.append(f"- Gives: {strategy.routing}")
-    if strategy.order_dependent:
+        lines.append(f"- Gives: {strategy.traits.routing}")
+    if strategy.kind == "merge" and strategy.traits.order_dependent:
         lines.append("- The order of the experts may change the result.")
-    if strategy.whole_model:
+    if strategy.kind == "merge" and strategy.traits.whole_model:
         lines.append("- One tensor of the result may depend on all tensors of the experts.")
     if not strategy.options:
         return "\n".join([*lines, "- Options: none", ""])

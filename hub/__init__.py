@@ -6,7 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from experthub.hub.composition.composition import Composition, compose
+    from experthub.hub.composition.compose import compose
+    from experthub.hub.composition.composition import Composition
     from experthub.hub.errors import HubError
     from experthub.hub.evaluation.evaluation import evaluate
     from experthub.hub.finetunes.difference import Difference, diff
@@ -44,7 +45,7 @@ _HOMES = {
     "Trace": "tracing.trace",
     "adapt": "training.skills",
     "cluster": "selection.clusters",
-    "compose": "composition.composition",
+    "compose": "composition.compose",
     "diff": "finetunes.difference",
     "evaluate": "evaluation.evaluation",
     "plan_of": "recipes.lock",

@@ -51,9 +51,19 @@ class ConflictError(HubError):
 
 
 @contextmanager
-def explained(what: str) -> Iterator[None]:
-    """The boundary where short facts of the algebra get their context."""
+def explain_errors(what: str = "") -> Iterator[None]:
+    """Turn a ValueError of the algebra or of a method into a UsageError with context.
+
+    Args:
+        what: What the error is about, for example the name of a module; it stands before the
+            message.
+
+    Raises:
+        UsageError: The block raised a ValueError. Its hint is kept if it has one (`MethodError`).
+    """
     try:
         yield
     except ValueError as error:
-        raise UsageError(f"{what}: {error}", "change the recipe's weights or options") from None
+        message = f"{what}: {error}" if what else str(error)
+        hint = getattr(error, "hint", "") or "change the recipe's weights or options"
+        raise UsageError(message, hint) from None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from copy import copy
+from functools import cache
 
 from experthub.hub.progress import Report, silent
 from experthub.hub.registry.registry import Registry
@@ -34,19 +35,36 @@ class Session:
         device: str | None = None,
         report: Report = silent,
     ) -> None:
-        self.device = device
-        self.report = report
-        if registry is not None:
-            self.registry = registry
-        if store is not None:
-            self.store = store
+        self.device, self.report = device, report
+        self._registry = cache(lambda: Registry.read() if registry is None else registry)
+        self._store = cache(lambda: Store() if store is None else store)
 
-    @cached_property
+    @property
     def registry(self) -> Registry:
-        """Where names are looked up."""
-        return Registry.read()
+        """Where names are looked up; read once, see `refresh`."""
+        return self._registry()
 
-    @cached_property
+    @property
     def store(self) -> Store:
         """Where content is kept."""
-        return Store()
+        return self._store()
+
+    def on(self, device: str | None) -> Session:
+        """Return a session with another device that shares the registry, the store and the callback.
+
+        Args:
+            device: The torch device of the new session. None means `cpu`.
+
+        Returns:
+            The new session. What one of the two opens is open for the other.
+        """
+        other = copy(self)
+        other.device = device
+        return other
+
+    def refresh(self) -> None:
+        """Read the default registry anew when it is next used, because an entry was written.
+
+        A registry that was passed by the caller stays as it is.
+        """
+        self._registry.cache_clear()

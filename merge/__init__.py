@@ -1,14 +1,33 @@
 """Exact algebra of weight changes, and the merges built on it; imports torch only."""
 
-from experthub.merge._attached import Attached, uses
-from experthub.merge._catalogue import Catalogue, Combine, Option, Range, Routing, Strategy
-from experthub.merge._coefficients import Coefficients, blocks_of, composed
-from experthub.merge._delta import Delta, Dense, LowRank, total, truncated
-from experthub.merge._fit import Fit, learn
-from experthub.merge._inner import cosines, gram, inner
-from experthub.merge._learner import Data, Learner
-from experthub.merge._methods import merges
-from experthub.merge._task_vector import TaskVector, combine, tensorwise
+from experthub.merge._attached_experts import AttachedExperts, find_uses
+from experthub.merge._catalogue import (
+    Catalogue,
+    ExpertOutline,
+    MethodError,
+    Options,
+    Outline,
+    Strategy,
+)
+from experthub.merge._coefficients import Coefficients, Combine, assign_blocks, compose_vector
+from experthub.merge._delta import Delta, Dense, LowRank, sum_deltas, truncate
+from experthub.merge._fitting import Fit, learn_coefficients
+from experthub.merge._inner_products import cosine_matrix, gram_matrix, inner_product
+from experthub.merge._linear_modules import is_linear, is_transposed, orient
+from experthub.merge._materials import Data, Materials, Minimizer, Progress
+from experthub.merge._merges import MergeTraits, merges
+from experthub.merge._options import (
+    AddedLater,
+    ExamplesPerTask,
+    Option,
+    Range,
+    RecipeSeed,
+    Role,
+    ShapesExperts,
+    ShapesState,
+    TaskName,
+)
+from experthub.merge._task_vector import TaskVector, combine, map_tensors
 from experthub.merge.adamerging import adamerging
 from experthub.merge.atlas import atlas
 from experthub.merge.dare import dare
@@ -21,41 +40,57 @@ from experthub.merge.task_arithmetic import task_arithmetic
 from experthub.merge.ties import ties
 
 __all__ = [
-    "Attached",
+    "AddedLater",
+    "AttachedExperts",
     "Catalogue",
     "Coefficients",
     "Combine",
     "Data",
     "Delta",
     "Dense",
+    "ExamplesPerTask",
+    "ExpertOutline",
     "Fit",
-    "Learner",
     "LowRank",
+    "Materials",
+    "MergeTraits",
+    "MethodError",
+    "Minimizer",
     "Option",
+    "Options",
+    "Outline",
+    "Progress",
     "Range",
-    "Routing",
+    "RecipeSeed",
+    "Role",
+    "ShapesExperts",
+    "ShapesState",
     "Strategy",
+    "TaskName",
     "TaskVector",
     "adamerging",
+    "assign_blocks",
     "atlas",
-    "blocks_of",
     "combine",
-    "composed",
-    "cosines",
+    "compose_vector",
+    "cosine_matrix",
     "dare",
+    "find_uses",
     "fisher",
-    "gram",
-    "inner",
-    "learn",
+    "gram_matrix",
+    "inner_product",
+    "is_linear",
+    "is_transposed",
+    "learn_coefficients",
     "linear",
     "lorahub",
+    "map_tensors",
     "merges",
+    "orient",
     "regmean",
     "regmean_plusplus",
+    "sum_deltas",
     "task_arithmetic",
-    "tensorwise",
     "ties",
-    "total",
-    "truncated",
-    "uses",
+    "truncate",
 ]

@@ -1,137 +1,133 @@
-"""Catalogues of methods: a name, a function, its paper, and options read off the signature."""
+"""Catalogues of methods: each entry is a function with its paper, options and preparation."""
 
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Generic, Protocol, TypeVar
+
+from experthub.merge._options import Option, Role, read_options
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Traits = TypeVar("Traits")
+Options = Mapping[str, Any]
+# Materials that are made from examples of the tasks that the experts were trained on.
+OWN_TASK_MATERIALS = frozenset({"activations", "index", "texts"})
 
 
-@dataclass(frozen=True)
-class Range:
-    """The values that a number option may take, for `Annotated[float, Range(0, 1)]`.
+class MethodError(ValueError):
+    """An option or an expert that a method cannot work with.
 
-    low, high: the ends, both included; None is unbounded.
+    Args:
+        message: What was expected, and what was found.
+        hint: The next step: a sentence that starts with a verb.
     """
 
-    low: float | None = None
-    high: float | None = None
-
-    def __str__(self) -> str:
-        if self.high is None:
-            return f">= {self.low}"
-        if self.low is None:
-            return f"<= {self.high}"
-        return f"from {self.low} to {self.high}"
-
-    def holds(self, value: float) -> bool:
-        return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
 
 
-@dataclass(frozen=True)
-class Option:
-    """One keyword-only parameter of a method: what a recipe may say and what it means."""
-
-    name: str
-    types: tuple[type, ...]
-    choices: tuple[str, ...]
-    range: Range | None
-    default: Any
-    required: bool
-    description: str
+class ExpertOutline(Protocol):
+    """An expert as it is known before its weights are read."""
 
     @property
-    def type_name(self) -> str:
-        if self.choices:
-            return " | ".join(self.choices)
-        names = {NoneType: "null", list: "list of str"}
-        return " | ".join(names.get(t, t.__name__) for t in self.types)
+    def label(self) -> str:
+        """The name of the expert in the recipe."""
+        ...
 
-    def check(self, value: object) -> object:
-        """The value, an int widened where a float is meant; ValueError says what was expected."""
-        if float in self.types and type(value) is int and abs(value) < 1 << 1000:
-            value = float(value)
-        wrong = type(value) not in self.types or (self.choices and value not in self.choices)
-        if wrong or (isinstance(value, list) and {type(item) for item in value} - {str}):
-            raise ValueError(f"option {self.name!r}: expected {self.type_name}, found {value!r}")
-        if self.range and isinstance(value, int | float) and not self.range.holds(value):
-            raise ValueError(f"option {self.name!r}: expected {self.range}, found {value!r}")
-        return value
+    @property
+    def weight(self) -> float:
+        """The weight that the recipe gives to the expert."""
+        ...
 
+    @property
+    def is_merge(self) -> bool:
+        """Whether the expert is itself a merge of experts."""
+        ...
 
-Combine = Literal["outputs", "parameters"]
+    def rank_of(self, parameter: str) -> int | None:
+        """Return the rank of the expert's change of a parameter; None if it has no such change."""
+        ...
 
 
 @dataclass(frozen=True)
-class Routing:
-    """What a router looks at and gives, in the terms of https://arxiv.org/abs/2408.07057.
+class Outline:
+    """A recipe as it is known before weights are read: for checks that a method makes early.
 
-    input: what has weights of its own: each `token`, each `example`, each `task`, or nothing.
-    depth: who decides: every `module` by itself, by a function of its ExpertStack; or the `model`
-    once, by a function of the Pool.  sparse: whether experts may
-    get no weight at all, which saves their work.  combines: the ways of mixing that it is defined
-    for, the default first.  zero_shot: whether it serves tasks of which nothing was seen.
+    Args:
+        experts: The experts in the recipe's order.
+        parameters: The names of the parameters that the method may change.
     """
 
-    input: Literal["token", "example", "task", "nothing"] = "token"
-    depth: Literal["module", "model"] = "module"
-    sparse: bool = False
-    combines: tuple[Combine, ...] = ("outputs", "parameters")
-    zero_shot: bool = True
+    experts: Sequence[ExpertOutline]
+    parameters: Sequence[str]
 
-    def __str__(self) -> str:
-        of = "every input alike" if self.input == "nothing" else f"each {self.input}"
-        by = "at every module" if self.depth == "module" else "once for the model"
-        many = "some" if self.sparse else "all"
-        unseen = "" if self.zero_shot else "; for tasks of which something was seen"
-        ways = " or ".join(self.combines)
-        return f"weights for {of}, {by}, of {many} experts; combines {ways}{unseen}"
+
+def _never(options: Options) -> bool:
+    """Say that no labels are needed, whatever the options."""
+    return False
 
 
 @dataclass(frozen=True)
-class Strategy:
-    """A merge or a router under its name in recipes.
+class Strategy(Generic[Traits]):
+    """A method under its name in recipes.
 
-    needs: what it needs besides the experts' weights: `gates` of the experts; `activations` of
-    their modules or an `index` of examples, both made of the experts' own tasks; `data`.
-    order_dependent: permuting the experts may change the result.  whole_model: one tensor of the
-    result depends on all tensors of the experts.  dense: its result is, whatever the experts are.
-    learns: it finds coefficients, which can be kept.  labelled: whether it needs the data's labels
-    with these options.  routing: of a router, what it looks at and gives.
+    Args:
+        name: The name in recipes: that of the function.
+        call: The function.
+        kind: The key of a recipe under which the method stands: `merge` or `route`.
+        paper: A URL of the paper.
+        options: The options by name.
+        traits: What only methods of this kind have.
+        needs: The materials that the method needs besides the experts' weights, by name.
+        prepare: Makes the state of the method, `prepare(materials, options) -> state`.
+        keeps_state: Whether the state is worth storing; otherwise it is made anew each time.
+        needs_labels: Tells from the options whether the method looks at the labels of the data.
+        check: Raises MethodError for an outline and options that do not fit, before weights are read.
     """
 
     name: str
     call: Callable[..., Any]
-    kind: Literal["merge", "route"]
+    kind: str
     paper: str
     options: Mapping[str, Option]
+    traits: Traits
     needs: tuple[str, ...] = ()
-    order_dependent: bool = False
-    whole_model: bool = False
-    dense: bool = False
-    learns: bool = False
-    labelled: Callable[[Mapping[str, object]], bool] = lambda options: False
-    routing: Routing = Routing()
+    prepare: Callable[[Any, Options], Any] | None = None
+    keeps_state: bool = False
+    needs_labels: Callable[[Options], bool] = _never
+    check: Callable[[Outline, Options], None] | None = None
 
     @property
-    def own_tasks(self) -> bool:
-        """Whether it looks at examples of the tasks that the experts were trained on."""
-        return not {"activations", "index"}.isdisjoint(self.needs)
+    def needs_data(self) -> bool:
+        """Whether a recipe must say `data:`, or name the state that was made from data."""
+        return "data" in self.needs
+
+    @property
+    def needs_own_tasks(self) -> bool:
+        """Whether the method looks at examples of the tasks that the experts were trained on."""
+        return not OWN_TASK_MATERIALS.isdisjoint(self.needs)
 
     @property
     def summary(self) -> str:
+        """The first paragraph of the method's docstring."""
         return (inspect.getdoc(self.call) or "").split("\n\n")[0].replace("\n", " ")
 
-    def bind(self, given: Mapping[str, object]) -> dict[str, object]:
-        """The options of a recipe, checked and completed by the defaults.
+    def bind(self, given: Options) -> dict[str, Any]:
+        """Check the options of a recipe, and add the defaults of the others.
 
-        Raises KeyError with the name of an unknown option, ValueError for a wrong value.
+        Args:
+            given: Option values by name.
+
+        Returns:
+            A value for every option.
+
+        Raises:
+            KeyError: An option is unknown; the argument is its name.
+            ValueError: A value is wrong, or a required option is missing.
         """
         for name in given:
             if name not in self.options:
@@ -144,65 +140,94 @@ class Strategy:
             for name, option in self.options.items()
         }
 
+    def with_role(self, role: Role) -> list[str]:
+        """Return the names of the options that have a role.
 
-class Catalogue(Mapping[str, Strategy]):
-    """Name -> strategy; methods of other packages enter by the entry-point group."""
+        Args:
+            role: For example `ShapesState`.
 
-    def __init__(self, kind: Literal["merge", "route"], group: str) -> None:
-        self.kind = kind
-        self.group = group
-        self._strategies: dict[str, Strategy] = {}
-        self._plugins_loaded = False
+        Returns:
+            Names in the order of the signature.
+        """
+        return [name for name, option in self.options.items() if role in option.roles]
+
+
+@dataclass(eq=False)
+class Catalogue(Mapping[str, Strategy[Traits]]):
+    """Strategies by name; methods of other packages enter through an entry-point group.
+
+    Args:
+        kind: The key of a recipe under which these methods stand: `merge` or `route`.
+        group: The entry-point group.
+        traits: Makes the traits of a method from the remaining arguments of `register`.
+    """
+
+    kind: str
+    group: str
+    traits: Callable[..., Traits]
+    _strategies: dict[str, Strategy[Traits]] = field(default_factory=dict)
+    _plugins_loaded: bool = False
 
     def register(
         self,
         *,
         paper: str,
         needs: tuple[str, ...] = (),
-        order_dependent: bool = False,
-        whole_model: bool = False,
-        dense: bool = False,
-        learns: bool = False,
-        labelled: Callable[[Mapping[str, object]], bool] = lambda options: False,
-        routing: Routing = Routing(),
+        prepare: Callable[[Any, Options], Any] | None = None,
+        keeps_state: bool = True,
+        needs_labels: Callable[[Options], bool] = _never,
+        check: Callable[[Outline, Options], None] | None = None,
+        **traits: Any,
     ) -> Callable[[Function], Function]:
-        """Enter the decorated function under its own name; its keyword-only parameters are the options.
+        """Enter the decorated function under its own name.
 
-        paper: where the method comes from, a URL.  The others are those of `Strategy`.  Raises
-        ValueError for a name that is taken.
+        Its keyword-only parameters are the options of the method.
+
+        Args:
+            paper: A URL of the paper.
+            needs: The materials that the method needs besides the experts' weights, by name.
+            prepare: Makes the state of the method, `prepare(materials, options) -> state`.
+            keeps_state: Whether the state is stored, pinned in locks and found again.
+            needs_labels: Tells from the options whether the method looks at the labels of the data.
+            check: Raises MethodError for options and experts that do not fit, before weights are read.
+            **traits: What only methods of this kind have, see `MergeTraits` and `Routing`.
+
+        Returns:
+            A decorator that returns the function unchanged.
+
+        Raises:
+            ValueError: The name is taken.
         """
 
         def enter(function: Function) -> Function:
             name = function.__name__
             if name in self._strategies:
                 raise ValueError(f"the {self.kind} {name!r} is registered already")
-            options = _options(function)
             self._strategies[name] = Strategy(
                 name,
                 function,
                 self.kind,
                 paper,
-                options,
+                read_options(function),
+                self.traits(**traits),
                 needs,
-                order_dependent=order_dependent,
-                whole_model=whole_model,
-                dense=dense,
-                learns=learns,
-                labelled=labelled,
-                routing=routing,
+                prepare,
+                keeps_state and prepare is not None,
+                needs_labels,
+                check,
             )
             return function
 
         return enter
 
-    def _loaded(self) -> dict[str, Strategy]:
+    def _loaded(self) -> dict[str, Strategy[Traits]]:
         if not self._plugins_loaded:
             self._plugins_loaded = True
             for point in entry_points(group=self.group):
                 point.load()
         return self._strategies
 
-    def __getitem__(self, name: str) -> Strategy:
+    def __getitem__(self, name: str) -> Strategy[Traits]:
         return self._loaded()[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -210,44 +235,3 @@ class Catalogue(Mapping[str, Strategy]):
 
     def __len__(self) -> int:
         return len(self._loaded())
-
-
-def _options(function: Callable[..., Any]) -> dict[str, Option]:
-    hints = get_type_hints(function, include_extras=True)
-    parameters = inspect.signature(function).parameters
-    words = _descriptions(inspect.getdoc(function) or "", list(parameters))
-    return {
-        name: _option(name, hints[name], parameter, words.get(name, ""))
-        for name, parameter in parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    }
-
-
-def _option(name: str, hint: Any, parameter: inspect.Parameter, description: str) -> Option:
-    limits = None
-    if get_origin(hint) is Annotated:
-        hint, *extras = get_args(hint)
-        limits = next((extra for extra in extras if isinstance(extra, Range)), None)
-    choices: tuple[str, ...] = ()
-    if get_origin(hint) is Literal:
-        choices, hint = get_args(hint), str
-    types = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    types = tuple(get_origin(one) or one for one in types)
-    required = parameter.default is inspect.Parameter.empty
-    default = None if required else parameter.default
-    return Option(name, types, choices, limits, default, required, description)
-
-
-def _descriptions(doc: str, names: Sequence[str]) -> dict[str, str]:
-    """`name: words` of a docstring, at the start of a line or after two spaces.
-
-    The words go as far as the next name, a sentence that starts with `Raises`, or a blank line.
-    """
-    found: dict[str, str] = {}
-    start = rf"(?:^|\n|  )(?:({'|'.join(names)}): |(?=Raises ))"
-    for paragraph in re.split(r"\n\s*\n", doc):
-        _, *parts = re.split(start, paragraph)
-        for name, words in zip(parts[::2], parts[1::2], strict=True):
-            if name:
-                found[name] = " ".join(words.split())
-    return found

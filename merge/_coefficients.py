@@ -8,19 +8,20 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from experthub.merge._delta import Delta, Dense, LowRank, total
-from experthub.merge._task_vector import TaskVector, base_of, united
+from experthub.merge._catalogue import MethodError, Options, Outline
+from experthub.merge._delta import Delta, Dense, LowRank, sum_deltas
+from experthub.merge._task_vector import TaskVector, find_base, unite_vectors
 from torch import Tensor
 
 Combine = Literal["outputs", "parameters"]
 LAYER = re.compile(r"(?:.*?\.)?\d+(?=\.)")  # as far as the first number in a parameter's path
 
 
-def blocks_of(names: Iterable[str], granularity: str) -> dict[str, str]:
+def assign_blocks(names: Iterable[str], granularity: str) -> dict[str, str]:
     """Parameter name -> the label of its block.
 
     granularity: `task`, one block; `layer` and `partition`, each parameter tensor by itself, as
@@ -47,15 +48,31 @@ def blocks_of(names: Iterable[str], granularity: str) -> dict[str, str]:
     return {n: (m.group(first) or "rest") if m else "rest" for n, m in matches.items()}
 
 
-def seeded(*key: object) -> torch.Generator:
+def check_granularity(outline: Outline, options: Options) -> None:
+    """Raise MethodError for a granularity that cannot be used.
+
+    Args:
+        outline: The experts and the parameters that they change.
+        options: The options of the method; `granularity` is among them.
+
+    Raises:
+        MethodError: The granularity is neither a name nor a regular expression.
+    """
+    try:
+        assign_blocks(outline.parameters, options["granularity"])
+    except ValueError as error:
+        raise MethodError(str(error), "write it simpler, or use a name") from None
+
+
+def make_generator(*key: object) -> torch.Generator:
     """A random generator that depends on nothing but the key."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
-def partition(name: str, count: int, groups: int, seed: int) -> Tensor:
+def draw_groups(name: str, count: int, groups: int, seed: int) -> Tensor:
     """The group `[P]` of every entry of a parameter: random, the same for a name and a seed."""
-    drawn = seeded("partition", seed, name)
+    drawn = make_generator("partition", seed, name)
     return torch.randint(groups, (count,), generator=drawn, dtype=torch.uint8)
 
 
@@ -66,7 +83,7 @@ class Coefficients:
     values: `[E, B]`, or `[E, B, K]` for a partition of every parameter's entries into K groups.
     blocks: their labels, in order.  combine: `outputs` sums the changes; `parameters` sums the
     factors of low-rank ones, `(sum c s B)(sum c A)`.  seed: of the partition.  history: the loss
-    at each step of learning.
+    at each step of learning.  objective: what learning minimised.
     """
 
     values: Tensor
@@ -75,6 +92,7 @@ class Coefficients:
     combine: Combine = "outputs"
     seed: int = 0
     history: tuple[float, ...] = ()
+    objective: str | None = None
 
     def __post_init__(self) -> None:
         if self.values.ndim not in (2, 3) or self.values.shape[1] != len(self.blocks):
@@ -86,18 +104,30 @@ class Coefficients:
             raise ValueError("expected finite coefficients")
 
 
-def composed(vectors: Sequence[TaskVector], coefficients: Coefficients) -> TaskVector:
+def zero_coefficients(experts: int) -> Coefficients:
+    """Return zero coefficients `[E, 1]`: one for each expert as a whole.
+
+    Args:
+        experts: The number of experts E.
+
+    Returns:
+        Coefficients of one block, in double precision.
+    """
+    return Coefficients(torch.zeros(experts, 1, dtype=torch.float64), ("model",), "task")
+
+
+def compose_vector(vectors: Sequence[TaskVector], coefficients: Coefficients) -> TaskVector:
     """The task vector that coefficients make of experts, lazily: low-rank where the experts are.
 
     Raises ValueError for another number of experts, or a parameter whose block has no coefficient.
     """
-    base = base_of(vectors)
+    base = find_base(vectors)
     values = coefficients.values.tolist()
     if len(values) != len(vectors):
         raise ValueError(f"expected coefficients of {len(vectors)} experts, found {len(values)}")
     names = dict.fromkeys(name for vector in vectors for name in vector)
     place = {label: b for b, label in enumerate(coefficients.blocks)}
-    blocks = blocks_of(names, coefficients.granularity)
+    blocks = assign_blocks(names, coefficients.granularity)
     unknown = sorted(set(blocks.values()) - set(place))
     if unknown:
         raise ValueError(f"expected a coefficient for each block, found none for {unknown[0]}")
@@ -111,23 +141,25 @@ def composed(vectors: Sequence[TaskVector], coefficients: Coefficients) -> TaskV
                 name, deltas, torch.tensor(factors, dtype=torch.float64), coefficients.seed
             )
         if coefficients.combine == "parameters":
-            return mixed_factors(deltas, factors)
-        return total([delta.scaled(factor) for delta, factor in zip(deltas, factors, strict=True)])
+            return mix_factors(deltas, factors)
+        return sum_deltas(
+            [delta.scaled(factor) for delta, factor in zip(deltas, factors, strict=True)]
+        )
 
-    return replace(united(base, vectors, at), coefficients=coefficients)
+    return unite_vectors(base, vectors, at)
 
 
 def _by_group(name: str, deltas: Sequence[Delta], factors_EK: Tensor, seed: int) -> Dense:
     """The sum of changes, each entry times the coefficient of its group."""
     first = deltas[0].dense()
-    group = partition(name, first.numel(), factors_EK.shape[1], seed).long().view(first.shape)
+    group = draw_groups(name, first.numel(), factors_EK.shape[1], seed).long().view(first.shape)
     result = torch.zeros_like(first)
     for delta, factors_K in zip(deltas, factors_EK.to(first), strict=True):
         result += delta.dense() * factors_K[group]
     return Dense(result)
 
 
-def mixed_factors(deltas: Sequence[Delta], factors: Sequence[float] | Tensor) -> LowRank:
+def mix_factors(deltas: Sequence[Delta], factors: Sequence[float] | Tensor) -> LowRank:
     """`(sum_e f_e s_e B_e)(sum_e f_e A_e)`, which is not the sum of the changes.
 
     Raises ValueError for dense changes and for unequal ranks.

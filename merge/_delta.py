@@ -53,6 +53,10 @@ class LowRank:
             return LowRank(self.a, self.b * (factor * self.scale).to(self.b.dtype))
         return LowRank(self.a, self.b, self.scale * factor)
 
+    def transpose(self) -> LowRank:
+        """Return the change of the transposed weight, `[I, O]`."""
+        return LowRank(self.b.T.contiguous(), self.a.T.contiguous(), self.scale)
+
     def dense(self) -> Tensor:
         """The change as a tensor `[O, I]`."""
         return (self.b @ self.a).mul_(self.scale)
@@ -99,7 +103,7 @@ class Dense:
 Delta = LowRank | Dense
 
 
-def total(deltas: Sequence[Delta]) -> Delta:
+def sum_deltas(deltas: Sequence[Delta]) -> Delta:
     """The exact sum of changes of one weight: low-rank, by concatenation, if all of them are.
 
     Raises ValueError for an empty sequence or unequal shapes.
@@ -121,7 +125,7 @@ def total(deltas: Sequence[Delta]) -> Delta:
     return Dense(torch.stack([delta.dense() for delta in deltas]).sum(0))
 
 
-def truncated(delta: Delta, rank: int | None = None, energy: float | None = None) -> LowRank:
+def truncate(delta: Delta, rank: int | None = None, energy: float | None = None) -> LowRank:
     """The best approximation of a change by one of low rank, in the Frobenius norm.
 
     Low-rank changes never take their dense form: QR of both factors and an SVD of the

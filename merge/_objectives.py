@@ -58,7 +58,7 @@ def fixmatch(
     return known + (loss_B * (counted_B & free_B)).sum() / free_B.sum().clamp(min=1)
 
 
-def trusted(logits_NC: Tensor) -> tuple[Tensor, Tensor]:
+def choose_trusted(logits_NC: Tensor) -> tuple[Tensor, Tensor]:
     """Which inputs to trust `[N]`, and their pseudo-labels `[N]`, from zero-shot logits.
 
     Of each predicted class the `min(N / C / 10, 100)` most confident, at least one

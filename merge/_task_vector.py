@@ -6,14 +6,10 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
-from experthub.merge._delta import Delta, total
+from experthub.merge._delta import Delta, sum_deltas
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from experthub.merge._coefficients import Coefficients
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,14 +18,12 @@ class TaskVector(Mapping[str, Delta]):
 
     base: the identity of the base (its fingerprint).  load: parameter name -> function that
     makes the delta; an absent name is a zero change.  seed: the identity of the expert, from
-    which random masks are drawn; of a merge, a digest of its members' seeds.  coefficients: those
-    that made it of others, if it was learned.
+    which random masks are drawn; of a merge, a digest of its members' seeds.
     """
 
     base: str
     load: Mapping[str, Callable[[], Delta]]
     seed: str = ""
-    coefficients: Coefficients | None = None
 
     def __getitem__(self, name: str) -> Delta:
         return self.load[name]()
@@ -41,7 +35,7 @@ class TaskVector(Mapping[str, Delta]):
         return len(self.load)
 
 
-def base_of(vectors: Sequence[TaskVector]) -> str:
+def find_base(vectors: Sequence[TaskVector]) -> str:
     """The one base of task vectors; ValueError when they have several."""
     bases = {vector.base for vector in vectors}
     if len(bases) != 1:
@@ -49,13 +43,13 @@ def base_of(vectors: Sequence[TaskVector]) -> str:
     return bases.pop()
 
 
-def checked(vectors: Sequence[TaskVector], weights: Tensor) -> str:
+def check_weights(vectors: Sequence[TaskVector], weights: Tensor) -> str:
     """The base of vectors that can be summed with these weights.
 
     Raises ValueError for vectors of different bases, and for weights that are not finite or not
     one for each.
     """
-    base = base_of(vectors)
+    base = find_base(vectors)
     if tuple(weights.shape) != (len(vectors),):
         raise ValueError(f"expected {len(vectors)} weights, found shape {list(weights.shape)}")
     if not bool(torch.isfinite(weights).all()):
@@ -63,7 +57,9 @@ def checked(vectors: Sequence[TaskVector], weights: Tensor) -> str:
     return base
 
 
-def united(base: str, vectors: Sequence[TaskVector], at: Callable[[str], Delta]) -> TaskVector:
+def unite_vectors(
+    base: str, vectors: Sequence[TaskVector], at: Callable[[str], Delta]
+) -> TaskVector:
     """A task vector whose change of each parameter that any vector names is made by `at`.
 
     Its seed is a digest of theirs, whatever their order.
@@ -80,21 +76,23 @@ def combine(vectors: Sequence[TaskVector], weights: Tensor) -> TaskVector:
     weights: `[E]`, finite; gradients flow to it.  A parameter that a vector lacks is a zero
     change there.  Raises ValueError for vectors of different bases or a wrong number of weights.
     """
-    base = checked(vectors, weights)
+    base = check_weights(vectors, weights)
     factors: list[float | Tensor] = list(weights) if weights.requires_grad else weights.tolist()
 
     def at(name: str) -> Delta:
         pairs = zip(vectors, factors, strict=True)
-        return total([v[name].scaled(w) for v, w in pairs if name in v.load])
+        return sum_deltas([v[name].scaled(w) for v, w in pairs if name in v.load])
 
-    return united(base, vectors, at)
+    return unite_vectors(base, vectors, at)
 
 
 def _changed(change: Callable[[Delta], Delta], vector: TaskVector, name: str) -> Delta:
     return change(vector[name])
 
 
-def tensorwise(change: Callable[[Delta], Delta], vectors: Sequence[TaskVector]) -> list[TaskVector]:
+def map_tensors(
+    change: Callable[[Delta], Delta], vectors: Sequence[TaskVector]
+) -> list[TaskVector]:
     """Each vector with `change` applied to every one of its deltas, lazily."""
 
     def changed(vector: TaskVector) -> TaskVector:
@@ -104,12 +102,12 @@ def tensorwise(change: Callable[[Delta], Delta], vectors: Sequence[TaskVector]) 
     return [changed(vector) for vector in vectors]
 
 
-def weighted(vectors: Sequence[TaskVector], weights: Tensor) -> list[TaskVector]:
+def scale_vectors(vectors: Sequence[TaskVector], weights: Tensor) -> list[TaskVector]:
     """Each vector times its weight, lazily; weights that are 1 leave it as it is."""
 
     def scaled(vector: TaskVector, factor: float) -> TaskVector:
         if factor == 1:
             return vector
-        return tensorwise(lambda delta: delta.scaled(factor), [vector])[0]
+        return map_tensors(lambda delta: delta.scaled(factor), [vector])[0]
 
     return [scaled(v, w) for v, w in zip(vectors, weights.tolist(), strict=True)]

@@ -1,4 +1,4 @@
-"""AdaMerging: coefficients that make the merged model's predictions sure, without labels.
+"""AdaMerging: coefficients that make the merged model's predictions certain, without labels.
 
 Yang et al., https://arxiv.org/abs/2310.02575, sections 3.2 (task-wise, layer-wise) and 3.3 (++).
 """
@@ -6,27 +6,63 @@ Yang et al., https://arxiv.org/abs/2310.02575, sections 3.2 (task-wise, layer-wi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Literal
 
-from experthub.merge._catalogue import Range
-from experthub.merge._coefficients import composed
-from experthub.merge._fit import Constraint, Fit, learn
-from experthub.merge._learner import Learner
-from experthub.merge._methods import merges
-from experthub.merge._task_vector import TaskVector, weighted
-from experthub.merge.ties import agreeing, trimmed
+from experthub.merge._catalogue import Options
+from experthub.merge._coefficients import Coefficients, check_granularity, compose_vector
+from experthub.merge._fitting import Constraint, Fit, learn_coefficients
+from experthub.merge._materials import Materials
+from experthub.merge._merges import merges
+from experthub.merge._options import Range, RecipeSeed, ShapesState
+from experthub.merge._task_vector import TaskVector, scale_vectors
+from experthub.merge.ties import keep_agreeing, trim
 from torch import Tensor
 
 
-@merges.register(paper="https://arxiv.org/abs/2310.02575", needs=("data",), learns=True)
+def _learn(materials: Materials, options: Options) -> Coefficients:
+    """Minimise the entropy of the merged model's predictions over the coefficients."""
+    vectors = _select_entries(
+        materials.vectors, materials.weights, options["plus_plus"], options["density"]
+    )
+    fit = Fit(
+        objective=options["objective"],
+        granularity=options["granularity"],
+        start=options["init"],
+        steps=options["steps"],
+        lr=options["lr"],
+        batch_size=options["batch_size"],
+        constraint=options["constraint"],
+        views=options["views"],
+        halves=options["halves"],
+        seed=options["seed"],
+    )
+    found = learn_coefficients(replace(materials, vectors=vectors), fit)
+    return replace(found, objective=options["objective"])
+
+
+def _select_entries(
+    vectors: Sequence[TaskVector], weights: Tensor, plus_plus: bool, density: float
+) -> list[TaskVector]:
+    """Weight the task vectors; for AdaMerging++, trim them and remove entries that disagree."""
+    scaled = scale_vectors(vectors, weights)
+    return keep_agreeing(trim(scaled, density, "model")) if plus_plus else scaled
+
+
+@merges.register(
+    paper="https://arxiv.org/abs/2310.02575",
+    needs=("data",),
+    prepare=_learn,
+    check=check_granularity,
+)
 def adamerging(
     vectors: Sequence[TaskVector],
     weights: Tensor,
-    learner: Learner,
+    coefficients: Coefficients,
     *,
-    granularity: str = "layer",
-    plus_plus: bool = False,
-    density: Annotated[float, Range(0.0001, 1)] = 0.2,
+    granularity: Annotated[str, ShapesState] = "layer",
+    plus_plus: Annotated[bool, ShapesState] = False,
+    density: Annotated[float, Range(0.0001, 1), ShapesState] = 0.2,
     objective: Literal["entropy", "marginal_entropy"] = "entropy",
     constraint: Constraint = "project",
     init: Annotated[float, Range(0, 1)] = 0.3,
@@ -35,38 +71,32 @@ def adamerging(
     batch_size: Annotated[int, Range(1)] = 16,
     views: Annotated[int, Range(2)] = 4,
     halves: bool = False,
-    seed: int = 0,
+    seed: Annotated[int, RecipeSeed] = 0,
 ) -> TaskVector:
-    """Sum of task vectors with coefficients learned by minimising entropy on unlabelled inputs.
+    """Sum task vectors with coefficients learned by minimising entropy on unlabelled inputs.
 
-    granularity: what shares a coefficient: `task`, `layer` (a parameter tensor, as in the paper),
-    `block` (a transformer layer), or a regular expression on parameter names.
-    plus_plus: use the task vectors of TIES: trimmed, and without what disagrees in sign.
-    density: with plus_plus, the share of entries that are kept.
-    objective: entropy, or that of the prediction averaged over `views` variations of an input.
-    constraint: how coefficients stay in 0..1: moved back after a step (`project`), clamped where
-    used as in the authors' code, which holds what has left that range there (`clamp`), or `none`.
-    init: the first value of every coefficient.
-    steps: of Adam.
-    lr: learning rate of Adam.
-    batch_size: inputs per task and step.
-    views: variations of an input, for marginal_entropy.
-    halves: keep dense task vectors as bfloat16 while learning, in half the memory.
-    seed: of the order of inputs.
+    Args:
+        vectors: The task vectors of the experts.
+        weights: The experts' weights `[E]`; they multiply the task vectors before learning.
+        coefficients: The learned coefficients.
+        granularity: What shares a coefficient: `task`, `layer` (a parameter tensor, as in the
+            paper), `block` (a transformer layer), or a regular expression on parameter names.
+        plus_plus: Use the task vectors of TIES: trimmed, and without entries that disagree in sign.
+        density: The share of entries that `plus_plus` keeps.
+        objective: The entropy of a prediction, or the entropy of the prediction averaged over
+            `views` random variations of an input.
+        constraint: How coefficients stay between 0 and 1. `project` moves them back after a step.
+            `clamp` clamps them where they are used, as in the authors' code: a coefficient that has
+            left the range has no gradient and stays outside. `none` lets them go anywhere.
+        init: The first value of every coefficient.
+        steps: Steps of Adam.
+        lr: The learning rate of Adam.
+        batch_size: Inputs per task and step.
+        views: Variations of an input for `marginal_entropy`.
+        halves: Keep dense task vectors as bfloat16 while learning, in half the memory.
+        seed: The seed of the order of inputs.
+
+    Returns:
+        The merged task vector; low-rank where all experts are, unless `plus_plus` is set.
     """
-    given = weighted(vectors, weights)
-    if plus_plus:
-        given = agreeing(trimmed(given, density, "model"))
-    fit = Fit(
-        objective=objective,
-        granularity=granularity,
-        start=init,
-        steps=steps,
-        lr=lr,
-        batch_size=batch_size,
-        constraint=constraint,
-        views=views,
-        halves=halves,
-        seed=seed,
-    )
-    return composed(given, learn(given, learner, fit))
+    return compose_vector(_select_entries(vectors, weights, plus_plus, density), coefficients)

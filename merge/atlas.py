@@ -1,21 +1,23 @@
 """aTLAS: anisotropic scaling of task vectors, learned from few labels or from none.
 
 Zhang et al., https://arxiv.org/abs/2407.02880: coefficients per parameter tensor (section 3), task
-negation and addition (4), few-shot recognition and test-time adaptation (5), and parameters split
-into K groups (aTLAS x K, 5.3).
+negation and addition (section 4), few-shot recognition and test-time adaptation (section 5), and
+parameters split into K groups (aTLAS x K, section 5.3).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Literal
 
-from experthub.merge._catalogue import Range
-from experthub.merge._coefficients import composed
-from experthub.merge._fit import Fit, Objective, learn
-from experthub.merge._learner import Learner
-from experthub.merge._methods import merges
-from experthub.merge._task_vector import TaskVector, weighted
+from experthub.merge._catalogue import Options
+from experthub.merge._coefficients import Coefficients, check_granularity, compose_vector
+from experthub.merge._fitting import Fit, Objective, learn_coefficients
+from experthub.merge._materials import Materials
+from experthub.merge._merges import merges
+from experthub.merge._options import Range, RecipeSeed, ShapesState
+from experthub.merge._task_vector import TaskVector, scale_vectors
 from torch import Tensor
 
 Setting = Literal["few_shot", "task_addition", "negation", "test_time"]
@@ -27,20 +29,58 @@ DEFAULTS: dict[str, tuple[Objective, int, float]] = {  # objective, steps, lr
 }
 
 
+def _learn(materials: Materials, options: Options) -> Coefficients:
+    """Minimise the objective of a setting over the coefficients."""
+    setting = options["setting"]
+    objective, steps, lr = DEFAULTS[setting]
+    forget = _find_forgotten(materials, options["forget"]) if setting == "negation" else ()
+    fit = Fit(
+        objective=objective,
+        granularity=options["granularity"],
+        start=0.0,
+        steps=options["steps"] or steps,
+        lr=options["lr"] or lr,
+        batch_size=options["batch_size"],
+        groups=options["groups"] if options["granularity"] == "partition" else 1,
+        l2=options["weight_decay"],
+        cosine=True,
+        patience=options["patience"],
+        confidence=options["confidence"],
+        keep=options["keep"],
+        forget=forget,
+        halves=options["halves"],
+        seed=options["seed"],
+    )
+    vectors = scale_vectors(materials.vectors, materials.weights)
+    found = learn_coefficients(replace(materials, vectors=vectors), fit)
+    return replace(found, objective=setting)
+
+
+def _find_forgotten(materials: Materials, name: str | None) -> tuple[int, ...]:
+    """Find the task to forget among the tasks of the data: the named one, or the first."""
+    tasks = list(materials.given_data.tasks)
+    if len(tasks) < 2:
+        raise ValueError("expected a task to forget and a control task, found fewer")
+    if name is not None and name not in tasks:
+        raise ValueError(f"option 'forget': expected one of {', '.join(tasks)}, found {name!r}")
+    return (tasks.index(name) if name else 0,)
+
+
 @merges.register(
     paper="https://arxiv.org/abs/2407.02880",
     needs=("data",),
-    learns=True,
-    labelled=lambda options: options["setting"] != "test_time",
+    prepare=_learn,
+    needs_labels=lambda options: options["setting"] != "test_time",
+    check=check_granularity,
 )
 def atlas(
     vectors: Sequence[TaskVector],
     weights: Tensor,
-    learner: Learner,
+    coefficients: Coefficients,
     *,
     setting: Setting = "few_shot",
-    granularity: str = "layer",
-    groups: Annotated[int, Range(2, 256)] = 4,
+    granularity: Annotated[str, ShapesState] = "layer",
+    groups: Annotated[int, Range(2, 256), ShapesState] = 4,
     forget: str | None = None,
     steps: Annotated[int | None, Range(1)] = None,
     lr: Annotated[float | None, Range(1e-8, 10)] = None,
@@ -50,59 +90,37 @@ def atlas(
     confidence: Annotated[float, Range(0, 1)] = 0.99,
     keep: Annotated[float, Range(0, 1)] = 0.95,
     halves: bool = False,
-    seed: int = 0,
+    seed: Annotated[int, RecipeSeed] = 0,
 ) -> TaskVector:
-    """Sum of task vectors with a learned coefficient of any sign for each parameter tensor.
+    """Sum task vectors with a learned coefficient of any sign for each parameter tensor.
 
-    setting: `few_shot` and `task_addition` minimise the cross-entropy of labelled examples,
-    `negation` that of the control tasks minus that of the task to forget, `test_time` the loss of
-    FixMatch on unlabelled inputs.
-    granularity: what shares a coefficient: `layer` (a parameter tensor, as in the paper), `task`,
-    `block`, a regular expression on parameter names, or `partition`: each parameter's entries in
-    random groups with a coefficient each (aTLAS x K).
-    groups: K, for `partition`.
-    forget: with negation, the one of the data's tasks that is to be forgotten; the first by
-    default.
-    steps: of AdamW; 100, for task_addition 300.
-    lr: its learning rate at the start of a cosine to zero; 0.1 for few_shot, 0.01 elsewhere.
-    weight_decay: of AdamW, as in the paper.
-    batch_size: inputs per task and step.
-    patience: looks at held-out labelled examples (twenty in all) without a better loss before it
-    stops; the best coefficients are kept; 0 takes the last ones and looks at none.
-    keep: with negation, the share of the base's accuracy on the control tasks' held-out examples
-    below which coefficients do not count.
-    confidence: with test_time, the probability from which an own prediction counts.
-    halves: keep dense task vectors as bfloat16 while learning, in half the memory.
-    seed: of the order of inputs and of the groups.
+    Args:
+        vectors: The task vectors of the experts.
+        weights: The experts' weights `[E]`; they multiply the task vectors before learning.
+        coefficients: The learned coefficients.
+        setting: `few_shot` and `task_addition` minimise the cross-entropy of labelled examples.
+            `negation` minimises the cross-entropy of the control tasks minus that of the task to
+            forget. `test_time` minimises the loss of FixMatch on unlabelled inputs.
+        granularity: What shares a coefficient: `layer` (a parameter tensor, as in the paper),
+            `task`, `block`, a regular expression on parameter names, or `partition`, which splits
+            the entries of each parameter into random groups with one coefficient each (aTLAS x K).
+        groups: The number of groups K for `partition`.
+        forget: The task of the data that `negation` forgets; the first one by default.
+        steps: Steps of AdamW; the default is 100, and 300 for `task_addition`.
+        lr: The learning rate at the start of a cosine to zero; the default is 0.1 for `few_shot`
+            and 0.01 elsewhere.
+        weight_decay: The weight decay of AdamW, as in the paper.
+        batch_size: Inputs per task and step.
+        patience: How many evaluations on held-out labelled examples (twenty in all) may pass
+            without a better loss before learning stops. The best coefficients are kept. 0 keeps the
+            last ones and evaluates none.
+        confidence: The probability from which `test_time` uses an own prediction as a label.
+        keep: The share of the base's accuracy on the held-out examples of the control tasks that
+            `negation` must keep; other coefficients do not count.
+        halves: Keep dense task vectors as bfloat16 while learning, in half the memory.
+        seed: The seed of the order of inputs and of the groups.
+
+    Returns:
+        The merged task vector; low-rank where all experts are, unless entries are in groups.
     """
-    given = weighted(vectors, weights)
-    objective, default_steps, default_lr = DEFAULTS[setting]
-    fit = Fit(
-        objective=objective,
-        granularity=granularity,
-        start=0.0,
-        steps=steps or default_steps,
-        lr=lr or default_lr,
-        batch_size=batch_size,
-        groups=groups if granularity == "partition" else 1,
-        l2=weight_decay,
-        cosine=True,
-        patience=patience,
-        confidence=confidence,
-        keep=keep,
-        forget=_forgotten(learner, forget) if setting == "negation" else (),
-        halves=halves,
-        seed=seed,
-    )
-    return composed(given, learn(given, learner, fit))
-
-
-def _forgotten(learner: Learner, name: str | None) -> tuple[int, ...]:
-    if learner.stored is not None:
-        return ()
-    tasks = list(learner.given.tasks)
-    if len(tasks) < 2:
-        raise ValueError("expected a task to forget and a control task, found fewer")
-    if name is not None and name not in tasks:
-        raise ValueError(f"option 'forget': expected one of {', '.join(tasks)}, found {name!r}")
-    return (tasks.index(name) if name else 0,)
+    return compose_vector(scale_vectors(vectors, weights), coefficients)

@@ -10,10 +10,10 @@ from functools import partial
 from typing import Annotated, Literal
 
 import torch
-from experthub.merge._catalogue import Range
-from experthub.merge._coefficients import seeded
+from experthub.merge._coefficients import make_generator
 from experthub.merge._delta import Delta, Dense
-from experthub.merge._methods import merges
+from experthub.merge._merges import merges
+from experthub.merge._options import Range, RecipeSeed
 from experthub.merge._task_vector import TaskVector, combine
 from torch import Tensor
 
@@ -26,7 +26,7 @@ def dare(
     density: Annotated[float, Range(0.0001, 1)] = 0.1,
     scale: Annotated[float, Range(-10, 10)] = 0.3,
     rescale: Literal["inverse_density", "l1", "none"] = "inverse_density",
-    seed: Annotated[int, Range(0)] = 0,
+    seed: Annotated[int, Range(0), RecipeSeed] = 0,
 ) -> TaskVector:
     """Scaled sum of randomly thinned task vectors, `scale * sum_e w_e m_e tau_e / density`.
 
@@ -53,7 +53,7 @@ def _dropped(vector: TaskVector, density: float, rescale: str, seed: int) -> Tas
 
 def _mask(like: Tensor, density: float, key: str) -> Tensor:
     """True with the chance `density`, drawn from a text; on the CPU, so that all devices get the same."""
-    random = seeded("dare", key)
+    random = make_generator("dare", key)
     return (torch.rand(like.shape, generator=random) < density).to(like.device)
 
 

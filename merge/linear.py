@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from experthub.merge._methods import merges
+from experthub.merge._merges import merges
 from experthub.merge._task_vector import TaskVector, combine
 from torch import Tensor
 

@@ -9,82 +9,132 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
 
 import torch
-from experthub.merge._attached import Attached
-from experthub.merge._catalogue import Range
-from experthub.merge._coefficients import Coefficients
+from experthub.merge._attached_experts import AttachedExperts
+from experthub.merge._catalogue import Options
+from experthub.merge._coefficients import zero_coefficients
 from experthub.merge._delta import Dense
-from experthub.merge._learner import Data, Learner, logits_of
-from experthub.merge._methods import merges
+from experthub.merge._linear_modules import is_plain_linear, is_transposed
+from experthub.merge._materials import Data, Materials, compute_logits
+from experthub.merge._merges import merges
+from experthub.merge._options import Range
 from experthub.merge._task_vector import TaskVector, combine
 from torch import Tensor, nn
 
 Grams = dict[str, Tensor]  # parameter name -> [I, I]
 
 
+@dataclass(frozen=True, eq=False)
+class InputStatistics:
+    """The inputs of the linear modules, as each expert sees them.
+
+    Args:
+        grams: Per expert, the mean outer product of each module's inputs, in double precision.
+        transposed: The parameters that are stored `[I, O]`.
+    """
+
+    grams: Sequence[Grams]
+    transposed: frozenset[str]
+
+
+def _read_inputs(materials: Materials, options: Options) -> InputStatistics:
+    """Let every expert read the data of its own task."""
+    data, vectors = materials.paired_data, materials.vectors
+    linears = find_linear_weights(data.model, vectors)
+    start = zero_coefficients(len(vectors))
+    with AttachedExperts(data.model, vectors, start) as attached, torch.no_grad():
+        grams = []
+        for e in range(len(vectors)):
+            attached.set(torch.eye(len(vectors), dtype=torch.float64)[e][:, None])
+            grams.append(compute_grams(data, e, linears, options["batch_size"]))
+            materials.report("reading activations", e + 1, len(vectors))
+    return InputStatistics(grams, find_transposed(linears))
+
+
 @merges.register(
-    paper="https://arxiv.org/abs/2212.09849", needs=("data",), order_dependent=True, dense=True
+    paper="https://arxiv.org/abs/2212.09849",
+    needs=("data",),
+    prepare=_read_inputs,
+    keeps_state=False,
+    order_dependent=True,
+    dense=True,
 )
 def regmean(
     vectors: Sequence[TaskVector],
     weights: Tensor,
-    learner: Learner,
+    inputs: InputStatistics,
     *,
     off_diagonal: Annotated[float, Range(0, 1)] = 0.9,
     batch_size: Annotated[int, Range(1)] = 16,
 ) -> TaskVector:
-    """Closed-form regression of every linear weight onto all experts' outputs; the rest averaged.
+    """Regress every linear weight onto all experts' outputs in closed form, and average the rest.
 
     `tau = (sum_e w_e G_e)^-1 sum_e w_e G_e tau_e`, where `G_e` is the mean outer product of the
-    module's inputs when expert `e` reads the data of its own task: `data.tasks` has one for each
-    expert, in their order.  Labels are not used.
+    module's inputs when expert `e` reads the data of its own task: `data.tasks` has one task for
+    each expert, in their order. Labels are not used.
 
-    off_diagonal: factor of what is off the diagonal of G, the paper's alpha: .9 for most models.
-    batch_size: inputs that are read at once.
+    Args:
+        vectors: The task vectors of the experts.
+        weights: The experts' weights `[E]`.
+        inputs: The matrices G of every expert.
+        off_diagonal: The factor of the entries off the diagonal of G, the paper's alpha; the paper
+            uses 0.9 for most models.
+        batch_size: Inputs that are read at once.
+
+    Returns:
+        The merged task vector, dense.
+
+    Raises:
+        ValueError: The weights sum to zero.
     """
-    data = paired(learner, vectors)
-    linears = linear_weights(data.model, vectors)
-    with Attached(data.model, vectors, one_block(len(vectors))) as attached, torch.no_grad():
-        grams = []
-        for e in range(len(vectors)):
-            attached.set(torch.eye(len(vectors), dtype=torch.float64)[e][:, None])
-            grams.append(grams_of(data, e, linears, batch_size))
-            learner.report("reading activations", e + 1, len(vectors))
-    return regressed(vectors, weights, linears, grams, off_diagonal)
+    return solve_regression(vectors, weights, inputs, off_diagonal)
 
 
-def paired(learner: Learner, vectors: Sequence[TaskVector]) -> Data:
-    """The data, when it has one task for each expert."""
-    data = learner.given
-    if len(data.tasks) != len(vectors):
-        raise ValueError(
-            f"expected one task for each of the {len(vectors)} experts, in their order, "
-            f"found {len(data.tasks)}"
-        )
-    return data
+def find_linear_weights(model: nn.Module, vectors: Sequence[TaskVector]) -> dict[str, nn.Module]:
+    """Find the linear modules whose weights the experts change.
 
+    Args:
+        model: The model.
+        vectors: The task vectors of the experts.
 
-def one_block(experts: int) -> Coefficients:
-    """Coefficients that take whole experts."""
-    return Coefficients(torch.zeros(experts, 1, dtype=torch.float64), ("model",), "task")
-
-
-def linear_weights(model: nn.Module, vectors: Sequence[TaskVector]) -> dict[str, nn.Module]:
-    """Parameter name -> linear module, of what the experts change, in the model's order."""
+    Returns:
+        Parameter name -> module, in the model's order.
+    """
     changed = {name for vector in vectors for name in vector}
     found = ((f"{name}.weight", module) for name, module in model.named_modules())
-    return {
-        name: module
-        for name, module in found
-        if name in changed and type(module).__name__ in ("Linear", "Conv1D")
-    }
+    return {n: module for n, module in found if n in changed and is_plain_linear(module)}
 
 
-def grams_of(data: Data, task: int, linears: Mapping[str, nn.Module], batch_size: int) -> Grams:
-    """The mean outer product of every module's inputs over a task's data, in double precision."""
+def find_transposed(linears: Mapping[str, nn.Module]) -> frozenset[str]:
+    """Find the parameters that are stored `[I, O]`.
+
+    Args:
+        linears: Parameter name -> linear module.
+
+    Returns:
+        The names of these parameters.
+    """
+    return frozenset(name for name, module in linears.items() if is_transposed(module))
+
+
+def compute_grams(
+    data: Data, task: int, linears: Mapping[str, nn.Module], batch_size: int
+) -> Grams:
+    """Average the outer products of every module's inputs over the data of a task.
+
+    Args:
+        data: Inputs, and the model that reads them.
+        task: The position of the task.
+        linears: Parameter name -> linear module.
+        batch_size: Inputs that are read at once.
+
+    Returns:
+        Parameter name -> `[I, I]` in double precision; padding is left out.
+    """
     sums: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
 
@@ -93,21 +143,23 @@ def grams_of(data: Data, task: int, linears: Mapping[str, nn.Module], batch_size
         sums[name] = sums.get(name, 0) + x_NI.T @ x_NI
         rows[name] = rows.get(name, 0) + len(x_NI)
 
-    with _watched(linears, watch):
+    with _watch(linears, watch):
         for start in range(0, data.sizes[task], batch_size):
-            logits_of(data, task, torch.arange(start, min(start + batch_size, data.sizes[task])))
+            end = min(start + batch_size, data.sizes[task])
+            compute_logits(data, task, torch.arange(start, end))
     return {name: total / rows[name] for name, total in sums.items()}
 
 
 def _real_rows(x: Tensor, real: Tensor | None) -> Tensor:
-    """Activations `[..., I]` as `[N, I]`, without those of padding."""
+    """Flatten activations `[..., I]` to `[N, I]`, without those of padding."""
     if real is not None and real.shape == x.shape[:-1]:
         return x[real]
     return x.reshape(-1, x.shape[-1])
 
 
 @contextmanager
-def _watched(linears: Mapping[str, nn.Module], watch: Callable[..., None]) -> Iterator[None]:
+def _watch(linears: Mapping[str, nn.Module], watch: Callable[..., None]) -> Iterator[None]:
+    """Call a function with the inputs of every module while the block lasts."""
     hooks = [module.register_forward_hook(partial(watch, name)) for name, module in linears.items()]
     try:
         yield
@@ -116,51 +168,60 @@ def _watched(linears: Mapping[str, nn.Module], watch: Callable[..., None]) -> It
             hook.remove()
 
 
-def regressed(
-    vectors: Sequence[TaskVector],
-    weights: Tensor,
-    linears: Mapping[str, nn.Module],
-    grams: Sequence[Grams],
-    off_diagonal: float,
+def solve_regression(
+    vectors: Sequence[TaskVector], weights: Tensor, inputs: InputStatistics, off_diagonal: float
 ) -> TaskVector:
-    """The regression where there are activations, and the weighted mean elsewhere, made lazily."""
+    """Solve the regression lazily where there are activations, and average elsewhere.
+
+    Args:
+        vectors: The task vectors of the experts.
+        weights: The experts' weights `[E]`.
+        inputs: The matrices G of every expert.
+        off_diagonal: The factor of the entries off the diagonal of G.
+
+    Returns:
+        The merged task vector.
+
+    Raises:
+        ValueError: The weights sum to zero.
+    """
     total = weights.sum()
     if abs(float(total)) < 1e-8:
         raise ValueError(f"expected weights with a sum other than 0, found {weights.tolist()}")
     mean = combine(vectors, weights / total)
 
     def at(name: str) -> Dense:
-        here = [gram[name] for gram in grams]
-        conv = type(linears[name]).__name__ == "Conv1D"
-        return _solved(name, conv, vectors, weights, here, off_diagonal)
+        grams = [gram[name] for gram in inputs.grams]
+        transposed = name in inputs.transposed
+        return _solve(name, transposed, vectors, weights, grams, off_diagonal)
 
-    load = {n: partial(at, n) if n in grams[0] else mean.load[n] for n in mean}
+    load = {n: partial(at, n) if n in inputs.grams[0] else mean.load[n] for n in mean}
     return TaskVector(mean.base, load, mean.seed)
 
 
-def _solved(
+def _solve(
     name: str,
-    conv: bool,
+    transposed: bool,
     vectors: Sequence[TaskVector],
     weights: Tensor,
     grams_II: Sequence[Tensor],
     off_diagonal: float,
 ) -> Dense:
-    """One linear weight's regression; an expert that does not change it wants the base's outputs.
+    """Solve the regression of one linear weight, stored `[I, O]` if it is transposed.
 
-    conv: whether the weight is stored as `[I, O]`.
+    An expert that does not change the weight asks for the base's outputs.
     """
     shape, dtype = next((v[name].shape, v[name].dtype) for v in vectors if name in v)
     left_II = torch.zeros_like(grams_II[0])
-    right_IO = left_II.new_zeros(len(left_II), shape[1] if conv else shape[0])
+    right_IO = left_II.new_zeros(len(left_II), shape[1] if transposed else shape[0])
     for vector, weight, gram_II in zip(vectors, weights.tolist(), grams_II, strict=True):
         scaled_II = gram_II * off_diagonal
         scaled_II.diagonal().copy_(gram_II.diagonal())
         left_II += weight * scaled_II
         if name in vector:
             delta = vector[name].dense().double()
-            right_IO += weight * scaled_II @ (delta if conv else delta.T)
+            right_IO += weight * scaled_II @ (delta if transposed else delta.T)
     # Features that no input has leave the equations without a unique answer.
     left_II.diagonal().add_(1e-8 * left_II.diagonal().mean().clamp(min=1e-30))
     found_IO = torch.linalg.solve(left_II, right_IO)
-    return Dense((found_IO if conv else found_IO.T).to(dtype).contiguous())
+    return Dense((found_IO if transposed else found_IO.T).to(dtype).contiguous())

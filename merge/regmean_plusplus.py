@@ -9,60 +9,88 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import torch
-from experthub.merge._attached import Attached
-from experthub.merge._catalogue import Range
-from experthub.merge._coefficients import Coefficients, blocks_of
-from experthub.merge._learner import Learner
-from experthub.merge._methods import merges
+from experthub.merge._attached_experts import AttachedExperts
+from experthub.merge._catalogue import Options
+from experthub.merge._coefficients import Coefficients, assign_blocks
+from experthub.merge._materials import Materials
+from experthub.merge._merges import merges
+from experthub.merge._options import Range
 from experthub.merge._task_vector import TaskVector
-from experthub.merge.regmean import Grams, grams_of, linear_weights, paired, regressed
+from experthub.merge.regmean import (
+    Grams,
+    InputStatistics,
+    compute_grams,
+    find_linear_weights,
+    find_transposed,
+    solve_regression,
+)
 from torch import Tensor
 
 
-@merges.register(
-    paper="https://arxiv.org/abs/2508.03121", needs=("data",), order_dependent=True, dense=True
-)
-def regmean_plusplus(
-    vectors: Sequence[TaskVector],
-    weights: Tensor,
-    learner: Learner,
-    *,
-    off_diagonal: Annotated[float, Range(0, 1)] = 0.95,
-    batch_size: Annotated[int, Range(1)] = 16,
-) -> TaskVector:
-    """RegMean layer by layer: what a layer reads is the output of the merged layers before it.
-
-    As `regmean`, with `G_e` of each transformer layer taken while all layers before it are merged
-    and it is expert `e`'s own.  One pass over the data for each layer and expert.
-
-    off_diagonal: factor of what is off the diagonal of G.
-    batch_size: inputs that are read at once.
-    """
-    data = paired(learner, vectors)
-    linears = linear_weights(data.model, vectors)
+def _read_inputs(materials: Materials, options: Options) -> InputStatistics:
+    """Let every expert read the data of its own task, layer by layer through the merged model."""
+    data, vectors, weights = materials.paired_data, materials.vectors, materials.weights
+    linears = find_linear_weights(data.model, vectors)
     names = {name for vector in vectors for name in vector}
     # With all names of tied weights: their changes may differ.
     parameters = data.model.named_parameters(remove_duplicate=False)
     in_order = [name for name, _ in parameters if name in names]
-    label = blocks_of(in_order, "block")
+    label = assign_blocks(in_order, "block")
     blocks = tuple(dict.fromkeys(label.values()))
     experts = len(vectors)
     start = Coefficients(torch.zeros(experts, len(blocks), dtype=torch.float64), blocks, "block")
     grams: list[Grams] = [{} for _ in vectors]
-    with (
-        Attached(data.model, vectors, start, take=lambda name, gradient: None) as attached,
-        torch.no_grad(),
-    ):
+    found = InputStatistics(grams, find_transposed(linears))
+    attached = AttachedExperts(data.model, vectors, start, take=lambda name, gradient: None)
+    with attached, torch.no_grad():
         for b, block in enumerate(blocks):
             here = [name for name in in_order if label[name] == block]
             for e in range(experts):
                 values = torch.zeros_like(start.values)
-                values[e, b:] = 1  # what is before it is fixed to the merge
+                values[e, b:] = 1  # the blocks before it are fixed to the merge
                 attached.set(values)
                 own = {name: linears[name] for name in here if name in linears}
-                grams[e] |= grams_of(data, e, own, batch_size) if own else {}
-            merged = regressed(vectors, weights, linears, grams, off_diagonal)
+                if own:
+                    grams[e] |= compute_grams(data, e, own, options["batch_size"])
+            merged = solve_regression(vectors, weights, found, options["off_diagonal"])
             for name in here:
                 attached.fix(name, merged[name].dense())
-            learner.report("merging layer by layer", b + 1, len(blocks))
-    return regressed(vectors, weights, linears, grams, off_diagonal)
+            materials.report("merging layer by layer", b + 1, len(blocks))
+    return found
+
+
+@merges.register(
+    paper="https://arxiv.org/abs/2508.03121",
+    needs=("data",),
+    prepare=_read_inputs,
+    keeps_state=False,
+    order_dependent=True,
+    dense=True,
+)
+def regmean_plusplus(
+    vectors: Sequence[TaskVector],
+    weights: Tensor,
+    inputs: InputStatistics,
+    *,
+    off_diagonal: Annotated[float, Range(0, 1)] = 0.95,
+    batch_size: Annotated[int, Range(1)] = 16,
+) -> TaskVector:
+    """Run RegMean layer by layer: a layer reads the outputs of the merged layers before it.
+
+    As in `regmean`, with `G_e` of each transformer layer taken while all layers before it are merged
+    and the layer itself is that of expert `e`. The data is read once for each layer and expert.
+
+    Args:
+        vectors: The task vectors of the experts.
+        weights: The experts' weights `[E]`.
+        inputs: The matrices G of every expert.
+        off_diagonal: The factor of the entries off the diagonal of G.
+        batch_size: Inputs that are read at once.
+
+    Returns:
+        The merged task vector, dense.
+
+    Raises:
+        ValueError: The weights sum to zero.
+    """
+    return solve_regression(vectors, weights, inputs, off_diagonal)

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated
 
-from experthub.merge._catalogue import Range
-from experthub.merge._methods import merges
+from experthub.merge._merges import merges
+from experthub.merge._options import Range
 from experthub.merge._task_vector import TaskVector, combine
 from torch import Tensor
 

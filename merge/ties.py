@@ -11,10 +11,10 @@ from functools import cache, lru_cache, partial
 from typing import Annotated, Literal
 
 import torch
-from experthub.merge._catalogue import Range
 from experthub.merge._delta import Delta, Dense, LowRank
-from experthub.merge._methods import merges
-from experthub.merge._task_vector import TaskVector, checked, united
+from experthub.merge._merges import merges
+from experthub.merge._options import Range
+from experthub.merge._task_vector import TaskVector, check_weights, unite_vectors
 from torch import Tensor
 
 CHUNK = 1 << 18  # entries of a tensor that are looked at at once
@@ -46,10 +46,10 @@ def ties(
     trim_scope: the share is of the whole task vector, as in the paper, or of each tensor alone.
     normalize: false leaves out the division, for the sum of what agrees.
     """
-    base = checked(vectors, weights)
-    kept = agreeing(trimmed(vectors, density, trim_scope), weights)
+    base = check_weights(vectors, weights)
+    kept = keep_agreeing(trim(vectors, density, trim_scope), weights)
     at = partial(_mean, list(zip(kept, weights.tolist(), strict=True)), scale, normalize)
-    return united(base, vectors, at)
+    return unite_vectors(base, vectors, at)
 
 
 def _mean(
@@ -93,7 +93,7 @@ def _owned(delta: Delta) -> Tensor:
     )
 
 
-def trimmed(
+def trim(
     vectors: Sequence[TaskVector], density: float, trim_scope: Literal["model", "tensor"] = "model"
 ) -> list[TaskVector]:
     """Each vector with all but its entries of largest magnitude set to zero, lazily.
@@ -109,7 +109,7 @@ def trimmed(
 def _trimmed(vector: TaskVector, density: float, trim_scope: str) -> TaskVector:
     @cache
     def limit(names: tuple[str, ...]) -> float:
-        return threshold(lambda: (vector[name].dense() for name in names), density)
+        return find_threshold(lambda: (vector[name].dense() for name in names), density)
 
     def at(name: str) -> Delta:
         least = limit(tuple(vector) if trim_scope == "model" else (name,))
@@ -121,7 +121,7 @@ def _trimmed(vector: TaskVector, density: float, trim_scope: str) -> TaskVector:
     return TaskVector(vector.base, {name: partial(at, name) for name in vector}, vector.seed)
 
 
-def threshold(
+def find_threshold(
     tensors: Callable[[], Iterable[Tensor]], density: float, dtype: torch.dtype = torch.float32
 ) -> float:
     """The magnitude that the `max(1, int(density * n))` largest of n entries have at least.
@@ -134,7 +134,7 @@ def threshold(
         counts = torch.zeros(1 << width, dtype=torch.int64)
         for tensor in tensors():
             if tensor.dtype == torch.float64 != dtype:
-                return threshold(tensors, density, torch.float64)
+                return find_threshold(tensors, density, torch.float64)
             for part in torch.split(tensor.flatten(), CHUNK):
                 digits = part.abs().to(dtype).view(BITS[dtype]) >> shift
                 if rank:
@@ -150,14 +150,14 @@ def threshold(
     return float(torch.tensor(prefix, dtype=BITS[dtype]).view(dtype))
 
 
-def agreeing(vectors: Sequence[TaskVector], weights: Tensor | None = None) -> list[TaskVector]:
+def keep_agreeing(vectors: Sequence[TaskVector], weights: Tensor | None = None) -> list[TaskVector]:
     """Each vector with zero in place of the entries that disagree with their elected sign, lazily.
 
     The elected sign is that of the sum, weighted by `weights` `[E]` if they are given.  Asked for a
     name, the vectors elect once, if no other name is asked for in between.
     """
     weights = torch.ones(len(vectors)) if weights is None else weights
-    checked(vectors, weights)
+    check_weights(vectors, weights)
     pairs = list(zip(vectors, weights.tolist(), strict=True))
     elected = lru_cache(maxsize=1)(partial(_elected, pairs))
 

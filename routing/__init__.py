@@ -1,14 +1,12 @@
 """Input-dependent mixing of experts; imports torch and `experthub.merge`."""
 
 from experthub.routing._context import Context, Selected
-from experthub.routing._group import Group, Kernel
-from experthub.routing._kernels import reference, scored
-from experthub.routing._measure import fastest, shape
-from experthub.routing._methods import routers
-from experthub.routing._packed import Packed
-from experthub.routing._pool import Pool, Select
-from experthub.routing._recording import recorded
-from experthub.routing._routed_linear import RoutedLinear, routed, together
+from experthub.routing._expert_rows import ExpertRows
+from experthub.routing._group import Group
+from experthub.routing._packed import PackedExperts, group_modules, pack_experts
+from experthub.routing._pool import Batch, Embedder, Materials, Pool, Select, State
+from experthub.routing._recording import record_routing
+from experthub.routing._routed_linear import RoutedLinear, attach_experts
 from experthub.routing._router import (
     ExpertStack,
     Router,
@@ -17,67 +15,93 @@ from experthub.routing._router import (
     standardised,
     top_k_softmax,
 )
-from experthub.routing._rows import Rows
-from experthub.routing._screen import MANY, Screen
-from experthub.routing._skilled_linear import SkilledLinear, TaskRows
-from experthub.routing._skills import AVERAGE, Skills, check_heads
-from experthub.routing.arrow import arrow
+from experthub.routing._routers import RouterTraits, Routing, routers
+from experthub.routing._skilled_linear import BatchTasks, SkilledLinear
+from experthub.routing._skills import AVERAGE, MULTI_HEADED, SERVED_BY, Skills, check_heads
+from experthub.routing.arrow import arrow, subtract_general
 from experthub.routing.average_activation import average_activation
 from experthub.routing.best_individual import best_individual
+from experthub.routing.kernels.measure import describe_shape, measure_kernels
+from experthub.routing.kernels.names import (
+    FLOAT32_CPU_KERNELS,
+    KERNELS,
+    RENAMED_KERNELS,
+    Kernel,
+    current_kernel,
+    recorded_kernel,
+)
+from experthub.routing.kernels.prefilter import MIN_PREFILTERED_EXPERTS, Prefilter
+from experthub.routing.kernels.reference import reference
+from experthub.routing.kernels.scores import compute_scores
 from experthub.routing.lora_retriever import lora_retriever
 from experthub.routing.mhr import mhr
 from experthub.routing.phatgoose import SigmoidGate, phatgoose, untrained_gate
 from experthub.routing.poly import poly
-from experthub.routing.retrieval import retrieval
+from experthub.routing.retrieval import build_index, retrieval
 from experthub.routing.smear import smear
 from experthub.routing.task import task
 from experthub.routing.uniform import uniform
-from experthub.routing.xlora import untrained_classifier, xlora
+from experthub.routing.xlora import xlora
 
 __all__ = [
     "AVERAGE",
-    "MANY",
+    "FLOAT32_CPU_KERNELS",
+    "KERNELS",
+    "MIN_PREFILTERED_EXPERTS",
+    "MULTI_HEADED",
+    "RENAMED_KERNELS",
+    "SERVED_BY",
+    "Batch",
+    "BatchTasks",
     "Context",
+    "Embedder",
+    "ExpertRows",
     "ExpertStack",
     "Group",
     "Kernel",
-    "Packed",
+    "Materials",
+    "PackedExperts",
     "Pool",
+    "Prefilter",
     "RoutedLinear",
     "Router",
-    "Rows",
-    "Screen",
+    "RouterTraits",
+    "Routing",
     "Select",
     "Selected",
     "SigmoidGate",
     "SkilledLinear",
     "Skills",
-    "TaskRows",
+    "State",
     "TopK",
     "Weights",
     "arrow",
+    "attach_experts",
     "average_activation",
     "best_individual",
+    "build_index",
     "check_heads",
-    "fastest",
+    "compute_scores",
+    "current_kernel",
+    "describe_shape",
+    "group_modules",
     "lora_retriever",
+    "measure_kernels",
     "mhr",
+    "pack_experts",
     "phatgoose",
     "poly",
-    "recorded",
+    "record_routing",
+    "recorded_kernel",
     "reference",
     "retrieval",
-    "routed",
     "routers",
-    "scored",
-    "shape",
     "smear",
     "standardised",
+    "subtract_general",
     "task",
-    "together",
     "top_k_softmax",
     "uniform",
-    "untrained_classifier",
     "untrained_gate",
     "xlora",
 ]

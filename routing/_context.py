@@ -95,7 +95,8 @@ class Selected:
         rows, tokens = self.context.shape([len(scores)])
         if self.layer is None:
             return found.of_modules().repeated(tokens)
-        values = found.values[:, :, self.layer].flatten(0, 1)
+        shared = found.values.shape[2] == 1  # layers that have no weights of their own
+        values = found.values[:, :, 0 if shared else self.layer].flatten(0, 1)
         if len(values) != len(scores):
             raise ValueError(f"expected all {self.context.tokens} tokens of {rows} rows")
         return Weights(values).of_modules()

@@ -1,66 +1,191 @@
-"""The experts and routers of modules that share an input, packed: what a group is made of, and a bank stores.
+"""The experts of modules that share an input, packed: what a bank stores and what kernels read.
 
-Shapes as in `_router.py`; N rows of A of all modules and experts.
+Shapes as in `_router.py`; G modules, N rows of A of all modules and experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import chain
+from typing import Any
 
 import torch
+from experthub.merge import Combine
+from experthub.routing._expert_rows import ExpertRows
 from experthub.routing._router import ExpertStack, Router
-from experthub.routing._screen import Screen
+from experthub.routing.kernels.prefilter import Prefilter
 from torch import Tensor
+
+Ranks = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, eq=False)
-class Packed:
-    """Weights of experts, whose they are, and what routes them.
+class PackedExperts:
+    """The experts of a group of modules, and what routes them.
 
-    experts: which of the recipe's adapt the modules, all of them the same.  ranks: by module, then
-    expert.  a: rows `[., I]` of all modules and experts in their order, in any number of parts.  b:
-    the rows `[R, O]` of each module.  A row of zeros may stand at the end of each, for ranks that
-    differ.  router: of one module; those of the others differ in nothing but probes.  probes: of
-    all modules `[., I]`, module after module, in any number of parts; none for a router that does
-    not look at the input.  screen: the same in bfloat16, where it was made.  mapped: all this lies in a file, and is not to be copied; the experts'
-    dtype may be narrower there than they are used in.
+    Attributes:
+        experts: The experts that adapt the modules, by their place in the recipe.
+        ranks: The rank of each expert, by module.
+        a: The rows of A of all modules and experts, module after module.
+        b: The rows of B of each module, with scale and recipe weight folded in.
+        router: The router of the first module; the others differ in nothing but probes.
+        probes: The probes of all modules in float32, module after module; None for a router that
+            does not look at the input.
+        joint: A and the probes as one matrix, of which both are views; None if they are apart.
+        prefilter: Coarse copies of the probes, if there are any.
+        owner_N: For each row of A its expert and module, if ranks differ: a place in `experts`, plus
+            the number of experts for each module before.
+        first_G1: The place of the first expert of each module, counting as `owner_N` does.
     """
 
     experts: tuple[int, ...]
-    ranks: tuple[tuple[int, ...], ...]
-    a: tuple[Tensor, ...]
-    b: tuple[Tensor, ...]
+    ranks: Ranks
+    a: ExpertRows
+    b: tuple[ExpertRows, ...]
     router: Router
-    probes: tuple[Tensor, ...] = ()
-    screen: Screen | None = None
-    mapped: bool = False
+    probes: Tensor | None
+    joint: Tensor | None
+    prefilter: Prefilter | None
+    owner_N: Tensor | None
+    first_G1: Tensor
 
     @classmethod
-    def of(cls, stacks: Sequence[ExpertStack], routers: Sequence[Router]) -> Packed:
-        """The experts of modules that have the same ones, and the routers of each; see `together`."""
-        return cls(
-            stacks[0].experts,
-            tuple(tuple(delta.rank for delta in stack.deltas.values()) for stack in stacks),
-            tuple(delta.a for stack in stacks for delta in stack.deltas.values()),
-            tuple(stack.b_RO for stack in stacks),
-            routers[0],
-            tuple(r.probes_PI for r in routers if r.probes_PI is not None),
-        )
+    def of(
+        cls,
+        experts: tuple[int, ...],
+        ranks: Ranks,
+        a: ExpertRows,
+        b: tuple[ExpertRows, ...],
+        router: Router,
+        probes: Tensor | None = None,
+        prefilter: Prefilter | None = None,
+    ) -> PackedExperts:
+        """Pack rows that are on one device.
 
-    @cached_property
-    def rank(self) -> int:
-        """The largest."""
-        return max(map(max, self.ranks))
+        Args:
+            experts: The experts that adapt the modules, by their place in the recipe.
+            ranks: The rank of each expert, by module.
+            a: The rows of A of all modules; if it has rows below those of the experts, they are the
+                probes.
+            b: The rows of B of each module.
+            router: The router of the first module.
+            probes: The probes of all modules, unless they are below the rows of A.
+            prefilter: Coarse copies of the probes, if there are any.
 
-    @cached_property
-    def equal_ranks(self) -> bool:
-        return all(own.count(self.rank) == len(own) for own in self.ranks)
+        Returns:
+            The packed experts.
+        """
+        device, owner_N, joint = a.matrix.device, None, None
+        if a.places_Er is not None:
+            sizes = torch.tensor([*chain(*ranks)])
+            owner_N = torch.arange(len(sizes)).repeat_interleave(sizes).to(device)
+        below = a.matrix[len(a.own) : len(a.matrix) - (a.places_Er is not None)]
+        if len(below):
+            joint, probes = a.matrix[: len(a.own) + len(below)], below
+        first_G1 = torch.arange(len(b), device=device)[:, None] * len(experts)
+        return cls(experts, ranks, a, b, router, probes, joint, prefilter, owner_N, first_G1)
 
-    @property
-    def owner_N(self) -> Tensor:
-        """For every row of A its expert and module: a place in `experts`, module after module."""
-        flat = torch.tensor([*chain(*self.ranks)])
-        return torch.arange(len(flat)).repeat_interleave(flat)
+    def map(self, change: Callable[[Tensor], Tensor]) -> PackedExperts:
+        """Apply a function to each tensor but the prefilter's, such as a move to another device.
+
+        Args:
+            change: Function of one tensor, which keeps its shape.
+
+        Returns:
+            The changed experts.
+        """
+        a, b = self.a.map(change), tuple(rows.map(change) for rows in self.b)
+        probes = None if self.probes is None or self.joint is not None else change(self.probes)
+        return PackedExperts.of(self.experts, self.ranks, a, b, self.router, probes, self.prefilter)
+
+    def with_prefilter(self) -> PackedExperts:
+        """Return the same experts with a prefilter; without probes, themselves."""
+        if self.prefilter is not None or self.probes is None:
+            return self
+        return replace(self, prefilter=Prefilter.of(self.probes, len(self.b)))
+
+
+def pack_experts(
+    stacks: Sequence[ExpertStack], routers: Sequence[Router], like: Tensor, *, fuse: bool = True
+) -> PackedExperts:
+    """Pack the experts and routers of modules that `group_modules` put into one group.
+
+    Args:
+        stacks: The experts of each module.
+        routers: The router of each module.
+        like: Tensor whose dtype and device the factors get: a weight of the base.
+        fuse: Whether to put the probes below A where dtypes allow it, so that one product reads the
+            input for both.
+
+    Returns:
+        The packed experts.
+    """
+    ranks = tuple(tuple(delta.rank for delta in stack.deltas.values()) for stack in stacks)
+    rank = max(map(max, ranks))
+    probes = [r.probes_PI.to(like.device) for r in routers if r.probes_PI is not None]
+    # In a narrower dtype the scores need a product of their own.
+    below = probes if fuse and like.dtype == torch.float32 else []
+    parts = [delta.a for stack in stacks for delta in stack.deltas.values()]
+    a = ExpertRows.of(parts, [*chain(*ranks)], rank, below=below, like=like)
+    b = tuple(
+        ExpertRows.of([stack.b_RO], own, rank, like=like)
+        for stack, own in zip(stacks, ranks, strict=True)
+    )
+    apart = concatenate(probes) if probes and not below else None
+    return PackedExperts.of(stacks[0].experts, ranks, a, b, routers[0], apart)
+
+
+def group_modules(
+    stacks: Sequence[ExpertStack], routers: Sequence[Router], combine: Combine = "outputs"
+) -> list[list[int]]:
+    """Decide which modules that share an input are packed together.
+
+    They form one group if the same experts adapt them, if their routers differ in nothing but
+    probes, and if their ranks allow to combine.
+
+    Args:
+        stacks: The experts of each module.
+        routers: The router of each module.
+        combine: What is mixed; `parameters` needs experts of one rank.
+
+    Returns:
+        The places of the modules: all in one group, or each alone.
+    """
+    one = (
+        len({stack.experts for stack in stacks}) == 1
+        and len({stack.width for stack in stacks}) == 1
+        and _differ_in_probes_only(routers)
+        and (combine == "outputs" or all(stack.equal_ranks for stack in stacks))
+    )
+    return [list(range(len(stacks)))] if one else [[place] for place in range(len(stacks))]
+
+
+def concatenate(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate tensors along their first dimension; a single one is not copied.
+
+    Args:
+        parts: At least one tensor.
+
+    Returns:
+        The concatenation.
+    """
+    return parts[0] if len(parts) == 1 else torch.cat([*parts])
+
+
+def _differ_in_probes_only(routers: Sequence[Router]) -> bool:
+    """Compare the class and all fields but the probes."""
+    first, *others = ([type(router), *_settings(router)] for router in routers)
+    return all(len(first) == len(o) and all(map(_is_equal, first, o)) for o in others)
+
+
+def _settings(router: Any) -> list[Any]:
+    """Return the values of a router's fields but the probes."""
+    return [getattr(router, field.name) for field in fields(router) if field.name != "probes_PI"]
+
+
+def _is_equal(a: Any, b: Any) -> bool:
+    """Compare two values, tensors by their content."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and torch.equal(a, b)
+    return bool(a == b)

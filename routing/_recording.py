@@ -1,4 +1,4 @@
-"""What routed modules decide, written down while a model runs."""
+"""Recording of the weights that routed modules compute while a model runs."""
 
 from __future__ import annotations
 
@@ -12,34 +12,42 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def recorded(
-    model: nn.Module, n_experts: int, wanted: Callable[[str], bool] = lambda path: True
+def record_routing(
+    model: nn.Module, n_experts: int, is_wanted: Callable[[str], bool] = lambda path: True
 ) -> Iterator[dict[str, list[Tensor]]]:
-    """The weights of every routed module, for as long as the block lasts; nothing stays of it.
+    """Record the weights of routed modules for as long as the block lasts.
 
-    n_experts: E, how many experts the recipe has.  wanted: which modules, by path.  Yields module
-    path -> the weights `[T, E]` of each call's T inputs, float32, on the CPU, in the order of the
-    calls; zero where an expert does not adapt the module.  Calls without experts are not counted.
+    Args:
+        model: The composed model; its hooks are removed at the end.
+        n_experts: The number of experts E of the recipe.
+        is_wanted: Whether to record a module, by its path.
+
+    Yields:
+        For each module path the weights `[T, E]` of each call's T inputs, in the order of the calls:
+        float32, on the CPU, zero where an expert does not adapt the module.  Calls that the base
+        answers without experts are not recorded.
     """
     found: dict[str, list[Tensor]] = {}
     handles = []
 
     def watch(module: RoutedLinear, calls: list[Tensor]) -> Any:
+        """Hook one module."""
         places = torch.tensor(module.experts)
 
-        # After the module: what it found out about a row is kept, and is not found by another kernel.
+        # After the module: what its kernel found out about a row is kept, and is not computed anew.
         def after(_: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            """Record the weights of one call."""
             if module.group.context.off:
                 return
             with torch.no_grad():
-                own_TE = module.routing(inputs[0]).reshape(-1, len(places)).float().cpu()
+                own_TE = module.compute_weights(inputs[0]).reshape(-1, len(places)).float().cpu()
             calls.append(own_TE.new_zeros(len(own_TE), n_experts).index_copy_(1, places, own_TE))
 
         return module.register_forward_hook(after)
 
     try:
         for path, module in model.named_modules():
-            if isinstance(module, RoutedLinear) and wanted(path):
+            if isinstance(module, RoutedLinear) and is_wanted(path):
                 handles.append(watch(module, found.setdefault(path, [])))
         yield found
     finally:

@@ -8,23 +8,32 @@ from typing import Any, cast
 import torch
 from experthub.merge import Combine
 from experthub.routing._context import Context
-from experthub.routing._group import Group, Kernel, alike
-from experthub.routing._packed import Packed
+from experthub.routing._group import Group
+from experthub.routing._packed import PackedExperts, pack_experts
 from experthub.routing._router import ExpertStack, Router
+from experthub.routing.kernels.names import Kernel
 from torch import Tensor, nn
 
 
 class RoutedLinear(nn.Module):
-    """`y = W x` plus the experts' changes, weighted by a router for every token.
+    """A linear module `y = W x` plus the changes of experts, which a router weighs for every token.
 
-    base: the frozen linear module; its parameters keep their names here, so that the model's
-    state dict is the base's.  combine: `outputs` mixes `B_e A_e x`, `parameters` mixes the A and
-    the B first, which needs experts of one rank.  train_probes: the router's probes become the
-    only trainable parameter, `probes_PI`.
+    The base's parameters keep their names, so that a model's state dict is that of its base.
+
+    Attributes:
+        group: The experts of the module, and of others that share its input.
+        number: The module's place in the group.
+        probes_PI: The router's probes if they are trained, the only trainable parameter; else None.
     """
 
     def __init__(self, base: nn.Module, group: Group, number: int = 0) -> None:
-        """group: the experts of the module, and of others that share its input; number: its own there."""
+        """Put the experts beside a module.
+
+        Args:
+            base: The frozen linear module.
+            group: The experts of the module, and of others that share its input.
+            number: The module's place in the group.
+        """
         super().__init__()
         self._base = (base,)  # in a tuple: the module's parameters are registered once, below
         self.register_parameter("weight", cast(nn.Parameter, base.weight))
@@ -33,7 +42,7 @@ class RoutedLinear(nn.Module):
         self.group, self.number = group, number
 
     @classmethod
-    def alone(
+    def from_stack(
         cls,
         base: nn.Module,
         stack: ExpertStack,
@@ -44,25 +53,37 @@ class RoutedLinear(nn.Module):
         train_probes: bool = False,
         context: Context | None = None,
     ) -> RoutedLinear:
-        """A module that shares its input with no other."""
+        """Put experts beside a module that shares its input with no other.
+
+        Args:
+            base: The frozen linear module.
+            stack: Its experts.
+            router: The router over them.
+            combine: `outputs` mixes `B_e A_e x`; `parameters` mixes the A and the B first.
+            kernel: The kernel for all inputs; None chooses by the number of tokens.
+            train_probes: Whether the router's probes become a trainable parameter.
+            context: What routers know of the batch.
+
+        Returns:
+            The routed module.
+
+        Raises:
+            ValueError: `combine` is `parameters` and ranks differ.
+        """
         weight, probes = cast(Tensor, base.weight), router.probes_PI
         trained = None
         if train_probes and probes is not None:
             trained = nn.Parameter(probes.to(weight.device, torch.float32))
+        packed = pack_experts([stack], [router], weight, fuse=trained is None)
         group = Group(
-            Packed.of([stack], [router]),
-            weight,
-            combine,
-            kernel=kernel,
-            trained=trained,
-            context=context,
+            packed, weight.dtype, combine, kernel=kernel, trained=trained, context=context
         )
         return cls(base, group)
 
     @property
     def experts(self) -> tuple[int, ...]:
-        """Which of the recipe's experts adapt the module."""
-        return self.group.experts
+        """The experts that adapt the module, by their place in the recipe."""
+        return self.group.packed.experts
 
     def _apply(self, fn: Any, recurse: bool = True) -> RoutedLinear:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -76,42 +97,52 @@ class RoutedLinear(nn.Module):
         return self._base[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: `[..., I]`.  Returns `[..., O]` in the base's dtype."""
+        """Compute the outputs of the base and of the experts.
+
+        Args:
+            x: Inputs `[..., I]`.
+
+        Returns:
+            `[..., O]` in the base's dtype.
+        """
         return self.group.add_to(self._base[0](x), x, self.number)
 
-    def routing(self, x: Tensor) -> Tensor:
-        """The weights `[..., E]` that the router gives to inputs `[..., I]`."""
-        return self.group.weights(x, self.number)
+    def compute_weights(self, x: Tensor) -> Tensor:
+        """Compute the weights that the router gives to the experts.
+
+        Args:
+            x: Inputs `[..., I]`.
+
+        Returns:
+            `[..., E]`.
+        """
+        return self.group.compute_weights(x, self.number)
 
 
-def routed(
+def attach_experts(
     bases: Sequence[nn.Module],
-    packed: Packed,
+    packed: PackedExperts,
     combine: Combine = "outputs",
     kernel: Kernel | None = None,
     context: Context | None = None,
 ) -> list[RoutedLinear]:
-    """Modules that share an input, as one group; see `together`.
+    """Put packed experts beside the modules of one group.
 
-    context: of the model that they are parts of.
+    Args:
+        bases: The frozen linear modules, which share an input.
+        packed: Their experts.
+        combine: `outputs` mixes `B_e A_e x`; `parameters` mixes the A and the B first.
+        kernel: The kernel for all inputs; None chooses by the number of tokens.
+        context: What the routers of the model know of the batch.
+
+    Returns:
+        The routed modules, in the order of the bases.
+
+    Raises:
+        ValueError: `combine` is `parameters` and ranks differ.
     """
     weight = cast(Tensor, bases[0].weight)
-    group = Group(packed, weight, combine, kernel=kernel, context=context)
+    if packed.first_G1.device != weight.device:
+        packed = packed.map(lambda tensor: tensor.to(weight.device))
+    group = Group(packed, weight.dtype, combine, kernel=kernel, context=context)
     return [RoutedLinear(base, group, number) for number, base in enumerate(bases)]
-
-
-def together(
-    stacks: Sequence[ExpertStack], routers: Sequence[Router], combine: Combine = "outputs"
-) -> list[list[int]]:
-    """Modules that share an input by their places: all as one group, or each alone.
-
-    They are one where the same experts adapt them, their routers differ in nothing but probes, and
-    their ranks allow to combine.
-    """
-    one = (
-        len({stack.experts for stack in stacks}) == 1
-        and len({stack.width for stack in stacks}) == 1
-        and alike(routers)
-        and (combine == "outputs" or all(stack.equal_ranks for stack in stacks))
-    )
-    return [list(range(len(stacks)))] if one else [[place] for place in range(len(stacks))]

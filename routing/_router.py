@@ -6,8 +6,8 @@ ranks, I inputs and O outputs of the module, P probes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
@@ -18,16 +18,24 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class ExpertStack:
-    """All experts of one linear module, stacked once and never again.
+    """All experts of one linear module, as its router sees them.
 
-    deltas: the experts' changes, by their place in the recipe and in its order; one that does not
-    adapt the module is not among them.  n_experts: how many the recipe has.  gates_EI: the gates
-    that the experts ship with, or None.
+    Args:
+        deltas: The experts' changes by their position in the recipe, in its order; an expert that
+            does not adapt the module is not among them.
+        n_experts: The number of experts of the recipe.
+        gates_EI: The gates that the experts ship with, or None.
+        module: The path of the module in the model.
+        labels: The names of all experts of the recipe.
+        state: The tensors that the router prepared.
     """
 
     deltas: Mapping[int, LowRank]
     n_experts: int
     gates_EI: Tensor | None = None
+    module: str = ""
+    labels: tuple[str, ...] = ()
+    state: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -51,28 +59,6 @@ class ExpertStack:
         if stacked is not None and tuple(stacked.shape) != (len(experts), width):
             raise ValueError(f"expected gates [{len(experts)}, {width}], found {stacked.shape}")
         return cls({e: deltas[e] for e in experts}, n_experts, stacked)
-
-    def less(self, general: Collection[int]) -> ExpertStack:
-        """The other experts, with the mean A and the mean B of the general ones taken off theirs.
-
-        general: places in the recipe.  The factors are subtracted, whatever their scales, and not
-        the changes `B A`: those would add up to a higher rank.  Raises ValueError where a general
-        expert does not adapt the module, no other does, or ranks differ.
-        """
-        others = [e for e in self.experts if e not in general]
-        if not others or not set(general) <= set(self.experts):
-            raise ValueError(
-                f"expected general experts {sorted(general)} and others, found {[*self.experts]}"
-            )
-        if not self.equal_ranks:
-            raise ValueError("subtracting general experts needs experts of one rank")
-        a_RI = torch.stack([self.deltas[e].a for e in general]).mean(0)
-        b_OR = torch.stack([self.deltas[e].b for e in general]).mean(0)
-        left = {e: self.deltas[e] for e in others}
-        deltas = {e: LowRank(d.a - a_RI, d.b - b_OR, d.scale) for e, d in left.items()}
-        rows = [place for place, e in enumerate(self.experts) if e in left]
-        gates_EI = None if self.gates_EI is None else self.gates_EI[rows]
-        return ExpertStack(deltas, self.n_experts, gates_EI)
 
     @property
     def experts(self) -> tuple[int, ...]:

@@ -14,20 +14,18 @@ from torch import Tensor, nn
 
 
 @dataclass(eq=False)
-class TaskRows:
-    """Which task each row of the batch is of, for all skilled modules of a model; `[B]`."""
+class BatchTasks:
+    """The task of each row of the batch that a model reads, shared by all of its skilled modules.
+
+    Attributes:
+        tasks: Indices of tasks `[B]`; None before the first batch.
+    """
 
     tasks: Tensor | None = None
 
 
 class SkilledLinear(nn.Module):
-    """`y = W x` plus a LoRA that is mixed out of S skills by the weights of the row's task.
-
-    base: the frozen module.  logits: `[tasks, H, S]`, its own or shared with others.  rows: says the
-    tasks.  relaxed: in training, gates are drawn from relaxed Bernoulli distributions of temperature 1
-    (Ponti et al., section 2.2), once for every task of a batch, where the authors draw for each row;
-    otherwise, and in evaluation, they are the sigmoid.
-    """
+    """A linear module `y = W x` plus a LoRA, which is mixed out of S skills for the row's task."""
 
     def __init__(
         self,
@@ -36,19 +34,46 @@ class SkilledLinear(nn.Module):
         b_SOR: Tensor,
         scale: float,
         logits: nn.Parameter,
-        rows: TaskRows,
+        batch: BatchTasks,
         *,
         relaxed: bool = False,
     ) -> None:
+        """Put skills beside a module.
+
+        Args:
+            base: The frozen linear module.
+            a_SRI: The skills' A.
+            b_SOR: The skills' B.
+            scale: alpha / R.
+            logits: `[U, H, S]`: for each of U tasks and H heads a logit of each skill; the module's
+                own, or shared with others.
+            batch: The tasks of the batch.
+            relaxed: Draw the gates in training from relaxed Bernoulli distributions of temperature 1
+                (Ponti et al., section 2.2), once for each task of a batch, where the authors draw
+                for each row.  Otherwise, and in evaluation, they are the sigmoid of the logits.
+
+        Raises:
+            ValueError: The heads do not divide the inputs and the outputs.
+        """
         super().__init__()
         check_heads(logits.shape[1], a_SRI.shape[2], b_SOR.shape[1])
-        self.base, self.scale, self.rows, self.relaxed = base, scale, rows, relaxed
+        self.base, self.scale, self.batch, self.relaxed = base, scale, batch, relaxed
         self.skill_a, self.skill_b = nn.Parameter(a_SRI), nn.Parameter(b_SOR)
         self.logits = logits
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: `[B, ..., I]`.  Returns `[B, ..., O]`; ValueError where no tasks of B rows are said."""
-        y, tasks = self.base(x), self.rows.tasks
+        """Compute the outputs of the base and of each row's mixture of skills.
+
+        Args:
+            x: Inputs `[B, ..., I]`.
+
+        Returns:
+            `[B, ..., O]`.
+
+        Raises:
+            ValueError: The batch does not have the tasks of B rows.
+        """
+        y, tasks = self.base(x), self.batch.tasks
         if tasks is None or len(tasks) != len(x):
             raise ValueError(f"expected the tasks of {len(x)} rows, found {tasks}")
         known, row_B = torch.unique(tasks, return_inverse=True)
@@ -67,6 +92,7 @@ class SkilledLinear(nn.Module):
         return added
 
     def _weights(self, tasks: Tensor) -> Tensor:
+        """Compute the weights `[U, H, S]` of the skills for some tasks."""
         logits_UHS = self.logits[tasks]
         if not (self.relaxed and self.training):
             return normalised(torch.sigmoid(logits_UHS))

@@ -17,7 +17,10 @@ from experthub.merge import LowRank
 from torch import Tensor
 
 EPS = 1e-12
-AVERAGE = "average"
+AVERAGE = "average"  # the name of the mixture in which every skill has the same weight
+# How an inventory was trained -> the method that serves it.
+SERVED_BY = {"poly": "poly", "mhr": "mhr", "shared": "poly", "private": "poly"}
+MULTI_HEADED = frozenset({"mhr"})  # ways of training with more than one head
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,18 +7,45 @@ a module's inputs, over examples of the expert's task, in place of a trained gat
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
-from experthub.merge import Range, Routing
-from experthub.routing._methods import routers
+import torch
+from experthub.merge import ExamplesPerTask, Options, Range, ShapesState
+from experthub.routing._pool import Materials, State
 from experthub.routing._router import ExpertStack, Router
+from experthub.routing._routers import Routing, routers
 from experthub.routing.phatgoose import phatgoose
+from torch import Tensor
+
+
+def _average(materials: Materials, options: Options) -> State:
+    """Average the inputs of every module over examples of each expert's own tasks."""
+    means: dict[str, Tensor] = {}
+    for e, label in enumerate(materials.labels):
+        materials.report(f"reading examples with {label}", e, len(materials.labels))
+        sums: dict[str, Tensor] = {}
+        counts: dict[str, Tensor] = {}
+
+        def see(
+            name: str,
+            x_TI: Tensor,
+            sums: dict[str, Tensor] = sums,
+            counts: dict[str, Tensor] = counts,
+        ) -> None:
+            sums[name] = sums.get(name, torch.zeros(())) + x_TI.sum(0)
+            counts[name] = counts.get(name, torch.zeros(())) + len(x_TI)
+
+        materials.read_activations(e, see)
+        means |= {f"{e}.{name}": sums[name] / counts[name].clamp(min=1) for name in sums}
+    materials.report("reading examples", len(materials.labels), len(materials.labels))
+    return State(means)
 
 
 @routers.register(
     paper="https://arxiv.org/abs/2402.05859",
     needs=("activations",),
-    learns=True,
+    prepare=_average,
     routing=Routing(sparse=True),
 )
 def average_activation(
@@ -26,13 +53,23 @@ def average_activation(
     *,
     top_k: Annotated[int, Range(1)] = 2,
     temperature: Annotated[float, Range(0.01, 100)] = 1.0,
-    examples: Annotated[int, Range(1)] = 128,
+    examples: Annotated[int, Range(1), ShapesState, ExamplesPerTask] = 128,
 ) -> Router:
-    """Gates that are no more than the mean input of each module, over examples of the expert's task.
+    """Route tokens by the mean input of each module over examples of the expert's own task.
 
     Otherwise as `phatgoose`: standardised, the `top_k` largest products, softmax weights.
 
-    top_k: experts per token and module, at least 1.  temperature: of the softmax.  examples: of every
-    expert's own task, read with that expert alone; 1000 in the paper.
+    Args:
+        stack: The experts of a module, with the mean inputs as state.
+        top_k: Experts per token and module.
+        temperature: The temperature of the softmax.
+        examples: Examples of every expert's own task, read with that expert alone; 1000 in the
+            paper.
+
+    Returns:
+        The router of the module.
     """
-    return phatgoose(stack, top_k=top_k, temperature=temperature)
+    zeros = torch.zeros(stack.width)
+    means = [stack.state.get(f"{e}.{stack.module}", zeros).float() for e in stack.experts]
+    gated = replace(stack, gates_EI=torch.stack(means))
+    return phatgoose(gated, top_k=top_k, temperature=temperature)

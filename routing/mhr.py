@@ -6,8 +6,10 @@ https://arxiv.org/abs/2211.03831, section 3.
 
 from __future__ import annotations
 
-from experthub.merge import LowRank, Routing
-from experthub.routing._methods import routers
+from typing import Annotated
+
+from experthub.merge import LowRank, TaskName
+from experthub.routing._routers import Routing, routers
 from experthub.routing._skills import Skills
 
 
@@ -16,7 +18,7 @@ from experthub.routing._skills import Skills
     needs=("skills",),
     routing=Routing("task", "module", combines=("parameters",)),
 )
-def mhr(skills: Skills, *, task: str | None = None) -> LowRank:
+def mhr(skills: Skills, *, task: Annotated[str | None, TaskName] = None) -> LowRank:
     """A task's mixture of an inventory's skills, head by head; it folds to one plain LoRA.
 
     Made by `hub train skills --router mhr`.

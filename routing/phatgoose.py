@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-from experthub.merge import Range, Routing
-from experthub.routing._methods import routers
+from experthub.merge import Range
 from experthub.routing._router import ExpertStack, Router, TopK, Weights, standardised
+from experthub.routing._routers import Routing, routers
 from torch import Tensor
 
 

@@ -6,8 +6,10 @@ section 2.
 
 from __future__ import annotations
 
-from experthub.merge import LowRank, Routing
-from experthub.routing._methods import routers
+from typing import Annotated
+
+from experthub.merge import LowRank, TaskName
+from experthub.routing._routers import Routing, routers
 from experthub.routing._skills import Skills
 
 
@@ -16,7 +18,7 @@ from experthub.routing._skills import Skills
     needs=("skills",),
     routing=Routing("task", "module", combines=("parameters",)),
 )
-def poly(skills: Skills, *, task: str | None = None) -> LowRank:
+def poly(skills: Skills, *, task: Annotated[str | None, TaskName] = None) -> LowRank:
     """A task's mixture of an inventory's skills, which folds to one plain LoRA: no cost at run time.
 
     Made by `hub train skills --router poly`.

@@ -9,36 +9,66 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from experthub.merge import Range, Routing
-from experthub.routing._methods import routers
-from experthub.routing._pool import Pool, Select
+import torch
+from experthub.merge import ExamplesPerTask, Options, Range, ShapesState
+from experthub.routing._pool import Batch, Materials, Pool, Select, State
 from experthub.routing._router import Weights
-from torch import Tensor
+from experthub.routing._routers import Routing, routers
+
+
+def build_index(materials: Materials, options: Options) -> State:
+    """Embed examples of every expert's own tasks.
+
+    Args:
+        materials: What the examples are read from.
+        options: The options of the router; `embedder` names a sentence encoder.
+
+    Returns:
+        `index` `[N, D]`, unit embeddings, and `owner` `[N]`, the expert that each belongs to.
+    """
+    embedder = materials.load_embedder(options["embedder"])
+    rows, owners = [], []
+    for e, label in enumerate(materials.labels):
+        materials.report(f"embedding examples for {label}", e, len(materials.labels))
+        texts = materials.read_texts(e)
+        rows.append(embedder(texts))
+        owners += [e] * len(texts)
+    materials.report("embedding examples", len(materials.labels), len(materials.labels))
+    tensors = {"index": torch.cat(rows), "owner": torch.tensor(owners)}
+    return State(tensors, embedder.fingerprint)
 
 
 @routers.register(
     paper="https://arxiv.org/abs/2402.05859",
     needs=("index",),
-    learns=True,
+    prepare=build_index,
     routing=Routing("example", "model", sparse=True),
 )
 def retrieval(
     pool: Pool,
     *,
-    examples: Annotated[int, Range(1)] = 128,
+    examples: Annotated[int, Range(1), ShapesState, ExamplesPerTask] = 128,
     embedder: str = "all-minilm-l6-v2",
 ) -> Select:
-    """The one expert that was trained on the example most similar to the input.
+    """Use the one expert that was trained on the example most similar to the input.
 
     An input is embedded once, when its first tokens are read, and compared with stored examples of
-    every expert's own task; the expert with the largest cosine serves the whole input.
+    every expert's own task.  The expert with the largest cosine serves the whole input.
 
-    examples: stored of every expert, of its task's training split; 1000 in the paper.  embedder: the
-    base that embeds them, a sentence encoder.
+    Args:
+        pool: The experts, with the index as state.
+        examples: Examples that are stored for every expert, from its task's training split; 1000
+            in the paper.
+        embedder: The base that embeds them: a sentence encoder.
+
+    Returns:
+        A function from rows to weights.
     """
     index_ND, owner_N = pool.state["index"], pool.state["owner"].long()
+    embed = pool.load_embedder(embedder)
 
-    def select(query_BD: Tensor) -> Weights:
+    def select(batch: Batch) -> Weights:
+        query_BD = batch.place(embed(batch.texts))
         nearest_B = owner_N[(query_BD @ index_ND.T).argmax(-1)]
         return Weights(query_BD.new_ones(len(query_BD), 1), nearest_B[:, None])
 

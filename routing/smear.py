@@ -13,9 +13,9 @@ import math
 from dataclasses import dataclass
 from typing import Annotated
 
-from experthub.merge import Range, Routing
-from experthub.routing._methods import routers
+from experthub.merge import Range
 from experthub.routing._router import ExpertStack, Router, Weights, standardised
+from experthub.routing._routers import Routing, routers
 from torch import Tensor
 
 

@@ -1,15 +1,13 @@
-"""Task: every example goes to the expert of its own task, which somebody names."""
+"""Task: every example goes to the expert of its own task, which the caller names."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from experthub.merge import Routing
-from experthub.routing._methods import routers
-from experthub.routing._pool import Pool, Select
+from experthub.routing._pool import Batch, Pool, Select
 from experthub.routing._router import Weights
+from experthub.routing._routers import Routing, routers
 
 
 @routers.register(
@@ -18,19 +16,25 @@ from experthub.routing._router import Weights
     routing=Routing("task", "model", sparse=True, zero_shot=False),
 )
 def task(pool: Pool, *, unknown: Literal["average", "base", "refuse"] = "average") -> Select:
-    """The expert that is called so, or that was trained on that task.
+    """Use the expert that has the task's name, or that was trained on that task.
 
-    The task of every row is said around the model, `with composition.tasks([...])`; `hub eval` says
-    it of each task that it measures.
+    The caller names the task of every row around the model, `with composition.tasks([...])`;
+    `hub eval` names each task that it measures.
 
-    unknown: what serves a task of no expert: `average`, the mean of all; `base`, none of them;
-    `refuse`, an error.
+    Args:
+        pool: The experts and their tasks.
+        unknown: What serves a task of no expert: `average`, the mean of all experts; `base`, none
+            of them; `refuse`, an error.
+
+    Returns:
+        A function from rows to weights.
     """
     known = {name: e for e, names in reversed(list(enumerate(pool.tasks))) for name in names}
     known |= {label: e for e, label in enumerate(pool.labels)}
     other = 1 / pool.n_experts if unknown == "average" else 0.0
 
-    def select(names: Sequence[str]) -> Weights:
+    def select(batch: Batch) -> Weights:
+        names = batch.tasks
         values_BE = torch.full((len(names), pool.n_experts), other)
         for row, name in enumerate(names):
             if name in known:

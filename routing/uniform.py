@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from experthub.merge import Routing
-from experthub.routing._methods import routers
 from experthub.routing._router import ExpertStack, Router, Weights
+from experthub.routing._routers import Routing, routers
 from torch import Tensor
 
 

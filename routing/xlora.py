@@ -1,60 +1,115 @@
-"""X-LoRA: a small classifier reads the base's last hidden states and weighs the experts for every token.
+"""X-LoRA: a small classifier reads the base's last hidden states and weights the experts per token.
 
 Buehler and Buehler, "X-LoRA: Mixture of Low-Rank Adapter Experts", https://arxiv.org/abs/2402.07148,
-section 2.1.  Each token is read twice, first by the base without experts; both passes have their
-own key/value cache here, where the authors' code has none.  The outputs of the experts are
-weighted, which equals their weighted inputs.
+section 2.1.  Each token is read twice, first by the base without experts; here both passes have
+their own key/value cache, where the authors' code has none.  The outputs of the experts are
+weighted, which equals weighting their inputs.
 
 Shapes: B rows, S tokens, H hidden features, L layers of the recipe's modules, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated
 
 import torch
-from experthub.merge import Range, Routing
-from experthub.routing._methods import routers
-from experthub.routing._pool import Pool, Select
+from experthub.merge import MethodError, Options, Range, RecipeSeed, ShapesState
+from experthub.routing._pool import Batch, Materials, Pool, Select, State
 from experthub.routing._router import Weights
+from experthub.routing._routers import Routing, routers
 from torch import Tensor, nn
+
+
+def _start_classifier(materials: Materials, options: Options) -> dict[str, Tensor]:
+    """Make the classifier before training: small random weights, biases of zero."""
+    depth, layerwise = options["depth"], options["layerwise"]
+    outputs = len(materials.labels) * (materials.n_layers if layerwise else 1)
+    widths = [materials.n_features, *[options["size"]] * (depth - 1), outputs]
+    random = torch.Generator().manual_seed(options["seed"])
+    state = {}
+    for i in range(depth):
+        scale = widths[i] ** -0.5
+        weight = torch.randn(widths[i + 1], widths[i], generator=random) * scale
+        state[f"classifier.{i}.weight"] = weight
+        state[f"classifier.{i}.bias"] = torch.zeros(widths[i + 1])
+    return state
+
+
+def _train(materials: Materials, options: Options) -> State:
+    """Train the classifier on the recipe's data by AdamW; the base and the experts are frozen."""
+    start = _start_classifier(materials, options)
+    tensors = {name: materials.place(t).requires_grad_() for name, t in start.items()}
+    data = materials.compose(tensors)
+    labels = data.labels or ()
+    optimizer = torch.optim.AdamW(tensors.values(), lr=options["lr"])
+    places = [(task, row) for task, size in enumerate(data.sizes) for row in range(size)]
+    random = torch.Generator().manual_seed(options["seed"])
+    history = []
+    for step in range(options["steps"]):
+        picked = torch.randint(len(places), (options["batch_size"],), generator=random).tolist()
+        rows = [[places[i][1] for i in picked if places[i][0] == t] for t in range(len(labels))]
+        with torch.enable_grad():
+            logits = data.logits([torch.tensor(own, dtype=torch.long) for own in rows])
+            losses = [
+                nn.functional.cross_entropy(found, labels[t][own], reduction="sum")
+                for t, (found, own) in enumerate(zip(logits, rows, strict=True))
+                if own
+            ]
+            loss = torch.stack(losses).sum() / len(picked)
+        if not bool(torch.isfinite(loss)):
+            raise MethodError(f"training the router diverged at step {step}", "lower lr")
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        history.append(loss.item())
+        materials.report("training the router", step + 1, options["steps"])
+    return State({n: t.detach().cpu() for n, t in tensors.items()}, history=history)
 
 
 @routers.register(
     paper="https://arxiv.org/abs/2402.07148",
     needs=("data", "hidden"),
-    learns=True,
-    labelled=lambda options: True,
+    prepare=_train,
+    needs_labels=lambda options: True,
     routing=Routing("token", "model", zero_shot=False),
 )
 def xlora(
     pool: Pool,
     *,
-    depth: Annotated[int, Range(1, 16)] = 1,
-    size: Annotated[int, Range(1)] = 2048,
-    layerwise: bool = True,
+    depth: Annotated[int, Range(1, 16), ShapesState] = 1,
+    size: Annotated[int, Range(1), ShapesState] = 2048,
+    layerwise: Annotated[bool, ShapesState] = True,
     temperature: Annotated[float, Range(0.01, 100)] = 1.0,
     top_k: Annotated[int | None, Range(1)] = None,
     steps: Annotated[int, Range(1)] = 100,
     lr: Annotated[float, Range(0)] = 1e-3,
     batch_size: Annotated[int, Range(1)] = 8,
-    seed: int = 0,
+    seed: Annotated[int, RecipeSeed] = 0,
 ) -> Select:
-    """Token-wise weights of all experts, by a classifier of the base's last hidden state.
+    """Weight all experts per token, by a classifier of the base's last hidden state.
 
-    The classifier is trained on the recipe's data, with base and experts frozen.
+    The classifier is trained on the recipe's data, with the base and the experts frozen.
 
-    depth: linear layers of the classifier, with ReLU between; 1 as in peft.  size: of its hidden
-    layers.  layerwise: weights for each layer of the model, or one for all.  temperature: of the
-    softmax.  top_k: keep only the largest weights, as they are; None keeps all.  steps, lr,
-    batch_size: of training by AdamW.  seed: of the classifier's start and of the batches' order.
+    Args:
+        pool: The experts, with the classifier as state.
+        depth: Linear layers of the classifier, with ReLU between them; 1 as in peft.
+        size: The width of its hidden layers.
+        layerwise: Whether each layer of the model has weights of its own.
+        temperature: The temperature of the softmax.
+        top_k: Keep only the largest weights, as they are; null keeps all.
+        steps: Training steps of AdamW.
+        lr: The learning rate of AdamW.
+        batch_size: Examples per training step.
+        seed: The seed of the classifier's initialisation and of the order of examples.
+
+    Returns:
+        A function from rows to weights `[B, S, L, E]`.
     """
     weights = [pool.state[f"classifier.{i}.weight"] for i in range(depth)]
     biases = [pool.state[f"classifier.{i}.bias"] for i in range(depth)]
 
-    def select(hidden_BSH: Tensor) -> Weights:
-        x = hidden_BSH.float()
+    def select(batch: Batch) -> Weights:
+        x = batch.hidden.float()
         for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
             x = nn.functional.linear(x.relu() if i else x, weight, bias)
         by_layer_BSLE = x.view(*x.shape[:-1], -1, pool.n_experts)
@@ -65,20 +120,3 @@ def xlora(
         return Weights(w_BSLE)
 
     return select
-
-
-def untrained_classifier(
-    n_features: int, n_layers: int, n_experts: int, options: Mapping[str, object], seed: int
-) -> dict[str, Tensor]:
-    """The state of `xlora` before training: small random weights, biases of zero."""
-    depth, size = int(str(options["depth"])), int(str(options["size"]))
-    outputs = n_experts * (n_layers if options["layerwise"] else 1)
-    widths = [n_features, *[size] * (depth - 1), outputs]
-    random = torch.Generator().manual_seed(seed)
-    state = {}
-    for i in range(depth):
-        scale = widths[i] ** -0.5
-        weight = torch.randn(widths[i + 1], widths[i], generator=random) * scale
-        state[f"classifier.{i}.weight"] = weight
-        state[f"classifier.{i}.bias"] = torch.zeros(widths[i + 1])
-    return state

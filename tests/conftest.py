@@ -22,7 +22,8 @@ import pytest
 import torch
 from experthub.hub.bases import base as bases
 from experthub.hub.bases.base import Base
-from experthub.hub.tasks.task import Card, Example, example_id, write_task
+from experthub.hub.tasks.task import Card, Example, example_id
+from experthub.hub.tasks.task_files import write_task
 from safetensors.torch import save_file
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -1,10 +1,10 @@
-"""Print how much each recipe gains on a task, by the task's distance from what the experts were trained on.
+"""Print the gain of each recipe on a task, by the distance of the task from the experts' training tasks.
 
 Usage: python examples/demo/distance.py RESULTS.json ...
 
-The distance of two tasks is 1 - the cosine between the mean embeddings of their prompts by
-all-MiniLM-L6-v2; a task's distance is that to the nearest training task.  The rank correlation
-(Spearman) of distance and gain is printed below, over all tasks but the trained ones.
+The distance of two tasks is 1 minus the cosine between the mean embeddings of their prompts under
+all-MiniLM-L6-v2. The distance of a task is the distance to its nearest training task. The last lines give
+the rank correlation (Spearman) of distance and gain over all tasks that no expert was trained on.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import torch
 from experthub.hub import Registry
 from experthub.hub.bases.base import load_model, load_tokenizer
 from experthub.hub.bases.base_sources import find
-from experthub.hub.readers.similarity import embedded
+from experthub.hub.readers.similarity import embed
 from experthub.hub.registry.expert import Reference
-from experthub.hub.tasks.task import read_task
+from experthub.hub.session import Session
+from experthub.hub.tasks.task_files import read_task
 from torch import Tensor
 
 ENCODER, EXAMPLES = "all-minilm-l6-v2", 64
@@ -28,32 +29,60 @@ EXPERTS = Path(__file__).with_name("experts.txt")
 
 
 def trained_tasks(registry: Registry) -> list[str]:
-    """The tasks of the demo's experts."""
+    """List the tasks that the experts of the demo were trained on.
+
+    Args:
+        registry: The registry.
+
+    Returns:
+        The tasks.
+    """
     names = EXPERTS.read_text().split()
     return [registry.expert(Reference.parse(name)).task or "" for name in names]
 
 
 def centres(references: list[str], registry: Registry) -> dict[str, Tensor]:
-    """The mean embedding of every task's first prompts, of length 1."""
-    base = find(ENCODER, registry)
+    """Compute the mean embedding of the first prompts of every task.
+
+    Args:
+        references: The tasks.
+        registry: The registry, which knows the encoder.
+
+    Returns:
+        The mean embedding `[width]` of each task, scaled to length 1.
+    """
+    base = find(ENCODER, Session(registry))
     model, tokenizer = load_model(base, "float32", "cpu"), load_tokenizer(base)
     found = {}
     for reference in references:
         task = read_task(reference)
         prompts = [task.prompt(example) for example in task.split("all", EXAMPLES)]
-        mean = embedded(model, tokenizer, prompts).mean(0)
+        mean = embed(model, tokenizer, prompts).mean(0)
         found[reference] = mean / mean.norm()
     return found
 
 
 def spearman(x: list[float], y: list[float]) -> float:
-    """Rank correlation of two lists; equal values share the mean of their ranks."""
+    """Compute the rank correlation of two lists. Equal values share the mean of their ranks.
+
+    Args:
+        x: The first list.
+        y: The second list, of the same length.
+
+    Returns:
+        The correlation.
+    """
     values = [torch.tensor(v)[:, None] for v in (x, y)]
     ranks = [(v > v.T).sum(1) + ((v == v.T).sum(1) - 1) / 2 for v in values]
     return float(torch.corrcoef(torch.stack(ranks))[0, 1])
 
 
 def main(files: list[str]) -> None:
+    """Print the table and the correlations.
+
+    Args:
+        files: Results of `hub eval`.
+    """
     registry = Registry.read()
     trained = trained_tasks(registry)
     rows: dict[str, Any] = {}

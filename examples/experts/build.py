@@ -1,10 +1,10 @@
-"""Train the starter experts and their gates from nothing, measure them, and write them here.
+"""Train the starter experts and their gates from scratch, measure them, and write them to this folder.
 
 Usage: python examples/experts/build.py [NAME ...]
 
-Stages that are done already (in $HUB_HOME) are skipped; an interrupted one goes on from its last
-checkpoint.  The weights are those of the same seed on the same kind of machine; another CPU or
-thread count may round differently.
+Stages that are already done (in $HUB_HOME) are skipped. An interrupted stage resumes from its last
+checkpoint. The same seed gives the same weights on the same kind of machine. Another CPU or number of
+threads may round differently.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from experthub.hub.files import yaml_files
 from experthub.hub.files.atomic import write_text
 from experthub.hub.files.memory import reuse_memory
 from experthub.hub.registry.expert import Reference, Score
-from experthub.hub.tasks.task import read_task
+from experthub.hub.session import Session
+from experthub.hub.tasks.task_files import read_task
 from experthub.hub.transfer.describe import add_folder, write_description
 
 HERE = Path(__file__).resolve().parent
@@ -33,7 +34,18 @@ TEST_EXAMPLES = 255
 
 @dataclass(frozen=True)
 class Starter:
-    """One expert: its task, how long it is trained, and what the registry says of it."""
+    """One starter expert: its task, its training, and its description in the registry.
+
+    Attributes:
+        name: The name in the starter registry.
+        task: The task that it is trained on.
+        steps: The number of training steps.
+        description: The description in the registry.
+        tags: The tags in the registry.
+        examples: The number of training examples, at most.
+        base: The base.
+        batch_size: The number of examples per step.
+    """
 
     name: str
     task: str
@@ -46,7 +58,7 @@ class Starter:
 
     @property
     def draft(self) -> str:
-        """Its name in the user's own registry until it is published."""
+        """The name in the user's own registry until the expert is published."""
         return f"{self.name}-draft"
 
 
@@ -131,11 +143,13 @@ STARTERS = (
 
 
 def report(what: str, done: int, size: int) -> None:
+    """Print every tenth step of a stage, and the last."""
     if size and (done == size or done % 10 == 0):
         print(f"{what}: {done}/{size}", flush=True)
 
 
 def known(reference: str) -> bool:
+    """Return whether the registry has an expert of this name and version."""
     try:
         hub.Registry.read().expert(Reference.parse(reference))
     except NotFoundError:
@@ -144,24 +158,39 @@ def known(reference: str) -> bool:
 
 
 def train(starter: Starter) -> None:
+    """Train an expert unless it exists."""
     settings = hub.Settings(starter.steps, starter.examples, starter.batch_size)
     if not known(f"{starter.draft}@1"):
         print(f"{starter.name}: training", flush=True)
         print(
             hub.train_lora(
-                starter.base, starter.task, starter.draft, settings, report=report
+                starter.base,
+                starter.task,
+                starter.draft,
+                settings,
+                session=hub.Session(report=report),
             ).training
         )
 
 
 def gate(starter: Starter) -> None:
+    """Train the gates of an expert unless they exist."""
     if not known(f"{starter.draft}@2"):
         print(f"{starter.name}: training gates", flush=True)
-        print(hub.train_gate(f"{starter.draft}@1", GATE, report=report).training)
+        print(
+            hub.train_gate(f"{starter.draft}@1", GATE, session=hub.Session(report=report)).training
+        )
 
 
 def constant(task: str) -> float:
-    """How often the most common answer is right in the test split; 0 where the choices differ."""
+    """Return how often the most common answer is right in the test split.
+
+    Args:
+        task: The task.
+
+    Returns:
+        The share, or 0 if the examples have different choices.
+    """
     found = read_task(task)
     examples = found.split("test", TEST_EXAMPLES)
     if len({tuple(found.choices(example)) for example in examples}) > 1:
@@ -171,14 +200,21 @@ def constant(task: str) -> float:
 
 
 def measure(starter: Starter) -> tuple[Score, bool]:
-    """The expert beside its base, on test examples that its training did not see.
+    """Score the expert next to its base, on test examples that its training did not see.
 
-    Whether it counts: it is clearly better than the base, and than one answer to everything.
+    Args:
+        starter: The expert.
+
+    Returns:
+        The score, and whether the expert counts: it must be clearly better than the base, and than
+        giving one answer to everything.
     """
     recipe = hub.Recipe.of(
         {"base": starter.base, "experts": [f"{starter.draft}@2"], "merge": {"method": "linear"}}
     )
-    result = hub.evaluate({"expert": recipe}, [starter.task], limit=TEST_EXAMPLES, report=report)
+    result = hub.evaluate(
+        {"expert": recipe}, [starter.task], limit=TEST_EXAMPLES, session=hub.Session(report=report)
+    )
     row = result["tasks"][0]
     found = row["methods"]["expert"]
     low, high = (round(x, 4) for x in found["delta_to_base"]["ci95"])
@@ -195,16 +231,19 @@ def measure(starter: Starter) -> tuple[Score, bool]:
 
 
 def publish(starter: Starter) -> None:
-    """Write the folder with its description, and the entry in the starter registry.
+    """Write the expert's folder with its description, and its entry in the starter registry.
 
-    Nothing for an expert that does not count.
+    An expert that does not count is not published.
+
+    Args:
+        starter: The expert.
     """
     score, counts = measure(starter)
     print(starter.name, score, flush=True)
     if not counts:
         print(
             f"{starter.name} is not clearly better than its base and than "
-            f"{constant(starter.task):.3f}, what one answer to everything gets: not published",
+            f"{constant(starter.task):.3f}, the accuracy of one answer to everything: not published",
             flush=True,
         )
         return
@@ -225,17 +264,26 @@ def publish(starter: Starter) -> None:
     )
     write_description(folder, described, store.identity(expert.digest))
     forget(starter.name)
-    add_folder(folder, starter.name, hub.Registry.read(), store, version=1, file=REGISTRY)
+    add_folder(folder, starter.name, Session(store=store), version=1, file=REGISTRY)
 
 
 def forget(name: str) -> None:
-    """Make room in the starter registry for an expert that was trained again."""
+    """Remove an expert from the starter registry, so that its new version can take its place.
+
+    Args:
+        name: The name of the expert.
+    """
     document = yaml_files.read(REGISTRY).value
     document["experts"] = [e for e in document["experts"] if e["name"] != name]
     write_text(REGISTRY, yaml_files.dump(document))
 
 
 def main(names: list[str]) -> None:
+    """Run all stages.
+
+    Args:
+        names: The names of the experts, or none for all.
+    """
     torch.set_num_threads(2)
     reuse_memory()
     starters = [s for s in STARTERS if not names or s.name in names]

@@ -1,9 +1,9 @@
-"""Which tasks can be learned: one quickly trained expert for every candidate, beside its base.
+"""Find tasks that can be learned: train one expert briefly per candidate, and score it next to its base.
 
 Usage: python examples/routers/choose.py PROOF.yaml CANDIDATES.txt [--base-only]
 
-Scores are those of the validation splits, so that neither test splits nor routers take part in
-the choice.  Goes on where it stopped; the figures are written beside the proof's file.
+Scores come from the validation splits, so that neither test splits nor routers influence the choice.
+An interrupted run resumes where it stopped. The numbers are written next to the proof's file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from experthub import hub
 from experthub.hub.errors import HubError
 from experthub.hub.files import yaml_files
 from experthub.hub.files.atomic import write_json
-from experthub.hub.tasks.task import Split, read_task
+from experthub.hub.tasks.task import Split
+from experthub.hub.tasks.task_files import read_task
 from run import Run, say
 
 EXAMPLES = 150
@@ -26,9 +27,18 @@ STAND_IN = "bigbench:intent_recognition"
 
 
 def tried(run: Run, name: str, base_only: bool) -> dict[str, Any]:
-    """The base on a task, and the expert of that task, if it is to be trained."""
+    """Score the base and, unless `base_only` is set, the expert on a task.
+
+    Args:
+        run: The run that trains the experts.
+        name: The name of the task in BIG-bench.
+        base_only: Whether to score only the base, on all splits.
+
+    Returns:
+        The scores and a description of the task.
+    """
     task, split = f"bigbench:{name}", "all" if base_only else "validation"
-    # Of the other expert only the base's column is kept: a recipe has to be named.
+    # An evaluation needs a recipe, so another expert stands in; only the base's column is kept.
     expert = run.expert(STAND_IN if base_only else task)
     found = hub.evaluate({"it": run.alone(expert)}, [task], split=split, limit=EXAMPLES)
     row = found["tasks"][0]
@@ -40,7 +50,16 @@ def tried(run: Run, name: str, base_only: bool) -> dict[str, Any]:
 
 
 def described(reference: str, split: Split) -> dict[str, Any]:
-    """How many examples; what guessing reaches, and the most common answer where all share them."""
+    """Describe the examples of a split.
+
+    Args:
+        reference: The task.
+        split: The split.
+
+    Returns:
+        The number of examples, the accuracy of guessing, and the share of the most common answer
+        if all examples have the same choices.
+    """
     task = read_task(reference)
     examples = task.split(split, EXAMPLES)
     choices = [task.choices(example) for example in examples]
@@ -55,6 +74,7 @@ def described(reference: str, split: Split) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Score every candidate that has no score yet, and write the numbers after each."""
     parser = argparse.ArgumentParser()
     parser.add_argument("proof", type=Path)
     parser.add_argument("candidates", type=Path)

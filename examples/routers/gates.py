@@ -1,9 +1,9 @@
-"""How long and how fast gates are to be trained: a few experts, by steps and learning rate.
+"""Compare settings for training gates, that is steps and learning rates, on a few experts.
 
 Usage: python examples/routers/gates.py PROOF.yaml [--experts 6] [--steps 30 100] [--lr 5e-3 2e-2]
 
-Gates are judged on the validation splits of the experts' own tasks: by how often a router finds the
-task's own expert among the few, and by accuracy.  The figures are written beside the proof's file.
+Gates are judged on the validation splits of the experts' own tasks. The criteria are how often a router
+finds the task's own expert, and the accuracy. The numbers are written next to the proof's file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,16 @@ from summary import hits
 
 
 def judged(proof: dict[str, Any], steps: int, lr: float) -> dict[str, Any]:
-    """What gates of one setting do."""
+    """Train the gates with one setting and judge them.
+
+    Args:
+        proof: The content of the proof's file.
+        steps: The number of steps.
+        lr: The learning rate.
+
+    Returns:
+        The setting, the losses, the places of the own experts, and the accuracies.
+    """
     run = Run({**proof, "gate": {**proof["gate"], "steps": steps, "lr": lr}}, 0)
     seen = {"proof": run.proof, "watched": run.watched()}
     columns = accuracies(run.evaluated(run.recipes, run.tasks, "validation", False))
@@ -35,11 +44,20 @@ def judged(proof: dict[str, Any], steps: int, lr: float) -> dict[str, Any]:
 
 
 def placed(seen: dict[str, Any], name: str) -> dict[str, dict[str, float]]:
-    """By task: the weight of its own expert under a router, and its place."""
+    """Return the weight and the place of each task's own expert under a router.
+
+    Args:
+        seen: The proof and the weights that its routers give.
+        name: The name of the router's recipe.
+
+    Returns:
+        Weight and place, by task.
+    """
     return {task: {"weight": w, "place": p} for task, (w, p) in hits(seen, name).items()}
 
 
 def main() -> None:
+    """Judge every combination of settings, and write the numbers after each."""
     parser = argparse.ArgumentParser()
     parser.add_argument("proof", type=Path)
     parser.add_argument("--experts", type=int, default=6)

@@ -1,10 +1,10 @@
-"""Routers on tasks that no expert was trained on: experts and gates trained, all routers scored.
+"""Train experts and gates, and score all routers on tasks that no expert was trained on.
 
 Usage: python examples/routers/run.py PROOF.yaml [--seeds 0 1 2] [--experts-only]
 
-Everything is kept as it is made (experts, gates, scores), so an interrupted run goes on, and a
-recipe that is added to the file later costs its own column only.  Results are written beside the
-proof's file, one JSON for each seed.
+Experts, gates and scores are stored as soon as they exist, so an interrupted run resumes. A recipe that
+is added to the file later costs only its own column. Results are written next to the proof's file, one
+JSON file per seed.
 """
 
 from __future__ import annotations
@@ -22,47 +22,52 @@ from experthub.hub.evaluation.routing_map import routing_map
 from experthub.hub.files import yaml_files
 from experthub.hub.files.atomic import write_json
 from experthub.hub.registry.expert import Expert, Reference
-from experthub.hub.tasks.task import Example, Split, Task, read_task, write_task
+from experthub.hub.tasks.task import Example, Split, Task
+from experthub.hub.tasks.task_files import read_task, write_task
 
 SEEDS = (0, 1, 2)
-PROMPTS = 16  # of a task's test split, on which a router is watched
-GATE = "gate"  # in a proof, how gates are trained; in a recipe, which of its keys says it
-SUITE = "routers"  # of the tasks that are made here
+PROMPTS = 16  # inputs of a task's test split for which the weights of routers are recorded
+GATE = "gate"  # in a proof: the settings of gates; in a recipe: the key of these settings
+SUITE = "routers"  # the suite of the tasks that this script creates
 
 
 def short(task: str) -> str:
+    """Return a short form of a task's name, for names of experts."""
     return task.rpartition(":")[2].replace("/", "-").replace("_", "-").lower()[:40].strip("-")
 
 
 def say(text: str) -> None:
+    """Print a line of progress to stderr."""
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
 
 
 def report(what: str, done: int, size: int) -> None:
+    """Print the end of a stage."""
     if size and done == size:
         say(f"  {what} {done}/{size}")
 
 
 @dataclass
 class Run:
-    """One seed of a proof: that of its experts and of their gates."""
+    """One seed of a proof. It seeds the training of the experts and of their gates."""
 
     proof: dict[str, Any]
     seed: int
-    known: dict[str, list[Expert]] = field(default_factory=dict)  # by how gates are trained
+    known: dict[str, list[Expert]] = field(default_factory=dict)  # by the gates' key
 
     @property
     def tasks(self) -> list[str]:
-        """Those that experts are trained on."""
+        """The tasks that experts are trained on."""
         return list(self.proof["tasks"])
 
     @property
     def unseen(self) -> list[str]:
+        """The tasks that no expert is trained on."""
         return [task for group in self.proof["unseen"].values() for task in group]
 
     def expert(self, task: str) -> str:
-        """The expert of a task, without gates, trained unless it is there."""
+        """Return the expert of a task without gates, and train it first if it does not exist."""
         return self._trained(task, short(task), self._settings("train"))
 
     def _trained(self, task: str, what: str, settings: hub.Settings) -> str:
@@ -77,10 +82,12 @@ class Run:
         return hub.Settings(**{**self.proof[kind], "seed": self.seed, **more})
 
     def gated(self, task: str, gate: str = GATE) -> Expert:
-        """The expert of a task with gates that were trained as the proof says.
+        """Return the expert of a task with gates, and train the gates first if they do not exist.
 
-        gate: the key of the proof that says it, in what it differs from `gate`: settings, `start`, and
-        `below`, the loss of `gate` at its start from which on gates are as in `gate`.
+        Args:
+            task: The task.
+            gate: The key in the proof of what differs from `gate`: settings, `start`, and `below`. If
+                the first loss under `gate` is not below `below`, the gates are those of `gate`.
         """
         plain, more = self.expert(task), dict(self.proof[gate])
         start, below = more.pop("start", 0.5), more.pop("below", None)
@@ -99,7 +106,7 @@ class Run:
         return hub.train_gate(plain, settings, start=start)
 
     def entries(self, gate: str = GATE) -> list[Expert]:
-        """In the order of the tasks, those that the proof names, or its own: first all, then all gates."""
+        """Return the experts in the order of the tasks: those that the proof names, or trained ones."""
         if gate not in self.known:
             self.known[gate] = self._given() or self._made(gate)
         return self.known[gate]
@@ -118,7 +125,7 @@ class Run:
         return [expert.reference for expert in self.entries()]
 
     def recipe(self, body: Mapping[str, Any], experts: Sequence[str] | None = None) -> hub.Recipe:
-        """A recipe of the proof: its merge or route, with the base and the experts."""
+        """Return a recipe of the proof: its merge or route, with the base and the experts."""
         experts = experts or [e.reference for e in self.entries(body.get(GATE, GATE))]
         method = {key: value for key, value in body.items() if key != GATE}
         common = {"base": self.proof["base"], "experts": list(experts)}
@@ -132,10 +139,7 @@ class Run:
         return {name: self.recipe(body) for name, body in self.proof["recipes"].items()}
 
     def multi_task(self) -> str:
-        """One expert of all tasks, of the examples that the others are trained on, mixed.
-
-        With as many steps as all of them together.
-        """
+        """Return one expert trained on all tasks, with as many steps as all others together."""
         train = self._settings("train")
         examples = [
             own_choices(task, example)
@@ -159,11 +163,11 @@ class Run:
             limit=self.proof["limit" if split == "all" else "own_limit"],
             controls=controls,
             with_samples=True,
-            report=report,
+            session=hub.Session(report=report),
         )
 
     def on_unseen(self) -> dict[str, Any]:
-        """Every column, the controls among them, example by example."""
+        """Score every column and the controls on the unseen tasks, example by example."""
         own, others = {}, {}
         for name, recipe in self.recipes.items():
             (others if GATE in self.proof["recipes"][name] else own)[name] = recipe
@@ -174,12 +178,12 @@ class Run:
         return {"columns": columns, "controls": controls}
 
     def of_multi_task(self) -> dict[str, Any]:
-        """The column of the one expert of all tasks."""
+        """Score the one expert of all tasks on the unseen tasks."""
         recipes = {"multi_task": self.alone(self.multi_task())}
         return outcomes(self.evaluated(recipes, self.unseen, "all", False))
 
     def on_own(self) -> dict[str, dict[str, float]]:
-        """Accuracy on the test splits of the trained tasks, by column and task."""
+        """Return the accuracy on the test splits of the trained tasks, by column and task."""
         found = self.evaluated(self.recipes, self.tasks, "test", False)
         columns = accuracies(found)
         columns["individual"] = {
@@ -191,9 +195,9 @@ class Run:
         return columns
 
     def watched(self) -> dict[str, dict[str, list[float]]]:
-        """The weights that routers give, by recipe and task: every expert's mean, in their order.
+        """Return the mean weight of every expert over tokens and modules, by recipe and task.
 
-        Over tokens and modules, on inputs of the test splits of the trained tasks, and of the unseen.
+        The inputs come from the test splits of the trained tasks, and from the unseen tasks.
         """
         inputs = {task: held_out(task) for task in self.tasks} | {t: t for t in self.unseen}
         return {
@@ -206,7 +210,7 @@ class Run:
         return [round(sum(row) / len(layers), 6) for row in zip(*layers, strict=True)]
 
     def training(self) -> dict[str, Any]:
-        """Losses of the first and the last ten steps, of experts and of gates."""
+        """Return the losses of the first and the last ten steps, for experts and for gates."""
         gates = dict.fromkeys(body.get(GATE, GATE) for body in self.proof["recipes"].values())
         return {
             task: {
@@ -229,7 +233,7 @@ class Run:
 
 
 def outcomes(result: dict[str, Any]) -> dict[str, Any]:
-    """By column and task: which examples were right, as ones and noughts, and the log-probability."""
+    """Return which examples were right, as ones and zeros, and the log-probability, by column and task."""
     right: dict[str, dict[str, str]] = {}
     for sample in result["samples"]:
         row = right.setdefault(sample["method"], {})
@@ -251,13 +255,13 @@ def accuracies(result: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def own_choices(task: Task, example: Example) -> Example:
-    """An example with its choices beside it, so that tasks can be mixed."""
+    """Return an example that holds its own choices, so that tasks can be mixed."""
     choices = task.choices(example)
     return Example(id=example.id, input=example.input, choices=choices, answer=task.answer(example))
 
 
 def held_out(reference: str) -> str:
-    """The first test examples of a task, as a task of its own."""
+    """Write the first test examples of a task as a new task, and return its reference."""
     task = read_task(reference)
     card = task.card.model_copy(update={"name": f"test-{short(reference)}"})
     return write_task(SUITE, card, task.split("test", PROMPTS))
@@ -266,7 +270,7 @@ def held_out(reference: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("proof", type=Path)
-    parser.add_argument("--seeds", type=int, nargs="+", help="those of the proof by default")
+    parser.add_argument("--seeds", type=int, nargs="+", help="seeds (default: those of the proof)")
     parser.add_argument("--experts-only", action="store_true")
     given = parser.parse_args()
     proof = yaml_files.read(given.proof).value
@@ -279,7 +283,7 @@ def main() -> None:
     for run in runs:
         found[run.seed] = run.all()
         write(given.proof, run, found[run.seed])
-    # The expert of all tasks takes as long as all others: last, for every seed.
+    # The expert of all tasks takes as long as all others, so it comes last for every seed.
     for run in runs if "train" in proof else ():
         found[run.seed]["unseen"]["columns"] |= run.of_multi_task()
         write(given.proof, run, found[run.seed])

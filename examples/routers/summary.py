@@ -1,6 +1,6 @@
-"""The section on routers of docs/results.md, from the results of their runs.
+"""Write the section on routers of docs/results.md from the results of their runs.
 
-examples/suite/table.py puts it behind the suites' own.
+`examples/suite/table.py` appends it to the sections on the suites.
 """
 
 from __future__ import annotations
@@ -25,30 +25,45 @@ LABELS = {
 }
 HEAD = """## Routers on unseen tasks: {title}
 
-{experts} experts with gates, {unseen} tasks that none of them was trained on, {near} of them near the trained ones: the same dataset,
-or the same question about other inputs. Accuracy on at most {limit} examples of each, all splits, in the mean of the tasks;
-{seeds}. The intervals are the paired bootstrap's, 95 %, over tasks
-and examples, of the mean over seeds. A task is won or lost where its own interval leaves out zero, tied otherwise. `best
-individual` and `oracle` are picked by the very scores that are shown, so they flatter. `make routers-{name}`; recipes and tasks
-in `examples/routers/{name}.yaml`.
-"""
-SPREAD = "mean over seeds {seeds}, and the standard deviation between them"
-ONE = "one seed, as these experts have one"
-CHOSEN = """### Whom routers choose on unseen tasks
+This section scores {experts} experts with gates on {unseen} tasks that none of them was trained on.
+Of these, {near} tasks are near the trained ones: they share the dataset, or ask the same question about other inputs.
+The other tasks are far.
 
-Accuracy, on the unseen tasks, of the one expert alone that a router gives the largest mean weight on {prompts} inputs.
+- The values are accuracies on at most {limit} examples of each task, taken from all splits. The averages weight all tasks alike.
+- {seeds}
+- The intervals are 95 % intervals of the paired bootstrap over tasks and examples, for the mean over seeds.
+- A task is won or lost if its own interval excludes zero. Otherwise it is tied.
+- The best individual expert is one expert for all tasks, the oracle one expert for each task.
+- Both are chosen by the scores that are shown, so their accuracies are too optimistic.
+- The last column is the mean log-probability of the right choice.
+- Row names in code font are names of recipes. The recipes and tasks are in `examples/routers/{name}.yaml`.
+- `make routers-{name}` computes the results.
+"""
+SPREAD = (
+    "Each value is the mean over seeds {seeds}. "
+    "The number after ± is the standard deviation between seeds."
+)
+ONE = "The values come from one seed, because these experts exist for one seed only."
+CHOSEN = """### Which experts routers choose on unseen tasks
+
+For each unseen task, the heaviest expert is the one with the largest mean weight under a router on {prompts} inputs.
+The table shows the accuracy of that expert alone.
 """
 OWN = """### On the experts' own tasks
 
-Accuracy on at most {limit} examples of the test splits, mean over seeds. Behind it what a router makes of {prompts} of these inputs:
-the mean weight over tokens and modules of the task's own expert, and its place among the {experts} by that weight.
+The first columns show the accuracy on at most {limit} examples of each test split, as a mean over seeds.
+The columns `weight, place` show how a router weights the task's own expert on {prompts} of these inputs:
+
+- Weight is the mean weight of that expert over tokens and modules.
+- Place is its rank among the {experts} experts by this weight.
+- The last row is the share of tasks and seeds in which the task's own expert has the largest weight.
 """
 PROMPTS = 16
 Runs = Sequence[dict[str, Any]]
 
 
 def results(folder: Path = HERE) -> dict[str, list[dict[str, Any]]]:
-    """The runs of all seeds by the proof's name."""
+    """Read the runs of all seeds, by the name of the proof."""
     found: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*-[0-9].json")):
         run = json.loads(path.read_text())
@@ -57,11 +72,12 @@ def results(folder: Path = HERE) -> dict[str, list[dict[str, Any]]]:
 
 
 def right(run: dict[str, Any], column: str, task: str) -> list[int]:
+    """Return 1 or 0 for each example of a task: whether a column was right."""
     return [int(one) for one in run["unseen"]["columns"][column]["right"][task]]
 
 
 def minus(runs: Runs, column: str, other: str, task: str) -> list[float]:
-    """Of every example of a task, how much oftener one column is right, in the mean of the seeds."""
+    """Return how much more often one column is right than another, per example, averaged over seeds."""
     rows = [
         [a - b for a, b in zip(right(run, column, task), right(run, other, task), strict=True)]
         for run in runs
@@ -70,7 +86,7 @@ def minus(runs: Runs, column: str, other: str, task: str) -> list[float]:
 
 
 def against(runs: Runs, column: str, other: str, tasks: Sequence[str]) -> tuple[str, str]:
-    """The difference of two columns with its interval; tasks won, tied and lost."""
+    """Format the difference of two columns with its interval, and the tasks won, tied and lost."""
     differences = [minus(runs, column, other, task) for task in tasks]
     low, high = hierarchical(differences, resamples=RESAMPLES)
     each = [bootstrap(d, resamples=RESAMPLES) for d in differences]
@@ -80,36 +96,42 @@ def against(runs: Runs, column: str, other: str, tasks: Sequence[str]) -> tuple[
 
 
 def cell(values: Sequence[float]) -> str:
+    """Format a mean, with the standard deviation if there are several values."""
     spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
     return f"{mean(values):.3f}{spread}"
 
 
 def average(runs: Runs, column: str, tasks: Sequence[str]) -> str:
+    """Format the accuracy of a column, averaged over tasks."""
     return cell([mean(mean(right(run, column, task)) for task in tasks) for run in runs])
 
 
 def logprob(runs: Runs, column: str) -> str:
+    """Format the mean log-probability of the right choice."""
     rows = [run["unseen"]["columns"][column]["logprob"].values() for run in runs]
     return f"{mean(map(mean, rows)):.3f}"
 
 
 def label(column: str) -> str:
+    """Return the name of a column as the page shows it."""
     return LABELS.get(column, f"`{column}`")
 
 
 def columns_of(runs: Runs) -> list[str]:
-    """What every seed has: the base, the recipes, then the controls."""
+    """List the columns that every seed has: the base, the recipes, then the controls."""
     last = [MERGED, BEST, ORACLE, "multi_task"]
     names = [BASE, *(name for name in runs[0]["proof"]["recipes"]), *last]
     return [n for n in names if all(n in run["unseen"]["columns"] for run in runs)]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return [f"| {' | '.join(line)} |" for line in lines] + [""]
 
 
 def main_table(runs: Runs) -> list[str]:
+    """Return the table of all columns: averages, differences and log-probabilities."""
     groups = runs[0]["proof"]["unseen"]
     tasks = [task for group in groups.values() for task in group]
     head = ["", "all", *groups, "minus zero-shot", "won, tied, lost", "minus best individual"]
@@ -123,6 +145,7 @@ def main_table(runs: Runs) -> list[str]:
 
 
 def task_table(runs: Runs) -> list[str]:
+    """Return the table of accuracies on each unseen task."""
     proof = runs[0]["proof"]
     wanted = [BASE, *proof["shown"], MERGED, BEST, ORACLE, "multi_task"]
     shown = [column for column in wanted if column in columns_of(runs)]
@@ -136,6 +159,7 @@ def task_table(runs: Runs) -> list[str]:
 
 
 def own_table(runs: Runs) -> list[str]:
+    """Return the table of accuracies and weights on the tasks of the experts."""
     proof = runs[0]["proof"]
     shown = [BASE, "individual", *proof["shown"]]
     head = [*(LABELS.get(c, f"`{c}`" if c != "individual" else c) for c in shown)]
@@ -155,7 +179,7 @@ def own_table(runs: Runs) -> list[str]:
 
 
 def hits(run: dict[str, Any], name: str) -> dict[str, tuple[float, int]]:
-    """By trained task: the weight that a router gives to its own expert, and its place by weight."""
+    """Return the weight of each trained task's own expert under a router, and its place by weight."""
     found = {}
     for place, task in enumerate(run["proof"]["tasks"]):
         weights = run["watched"][name][task]
@@ -164,17 +188,18 @@ def hits(run: dict[str, Any], name: str) -> dict[str, tuple[float, int]]:
 
 
 def watched(runs: Runs, name: str, tasks: Sequence[str]) -> str:
+    """Format the mean weight and the mean place of the tasks' own experts."""
     found = [hits(run, name)[task] for run in runs for task in tasks]
     return f"{mean(weight for weight, _ in found):.3f}, {mean(place for _, place in found):.1f}"
 
 
 def firsts(runs: Runs, name: str) -> str:
-    """Of all tasks and seeds, the share in which a task's own expert has the largest weight."""
+    """Format the share of tasks and seeds in which the task's own expert has the largest weight."""
     return f"{mean(place == 1 for run in runs for _, place in hits(run, name).values()):.3f}"
 
 
 def heaviest(run: dict[str, Any], name: str, tasks: Sequence[str]) -> float:
-    """Mean accuracy, on unseen tasks, of the expert alone that a router gives the largest weight."""
+    """Return the mean accuracy of the expert to which a router gives the largest weight, used alone."""
     singles, total = run["unseen"]["controls"]["singles"], 0.0
     for task in tasks:
         weights = run["watched"][name][task]
@@ -183,12 +208,13 @@ def heaviest(run: dict[str, Any], name: str, tasks: Sequence[str]) -> float:
 
 
 def any_expert(run: dict[str, Any], tasks: Sequence[str]) -> float:
-    """Mean accuracy of all experts, each alone."""
+    """Return the mean accuracy of all experts, each used alone."""
     rows = run["unseen"]["controls"]["singles"].values()
     return mean(mean(row[task] for task in tasks) for row in rows)
 
 
 def choice_table(runs: Runs) -> list[str]:
+    """Return the table of accuracies of the experts that routers choose."""
     groups = runs[0]["proof"]["unseen"]
     parts = [[task for group in groups.values() for task in group], *groups.values()]
     rows = [
@@ -202,6 +228,7 @@ def choice_table(runs: Runs) -> list[str]:
 
 
 def section(name: str, runs: Runs) -> list[str]:
+    """Return the lines of the section of one proof."""
     proof: Mapping[str, Any] = runs[0]["proof"]
     experts, limit = len(proof["tasks"]), proof["limit"]
     near = len(proof["unseen"]["near"])
@@ -223,4 +250,5 @@ def section(name: str, runs: Runs) -> list[str]:
 
 
 def lines(folder: Path = HERE) -> list[str]:
+    """Return the lines of the sections of all proofs."""
     return [line for name, runs in results(folder).items() for line in section(name, runs)]

@@ -1,11 +1,11 @@
-"""How well hub suggest ranks experts on real tasks: every measure against what experts do alone.
+"""Judge how well `hub suggest` ranks experts on real tasks, by the accuracy of each expert alone.
 
 Usage: python examples/selection/judge.py BASE [--limit 64] [--tasks FILE] [--out RESULT.json]
        python examples/selection/judge.py --table RESULT.json ...
 
-All measures see 32 training examples of a task; each expert alone is scored on its test split.  The
-tables have gates and prototypes twice: as they are, and relative, divided by the geometric mean of what
-the expert gets on the other tasks that experts were trained on, as `hub suggest` does by default.
+All measures see 32 training examples of a task. Each expert alone is scored on the test split. The tables
+show gates and prototypes twice: as they are, and relative. A relative score is divided by the geometric
+mean of the expert's scores on the other training tasks, as `hub suggest` does by default.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ RELATIVE = {"gates": "gates, relative", "prototypes": "prototypes, relative"}
 
 
 def main() -> None:
+    """Judge the measures, or print the tables of earlier results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("base", nargs="?")
     parser.add_argument("--limit", type=int, default=64)
@@ -56,7 +57,15 @@ def main() -> None:
 
 
 def kept(records: Sequence[dict[str, Any]], limit: int) -> dict[str, Any]:
-    """What the tables are made of: scores and truth as lists, in the order of the experts."""
+    """Reduce the records to what the tables need: scores and truth as lists, in the order of the experts.
+
+    Args:
+        records: The records of `hub.suggest`, one per task.
+        limit: The number of test examples per task.
+
+    Returns:
+        The result, as it is written.
+    """
     tasks = []
     for record in records:
         rows = sorted(record["experts"], key=lambda row: row["expert"])
@@ -72,7 +81,11 @@ def kept(records: Sequence[dict[str, Any]], limit: int) -> dict[str, Any]:
 
 
 def print_tables(result: dict[str, Any]) -> None:
-    """Means over tasks: those that some expert was trained on, the others, and all."""
+    """Print the means over the tasks that some expert was trained on, over the others, and over all.
+
+    Args:
+        result: The result, as `kept` returns it.
+    """
     trained = {expert["task"] for expert in result["experts"]}
     tasks = with_relative(result["tasks"], trained)
     own = [task for task in tasks if task["task"] in trained]
@@ -98,7 +111,15 @@ def print_tables(result: dict[str, Any]) -> None:
 def with_relative(
     tasks: Sequence[dict[str, Any]], trained: Collection[str]
 ) -> list[dict[str, Any]]:
-    """The tasks with two more measures: scores divided by their geometric mean over the trained."""
+    """Add the relative measures: scores divided by their geometric mean over the training tasks.
+
+    Args:
+        tasks: The tasks with their scores.
+        trained: The tasks that experts were trained on.
+
+    Returns:
+        The tasks with two more measures.
+    """
     made = []
     for task in tasks:
         scores = dict(task["scores"])
@@ -117,7 +138,15 @@ def with_relative(
 
 
 def judgement(measure: str, tasks: Sequence[dict[str, Any]]) -> list[str]:
-    """The cells of one measure: correlations where the truth differs, and what its first is worth."""
+    """Return the cells of one measure.
+
+    Args:
+        measure: The measure.
+        tasks: The tasks.
+
+    Returns:
+        The correlations, over tasks on which accuracies differ, and the accuracy of the first expert.
+    """
     accuracies = [task["truth"]["accuracy"] for task in tasks]
     scores = [task["scores"][measure] for task in tasks]
     ranks = [spearman(s, a) for s, a in zip(scores, accuracies, strict=True)]
@@ -138,7 +167,15 @@ def judgement(measure: str, tasks: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def ranged(found: Sequence[float | None], digits: int = 2) -> str:
-    """A mean over tasks with its 95 % interval, for tasks like these."""
+    """Format a mean over tasks with its 95 % bootstrap interval.
+
+    Args:
+        found: A value per task; None is skipped.
+        digits: The number of decimals.
+
+    Returns:
+        The text.
+    """
     values = [value for value in found if value is not None]
     low, high = bootstrap(values)
     mean = sum(values) / len(values)
@@ -148,7 +185,13 @@ def ranged(found: Sequence[float | None], digits: int = 2) -> str:
 def print_order(
     name: str, orders: Sequence[Sequence[float]], experts: Sequence[dict[str, Any]]
 ) -> None:
-    """How far experts are in the same order whatever the task."""
+    """Print how similar the orders of the experts are between tasks.
+
+    Args:
+        name: The name of the measure.
+        orders: The experts' scores on each task.
+        experts: The experts.
+    """
     pairs = [spearman(a, b) for a, b in combinations(orders, 2)]
     alike = [value for value in pairs if value is not None]
     if alike:

@@ -1,8 +1,8 @@
-"""Train inventories of skills together on some tasks, and adapt them to others by few examples.
+"""Train inventories of skills on several tasks together, and adapt them to other tasks with few examples.
 
 Usage: python examples/skills/run.py examples/skills/encoder.yaml [--seeds 0 1 2]
 
-What is done already (in $HUB_HOME, or as a result beside the file) is skipped.
+Finished work is skipped: experts in $HUB_HOME, and results next to the study's file.
 """
 
 from __future__ import annotations
@@ -21,16 +21,22 @@ from experthub.hub.files.atomic import write_json
 from experthub.hub.files.memory import reuse_memory
 from experthub.hub.registry.expert import Reference
 
-SCRATCH = "lora"  # a LoRA of the held-out task's examples alone
+SCRATCH = "lora"  # a LoRA trained only on the examples of the held-out task
 
 
 def say(text: str) -> None:
+    """Print a line of progress to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One seed of a study."""
+    """One seed of a study.
+
+    Attributes:
+        study: The content of the study's file.
+        seed: The seed of training and of the choice of examples.
+    """
 
     study: dict[str, Any]
     seed: int
@@ -40,21 +46,44 @@ class Run:
         return str(self.study["base"])
 
     def name(self, *parts: object) -> str:
+        """Return the name of an expert.
+
+        Args:
+            *parts: The parts of the name between the study's name and the seed.
+
+        Returns:
+            The name, in lower case with hyphens.
+        """
         text = "-".join(map(str, (self.study["name"], *parts, self.seed)))
         return text.lower().replace("/", "-").replace(":", "-").replace("_", "-")
 
     def made(self, name: str, make: Any) -> hub.Expert:
-        """The expert of this name, made now unless it was before."""
+        """Return an expert from the registry, and train it first if it does not exist.
+
+        Args:
+            name: The name of the expert.
+            make: The function that trains it.
+
+        Returns:
+            The expert.
+        """
         registry = hub.Registry.read()
         try:
             return registry.expert(Reference.parse(name))
         except NotFoundError:
-            say(f"making {name}")
+            say(f"training {name}")
             expert: hub.Expert = make()
             return expert
 
     def inventory(self, kind: str) -> hub.Expert:
-        """All tasks together."""
+        """Return the inventory that is trained on all tasks together.
+
+        Args:
+            kind: The name of the inventory in the study.
+
+        Returns:
+            The inventory.
+        """
         name = self.name(kind)
         shape = hub.InventoryShape(**self.study["inventories"][kind], **self.study["shape"])
         settings = hub.Settings(**self.study["train"], seed=self.seed)
@@ -63,7 +92,17 @@ class Run:
         )
 
     def adapted(self, kind: str, tune: str, shots: int, task: str) -> hub.Expert:
-        """One task by few examples."""
+        """Return the expert that is adapted to one task with few examples.
+
+        Args:
+            kind: The name of the inventory, or `lora` for a LoRA without an inventory.
+            tune: The part that is trained: `all`, `z` or `mu`.
+            shots: The number of examples.
+            task: The task.
+
+        Returns:
+            The expert.
+        """
         name = self.name(kind, tune, shots, task.rpartition(":")[2])
         settings = hub.Settings(**self.study["adapt"], examples=shots, seed=self.seed)
         if kind == SCRATCH:
@@ -75,13 +114,21 @@ class Run:
         return self.made(name, lambda: hub.adapt(skills, task, name, tune, settings, shots=shots))
 
     def columns(self) -> Iterator[tuple[str, str]]:
+        """Iterate over all pairs of an inventory and the part that is trained."""
         yield SCRATCH, "all"
         for kind, tunes in self.study["tune"].items():
             for tune in tunes:
                 yield kind, tune
 
     def of_task(self, task: str) -> dict[str, Any]:
-        """Which examples of one held-out task were right, and how many numbers each way trained."""
+        """Score all ways of adapting on one held-out task.
+
+        Args:
+            task: The task.
+
+        Returns:
+            For each column, which examples were right and how many numbers were trained.
+        """
         recipes, trainable = {}, {}
         for kind in self.study["inventories"]:
             router = self.study["inventories"][kind]["router"]
@@ -104,9 +151,19 @@ class Run:
         return {"right": right, "trainable": trainable}
 
     def recipe(self, expert: hub.Expert, route: dict[str, Any]) -> hub.Recipe:
+        """Return a recipe with one expert.
+
+        Args:
+            expert: The expert.
+            route: The `route:` of the recipe.
+
+        Returns:
+            The recipe.
+        """
         return hub.Recipe.of({"base": self.base, "experts": [expert.reference], "route": route})
 
     def all(self) -> dict[str, Any]:
+        """Score all held-out tasks."""
         tasks = {}
         for task in self.study["held_out"]:
             tasks[task] = self.of_task(task)
@@ -116,6 +173,7 @@ class Run:
 
 
 def main() -> None:
+    """Run the study for every seed that has no result yet."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("study", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -1,6 +1,6 @@
-"""The section on skills of docs/results.md, from the results of their runs.
+"""Write the section on skills of docs/results.md from the results of their runs.
 
-examples/suite/table.py puts it behind the others.
+`examples/suite/table.py` appends it to the other sections.
 """
 
 from __future__ import annotations
@@ -14,22 +14,33 @@ from typing import Any
 from experthub.hub.evaluation.statistics import hierarchical
 
 HERE = Path(__file__).parent
-HEAD = """## Skills: adapting to a new task by few examples ({name})
+HEAD = """## Skills: adapting to a new task with few examples ({name})
 
-Inventories trained on {tasks} tasks together, then adapted to {held_out} others; accuracy on at most {limit} examples of their test
-splits, in the mean of the tasks; mean over seeds {seeds}, and the standard deviation between them. `average`: the
-skills' mean, with no example of the task. `z`: the router's numbers alone are trained; `mu`: the average of the skills alone;
-`lora all`: a LoRA of the same rank from the examples alone, as many numbers as `shared mu`. Trainable: how many numbers are.
-`make skills-encoder`; all settings in `examples/skills/{name}.yaml`.
+An inventory is a set of LoRAs, called skills, that are trained together on several tasks. Its router mixes the skills
+for each task. The inventories were trained on {tasks} tasks together and then adapted to {held_out} other tasks.
+
+- The values are accuracies on at most {limit} examples of each test split, averaged over the {held_out} tasks.
+- Each value is the mean over seeds {seeds}. The number after ± is the standard deviation between seeds.
+- The header of a column is the number of examples used to adapt. The last column counts the trained numbers.
+- The kind of inventory comes first in a row's name. `shared` is one LoRA for all tasks, `private` one LoRA per task.
+- `make skills-encoder` computes the results. All settings are in `examples/skills/{name}.yaml`.
+
+| row | what is trained |
+| --- | --- |
+| `average` | nothing: the mean of the skills, without an example of the task |
+| `all` | the skills and the router |
+| `z` | only the router's numbers |
+| `mu` | only the average of the skills |
+| `lora all` | a LoRA of the same rank, from the examples alone; it has as many numbers as `shared mu` |
 """
-COMPARED = """The ways that the papers compare. The intervals are the paired bootstrap's, 95 %, over tasks and examples, of the mean over seeds;
-there are few tasks, so they are rather too narrow.
+COMPARED = """The next table shows the differences that the papers compare. The intervals are 95 % intervals of the paired bootstrap
+over tasks and examples, for the mean over seeds. There are few tasks, so the intervals are rather too narrow.
 """
 RESAMPLES = 2000
 
 
 def results(folder: Path = HERE) -> dict[str, list[dict[str, Any]]]:
-    """The runs of all seeds by the study's name."""
+    """Read the runs of all seeds, by the name of the study."""
     found: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*-[0-9].json")):
         run = json.loads(path.read_text())
@@ -38,18 +49,19 @@ def results(folder: Path = HERE) -> dict[str, list[dict[str, Any]]]:
 
 
 def right(run: dict[str, Any], column: str, task: str) -> list[int]:
+    """Return 1 or 0 for each example of a task: whether a column was right."""
     return [int(one) for one in run["tasks"][task]["right"][column]]
 
 
 def cell(runs: Sequence[dict[str, Any]], column: str) -> str:
-    """Mean over seeds of the mean over tasks, and the deviation between seeds."""
+    """Format the accuracy averaged over tasks and seeds, with the standard deviation between seeds."""
     means = [mean(mean(right(run, column, task)) for task in run["tasks"]) for run in runs]
     spread = f" ± {stdev(means):.3f}" if len(means) > 1 else ""
     return f"{mean(means):.3f}{spread}"
 
 
 def table(runs: Sequence[dict[str, Any]], study: dict[str, Any]) -> list[str]:
-    """A row for each way, a column for each number of examples."""
+    """Return the table with a row per way of adapting and a column per number of examples."""
     first = next(iter(runs[0]["tasks"].values()))
     shots = [str(count) for count in study["shots"]]
     lines = [f"| | 0 | {' | '.join(shots)} | trainable |", f"| --- |{' ---: |' * (len(shots) + 2)}"]
@@ -68,7 +80,7 @@ def table(runs: Sequence[dict[str, Any]], study: dict[str, Any]) -> list[str]:
 
 
 def minus(runs: Sequence[dict[str, Any]], column: str, other: str) -> str:
-    """The difference of two columns, with its interval."""
+    """Format the difference of two columns, with its interval."""
     differences = [
         [
             mean(a - b for a, b in example)
@@ -84,6 +96,7 @@ def minus(runs: Sequence[dict[str, Any]], column: str, other: str) -> str:
 
 
 def comparisons(runs: Sequence[dict[str, Any]], study: dict[str, Any]) -> list[str]:
+    """Return the table of the differences that the study compares."""
     shots = study["shots"]
     lines = [f"| | {' | '.join(map(str, shots))} |", f"| --- |{' ---: |' * len(shots)}"]
     for way, other in study["compared"]:
@@ -93,6 +106,7 @@ def comparisons(runs: Sequence[dict[str, Any]], study: dict[str, Any]) -> list[s
 
 
 def lines(folder: Path = HERE) -> list[str]:
+    """Return the lines of the sections of all studies."""
     from experthub.hub.files import yaml_files
 
     found = []

@@ -1,9 +1,9 @@
-"""Learned merges on real tasks: experts trained, merged by every method, scored; a table.
+"""Train experts on real tasks, merge them by every method, and score the merges.
 
 Usage: python examples/suite/run.py SUITE.yaml [--seeds 0 1 2] [--kinds full lora]
 
-Everything is kept as it is made (experts, coefficients, scores), so an interrupted run goes on.
-Results are written beside the suite's file, one JSON for each kind of expert and seed.
+Experts, coefficients and scores are stored as soon as they exist, so an interrupted run resumes.
+Results are written next to the suite's file, one JSON file per kind of expert and seed.
 """
 
 from __future__ import annotations
@@ -22,22 +22,26 @@ from experthub import hub
 from experthub.hub.errors import NotFoundError
 from experthub.hub.files import yaml_files
 from experthub.hub.files.atomic import write_json
+from experthub.hub.kinds.coefficients import COEFFICIENTS, COEFFICIENTS_JSON
 from experthub.hub.materials.learned import found_folder
-from experthub.hub.registry.expert import COEFFICIENTS, COEFFICIENTS_JSON, Reference
-from experthub.hub.tasks.task import Example, example_id, read_task, write_task
+from experthub.hub.registry.expert import Reference
+from experthub.hub.tasks.task import Example, example_id
+from experthub.hub.tasks.task_files import read_task, write_task
 
 HERE = Path(__file__).parent
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0)
 SHOTS = (1, 2, 4, 8, 16)
-TYPOS = 0.15  # share of words that a corrupted text has with two letters exchanged
+TYPOS = 0.15  # share of words of a corrupted text in which two letters are swapped
 Recipe = dict[str, Any]
 
 
 def short(task: str) -> str:
+    """Return a short form of a task's name, for names of experts."""
     return task.rpartition(":")[2].replace("/", "-").replace("_", "-").lower()[:40].strip("-")
 
 
 def say(text: str) -> None:
+    """Print a line of progress to stderr."""
     sys.stderr.write(f"{text}\n")
 
 
@@ -56,7 +60,7 @@ class Run:
 
     @property
     def base(self) -> str:
-        """A name, or a folder, which is relative to the suite's file."""
+        """The name of the base, or its folder, which is relative to the suite's file."""
         name = str(self.suite["base"])
         return str((HERE / name).resolve()) if name.startswith(".") else name
 
@@ -65,7 +69,7 @@ class Run:
         return [self._expert(task) for task in self.suite["tasks"]]
 
     def _expert(self, task: str, steps: int | None = None) -> str:
-        """An expert of a task, trained unless it is there."""
+        """Return the expert of a task, and train it first if it does not exist."""
         name = f"suite-{short(task)}-{self.kind}-{self.seed}"
         try:
             return hub.Registry.read().expert(Reference.parse(name)).reference
@@ -97,7 +101,7 @@ class Run:
         return {"tasks": list(self.suite["tasks"]), "split": split, "labels": labels, **more}
 
     def columns(self) -> dict[str, Recipe]:
-        """Every method that merges the suite's experts, by name."""
+        """Return the recipes that merge the suite's experts, by name."""
         few = self.data("train", limit=self.suite["learn"]["statistics"])
         return {
             "average": self.recipe("linear"),
@@ -110,7 +114,7 @@ class Run:
         }
 
     def learned(self) -> dict[str, Recipe]:
-        """Those that learn coefficients."""
+        """Return the recipes that learn coefficients."""
         learn = self.suite["learn"]
         unlabelled = self.data("test", limit=self.suite["limit"])
         ada = {k: learn[k] for k in ("steps", "lr", "batch_size")} | {"data": unlabelled}
@@ -130,7 +134,7 @@ class Run:
         }
 
     def keep_coefficients(self, folder: Path) -> None:
-        """Copy what was learned beside the results."""
+        """Copy the learned coefficients to a folder next to the results."""
         for name, recipe in self.learned().items():
             found = found_folder(hub.resolve(hub.Recipe.of(recipe)))
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -138,7 +142,7 @@ class Run:
                 shutil.copy(found / file, folder / name)
 
     def best(self, method: str) -> Recipe:
-        """A method with the scale that is best on the validation splits."""
+        """Return a method with the scale that is best on the validation splits."""
         recipes = {f"scale-{s}": self.recipe(method, scale=s) for s in SCALES}
         limit = self.suite["learn"]["validation"]
         found = self.scores(recipes, self.suite["tasks"], "validation", limit)
@@ -148,7 +152,7 @@ class Run:
         return recipes[chosen]
 
     def _multi_task(self) -> str:
-        """One expert of all tasks: of the examples that the others were trained on, mixed."""
+        """Return one expert trained on the mixed examples of all tasks."""
         reference = f"suite:mix-{short(self.suite['name'])}"
         train = self.suite["train"]
         examples = [
@@ -162,14 +166,14 @@ class Run:
         return self._expert(reference, train["steps"] * len(self.suite["tasks"]))
 
     def individual(self, tasks: Sequence[str]) -> dict[str, float]:
-        """Every expert on its own task."""
+        """Score every expert on its own task."""
         return {
             task: self.scores({"it": self.recipe("linear", [expert])}, [task])["it"][task]
             for expert, task in zip(self.experts, tasks, strict=True)
         }
 
     def few_shot(self) -> dict[str, Any]:
-        """aTLAS and LoraHub on tasks outside of the suite, by number of examples a class."""
+        """Score aTLAS and LoraHub on tasks outside of the suite, by the number of examples per class."""
         found: dict[str, Any] = {}
         for task in self.suite["few_shot"]:
             for k in SHOTS:
@@ -188,14 +192,14 @@ class Run:
         split: str = "test",
         limit: int | None = None,
     ) -> dict[str, dict[str, float]]:
-        """Accuracy by column and task, the base's under `base`."""
+        """Return the accuracy by column and task; the column `base` is the base."""
         made = {name: hub.Recipe.of(recipe) for name, recipe in recipes.items()}
         result = hub.evaluate(
             made,
             list(tasks),
-            split=split,  # type: ignore[arg-type]
+            split=split,
             limit=limit or self.suite["limit"],
-            report=report,
+            session=hub.Session(report=report),
         )
         names = ["base", *recipes]
         return {
@@ -222,7 +226,7 @@ class Run:
 
 
 def plain(reference: str) -> Callable[[Example], Example]:
-    """Examples of a task with choices of their own, so that tasks can be mixed."""
+    """Return a function that gives an example of a task its own choices, so that tasks can be mixed."""
     task = read_task(reference)
 
     def of(example: Example) -> Example:
@@ -235,7 +239,7 @@ def plain(reference: str) -> Callable[[Example], Example]:
 
 
 def corrupted(reference: str) -> str:
-    """A task's test examples with typing errors, or blurred, as a task of its own."""
+    """Write a task's test examples with typing errors or blurred images as a new task."""
     task = read_task(reference)
     change = blurred if reference.startswith("vision:") else with_typos
     name = f"corrupted-{short(reference)}"
@@ -249,7 +253,7 @@ def corrupted(reference: str) -> str:
 
 
 def with_typos(text: str, chance: random.Random) -> str:
-    """Some words with two neighbouring letters inside exchanged."""
+    """Swap two neighbouring inner letters in some words."""
     words = text.split(" ")
     for i, word in enumerate(words):
         if len(word) > 3 and chance.random() < TYPOS:
@@ -259,7 +263,7 @@ def with_typos(text: str, chance: random.Random) -> str:
 
 
 def blurred(text: str, chance: random.Random) -> str:
-    """A picture in base64, blurred."""
+    """Blur an image in base64."""
     from PIL import ImageFilter
     from vision import drawn, in_base64
 

@@ -1,10 +1,10 @@
-"""Make the vision suite's tasks and its base, a small vision transformer trained from scratch.
+"""Create the tasks of the vision suite and its base, a small vision transformer trained from scratch.
 
 Usage: python examples/suite/vision.py FOLDER
 
-CIFAR-10 and MNIST are those of BIG-bench, digits are scikit-learn's; turned, inverted, noisy and grey
-variants are tasks of their own.  The base learns plain CIFAR-10 and MNIST, with one head for all labels,
-and is written to FOLDER; what is there already stays.
+CIFAR-10 and MNIST come from BIG-bench, and digits from scikit-learn. Turned, inverted, noisy, blurred and
+upside-down variants are separate tasks. The base is trained on plain CIFAR-10 and MNIST, with one head
+for all labels, and is written to FOLDER. Existing tasks and an existing base are kept.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 from experthub.hub.readers.images import Preparation
-from experthub.hub.store.store import Store
+from experthub.hub.session import Session
 from experthub.hub.tasks import bigbench
-from experthub.hub.tasks.task import Card, Example, example_id, read_task, tasks_folder, write_task
+from experthub.hub.tasks.task import Card, Example, example_id
+from experthub.hub.tasks.task_files import read_task, tasks_folder, write_task
 from PIL import Image, ImageFilter, ImageOps
 from safetensors.torch import save_file
 from torch import Tensor
@@ -32,11 +33,19 @@ OBJECTS = [
 ]
 DIGITS = [str(n) for n in range(10)]
 LABELS = [*OBJECTS, *DIGITS]
-CHARACTERS = " .:-=+*#%@"  # of MNIST as text, from ink to paper
+CHARACTERS = " .:-=+*#%@"  # characters of MNIST images as text, from ink to paper
 Picture = Image.Image
 
 
 def noisy(picture: Picture) -> Picture:
+    """Blend an image with noise that is seeded by the image.
+
+    Args:
+        picture: The image.
+
+    Returns:
+        The noisy image.
+    """
     chance = random.Random(picture.tobytes())
     noise = Image.frombytes("RGB", picture.size, chance.randbytes(len(picture.tobytes())))
     return Image.blend(picture, noise, 0.3)
@@ -58,7 +67,14 @@ TASKS = {
 
 
 def pictures(name: str) -> Iterator[tuple[Picture, str]]:
-    """A dataset's pictures with their labels."""
+    """Iterate over the images of a dataset.
+
+    Args:
+        name: `cifar`, `mnist` or `digits`.
+
+    Yields:
+        An image and its label.
+    """
     if name == "digits":
         from sklearn.datasets import load_digits
 
@@ -68,9 +84,9 @@ def pictures(name: str) -> Iterator[tuple[Picture, str]]:
             yield Image.fromarray(grey).convert("RGB"), str(label)
         return
     wanted = {"cifar": "cifar10_classification/base64", "mnist": "mnist_ascii"}[name]
-    for task, load, _ in bigbench._tasks(bigbench.archive(Store())):
+    for task, load, _ in bigbench._tasks(bigbench.fetch_archive(Session())):
         if task == wanted:
-            # Some of all: the files are sorted by label.
+            # The examples are sampled, because the files are sorted by label.
             for item in random.Random(0).sample(load()["examples"], EXAMPLES):
                 label = max(item["target_scores"], key=item["target_scores"].get)
                 yield drawn(item["input"]), label
@@ -78,7 +94,14 @@ def pictures(name: str) -> Iterator[tuple[Picture, str]]:
 
 
 def drawn(text: str) -> Picture:
-    """A picture from base64, or from lines of characters."""
+    """Decode an image from base64, or from lines of characters.
+
+    Args:
+        text: The image as text.
+
+    Returns:
+        The image.
+    """
     lines = [line for line in text.split("\n") if line]
     if len(lines) == 1:
         return Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB")
@@ -88,12 +111,21 @@ def drawn(text: str) -> Picture:
 
 
 def in_base64(picture: Picture) -> str:
+    """Encode an image as PNG in base64.
+
+    Args:
+        picture: The image.
+
+    Returns:
+        The text.
+    """
     file = io.BytesIO()
     picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
 
 
 def write_tasks() -> None:
+    """Write every task that does not exist yet."""
     for name, variants in TASKS.items():
         missing = [v for v in variants if not (tasks_folder() / f"vision/{name}-{v}").is_dir()]
         found = list(pictures(name)) if missing else []
@@ -112,7 +144,7 @@ def write_tasks() -> None:
 
 
 def training_set() -> tuple[Tensor, Tensor]:
-    """Pixels and labels of plain CIFAR-10 and MNIST."""
+    """Return the pixels `[images, 3, 32, 32]` and the labels of plain CIFAR-10 and MNIST."""
     preparation = Preparation(SIDE)
     rows = [
         (
@@ -126,6 +158,13 @@ def training_set() -> tuple[Tensor, Tensor]:
 
 
 def train_base(folder: Path, epochs: int = 60, batch: int = 64) -> None:
+    """Train the base and write it.
+
+    Args:
+        folder: The folder to create.
+        epochs: The number of passes over the images.
+        batch: The number of images per step.
+    """
     from transformers import ViTConfig, ViTForImageClassification
 
     torch.manual_seed(0)
@@ -161,12 +200,19 @@ def train_base(folder: Path, epochs: int = 60, batch: int = 64) -> None:
     folder.mkdir(parents=True)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
-    # Under the names of its modules, where transformers would write those of an older version.
+    # The state dict keeps the names of the modules; transformers would write those of an older version.
     save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def moved(pixels: Tensor) -> Tensor:
-    """A batch moved by up to three pixels."""
+    """Shift a batch by up to three pixels.
+
+    Args:
+        pixels: The images `[images, 3, 32, 32]`.
+
+    Returns:
+        The shifted images.
+    """
     x, y = torch.randint(-3, 4, (2,)).tolist()
     return torch.roll(pixels, (x, y), (-2, -1))
 

@@ -12,12 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from experthub.hub.errors import HubError, IntegrityError, NotFoundError, UsageError
-from experthub.hub.files.atomic import (
-    canonical_json,
-    digest_of,
-    hub_home,
-    write_json,
-)
+from experthub.hub.files.atomic import hub_home, write_json
+from experthub.hub.files.digests import canonical_json, digest_of
 from experthub.hub.files.json_files import read_json
 from experthub.hub.formats.model_config import check_model
 from experthub.hub.formats.safetensors_header import hashed_tensors, read_header

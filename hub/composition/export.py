@@ -3,53 +3,63 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from experthub.hub.bases.base import load_tokenizer, without_bars
-from experthub.hub.composition.weights import Tensors
 from experthub.hub.errors import UsageError
 from experthub.hub.files import yaml_files
-from experthub.hub.files.atomic import check_free, new_folder, write_json, write_text
+from experthub.hub.files.atomic import create_folder, write_json, write_text
 from experthub.hub.files.json_files import read_json
+from experthub.hub.files.path_checks import check_free
 from experthub.hub.formats.adapter import PREFIX, read_adapter
-from experthub.hub.registry.expert import ADAPTER, ADAPTER_CONFIG, Expert
-from experthub.hub.registry.registry import Registry
-from experthub.hub.store.store import Store
-from experthub.merge import Delta, LowRank
+from experthub.hub.formats.safetensors_reader import Tensors
+from experthub.hub.kinds import kinds
+from experthub.hub.kinds.lora import ADAPTER, ADAPTER_CONFIG
+from experthub.hub.recipes.plan import Plan
+from experthub.hub.registry.expert import Expert
+from experthub.hub.session import Session
+from experthub.merge import LowRank, TaskVector
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from experthub.hub.composition.composition import Composition
 
+def save_model(
+    model: Any, plan: Plan, merged: TaskVector, folder: Path, format: Literal["hf", "peft"]
+) -> Path:
+    """Write a merged model; see `Composition.save`.
 
-def save(composition: Composition, folder: Path, format: Literal["hf", "peft"]) -> Path:
-    """See `Composition.save`."""
-    if composition.merged is None:
-        raise UsageError(
-            "a routed model is more than a set of weights",
-            "keep its recipe and compose it where it is used, or write merge: instead of route:",
-        )
+    Args:
+        model: The composed model.
+        plan: What it was made from.
+        merged: The task vector that was added to the base.
+        folder: A new or empty folder.
+        format: `hf`, the whole model with its tokenizer; `peft`, one adapter.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UsageError: The format is `peft`, and the merge is not low-rank.
+        ConflictError: The folder is in use.
+    """
     check_free(folder)
-    with new_folder(folder) as draft:
+    with create_folder(folder) as draft:
         if format == "peft":
-            _save_peft(composition, draft)
+            _save_peft(plan, merged, draft)
         else:
             with without_bars():
-                composition.model.save_pretrained(draft)
-            if composition.plan.base.has_tokenizer:
-                load_tokenizer(composition.plan.base).save_pretrained(draft)
-        write_text(draft / "recipe.lock.yaml", yaml_files.dump(composition.lock))
+                model.save_pretrained(draft)
+            if plan.base.has_tokenizer:
+                load_tokenizer(plan.base).save_pretrained(draft)
+        write_text(draft / "recipe.lock.yaml", yaml_files.dump(plan.lock))
     return folder
 
 
-def _save_peft(composition: Composition, folder: Path) -> None:
+def _save_peft(plan: Plan, merged: TaskVector, folder: Path) -> None:
     """One LoRA in the portable profile."""
-    merged: Mapping[str, Delta] = composition.merged or {}
     deltas = {name: merged[name] for name in merged}
-    how = {f"{a.module}.weight": a for m in composition.plan.members for a in m.adapted}
+    how = {f"{a.module}.weight": a for m in plan.members for a in m.adapted}
     low = {n: d for n, d in deltas.items() if isinstance(d, LowRank) and n in how}
     if len(low) < len(deltas) or any(how[n].embedding for n in low):
         raise UsageError(
@@ -64,20 +74,34 @@ def _save_peft(composition: Composition, folder: Path) -> None:
         tensors[f"{module}.lora_A.weight"] = a
         tensors[f"{module}.lora_B.weight"] = b
     modules = [name.removesuffix(".weight") for name in low]
-    task_type = "CAUSAL_LM" if composition.plan.base.causal else "FEATURE_EXTRACTION"
+    task_type = "CAUSAL_LM" if plan.base.causal else "FEATURE_EXTRACTION"
     transposed = any(how[n].transposed for n in low)
-    write_portable(folder, tensors, modules, composition.plan.base.name, task_type, transposed)
+    write_portable(folder, tensors, modules, plan.base.name, task_type, transposed)
 
 
-def export_portable(expert: Expert, folder: Path, registry: Registry, store: Store) -> Path:
-    """Write an expert as a folder that peft, vLLM, SGLang and llama.cpp load alike.
+def export_portable(expert: Expert, folder: Path, session: Session) -> Path:
+    """Write an expert as a folder that peft, vLLM, SGLang and llama.cpp can load.
 
-    One rank, no patterns, and the scale folded into B: of the factors' own dtype where that is
-    exact, in float32 elsewhere.  Gates are left out.  Raises UsageError for a task vector.
+    The LoRA has one rank and no patterns, and its scale is folded into B. The factors keep their
+    dtype where that is exact, and are float32 elsewhere. Gates are omitted.
+
+    Args:
+        expert: A LoRA in the store.
+        folder: The folder to write; it must not exist.
+        session: The registry that knows the base, and the store.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UsageError: The expert is not a LoRA.
+        ConflictError: The folder exists.
     """
-    if expert.kind != "lora":
+    store = session.store
+    kind = kinds[expert.kind]
+    if not kind.peft:
         raise UsageError(
-            f"{expert.reference} is a task vector, and the profile is for LoRAs",
+            f"{expert.reference} is {kind.label}, and the profile is for LoRAs",
             "compose it and save the model (hub compose --out), or hub diff --rank",
         )
     check_free(folder)
@@ -91,10 +115,10 @@ def export_portable(expert: Expert, folder: Path, registry: Registry, store: Sto
         tensors[change.a], tensors[change.b] = (
             (a, b * change.scale) if exact else (a.float(), b.float() * change.scale)
         )
-    known = registry.bases().get(expert.base)
+    known = session.registry.bases().get(expert.base)
     base = known.aka[0] if known and known.aka else expert.base
     settings = read_json(config)
-    with new_folder(folder) as draft:
+    with create_folder(folder) as draft:
         write_portable(
             draft,
             tensors,

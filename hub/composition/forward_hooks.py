@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from experthub.hub.errors import UsageError
-from experthub.routing import Context, Weights
+from experthub.routing import Context, Select
 from torch import Tensor, nn
 
 
@@ -71,31 +71,71 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Rows whose first tokens a model is about to read: ids `[B, S]`, and which are no padding."""
+class _Rows:
+    """The rows of one forward pass, as a router sees them; see `experthub.routing.Batch`."""
 
     ids: Tensor
     real: Tensor
+    named: tuple[str, ...] | None
+    read_texts: Callable[[Tensor, Tensor], list[str]] | None
+    read_hidden: Callable[[], Tensor]
+
+    @property
+    def texts(self) -> list[str]:
+        """The text of each row."""
+        if self.read_texts is None:
+            raise UsageError("the router reads texts, and did not say so", "add needs=('texts',)")
+        return self.read_texts(self.ids, self.real)
+
+    @property
+    def tasks(self) -> list[str]:
+        """The task of each row; empty texts if the caller named none."""
+        rows, named = len(self.ids), self.named
+        if named is None:
+            return [""] * rows
+        if len(named) not in (1, rows):
+            raise UsageError(
+                f"{len(named)} tasks were named for a batch of {rows} rows", "name one for each row"
+            )
+        return list(named) * (rows if len(named) == 1 else 1)
+
+    @property
+    def hidden(self) -> Tensor:
+        """The last hidden states `[B, S, H]` of the base alone."""
+        return self.read_hidden()
+
+    def place(self, tensor: Tensor) -> Tensor:
+        """Put a tensor on the device of the rows."""
+        return tensor.to(self.ids.device)
 
 
 @dataclass
 class Watch:
-    """The hooks of one composition.
+    """The forward hooks of one composition.
 
-    context: that of its routers.  choose: weights for rows, when their first tokens are read.
-    weigh: weights for every token, by the last hidden states that the base has of them.  tasks: of
-    the rows, where somebody said them.
+    Args:
+        context: What the routed modules of the composition know of the batch.
+        select: A router that decides for the whole model; None if all decide at their modules.
+        by_token: Whether `select` gives weights to every token of every forward pass. Otherwise it
+            gives weights to rows, once, when their first tokens are read.
+        read_texts: Turns token ids `[B, S]` and a mask of real tokens into texts.
+        tasks: The tasks of the rows, as the caller named them.
     """
 
     context: Context
-    choose: Callable[[Batch, tuple[str, ...] | None], Weights] | None = None
-    weigh: Callable[[Tensor], Weights] | None = None
+    select: Select | None = None
+    by_token: bool = False
+    read_texts: Callable[[Tensor, Tensor], list[str]] | None = None
     tasks: tuple[str, ...] | None = None
     _handles: list[Any] = field(default_factory=list)
     _base: Any = None
 
     def attach(self, model: Any) -> None:
-        """Hook a transformers model, at the module that both it and its heads' users call."""
+        """Hook a transformers model, at the module that both it and its heads' users call.
+
+        Args:
+            model: The composed model.
+        """
         inner: nn.Module = model.base_model
         self._handles = [
             inner.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -103,11 +143,13 @@ class Watch:
         ]
 
     def remove(self) -> None:
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Tell the routed modules which rows are read now."""
         context = self.context
         if context.off:
             return
@@ -123,14 +165,20 @@ class Watch:
         context.tokens = given.shape[1] if given.ndim in (2, 3) else 0
         context.real = _real(kwargs.get("attention_mask"), context.tokens)
         context.kept = kept.rows if kept else {}
-        if self.weigh is not None:
-            context.select(self.weigh(self._hidden(module, args, kwargs, kept)))
-        elif self.choose is not None and not context.kept:
-            batch = Batch(given, torch.ones_like(given) if context.real is None else context.real)
-            context.select(self.choose(batch, self.tasks))
+        if self.select is None or (context.kept and not self.by_token):
+            return
+        real = torch.ones_like(given) if context.real is None else context.real
+        rows = _Rows(
+            given,
+            real,
+            self.tasks,
+            self.read_texts,
+            lambda: self._read_hidden(module, args, kwargs, kept),
+        )
+        context.select(self.select(rows))
 
-    def _hidden(self, module: nn.Module, args: Any, kwargs: Any, kept: Kept | None) -> Tensor:
-        """The base's last hidden states `[B, S, H]` of the tokens that are read now."""
+    def _read_hidden(self, module: nn.Module, args: Any, kwargs: Any, kept: Kept | None) -> Tensor:
+        """Compute the base's last hidden states `[B, S, H]` of the tokens that are read now."""
         own = {k: v for k, v in kwargs.items() if not k.startswith("output_")}
         own["past_key_values"] = kept.base if kept else None
         self.context.off = True
@@ -144,6 +192,7 @@ class Watch:
         return hidden
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Keep what was found out about the rows in the key/value cache."""
         context = self.context
         if context.off:
             return
@@ -153,7 +202,7 @@ class Watch:
             kept = Kept(is_sliding=bool(getattr(cache.layers[0], "is_sliding", False)))
             cache.layers.append(kept)
         if kept is not None:
-            kept.rows = {} if self.weigh is not None else context.kept
+            kept.rows = {} if self.by_token else context.kept
             kept.base = self._base
         context.rows, context.real, context.kept, self._base = None, None, {}, None
 

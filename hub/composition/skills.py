@@ -7,15 +7,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from experthub.hub.composition.weights import Contents, Tensors
+from experthub.hub.composition.weights import Contents
 from experthub.hub.errors import UsageError
-from experthub.hub.files.yaml_files import did_you_mean
+from experthub.hub.files.spelling import suggest_name
+from experthub.hub.formats.safetensors_reader import Tensors
 from experthub.hub.formats.skills import SkillsRecord, read_skills
+from experthub.hub.kinds.skills import SKILLS, SKILLS_JSON
 from experthub.hub.recipes.plan import Plan
-from experthub.hub.registry.expert import SKILLS, SKILLS_JSON
 from experthub.hub.store.store import Store
 from experthub.merge import LowRank, TaskVector
-from experthub.routing import AVERAGE, ExpertStack, Skills
+from experthub.routing import AVERAGE, SERVED_BY, Batch, ExpertStack, Select, Skills, Weights
 from torch import nn
 
 
@@ -39,36 +40,55 @@ class Inventory:
         )
 
 
-def inventory_of(plan: Plan, contents: Contents, store: Store) -> Inventory:
-    """The inventory that a plan's route is over."""
+def load_inventory(plan: Plan, contents: Contents, store: Store) -> Inventory:
+    """Load the inventory that a plan's route is over.
+
+    Args:
+        plan: A plan with one route, over one inventory.
+        contents: The experts' files.
+        store: The store.
+
+    Returns:
+        The inventory.
+    """
     digest = plan.members[0].digest
     return Inventory(digest, store, Tensors(contents[digest, SKILLS]))
 
 
 def check_skills(plan: Plan, record: SkillsRecord) -> None:
-    """Refuse a route by another router than the inventory's, or for a task that it does not know."""
+    """Refuse a route by another router than the inventory's, or for a task that it does not know.
+
+    Args:
+        plan: A plan with one route, over one inventory.
+        record: The description of the inventory.
+
+    Raises:
+        UsageError: The method or the task does not fit the inventory.
+    """
     method, expert = plan.recipe.method, plan.experts[0]
-    several = record.router if record.router in ("poly", "mhr") else "poly"
-    if method.method != several:
+    served_by = SERVED_BY[record.router]
+    if method.method != served_by:
         raise UsageError(
-            f"{expert.label} is an inventory of {record.router}, and the recipe says "
-            f"{method.method}",
-            f"say method: {several}",
+            f"{expert.label} is an inventory of {record.router}, and the recipe sets "
+            f"method: {method.method}",
+            f"set method: {served_by}",
         )
-    task = method.options["task"]
-    if task not in (None, AVERAGE, *record.tasks):
-        hint = did_you_mean(str(task), [AVERAGE, *record.tasks])
-        raise UsageError(f"{expert.label} does not know the task {task!r}", hint)
+    if plan.task not in (None, AVERAGE, *record.tasks):
+        hint = suggest_name(str(plan.task), [AVERAGE, *record.tasks])
+        raise UsageError(f"{expert.label} does not know the task {plan.task!r}", hint)
 
 
-def task_of(plan: Plan, record: SkillsRecord) -> str | None:
-    """The task that a route is for; None where every row of a batch has its own."""
-    task: str | None = plan.recipe.method.options["task"]
-    return record.tasks[0] if task is None and len(record.tasks) == 1 else task
+def fold_task(plan: Plan, inventory: Inventory, task: str) -> TaskVector:
+    """Fold the mixture of skills of one task into a plain LoRA, lazily.
 
+    Args:
+        plan: A plan with one route, over one inventory.
+        inventory: The inventory.
+        task: A task that it knows, or `average`.
 
-def folded(plan: Plan, inventory: Inventory, task: str) -> TaskVector:
-    """The plain LoRA of one task, as a lazy task vector."""
+    Returns:
+        The task vector.
+    """
     weight = plan.experts[0].weight
 
     def fold(name: str) -> LowRank:
@@ -79,7 +99,15 @@ def folded(plan: Plan, inventory: Inventory, task: str) -> TaskVector:
 
 
 def fold_into(model: Any, vector: TaskVector) -> dict[str, nn.Module]:
-    """Put modules in the place of others that have a task vector's changes; returns the originals."""
+    """Replace modules by copies whose weights have the changes of a task vector.
+
+    Args:
+        model: The transformers model, which is changed in place.
+        vector: Changes of linear weights.
+
+    Returns:
+        The original modules by path.
+    """
     originals = {}
     for parameter in vector:
         name = parameter.removesuffix(".weight")
@@ -93,8 +121,16 @@ def fold_into(model: Any, vector: TaskVector) -> dict[str, nn.Module]:
     return originals
 
 
-def stacks(plan: Plan, inventory: Inventory) -> Iterator[tuple[str, ExpertStack]]:
-    """Every task's plain LoRA, and their average at the end, for each module in turn."""
+def stack_tasks(plan: Plan, inventory: Inventory) -> Iterator[tuple[str, ExpertStack]]:
+    """Stack the plain LoRA of every task, and their average at the end, for each module in turn.
+
+    Args:
+        plan: A plan with one route, over one inventory.
+        inventory: The inventory.
+
+    Yields:
+        The path of a module and its stack.
+    """
     tasks = [*inventory.record.tasks, AVERAGE]
     for name in (parameter.removesuffix(".weight") for parameter in plan.parameters):
         skills = inventory[name]
@@ -102,13 +138,20 @@ def stacks(plan: Plan, inventory: Inventory) -> Iterator[tuple[str, ExpertStack]
         yield name, ExpertStack.of(deltas, len(tasks))
 
 
-def by_row(record: SkillsRecord) -> Any:
-    """From the names of rows' tasks to weights over the stacks: `average` for those it does not know."""
-    from experthub.routing import Weights
+def select_task(record: SkillsRecord) -> Select:
+    """Make the function that selects the LoRA of each row's task.
 
+    Args:
+        record: The description of the inventory.
+
+    Returns:
+        A function from rows to weights over the stacks; tasks that the inventory does not know get
+        the average.
+    """
     places = {task: e for e, task in enumerate(record.tasks)}
 
-    def select(names: list[str]) -> Weights:
+    def select(batch: Batch) -> Weights:
+        names = batch.tasks
         chosen = torch.tensor([[places.get(name, len(places))] for name in names])
         return Weights(torch.ones(len(names), 1), chosen)
 

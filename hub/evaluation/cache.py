@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experthub.hub.files.atomic import digest_of, hub_home, write_text
+from experthub.hub.files.atomic import hub_home, write_text
+from experthub.hub.files.digests import digest_of
 from experthub.hub.readers.scorer import Question, Scores
 
 UNIT = 32

@@ -12,22 +12,29 @@ from typing import Any
 
 from experthub.hub.errors import UsageError
 from experthub.hub.evaluation.result import Outcome, mean
-from experthub.hub.progress import Report
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.recipes.recipe import Recipe
 from experthub.hub.recipes.resolution import resolve
-from experthub.hub.registry.registry import Registry
-from experthub.hub.store.store import Store
+from experthub.hub.registry.content import Content
+from experthub.hub.session import Session
 from experthub.hub.tasks.task import Chosen
-from experthub.hub.transfer.pull import Content
 
 BEST, ORACLE, AVERAGE = "best_individual", "oracle", "merged"
 
 
-def control_plans(
-    plans: Mapping[str, Plan], registry: Registry, store: Store, report: Report
-) -> tuple[Plan, dict[str, Plan]]:
-    """The mean of all experts that the plans hold, and each of them alone, by reference."""
+def control_plans(plans: Mapping[str, Plan], session: Session) -> tuple[Plan, dict[str, Plan]]:
+    """Plan the controls: the mean of all experts, and each expert alone.
+
+    Args:
+        plans: The evaluated plans, by name; they hold the experts.
+        session: The registry, the store and the progress callback.
+
+    Returns:
+        The plan of the mean, and the plan of each expert by its reference.
+
+    Raises:
+        UsageError: A plan has the name of a control.
+    """
     contents: dict[str, Content] = {}
     for member in (m for p in plans.values() for m in p.members):
         contents.setdefault(member.digest, member.content)
@@ -45,7 +52,7 @@ def control_plans(
 
     def mean_of(members: list[Content]) -> Plan:
         recipe = Recipe.of({**common, "experts": [m.reference for m in members]})
-        return resolve(recipe, registry, store, report, pinned=members)
+        return resolve(recipe, pinned=members, session=session)
 
     return mean_of(experts), {m.reference: mean_of([m]) for m in experts}
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from experthub.hub.bases.base import Base, load_model, load_tokenizer
-from experthub.hub.composition.composition import Composition, compose
+from experthub.hub.composition.compose import compose
+from experthub.hub.composition.composition import Composition
 from experthub.hub.errors import HubError, UsageError
 from experthub.hub.evaluation.cache import units
 from experthub.hub.evaluation.controls import AVERAGE, control_plans, pick
@@ -22,7 +23,6 @@ from experthub.hub.evaluation.result import (
     samples,
     versions,
 )
-from experthub.hub.progress import Report, silent
 from experthub.hub.readers.likelihood import Likelihood
 from experthub.hub.readers.reader import ReaderScorer
 from experthub.hub.readers.reader_for import reader_for
@@ -32,9 +32,9 @@ from experthub.hub.recipes.lock import Pins, plan_of
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.recipes.recipe import Recipe
 from experthub.hub.recipes.resolution import resolve
-from experthub.hub.registry.registry import Registry
-from experthub.hub.store.store import Store
-from experthub.hub.tasks.task import Chosen, Split, Task, read_task
+from experthub.hub.session import Session
+from experthub.hub.tasks.task import Chosen, Split, Task
+from experthub.hub.tasks.task_files import read_task
 
 
 def evaluate(
@@ -48,36 +48,48 @@ def evaluate(
     cache: bool = True,
     with_samples: bool = False,
     pins: Pins | None = None,
-    device: str | None = None,
     seed: int = 0,
-    registry: Registry | None = None,
-    store: Store | None = None,
-    report: Report = silent,
+    session: Session | None = None,
 ) -> dict[str, Any]:
-    """Score the base and every recipe on every task; returns the result of the contracts.
+    """Score the base and every recipe on every task.
 
-    recipes: paths, whose file stems name the columns, or names with recipes; all of one base, a
-    language model, an encoder, a classifier or CLIP.  tasks: references.  split: `train`,
-    `validation`, `test` or `all`; `all` only for tasks on which no expert of a recipe was trained.
-    limit: examples per task, at most.  score: of a choice, from its tokens' log-probabilities:
-    their `mean`, their `sum`, or the sum per `byte` of the choice.  controls: add the columns
-    `best_individual`, `oracle` and `merged`.  cache: use and keep the scores of earlier runs.
-    with_samples: add `samples`, the scores of every example.  pins: for recipes given as files,
-    see `hub.lock.plan_of`.  seed: of the bootstrap.
+    Args:
+        recipes: Paths, whose file stems name the columns, or a mapping from names to recipes. All
+            have one base: a language model, an encoder, a classifier or CLIP.
+        tasks: References of tasks.
+        split: `train`, `validation`, `test` or `all`. `all` is only for tasks on which no expert of
+            a recipe was trained.
+        limit: The largest number of examples per task.
+        score: The score of a choice, from its tokens' log-probabilities: their `mean`, their `sum`,
+            or the sum per `byte` of the choice.
+        controls: Add the columns `best_individual`, `oracle` and `merged`.
+        cache: Use and keep the scores of earlier runs.
+        with_samples: Add `samples`, the scores of every example.
+        pins: Whether recipe files are resolved by their locks, see `plan_of`.
+        seed: The seed of the bootstrap.
+        session: The registry, the store, the device and the progress callback. The default is
+            `Session()`.
+
+    Returns:
+        The result as plain values; docs/evaluation.md describes its fields.
+
+    Raises:
+        UsageError: The recipes have different bases, or a task does not suit the split.
+        HubError: A recipe does not resolve, or a task cannot be read.
     """
-    registry, store = registry or Registry.read(), store or Store()
+    session = session or Session()
     chosen = _chosen(tasks, split, limit)
     paths: dict[str, str] = {}
     if isinstance(recipes, Mapping):
-        plans = {name: resolve(one, registry, store, report) for name, one in recipes.items()}
+        plans = {name: resolve(one, session=session) for name, one in recipes.items()}
     else:
         paths = _named(recipes)
-        plans = {name: plan_of(path, pins, registry, store, report) for name, path in paths.items()}
+        plans = {name: plan_of(path, pins, session=session) for name, path in paths.items()}
     base = _one_base(plans)
     if split == "all":
         _refuse_trained(plans, [one.task for one in chosen])
     dtype = next(iter(plans.values())).dtype
-    bench = _Bench(base, dtype, device, registry, store, report, cache)
+    bench = _Bench(base, dtype, session, cache)
     outcomes = {
         name: bench.outcomes(name, plan, chosen, score)
         for name, plan in {BASE: None, **plans}.items()
@@ -85,7 +97,7 @@ def evaluate(
     between = {name: outcomes[name] for name in plans}
     picked: dict[str, Any] = {}
     if controls:
-        plans[AVERAGE], alone = control_plans(plans, registry, store, report)
+        plans[AVERAGE], alone = control_plans(plans, session)
         outcomes[AVERAGE] = bench.outcomes(AVERAGE, plans[AVERAGE], chosen, score)
         singles = {name: bench.outcomes(name, plan, chosen, score) for name, plan in alone.items()}
         columns, picked = pick(singles, chosen)
@@ -103,22 +115,13 @@ def evaluate(
 class _Bench:
     """One base, loaded when a score is not known yet, and the models composed on it."""
 
-    def __init__(
-        self,
-        base: Base,
-        dtype: str,
-        device: str | None,
-        registry: Registry,
-        store: Store,
-        report: Report,
-        cache: bool,
-    ) -> None:
-        self.base, self.dtype, self.device = base, dtype, device or "cpu"
-        self.registry, self.store, self.report, self.cache = registry, store, report, cache
+    def __init__(self, base: Base, dtype: str, session: Session, cache: bool) -> None:
+        self.base, self.dtype, self.session, self.cache = base, dtype, session, cache
+        self.device = session.device or "cpu"
 
     @cached_property
     def model(self) -> Any:
-        self.report("loading the base", 0, 0)
+        self.session.report("loading the base", 0, 0)
         return load_model(self.base, self.dtype, self.device)
 
     @cached_property
@@ -158,7 +161,7 @@ class _Bench:
                     if self.cache:
                         unit.write(known)
                 scores += known
-                self.report(what, len(scores), len(questions))
+                self.session.report(what, len(scores), len(questions))
             found.append(Outcome.of(one.task, one.examples, questions, scores, measure))
         return found
 
@@ -166,9 +169,7 @@ class _Bench:
         """The composition of a plan; None for the base."""
         if plan is None:
             return None
-        return compose(
-            plan, model=self.model, registry=self.registry, store=self.store, report=self.report
-        )
+        return compose(plan, model=self.model, session=self.session)
 
 
 def check_tasks(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from experthub.hub.errors import HubError
-from experthub.hub.files.atomic import written
+from experthub.hub.files.atomic import open_atomically
 
 
 def plot_result(result: dict[str, Any], path: Path) -> None:
@@ -115,5 +115,5 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, path: Path) -> None:
-    with written(path) as file:
+    with open_atomically(path) as file:
         figure.savefig(file, format="png", dpi=130)

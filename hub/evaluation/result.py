@@ -11,7 +11,7 @@ from typing import Any
 import numpy
 from experthub.hub.errors import HubError
 from experthub.hub.evaluation.statistics import bootstrap, hierarchical, wilson
-from experthub.hub.files.atomic import digest_of
+from experthub.hub.files.digests import digest_of
 from experthub.hub.readers.scorer import Measure, Question, Scores
 from experthub.hub.tasks.task import Chosen, Example, Split, Task
 

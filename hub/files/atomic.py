@@ -1,9 +1,8 @@
-"""The only place that writes files: temporary name, fsync, rename, fsync of the folder."""
+"""The only module that writes files: temporary name, fsync, rename, fsync of the folder."""
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -14,21 +13,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from experthub.hub.errors import ConflictError, HubError, UsageError
+from experthub.hub.files.file_locks import lock_if_unused
 
-DRAFT = re.compile(r"\..+\.[0-9a-f]{16}", re.S)
+DRAFT = re.compile(r"\..+\.[0-9a-f]{16}", re.S)  # the name of a file or folder being written
 
 
 def hub_home() -> Path:
-    """Where the hub keeps its store, registry and tasks: `HUB_HOME` or `~/.experthub`."""
+    """Return the folder of the store, the registry and the tasks: `HUB_HOME` or `~/.experthub`."""
     return Path(os.environ.get("HUB_HOME") or Path.home() / ".experthub")
 
 
 @contextmanager
-def written(path: Path, mode: int = 0o644) -> Iterator[IO[bytes]]:
-    """A binary file that appears under its name whole, or not at all.
+def open_atomically(path: Path, mode: int = 0o644) -> Iterator[IO[bytes]]:
+    """Open a binary file that appears under its name complete, or not at all.
 
-    Where the file system can, it has no name while it is written: nothing stays of a killed process.
+    If the file system supports it, the file has no name while it is written. A killed process
+    then leaves nothing behind.
+
+    Args:
+        path: The file to write; its folder is created if it does not exist.
+        mode: The permissions of the file.
+
+    Yields:
+        The open file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -40,7 +47,7 @@ def written(path: Path, mode: int = 0o644) -> Iterator[IO[bytes]]:
             file.flush()
             os.fchmod(handle, mode)
             os.fsync(handle)
-            draft = draft or _named(handle, path, folder)
+            draft = draft or _link(handle, path, folder)
             if draft:
                 draft.replace(path)
         os.fsync(folder)
@@ -53,7 +60,7 @@ def written(path: Path, mode: int = 0o644) -> Iterator[IO[bytes]]:
 
 
 def _open_draft(path: Path) -> tuple[int, Path | None]:
-    """A new file to write, and its name if it has one, locked then."""
+    """Open a new file for writing; return its handle, and its path if it has a name."""
     try:
         return os.open(path.parent, os.O_TMPFILE | os.O_WRONLY, 0o600), None
     except (AttributeError, OSError):
@@ -62,14 +69,14 @@ def _open_draft(path: Path) -> tuple[int, Path | None]:
         draft = _draft_of(path)
         handle = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
         fcntl.flock(handle, fcntl.LOCK_EX)
-        if os.fstat(handle).st_nlink:  # nobody took it for abandoned before it was locked
+        if os.fstat(handle).st_nlink:  # No process removed the draft before it was locked.
             return handle, draft
         os.close(handle)
 
 
-def _named(handle: int, path: Path, folder: int) -> Path | None:
-    """Give an unnamed file its name; where that is taken, the name of a draft, which can replace it."""
-    # A link takes no file's place; with a folder's handle it is linkat, which follows.
+def _link(handle: int, path: Path, folder: int) -> Path | None:
+    """Give an unnamed file its name, or the name of a draft if its name is taken."""
+    # A link cannot replace a file. With `dst_dir_fd` Python calls linkat, which follows /proc.
     source = f"/proc/self/fd/{handle}"
     try:
         os.link(source, path.name, dst_dir_fd=folder)
@@ -83,60 +90,71 @@ def _named(handle: int, path: Path, folder: int) -> Path | None:
 
 
 def _draft_of(path: Path) -> Path:
-    """A name beside a path for what is to become it; whoever writes there keeps it locked."""
+    """Return a new name beside a path for its draft, which its writer keeps locked."""
     return path.with_name(f".{path.name[:80]}.{secrets.token_hex(8)}")
 
 
-def drafts(folder: Path, name: str = "") -> list[Path]:
-    """The drafts in a folder, all or those of a name, whether somebody writes them or not."""
+def find_drafts(folder: Path, name: str = "") -> list[Path]:
+    """Find the drafts in a folder, including those that a process is writing.
+
+    Args:
+        folder: The folder to search, without its sub-folders.
+        name: The name of the file that the drafts belong to; all drafts by default.
+
+    Returns:
+        The paths of the drafts, sorted.
+    """
     start = f".{name[:80]}." if name else "."
-    return [p for p in listing(folder) if p.name.startswith(start) and DRAFT.fullmatch(p.name)]
+    return [p for p in list_folder(folder) if p.name.startswith(start) and DRAFT.fullmatch(p.name)]
 
 
-def listing(folder: Path) -> list[Path]:
-    """What is in a folder; nothing when it is gone at this moment, or is none."""
+def list_folder(folder: Path) -> list[Path]:
+    """List the files and folders in a folder.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The sorted paths; an empty list if the folder does not exist or is not a folder.
+    """
     try:
         return sorted(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
 
 
-def files_below(folder: Path) -> Iterator[Path]:
-    """Every file below a folder, but for drafts; what is gone at this moment is left out."""
+def walk_files(folder: Path) -> Iterator[Path]:
+    """Yield every file below a folder except drafts.
+
+    Args:
+        folder: The folder; files that another process removes meanwhile are omitted.
+
+    Yields:
+        The paths of the files, sorted within each folder.
+    """
     for place, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not DRAFT.fullmatch(name))
         yield from (Path(place, name) for name in sorted(names) if not DRAFT.fullmatch(name))
 
 
 def sweep(path: Path) -> None:
-    """Remove the drafts of a path that killed processes left."""
-    for draft in drafts(path.parent, path.name):
-        with unused(draft) as free:
+    """Remove the drafts of a path that killed processes left.
+
+    Args:
+        path: The file or folder that the drafts were to become.
+    """
+    for draft in find_drafts(path.parent, path.name):
+        with lock_if_unused(draft) as free:
             if free:
                 remove(draft)
 
 
-@contextmanager
-def unused(path: Path) -> Iterator[bool]:
-    """Whether a file or folder is here, and locked by no process; inside, none can lock it."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError:
-        yield False
-        return
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(handle)
-
-
 def remove(path: Path) -> None:
-    """Delete a file, or a folder with all that is in it, if it is there."""
+    """Delete a file, or a folder with its content, if it exists.
+
+    Args:
+        path: The file or folder.
+    """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -144,33 +162,58 @@ def remove(path: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Delete a folder that counts as a whole: nobody sees a part of it, whenever this is killed."""
+    """Delete a folder so that no process sees a part of it, even if this process is killed.
+
+    Args:
+        folder: The folder, which must exist.
+    """
     draft = _draft_of(folder)
     folder.rename(draft)
     remove(draft)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole text file, atomically."""
-    with written(path) as file:
+    """Write a text file atomically.
+
+    Args:
+        path: The file.
+        text: Its content, written as UTF-8.
+    """
+    with open_atomically(path) as file:
         file.write(text.encode())
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a value as indented JSON, atomically."""
-    write_text(path, json_text(value))
+    """Write a value as indented JSON, atomically.
+
+    Args:
+        path: The file.
+        value: Plain values.
+    """
+    write_text(path, format_json(value))
 
 
-def json_text(value: object) -> str:
-    """A value as JSON for people."""
+def format_json(value: object) -> str:
+    """Format a value as indented JSON for people.
+
+    Args:
+        value: Plain values.
+
+    Returns:
+        The JSON text with a newline at its end.
+    """
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 @contextmanager
-def draft_folder(path: Path) -> Iterator[Path]:
-    """A folder beside a path, for as long as the block lasts.
+def open_draft_folder(path: Path) -> Iterator[Path]:
+    """Create a locked folder beside a path, and remove it after the block.
 
-    It is locked; what killed processes left of such folders is removed first.
+    Args:
+        path: The path that the folder belongs to. Folders of killed processes are removed first.
+
+    Yields:
+        The path of the new folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path)
@@ -179,7 +222,7 @@ def draft_folder(path: Path) -> Iterator[Path]:
         draft.mkdir(0o700)
         handle = os.open(draft, os.O_RDONLY)
         fcntl.flock(handle, fcntl.LOCK_EX)
-        if draft.is_dir():  # nobody took it for abandoned before it was locked
+        if draft.is_dir():  # No process removed the draft before it was locked.
             break
         os.close(handle)
     try:
@@ -190,13 +233,20 @@ def draft_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
-    """A folder that appears under its name when the block ends well; its files are fsynced.
+def create_folder(path: Path, replace: bool = False) -> Iterator[Path]:
+    """Create a folder that appears under its name only if the block succeeds.
 
-    replace: in the place of the one that is there.  Otherwise raises FileExistsError when the name
-    is taken by anything but an empty folder.
+    Args:
+        path: The path of the folder.
+        replace: Replace the file or folder that has this name.
+
+    Yields:
+        A draft folder to fill; its files are fsynced before it gets its name.
+
+    Raises:
+        OSError: The name is taken by anything but an empty folder, and `replace` is false.
     """
-    with draft_folder(path) as draft:
+    with open_draft_folder(path) as draft:
         yield draft
         for file in draft.rglob("*"):
             if file.is_file():
@@ -214,65 +264,24 @@ def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     sync_folder(path.parent)
 
 
-def ensure_space(folder: Path, needed: int) -> None:
-    """Raise HubError unless the disk under the folder has the bytes and a little to spare."""
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if free < needed + (64 << 20):
-        raise HubError(
-            f"{folder} has {free >> 20} MiB free, {needed >> 20} MiB are needed",
-            "make room, or set HUB_HOME to a larger disk",
-        )
-
-
-def check_free(folder: Path) -> None:
-    """Raise ConflictError unless the path is free for a new folder."""
-    if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
-        raise ConflictError(f"{folder} is in use", "name a new folder")
-
-
-def check_file(path: Path) -> None:
-    """Raise UsageError unless the path can be that of a file: it is one, or is free."""
-    if path.exists() and not path.is_file():
-        raise UsageError(f"{path} is no file", "name another one")
-    above = next(folder for folder in path.absolute().parents if folder.exists())
-    if not above.is_dir():
-        raise UsageError(f"{path}: {above} is no folder", "name a file in a folder")
-
-
-@contextmanager
-def locked(path: Path, shared: bool = False) -> Iterator[None]:
-    """One process at a time inside, or any number that share it; the lock ends with its process."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-        yield
-
-
 def sync_file(path: Path) -> None:
+    """Write the content of a file to the disk.
+
+    Args:
+        path: The file.
+    """
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def sync_folder(path: Path) -> None:
+    """Write the entries of a folder to the disk.
+
+    Args:
+        path: The folder.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file's bytes, as 64 hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def canonical_json(value: object) -> bytes:
-    """UTF-8 JSON with sorted keys and no spaces: one value, one text."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-def digest_of(value: object) -> str:
-    """`sha256:<hex>` of a value's canonical JSON."""
-    return "sha256:" + hashlib.sha256(canonical_json(value)).hexdigest()

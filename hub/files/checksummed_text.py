@@ -1,6 +1,7 @@
-"""Text files that the hub writes and people may edit: their last line shows a flipped bit.
+"""Text files with a checksum in their last line, which reveals a flipped bit.
 
-Whoever edits one removes that line; the text then counts as it is.
+People may edit these files. Whoever edits one removes the last line, and the text is then used
+without a check.
 """
 
 from __future__ import annotations
@@ -17,17 +18,29 @@ from experthub.hub.files.atomic import write_text
 
 LINE = "# sha256 of the lines above; remove this line if you edit them: "
 SEAL = re.compile(re.escape(LINE.encode()) + rb"([0-9a-f]{64})\n")
-MANIFEST = "files.yaml"  # of a folder that was fetched or imported: its files, by sha256
-MENDABLE = 1 << 16  # bytes
+MANIFEST = "files.yaml"  # Lists the files of a fetched or imported folder with their sha256.
+MAX_REPAIRABLE = 1 << 16  # bytes
 
 
 def write(path: Path, text: str) -> None:
-    """Write a sealed text file, atomically."""
+    """Write a text file and its checksum, atomically.
+
+    Args:
+        path: The file.
+        text: Its content, which ends with a newline.
+    """
     write_text(path, f"{text}{LINE}{hashlib.sha256(text.encode()).hexdigest()}\n")
 
 
 def is_whole(content: bytes) -> bool:
-    """Whether a text is as it was sealed; one without a seal is."""
+    """Tell whether a text is undamaged.
+
+    Args:
+        content: The bytes of the file.
+
+    Returns:
+        Whether the checksum matches; True for a text without a checksum.
+    """
     start = content.rfind(b"\n", 0, -1) + 1
     last = content[start:]
     if not (last.startswith(b"#") and len(last) == len(LINE) + 65):
@@ -37,15 +50,30 @@ def is_whole(content: bytes) -> bool:
 
 
 def is_sealed(content: bytes) -> bool:
-    """Whether a text has a seal, and is as it was sealed."""
+    """Tell whether a text has a checksum that matches.
+
+    Args:
+        content: The bytes of the file.
+
+    Returns:
+        Whether the checksum is there and matches.
+    """
     return SEAL.fullmatch(content[content.rfind(b"\n", 0, -1) + 1 :]) is not None and is_whole(
         content
     )
 
 
-def mended(content: bytes, right: Callable[[bytes], bool] = is_sealed) -> bytes | None:
-    """A small file with the one flipped bit put back; None when it is not one bit."""
-    if len(content) > MENDABLE:
+def repair_bit(content: bytes, right: Callable[[bytes], bool] = is_sealed) -> bytes | None:
+    """Repair a small file in which one bit was flipped, by trying every bit.
+
+    Args:
+        content: The damaged bytes.
+        right: Tells whether bytes are undamaged.
+
+    Returns:
+        The repaired bytes; None if the file is too large or no single bit repairs it.
+    """
+    if len(content) > MAX_REPAIRABLE:
         return None
     for place in range(len(content)):
         for bit in range(8):
@@ -57,16 +85,29 @@ def mended(content: bytes, right: Callable[[bytes], bool] = is_sealed) -> bytes 
 
 
 def write_manifest(folder: Path, files: Mapping[str, str], source: str | None = None) -> None:
-    """Say in a folder what belongs in it.  files: name -> sha256.  source: where it came from."""
+    """Write a folder's manifest, which lists its files and their checksums.
+
+    Args:
+        folder: The folder.
+        files: The sha256 of each file by name.
+        source: The place that the files came from.
+    """
     record: dict[str, Any] = {"files": dict(sorted(files.items()))}
     write(folder / MANIFEST, yaml_files.dump(record | ({"source": source} if source else {})))
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """What a folder's manifest says, a flipped bit in it put back; None when it cannot be read."""
+    """Read a folder's manifest; repair it in memory if one bit was flipped.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The mapping with `files` and perhaps `source`; None if the manifest cannot be read.
+    """
     try:
         content = (folder / MANIFEST).read_bytes()
-        whole = content if is_sealed(content) else mended(content)
+        whole = content if is_sealed(content) else repair_bit(content)
         record = yaml_files.parse(whole.decode(), MANIFEST).value if whole else None
     except (OSError, HubError):
         return None

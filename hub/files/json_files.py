@@ -1,4 +1,4 @@
-"""JSON files: read with checks."""
+"""JSON files that are read with checks."""
 
 from __future__ import annotations
 
@@ -8,26 +8,48 @@ from typing import Any
 
 from experthub.hub.errors import IntegrityError
 
-MAX_BYTES = 64 << 20  # the longest JSON files list the tensors of the largest models
+MAX_BYTES = 64 << 20  # The longest JSON files list the tensors of the largest models.
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; IntegrityError when the file is damaged."""
+    """Read a JSON object from a file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The object as a mapping.
+
+    Raises:
+        IntegrityError: The file is too large, or is not a JSON object.
+    """
     try:
         value = json.loads(read_small(path).decode())
     except (ValueError, RecursionError) as error:
         raise IntegrityError(
-            f"{path} is damaged: {error}", "get it again from its source"
+            f"{path} is damaged: {error}", "fetch it again from its source"
         ) from None
     if not isinstance(value, dict):
         raise IntegrityError(
-            f"{path} is damaged: not a JSON object", "get it again from its source"
+            f"{path} is damaged: not a JSON object", "fetch it again from its source"
         )
     return value
 
 
 def read_small(path: Path) -> bytes:
-    """Read a small file; IntegrityError when it is larger than `MAX_BYTES`."""
+    """Read a file of at most `MAX_BYTES` bytes.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its bytes.
+
+    Raises:
+        IntegrityError: The file is larger.
+    """
     if path.stat().st_size > MAX_BYTES:
-        raise IntegrityError(f"{path} has more than {MAX_BYTES} bytes", "is it the right file?")
+        raise IntegrityError(
+            f"{path} has more than {MAX_BYTES} bytes", "check that it is the right file"
+        )
     return path.read_bytes()

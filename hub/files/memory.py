@@ -1,18 +1,18 @@
-"""How the process asks the system for memory."""
+"""Settings of the memory allocator."""
 
 from __future__ import annotations
 
 import ctypes
 
-# Of glibc's malloc.h; on other systems the numbers mean nothing and are not used.
+# These constants come from glibc's malloc.h; they are not used on other systems.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 
 
 def reuse_memory() -> None:
-    """Let glibc keep what is freed, up to 2 GiB, for the next tensor; elsewhere this does nothing.
+    """Let glibc keep up to 2 GiB of freed memory for the next tensor; do nothing elsewhere.
 
-    By default every large tensor is new memory, and touching it for the first time can cost as
-    much as computing what is in it.
+    By default glibc asks the system for new memory for every large tensor. The first access to new
+    memory can cost as much as computing the tensor.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

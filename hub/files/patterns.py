@@ -1,35 +1,53 @@
-"""Regular expressions of others: compiled or refused, and never matched for ever."""
+"""Patterns that users write: checked before they are used, and never matched forever."""
 
 from __future__ import annotations
 
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from reprlib import repr as short
 
 LONGEST = 10_000  # characters
-SECONDS = 5.0  # of the processor; thousands of modules take a hundredth of one
+SECONDS = 5.0  # Processor time; matching thousands of modules takes a hundredth of a second.
 
 
-def checked_pattern(text: str) -> str:
-    """The pattern; ValueError when Python cannot compile it, alone or as a group."""
+def check_pattern(text: str) -> str:
+    """Check that Python can compile a regular expression, alone and as a group.
+
+    Args:
+        text: The regular expression.
+
+    Returns:
+        The same text.
+
+    Raises:
+        ValueError: The text is too long or is not a regular expression.
+    """
     if len(text) > LONGEST:
-        raise ValueError(f"a regular expression of {len(text)} characters")
+        raise ValueError(f"a regular expression of {len(text)} characters is too long")
     try:
         re.compile(f"({text})")
         re.compile(text)
     except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"{short(text)} is no regular expression: {error}") from None
+        raise ValueError(f"{short(text)} is not a regular expression: {error}") from None
     return text
 
 
 @contextmanager
-def matching() -> Iterator[None]:
-    """TimeoutError when the block computes for too long, as some patterns make `re` do.
+def limit_matching_time() -> Iterator[None]:
+    """Limit the processor time of a block, because some patterns make `re` run forever.
 
-    A signal of the processor's time can end a match; only the main thread can have one.
+    Only a signal can interrupt a match, and only the main thread receives signals. In other
+    threads the time is not limited.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        TimeoutError: The block used too much processor time.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -45,3 +63,16 @@ def matching() -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
+
+
+def is_named(name: str, patterns: Iterable[str]) -> bool:
+    """Tell whether a file name matches one of several shell patterns.
+
+    Args:
+        name: The file name.
+        patterns: The patterns.
+
+    Returns:
+        Whether one of them matches; case counts.
+    """
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,8 +1,7 @@
-"""YAML 1.2 that remembers lines, and pydantic errors that name them."""
+"""YAML 1.2 with line numbers, and pydantic errors that name the file, the line and the key."""
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -10,12 +9,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from experthub.hub.errors import UsageError
+from experthub.hub.files.spelling import suggest_name
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 100
-MAX_DIGITS = 1000  # of a number; Python refuses to print more than some thousands
+MAX_DIGITS = 1000  # Python refuses to print numbers of more than some thousand digits.
 INTEGER = r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"
 FLOAT = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
 CONSTANTS: dict[str, bool | float | None] = dict.fromkeys(("", "~", "null", "Null", "NULL"))
@@ -28,7 +28,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class Closed(BaseModel):
-    """A frozen record that refuses unknown keys, and says which it knows."""
+    """A frozen record that rejects unknown keys and lists the keys that it has."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -46,14 +46,27 @@ class Closed(BaseModel):
 
 @dataclass(frozen=True)
 class Document:
-    """Plain values and the line, from 1, of every key and item."""
+    """A parsed YAML text: its plain values, and the lines where they stand.
+
+    Attributes:
+        value: The plain values.
+        lines: The line, from 1, of every key and item by its path.
+        name: The name of the file, for error messages.
+    """
 
     value: Any
     lines: dict[Where, int]
     name: str
 
     def at(self, where: Where) -> str:
-        """`file, line N` for a place in the document, or for its nearest parent."""
+        """Describe the place of a value.
+
+        Args:
+            where: The path of the value: keys and positions.
+
+        Returns:
+            `file, line N` of the value, or of its nearest parent that has a line.
+        """
         for length in range(len(where), -1, -1):
             line = self.lines.get(where[:length])
             if line:
@@ -62,9 +75,22 @@ class Document:
 
 
 def read(path: Path) -> Document:
-    """Read a YAML file; UsageError when it is none, when keys repeat, or when it uses aliases."""
+    """Read a YAML file.
+
+    Args:
+        path: The file, of at most `MAX_BYTES` bytes.
+
+    Returns:
+        The values and their lines.
+
+    Raises:
+        UsageError: The file is too large, is not UTF-8 or is not YAML, sets a key twice, or uses
+            aliases, tags or merge keys.
+    """
     if path.stat().st_size > MAX_BYTES:
-        raise UsageError(f"{path} is larger than {MAX_BYTES} bytes", "is it a recipe or registry?")
+        raise UsageError(
+            f"{path} is larger than {MAX_BYTES} bytes", "check that it is a recipe or a registry"
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -73,7 +99,18 @@ def read(path: Path) -> Document:
 
 
 def parse(text: str, name: str) -> Document:
-    """As `read`, of a text."""
+    """Parse a YAML text.
+
+    Args:
+        text: The text.
+        name: The name of its file, for error messages.
+
+    Returns:
+        The values and their lines.
+
+    Raises:
+        UsageError: The text is not YAML, sets a key twice, or uses aliases, tags or merge keys.
+    """
     import yaml
 
     events = yaml.parse(text, Loader=getattr(yaml, "CBaseLoader", yaml.BaseLoader))
@@ -91,18 +128,20 @@ def parse(text: str, name: str) -> Document:
 
 
 class _Reader:
-    """Plain values from a parser's events, and the lines where they stand."""
+    """A builder of plain values from a parser's events, which also records their lines."""
 
     def __init__(self, events: Iterator[Any], name: str) -> None:
         self.events, self.name = events, name
         self.lines: dict[Where, int] = {}
 
     def document(self) -> Any:
-        """The one document of the text; None for an empty one."""
+        """Read the only document of the text; return None for an empty text."""
         value = None
         for count, event in enumerate(self._documents()):
             if count:
-                raise self._error(event, "a second document", "keep one document in a file")
+                raise self._error(
+                    event, "a second document starts here", "keep one document in a file"
+                )
             value = self._value(next(self.events), ())
             next(self.events)
         return value
@@ -115,11 +154,14 @@ class _Reader:
     def _value(self, event: Any, where: Where) -> Any:
         kind = type(event).__name__
         if kind == "AliasEvent":
-            raise self._error(event, "an alias", "write the value out")
+            raise self._error(event, "aliases are not supported", "write the value out")
         if event.tag is not None and event.tag != "!":
-            raise self._error(event, f"the tag {event.tag}", "write plain YAML without tags")
+            raise self._error(
+                event, f"the tag {event.tag} is not supported", "write plain YAML without tags"
+            )
         if len(where) > MAX_DEPTH:
-            raise self._error(event, f"nested deeper than {MAX_DEPTH}", "is it the right file?")
+            what = f"the values are nested deeper than {MAX_DEPTH} levels"
+            raise self._error(event, what, "check that it is the right file")
         if kind == "SequenceStartEvent":
             return self._items(where)
         if kind == "MappingStartEvent":
@@ -139,11 +181,11 @@ class _Reader:
         while type(event := next(self.events)).__name__ != "MappingEndEvent":
             key = getattr(event, "value", None)
             if key is None or event.tag not in (None, "!"):
-                raise self._error(event, "a key that is not text", "write key: value")
+                raise self._error(event, "the key is not text", "write key: value")
             if key == "<<" and not event.style:
-                raise self._error(event, "a merge key", "write the keys out")
+                raise self._error(event, "merge keys are not supported", "write the keys out")
             if key in entries:
-                raise self._error(event, f"the key {key!r} stands twice", "remove one of them")
+                raise self._error(event, f"the key {key!r} is set twice", "remove one of them")
             place = (*where, key)
             self.lines[place] = event.start_mark.line + 1
             entries[key] = self._value(next(self.events), place)
@@ -154,27 +196,31 @@ class _Reader:
 
 
 def _scalar(text: str) -> Any:
-    """A plain scalar by the core schema of YAML 1.2 (section 10.3.2)."""
+    """Convert a plain scalar by the core schema of YAML 1.2 (section 10.3.2)."""
     if text in CONSTANTS:
         return CONSTANTS[text]
     if re.fullmatch(INTEGER, text):
         if len(text) > MAX_DIGITS:
-            raise ValueError(f"a number of {len(text)} digits")
+            raise ValueError(f"a number of {len(text)} digits is too long")
         return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
     return float(text) if re.fullmatch(FLOAT, text) else text
 
 
-def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """A hint for a word that is none of the known ones; prefix is put before the one it is like."""
-    known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    if close:
-        return f"did you mean {prefix + close[0]!r}?"
-    return f"known: {', '.join(known)}" if known else ""
+def validate(model: type[Model], document: Document, guide: str = "docs/recipes.md") -> Model:
+    """Validate a document as a pydantic model.
 
+    Args:
+        model: The class of the model.
+        document: The values and their lines.
+        guide: The page that describes the format, for the hint.
 
-def validated(model: type[Model], document: Document, guide: str = "docs/recipes.md") -> Model:
-    """The document as a model; UsageError names file, line and key, with a did-you-mean."""
+    Returns:
+        The model.
+
+    Raises:
+        UsageError: The document does not fit the model. The message names file, line and key, and
+            the hint suggests a similar key for an unknown one.
+    """
     try:
         return model.model_validate(document.value)
     except ValidationError as error:
@@ -182,14 +228,23 @@ def validated(model: type[Model], document: Document, guide: str = "docs/recipes
 
 
 def as_usage_error(error: ValidationError, document: Document, guide: str) -> UsageError:
-    """The first error of a validation, unknown keys before all others, as one sentence."""
+    """Convert an error of pydantic to an error with one sentence and a hint.
+
+    Args:
+        error: The error of pydantic; an unknown key is reported before all other problems.
+        document: The document that was validated.
+        guide: The page that describes the format, for the hint.
+
+    Returns:
+        The error, which names file, line and key.
+    """
     problems = error.errors()
     first = next((p for p in problems if p["type"] == "unknown_key"), problems[0])
     where = _in_document(document, first["loc"])
     if first["type"] == "unknown_key":
         key, known = first["ctx"]["key"], first["ctx"]["known"].split(", ")
         return UsageError(
-            f"{document.at((*where, key))}: unknown key {key!r}", did_you_mean(key, known)
+            f"{document.at((*where, key))}: unknown key {key!r}", suggest_name(key, known)
         )
     if first["type"] == "hub_error":
         context = first["ctx"]
@@ -206,7 +261,7 @@ def as_usage_error(error: ValidationError, document: Document, guide: str) -> Us
 
 
 def _in_document(document: Document, location: Iterable[int | str]) -> Where:
-    """A pydantic location without the parts that name no key, such as the arms of a union."""
+    """Remove the parts of a pydantic location that are not keys, such as the arms of a union."""
     where: Where = ()
     for part in location:
         if (*where, part) in document.lines:
@@ -215,11 +270,18 @@ def _in_document(document: Document, location: Iterable[int | str]) -> Where:
 
 
 def dump(value: Any) -> str:
-    """Plain values as YAML."""
+    """Write plain values as YAML.
+
+    Args:
+        value: Mappings, lists, texts, numbers, booleans and None.
+
+    Returns:
+        The YAML text, in which YAML 1.1 and YAML 1.2 read the same values.
+    """
     import yaml
 
     class Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
-        """Quotes what YAML 1.2 would read as a number, besides what 1.1 would; has no aliases."""
+        """A dumper that also quotes texts that YAML 1.2 reads as numbers, and writes no aliases."""
 
         def ignore_aliases(self, data: Any) -> bool:
             return True

@@ -10,15 +10,20 @@ from typing import Any
 from experthub.hub.bases.base import Base, linear_modules
 from experthub.hub.bases.base_sources import find
 from experthub.hub.errors import HubError
-from experthub.hub.files.atomic import new_folder
+from experthub.hub.files.atomic import create_folder
 from experthub.hub.finetunes import lora, vector
 from experthub.hub.finetunes.form import MAX_SHARD_SIZE, Form
-from experthub.hub.finetunes.two_models import Changed, Weights, changed_of, pairs_of, weights_of
-from experthub.hub.progress import Report, silent
+from experthub.hub.finetunes.two_models import (
+    Changed,
+    StoredWeights,
+    changed_of,
+    pairs_of,
+    weights_of,
+)
+from experthub.hub.registry.entries import check_name
 from experthub.hub.registry.expert import Expert
-from experthub.hub.registry.registry import Registry, checked_name
-from experthub.hub.store.store import Store
-from experthub.hub.transfer.describe import describe, run_folder
+from experthub.hub.session import Session
+from experthub.hub.transfer.describe import checkpoint_folder, describe
 
 
 @dataclass(frozen=True)
@@ -43,21 +48,37 @@ def diff(
     task: str | None = None,
     description: str = "",
     version: int | None = None,
-    registry: Registry | None = None,
-    store: Store | None = None,
-    report: Report = silent,
+    session: Session | None = None,
 ) -> Difference:
     """Store fine-tuned minus base as an expert in the user's own registry.
 
-    base, finetuned: registry names, folders, `hf:...`.  rank, energy, sparse, dtype,
-    max_shard_size: see `Form`.
-    One tensor of each model is in memory at a time.  Raises HubError for models of different
-    parameters or shapes, for equal ones, and for a form that cannot hold the difference.
+    One tensor of each model is in memory at a time.
+
+    Args:
+        base: The base: a registry name, a folder or `hf:...`.
+        finetuned: The fine-tuned model, in the same forms.
+        name: The name of the expert in the user's own registry.
+        rank: The rank of a LoRA, see `Form`.
+        energy: The share of the squared norm that a LoRA keeps, see `Form`.
+        sparse: The share of entries that are kept, see `Form`.
+        dtype: The dtype of the stored tensors, see `Form`.
+        max_shard_size: The largest file in bytes, see `Form`.
+        task: The task that the model was trained on.
+        description: One line about the expert.
+        version: The version. The default is the next one of the name.
+        session: The registry, the store and the progress callback. The default is `Session()`.
+
+    Returns:
+        The registered expert and its figures.
+
+    Raises:
+        HubError: The models differ in parameters or shapes, or are equal, or the form cannot hold
+            the difference.
     """
     form = Form(rank, energy, sparse, dtype, max_shard_size)
-    registry = registry or Registry.read()
-    checked_name(name)
-    before, after = find(base, registry, report), find(finetuned, registry, report)
+    session = session or Session()
+    check_name(name)
+    before, after = find(base, session), find(finetuned, session)
     record = {
         "method": "diff",
         "finetuned": after.folder.resolve().name if after.name == str(after.folder) else after.name,
@@ -68,36 +89,49 @@ def diff(
         weights_of(after),
         name,
         form,
-        run_folder(name, {"base": before.fingerprint, **record, **form.record()}),
+        checkpoint_folder(name, {"base": before.fingerprint, **record, **form.record()}),
+        session,
         record=record,
         task=task,
         description=description,
         version=version,
-        registry=registry,
-        store=store or Store(),
-        report=report,
     )
 
 
 def take_in(
     base: Base,
-    tuned: Weights,
+    tuned: StoredWeights,
     name: str,
     form: Form,
     run: Path,
+    session: Session,
     *,
     record: dict[str, Any],
     task: str | None,
-    registry: Registry,
-    store: Store,
-    report: Report,
     description: str = "",
     version: int | None = None,
 ) -> Difference:
-    """Write the difference to a base into a run's folder, store and register it; see `diff`.
+    """Write the difference to a base into a run's folder, store it and register it; see `diff`.
 
-    record: what its training is to say besides the figures.
+    Args:
+        base: The base.
+        tuned: The fine-tuned weights.
+        name: The name of the expert.
+        form: The form in which the difference is stored.
+        run: The run's folder.
+        session: The registry, the store and the progress callback.
+        record: What the expert's training record contains besides the form and the figures.
+        task: The task that the model was trained on.
+        description: One line about the expert.
+        version: The version. The default is the next one of the name.
+
+    Returns:
+        The registered expert and its figures.
+
+    Raises:
+        HubError: The models are equal, or the form cannot hold the difference.
     """
+    report = session.report
     untouched = weights_of(base)
     pairs = pairs_of(untouched, tuned)
     changed = list(changed_of(pairs, untouched, tuned, report))
@@ -107,7 +141,7 @@ def take_in(
             "name the base first, then the fine-tuned model",
         )
     kinds = linear_modules(base) if form.low_rank else {}
-    with new_folder(run / "expert") as folder:
+    with create_folder(run / "expert") as folder:
         if form.low_rank:
             error, more = lora.write(folder, base, untouched, tuned, changed, kinds, form, report)
         else:
@@ -125,8 +159,7 @@ def take_in(
         run / "expert",
         name,
         base,
-        registry,
-        store,
+        session,
         task=task,
         training={**record, **form.record(), **figures},
         version=version,

@@ -10,19 +10,19 @@ from experthub.hub.bases.base import Base
 from experthub.hub.errors import HubError
 from experthub.hub.files.atomic import write_json
 from experthub.hub.finetunes.form import Error, Form
-from experthub.hub.finetunes.two_models import Changed, Weights, read_pair
+from experthub.hub.finetunes.two_models import Changed, StoredWeights, read_pair
 from experthub.hub.formats.adapter import PREFIX
+from experthub.hub.kinds.lora import ADAPTER, ADAPTER_CONFIG
 from experthub.hub.progress import Report
-from experthub.hub.registry.expert import ADAPTER, ADAPTER_CONFIG
-from experthub.merge import Dense, LowRank, truncated
+from experthub.merge import Dense, LowRank, truncate
 from torch import Tensor
 
 
 def write(
     folder: Path,
     base: Base,
-    untouched: Weights,
-    tuned: Weights,
+    untouched: StoredWeights,
+    tuned: StoredWeights,
     changed: list[Changed],
     kinds: dict[str, bool],
     form: Form,
@@ -44,7 +44,7 @@ def write(
         name = change.pair.name
         read = read_pair(change.pair, untouched, tuned)
         if name in modules:
-            found = truncated(Dense(read.delta), form.rank, form.energy)
+            found = truncate(Dense(read.delta), form.rank, form.energy)
             low = LowRank(found.a.to(dtype), found.b.to(dtype))
             if not bool(torch.isfinite(low.a).all() and torch.isfinite(low.b).all()):
                 raise HubError(f"the change of {name} overflows {form.dtype}", "use float32")

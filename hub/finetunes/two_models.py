@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from experthub.hub.bases.base import Base, weight_files
 from experthub.hub.errors import HubError, IntegrityError
-from experthub.hub.files.yaml_files import did_you_mean
+from experthub.hub.files.spelling import suggest_name
 from experthub.hub.formats.safetensors_header import FLOATS, read_header
 from experthub.hub.progress import Report
 from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Weights:
+class StoredWeights:
     """A model's stored parameters, each read when it is asked for.
 
     shapes: of the tensors of floats.  others: of those that are none, by name.  tied: a parameter
@@ -31,7 +31,7 @@ class Weights:
     tied: Mapping[str, str]
 
 
-def weights_of(base: Base) -> Weights:
+def weights_of(base: Base) -> StoredWeights:
     """What a model folder stores."""
     from safetensors import safe_open
 
@@ -48,7 +48,7 @@ def weights_of(base: Base) -> Weights:
         tensor: Tensor = places[name].get_tensor(name)
         return tensor
 
-    return Weights(base.name, shapes, read, others, base.tied)
+    return StoredWeights(base.name, shapes, read, others, base.tied)
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Pair:
     tuned: str
 
 
-def pairs_of(base: Weights, tuned: Weights) -> list[Pair]:
+def pairs_of(base: StoredWeights, tuned: StoredWeights) -> list[Pair]:
     """Every parameter of both; HubError for one that only one of them has, or of another shape.
 
     Tied weights are one parameter where both tie them, and two where one of them does not.
@@ -75,7 +75,7 @@ def pairs_of(base: Weights, tuned: Weights) -> list[Pair]:
             more = f" and {len(alone) - 1} more" if len(alone) > 1 else ""
             raise HubError(
                 f"{one.name} has {alone[0]}{more}, which {other.name} has not",
-                did_you_mean(alone[0], other.shapes) or "the two must be one architecture",
+                suggest_name(alone[0], other.shapes) or "the two must be one architecture",
             )
     for pair in pairs:
         here, there = base.shapes[pair.base], tuned.shapes[pair.tuned]
@@ -104,7 +104,7 @@ class Read:
     delta: Tensor
 
 
-def read_pair(pair: Pair, base: Weights, tuned: Weights) -> Read:
+def read_pair(pair: Pair, base: StoredWeights, tuned: StoredWeights) -> Read:
     """Both values of a parameter and their difference; IntegrityError for NaN or infinity."""
     values = []
     for model, at in ((base, pair.base), (tuned, pair.tuned)):
@@ -133,7 +133,7 @@ class Changed:
 
 
 def changed_of(
-    pairs: list[Pair], base: Weights, tuned: Weights, report: Report
+    pairs: list[Pair], base: StoredWeights, tuned: StoredWeights, report: Report
 ) -> Iterator[Changed]:
     """The parameters that differ, read one by one.
 
@@ -149,7 +149,7 @@ def changed_of(
         report("comparing", i + 1, len(pairs))
 
 
-def _tied_still(pair: Pair, base: Weights, tuned: Weights) -> bool:
+def _tied_still(pair: Pair, base: StoredWeights, tuned: StoredWeights) -> bool:
     """Whether a weight that is stored twice is one weight all the same."""
     at = base.tied[pair.name]
     return torch.equal(tuned.read(pair.tuned), tuned.read(at))

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from experthub.hub.bases.base import Base
-from experthub.hub.composition.weights import unpacked
 from experthub.hub.errors import HubError
 from experthub.hub.files.atomic import write_json
 from experthub.hub.finetunes.form import Error, Form
-from experthub.hub.finetunes.two_models import Changed, Weights, read_pair
-from experthub.hub.formats.safetensors_writer import Layout, safetensors_file
-from experthub.hub.formats.task_vector import SHAPES
+from experthub.hub.finetunes.two_models import Changed, StoredWeights, read_pair
+from experthub.hub.formats.safetensors_writer import SafetensorsLayout, safetensors_file
+from experthub.hub.formats.task_vector import SHAPES, unpack_mask
+from experthub.hub.kinds.task_vector import SHARD, SHARD_INDEX, TASK_VECTOR
 from experthub.hub.progress import Report
-from experthub.hub.registry.expert import SHARD, SHARD_INDEX, TASK_VECTOR
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -33,8 +32,8 @@ DTYPES = {
 def write(
     folder: Path,
     base: Base,
-    untouched: Weights,
-    tuned: Weights,
+    untouched: StoredWeights,
+    tuned: StoredWeights,
     changed: list[Changed],
     form: Form,
     report: Report,
@@ -98,7 +97,9 @@ def _kept(change: Changed, form: Form, width: int) -> int | None:
     return kept if kept and -(-change.count // 8) + kept * width < change.count * width else None
 
 
-def _layout(base: Base, changed: list[Changed], kept: dict[str, int | None], dtype: str) -> Layout:
+def _layout(
+    base: Base, changed: list[Changed], kept: dict[str, int | None], dtype: str
+) -> SafetensorsLayout:
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     shapes: dict[str, list[int]] = {}
     for change in changed:
@@ -120,7 +121,7 @@ def _layout(base: Base, changed: list[Changed], kept: dict[str, int | None], dty
         metadata["hub.tied"] = json.dumps(dict(base.tied), sort_keys=True)
     if shapes:
         metadata[SHAPES] = json.dumps(shapes, sort_keys=True)
-    return Layout(tensors, metadata)
+    return SafetensorsLayout(tensors, metadata)
 
 
 def _put(writer: Writer, name: str, delta: Tensor, kept: int | None, dtype: torch.dtype) -> Tensor:
@@ -138,7 +139,7 @@ def _put(writer: Writer, name: str, delta: Tensor, kept: int | None, dtype: torc
     bits = numpy.packbits(mask.numpy(), bitorder="little")
     writer.put(f"{name}.values", _bytes(values))
     writer.put(f"{name}.mask", bits.data)
-    return unpacked(torch.from_numpy(bits), values, tuple(delta.shape))
+    return unpack_mask(torch.from_numpy(bits), values, tuple(delta.shape))
 
 
 def _bytes(tensor: Tensor) -> memoryview:

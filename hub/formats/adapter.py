@@ -1,6 +1,6 @@
-"""PEFT folders and task vectors, read exactly or refused by name.
+"""LoRA adapters in PEFT's format, and gates: read exactly, or refused with the reason.
 
-Everything here reads headers and JSON; tensors are loaded by the composition alone.
+Only headers and JSON are read here.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 
 from experthub.hub.errors import HubError, IntegrityError
 from experthub.hub.files.json_files import read_json, read_small
-from experthub.hub.files.patterns import matching
-from experthub.hub.files.yaml_files import did_you_mean
+from experthub.hub.files.patterns import limit_matching_time
+from experthub.hub.files.spelling import suggest_name
 from experthub.hub.formats.lora_config import by_pattern, check_config, targeted
 from experthub.hub.formats.safetensors_header import (
     FLOATS,
@@ -26,25 +26,23 @@ from experthub.hub.formats.safetensors_header import (
     parsed,
     read_header,
 )
-from experthub.hub.registry.expert import (
-    ADAPTER,
-    COEFFICIENTS,
-    ROUTER,
-    SHARD_INDEX,
-    SKILLS,
-    TASK_VECTOR,
-    Kind,
-)
 
 PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """How one module is changed: `scale * B A`, of the parameter `<module>.weight`.
+    """The low-rank change `scale * B A` of one module's parameter `<module>.weight`.
 
-    shape: of that parameter.  a, b: tensor names in the adapter's file.  transposed: the
-    parameter is stored `[I, O]` (Conv1D).  embedding: A and B swap roles, as PEFT stores them.
+    Args:
+        module: The module's name.
+        rank: The rank of A and B.
+        scale: The factor of the change.
+        shape: The parameter's shape.
+        a: The name of the tensor A in the file.
+        b: The name of the tensor B in the file.
+        transposed: Whether the parameter is stored `[I, O]` (Conv1D).
+        embedding: Whether A and B swap roles, as PEFT stores those of embeddings.
     """
 
     module: str
@@ -58,15 +56,24 @@ class Adapted:
 
 
 def read_adapter(config: Path, weights: Path, name: str) -> tuple[Adapted, ...]:
-    """What a PEFT LoRA changes, module by module, sorted by module.
+    """Read which modules a PEFT LoRA changes, and how.
 
-    config, weights: the adapter's files.  name: what errors call it.  Raises IntegrityError for a
-    configuration that asks for more than a low-rank change, and for tensors without a partner, of
-    the wrong rank, or that the configuration does not target.
+    Args:
+        config: `adapter_config.json`.
+        weights: `adapter_model.safetensors`; only its header is read.
+        name: What errors call the adapter.
+
+    Returns:
+        One change per module, sorted by module. Adapters with equal headers and configurations
+        get the same tuple.
+
+    Raises:
+        IntegrityError: The configuration asks for more than a low-rank change, or a tensor has no
+            partner, another rank, or is not targeted by the configuration.
     """
     text, (header, size) = read_small(config), header_text(weights)
     try:
-        with matching():
+        with limit_matching_time():
             return _read_adapter(text, header, size)
     except (ValueError, AttributeError, RecursionError):
         read_json(config), read_header(weights)  # for their errors, which name the file
@@ -82,13 +89,14 @@ def read_adapter(config: Path, weights: Path, name: str) -> tuple[Adapted, ...]:
 
 @lru_cache(maxsize=64)
 def _read_adapter(config_text: bytes, header: bytes, size: int) -> tuple[Adapted, ...]:
-    """Remembered by content: a hub's experts are many, and their shapes few."""
+    """Read an adapter from its content, cached: many experts have few different shapes."""
     config = json.loads(config_text)
     check_config(config)
     return tuple(_adapters(config, parsed(header, size)))
 
 
 def _adapters(config: dict[str, Any], header: Header) -> list[Adapted]:
+    """Pair the tensors A and B of each module, and check them."""
     pairs: dict[str, dict[str, str]] = {}
     for tensor, info in header.items():
         found = re.fullmatch(
@@ -130,6 +138,7 @@ def _adapted(
     module: str,
     pair: dict[str, str],
 ) -> Adapted:
+    """Return the change of one module, its rank and scale checked against the configuration."""
     embedding = "embedding_A" in pair
     first, second = (
         (pair["embedding_A"], pair["embedding_B"]) if embedding else (pair["A"], pair["B"])
@@ -154,16 +163,23 @@ def _adapted(
 def check_shapes(
     adapted: Iterable[Adapted], base: dict[str, tuple[int, ...]], name: str, base_name: str
 ) -> None:
-    """Raise HubError for the first module that the base lacks or whose shape does not fit.
+    """Check low-rank changes against a base.
 
-    base: parameter name -> shape.
+    Args:
+        adapted: The changes.
+        base: Parameter name -> shape, of the base.
+        name: What errors call the expert.
+        base_name: What errors call the base.
+
+    Raises:
+        HubError: The base lacks a module, or its weight has another shape.
     """
     for change in adapted:
         shape = base.get(f"{change.module}.weight")
         if shape is None:
             raise HubError(
                 f"{name}: adapts {change.module}, which {base_name} does not have",
-                did_you_mean(change.module, [n.removesuffix(".weight") for n in base]),
+                suggest_name(change.module, [n.removesuffix(".weight") for n in base]),
             )
         if tuple(shape) != change.shape:
             raise HubError(
@@ -174,7 +190,16 @@ def check_shapes(
 
 
 def check_gates(gates: dict[str, tuple[int, ...]], adapted: Iterable[Adapted], name: str) -> None:
-    """Raise HubError for a gate of a module that is not adapted, or of another width than its input."""
+    """Check gates against the adapter that they belong to.
+
+    Args:
+        gates: Module -> shape of its gate.
+        adapted: The adapter's changes.
+        name: What errors call the expert.
+
+    Raises:
+        HubError: A gate belongs to a module that is not adapted, or is not `[inputs]`.
+    """
     widths = {a.module: a.shape[0] if a.transposed else a.shape[1] for a in adapted}
     for module, shape in sorted(gates.items()):
         if shape != (widths.get(module),):
@@ -185,33 +210,18 @@ def check_gates(gates: dict[str, tuple[int, ...]], adapted: Iterable[Adapted], n
             )
 
 
-def kind_of(folder: Path) -> Kind:
-    """Which kind of expert a folder holds; IntegrityError when it is none, or only a pickle."""
-    names = {path.name for path in folder.iterdir()}
-    if ADAPTER in names:
-        return "lora"
-    if names & {TASK_VECTOR, SHARD_INDEX}:
-        return "task_vector"
-    if COEFFICIENTS in names:
-        return "coefficients"
-    if SKILLS in names:
-        return "skills"
-    if ROUTER in names:
-        return "router"
-    pickles = sorted(n for n in names if Path(n).suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"))
-    if pickles:
-        raise IntegrityError(
-            f"{folder} holds {pickles[0]}, a pickle, and no safetensors",
-            "save it again with safe_serialization=True; pickles can run code when read",
-        )
-    raise IntegrityError(
-        f"{folder} holds no {ADAPTER} and no {TASK_VECTOR}",
-        "name the folder that peft's save_pretrained wrote",
-    )
-
-
 def read_gates(path: Path) -> dict[str, tuple[int, ...]]:
-    """Module -> shape of the gates in a file; IntegrityError for anything else in it."""
+    """Read the gates in a file; only its header is read.
+
+    Args:
+        path: `phatgoose_gates.safetensors`.
+
+    Returns:
+        Module -> shape of its gate. Files with equal headers get the same mapping.
+
+    Raises:
+        IntegrityError: The file holds anything else.
+    """
     try:
         return _read_gates(*header_text(path))
     except ValueError:
@@ -223,6 +233,7 @@ def read_gates(path: Path) -> dict[str, tuple[int, ...]]:
 
 @lru_cache(maxsize=64)
 def _read_gates(header: bytes, size: int) -> dict[str, tuple[int, ...]]:
+    """Read gates from the header's content, cached."""
     gates: dict[str, tuple[int, ...]] = {}
     for tensor, info in parsed(header, size).items():
         if not tensor.endswith(".gate") or info.dtype not in FLOATS or len(info.shape) != 1:

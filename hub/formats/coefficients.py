@@ -1,4 +1,4 @@
-"""Learned coefficients as files: `coefficients.json` and `coefficients.safetensors`."""
+"""The files of learned coefficients: `coefficients.json` and `coefficients.safetensors`."""
 
 from __future__ import annotations
 
@@ -6,27 +6,41 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from experthub.hub.errors import IntegrityError
-from experthub.hub.files.json_files import read_json
 from experthub.hub.files.yaml_files import Closed
+from experthub.hub.formats.records import Digest, read_record
 from experthub.hub.formats.safetensors_header import read_header
-from experthub.hub.registry.expert import COEFFICIENTS_JSON, Digest
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 TENSOR = "coefficients"
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class CoefficientExpert(Closed):
-    """One expert that coefficients were learned for; digest: of its content, or of a merge's plan."""
+    """One expert that coefficients were learned for.
+
+    Args:
+        expert: Its label in the recipe.
+        digest: The digest of its content, or of everything that a nested merge is made of.
+    """
 
     expert: str
     digest: Digest
 
 
 class CoefficientsRecord(Closed):
-    """`coefficients.json`, schema 1: what the numbers `[experts, blocks]` are coefficients of.
+    """`coefficients.json`, schema 1: how coefficients `[experts, blocks]` were learned.
 
-    data: the digest of the examples that they were learned on.  history: the loss by step.
+    Args:
+        method: The merge.
+        options: Its options.
+        granularity: What a block is.
+        combine: Whether outputs or parameters are combined.
+        experts: The experts, in the order of the first axis.
+        blocks: The blocks, in the order of the second axis.
+        objective: The objective that was minimised.
+        data: The digest of the examples that they were learned on.
+        seed: The seed of the run.
+        history: The loss per step.
     """
 
     schema_: Annotated[Literal[1], Field(alias="schema")] = 1
@@ -43,15 +57,21 @@ class CoefficientsRecord(Closed):
 
 
 def read_coefficients(record: Path, tensors: Path) -> CoefficientsRecord:
-    """The description of stored coefficients; IntegrityError when the numbers do not fit it."""
+    """Read the record of stored coefficients, and check the tensor's header against it.
+
+    Args:
+        record: `coefficients.json`.
+        tensors: `coefficients.safetensors`.
+
+    Returns:
+        The record.
+
+    Raises:
+        IntegrityError: A file is missing or malformed, or the tensor has another shape.
+    """
     if not record.is_file():
-        raise IntegrityError(f"{tensors} has no {COEFFICIENTS_JSON} beside it", "get both files")
-    try:
-        found = CoefficientsRecord.model_validate(read_json(record))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise IntegrityError(f"{record}: {where}: {first['msg']}", "learn them again") from None
+        raise IntegrityError(f"{tensors} has no {record.name} beside it", "get both files")
+    found = read_record(CoefficientsRecord, record, "learn them again")
     header = read_header(tensors)
     info = header.get(TENSOR)
     wanted = (len(found.experts), len(found.blocks))

@@ -7,8 +7,8 @@ from reprlib import repr as short
 from typing import Annotated, Any
 
 from experthub.hub.errors import IntegrityError
-from experthub.hub.files.patterns import checked_pattern
-from experthub.hub.files.yaml_files import did_you_mean
+from experthub.hub.files.patterns import check_pattern
+from experthub.hub.files.spelling import suggest_name
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 # Keys of a LoRA configuration that change nothing, or whose meaning is honoured below.
@@ -63,7 +63,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", None)
 
 
-Pattern = Annotated[str, AfterValidator(checked_pattern)]
+Pattern = Annotated[str, AfterValidator(check_pattern)]
 Rank = Annotated[int, Field(gt=0, lt=1e6)]
 Alpha = Annotated[float, Field(gt=0, lt=1e6)]
 
@@ -103,7 +103,7 @@ def check_config(config: dict[str, Any]) -> None:
         elif key not in HONOURED | HARMLESS:
             raise IntegrityError(
                 f"unknown key {key[:80]!r} in its configuration",
-                did_you_mean(key, HONOURED | set(REFUSED)),
+                suggest_name(key, HONOURED | set(REFUSED)),
             )
     if config.get("init_lora_weights") not in PLAIN_INITS:
         raise IntegrityError(

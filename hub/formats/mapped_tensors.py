@@ -17,7 +17,8 @@ from typing import IO, Any
 
 import torch
 from experthub.hub.files import checksummed_text
-from experthub.hub.files.atomic import sha256_of, write_json, written
+from experthub.hub.files.atomic import open_atomically, write_json
+from experthub.hub.files.digests import sha256_of
 from torch import Tensor
 
 DATA, INDEX = "tensors.bin", "index.json"
@@ -41,7 +42,7 @@ class TensorsWriter:
 
     def __enter__(self) -> TensorsWriter:
         self.stack = ExitStack()
-        self.file: IO[bytes] = self.stack.enter_context(written(self.folder / DATA))
+        self.file: IO[bytes] = self.stack.enter_context(open_atomically(self.folder / DATA))
         return self
 
     def __exit__(self, *error: Any) -> None:

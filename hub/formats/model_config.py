@@ -9,10 +9,9 @@ from typing import Any
 
 from experthub.hub.errors import IntegrityError
 from experthub.hub.files.json_files import read_json
+from experthub.hub.kinds.lora import ADAPTER_CONFIG
 
 CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json")
-# Beside a model, transformers would load it as well, unfingerprinted.
-ADAPTER = "adapter_config.json"
 
 
 def check_model(folder: Path) -> dict[str, Any]:
@@ -21,9 +20,10 @@ def check_model(folder: Path) -> dict[str, Any]:
     Refused are `auto_map` (classes in Python files), attention kernels of a model hub, weights
     under another name than the fingerprinted one, and an adapter beside the model.
     """
-    if (folder / ADAPTER).exists():
+    # Transformers would load an adapter beside the model as well, and it has no fingerprint.
+    if (folder / ADAPTER_CONFIG).exists():
         raise IntegrityError(
-            f"{folder} holds a model and {ADAPTER}, which would be loaded too",
+            f"{folder} holds a model and {ADAPTER_CONFIG}, which would be loaded too",
             "put the adapter into a folder of its own, and add it as an expert",
         )
     for name in CONFIGS:

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 from experthub.hub.errors import IntegrityError, NotFoundError, UsageError
-from experthub.hub.files.atomic import written
-from experthub.hub.files.yaml_files import did_you_mean
+from experthub.hub.files.atomic import open_atomically
+from experthub.hub.files.patterns import is_named
+from experthub.hub.files.spelling import suggest_name
 from experthub.hub.formats import tar
-from experthub.hub.registry.expert import EXPERT_FILES, NAME, Digest, is_named
+from experthub.hub.formats.records import Digest
+from experthub.hub.registry.expert import NAME, expert_files
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 MARK, INDEX = "oci-layout", "index.json"
@@ -76,7 +78,7 @@ def is_layout(place: Path) -> bool:
 
 
 @dataclass(frozen=True)
-class Layout:
+class OciLayout:
     """A shared folder or archive: its files by name, and what its index lists."""
 
     place: Path
@@ -84,7 +86,7 @@ class Layout:
     entries: Sequence[Descriptor]
 
     @classmethod
-    def read(cls, place: Path) -> Layout:
+    def read(cls, place: Path) -> OciLayout:
         """Read the index; IntegrityError for one that is damaged."""
         if place.is_file():
             files = {n: Section(place, at, size) for n, (at, size) in tar.members(place).items()}
@@ -119,7 +121,7 @@ class Layout:
                 f"name one: file:{self.place}#name@version",
             )
         raise NotFoundError(
-            f"{self.place} has no {member}", did_you_mean(member, self.experts) or f"known: {known}"
+            f"{self.place} has no {member}", suggest_name(member, self.experts) or f"known: {known}"
         )
 
     def unpack(self, reference: str, folder: Path) -> dict[str, str]:
@@ -129,14 +131,15 @@ class Layout:
         """
         manifest = self._record(Manifest, _blob(self.experts[reference]), self.experts[reference])
         named: dict[str, Descriptor] = {}
+        wanted = expert_files()
         for layer in manifest.layers:
             name = layer.annotations.get(FILE_NAME, "")
             if name in named:
                 raise IntegrityError(f"{self.place}: {reference} has two files {name!r}", HINT)
-            if is_named(name, EXPERT_FILES):
+            if is_named(name, wanted):
                 named[name] = layer
         for name, layer in named.items():
-            with written(folder / name) as file:
+            with open_atomically(folder / name) as file:
                 for chunk in self._chunks(layer):
                     file.write(chunk)
         return {name: layer.digest.removeprefix("sha256:") for name, layer in named.items()}

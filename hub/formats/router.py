@@ -1,4 +1,4 @@
-"""The state of a router as files: `router.json` and `router.safetensors`."""
+"""The files of a router's state: `router.json` and `router.safetensors`."""
 
 from __future__ import annotations
 
@@ -6,28 +6,36 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from experthub.hub.errors import IntegrityError
-from experthub.hub.files.json_files import read_json
 from experthub.hub.files.yaml_files import Closed
+from experthub.hub.formats.records import Digest, read_record
 from experthub.hub.formats.safetensors_header import read_header
-from experthub.hub.registry.expert import ROUTER_JSON, Digest
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 DTYPES = ("F32", "I64")
 
 
 class RoutedExpert(Closed):
-    """One expert that a router was made for; digest: of its content, or of a merge's plan."""
+    """One expert that a router was made for.
+
+    Args:
+        expert: Its label in the recipe.
+        digest: The digest of its content, or of everything that a nested merge is made of.
+    """
 
     expert: str
     digest: Digest
 
 
 class RouterRecord(Closed):
-    """`router.json`, schema 1: what the tensors are the state of.
+    """`router.json`, schema 1: how the state was made.
 
-    experts: in the order in which the tensors mean them.  embedder: the fingerprint of the base that
-    embedded an index.  data: the digest of the examples that it was made of.  history: the loss by
-    step of one that was trained.
+    Args:
+        method: The router.
+        options: Its options.
+        experts: The experts, in the order that the tensors use.
+        embedder: The fingerprint of the base that embedded an index.
+        data: The digest of the examples that the state was made from.
+        history: The loss per step, for a state that was trained.
     """
 
     schema_: Annotated[Literal[1], Field(alias="schema")] = 1
@@ -40,15 +48,21 @@ class RouterRecord(Closed):
 
 
 def read_router(record: Path, tensors: Path) -> RouterRecord:
-    """The description of a stored router; IntegrityError when the tensors cannot be its state."""
+    """Read the record of a router's state, and check the tensors' header.
+
+    Args:
+        record: `router.json`.
+        tensors: `router.safetensors`.
+
+    Returns:
+        The record.
+
+    Raises:
+        IntegrityError: A file is missing or malformed, or a tensor has another dtype.
+    """
     if not record.is_file():
-        raise IntegrityError(f"{tensors} has no {ROUTER_JSON} beside it", "get both files")
-    try:
-        found = RouterRecord.model_validate(read_json(record))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise IntegrityError(f"{record}: {where}: {first['msg']}", "make it again") from None
+        raise IntegrityError(f"{tensors} has no {record.name} beside it", "get both files")
+    found = read_record(RouterRecord, record, "make it again")
     for name, info in read_header(tensors).items():
         if info.dtype not in DTYPES:
             raise IntegrityError(

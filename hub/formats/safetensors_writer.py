@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from experthub.hub.files.atomic import written
+from experthub.hub.files.atomic import open_atomically
 from experthub.hub.formats.safetensors_header import SIZES
 
 
 @dataclass(frozen=True)
-class Layout:
+class SafetensorsLayout:
     """What a file will hold: tensor name -> dtype and shape, and its metadata.
 
     Tensors of wide numbers are first, so that each starts at a multiple of its numbers' size:
@@ -70,10 +70,10 @@ class Writer:
 
 
 @contextmanager
-def safetensors_file(path: Path, layout: Layout) -> Iterator[Writer]:
+def safetensors_file(path: Path, layout: SafetensorsLayout) -> Iterator[Writer]:
     """A safetensors file that appears when all its tensors were put into it."""
     header = layout.header
-    with written(path) as file:
+    with open_atomically(path) as file:
         file.write(struct.pack("<Q", len(header)))
         file.write(header)
         yield Writer(file, 8 + len(header), layout.places)

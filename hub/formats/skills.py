@@ -1,4 +1,4 @@
-"""Inventories of skills as files: `skills.json` and `skills.safetensors`."""
+"""The files of an inventory of skills: `skills.json` and `skills.safetensors`."""
 
 from __future__ import annotations
 
@@ -6,22 +6,29 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from experthub.hub.errors import IntegrityError
-from experthub.hub.files.json_files import read_json
 from experthub.hub.files.yaml_files import Closed
 from experthub.hub.formats.adapter import Adapted
+from experthub.hub.formats.records import read_record
 from experthub.hub.formats.safetensors_header import FLOATS, Header, read_header
-from experthub.hub.registry.expert import SKILLS_JSON
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 AGAIN = "get both files again, or train the inventory again"
 MODEL = "model"
 
 
 class SkillsRecord(Closed):
-    """`skills.json`, schema 1.
+    """`skills.json`, schema 1: the shape of an inventory, and what it was trained on.
 
-    router: `shared` has one skill, `private` one for each task.  base: its name.  granularity: what
-    has logits of its own.
+    Args:
+        router: `poly` or `mhr`; `shared` has one skill, and `private` one skill per task.
+        n_skills: The number of skills, at least 1.
+        n_heads: The number of heads, at least 1.
+        rank: The rank of each skill, at least 1.
+        alpha: The scale of each skill times its rank.
+        tasks: The tasks, in the order of the logits' rows.
+        target_modules: The modules that have skills.
+        base: The name of the base.
+        granularity: What has logits of its own: each linear module, each layer, or the model.
     """
 
     schema_: Annotated[Literal[1], Field(alias="schema")] = 1
@@ -36,12 +43,27 @@ class SkillsRecord(Closed):
     granularity: Literal["linear", "layer", "model"] = "linear"
 
     def logits_of(self, module: str) -> str:
-        """The name of the tensor that holds a module's logits."""
+        """Return the name of the tensor that holds a module's logits.
+
+        Args:
+            module: The module's name.
+
+        Returns:
+            The tensor's name.
+        """
         return f"{place_of(module, self.granularity)}.logits"
 
 
 def place_of(module: str, granularity: str) -> str:
-    """What shares its logits with a module: itself, its layer's path, or the whole model."""
+    """Return what has the logits of a module.
+
+    Args:
+        module: The module's name.
+        granularity: `linear`, `layer` or `model`.
+
+    Returns:
+        The module itself, the path of its layer, or `model`.
+    """
     if granularity == "linear":
         return module
     parts = module.split(".")
@@ -52,15 +74,21 @@ def place_of(module: str, granularity: str) -> str:
 
 
 def read_skills(record: Path, tensors: Path) -> tuple[SkillsRecord, tuple[Adapted, ...]]:
-    """What an inventory is, and how it changes each module; IntegrityError where files do not fit."""
+    """Read the record of an inventory, and how it changes each module.
+
+    Args:
+        record: `skills.json`.
+        tensors: `skills.safetensors`; only its header is read.
+
+    Returns:
+        The record, and one change per target module.
+
+    Raises:
+        IntegrityError: A file is missing or malformed, or the tensors do not fit the record.
+    """
     if not record.is_file():
-        raise IntegrityError(f"{tensors} has no {SKILLS_JSON} beside it", AGAIN)
-    try:
-        found = SkillsRecord.model_validate(read_json(record))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise IntegrityError(f"{record}: {where}: {first['msg']}", AGAIN) from None
+        raise IntegrityError(f"{tensors} has no {record.name} beside it", AGAIN)
+    found = read_record(SkillsRecord, record, AGAIN)
     header = read_header(tensors)
     adapted = tuple(_adapted(found, module, header, tensors) for module in found.target_modules)
     wanted = {n for a in adapted for n in (a.a, a.b, found.logits_of(a.module))}
@@ -71,6 +99,7 @@ def read_skills(record: Path, tensors: Path) -> tuple[SkillsRecord, tuple[Adapte
 
 
 def _adapted(record: SkillsRecord, module: str, header: Header, tensors: Path) -> Adapted:
+    """Return how an inventory changes one module, after checking its tensors."""
     a, b, logits = f"{module}.skill_a", f"{module}.skill_b", record.logits_of(module)
     for name in (a, b, logits):
         if name not in header:

@@ -1,4 +1,4 @@
-"""Task vectors as files, one or several: dense tensors, sparse ones as bits beside the values."""
+"""The files of a task vector: dense tensors, and sparse ones as a bit mask beside the values."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from reprlib import repr as short
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from experthub.hub.errors import IntegrityError
-from experthub.hub.files.json_files import read_json
 from experthub.hub.formats.safetensors_header import (
     FLOATS,
     Header,
@@ -19,7 +17,9 @@ from experthub.hub.formats.safetensors_header import (
     header_text,
     read_header,
 )
-from experthub.hub.registry.expert import SHARD, SHARD_INDEX, TASK_VECTOR
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SHAPES = "hub.shapes"  # metadata: the shapes of sparse parameters, as JSON
 CHUNK = 1 << 20
@@ -27,12 +27,14 @@ HINT = "write it again with hub diff, or get it again from its source"
 
 
 @dataclass(frozen=True)
-class Stored:
-    """How a file holds the change of one parameter.
+class StoredChange:
+    """The place of one parameter's change in the files.
 
-    file: which of the task vector's files.  shape: of the parameter.  values: the name of the
-    tensor with the change, or, where there is a mask, with its entries that are not zero.  mask:
-    the name of the tensor of bits.
+    Args:
+        file: The name of the file.
+        shape: The parameter's shape.
+        values: The tensor with the change, or with its entries that are not zero if there is a mask.
+        mask: The tensor of bits, one per entry of the parameter.
     """
 
     file: str
@@ -41,40 +43,21 @@ class Stored:
     mask: str | None = None
 
 
-def files_in(folder: Path) -> dict[str, Path]:
-    """The safetensors files of a folder's task vector, by name.
+def read_task_vector(files: Mapping[str, Path]) -> dict[str, StoredChange]:
+    """Read where a task vector's files hold the change of each parameter.
 
-    Raises IntegrityError for an index that is not exactly that of files `task_vector-00001-of-0000N`.
+    Only headers are read; `check_masks` reads the masks.
+
+    Args:
+        files: File name -> path.
+
+    Returns:
+        Parameter name -> the place of its change, sorted by name.
+
+    Raises:
+        IntegrityError: The files hold anything else than changes, or one change twice.
     """
-    index = folder / SHARD_INDEX
-    if not index.is_file():
-        return {TASK_VECTOR: folder / TASK_VECTOR}
-    if (folder / TASK_VECTOR).exists():
-        raise _wrong(index, f"{TASK_VECTOR} stands beside it, and one of them is too many")
-    places = read_json(index).get("weight_map")
-    if not places or not isinstance(places, dict):
-        raise _wrong(index, "its weight_map is no object of tensors and files")
-    names = sorted(set(map(str, places.values())))
-    if names != [SHARD.format(i + 1, len(names)) for i in range(len(names))]:
-        raise _wrong(index, f"its weight_map names {short(names)}, not {SHARD.format(1, 1)} and on")
-    files = {name: folder / name for name in names}
-    held = {tensor: name for name, path in files.items() for tensor in read_header(path)}
-    for tensor in sorted(held.keys() | places.keys()):
-        if held.get(tensor) != places.get(tensor):
-            raise _wrong(
-                index,
-                f"it has {short(tensor)} in {places.get(tensor, 'no file')}, "
-                f"and it is in {held.get(tensor, 'none')}",
-            )
-    return files
-
-
-def read_task_vector(files: Mapping[str, Path]) -> dict[str, Stored]:
-    """Parameter name -> how its change is stored; IntegrityError for anything else in the files.
-
-    files: by name.  Reads the headers alone; `check_masks` reads the masks.
-    """
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredChange] = {}
     for name, path in files.items():
         stored = _read_file(name, path)
         twice = sorted(found.keys() & stored.keys())
@@ -84,7 +67,8 @@ def read_task_vector(files: Mapping[str, Path]) -> dict[str, Stored]:
     return dict(sorted(found.items()))
 
 
-def _read_file(file: str, path: Path) -> dict[str, Stored]:
+def _read_file(file: str, path: Path) -> dict[str, StoredChange]:
+    """Read where one file holds changes."""
     header, sparse = read_header(path), _sparse_shapes(path)
     masks = {n.removesuffix(".mask"): n for n, i in header.items() if i.dtype == "U8"}
     values = {f"{name}.values" for name in masks}
@@ -96,7 +80,7 @@ def _read_file(file: str, path: Path) -> dict[str, Stored]:
             raise _wrong(path, f"tensor {name} is {info.dtype}, and a change is floats")
         if name in stored:
             raise _wrong(path, f"{name} is there twice, dense and as a mask")
-        stored[name] = Stored(file, info.shape, name)
+        stored[name] = StoredChange(file, info.shape, name)
     unused = sorted(set(sparse) - set(masks))
     if unused:
         raise _wrong(path, f"its metadata has a shape for {unused[0]}, which has no mask")
@@ -112,7 +96,8 @@ def _sparse(
     name: str,
     mask: str,
     shapes: Mapping[str, tuple[int, ...]],
-) -> Stored:
+) -> StoredChange:
+    """Return the place of a sparse change, after checking the mask against the values."""
     values = header.get(f"{name}.values")
     if mask != f"{name}.mask" or values is None:
         raise _wrong(path, f"tensor {mask} is U8, and neither a change nor a mask beside values")
@@ -127,11 +112,18 @@ def _sparse(
         raise _wrong(
             path, f"{name}.values is {values.dtype} {list(values.shape)}, not a row of floats"
         )
-    return Stored(file, shapes[name], f"{name}.values", mask)
+    return StoredChange(file, shapes[name], f"{name}.values", mask)
 
 
 def check_masks(path: Path) -> None:
-    """Raise IntegrityError for a mask that has other bits than there are values, or bits past the end."""
+    """Check that every mask of a file has as many bits set as there are values.
+
+    Args:
+        path: The file.
+
+    Raises:
+        IntegrityError: A mask has another number of bits, or bits after its last entry.
+    """
     header = read_header(path)
     with path.open("rb") as file:
         for stored in _read_file(path.name, path).values():
@@ -148,7 +140,27 @@ def check_masks(path: Path) -> None:
                 raise _wrong(path, f"{stored.mask} has {ones} bits set for {count} values")
 
 
+def unpack_mask(mask: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Unpack a sparse change.
+
+    Args:
+        mask: One bit per entry of the parameter, the lowest bit of each byte first, uint8.
+        values: The entries whose bit is set, in their order.
+        shape: The parameter's shape.
+
+    Returns:
+        A tensor of this shape that holds the values, and zeros elsewhere.
+    """
+    import torch
+
+    bits = (mask[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+    found = torch.zeros(math.prod(shape), dtype=values.dtype)
+    found[bits.flatten()[: len(found)].bool()] = values
+    return found.view(shape)
+
+
 def _chunks(file: Any, info: TensorInfo) -> Iterator[bytes]:
+    """Read the bytes of a tensor piece by piece."""
     file.seek(info.begin)
     left = info.bytes
     while left:
@@ -158,7 +170,7 @@ def _chunks(file: Any, info: TensorInfo) -> Iterator[bytes]:
 
 
 def _sparse_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes that the metadata states, whose header was checked already."""
+    """Read the shapes of sparse parameters from the metadata; the header was checked before."""
     metadata = json.loads(header_text(path)[0]).get("__metadata__", {})
     try:
         stated = json.loads(metadata.get(SHAPES, "{}"))
@@ -172,4 +184,5 @@ def _sparse_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _wrong(path: Path, fact: str) -> IntegrityError:
+    """Return the error for a malformed file."""
     return IntegrityError(f"{path}: {fact}", HINT)

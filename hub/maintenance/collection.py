@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experthub.hub.errors import UsageError
-from experthub.hub.files.atomic import discard, drafts, locked, remove, unused
+from experthub.hub.files.atomic import discard, find_drafts, remove
+from experthub.hub.files.file_locks import hold_lock, lock_if_unused
 from experthub.hub.maintenance.usage import size_of
 from experthub.hub.registry.expert import Expert, Reference
 from experthub.hub.registry.registry import Registry
@@ -81,7 +82,7 @@ def collect(
     at 0 both steps are taken at once.  dry_run: only say what would be done.
     """
     found = Collected({}, {}, [], {})
-    with locked(store.root / COLLECTING):
+    with hold_lock(store.root / COLLECTING):
         keep, now = needed(file, store), time.time()
         for sha256, path in store.objects().items():
             with contextlib.suppress(FileNotFoundError):
@@ -96,7 +97,7 @@ def collect(
         if dry_run and not grace:
             found.deleted.update(found.trashed)
         for path in _leftovers(store.root):
-            with contextlib.suppress(FileNotFoundError), unused(path) as free:
+            with contextlib.suppress(FileNotFoundError), lock_if_unused(path) as free:
                 if free:
                     size = size_of(path) if path.is_dir() else path.stat().st_size
                     found.leftovers[str(path.relative_to(store.root))] = size
@@ -143,7 +144,7 @@ def _leftovers(root: Path) -> Iterator[Path]:
     places = [folder for pattern in PLACES for folder in sorted(root.glob(pattern))]
     places += [Path(place) for place, _, _ in os.walk(root / "tasks")]
     for folder in places:
-        yield from drafts(folder)
+        yield from find_drafts(folder)
     downloads = [p for p in (*root.glob("partial/*"), *root.glob("hf/*/.*/*")) if p.is_file()]
     packed = [p for p in root.glob(f"{BANKS}/*/*") if not p.name.startswith(".")]
     for path in sorted([*downloads, *packed]):

@@ -9,13 +9,15 @@ from pathlib import Path
 
 from experthub.hub.errors import HubError
 from experthub.hub.files import checksummed_text, yaml_files
-from experthub.hub.files.atomic import discard, files_below, sha256_of, write_text
+from experthub.hub.files.atomic import discard, walk_files, write_text
+from experthub.hub.files.digests import sha256_of
 from experthub.hub.progress import Report
-from experthub.hub.registry.registry import RegistryFile, entry_files
+from experthub.hub.registry.layers import entry_files
+from experthub.hub.registry.registry_file import RegistryFile
 from experthub.hub.store.roots import ROOTS, lock_files, root_files, root_name
 from experthub.hub.store.store import Store
 from experthub.hub.tasks import bigbench
-from experthub.hub.tasks.task import import_again
+from experthub.hub.tasks.task_files import import_again
 from experthub.hub.transfer.remotes import hf
 
 
@@ -71,7 +73,7 @@ def _problem(path: Path, read: Callable[[Path], None]) -> Callable[[], object] |
 
 
 def _mend(path: Path, content: bytes, right: Callable[[bytes], bool], why: str) -> None:
-    whole = checksummed_text.mended(content, right)
+    whole = checksummed_text.repair_bit(content, right)
     if whole is None:
         raise HubError(why, "mend it, or remove it and make it again")
     write_text(path, whole.decode())
@@ -85,14 +87,14 @@ def _read_lock(path: Path) -> None:
 
 def _read_entry(path: Path) -> None:
     """Read an entry; HubError when it cannot be, or is another's."""
-    content = yaml_files.validated(RegistryFile, yaml_files.read(path))
+    content = yaml_files.validate(RegistryFile, yaml_files.read(path))
     if [(e.name, f"{e.version}.yaml") for e in content.experts] != [(path.parent.name, path.name)]:
         raise HubError("it is in the wrong place")
 
 
 def folders(root: Path, report: Report) -> Iterator[Kept]:
     """The damaged ones of the tasks, of the folders that were fetched from model hubs, and of the banks."""
-    manifests = [p for p in files_below(root / "tasks") if p.name == checksummed_text.MANIFEST]
+    manifests = [p for p in walk_files(root / "tasks") if p.name == checksummed_text.MANIFEST]
     for folder in [manifest.parent for manifest in manifests]:
         reference = ":".join(str(folder.relative_to(root / "tasks")).split("/", 1))
         if wrong := damaged_in(folder):

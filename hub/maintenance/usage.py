@@ -8,8 +8,7 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import Any
 
-from experthub.hub.registry.registry import Registry
-from experthub.hub.store.store import Store
+from experthub.hub.session import Session
 
 PURPOSES = {
     "objects": "experts, and the archives that tasks are read from",
@@ -26,8 +25,17 @@ PURPOSES = {
 }
 
 
-def usage(registry: Registry, store: Store) -> dict[str, Any]:
-    """Bytes by purpose, and of every stored expert: in all, and of what no other expert shares."""
+def usage(session: Session) -> dict[str, Any]:
+    """Measure the disk space by purpose and by expert.
+
+    Args:
+        session: The registry and the store.
+
+    Returns:
+        The bytes in total, per folder, and per stored expert: all of its files, and the files that
+        no other expert shares.
+    """
+    store = session.store
     counted: set[tuple[int, int]] = set()  # what is an object, and in `hf` too, is one file
     places = sorted(store.root.glob("*"), key=lambda path: (path.name != "objects", path.name))
     sizes = {path.name: size_of(path, counted) for path in places if path.is_dir()}
@@ -36,7 +44,7 @@ def usage(registry: Registry, store: Store) -> dict[str, Any]:
         for name, size in sizes.items()
     ]
     manifests = {}
-    for expert in registry.experts():
+    for expert in session.registry.experts():
         identity = store.manifest(expert.digest)
         if identity is not None:
             manifests[expert.reference] = identity

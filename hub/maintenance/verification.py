@@ -12,13 +12,15 @@ from typing import Any
 
 from experthub.hub.bases.base_sources import damaged_files, fetch_again, folders_of
 from experthub.hub.errors import HubError, IntegrityError
-from experthub.hub.files.atomic import files_below, sha256_of
+from experthub.hub.files.atomic import walk_files
+from experthub.hub.files.digests import sha256_of
 from experthub.hub.maintenance.kept import Kept, folders, texts
-from experthub.hub.progress import Report, silent
+from experthub.hub.registry.content import Content
 from experthub.hub.registry.registry import Registry
+from experthub.hub.session import Session
 from experthub.hub.store.roots import ARCHIVES, lock_files
 from experthub.hub.store.store import Store
-from experthub.hub.transfer.pull import Content, fetch
+from experthub.hub.transfer.pull import fetch
 
 THREADS = 4
 
@@ -63,27 +65,29 @@ class Findings:
         return asdict(self) | {"whole": self.whole}
 
 
-def verify(
-    file: Path | None = None,
-    store: Store | None = None,
-    *,
-    repair: bool = False,
-    report: Report = silent,
-) -> Findings:
-    """Hash everything that is kept, and follow every registry's entry and every lock to its files.
+def verify(session: Session, file: Path | None = None, *, repair: bool = False) -> Findings:
+    """Hash everything that is kept, and follow every registry entry and every lock to its files.
 
-    file: a registry besides the others.  repair: get again what is damaged or incomplete, from the
-    sources that entries and locks name; what cannot be had stays as it is.
+    Args:
+        session: The store and the progress callback. The registries are read here, without the
+            entries that cannot be read.
+        file: A registry file besides the others.
+        repair: Fetch what is damaged or incomplete again, from the sources that entries and locks
+            name. What cannot be fetched stays as it is.
+
+    Returns:
+        What was found, repaired and left.
     """
-    store, found = store or Store(), Findings()
+    store, found = session.store, Findings()
     unreadable = _check_texts(store, found, repair)
-    registry = Registry.read(file, without=unreadable)
-    wrong = _damaged_objects(store, found, report)
-    broken = _follow(_contents(registry, store), wrong, store, found)
-    _check_bases(registry, found, repair, report)
-    _check_folders(store, found, repair, report)
+    readable = Registry.read(file, without=unreadable)
+    session = Session(readable, store, session.device, session.report)
+    wrong = _damaged_objects(session, found)
+    broken = _follow(_contents(session), wrong, store, found)
+    _check_bases(session, found, repair)
+    _check_folders(session, found, repair)
     if repair:
-        _repair(wrong, broken, store, found, report)
+        _repair(wrong, broken, session, found)
     return found
 
 
@@ -97,9 +101,9 @@ def _check_texts(store: Store, found: Findings, repair: bool) -> set[Path]:
     return unreadable
 
 
-def _check_folders(store: Store, found: Findings, repair: bool, report: Report) -> None:
+def _check_folders(session: Session, found: Findings, repair: bool) -> None:
     """Hash the files of every task, and of every folder that was fetched from a model hub."""
-    for folder in folders(store.root, report):
+    for folder in folders(session.store.root, session.report):
         found.folders[folder.name] = folder.wrong
         if repair:
             _repaired(folder, found)
@@ -115,15 +119,15 @@ def _repaired(kept: Kept, found: Findings) -> bool:
     return True
 
 
-def _contents(registry: Registry, store: Store) -> dict[str, Content]:
-    """What entries and locks name, by digest; the nearest entry counts."""
+def _contents(session: Session) -> dict[str, Content]:
+    """Collect the contents that entries and locks name, by digest; the nearest entry counts."""
     from experthub.hub.recipes.lock_file import Lock
 
     known: dict[str, Content] = {}
-    for lock in lock_files(store.root):
+    for lock in lock_files(session.store.root):
         with suppress(HubError):  # that it is damaged is said elsewhere
             known |= {member.digest: member.content for member in Lock.read(lock).members}
-    for layer in reversed(registry.layers):
+    for layer in reversed(session.registry.layers):
         known |= {expert.digest: Content.of(expert) for expert in layer.content.experts}
     return known
 
@@ -152,19 +156,20 @@ def _follow(
     return broken
 
 
-def _damaged_objects(store: Store, found: Findings, report: Report) -> set[str]:
-    """Hash all objects, several at a time; the sha256 of the damaged ones."""
+def _damaged_objects(session: Session, found: Findings) -> set[str]:
+    """Hash all objects, several at a time, and return the sha256 of the damaged ones."""
+    store = session.store
     objects = store.objects()
     sizes = {sha256: _size(path) for sha256, path in objects.items()}
     total, done = sum(sizes.values()), 0
     with ThreadPoolExecutor(THREADS) as pool:
         for sha256, now in zip(objects, pool.map(_hash, objects.values()), strict=True):
             done += sizes[sha256]
-            report("hashing objects", done, total)
+            session.report("hashing objects", done, total)
             if now != sha256 and objects[sha256].is_file():
                 found.damaged[sha256] = []
     found.objects, found.bytes = len(objects), total
-    files = [str(p.relative_to(store.root)) for p in files_below(store.root / "objects")]
+    files = [str(p.relative_to(store.root)) for p in walk_files(store.root / "objects")]
     shape = re.compile("objects/sha256/[0-9a-f]{2}/[0-9a-f]{62}")
     found.strangers = [name for name in files if not shape.fullmatch(name)]
     return set(found.damaged)
@@ -185,32 +190,31 @@ def _hash(path: Path) -> str | None:
         return None
 
 
-def _check_bases(registry: Registry, found: Findings, repair: bool, report: Report) -> None:
+def _check_bases(session: Session, found: Findings, repair: bool) -> None:
     """Hash the files of every base that was fetched."""
-    for name, entry in registry.bases().items():
+    for name, entry in session.registry.bases().items():
         for folder in folders_of(name, entry):
-            report(f"hashing the base {name}", 0, 0)
+            session.report(f"hashing the base {name}", 0, 0)
             wrong = damaged_files(folder, entry.fingerprint)
             if not wrong:
                 continue
             found.bases[name] = wrong
             if repair:
                 try:
-                    fetch_again(name, entry, folder, report)
+                    fetch_again(name, entry, folder, session.report)
                 except HubError as error:
                     found.problems.append(f"{name}: {error.message}")
                 else:
                     found.repaired.append(name)
 
 
-def _repair(
-    wrong: set[str], broken: list[Content], store: Store, found: Findings, report: Report
-) -> None:
-    """Replace damaged and missing objects by what their sources have."""
+def _repair(wrong: set[str], broken: list[Content], session: Session, found: Findings) -> None:
+    """Replace damaged and missing objects with the content of their sources."""
+    store = session.store
     whole: set[str] = set()
     for content in broken:
         try:
-            fetch(content, store, report, frozenset(wrong - whole))
+            fetch(content, session, frozenset(wrong - whole))
             whole |= store.identity(content.digest).objects
             if content.reference in found.incomplete:
                 found.repaired.append(content.reference)

@@ -1,1 +1,1 @@
-"""Learned merges: the data that they look at, and the coefficients that they find."""
+"""What methods may ask for when they prepare their state: data, texts, activations, logits."""

@@ -8,38 +8,57 @@ from typing import Any
 from experthub.hub.bases.base import load_model, load_tokenizer
 from experthub.hub.bases.base_sources import find
 from experthub.hub.errors import IntegrityError, UsageError
-from experthub.hub.materials.router_state import State
-from experthub.hub.progress import Report
-from experthub.hub.readers.similarity import embedded
-from experthub.hub.registry.registry import Registry
+from experthub.hub.readers.similarity import embed
+from experthub.hub.session import Session
 from torch import Tensor
 
 
 class Embedder:
-    """Texts to unit embeddings `[N, D]`, by a sentence encoder.
+    """A sentence encoder: it turns texts into unit embeddings `[N, D]`.
 
-    fingerprint: of the encoder's weights.
+    Args:
+        model: The encoder.
+        tokenizer: Its tokenizer.
+        fingerprint: The fingerprint of its weights.
     """
 
     def __init__(self, model: Any, tokenizer: Any, fingerprint: str) -> None:
         self.model, self.tokenizer, self.fingerprint = model, tokenizer, fingerprint
 
     @classmethod
-    def of(cls, name: str, registry: Registry | None, report: Report) -> Embedder:
-        """The one of a name; UsageError for a base that is no encoder."""
-        base = find(name, registry or Registry.read(), report)
+    def load(cls, name: str, session: Session) -> Embedder:
+        """Load a sentence encoder.
+
+        Args:
+            name: The encoder's name, in a form that `find` accepts.
+            session: The registry and the progress callback.
+
+        Returns:
+            The encoder, on the CPU in float32.
+
+        Raises:
+            UsageError: The base is not a sentence encoder.
+        """
+        base = find(name, session)
         if not base.encoder:
-            raise UsageError(f"embedder {name} is no sentence encoder", "say all-minilm-l6-v2")
+            raise UsageError(f"embedder {name} is no sentence encoder", "use all-minilm-l6-v2")
         return cls(load_model(base, "float32", None), load_tokenizer(base), base.fingerprint)
 
-    def check(self, state: State) -> None:
-        """Raise IntegrityError when an index was made by another encoder."""
-        if state.embedder != self.fingerprint:
+    def check(self, fingerprint: str | None) -> None:
+        """Raise IntegrityError when an index was made by another encoder.
+
+        Args:
+            fingerprint: The fingerprint of the encoder that made the index; None if none did.
+
+        Raises:
+            IntegrityError: The index was made by another encoder.
+        """
+        if fingerprint not in (None, self.fingerprint):
             raise IntegrityError(
-                f"the index was embedded by {str(state.embedder)[:19]}, and embedder is now "
+                f"the index was embedded by {str(fingerprint)[:19]}, and embedder is now "
                 f"{self.fingerprint[:19]}",
-                "name the encoder that it was made with as embedder:, or make it again",
+                "name the encoder that it was made with as embedder:, or make the index again",
             )
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        return embedded(self.model, self.tokenizer, texts)
+        return embed(self.model, self.tokenizer, texts)

@@ -47,7 +47,7 @@ class TaskData:
     def logits(self, rows: Sequence[Tensor], view: int = 0) -> list[Tensor]:
         """All tasks in one go, like lengths together: padding is small, and one backward is enough."""
         picked = [
-            own[i] if view == 0 else own[i].varied(view)
+            own[i] if view == 0 else own[i].vary(view)
             for own, chosen in zip(self.rows, rows, strict=True)
             for i in chosen.tolist()
         ]

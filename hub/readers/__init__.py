@@ -1,1 +1,1 @@
-"""From inputs to logits over their choices, for every kind of base; gradients flow through."""
+"""Readers: logits over the choices of a question, for every kind of base, with gradients."""

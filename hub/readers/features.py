@@ -1,4 +1,4 @@
-"""What a base makes of texts: features, and the inputs of its modules; no choice and no answer.
+"""Features of texts and inputs of modules, without choices and answers.
 
 Shapes: N texts, T tokens, I inputs of a module, D features.
 """
@@ -13,46 +13,88 @@ import torch
 from experthub.hub.bases.base import Base, load_tokenizer
 from experthub.hub.errors import UsageError
 from experthub.hub.files.json_files import read_json
-from experthub.hub.readers.reader import Reader, padded, read_all
+from experthub.hub.readers.reader import Reader, pad, read_all
 from experthub.hub.readers.scorer import Question
-from experthub.hub.readers.similarity import MAX_TOKENS, pooled
+from experthub.hub.readers.similarity import MAX_TOKENS, pool
 from experthub.hub.readers.text import Text
 from experthub.hub.tasks.task import Example, Task
 from torch import Tensor, nn
 
 
 class Features:
-    """Texts to features: an encoder's pooled embedding, a language model's state of the last token.
+    """A reader that returns features of texts instead of logits; its questions have no choices.
 
-    A reader whose questions have no choices.  Raises UsageError for a base of another kind.
+    The features are an encoder's pooled embedding, or a language model's last hidden state at the
+    last token.
     """
 
     name = "features"
 
     def __init__(self, base: Base) -> None:
+        """Create a reader.
+
+        Args:
+            base: A causal language model or a sentence encoder.
+
+        Raises:
+            UsageError: The base is of another kind.
+        """
         config = read_json(base.folder / "config.json")
         if config.get("is_encoder_decoder") or not (base.causal or base.encoder):
             raise UsageError(
-                f"{base.name} is a {base.architecture}, and texts are read by its tokens",
+                f"{base.name} is a {base.architecture}, which gives no features of a text's tokens",
                 "use a language model or a sentence encoder",
             )
         self.causal, self.tokenizer = base.causal, load_tokenizer(base)
         self.real: Tensor | None = None
 
     def question(self, task: Task, example: Example) -> Question:
+        """Build the question of an example.
+
+        Args:
+            task: The task of the example.
+            example: The example.
+
+        Returns:
+            The prompt for a language model, or the input for an encoder, without choices.
+        """
         return Question(task.prompt(example) if self.causal else example.input, ())
 
     def texts(self, task: Task, limit: int) -> list[str]:
-        """What is read of the first examples of a task's training split."""
+        """Return the texts of the first examples of a task's training split.
+
+        Args:
+            task: The task.
+            limit: The largest number of examples.
+
+        Returns:
+            The texts.
+        """
         return [self.question(task, example).text for example in task.split("train", limit)]
 
     def row(self, question: Question) -> Text:
+        """Prepare a question for the model.
+
+        Args:
+            question: The question.
+
+        Returns:
+            The token ids of the text.
+        """
         limit = {} if self.causal else {"truncation": True, "max_length": MAX_TOKENS}
         return Text(tuple(self.tokenizer(question.text, **limit)["input_ids"]), ())
 
     def read(self, model: Any, rows: Sequence[Text]) -> Tensor:
-        """Features `[N, D]`, float32."""
-        ids_NT, self.real = padded([row.tokens for row in rows], next(model.parameters()).device)
+        """Compute the features of a batch.
+
+        Args:
+            model: The base, or a composition on it.
+            rows: The prepared texts.
+
+        Returns:
+            The features `[N, D]`, float32.
+        """
+        ids_NT, self.real = pad([row.tokens for row in rows], next(model.parameters()).device)
         batch = {"input_ids": ids_NT, "attention_mask": self.real.long()}
         if self.causal:
             hidden_NTD = model.base_model(**batch, use_cache=False).last_hidden_state
@@ -61,23 +103,37 @@ class Features:
                 torch.arange(len(rows), device=last_N.device), last_N
             ].float()
         else:
-            found = pooled(model, batch)
+            found = pool(model, batch)
         self.real = None
         return found
 
     @torch.no_grad()
     def of(self, model: Any, texts: Sequence[str]) -> Tensor:
-        """The features `[N, D]` of any number of texts."""
+        """Compute the features of any number of texts.
+
+        Args:
+            model: The base, or a composition on it.
+            texts: The texts.
+
+        Returns:
+            The features `[N, D]`, float32.
+        """
         return read_all(self, model, [self.row(Question(text, ())) for text in texts])
 
 
 @contextmanager
-def watched(
+def watch_inputs(
     modules: Mapping[str, nn.Module], reader: Reader, seen: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
-    """While the block lasts, hand over every module's inputs `[T, I]` at the tokens that are real.
+    """Observe the inputs of modules while the block runs.
 
-    reader: by which the model reads.  seen: is called with the module's name and its inputs.
+    Args:
+        modules: The modules by name.
+        reader: The reader that the model reads with, which knows the padding.
+        seen: Receives a module's name and its inputs `[T, I]`, without padding, in float32.
+
+    Yields:
+        Nothing.
     """
 
     def watch(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Log-likelihoods of answer choices under a causal language model, each prompt read once.
+"""Log-likelihoods of choices under a causal language model, which reads each prompt once.
 
 Shapes: B prompts or choices in a batch, T tokens.
 """
@@ -19,15 +19,33 @@ BATCH_TOKENS = 2048
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Scores choices by the log-probabilities of their tokens after the prompt."""
+    """A scorer by the log-probabilities of the choices' tokens after the prompt."""
 
     tokenizer: Any
     name = "logprob"
 
     def question(self, task: Task, example: Example) -> Question:
+        """Build the question of an example.
+
+        Args:
+            task: The task of the example.
+            example: The example.
+
+        Returns:
+            The prompt, and the choices after a space.
+        """
         return Question(task.prompt(example), tuple(" " + c for c in task.choices(example)))
 
     def scores(self, model: Any, questions: Sequence[Question]) -> list[Scores]:
+        """Score the choices of questions.
+
+        Args:
+            model: The causal language model.
+            questions: The questions.
+
+        Returns:
+            The summed log-probabilities and the number of tokens of every question's choices.
+        """
         items, owner = [], []
         for index, question in enumerate(questions):
             encoded = encode(self.tokenizer, question.text, question.choices)
@@ -43,18 +61,27 @@ class Likelihood:
 
 @dataclass(frozen=True)
 class Encoded:
-    """One prompt with its choices, as token ids; the choices' ids follow the prompt's."""
+    """The token ids of a prompt and of its choices, which follow the prompt."""
 
     prompt: tuple[int, ...]
     choices: tuple[tuple[int, ...], ...]
 
 
 def encode(tokenizer: Any, prompt: str, choices: Sequence[str]) -> list[Encoded]:
-    """Token ids as lm-evaluation-harness takes them: those of prompt + choice after as many as the
-    prompt has; white space at the prompt's end counts as the choice's.
+    """Tokenise a prompt and its choices in the way of lm-evaluation-harness.
 
-    The prompt keeps its own ids even where a choice merges with its last token.  One item for all
-    choices; one each where a choice would be left without a token: there it is the last one.
+    Prompt and choice are tokenised together. The tokens of the choice are those after as many
+    tokens as the prompt has. White space at the end of the prompt belongs to the choice. The prompt
+    keeps its own tokens even if a choice merges with its last token.
+
+    Args:
+        tokenizer: The tokenizer of the model.
+        prompt: The text before the choices.
+        choices: The texts that follow it.
+
+    Returns:
+        One item for all choices. If a choice would have no token, one item for each choice, where
+        the last token belongs to such a choice.
     """
     own = tuple(tokenizer(prompt.rstrip() or prompt)["input_ids"])
     whole = [tuple(ids) for ids in tokenizer([prompt + choice for choice in choices])["input_ids"]]
@@ -73,12 +100,18 @@ def choice_logprobs(
     *,
     batch_tokens: int = BATCH_TOKENS,
 ) -> list[list[float]]:
-    """Summed log-probability of every choice's tokens, in the order given.
+    """Sum the log-probabilities of every choice's tokens, without gradients.
 
-    The prompts of a batch run once with a key/value cache; then their choices, each on its own
-    copy of its prompt's cache.  Prompts of like length share a batch, so that padding is small.
+    The prompts of a batch run once with a key/value cache. Then the choices run, each with a copy
+    of its prompt's cache. Prompts of similar length share a batch to keep padding small.
 
-    batch_tokens: tokens, padding included, that run at once.
+    Args:
+        model: The causal language model.
+        items: The prompts with their choices.
+        batch_tokens: The largest number of tokens of a batch, with padding.
+
+    Returns:
+        The sums of every item's choices, in nats, in the order of the items.
     """
     scores: list[list[float]] = [[] for _ in items]
     for batch in _batches(items, batch_tokens):
@@ -90,7 +123,7 @@ def choice_logprobs(
 
 
 def _batches(items: Sequence[Encoded], batch_tokens: int) -> Iterator[list[int]]:
-    """Items by length, cut where prompts or choices, padding included, exceed the tokens allowed."""
+    """Group items by length into batches whose prompts and choices have few enough tokens."""
     batch: list[int] = []
     rows = longest = 0
     for index in sorted(range(len(items)), key=lambda i: len(items[i].prompt)):
@@ -109,12 +142,18 @@ def _batches(items: Sequence[Encoded], batch_tokens: int) -> Iterator[list[int]]
 def choice_sums(
     model: Any, items: Sequence[Encoded], reading: Callable[[Tensor], None] = lambda mask: None
 ) -> Tensor:
-    """Summed log-probability of every choice's tokens, item after item, as one batch; differentiable.
+    """Sum the log-probabilities of every choice's tokens in one batch, with gradients.
 
-    reading: is told which positions are no padding, before each time that the model reads.
+    Args:
+        model: The causal language model.
+        items: The prompts with their choices.
+        reading: Receives the mask of a batch, which is 0 for padding, before the model reads it.
+
+    Returns:
+        One sum for each choice, in nats, item after item.
     """
     device = next(model.parameters()).device
-    prompts, prompt_mask = _padded([item.prompt for item in items], left=True, device=device)
+    prompts, prompt_mask = _pad([item.prompt for item in items], left=True, device=device)
     reading(prompt_mask)
     positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)
     read = model(
@@ -124,7 +163,7 @@ def choice_sums(
         use_cache=True,
         logits_to_keep=1,
     )
-    first = read.logits[:, -1].float().log_softmax(-1)  # of every choice's first token
+    first = read.logits[:, -1].float().log_softmax(-1)  # These predict the first token of a choice.
     owner = [row for row, item in enumerate(items) for _ in item.choices]
     choices = [choice for item in items for choice in item.choices]
     rows = torch.tensor(owner, device=device)
@@ -143,10 +182,10 @@ def _rest(
     prompt_mask: Tensor,
     reading: Callable[[Tensor], None],
 ) -> Tensor:
-    """Summed log-probability of the tokens after the first, for every choice."""
+    """Sum the log-probabilities of every choice's tokens after the first."""
     cache.batch_select_indices(rows)
-    inputs, mask = _padded([choice[:-1] for choice in choices], left=False, device=rows.device)
-    targets, _ = _padded([choice[1:] for choice in choices], left=False, device=rows.device)
+    inputs, mask = _pad([choice[:-1] for choice in choices], left=False, device=rows.device)
+    targets, _ = _pad([choice[1:] for choice in choices], left=False, device=rows.device)
     start = prompt_mask.sum(1)[rows]
     steps = torch.arange(inputs.shape[1], device=rows.device)
     reading(mask)
@@ -161,8 +200,8 @@ def _rest(
     return (chosen * mask).sum(1)
 
 
-def _padded(rows: Sequence[Sequence[int]], *, left: bool, device: Any) -> tuple[Tensor, Tensor]:
-    """Token ids `[B, T]` and their mask; padding carries the id 0 and is never attended to."""
+def _pad(rows: Sequence[Sequence[int]], *, left: bool, device: Any) -> tuple[Tensor, Tensor]:
+    """Pad token ids with 0; return them and their mask, both `[B, T]`."""
     width = max(map(len, rows))
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.long)

@@ -1,6 +1,6 @@
-"""What is common to all readers: a question becomes a row, and rows become logits.
+"""The interface of all readers, and the batching that they share.
 
-Shapes: N inputs, C choices.
+Shapes: N inputs, T tokens, C choices, L labels of a classifier.
 """
 
 from __future__ import annotations
@@ -13,50 +13,106 @@ from experthub.hub.readers.scorer import Question, Scores
 from experthub.hub.tasks.task import Example, Task
 from torch import Tensor
 
-BATCH_TOKENS = 4096  # padding included, that a model reads at once; an image is one
+BATCH_TOKENS = 4096  # Tokens of a batch, with padding; an image counts as one token.
 
 
 class Row(Protocol):
-    """One input as a model reads it.  size: how much there is to read; like sizes share a batch."""
+    """One input in the form that a model reads."""
 
     @property
-    def size(self) -> int: ...
+    def size(self) -> int:
+        """The number of tokens; inputs of similar size share a batch."""
+        ...
 
-    def varied(self, seed: int) -> Row:
-        """A random variation of the input, which a right answer survives."""
+    def vary(self, seed: int) -> Row:
+        """Make a random variation of the input that does not change the right answer.
+
+        Args:
+            seed: The seed of the variation.
+
+        Returns:
+            The variation.
+        """
         ...
 
 
 class Reader(Protocol):
-    """How inputs of a kind of base become logits.
+    """A way to compute logits over the choices of questions with one kind of base.
 
-    name: of what the logits are.  real: which positions `[N, T]` of what the model reads at this
-    moment are no padding; None if all are.
+    Attributes:
+        name: The name of the logits.
+        real: The mask `[N, T]` of the batch that the model is reading, which is false for padding.
+            None if the batch has no padding.
     """
 
     name: str
     real: Tensor | None
 
-    def question(self, task: Task, example: Example) -> Question: ...
+    def question(self, task: Task, example: Example) -> Question:
+        """Build the question of an example.
 
-    def row(self, question: Question) -> Any: ...
+        Args:
+            task: The task of the example.
+            example: The example.
+
+        Returns:
+            The text to read and the choices.
+        """
+        ...
+
+    def row(self, question: Question) -> Any:
+        """Prepare a question for the model.
+
+        Args:
+            question: The question.
+
+        Returns:
+            The input in the form that `read` takes.
+        """
+        ...
 
     def read(self, model: Any, rows: Sequence[Any]) -> Tensor:
-        """Logits `[N, C]`, minus infinity where a row has fewer choices than C."""
+        """Compute the logits of a batch.
+
+        Args:
+            model: The model, which may compute gradients.
+            rows: The prepared questions.
+
+        Returns:
+            Logits `[N, C]`, minus infinity where a question has fewer than C choices.
+        """
         ...
 
 
 class ReaderScorer:
-    """Scores choices by a reader's logits, without gradients; see `scoring.scorer.Scorer`."""
+    """A scorer that uses the logits of a reader, without gradients."""
 
     def __init__(self, reader: Reader) -> None:
         self.reader, self.name = reader, reader.name
 
     def question(self, task: Task, example: Example) -> Question:
+        """Build the question of an example.
+
+        Args:
+            task: The task of the example.
+            example: The example.
+
+        Returns:
+            The question of the reader.
+        """
         return self.reader.question(task, example)
 
     @torch.no_grad()
     def scores(self, model: Any, questions: Sequence[Question]) -> list[Scores]:
+        """Score the choices of questions.
+
+        Args:
+            model: The model to evaluate.
+            questions: The questions.
+
+        Returns:
+            The logits of every question's choices; each choice counts as one token.
+        """
         rows = [self.reader.row(question) for question in questions]
         counts = [len(question.choices) for question in questions]
         logits_NC = read_all(self.reader, model, rows, max(counts))
@@ -67,9 +123,16 @@ class ReaderScorer:
 
 
 def read_all(reader: Reader, model: Any, rows: Sequence[Row], width: int | None = None) -> Tensor:
-    """Logits `[N, width]` of any number of inputs; like sizes are read together.
+    """Compute the logits of any number of inputs; inputs of similar size share a batch.
 
-    width: the largest number of choices; None where all reads give the same.
+    Args:
+        reader: The reader.
+        model: The model.
+        rows: The prepared questions.
+        width: The largest number of choices; None if all batches have the same number.
+
+    Returns:
+        Logits `[N, width]` in the order of the rows, on the device of the model.
     """
     order = sorted(range(len(rows)), key=lambda i: rows[i].size)
     parts = []
@@ -83,7 +146,7 @@ def read_all(reader: Reader, model: Any, rows: Sequence[Row], width: int | None 
 
 
 def _batches(order: Sequence[int], rows: Sequence[Row]) -> Iterator[list[int]]:
-    """Inputs in order of size, cut where they, padding included, exceed the tokens allowed."""
+    """Group inputs by size into batches of at most `BATCH_TOKENS` tokens with padding."""
     batch: list[int] = []
     for index in order:
         if batch and rows[index].size * (len(batch) + 1) > BATCH_TOKENS:
@@ -94,24 +157,48 @@ def _batches(order: Sequence[int], rows: Sequence[Row]) -> Iterator[list[int]]:
         yield batch
 
 
-def by_row(values: Tensor, counts: Sequence[int]) -> Tensor:
-    """Values of all rows' choices, one after the other, as `[N, C]`."""
+def split_by_row(values: Tensor, counts: Sequence[int]) -> Tensor:
+    """Arrange the values of the choices of all inputs by input.
+
+    Args:
+        values: One value for each choice, input after input.
+        counts: The number of choices of each input.
+
+    Returns:
+        The values `[N, C]`, padded with minus infinity.
+    """
     parts = torch.split(values, list(counts))
     return torch.nn.utils.rnn.pad_sequence(
         list(parts), batch_first=True, padding_value=float("-inf")
     )
 
 
-def selected(logits_NL: Tensor, columns: Sequence[Sequence[int]]) -> Tensor:
-    """The logits of each row's own labels, out of those of all labels."""
+def select_columns(logits_NL: Tensor, columns: Sequence[Sequence[int]]) -> Tensor:
+    """Select the logits of each input's own labels.
+
+    Args:
+        logits_NL: The logits of all labels.
+        columns: The positions of each input's labels.
+
+    Returns:
+        The logits `[N, C]`, padded with minus infinity.
+    """
     owner = torch.tensor([i for i, own in enumerate(columns) for _ in own])
     chosen = torch.tensor([column for own in columns for column in own])
     values = logits_NL[owner.to(logits_NL.device), chosen.to(logits_NL.device)]
-    return by_row(values, [len(own) for own in columns])
+    return split_by_row(values, [len(own) for own in columns])
 
 
-def padded(rows: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Tensor]:
-    """Token ids, right-padded, `[N, T]`, and which are real."""
+def pad(rows: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Tensor]:
+    """Pad token ids on the right.
+
+    Args:
+        rows: The token ids of each text.
+        device: The device of the result.
+
+    Returns:
+        The token ids `[N, T]`, and a mask `[N, T]` that is false for padding.
+    """
     lengths = torch.tensor([len(row) for row in rows], device=device)
     ids_NT = torch.nn.utils.rnn.pad_sequence(
         [torch.tensor(row) for row in rows], batch_first=True

@@ -1,4 +1,4 @@
-"""Which reader a base has."""
+"""The choice of the reader for a base."""
 
 from __future__ import annotations
 
@@ -16,9 +16,19 @@ from experthub.hub.readers.text import Encoder, LanguageModel, Seq2Seq, TextClas
 
 
 def reader_for(base: Base, device: str | None, loaded: Callable[[], Any] | None = None) -> Reader:
-    """The reader of a base's kind; UsageError for one that has none.
+    """Choose the reader for a base.
 
-    loaded: gives the base's model, where one is at hand, for heads that are made of text.
+    Args:
+        base: The base.
+        device: The device to load the base on, if the reader needs the base's model.
+        loaded: Returns the base's model if it is loaded already. Some readers make their heads
+            from the text of the choices, and need the model for that.
+
+    Returns:
+        The reader of the base's kind.
+
+    Raises:
+        UsageError: No reader can score choices with this kind of base.
     """
     loaded = loaded or cache(lambda: load_model(base, "float32", device))
     config = read_json(base.folder / "config.json")
@@ -38,13 +48,13 @@ def reader_for(base: Base, device: str | None, loaded: Callable[[], Any] | None 
     if base.encoder:
         return Encoder(Similarity(loaded, load_tokenizer(base)))
     raise UsageError(
-        f"{base.name} is a {kind}, which gives no choices a score",
+        f"{base.name} is a {kind}, which cannot score choices",
         "use a language model, an encoder, a classifier or CLIP",
     )
 
 
 def _labels(config: dict[str, object]) -> dict[str, int]:
-    """Label -> output of a classifier, as its configuration names them."""
+    """Read the output of each label from a classifier's configuration."""
     named = config.get("id2label")
     pairs = named.items() if isinstance(named, dict) else ()
     return {str(label): int(index) for index, label in pairs}

@@ -1,4 +1,4 @@
-"""What turns a model and its questions into a score for every choice."""
+"""Scorers: a score for every choice of a question, from a model."""
 
 from __future__ import annotations
 
@@ -12,8 +12,18 @@ from experthub.hub.tasks.task import Example, Task
 Measure = Literal["mean", "sum", "byte"]
 
 
-def as_measure(text: str) -> Measure:
-    """The name of a measure; UsageError for any other."""
+def parse_measure(text: str) -> Measure:
+    """Check the name of a measure.
+
+    Args:
+        text: The name.
+
+    Returns:
+        The same name.
+
+    Raises:
+        UsageError: There is no such measure.
+    """
     if text not in get_args(Measure):
         raise UsageError(f"unknown score {text!r}", f"use one of {', '.join(get_args(Measure))}")
     return cast(Measure, text)
@@ -21,7 +31,7 @@ def as_measure(text: str) -> Measure:
 
 @dataclass(frozen=True)
 class Question:
-    """An example as a scorer puts it: the text that a model reads, and what may be the answer."""
+    """An example in the form that a model reads: its text, and the possible answers."""
 
     text: str
     choices: tuple[str, ...]
@@ -29,13 +39,22 @@ class Question:
 
 @dataclass(frozen=True)
 class Scores:
-    """One value and one number of tokens for every choice of a question."""
+    """The values of a question's choices, and the number of tokens of each choice."""
 
     values: tuple[float, ...]
     tokens: tuple[int, ...]
 
     def by(self, measure: Measure, choices: Sequence[str]) -> list[float]:
-        """The values as they are, per token, or per UTF-8 byte of the choice's own text."""
+        """Normalise the values by a measure.
+
+        Args:
+            measure: `sum` keeps the values, `mean` divides them by the number of tokens, and `byte`
+                divides them by the number of UTF-8 bytes of the choice.
+            choices: The texts of the choices.
+
+        Returns:
+            One score for every choice.
+        """
         if measure == "sum":
             return list(self.values)
         if measure == "mean":
@@ -45,13 +64,33 @@ class Scores:
 
 
 class Scorer(Protocol):
-    """How choices are scored.  name: of what the values are, for the protocol and the cache."""
+    """A way to score the choices of questions."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The name of the values, for the protocol and the cache."""
+        ...
 
-    def question(self, task: Task, example: Example) -> Question: ...
+    def question(self, task: Task, example: Example) -> Question:
+        """Build the question of an example.
+
+        Args:
+            task: The task of the example.
+            example: The example.
+
+        Returns:
+            The text to read and the choices to score.
+        """
+        ...
 
     def scores(self, model: Any, questions: Sequence[Question]) -> list[Scores]:
-        """The scores of every question, each a function of the questions given and the model."""
+        """Score the choices of questions.
+
+        Args:
+            model: The model to evaluate.
+            questions: The questions, which are scored together.
+
+        Returns:
+            The scores of every question, which depend on the model and on these questions only.
+        """
         ...

@@ -1,7 +1,7 @@
-"""Labels scored by a sentence encoder: the cosine between a text and each label's own text.
+"""Scores of labels by a sentence encoder: the cosine between a text and each label's text.
 
-The labels' embeddings are the base's, frozen, as CLIP makes heads of class names (Radford et al.,
-https://arxiv.org/abs/2103.00020, section 3.1.2); an expert changes how the input is read.
+The frozen base embeds the labels, as CLIP makes heads from class names (Radford et al.,
+https://arxiv.org/abs/2103.00020, section 3.1.2). An expert changes only the embedding of the input.
 
 Shapes: B texts, T tokens, D features, C choices.
 """
@@ -16,26 +16,49 @@ from experthub.hub.readers.scorer import Question, Scores
 from experthub.hub.tasks.task import Example, Task
 from torch import Tensor
 
-SCALE = 20.0  # of the cosine, as sentence-transformers trains with
+SCALE = 20.0  # Factor of the cosine, as in the training of sentence-transformers.
 MAX_TOKENS = 256
 BATCH = 32
 
 
 class Similarity:
-    """Scores choices by `20 cos(embedding of the input, the base's embedding of the choice)`."""
+    """A scorer by `20 cos(embedding of the input, the base's embedding of the choice)`."""
 
     name = "label-cosine"
 
     def __init__(self, base: Callable[[], Any], tokenizer: Any) -> None:
-        """base: gives the encoder that makes the heads, whatever model reads the inputs."""
+        """Create a scorer.
+
+        Args:
+            base: Returns the encoder that embeds the choices, whichever model reads the inputs.
+            tokenizer: The tokenizer of the base.
+        """
         self.base, self.tokenizer = base, tokenizer
         self._heads: dict[str, Tensor] = {}
 
     def question(self, task: Task, example: Example) -> Question:
+        """Build the question of an example.
+
+        Args:
+            task: The task of the example.
+            example: The example.
+
+        Returns:
+            The example's input and the task's choices.
+        """
         return Question(example.input, tuple(task.choices(example)))
 
     def scores(self, model: Any, questions: Sequence[Question]) -> list[Scores]:
-        texts_BD = embedded(model, self.tokenizer, [q.text for q in questions])
+        """Score the choices of questions.
+
+        Args:
+            model: The encoder that reads the inputs.
+            questions: The questions.
+
+        Returns:
+            The scaled cosines of every question's choices; each choice counts as one token.
+        """
+        texts_BD = embed(model, self.tokenizer, [q.text for q in questions])
         found = []
         for text_D, question in zip(texts_BD, questions, strict=True):
             values = (SCALE * self.heads(question.choices) @ text_D).tolist()
@@ -43,16 +66,32 @@ class Similarity:
         return found
 
     def heads(self, choices: Sequence[str]) -> Tensor:
-        """The choices' embeddings `[C, D]`, each made once."""
+        """Embed choices with the base, each choice once.
+
+        Args:
+            choices: The texts of the choices.
+
+        Returns:
+            The unit embeddings `[C, D]`.
+        """
         new = [choice for choice in dict.fromkeys(choices) if choice not in self._heads]
         if new:
-            self._heads |= dict(zip(new, embedded(self.base(), self.tokenizer, new), strict=True))
+            self._heads |= dict(zip(new, embed(self.base(), self.tokenizer, new), strict=True))
         return torch.stack([self._heads[choice] for choice in choices])
 
 
 @torch.no_grad()
-def embedded(model: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
-    """Unit embeddings `[B, D]` of texts; like lengths share a batch."""
+def embed(model: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
+    """Embed texts; texts of similar length share a batch.
+
+    Args:
+        model: The encoder.
+        tokenizer: Its tokenizer.
+        texts: The texts, of which at most `MAX_TOKENS` tokens are read.
+
+    Returns:
+        The unit embeddings `[B, D]`, float32.
+    """
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     rows: list[Tensor] = [torch.empty(0)] * len(texts)
     for start in range(0, len(order), BATCH):
@@ -64,13 +103,21 @@ def embedded(model: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
             max_length=MAX_TOKENS,
             return_tensors="pt",
         ).to(next(model.parameters()).device)
-        for i, row in zip(part, pooled(model, batch), strict=True):
+        for i, row in zip(part, pool(model, batch), strict=True):
             rows[i] = row
     return torch.stack(rows)
 
 
-def pooled(model: Any, batch: Any) -> Tensor:
-    """The mean of the last hidden states of real tokens, of length 1, `[B, D]`, float32."""
+def pool(model: Any, batch: Any) -> Tensor:
+    """Average the last hidden states over all tokens except padding.
+
+    Args:
+        model: The encoder.
+        batch: Its inputs, with `attention_mask`.
+
+    Returns:
+        The means, normalised to length 1, `[B, D]`, float32.
+    """
     hidden_BTD = model(**batch).last_hidden_state.float()
     mask_BT1 = batch["attention_mask"][..., None].float()
     mean_BD = (hidden_BTD * mask_BT1).sum(1) / mask_BT1.sum(1)

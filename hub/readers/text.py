@@ -1,4 +1,4 @@
-"""Readers of text: language models by the likelihood of an answer, encoders, classifiers.
+"""Readers of text: language models, sentence encoders and classifiers.
 
 Shapes: N inputs, T tokens, C choices, D features, L labels of a classifier.
 """
@@ -13,35 +13,43 @@ from typing import Any
 import torch
 from experthub.hub.errors import UsageError
 from experthub.hub.readers.likelihood import Encoded, choice_sums, encode
-from experthub.hub.readers.reader import by_row, padded, selected
+from experthub.hub.readers.reader import pad, select_columns, split_by_row
 from experthub.hub.readers.scorer import Question
-from experthub.hub.readers.similarity import MAX_TOKENS, SCALE, Similarity, pooled
+from experthub.hub.readers.similarity import MAX_TOKENS, SCALE, Similarity, pool
 from experthub.hub.tasks.task import Example, Task
 from torch import Tensor
 
-DROPPED = 0.15  # share of tokens that a variation of a text leaves out
+DROPPED = 0.15  # The share of tokens that a variation of a text omits.
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text as token ids.  choices: what the logits are over, in the reader's own form."""
+    """A text as token ids, with its choices in the form of its reader."""
 
     tokens: tuple[int, ...]
     choices: Any
 
     @property
     def size(self) -> int:
+        """The number of tokens."""
         return len(self.tokens)
 
-    def varied(self, seed: int) -> Text:
-        """Without some of its tokens; the first and the last stay."""
+    def vary(self, seed: int) -> Text:
+        """Omit some tokens at random; keep the first and the last.
+
+        Args:
+            seed: The seed of the variation.
+
+        Returns:
+            The shorter text.
+        """
         kept = random.Random(f"{seed} {self.tokens}")
         inner = [token for token in self.tokens[1:-1] if kept.random() >= DROPPED]
         return replace(self, tokens=(*self.tokens[:1], *inner, *self.tokens[1:][-1:]))
 
 
 class LanguageModel:
-    """A causal model: the mean log-probability of each choice's tokens after the prompt."""
+    """A reader for causal models: the mean log-probability of each choice's tokens."""
 
     name = "mean-logprob"
 
@@ -50,22 +58,48 @@ class LanguageModel:
         self.real: Tensor | None = None
 
     def question(self, task: Task, example: Example) -> Question:
+        """Build the question of an example.
+
+        Args:
+            task: The task of the example.
+            example: The example.
+
+        Returns:
+            The prompt, and the choices after a space.
+        """
         return Question(task.prompt(example), tuple(" " + c for c in task.choices(example)))
 
     def row(self, question: Question) -> Text:
+        """Prepare a question for the model.
+
+        Args:
+            question: The question.
+
+        Returns:
+            The token ids of the prompt and of the choices.
+        """
         encoded = encode(self.tokenizer, question.text, question.choices)
         return Text(encoded[0].prompt, encoded)
 
     def read(self, model: Any, rows: Sequence[Text]) -> Tensor:
+        """Compute the logits of a batch.
+
+        Args:
+            model: The causal model.
+            rows: The prepared questions.
+
+        Returns:
+            Logits `[N, C]`, float32: mean log-probabilities.
+        """
         items = [item for row in rows for item in self._items(row)]
         sums = choice_sums(model, items, self._reading)
         self.real = None
         lengths = torch.tensor([len(c) for item in items for c in item.choices])
         counts = [sum(len(item.choices) for item in row.choices) for row in rows]
-        return by_row(sums / lengths.to(sums.device), counts)
+        return split_by_row(sums / lengths.to(sums.device), counts)
 
     def _items(self, row: Text) -> list[Encoded]:
-        """The prompt as it is now, unless choices that merge with its end need prompts of their own."""
+        """Use the row's own tokens as prompt, unless choices merge with the end of the prompt."""
         if len(row.choices) > 1:
             return list(row.choices)
         return [Encoded(row.tokens, row.choices[0].choices)]
@@ -75,7 +109,7 @@ class LanguageModel:
 
 
 class Seq2Seq:
-    """A model that reads and then writes: the mean log-probability of each choice's tokens."""
+    """A reader for encoder-decoder models: the mean log-probability of each choice's tokens."""
 
     name = "mean-logprob"
 
@@ -84,22 +118,48 @@ class Seq2Seq:
         self.real: Tensor | None = None
 
     def question(self, task: Task, example: Example) -> Question:
+        """Build the question of an example.
+
+        Args:
+            task: The task of the example.
+            example: The example.
+
+        Returns:
+            The prompt and the choices.
+        """
         return Question(task.prompt(example), tuple(task.choices(example)))
 
     def row(self, question: Question) -> Text:
+        """Prepare a question for the model.
+
+        Args:
+            question: The question.
+
+        Returns:
+            The token ids of the prompt and of the choices.
+        """
         ids = self.tokenizer(list(question.choices))["input_ids"]
         return Text(tuple(self.tokenizer(question.text)["input_ids"]), tuple(map(tuple, ids)))
 
     def read(self, model: Any, rows: Sequence[Text]) -> Tensor:
+        """Compute the logits of a batch.
+
+        Args:
+            model: The encoder-decoder model.
+            rows: The prepared questions.
+
+        Returns:
+            Logits `[N, C]`, float32: mean log-probabilities.
+        """
         device = next(model.parameters()).device
-        ids_NT, self.real = padded([row.tokens for row in rows], device)
+        ids_NT, self.real = pad([row.tokens for row in rows], device)
         counts = [len(row.choices) for row in rows]
         owner = torch.tensor([i for i, n in enumerate(counts) for _ in range(n)], device=device)
         mask_NT = self.real.long()
         hidden_NTD = model.get_encoder()(
             input_ids=ids_NT, attention_mask=mask_NT
         ).last_hidden_state[owner]
-        answers, real = padded([choice for row in rows for choice in row.choices], device)
+        answers, real = pad([choice for row in rows for choice in row.choices], device)
         start = answers.new_full((len(answers), 1), model.config.decoder_start_token_id)
         self.real = real
         logits = model(
@@ -109,11 +169,11 @@ class Seq2Seq:
         ).logits
         self.real = None
         log = logits.float().log_softmax(-1).gather(-1, answers[..., None])[..., 0]
-        return by_row((log * real).sum(1) / real.sum(1), counts)
+        return split_by_row((log * real).sum(1) / real.sum(1), counts)
 
 
 class Encoder:
-    """A sentence encoder: the scaled cosines with the choices' embeddings by the base, frozen."""
+    """A reader for encoders: the scaled cosines with the frozen embeddings of the choices."""
 
     name = Similarity.name
 
@@ -122,25 +182,51 @@ class Encoder:
         self.real: Tensor | None = None
 
     def question(self, task: Task, example: Example) -> Question:
+        """Build the question of an example.
+
+        Args:
+            task: The task of the example.
+            example: The example.
+
+        Returns:
+            The example's input and the task's choices.
+        """
         return self.similarity.question(task, example)
 
     def row(self, question: Question) -> Text:
+        """Prepare a question for the model.
+
+        Args:
+            question: The question.
+
+        Returns:
+            The token ids of the input, and the embeddings of the choices.
+        """
         found = self.similarity.tokenizer(question.text, truncation=True, max_length=MAX_TOKENS)
         return Text(tuple(found["input_ids"]), self.similarity.heads(question.choices))
 
     def read(self, model: Any, rows: Sequence[Text]) -> Tensor:
+        """Compute the logits of a batch.
+
+        Args:
+            model: The encoder.
+            rows: The prepared questions.
+
+        Returns:
+            Logits `[N, C]`, float32: scaled cosines.
+        """
         device = next(model.parameters()).device
-        ids_NT, self.real = padded([row.tokens for row in rows], device)
-        text_ND = pooled(model, {"input_ids": ids_NT, "attention_mask": self.real.long()})
+        ids_NT, self.real = pad([row.tokens for row in rows], device)
+        text_ND = pool(model, {"input_ids": ids_NT, "attention_mask": self.real.long()})
         self.real = None
         heads_CD = torch.cat([row.choices for row in rows]).to(text_ND)
         counts = [len(row.choices) for row in rows]
         owner = torch.tensor([i for i, n in enumerate(counts) for _ in range(n)], device=device)
-        return by_row(SCALE * (heads_CD * text_ND[owner]).sum(1), counts)
+        return split_by_row(SCALE * (heads_CD * text_ND[owner]).sum(1), counts)
 
 
 class TextClassifier:
-    """A classifier of text: its own frozen head, at the labels that are a question's choices."""
+    """A reader for text classifiers: the outputs of the frozen head for a question's choices."""
 
     name = "classifier-logits"
 
@@ -149,25 +235,62 @@ class TextClassifier:
         self.real: Tensor | None = None
 
     def question(self, task: Task, example: Example) -> Question:
+        """Build the question of an example.
+
+        Args:
+            task: The task of the example.
+            example: The example.
+
+        Returns:
+            The example's input and the task's choices.
+        """
         return Question(example.input, tuple(task.choices(example)))
 
     def row(self, question: Question) -> Text:
+        """Prepare a question for the model.
+
+        Args:
+            question: The question.
+
+        Returns:
+            The token ids of the input, and the outputs of the choices.
+        """
         found = self.tokenizer(question.text, truncation=True, max_length=MAX_TOKENS)
-        return Text(tuple(found["input_ids"]), columns_of(question.choices, self.labels))
+        return Text(tuple(found["input_ids"]), find_columns(question.choices, self.labels))
 
     def read(self, model: Any, rows: Sequence[Text]) -> Tensor:
-        ids_NT, self.real = padded([row.tokens for row in rows], next(model.parameters()).device)
+        """Compute the logits of a batch.
+
+        Args:
+            model: The classifier.
+            rows: The prepared questions.
+
+        Returns:
+            Logits `[N, C]`, float32: its outputs.
+        """
+        ids_NT, self.real = pad([row.tokens for row in rows], next(model.parameters()).device)
         logits_NL = model(input_ids=ids_NT, attention_mask=self.real.long()).logits.float()
         self.real = None
-        return selected(logits_NL, [row.choices for row in rows])
+        return select_columns(logits_NL, [row.choices for row in rows])
 
 
-def columns_of(choices: Sequence[str], labels: dict[str, int]) -> tuple[int, ...]:
-    """Which of a classifier's outputs the choices are; UsageError for one that is none."""
+def find_columns(choices: Sequence[str], labels: dict[str, int]) -> tuple[int, ...]:
+    """Find the outputs of a classifier that belong to choices.
+
+    Args:
+        choices: The choices.
+        labels: The output of each label.
+
+    Returns:
+        The output of each choice.
+
+    Raises:
+        UsageError: A choice is not a label of the classifier.
+    """
     missing = [choice for choice in choices if choice not in labels]
     if missing:
         raise UsageError(
-            f"the base has no label {missing[0]!r}, it has {', '.join(sorted(labels)[:8])}",
-            "use a task with the base's own labels",
+            f"the base has no label {missing[0]!r}; it has {', '.join(sorted(labels)[:8])}",
+            "use a task whose choices are labels of the base",
         )
     return tuple(labels[choice] for choice in choices)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
-from experthub.hub.errors import HubError, UsageError
-from experthub.hub.files.patterns import matching
-from experthub.hub.files.yaml_files import did_you_mean
-from experthub.hub.recipes.plan import PlannedExpert
+from experthub.hub.errors import HubError, UsageError, explain_errors
+from experthub.hub.files.patterns import limit_matching_time
+from experthub.hub.recipes.method import Method
+from experthub.hub.recipes.plan import Member, PlannedExpert
 from experthub.hub.recipes.recipe import Recipe
+from experthub.merge import Outline
+from experthub.routing import routers
 
 
 def check_apart(ways: Sequence[Recipe], targets: Sequence[tuple[str, ...]]) -> None:
@@ -27,16 +30,57 @@ def check_apart(ways: Sequence[Recipe], targets: Sequence[tuple[str, ...]]) -> N
 def check_method(
     recipe: Recipe, experts: tuple[PlannedExpert, ...], parameters: tuple[str, ...]
 ) -> None:
-    """Refuse by name what the recipe's method cannot work with."""
-    _check_skills(recipe, experts)
-    if recipe.route is None:
-        granularity = recipe.method.options.get("granularity")
-        if isinstance(granularity, str):
-            _check_granularity(granularity, parameters)
-        return
-    from experthub.routing import routers
+    """Refuse by name what the recipe's method cannot work with.
 
-    wanted, needs = frozenset(parameters), routers[recipe.route.method].needs
+    Args:
+        recipe: A recipe of one method.
+        experts: The experts of the recipe.
+        parameters: The names of the parameters that the method may change.
+
+    Raises:
+        UsageError: The method, its options and the experts do not go together.
+        HubError: An expert lacks what the method needs, or changes what cannot be routed.
+    """
+    _check_skills(recipe, experts)
+    outline = Outline([_Outlined(expert) for expert in experts], parameters)
+    if recipe.route is not None:
+        _check_route(recipe.route, experts, outline)
+    check, options = recipe.method.strategy.check, recipe.method.options
+    if check is None:
+        return
+    try:
+        with explain_errors(), limit_matching_time():
+            check(outline, options)
+    except TimeoutError as error:
+        raise UsageError(str(error), "write the pattern simpler, or use a name") from None
+
+
+class _Outlined:
+    """A planned expert, as a method sees it before weights are read."""
+
+    def __init__(self, expert: PlannedExpert) -> None:
+        self.expert = expert
+        self.label, self.weight = expert.label, expert.weight
+        self.is_merge = expert.merge is not None
+
+    @cached_property
+    def _ranks(self) -> dict[str, int]:
+        sums: dict[str, int] = {}
+        for member in self.expert.members:
+            for adapted in member.adapted:
+                name = f"{adapted.module}.weight"
+                sums[name] = sums.get(name, 0) + adapted.rank
+        limit = self.expert.rank
+        return {name: min(rank, limit or rank) for name, rank in sums.items()}
+
+    def rank_of(self, parameter: str) -> int | None:
+        """Return the rank of the expert's change of a parameter; None if it has no such change."""
+        return self._ranks.get(parameter)
+
+
+def _check_route(route: Method, experts: tuple[PlannedExpert, ...], outline: Outline) -> None:
+    """Refuse experts that cannot be routed, or that lack a gate."""
+    wanted, needs = frozenset(outline.parameters), route.strategy.needs
     complete: set[tuple[int, int]] = set()  # of the many experts that share their shapes
     for expert in experts:
         if not expert.low_rank:
@@ -46,18 +90,9 @@ def check_method(
             )
         for member in expert.members:
             shape = id(member.changes), id(member.gated)
-            if "gates" not in needs or shape in complete:
-                continue
-            modules = {n.removesuffix(".weight") for n in member.changes if n in wanted}
-            if missing := sorted(modules - member.gated):
-                raise HubError(
-                    f"expert {member.reference} has no gate for {missing[0]}, "
-                    f"which {recipe.route.method} needs",
-                    f"run hub train gate {member.reference}"
-                    if member.task and "/" not in member.reference
-                    else "register it (hub add --task), then run hub train gate",
-                )
-            complete.add(shape)
+            if "gates" in needs and shape not in complete:
+                _check_gates(member, route.method, wanted)
+                complete.add(shape)
     adapted = {id(m.adapted): m.adapted for e in experts for m in e.members}
     embedding = [
         a.module
@@ -70,15 +105,25 @@ def check_method(
             f"{embedding[0]} is an embedding, and only linear modules can be routed",
             "leave it out with targets:, or use merge: instead of route:",
         )
-    if recipe.route.combine == "parameters":
-        _check_equal_ranks("combine: parameters", "use combine: outputs", experts, parameters)
-    if recipe.route.options.get("gks"):
-        _check_general(recipe.route.options["gks"], experts, parameters)
+    if route.combine == "parameters":
+        _check_equal_ranks(outline)
+
+
+def _check_gates(member: Member, method: str, wanted: frozenset[str]) -> None:
+    """Refuse an expert without a gate for a module that it adapts."""
+    modules = {n.removesuffix(".weight") for n in member.changes if n in wanted}
+    if missing := sorted(modules - member.gated):
+        raise HubError(
+            f"expert {member.reference} has no gate for {missing[0]}, which {method} needs",
+            f"run hub train gate {member.reference}"
+            if member.task and "/" not in member.reference
+            else "register it (hub add --task), then run hub train gate",
+        )
 
 
 def _check_skills(recipe: Recipe, experts: tuple[PlannedExpert, ...]) -> None:
-    """Inventories of skills and the routers that are over them go together, one of each."""
-    inventories = [m.reference for e in experts for m in e.members if m.kind == "skills"]
+    """Refuse a mixture: a router over skills takes one inventory of skills, and others take none."""
+    inventories = [m.reference for e in experts for m in e.members if m.skill_tasks]
     needs = "skills" in recipe.method.strategy.needs
     if needs and (len(inventories) != 1 or len(experts) != 1):
         raise UsageError(
@@ -87,78 +132,21 @@ def _check_skills(recipe: Recipe, experts: tuple[PlannedExpert, ...]) -> None:
             "name one that hub train skills made, and nothing else",
         )
     if inventories and not needs:
+        over = [name for name, s in routers.items() if "skills" in s.needs]
         raise UsageError(
             f"{inventories[0]} is an inventory of skills, which {recipe.method.method} cannot use",
-            "say route: {method: poly}, or mhr, over it alone",
+            f"use a route over it alone, with one of the methods {', '.join(over)}",
         )
 
 
-def _check_granularity(granularity: str, parameters: tuple[str, ...]) -> None:
-    from experthub.merge import blocks_of
-
-    try:
-        with matching():
-            blocks_of(parameters, granularity)
-    except (ValueError, TimeoutError) as error:
-        raise UsageError(str(error), "write it simpler, or use a name") from None
-
-
-def _check_general(
-    named: Sequence[str], experts: tuple[PlannedExpert, ...], parameters: tuple[str, ...]
-) -> None:
-    """Refuse general experts that cannot be taken off the others."""
-    labels = [expert.label for expert in experts]
-    for name in named:
-        if labels.count(name) != 1:
-            raise UsageError(
-                f"gks names {name}, and {labels.count(name)} experts of the recipe are called so",
-                did_you_mean(name, labels) if name not in labels else "say as: for each of them",
-            )
-    general = [expert for expert in experts if expert.label in named]
-    others = [expert for expert in experts if expert.label not in named]
-    if not others:
-        raise UsageError("gks names all experts, and none is left to route to", "leave one out")
-    for expert in experts:
-        if expert.merge is not None:
-            raise UsageError(
-                f"expert {expert.label} is a merge, and gks is of the stored A and B of experts",
-                "name its experts one by one",
-            )
-    for expert in general:
-        if expert.weight != 1:
-            raise UsageError(
-                f"expert {expert.label} has a weight, and gks takes the mean of general experts",
-                "leave weight out",
-            )
-    for name in parameters:
-        module = name.removesuffix(".weight")
-        if not any(name in expert.changes for expert in others):
-            raise HubError(f"only general experts adapt {module}", "leave it out with targets:")
-        for expert in general:
-            if name not in expert.changes:
-                raise HubError(
-                    f"the general expert {expert.label} does not adapt {module}, and others do",
-                    "leave the module out with targets:, or take another general expert",
-                )
-    _check_equal_ranks("gks", "leave out what differs with targets:", experts, parameters)
-
-
-def _check_equal_ranks(
-    what: str, hint: str, experts: tuple[PlannedExpert, ...], parameters: tuple[str, ...]
-) -> None:
-    ranks: dict[str, dict[int, str]] = {}
-    for expert in experts:
-        for name in parameters:
-            found = [
-                a.rank for m in expert.members for a in m.adapted if f"{a.module}.weight" == name
-            ]
-            rank = min(sum(found), expert.rank or sum(found))
-            if found:
-                ranks.setdefault(name, {})[rank] = expert.label
-    for name, by_rank in ranks.items():
-        if len(by_rank) > 1:
+def _check_equal_ranks(outline: Outline) -> None:
+    """Refuse experts of several ranks at one module."""
+    for name in outline.parameters:
+        found = {e.rank_of(name): e.label for e in outline.experts if e.rank_of(name)}
+        if len(found) > 1:
+            ranks = sorted((rank or 0, label) for rank, label in found.items())
             raise HubError(
-                f"{what} needs one rank, and {name.removesuffix('.weight')} has "
-                + ", ".join(f"{rank} ({label})" for rank, label in sorted(by_rank.items())),
-                hint,
+                f"combine: parameters needs one rank, and {name.removesuffix('.weight')} has "
+                + ", ".join(f"{rank} ({label})" for rank, label in ranks),
+                "use combine: outputs",
             )

@@ -8,9 +8,10 @@ from itertools import zip_longest
 from typing import Any
 
 from experthub.hub.errors import HubError, UsageError
-from experthub.hub.files.atomic import digest_of
+from experthub.hub.files.digests import digest_of
 from experthub.hub.recipes.recipe import DataUse
-from experthub.hub.tasks.task import Chosen, Example, Split, Task, read_task
+from experthub.hub.tasks.task import Chosen, Example, Split, Task
+from experthub.hub.tasks.task_files import read_task
 
 
 @dataclass(frozen=True)

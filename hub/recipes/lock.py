@@ -9,18 +9,21 @@ from typing import Literal
 
 from experthub.hub.errors import ConflictError, NotFoundError, UsageError
 from experthub.hub.files import yaml_files
-from experthub.hub.files.atomic import digest_of
-from experthub.hub.progress import Report, silent
+from experthub.hub.files.digests import digest_of
 from experthub.hub.recipes.examples import PlannedData
 from experthub.hub.recipes.lock_file import SUFFIX, Lock, LockedExpert, LockedTask, lock_path
+from experthub.hub.recipes.method import record_kernels
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.recipes.recipe import DataUse, ExpertUse, Recipe
 from experthub.hub.recipes.resolution import find_content, resolve
+from experthub.hub.registry.content import Content
 from experthub.hub.registry.expert import Reference
-from experthub.hub.registry.registry import BaseEntry, Layer, Registry, RegistryFile
-from experthub.hub.store.store import Store
-from experthub.hub.tasks.task import read_task
-from experthub.hub.transfer.pull import Content
+from experthub.hub.registry.layers import Layer
+from experthub.hub.registry.registry import Registry
+from experthub.hub.registry.registry_file import BaseEntry, RegistryFile
+from experthub.hub.session import Session
+from experthub.hub.states.states import store_state
+from experthub.hub.tasks.task_files import read_task
 from pydantic import ValidationError
 
 Pins = Literal["locked", "frozen"]
@@ -28,36 +31,33 @@ Pins = Literal["locked", "frozen"]
 
 def recipe_digest(path: Path) -> str:
     """The digest of a recipe file's values."""
-    return digest_of(yaml_files.read(path).value)
+    return digest_of(record_kernels(yaml_files.read(path).value))
 
 
-def lock(
-    path: Path,
-    registry: Registry | None = None,
-    store: Store | None = None,
-    *,
-    update: Sequence[str] | None = (),
-    report: Report = silent,
-) -> Lock:
-    """The lock that a recipe should have now; what it pins is in the store when this returns.
+def lock(path: Path, session: Session, *, update: Sequence[str] | None = ()) -> Lock:
+    """Make the lock that a recipe should have now, and bring what it pins into the store.
 
-    A method that learns does so now, unless it has before.  An expert keeps the content that the
-    recipe's present lock gives it while its reference still allows that.  update: names whose newest version is taken instead; None for all.  Nothing is
-    written.
+    A method that learns does so now, unless it has learned before. An expert keeps the content that
+    the present lock records for it while its reference still allows that. No file is written.
+
+    Args:
+        path: The recipe file.
+        session: The registry, the store, the device and the progress callback.
+        update: Names whose newest version is used instead. None means all names.
+
+    Returns:
+        The lock.
+
+    Raises:
+        HubError: The recipe does not resolve; see `resolve`.
     """
-    registry, store = registry or Registry.read(), store or Store()
     recipe = Recipe.read(path)
     held = lock_path(path)
     known = Lock.read(held).members if held.is_file() else []
-    pinned = [
-        _kept(use, known, update) or find_content(use, registry, store, report)
-        for use in recipe.uses
-    ]
-    plan = resolve(recipe, registry, store, report, pinned=pinned)
-    if plan.learns and plan.found is None:
-        from experthub.hub.materials.learned import learned
-
-        plan = replace(plan, found=learned(plan, registry=registry, store=store, report=report))
+    pinned = [_kept(use, known, update) or find_content(use, session) for use in recipe.uses]
+    plan = resolve(recipe, session=session, pinned=pinned)
+    if plan.keeps_state and plan.found is None:
+        plan = replace(plan, found=store_state(plan, session))
     return Lock.of(plan, recipe_digest(path))
 
 
@@ -86,30 +86,38 @@ def _allows(use: ExpertUse, entry: LockedExpert) -> bool:
 def plan_of(
     path: Path | str,
     pins: Pins | None = None,
-    registry: Registry | None = None,
-    store: Store | None = None,
-    report: Report = silent,
+    *,
+    session: Session | None = None,
 ) -> Plan:
-    """Resolve a recipe file, to what its lock pins if that is asked for.
+    """Resolve a recipe file, to what its lock pins if `pins` is set.
 
-    pins: `locked` takes what the lock pins and asks the registries whether its names still mean
-    that; `frozen` takes the lock as it is, without them; None looks everything up anew.  Raises
-    NotFoundError without a lock, ConflictError when the recipe, a name or the base has changed
-    since.
+    Args:
+        path: The recipe file.
+        pins: `locked` uses what the lock pins, and checks that the registries still give its names
+            the same meaning. `frozen` uses the lock as it is and reads no registry. None looks up
+            everything anew.
+        session: The registry, the store and the progress callback. The default is `Session()`.
+
+    Returns:
+        The plan.
+
+    Raises:
+        NotFoundError: There is no lock, or a name is unknown.
+        ConflictError: The recipe, a name or the base has changed since the lock was written.
     """
-    path = Path(path)
+    session, path = session or Session(), Path(path)
     recipe = Recipe.read(path)
     if pins is None:
-        return resolve(recipe, registry, store, report)
+        return resolve(recipe, session=session)
     held = Lock.read(lock_path(path))
     if held.recipe != recipe_digest(path):
         raise ConflictError(f"{path} has changed since it was locked", f"run hub lock {path}")
     contents = [member.content for member in held.members]
     if pins == "locked":
-        registry = registry or Registry.read()
-        contents = [_as_known(content, registry, path) for content in contents]
+        contents = [_as_known(content, session.registry, path) for content in contents]
     else:
-        registry = _registry_of(held, path, recipe)
+        own = _registry_of(held, path, recipe)
+        session = Session(own, session.store, session.device, session.report)
     data = None
     if held.data:
         use = recipe.data or DataUse.model_validate(held.data.use)
@@ -117,8 +125,8 @@ def plan_of(
     kept = held.coefficients or held.router
     found = kept.content if kept else None
     if found and pins == "locked" and recipe.stored:
-        found = _as_known(found, registry, path)
-    plan = resolve(recipe, registry, store, report, pinned=contents, data=data, found=found)
+        found = _as_known(found, session.registry, path)
+    plan = resolve(recipe, session=session, pinned=contents, data=data, found=found)
     if plan.digest != held.composition:
         raise ConflictError(
             f"{path} resolves to {plan.digest[:19]}, and its lock says {held.composition[:19]}",
@@ -169,14 +177,21 @@ def _registry_of(held: Lock, path: Path, recipe: Recipe) -> Registry:
     return Registry((Layer(lock_path(path), known),))
 
 
-def check_lock(
-    path: Path,
-    registry: Registry | None = None,
-    store: Store | None = None,
-    report: Report = silent,
-) -> Lock:
-    """A recipe's lock, when `--locked` would take it; ConflictError, NotFoundError otherwise."""
-    plan_of(path, "locked", registry, store, report)
+def check_lock(path: Path, session: Session) -> Lock:
+    """Check that a recipe's lock is up to date, as `--locked` does.
+
+    Args:
+        path: The recipe file.
+        session: The registry, the store and the progress callback.
+
+    Returns:
+        The lock.
+
+    Raises:
+        NotFoundError: There is no lock, or a name is unknown.
+        ConflictError: The recipe, a name or the base has changed since the lock was written.
+    """
+    plan_of(path, "locked", session=session)
     return Lock.read(lock_path(path))
 
 

@@ -10,12 +10,13 @@ from experthub.hub.errors import NotFoundError
 from experthub.hub.files import checksummed_text, yaml_files
 from experthub.hub.files.atomic import hub_home
 from experthub.hub.files.yaml_files import Closed
+from experthub.hub.formats.records import Digest
 from experthub.hub.recipes.plan import Plan
-from experthub.hub.registry.expert import Digest, absolute_source, relative_source
-from experthub.hub.registry.registry import HEX
+from experthub.hub.registry.content import Content
+from experthub.hub.registry.expert import absolute_source, relative_source
+from experthub.hub.registry.registry_file import HEX
 from experthub.hub.store.leases import lease
 from experthub.hub.store.roots import remember
-from experthub.hub.transfer.pull import Content
 from pydantic import Field, StringConstraints
 
 SUFFIX = ".lock.yaml"
@@ -109,7 +110,7 @@ class Lock(Closed):
         """
         if not path.is_file():
             raise NotFoundError(f"there is no lock {path}", "make it with hub lock")
-        lock = yaml_files.validated(cls, yaml_files.read(path), "docs/recipes.md")
+        lock = yaml_files.validate(cls, yaml_files.read(path), "docs/recipes.md")
         return lock._placed(lambda source: absolute_source(source, path.resolve().parent))
 
     @classmethod

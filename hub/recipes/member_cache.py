@@ -15,23 +15,26 @@ from typing import Any
 
 from experthub.hub.bases.base import Base
 from experthub.hub.errors import HubError
-from experthub.hub.files.atomic import digest_of, hub_home, write_json
+from experthub.hub.files.atomic import hub_home, write_json
+from experthub.hub.files.digests import digest_of
 from experthub.hub.files.json_files import read_json
 from experthub.hub.formats.adapter import Adapted
+from experthub.hub.kinds import Footprint, kinds
+from experthub.hub.kinds.lora import LORA
 from experthub.hub.recipes.plan import Member
-from experthub.hub.transfer.pull import Content
+from experthub.hub.registry.content import Content
 
 VERSION = 1
 
 
 @dataclass(frozen=True)
-class Catalogue:
+class MemberCache:
     """A file with sizes and shapes of the LoRAs of one composition, in their order."""
 
     path: Path
 
     @classmethod
-    def of(cls, contents: Iterable[Content], base: Base, allow_mismatch: bool) -> Catalogue:
+    def of(cls, contents: Iterable[Content], base: Base, allow_mismatch: bool) -> MemberCache:
         """allow_mismatch: of bases, which is checked before it is written and never after."""
         digests = [content.digest for content in contents]
         key = digest_of([VERSION, base.fingerprint, allow_mismatch, digests])[7:23]
@@ -42,15 +45,24 @@ class Catalogue:
         found = self._read()
         if found is None:
             return None
-        shapes = [_shapes(rows) for rows in found["adapted"]]
+        adapted = [_adapted(rows) for rows in found["adapted"]]
+        shapes = [{f"{a.module}.weight": a.shape for a in own} for own in adapted]
         gates = [frozenset(names) for names in found["gated"]]
         return [
-            Member(content, "lora", weight, size, shapes[of][1], shapes[of][0], gates[gated])
+            Member(
+                content, LORA.name, weight, size, Footprint(shapes[of], adapted[of], gates[gated])
+            )
             for (content, weight), (size, of, gated) in zip(named, found["members"], strict=True)
         ]
 
-    def keep(self, members: Sequence[Member]) -> None:
-        """Write what is known of members, all of them LoRAs."""
+    def write(self, members: Sequence[Member]) -> None:
+        """Write what is known of a composition's members, if all of them are LoRAs.
+
+        Args:
+            members: The members, in the order of the contents that `of` was given.
+        """
+        if not all(kinds[member.kind] is LORA for member in members):
+            return
         adapted: dict[int, int] = {}
         gated: dict[frozenset[str], int] = {}
         found: dict[str, Any] = {"adapted": [], "gated": [], "members": []}
@@ -77,10 +89,9 @@ class Catalogue:
         return found if check == digest_of(found) else None
 
 
-def _shapes(rows: list[list[Any]]) -> tuple[tuple[Adapted, ...], dict[str, tuple[int, ...]]]:
-    """How an expert changes its modules, and the parameters with their shapes."""
-    adapted = tuple(
+def _adapted(rows: list[list[Any]]) -> tuple[Adapted, ...]:
+    """Return how an expert changes its modules, from the rows of the file."""
+    return tuple(
         Adapted(module, rank, scale, (shape[0], shape[1]), *rest)
         for module, rank, scale, shape, *rest in rows
     )
-    return adapted, {f"{a.module}.weight": a.shape for a in adapted}

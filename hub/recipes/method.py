@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
-from experthub.hub.files import yaml_files
+from experthub.hub.files.spelling import suggest_name
 from experthub.hub.files.yaml_files import Closed
 from pydantic_core import PydanticCustomError
 
 if TYPE_CHECKING:
-    from experthub.merge import Catalogue, Strategy
+    from experthub.merge import Catalogue, Role, Strategy
 
 
 class Method(Closed):
@@ -18,16 +18,76 @@ class Method(Closed):
     kind: Literal["merge", "route"]
     method: str
     combine: Literal["outputs", "parameters"] = "outputs"
-    kernel: Literal["auto", "all", "copied", "sampled", "screened"] = "auto"
+    kernel: str = "auto"  # as the recipe spells it
     options: dict[str, Any] = {}
 
     @property
-    def strategy(self) -> Strategy:
+    def strategy(self) -> Strategy[Any]:
         """The catalogue's entry."""
         return _catalogue(self.kind)[self.method]
 
+    def with_role(self, role: Role) -> dict[str, Any]:
+        """Return the options that have a role.
 
-def _catalogue(kind: Literal["merge", "route"]) -> Catalogue:
+        Args:
+            role: For example `experthub.merge.ShapesState`.
+
+        Returns:
+            Option name -> value.
+        """
+        return {name: self.options.get(name) for name in self.strategy.with_role(role)}
+
+    @property
+    def task(self) -> str | None:
+        """The one task that the options fix for every input, if the method has such an option."""
+        from experthub.merge import TaskName
+
+        return next(iter(self.with_role(TaskName).values()), None)
+
+    @property
+    def examples_per_task(self) -> int | None:
+        """How many examples of each of the experts' own tasks the method sees; None means all."""
+        from experthub.merge import ExamplesPerTask
+
+        return next(iter(self.with_role(ExamplesPerTask).values()), None)
+
+    def set_seed(self, seed: int) -> None:
+        """Set the options that take the recipe's seed, unless the recipe sets them.
+
+        Args:
+            seed: The recipe's seed.
+        """
+        from experthub.merge import RecipeSeed
+
+        for name in self.strategy.with_role(RecipeSeed):
+            self.options.setdefault(name, seed)
+
+    def record(self) -> dict[str, Any]:
+        """Return the method as plain values, for digests and lock files.
+
+        An option that was added to a method later is left out while it has its default value, so
+        that older recipes keep their digests.
+
+        Returns:
+            The method's name, its way of mixing for a route, and its options.
+        """
+        from experthub.merge import AddedLater
+
+        late = self.strategy.with_role(AddedLater)
+        options = {
+            name: value
+            for name, value in self.options.items()
+            if name not in late or value != self.strategy.options[name].default
+        }
+        mixing: dict[str, str] = {"combine": self.combine} if self.kind == "route" else {}
+        if self.kernel != "auto":
+            from experthub.routing import recorded_kernel
+
+            mixing["kernel"] = recorded_kernel(self.kernel)
+        return {"method": self.method, **mixing, **options}
+
+
+def _catalogue(kind: Literal["merge", "route"]) -> Catalogue[Any]:
     from experthub.merge import merges
     from experthub.routing import routers
 
@@ -40,8 +100,43 @@ def error_at(message: str, key: str, hint: str) -> PydanticCustomError:
     return PydanticCustomError("hub_error", "{message}", context)
 
 
+def _check_kernel(name: Any) -> None:
+    """Refuse what is not the name of a kernel; earlier names are accepted."""
+    from experthub.routing import KERNELS, RENAMED_KERNELS
+
+    if name not in ("auto", *KERNELS, *RENAMED_KERNELS):
+        raise error_at(
+            f"expected {', '.join(('auto', *KERNELS[:-1]))} or {KERNELS[-1]}, found {name!r}",
+            "kernel",
+            "use auto: it measures which one is the fastest",
+        )
+
+
+def record_kernels(recipe: Any) -> Any:
+    """Replace the kernels in a recipe's plain values by the names that digests use.
+
+    Args:
+        recipe: The values of a recipe file.
+
+    Returns:
+        The same values, with the earliest name of each kernel; they are not changed in place.
+    """
+    if not isinstance(recipe, dict):
+        return recipe
+    found, route, parts = dict(recipe), recipe.get("route"), recipe.get("parts")
+    if isinstance(route, dict) and isinstance(route.get("kernel"), str):
+        from experthub.routing import recorded_kernel
+
+        found["route"] = {**route, "kernel": recorded_kernel(route["kernel"])}
+    if isinstance(parts, list):
+        found["parts"] = [record_kernels(part) for part in parts]
+    return found
+
+
 def method_of(kind: Literal["merge", "route"], value: Any) -> Method | None:
     """A method out of the plain values of a recipe, checked against the catalogue; None for null."""
+    from experthub.merge import RecipeSeed
+
     catalogue = _catalogue(kind)
     if value is None or isinstance(value, Method):
         return value
@@ -51,20 +146,15 @@ def method_of(kind: Literal["merge", "route"], value: Any) -> Method | None:
     name = given.pop("method")
     if name not in catalogue:
         other = _catalogue("route" if kind == "merge" else "merge")
-        hint = yaml_files.did_you_mean(name, catalogue)
+        hint = suggest_name(name, catalogue)
         if name in other:
             hint = f"{name} is a {other.kind}: write it under '{other.kind}:'"
         raise error_at(f"unknown {kind} method {name!r}", "method", hint)
     strategy = catalogue[name]
-    ways = strategy.routing.combines
+    ways = strategy.traits.routing.combines if kind == "route" else ("outputs",)
     combine: Any = given.pop("combine", ways[0]) if kind == "route" else "outputs"
     kernel: Any = given.pop("kernel", "auto") if kind == "route" else "auto"
-    if kernel not in get_args(Method.model_fields["kernel"].annotation):
-        raise error_at(
-            f"expected auto, all, copied, sampled or screened, found {kernel!r}",
-            "kernel",
-            "auto measures which is the fastest",
-        )
+    _check_kernel(kernel)
     if combine not in ("outputs", "parameters"):
         raise error_at(
             f"expected outputs or parameters, found {combine!r}",
@@ -84,6 +174,6 @@ def method_of(kind: Literal["merge", "route"], value: Any) -> Method | None:
     except ValueError as error:
         key = next((k for k in given if repr(k) in str(error)), "method")
         raise error_at(f"{name}: {error}", key, f"see hub methods {name}") from None
-    if "seed" not in given:
-        options.pop("seed", None)  # the recipe's own, which is not known here
+    for seed in set(strategy.with_role(RecipeSeed)) - set(given):
+        del options[seed]  # the recipe's own seed is the default, and is not known here
     return Method(kind=kind, method=name, combine=combine, kernel=kernel, options=options)

@@ -9,32 +9,29 @@ from functools import cached_property
 from typing import Any
 
 from experthub.hub.bases.base import Base
-from experthub.hub.files.atomic import digest_of
+from experthub.hub.files.digests import digest_of
 from experthub.hub.formats.adapter import Adapted
+from experthub.hub.kinds import Footprint, kinds
 from experthub.hub.recipes.examples import PlannedData
 from experthub.hub.recipes.method import Method
 from experthub.hub.recipes.recipe import Recipe
-from experthub.hub.transfer.pull import Content
+from experthub.hub.registry.content import Content
 
 LARGE = 100_000_000  # bytes of experts, from which on mapping a bank is faster than stacking them
 
 
 @dataclass(frozen=True)
 class Member:
-    """One stored expert: what it is, what it changes, and where its gates are.
+    """One stored expert of a plan: its content, its kind, and what it changes of the base.
 
-    changes: parameter name -> shape.  adapted: for a LoRA, how.  gated: modules with a gate.
-    skill_tasks: of an inventory of skills, the tasks that it knows.
+    weight: its factor within its expert.  size: bytes of its files.
     """
 
     content: Content
     kind: str
     weight: float
     size: int
-    changes: dict[str, tuple[int, ...]]
-    adapted: tuple[Adapted, ...]
-    gated: frozenset[str]
-    skill_tasks: tuple[str, ...] = ()
+    footprint: Footprint
 
     @property
     def reference(self) -> str:
@@ -47,6 +44,22 @@ class Member:
     @property
     def task(self) -> str | None:
         return self.content.task
+
+    @property
+    def changes(self) -> dict[str, tuple[int, ...]]:
+        return self.footprint.shapes
+
+    @property
+    def adapted(self) -> tuple[Adapted, ...]:
+        return self.footprint.adapted
+
+    @property
+    def gated(self) -> frozenset[str]:
+        return self.footprint.gated
+
+    @property
+    def skill_tasks(self) -> tuple[str, ...]:
+        return self.footprint.skill_tasks
 
 
 def is_large(members: Sequence[Member]) -> bool:
@@ -77,14 +90,14 @@ class PlannedExpert:
     def content(self) -> list[Any]:
         """What decides its weights."""
         members = [(member.digest, member.weight) for member in self.members]
-        return [members, self.weight, self.rank, self.merge and _method_record(self.merge)]
+        return [members, self.weight, self.rank, self.merge and self.merge.record()]
 
     @property
     def low_rank(self) -> bool:
         if self.rank is not None:
             return True
-        dense = self.merge is not None and self.merge.strategy.dense
-        return not dense and all(m.kind in ("lora", "skills") for m in self.members)
+        dense = self.merge is not None and self.merge.strategy.traits.dense
+        return not dense and all(kinds[m.kind].low_rank for m in self.members)
 
 
 @dataclass(frozen=True)
@@ -119,19 +132,6 @@ class Plan:
         return any(unit.recipe.route is not None and not unit.folds for unit in self.units)
 
     @property
-    def general(self) -> tuple[int, ...]:
-        """The places of the experts that are taken off the others; of a plan of one method."""
-        named = self.recipe.method.options.get("gks") or ()
-        return tuple(e for e, expert in enumerate(self.experts) if expert.label in named)
-
-    def candidates(self, module: str) -> tuple[int, ...]:
-        """The places of the experts that a routed module chooses from."""
-        name = f"{module}.weight"
-        general = next(unit.general for unit in self.units if name in unit.parameters)
-        here = (e for e, expert in enumerate(self.experts) if name in expert.changes)
-        return tuple(e for e in here if e not in general)
-
-    @property
     def skilled(self) -> bool:
         """Whether its route is over an inventory of skills."""
         return any("skills" in method.strategy.needs for method in self.recipe.methods)
@@ -140,7 +140,12 @@ class Plan:
     def folds(self) -> bool:
         """Whether its route is for one task of an inventory, and so a plain LoRA."""
         known = len(self.members[0].skill_tasks) == 1
-        return self.skilled and (known or self.recipe.method.options["task"] is not None)
+        return self.skilled and (known or self.task is not None)
+
+    @property
+    def task(self) -> str | None:
+        """The one task that the recipe fixes for every input, if its method has such an option."""
+        return self.recipe.method.task
 
     @property
     def members(self) -> list[Member]:
@@ -171,9 +176,9 @@ class Plan:
         return sorted({layer_of(name) for name in self.parameters})
 
     @property
-    def learns(self) -> bool:
+    def keeps_state(self) -> bool:
         """Whether its method finds something that can be kept: coefficients, a router's state."""
-        return any(method.strategy.learns for method in self.recipe.methods)
+        return any(method.strategy.keeps_state for method in self.recipe.methods)
 
     @property
     def _found_as(self) -> str:
@@ -219,8 +224,8 @@ class Plan:
 def _ways(recipe: Recipe) -> dict[str, Any]:
     """What a recipe says of its method, or of those of its parts."""
     if recipe.parts is None:
-        return {recipe.method.kind: _method_record(recipe.method)}
-    ways = [{"targets": p.targets, p.method.kind: _method_record(p.method)} for p in recipe.parts]
+        return {recipe.method.kind: recipe.method.record()}
+    ways = [{"targets": p.targets, p.method.kind: p.method.record()} for p in recipe.parts]
     return {"parts": ways}
 
 
@@ -228,15 +233,6 @@ def layer_of(name: str) -> int:
     """The first number in a module's path; -1 for a module outside of the layers."""
     found = re.search(r"\.(\d+)\.", f".{name}.")
     return int(found[1]) if found else -1
-
-
-def _method_record(method: Method) -> dict[str, Any]:
-    mixing: dict[str, str] = {"combine": method.combine} if method.kind == "route" else {}
-    if method.kernel != "auto":
-        mixing["kernel"] = method.kernel
-    # Without it, a recipe has the digest that it had before there was such an option.
-    options = {k: v for k, v in method.options.items() if k != "gks" or v is not None}
-    return {"method": method.method, **mixing, **options}
 
 
 def _locked_content(content: Content) -> dict[str, Any]:
@@ -255,7 +251,7 @@ def _locked(expert: PlannedExpert) -> dict[str, Any]:
         return {**members[0], "as": expert.label, "weight": expert.weight}
     inner = [m | {"weight": x.weight} for m, x in zip(members, expert.members, strict=True)]
     return {
-        "merge": _method_record(expert.merge),
+        "merge": expert.merge.record(),
         "experts": inner,
         "rank": expert.rank,
         "as": expert.label,

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from experthub.hub.errors import HubError, NotFoundError
 from experthub.hub.files import yaml_files
-from experthub.hub.files.patterns import checked_pattern
+from experthub.hub.files.patterns import check_pattern
 from experthub.hub.files.yaml_files import Closed, Document
 from experthub.hub.recipes.method import Method, error_at, method_of
 from experthub.hub.registry.expert import Name, Reference, absolute_source
@@ -42,7 +42,7 @@ class ExpertUse(Closed):
         return text
 
 
-Pattern = Annotated[str, AfterValidator(checked_pattern)]
+Pattern = Annotated[str, AfterValidator(check_pattern)]
 # None is outside of what reads a method, so that errors keep their place in the file.
 Merge = Annotated[Method | None, BeforeValidator(partial(method_of, "merge"))]
 Route = Annotated[Method | None, BeforeValidator(partial(method_of, "route"))]
@@ -115,7 +115,7 @@ class Part(Closed):
 
     @model_validator(mode="after")
     def _one_way(self) -> Part:
-        if self.method.strategy.learns or "data" in self.method.strategy.needs:
+        if self.method.strategy.keeps_state or self.method.strategy.needs_data:
             raise ValueError(f"a part learns nothing: {self.method.method}")
         return self
 
@@ -158,11 +158,10 @@ class Recipe(Closed):
             raise ValueError("say targets in each of the parts, and not beside them")
         merged = [use.merge for use in self.experts if isinstance(use, NestedMerge)]
         for nested in merged:
-            if "data" in nested.strategy.needs:
+            if nested.strategy.needs_data:
                 raise ValueError(f"a merge inside of another learns nothing: {nested.method}")
         for method in (*self.methods, *merged):
-            if "seed" in method.strategy.options:
-                method.options.setdefault("seed", self.seed)
+            method.set_seed(self.seed)
         for method in self.methods:
             self._check_data(method)
         return self
@@ -173,20 +172,20 @@ class Recipe(Closed):
         given, (key, other) = self.data is not None, self._keys
         if getattr(self, other):
             raise ValueError(f"{other}: is no key of a {method.kind}: say {key}:")
-        if strategy.own_tasks and given:
+        if strategy.needs_own_tasks and given:
             raise ValueError(f"{name} looks at the experts' own tasks: remove data")
-        if "data" not in strategy.needs and not strategy.own_tasks:
+        if not strategy.needs_data and not strategy.needs_own_tasks:
             if given or self.stored:
                 raise ValueError(f"{name} learns nothing: remove data and {key}")
-        elif self.stored and (given or not strategy.learns):
+        elif self.stored and (given or not strategy.keeps_state):
             why = f"data and {key} exclude each other"
             raise ValueError(why if given else f"{name} has no {key} to store")
-        elif "data" in strategy.needs and not given and not self.stored:
+        elif strategy.needs_data and not given and not self.stored:
             raise ValueError(
                 f"{name} learns from examples: say data: {{tasks: [...]}}"
-                + (f", or {key}: of an earlier run" if strategy.learns else "")
+                + (f", or {key}: of an earlier run" if strategy.keeps_state else "")
             )
-        if self.data and strategy.labelled(method.options) and not self.data.labels:
+        if self.data and strategy.needs_labels(method.options) and not self.data.labels:
             raise ValueError(f"{method.method} needs right answers here: say labels: true in data")
 
     @property
@@ -200,11 +199,6 @@ class Recipe(Closed):
         """What its method found before, if the recipe names it: coefficients, or a router's state."""
         found: str | None = getattr(self, self._keys[0])
         return found
-
-    @property
-    def learned(self) -> bool:
-        """Whether its method looks at data, or at coefficients that came of it."""
-        return "data" in self.method.strategy.needs
 
     @property
     def method(self) -> Method:
@@ -243,7 +237,7 @@ class Recipe(Closed):
         document = value if isinstance(value, Document) else Document(value, {}, "recipe")
         if not isinstance(document.value, dict):
             document = Document({}, {}, document.name)
-        recipe = yaml_files.validated(cls, document)
+        recipe = yaml_files.validate(cls, document)
         near = folder or Path.cwd()
         update: dict[str, Any] = {
             "base": _absolute(recipe.base, near),

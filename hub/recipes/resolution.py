@@ -6,48 +6,32 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from experthub.hub.bases.base import Base
 from experthub.hub.bases.base_sources import find
 from experthub.hub.errors import HubError, IntegrityError, UsageError
-from experthub.hub.files.json_files import read_json
-from experthub.hub.files.patterns import matching
-from experthub.hub.files.yaml_files import did_you_mean
-from experthub.hub.formats.adapter import Adapted, check_shapes, read_adapter, read_gates
-from experthub.hub.formats.skills import read_skills
-from experthub.hub.formats.task_vector import read_task_vector
-from experthub.hub.progress import Report, silent
+from experthub.hub.files.patterns import limit_matching_time
+from experthub.hub.kinds import StoredExpert, kinds
 from experthub.hub.recipes.compatibility import check_apart, check_method
 from experthub.hub.recipes.examples import PlannedData
-from experthub.hub.recipes.member_cache import Catalogue
+from experthub.hub.recipes.member_cache import MemberCache
 from experthub.hub.recipes.plan import Member, Plan, PlannedExpert, is_large
 from experthub.hub.recipes.recipe import DataUse, ExpertUse, NestedMerge, Recipe, members_of
-from experthub.hub.registry.expert import (
-    ADAPTER,
-    ADAPTER_CONFIG,
-    DESCRIPTION,
-    GATES,
-    SKILLS,
-    SKILLS_JSON,
-    Identity,
-    Reference,
-    absolute_source,
-)
-from experthub.hub.registry.registry import Registry
-from experthub.hub.store.store import Store
-from experthub.hub.transfer.pull import Content, pull
+from experthub.hub.registry.content import Content
+from experthub.hub.registry.expert import Identity, Reference, absolute_source
+from experthub.hub.session import Session
+from experthub.hub.store.folder import stated_in
+from experthub.hub.transfer.pull import pull
 from experthub.hub.transfer.sources import opened
 
-Changes = dict[str, tuple[int, ...]]
-FOUND = {"coefficients": "learned coefficients", "router": "a router's state"}
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "F32": 4, "BF16": 2, "F16": 2}
 
 
 def resolve(
     recipe: Recipe,
-    registry: Registry | None = None,
-    store: Store | None = None,
-    report: Report = silent,
+    *,
+    session: Session | None = None,
     pinned: Sequence[Content] | None = None,
     data: PlannedData | None = None,
     found: Content | None = None,
@@ -55,18 +39,29 @@ def resolve(
 ) -> Plan:
     """Look up, fetch and check everything that a recipe names.
 
-    pinned: the contents of the recipe's experts in its order, which are looked up by default.
-    data: what a lock says of the recipe's data, in the place of the tasks themselves.
-    found: by the method before, so that no data is needed.  packed: the experts need not be in the
-    store if they are known from before, because a bank may hold them; without that bank, pull them.
-    Raises NotFoundError for unknown experts or bases, IntegrityError for another base or damaged
-    content, HubError for shapes and targets that do not fit or state that the method lacks.
+    Args:
+        recipe: The recipe.
+        session: The registry, the store and the progress callback. The default is `Session()`.
+        pinned: The contents of the recipe's experts, in its order. By default they are looked up.
+        data: The recipe's data as a lock records it. By default the tasks are read.
+        found: Coefficients or a router's state that the method found before; no data is needed then.
+        packed: Accept experts that are known but not in the store, because a bank may hold them.
+            If there is no such bank, the caller pulls them.
+
+    Returns:
+        The plan.
+
+    Raises:
+        NotFoundError: An expert or the base is unknown.
+        IntegrityError: An expert was made for another base, or its content is damaged.
+        HubError: Shapes or targets do not fit, or the method lacks a state that it needs.
     """
-    registry, store = registry or Registry.read(), store or Store()
-    # Cheap refusals first: names before downloads.
-    contents = list(pinned or (find_content(use, registry, store, report) for use in recipe.uses))
-    base = find(recipe.base, registry, report)
-    stock = _Stock(store, base, recipe.allow_base_mismatch, report)
+    session = session or Session()
+    _note_renamed(recipe, session)
+    # Names are checked before anything is downloaded.
+    contents = list(pinned or (find_content(use, session) for use in recipe.uses))
+    base = find(recipe.base, session)
+    stock = _Stock(session, base, recipe.allow_base_mismatch)
     uses = zip(contents, recipe.uses, strict=True)
     members = iter(stock.members([*uses], packed and recipe.route is not None))
     experts = tuple(
@@ -79,9 +74,9 @@ def resolve(
         check_method(way, experts, parameters)
     dtype = recipe.dtype or {"BF16": "bfloat16", "F16": "float16"}.get(base.dtype, "float32")
     if recipe.stored and found is None:
-        found = find_content(ExpertUse(expert=recipe.stored), registry, store, report)
+        found = find_content(ExpertUse(expert=recipe.stored), session)
     if found is not None:
-        _check_found(found, pull(store, found, report=report)[0], recipe)
+        _check_found(found, pull(session, found)[0], recipe)
     if data is None and recipe.stored is None:
         data = _data(recipe, experts)
     reads = base.tensor_bytes + sum(m.size for e in experts for m in e.members)
@@ -96,10 +91,22 @@ def resolve(
     return replace(plan, parts=tuple(replace(plan, recipe=w, parameters=own) for w, own in pairs))
 
 
+def _note_renamed(recipe: Recipe, session: Session) -> None:
+    """Report kernels that the recipe calls by an earlier name."""
+    spelled = {method.kernel for method in recipe.methods} - {"auto"}
+    if spelled:
+        from experthub.routing import current_kernel
+
+        for name in sorted(spelled - {*map(current_kernel, spelled)}):
+            session.report(f"note: kernel: {name} is now called {current_kernel(name)}", 0, 0)
+
+
 def _check_found(content: Content, identity: Identity, recipe: Recipe) -> None:
+    """Refuse content that does not stand under the recipe's key for what a method found."""
     wanted = "coefficients" if recipe.route is None else "router"
-    if identity.kind != wanted:
-        what = FOUND.get(identity.kind, "an expert")
+    kind = kinds[identity.kind]
+    if kind.key != wanted:
+        what = kind.label if kind.footprint is None else "an expert"
         raise UsageError(
             f"{wanted}: {content.reference} is {what}", f"name what hub {wanted} stored"
         )
@@ -109,7 +116,7 @@ def _data(recipe: Recipe, experts: Sequence[PlannedExpert]) -> PlannedData | Non
     """What the recipe says, or the experts' own tasks for a method that looks at those."""
     if recipe.data:
         return PlannedData.of(recipe.data)
-    if recipe.parts or not recipe.method.strategy.own_tasks:
+    if recipe.parts or not recipe.method.strategy.needs_own_tasks:
         return None
     method = recipe.method
     members = [member for expert in experts for member in expert.members]
@@ -121,18 +128,29 @@ def _data(recipe: Recipe, experts: Sequence[PlannedExpert]) -> PlannedData | Non
                 "add it again with --task, or name a router: that was made before",
             )
     tasks = list(dict.fromkeys(m.task for m in members if m.task))
-    return PlannedData.of(DataUse(tasks=tasks, limit=method.options["examples"]))
+    return PlannedData.of(DataUse(tasks=tasks, limit=method.examples_per_task))
 
 
-def find_content(use: ExpertUse, registry: Registry, store: Store, report: Report) -> Content:
-    """The content that a use means now; a folder's is in the store when this returns."""
+def find_content(use: ExpertUse, session: Session) -> Content:
+    """Find the content that a recipe's entry refers to now.
+
+    Args:
+        use: The entry: a registry name, a folder or a remote source.
+        session: The registry for a name, and the store that a folder's content is added to.
+
+    Returns:
+        The content.
+
+    Raises:
+        NotFoundError: No registry knows the name, or there is no such folder.
+    """
     reference = Reference.parse(use.expert)
     if reference.name:
-        return Content.of(registry.expert(reference))
-    with opened(use.expert, Path.cwd(), report) as (folder, hashed):
-        digest, _ = store.add(folder, hashed=hashed)
-        stated = read_json(folder / DESCRIPTION) if (folder / DESCRIPTION).is_file() else {}
-    source, task = absolute_source(use.expert, Path.cwd()), stated.get("task")
+        return Content.of(session.registry.expert(reference))
+    with opened(use.expert, Path.cwd(), session.report) as (folder, hashed):
+        digest, _ = session.store.add(folder, hashed=hashed)
+        task = stated_in(folder).get("task")
+    source = absolute_source(use.expert, Path.cwd())
     return Content(use.expert, digest, (source,), task if isinstance(task, str) else None)
 
 
@@ -140,25 +158,23 @@ def find_content(use: ExpertUse, registry: Registry, store: Store, report: Repor
 class _Stock:
     """Stored experts against a base.  Many have the same shapes, which are checked once."""
 
-    store: Store
+    session: Session
     base: Base
     allow_mismatch: bool
-    report: Report
-    fitting: dict[int, tuple[tuple[Adapted, ...], Changes]] = field(default_factory=dict)
-    gates: dict[int, tuple[Changes, frozenset[str]]] = field(default_factory=dict)
+    memo: dict[int, tuple[object, Any]] = field(default_factory=dict)
 
     def members(self, named: Sequence[tuple[Content, ExpertUse]], packed: bool) -> list[Member]:
         """All experts of a recipe, from the store, or as they are known if they may be packed."""
         contents = [content for content, _ in named]
-        catalogue = Catalogue.of(contents, self.base, self.allow_mismatch)
+        cache = MemberCache.of(contents, self.base, self.allow_mismatch)
         weighed = [(content, use.weight) for content, use in named]
-        if packed and (known := catalogue.members(weighed)):
+        if packed and (known := cache.members(weighed)):
             return known
-        identities = pull(self.store, *contents, report=self.report)
+        identities = pull(self.session, *contents)
         pairs = zip(named, identities, strict=True)
         found = [self.member(use, content, identity) for (content, use), identity in pairs]
-        if packed and is_large(found) and all(member.kind == "lora" for member in found):
-            catalogue.keep(found)
+        if packed and is_large(found):
+            cache.write(found)
         return found
 
     def member(self, use: ExpertUse, found: Content, identity: Identity) -> Member:
@@ -170,64 +186,23 @@ class _Stock:
                 f"and {self.base.name} is {self.base.fingerprint[:19]}",
                 "use its own base, or say allow_base_mismatch: true if you know that it fits",
             )
-        if identity.kind in FOUND:
+        kind = kinds[identity.kind]
+        if kind.footprint is None:
             raise UsageError(
-                f"{reference} holds {FOUND[identity.kind]}, and is no expert",
-                f"say {identity.kind}: {reference}, beside the experts that it is of",
+                f"{reference} holds {kind.label}, and is no expert",
+                f"say {kind.key}: {reference}, beside the experts that it is of",
             )
+        digests = {name: info.sha256 for name, info in identity.files.items()}
+        stored = StoredExpert(
+            reference,
+            digests,
+            self.base,
+            locate=lambda name: self.session.store.path(digests[name]),
+            verified=lambda name: self.session.store.checked(digests[name]),
+            memo=self.memo,
+        )
         size = sum(info.size for info in identity.files.values())
-        adapted: tuple[Adapted, ...] = ()
-        gated: frozenset[str] = frozenset()
-        tasks: tuple[str, ...] = ()
-        if identity.kind == "task_vector":
-            changes = self._dense(
-                {n: self._place(identity, n) for n in identity.weights}, reference
-            )
-        elif identity.kind == "skills":
-            written = self._checked(identity, SKILLS_JSON)
-            record, adapted = read_skills(written, self._place(identity, SKILLS))
-            changes, tasks = self._fit(adapted, reference), tuple(record.tasks)
-        else:
-            config = self._checked(identity, ADAPTER_CONFIG)
-            adapted = read_adapter(config, self._place(identity, ADAPTER), reference)
-            changes = self._fit(adapted, reference)
-            if GATES in identity.files:
-                gated = self._gated(self._place(identity, GATES))
-        return Member(found, identity.kind, use.weight, size, changes, adapted, gated, tasks)
-
-    def _place(self, identity: Identity, name: str) -> Path:
-        return self.store.path(identity.files[name].sha256)
-
-    def _checked(self, identity: Identity, name: str) -> Path:
-        return self.store.checked(identity.files[name].sha256)
-
-    def _fit(self, adapted: tuple[Adapted, ...], reference: str) -> Changes:
-        """Parameter -> shape of what a LoRA changes."""
-        if id(adapted) not in self.fitting:
-            check_shapes(adapted, self.base.shapes, reference, self.base.name)
-            changes: Changes = {f"{a.module}.weight": a.shape for a in adapted}
-            self.fitting[id(adapted)] = adapted, changes
-        return self.fitting[id(adapted)][1]
-
-    def _gated(self, path: Path) -> frozenset[str]:
-        gates = read_gates(path)
-        return self.gates.setdefault(id(gates), (gates, frozenset(gates)))[1]
-
-    def _dense(self, files: dict[str, Path], reference: str) -> Changes:
-        """Parameter -> shape of what a task vector changes; of tied weights, every use that it has not."""
-        base, stored = self.base, read_task_vector(files)
-        changes: Changes = {name: change.shape for name, change in stored.items()}
-        changes |= {
-            use: changes[n] for use, n in base.tied.items() if n in changes and use not in changes
-        }
-        for name, shape in changes.items():
-            if base.shapes.get(name) != shape:
-                raise HubError(
-                    f"{reference}: changes {name} {list(shape)}, where {base.name} has "
-                    f"{list(base.shapes.get(name, ())) or 'nothing'}",
-                    did_you_mean(name, base.shapes),
-                )
-        return changes
+        return Member(found, kind.name, use.weight, size, kind.footprint(stored))
 
 
 def _plan_expert(entry: ExpertUse | NestedMerge, members: list[Member]) -> PlannedExpert:
@@ -244,7 +219,7 @@ def _targets(recipe: Recipe, experts: tuple[PlannedExpert, ...], base: Base) -> 
     if recipe.targets is None:
         return tuple(names)
     try:
-        with matching():
+        with limit_matching_time():
             chosen = [n for n in names if re.fullmatch(recipe.targets, n.rpartition(".")[0])]
     except TimeoutError as error:
         raise UsageError(f"targets {recipe.targets!r}: {error}", "write it simpler") from None

@@ -1,64 +1,54 @@
-"""Experts as records: what a registry says of one, and what its content is."""
+"""The records of experts: a registry's entry, the identity of the content, and references."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
+from reprlib import repr as short
 from typing import Annotated, Any, Literal
 
 from experthub.hub.errors import UsageError
-from experthub.hub.files.atomic import digest_of
+from experthub.hub.files.digests import digest_of
 from experthub.hub.files.yaml_files import Closed
-from pydantic import Field, StringConstraints
+from experthub.hub.formats.records import Digest
+from experthub.hub.kinds import kinds
+from experthub.hub.kinds.kind import FILE
+from experthub.hub.kinds.lora import GATES
+from pydantic import AfterValidator, Field, StringConstraints
+from pydantic_core import PydanticCustomError
 
 NAME = r"[a-z0-9][a-z0-9._-]{0,95}"
 Name = Annotated[str, StringConstraints(pattern=f"^{NAME}$")]
-Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
-FILE = r"[a-z_]{1,60}(-[0-9]{5}-of-[0-9]{5})?\.(json|safetensors|safetensors\.index\.json)"
 FileName = Annotated[str, StringConstraints(pattern=f"^{FILE}$")]
-Kind = Literal["lora", "task_vector", "skills", "coefficients", "router"]
-
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER = "adapter_model.safetensors"
-TASK_VECTOR = "task_vector.safetensors"
-SHARD = "task_vector-{:05d}-of-{:05d}.safetensors"
-SHARD_INDEX = "task_vector.safetensors.index.json"
-GATES = "phatgoose_gates.safetensors"
-COEFFICIENTS = "coefficients.safetensors"
-COEFFICIENTS_JSON = "coefficients.json"
-SKILLS = "skills.safetensors"
-SKILLS_JSON = "skills.json"
-ROUTER = "router.safetensors"
-ROUTER_JSON = "router.json"
 DESCRIPTION = "expert.json"
-NUMBER = "[0-9]" * 5
-EXPERT_FILES = (
-    ADAPTER_CONFIG,
-    ADAPTER,
-    TASK_VECTOR,
-    f"task_vector-{NUMBER}-of-{NUMBER}.safetensors",
-    SHARD_INDEX,
-    GATES,
-    COEFFICIENTS,
-    COEFFICIENTS_JSON,
-    SKILLS,
-    SKILLS_JSON,
-    ROUTER,
-    ROUTER_JSON,
-    DESCRIPTION,
-)
 
 
-def is_named(name: str, patterns: Iterable[str]) -> bool:
-    """Whether one of the patterns of file names matches, as in a shell."""
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+def _known_kind(name: str) -> str:
+    """Return the name of a kind that is registered, and refuse any other."""
+    if name not in kinds:
+        context = {"name": short(name), "known": ", ".join(kinds)}
+        raise PydanticCustomError("unknown_kind", "unknown kind {name}, known: {known}", context)
+    return name
+
+
+KindName = Annotated[str, AfterValidator(_known_kind)]
+
+
+def expert_files() -> tuple[str, ...]:
+    """List the names of the files that an expert of any kind may have.
+
+    Returns:
+        Shell patterns. Folders that were fetched from a model hub are named after a hash of them
+        in this order, so it stays as it is.
+    """
+    changes = [name for kind in kinds.values() if kind.load for name in kind.files]
+    others = [name for kind in kinds.values() if not kind.load for name in kind.files]
+    return (*changes, GATES, *others, DESCRIPTION)
 
 
 class Score(Closed):
-    """How the expert and its base did on one split of one task."""
+    """The scores of an expert and of its base on one split of one task."""
 
     task: str
     split: str
@@ -70,11 +60,11 @@ class Score(Closed):
 
 
 class Expert(Closed):
-    """A registry's entry: a name for a digest, where to get it, and its description."""
+    """A registry's entry: a name for a digest, the sources of the content, and a description."""
 
     name: Name
     version: Annotated[int, Field(ge=1, lt=10**9)] = 1
-    kind: Kind = "lora"
+    kind: KindName = "lora"
     base: str
     sources: Annotated[list[str], Field(min_length=1)]
     digest: Digest
@@ -87,49 +77,56 @@ class Expert(Closed):
 
     @property
     def reference(self) -> str:
+        """`name@version`."""
         return f"{self.name}@{self.version}"
 
 
 class FileInfo(Closed):
-    """One file of an expert, by content."""
+    """The digest and the size of one file of an expert."""
 
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
     size: Annotated[int, Field(ge=0)]
 
 
 class Identity(Closed):
-    """What an expert is, whatever it is called: the digest of this record names it."""
+    """The identity of an expert's content; the digest of this record is the expert's digest."""
 
     schema_: Annotated[Literal[1], Field(alias="schema")] = 1
-    kind: Kind
+    kind: KindName
     base_fingerprint: Digest | None
     files: dict[FileName, FileInfo]
 
     def record(self) -> dict[str, Any]:
+        """Return the record as plain values.
+
+        Returns:
+            The values, by key.
+        """
         return self.model_dump(mode="json", by_alias=True)
 
     @property
     def digest(self) -> str:
+        """`sha256:` and the SHA-256 of the record."""
         return digest_of(self.record())
 
     @property
-    def weights(self) -> list[str]:
-        """The files that hold the change of the weights."""
-        names = (n for n in self.files if n.endswith(".safetensors") and n != GATES)
-        return sorted(names)
-
-    @property
     def objects(self) -> set[str]:
-        """The sha256 of everything that the store has of it, this record included."""
+        """The sha256 of every object that the store keeps for it, this record included."""
         return {self.digest.removeprefix("sha256:"), *(f.sha256 for f in self.files.values())}
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A parsed reference to an expert or base: a name, or a folder, or a remote place.
+    """A parsed reference to an expert or a base. Exactly one of name, folder and remote is set.
 
-    Exactly one of name, folder and remote is set; version and digest narrow a name.  member: the
-    `name@version` that is meant of the experts in a shared folder or archive.
+    Args:
+        text: The reference as it was written.
+        name: A name that a registry knows.
+        version: The version of the name.
+        digest: The digest that the name means, or the beginning of it.
+        folder: A folder, or a file that holds experts.
+        remote: A remote source.
+        member: The `name@version` of one expert in a shared folder or archive.
     """
 
     text: str
@@ -144,7 +141,15 @@ class Reference:
     def parse(cls, text: str, folder: Path | None = None) -> Reference:
         """Read `name`, `name@2`, `name@sha256:...`, `./x`, `/x`, `../x`, `file:DIR`, `hf:...`, ...
 
-        folder: what relative paths are relative to; the current one by default.
+        Args:
+            text: The reference.
+            folder: What relative paths are relative to. The default is the current folder.
+
+        Returns:
+            The parsed reference.
+
+        Raises:
+            UsageError: The text is not a reference.
         """
         if "\0" in text:
             raise UsageError(f"{text[:200]!r} is not a reference", "no file has such a name")
@@ -169,13 +174,35 @@ class Reference:
 
 
 def absolute_source(source: str, folder: Path) -> str:
-    """A source as it means the same from everywhere; folder: what it is relative to."""
+    """Make a source absolute, so that it means the same from every folder.
+
+    Args:
+        source: The source.
+        folder: The folder that it is relative to.
+
+    Returns:
+        The absolute source; remote sources and names stay as they are.
+
+    Raises:
+        UsageError: The source is not a reference.
+    """
     reference = Reference.parse(source, folder)
     return _written(reference.folder.resolve(), reference) if reference.folder else source
 
 
 def relative_source(source: str, folder: Path) -> str:
-    """A source as it is written into a file of a folder: relative to it for what lies inside."""
+    """Make a source relative to a folder, if it is inside it, for a file in that folder.
+
+    Args:
+        source: The source.
+        folder: The folder.
+
+    Returns:
+        The relative source, or the source itself if it is elsewhere.
+
+    Raises:
+        UsageError: The source is not a reference.
+    """
     reference, near = Reference.parse(source), folder.resolve()
     place = reference.folder and reference.folder.resolve()
     inside = place is not None and place.is_relative_to(near)
@@ -183,4 +210,5 @@ def relative_source(source: str, folder: Path) -> str:
 
 
 def _written(place: Path, reference: Reference) -> str:
+    """Return a folder as a source, with the member that the reference names."""
     return f"file:{place}" + (f"#{reference.member}" if reference.member else "")

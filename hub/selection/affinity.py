@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from experthub.hub.composition.routes import for_module, is_linear
+from experthub.hub.composition.stacking import change_of
 from experthub.hub.composition.weights import Contents, gates, task_vector
-from experthub.hub.progress import Report, silent
-from experthub.hub.readers.features import Features, watched
+from experthub.hub.readers.features import Features, watch_inputs
 from experthub.hub.recipes.plan import Plan
+from experthub.hub.session import Session
 from experthub.hub.store.store import Store
-from experthub.merge import LowRank
-from experthub.routing import ExpertStack, Router, arrow, phatgoose, scored
+from experthub.merge import LowRank, is_linear
+from experthub.routing import ExpertStack, Router, arrow, compute_scores, phatgoose
 from torch import Tensor, nn
 
 Scores = list[float | None]
@@ -39,7 +39,7 @@ class Probe:
         self.tokens = 0
 
     def see(self, x_TI: Tensor) -> None:
-        scores_TP = scored(x_TI, self.router.probes_PI, self.router.layer_norm)
+        scores_TP = compute_scores(x_TI, self.router.probes_PI, self.router.layer_norm)
         weights_TP = self.router.weights(scores_TP).dense(len(self.experts))
         self.total_P += weights_TP.sum(0).double().cpu()
         self.tokens += len(x_TI)
@@ -52,17 +52,26 @@ def affinities(
     texts: Sequence[str],
     others: Sequence[Sequence[str]],
     measures: Sequence[str],
-    store: Store,
-    report: Report = silent,
+    session: Session,
 ) -> dict[str, Scores]:
-    """By measure, every expert's mean routing weight over tokens and modules, chance being 1.
+    """Compute every expert's mean routing weight over tokens and modules; chance level is 1.
 
-    A weight is taken times the number of experts at its module.  others: texts of other tasks; where
-    there are some, a weight is divided by the geometric mean of what the expert gets on each of them.
-    measures: of `gates` and `prototypes`.  The base alone reads the texts.  None for an expert that
-    has nothing of what the measure reads.
+    Each weight is multiplied by the number of experts at its module. Only the base reads the texts.
+
+    Args:
+        plan: The experts.
+        features: The reader of texts.
+        model: The base.
+        texts: Texts of the task.
+        others: Texts of other tasks. If there are some, a weight is divided by the geometric mean of
+            the expert's weights on them.
+        measures: `gates`, `prototypes` or both.
+        session: The store and the progress callback.
+
+    Returns:
+        By measure, one score per expert; None for an expert without what the measure reads.
     """
-    probes = _probes(plan, model, measures, store)
+    probes = _probes(plan, model, measures, session.store)
     if not probes:
         return {measure: [None] * len(plan.experts) for measure in measures}
     modules = {name: model.get_submodule(name) for name in probes}
@@ -75,7 +84,7 @@ def affinities(
         for own in probes.values():
             for probe in own.values():
                 probe.forget()
-        with watched(modules, features, seen):
+        with watch_inputs(modules, features, seen):
             features.of(model, read)
         return {
             measure: _means(
@@ -87,7 +96,7 @@ def affinities(
     found, usual = weights(texts), []
     for number, read in enumerate(others, 1):
         usual.append(weights(read))
-        report("reading examples of the experts' own tasks", number, len(others))
+        session.report("reading examples of the experts' own tasks", number, len(others))
     if not usual:
         return found
     return {
@@ -118,7 +127,7 @@ def _probes(
             here = [e for e in low if parameter in vectors[e].load]
             if not here or module is None or not is_linear(module):
                 continue
-            deltas = {e: for_module(name, module, vectors[e], 1.0) for e in here}
+            deltas = {e: change_of(name, module, vectors[e], 1.0) for e in here}
             gated = {e: gates_of[e][name] for e in here if name in gates_of[e]}
             for measure, experts in {"prototypes": here, "gates": list(gated)}.items():
                 if measure in measures and experts:

@@ -6,26 +6,31 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from experthub.hub.errors import NotFoundError, UsageError
-from experthub.hub.progress import Report
+from experthub.hub.kinds import kinds
 from experthub.hub.recipes.plan import Plan, PlannedExpert
 from experthub.hub.recipes.recipe import Recipe
 from experthub.hub.recipes.resolution import resolve
 from experthub.hub.registry.expert import Expert, Reference
 from experthub.hub.registry.registry import Registry
-from experthub.hub.store.store import Store
-
-KINDS = ("lora", "task_vector")
+from experthub.hub.session import Session
 
 
-def candidates(
-    base: str | None, experts: Sequence[str], registry: Registry, store: Store, report: Report
-) -> Plan:
-    """The experts as a plan, fetched and checked against their base.
+def candidates(base: str | None, experts: Sequence[str], session: Session) -> Plan:
+    """Plan the experts to compare: fetch them and check them against their base.
 
-    base: a reference, that of the experts by default.  experts: references; the newest version of
-    every expert of the base by default.  Raises NotFoundError where there is none, UsageError where
-    the base is left open.
+    Args:
+        base: The base's reference. None means the base of the experts.
+        experts: References. If there are none, the newest version of every expert of the base.
+        session: The registry, the store and the progress callback.
+
+    Returns:
+        A plan with the experts, in float32.
+
+    Raises:
+        NotFoundError: There is no such expert.
+        UsageError: The experts do not determine one base.
     """
+    registry = session.registry
     base = base or _base_of(experts, registry)
     chosen = list(dict.fromkeys(_versioned(text, registry) for text in experts)) or [
         e.reference for e in _all_of(base, registry)
@@ -35,7 +40,7 @@ def candidates(
             registry.base(base)  # which says what there is
         raise NotFoundError(f"no registry knows an expert of {base}", "see hub list")
     recipe = {"base": base, "experts": chosen, "merge": {"method": "linear"}, "dtype": "float32"}
-    return resolve(Recipe.of(recipe), registry, store, report)
+    return resolve(Recipe.of(recipe), session=session)
 
 
 def alone(plan: Plan, expert: PlannedExpert) -> Plan:
@@ -48,7 +53,7 @@ def _all_of(base: str, registry: Registry) -> list[Expert]:
     wanted = _base_name(base, registry)
     names = dict.fromkeys(e.name for e in registry.experts())
     newest = [registry.expert(Reference.parse(name)) for name in names]
-    return [e for e in newest if _base_name(e.base, registry) == wanted and e.kind in KINDS]
+    return [e for e in newest if _base_name(e.base, registry) == wanted and kinds[e.kind].load]
 
 
 def _base_name(base: str, registry: Registry) -> str:
@@ -77,7 +82,7 @@ def _base_of(experts: Sequence[str], registry: Registry) -> str:
         references = [Reference.parse(text) for text in experts]
         known = [registry.expert(reference) for reference in references if reference.name]
     else:
-        known = [expert for expert in registry.experts() if expert.kind in KINDS]
+        known = [expert for expert in registry.experts() if kinds[expert.kind].load]
     bases = sorted({_base_name(expert.base, registry) for expert in known})
     if len(bases) == 1:
         return bases[0]

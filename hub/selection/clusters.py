@@ -21,15 +21,14 @@ import torch
 from experthub.hub.composition.weights import Contents, gates, task_vector
 from experthub.hub.errors import HubError, NotFoundError, UsageError
 from experthub.hub.materials.embedder import Embedder
-from experthub.hub.progress import Report, silent
 from experthub.hub.readers.features import Features
 from experthub.hub.recipes.plan import Plan
-from experthub.hub.registry.registry import Registry
 from experthub.hub.selection.candidates import candidates
 from experthub.hub.selection.likeness import own_embeddings, own_texts
 from experthub.hub.selection.written import way_of, write_recipe
+from experthub.hub.session import Session
 from experthub.hub.store.store import Store
-from experthub.merge import cosines, gram
+from experthub.merge import cosine_matrix, gram_matrix
 from experthub.routing import standardised
 from torch import Tensor
 
@@ -86,33 +85,41 @@ def cluster(
     k: int = 4,
     by: By = "weights",
     embedder: str = "all-minilm-l6-v2",
-    registry: Registry | None = None,
-    store: Store | None = None,
-    report: Report = silent,
+    session: Session | None = None,
 ) -> Clusters:
     """Group experts by the cosines between them, with average linkage.
 
-    experts: references, all of the base's by default.  base: a reference, the experts' by default.
-    k: groups, from 1 to the number of experts.  by: `weights`, the changes of the base's weights;
-    `gates`, the standardised gates; `embeddings`, the mean embedding of examples of the experts' own
-    tasks.  embedder: the sentence encoder for those.  Raises UsageError for too many groups, HubError for
-    experts without what they are compared by.
+    Args:
+        experts: References. The default is all experts of the base.
+        base: The base's reference. The default is the base of the experts.
+        k: The number of groups, from 1 to the number of experts.
+        by: What is compared: `weights`, the changes of the base's weights; `gates`, the standardised
+            gates; or `embeddings`, the mean embedding of examples of the experts' own tasks.
+        embedder: The sentence encoder for `embeddings`.
+        session: The registry, the store and the progress callback. The default is `Session()`.
+
+    Returns:
+        The groups.
+
+    Raises:
+        UsageError: k is too large.
+        HubError: An expert lacks what is compared.
     """
-    registry, store = registry or Registry.read(), store or Store()
-    plan = candidates(base, experts, registry, store, report)
+    session = session or Session()
+    plan = candidates(base, experts, session)
     n_experts = len(plan.experts)
     if not 1 <= k <= n_experts:
         raise UsageError(f"{n_experts} experts make no {k} groups", f"say --k 1 to {n_experts}")
     if by == "weights":
-        report("comparing weights", 0, 0)
-        with Contents(plan.members, store, gates=False) as contents:
-            found = gram([task_vector(expert, plan, contents) for expert in plan.experts])
+        session.report("comparing weights", 0, 0)
+        with Contents(plan.members, session.store, gates=False) as contents:
+            found = gram_matrix([task_vector(expert, plan, contents) for expert in plan.experts])
     else:
         rows_ED = (
-            _gates(plan, store) if by == "gates" else _embeddings(plan, embedder, registry, report)
+            _gates(plan, session.store) if by == "gates" else _embeddings(plan, embedder, session)
         )
         found = rows_ED.double() @ rows_ED.double().T
-    similarity = cosines(found)
+    similarity = cosine_matrix(found)
     return Clusters(plan, similarity.tolist(), average_linkage(similarity, k))
 
 
@@ -126,23 +133,29 @@ def as_by(text: str) -> By:
 def write_clusters(
     found: Clusters,
     path: Path | str,
+    session: Session,
     method: str = "arrow",
     rank: int | None = None,
-    *,
-    registry: Registry | None = None,
-    store: Store | None = None,
-    report: Report = silent,
 ) -> Plan:
-    """Write a recipe that routes between the merged groups; returns its plan.
+    """Write a recipe that routes between the merged groups.
 
-    method: a router.  rank: of the merges; None keeps them exact.  Raises HubError for a router that
-    the experts lack something for, and for dense experts without a rank.
+    Args:
+        found: The groups.
+        path: The recipe file to write.
+        session: The registry, the store and the progress callback.
+        method: The router.
+        rank: The rank of the merges. None keeps them exact.
+
+    Returns:
+        The recipe's plan.
+
+    Raises:
+        HubError: The experts lack what the router needs, or one is dense and there is no rank.
     """
     way = way_of(method, routes_only=True)
     recipe = {"base": found.plan.recipe.base, "experts": found.experts(rank), **way}
     why = f"{len(found.plan.experts)} experts in {len(found.groups)} groups of like ones."
-    layers, held = registry or Registry.read(), store or Store()
-    return write_recipe(Path(path), recipe, why, layers, held, report)
+    return write_recipe(Path(path), recipe, why, session)
 
 
 def average_linkage(similarity_EE: Tensor, k: int) -> list[list[int]]:
@@ -185,10 +198,11 @@ def _gates(plan: Plan, store: Store) -> Tensor:
     return torch.stack([torch.cat(row) for row in rows])
 
 
-def _embeddings(plan: Plan, embedder: str, registry: Registry, report: Report) -> Tensor:
-    features, embed = Features(plan.base), Embedder.of(embedder, registry, report)
-    texts = own_texts(plan, lambda task: features.texts(task, EXAMPLES), report)
-    found = own_embeddings(plan, embed, texts, report)
+def _embeddings(plan: Plan, embedder: str, session: Session) -> Tensor:
+    """Embed examples of every expert's own tasks: their means `[E, D]`."""
+    features, embed = Features(plan.base), Embedder.load(embedder, session)
+    texts = own_texts(plan, lambda task: features.texts(task, EXAMPLES), session.report)
+    found = own_embeddings(plan, embed, texts, session.report)
     for expert, embedding in zip(plan.experts, found, strict=True):
         if embedding is None:
             raise NotFoundError(

@@ -14,7 +14,8 @@ import torch
 from experthub.hub.errors import HubError
 from experthub.hub.progress import Report
 from experthub.hub.recipes.plan import Plan, PlannedExpert
-from experthub.hub.tasks.task import Task, read_task
+from experthub.hub.tasks.task import Task
+from experthub.hub.tasks.task_files import read_task
 from torch import Tensor
 
 Embed = Callable[[Sequence[str]], Tensor]

@@ -11,11 +11,9 @@ from experthub.hub.bases.base import load_model
 from experthub.hub.errors import HubError, UsageError
 from experthub.hub.evaluation.evaluation import check_tasks, evaluate
 from experthub.hub.materials.embedder import Embedder
-from experthub.hub.progress import Report, silent
 from experthub.hub.readers.features import Features
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.recipes.recipe import Recipe
-from experthub.hub.registry.registry import Registry
 from experthub.hub.selection.affinity import ROUTERS, Scores, affinities
 from experthub.hub.selection.candidates import candidates
 from experthub.hub.selection.likeness import mean_embedding, own_embeddings, own_texts
@@ -27,8 +25,9 @@ from experthub.hub.selection.suggestion import (
     best_measure,
 )
 from experthub.hub.selection.tmi import tmi
-from experthub.hub.store.store import Store
-from experthub.hub.tasks.task import Split, Task, read_task
+from experthub.hub.session import Session
+from experthub.hub.tasks.task import Split, Task
+from experthub.hub.tasks.task_files import read_task
 
 OTHERS = 256  # texts in all, by which weights are compared
 
@@ -48,31 +47,43 @@ def suggest(
     split: Split = "test",
     limit: int | None = None,
     embedder: str = "all-minilm-l6-v2",
-    device: str | None = None,
-    registry: Registry | None = None,
-    store: Store | None = None,
-    report: Report = silent,
+    session: Session | None = None,
 ) -> Suggestion:
     """Rank experts for a task by what a few examples of its training split show.
 
-    task: a reference.  experts: references, all of the base's by default.  base: a reference, the
-    experts' by default.  by: a measure, or `all` that can be had: `gates` and `prototypes`, how much
-    weight the routers PHATGOOSE and Arrow give an expert in one pass of the base; `embeddings`, the
-    cosine with examples of the expert's own task; `tmi`, the entropy of features within classes.
-    rank_by: the measure that decides, the best of those that there are by default.  k: how many
-    experts are wanted, which is checked before anything is read.  examples: at most, at least 1.
-    labels: whether the right answers may be seen, which `tmi` needs and nothing else is given.
-    relative: whether `gates` and `prototypes` are divided by what an expert gets on the experts' own
-    tasks, the geometric mean over those that are imported and are not this one; some experts get a
-    large weight whatever is read.
-    truth: evaluate each expert alone, on `split`, at most `limit` examples.  embedder: the sentence
-    encoder for `embeddings`.  Raises UsageError for labels that a measure lacks and for too large a
-    k, HubError where no expert has a score.
+    Args:
+        task: The task's reference.
+        experts: References. The default is all experts of the base.
+        base: The base's reference. The default is the base of the experts.
+        by: A measure, or `all` measures that can be computed. `gates` and `prototypes` are the
+            weights that the routers PHATGOOSE and Arrow give an expert in one pass of the base.
+            `embeddings` is the cosine with examples of the expert's own task. `tmi` is the entropy
+            of features within classes.
+        rank_by: The measure that decides. The default is the best of the computed ones.
+        k: The number of experts wanted, which is checked before anything is read.
+        examples: The largest number of examples, at least 1.
+        labels: Whether the right answers may be used. Only `tmi` needs and gets them.
+        relative: Divide `gates` and `prototypes` by the geometric mean of the expert's weight on the
+            experts' own tasks that are imported, without this one. Some experts get a large weight
+            on every input.
+        truth: Evaluate each expert alone too.
+        split: The split for `truth`.
+        limit: The largest number of examples for `truth`.
+        embedder: The sentence encoder for `embeddings`.
+        session: The registry, the store, the device and the progress callback. The default is
+            `Session()`.
+
+    Returns:
+        The experts with their scores.
+
+    Raises:
+        UsageError: A measure needs labels that are not allowed, or k is too large.
+        HubError: No expert has a score.
     """
-    registry, store = registry or Registry.read(), store or Store()
+    session = session or Session()
     _check_measures(by, rank_by, labels)
     read = read_task(task)
-    plan = candidates(base, experts, registry, store, report)
+    plan = candidates(base, experts, session)
     if k is not None and k > len(plan.experts):
         raise UsageError(
             f"--k {k}, and there are {len(plan.experts)} experts of {plan.base.name}",
@@ -81,7 +92,7 @@ def suggest(
     if truth:
         check_tasks([task], {plan.base.name: plan}, split, limit)
     features, answers = Features(plan.base), _answers(read, examples) if labels else None
-    inputs = _Inputs(plan, features, read, examples, relative, device, registry, store, report)
+    inputs = _Inputs(plan, features, read, examples, relative, session)
     scores = inputs.scores(by, embedder, answers)
     if rank_by is not None and rank_by not in scores:
         raise HubError(f"no expert has a score by {rank_by}", f"there are {', '.join(scores)}")
@@ -92,8 +103,7 @@ def suggest(
     if not truth:
         return made
     singles = {reference: _single(plan, reference) for reference in made.references}
-    options: dict[str, Any] = {"device": device, "registry": registry, "store": store}
-    result = evaluate(singles, [task], split=split, limit=limit, report=report, **options)
+    result = evaluate(singles, [task], split=split, limit=limit, session=session)
     return replace(made, truth=_truth(result, made.references), n=result["tasks"][0]["n"])
 
 
@@ -119,27 +129,24 @@ class _Inputs:
     task: Task
     examples: int
     relative: bool
-    device: str | None
-    registry: Registry
-    store: Store
-    report: Report
+    session: Session
 
     @cached_property
     def model(self) -> Any:
-        self.report("loading the base", 0, 0)
-        return load_model(self.plan.base, "float32", self.device)
+        self.session.report("loading the base", 0, 0)
+        return load_model(self.plan.base, "float32", self.session.device)
 
     @cached_property
     def texts(self) -> list[str]:
         found = self.features.texts(self.task, self.examples)
-        self.report(f"reading {len(found)} examples of {self.task.reference}", 0, 0)
+        self.session.report(f"reading {len(found)} examples of {self.task.reference}", 0, 0)
         return found
 
     @cached_property
     def own(self) -> Mapping[str, Sequence[str]]:
         """Texts of the tasks that experts were trained on."""
         return own_texts(
-            self.plan, lambda task: self.features.texts(task, self.examples), self.report
+            self.plan, lambda task: self.features.texts(task, self.examples), self.session.report
         )
 
     @cached_property
@@ -157,15 +164,15 @@ class _Inputs:
         found: dict[str, Scores] = {}
         if measures:
             args = self.plan, self.features, self.model, self.texts, self.others, measures
-            found |= affinities(*args, self.store, self.report)
+            found |= affinities(*args, self.session)
         if "embeddings" in wanted:
             found["embeddings"] = self._likeness(embedder)
         if "tmi" in wanted and answers is not None:
             labelled = self.plan, self.features, self.model, self.texts, answers
-            found["tmi"] = tmi(*labelled, self.store, self.report)
+            found["tmi"] = tmi(*labelled, self.session)
         for measure in [m for m, scores in found.items() if set(scores) == {None}]:
             del found[measure]
-            self.report(f"note: no expert has what {measure} reads", 0, 0)
+            self.session.report(f"note: no expert has what {measure} reads", 0, 0)
         if not found:
             raise HubError(
                 f"no expert of {self.plan.base.name} has a score by {by}",
@@ -174,9 +181,9 @@ class _Inputs:
         return found
 
     def _likeness(self, embedder: str) -> Scores:
-        embed = Embedder.of(embedder, self.registry, self.report)
+        embed = Embedder.load(embedder, self.session)
         here_D = mean_embedding(embed, self.texts)
-        own = own_embeddings(self.plan, embed, self.own, self.report)
+        own = own_embeddings(self.plan, embed, self.own, self.session.report)
         return [None if own_D is None else float(own_D @ here_D) for own_D in own]
 
 

@@ -9,12 +9,10 @@ from typing import Any, Literal, cast, get_args
 
 from experthub.hub.errors import UsageError
 from experthub.hub.evaluation.statistics import kendall, spearman
-from experthub.hub.progress import Report, silent
 from experthub.hub.recipes.plan import Plan
-from experthub.hub.registry.registry import Registry
 from experthub.hub.selection.affinity import Scores
 from experthub.hub.selection.written import method_for, way_of, write_recipe
-from experthub.hub.store.store import Store
+from experthub.hub.session import Session
 from experthub.hub.tasks.task import Task
 
 Measure = Literal["gates", "prototypes", "embeddings", "tmi"]
@@ -146,16 +144,24 @@ def write_suggestion(
     found: Suggestion,
     k: int | None,
     path: Path | str,
+    session: Session,
     method: str | None = None,
-    *,
-    registry: Registry | None = None,
-    store: Store | None = None,
-    report: Report = silent,
 ) -> Plan:
-    """Write a recipe with the k best experts; returns its plan.
+    """Write a recipe with the k best experts.
 
-    method: a router or a merge; by default phatgoose where all have gates, otherwise arrow, and linear
-    where one is dense.  Raises HubError for a method that the experts lack something for.
+    Args:
+        found: The ranked experts.
+        k: The number of experts. None means 5, or all if there are fewer.
+        path: The recipe file to write.
+        session: The registry, the store and the progress callback.
+        method: A router or a merge. The default is phatgoose if all experts have gates, linear if
+            one is dense, and arrow otherwise.
+
+    Returns:
+        The recipe's plan.
+
+    Raises:
+        HubError: The experts lack what the method needs.
     """
     best = found.best(k)
     experts = tuple(e for e in found.plan.experts if e.members[0].reference in best)
@@ -165,5 +171,4 @@ def write_suggestion(
         f"The {len(best)} of {len(found.references)} experts that fit {found.task.reference} best, "
         f"by {found.rank_by} on {found.examples} examples."
     )
-    layers, held = registry or Registry.read(), store or Store()
-    return write_recipe(Path(path), recipe, why, layers, held, report)
+    return write_recipe(Path(path), recipe, why, session)

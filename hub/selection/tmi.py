@@ -16,12 +16,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from experthub.hub.composition.composition import compose
-from experthub.hub.progress import Report
+from experthub.hub.composition.compose import compose
 from experthub.hub.readers.features import Features
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.selection.candidates import alone
-from experthub.hub.store.store import Store
+from experthub.hub.session import Session
 from torch import Tensor
 
 NEIGHBOUR = 3
@@ -34,13 +33,22 @@ def tmi(
     model: object,
     texts: Sequence[str],
     labels: Sequence[str],
-    store: Store,
-    report: Report,
+    session: Session,
 ) -> list[float | None]:
-    """For every expert, the conditional entropy, in nats, of features that it and the base make.
+    """Compute for every expert the conditional entropy of its features given the class, in nats.
 
-    labels: the right answers, which are the classes; None for all experts where too few are shared.
+    Args:
+        plan: The experts.
+        features: The reader of texts.
+        model: The base, with which each expert is composed alone.
+        texts: Texts of the task.
+        labels: The right answers, which are the classes.
+        session: The store and the progress callback.
+
+    Returns:
+        One entropy per expert; None for all of them if no class has enough examples.
     """
+    report = session.report
     if not classes(labels):
         needed = f"no answer has {NEIGHBOUR + 1} of {len(labels)} examples"
         report(f"note: tmi compares examples with the same answer, and {needed}", 0, 0)
@@ -48,7 +56,9 @@ def tmi(
     found: list[float | None] = []
     for number, expert in enumerate(plan.experts):
         report("composing one expert after the other", number, len(plan.experts))
-        composed = compose(alone(plan, expert), model=model, store=store).model
+        composed = compose(
+            alone(plan, expert), model=model, session=Session(store=session.store)
+        ).model
         found.append(conditional_entropy(features.of(composed, texts), labels))
     report("composing one expert after the other", len(plan.experts), len(plan.experts))
     return found

@@ -7,14 +7,14 @@ from typing import Any
 
 from experthub.hub.errors import ConflictError, UsageError
 from experthub.hub.files import yaml_files
-from experthub.hub.files.atomic import check_file, write_text
-from experthub.hub.progress import Report
+from experthub.hub.files.atomic import write_text
+from experthub.hub.files.path_checks import check_file
+from experthub.hub.files.spelling import suggest_name
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.recipes.recipe import Recipe
 from experthub.hub.recipes.resolution import resolve
 from experthub.hub.registry.expert import Reference
-from experthub.hub.registry.registry import Registry
-from experthub.hub.store.store import Store
+from experthub.hub.session import Session
 
 
 def check_request(
@@ -48,23 +48,31 @@ def way_of(method: str, routes_only: bool = False) -> dict[str, Any]:
         return {"merge": {"method": method}}
     known = [*routers, *([] if routes_only else merges)]
     kind = "router" if routes_only else "method"
-    raise UsageError(f"there is no {kind} {method!r}", yaml_files.did_you_mean(method, known))
+    raise UsageError(f"there is no {kind} {method!r}", suggest_name(method, known))
 
 
 def write_recipe(
     path: Path,
     recipe: dict[str, Any],
     comment: str,
-    registry: Registry,
-    store: Store,
-    report: Report,
+    session: Session,
 ) -> Plan:
-    """Check that a recipe resolves, and write it; returns its plan.
+    """Check that a recipe resolves, and write it.
 
-    recipe: plain values, folders absolute: those below the file's folder are written relative to
-    it.  comment: one line above it.
+    Args:
+        path: The recipe file to write.
+        recipe: The recipe as plain values with absolute folders. Folders below the file's folder are
+            written relative to it.
+        comment: One line above the recipe.
+        session: The registry, the store and the progress callback.
+
+    Returns:
+        The recipe's plan.
+
+    Raises:
+        HubError: The recipe does not resolve.
     """
-    plan = resolve(Recipe.of(recipe), registry, store, report)
+    plan = resolve(Recipe.of(recipe), session=session)
     near = path.resolve().parent
     experts = [_placed(entry, near) for entry in recipe["experts"]]
     placed = {**recipe, "base": _near(recipe["base"], near), "experts": experts}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from experthub.hub.files.atomic import locked, unused
+from experthub.hub.files.file_locks import hold_lock, lock_if_unused
 
 LEASES, COLLECTING = "leases", "locks/collecting"
 
@@ -48,7 +48,7 @@ def lease(root: Path) -> Iterator[Lease]:
     """
     mine = _mine.get(root)
     known = mine is not None and mine.here
-    with locked(root / COLLECTING, shared=known):
+    with hold_lock(root / COLLECTING, shared=known):
         mine = _mine.get(root)
         if mine is None or not mine.here:
             before = mine.held if mine else set()
@@ -71,7 +71,7 @@ def _new(root: Path) -> Lease:
 def held(root: Path) -> Iterator[str]:
     """What living processes need; the leases of dead ones are removed.  Nobody may get one meanwhile."""
     for path in sorted((root / LEASES).glob("*")):
-        with suppress(FileNotFoundError), unused(path) as dead:
+        with suppress(FileNotFoundError), lock_if_unused(path) as dead:
             if dead:
                 path.unlink()
             else:

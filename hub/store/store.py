@@ -14,7 +14,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from experthub.hub.errors import IntegrityError, NotFoundError
-from experthub.hub.files.atomic import canonical_json, hub_home, sha256_of, sync_folder, written
+from experthub.hub.files.atomic import hub_home, open_atomically, sync_folder
+from experthub.hub.files.digests import canonical_json, sha256_of
 from experthub.hub.files.json_files import read_json
 from experthub.hub.registry.expert import (
     Identity,
@@ -62,7 +63,7 @@ class Store:
         target = self.path(sha256)
         if not renew and (self._here(target) or (link and _linked(source, target))):
             return target
-        with source.open("rb") as data, written(target, 0o444) as file:
+        with source.open("rb") as data, open_atomically(target, 0o444) as file:
             digest = hashlib.sha256()
             while chunk := data.read(CHUNK):
                 digest.update(chunk)
@@ -171,7 +172,7 @@ class Store:
             self.put(folder / name, info.sha256, info.sha256 in renew, link=name in hashed)
         path = self.path(identity.digest.removeprefix("sha256:"))
         if _sha256(path) in renew or not self._here(path):
-            with written(path, 0o444) as file:
+            with open_atomically(path, 0o444) as file:
                 file.write(canonical_json(identity.record()))
 
     def hold(self, *digests: str, identity: Identity | None = None) -> None:
@@ -199,7 +200,7 @@ class Store:
     def copy_out(self, digest: str, folder: Path) -> None:
         """Write an expert's files, as stored, into a folder; never links, which could be written through."""
         for name in self.identity(digest).files:
-            with written(folder / name) as target:
+            with open_atomically(folder / name) as target:
                 target.write(self.read(digest, name))
 
 

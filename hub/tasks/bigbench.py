@@ -1,4 +1,4 @@
-"""BIG-bench's JSON tasks, read straight out of its source archive."""
+"""BIG-bench's JSON tasks, read directly from its source archive."""
 
 from __future__ import annotations
 
@@ -12,18 +12,22 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from experthub.hub.errors import HubError, NotFoundError
-from experthub.hub.files.atomic import ensure_space, hub_home, locked
-from experthub.hub.files.yaml_files import did_you_mean
+from experthub.hub.files.atomic import hub_home
+from experthub.hub.files.file_locks import hold_lock
+from experthub.hub.files.path_checks import ensure_space
+from experthub.hub.files.spelling import suggest_name
 from experthub.hub.progress import Report, silent
+from experthub.hub.session import Session
 from experthub.hub.store.store import Store
-from experthub.hub.tasks.task import Card, Example, example_id, write_task
+from experthub.hub.tasks.task import Card, Example, example_id
+from experthub.hub.tasks.task_files import write_task
 
 VERSION = "1.0.0"
 SHA256 = "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2"
 SIZE = 358_249_635
-MAX_LABELS = 20  # a task with at most so many different targets has them as its choices
-MAX_PREFIX_WORDS = 60  # longer instructions would make up most of every prompt: left out
-# The dataset underneath, for tasks that were not written for BIG-bench.
+MAX_LABELS = 20  # A task with at most this many different targets uses them as its choices.
+MAX_PREFIX_WORDS = 60  # Longer instructions are omitted: they would dominate every prompt.
+# The original dataset, for tasks that were not written for BIG-bench.
 SOURCES = {
     "bbq_lite": "bbq",
     "bbq_lite_json": "bbq",
@@ -42,11 +46,22 @@ SOURCES = {
 }
 
 
-def archive(store: Store, report: Report = silent) -> Path:
-    """BIG-bench's source archive, downloaded once into the store."""
+def fetch_archive(session: Session) -> Path:
+    """Download BIG-bench's source archive into the store, unless it is there.
+
+    Args:
+        session: The store and the progress callback.
+
+    Returns:
+        The path of the archive in the store.
+
+    Raises:
+        HubError: The disk has too little free space, or the download failed.
+    """
+    store = session.store
     if SHA256 in store:
         return store.checked(SHA256)
-    with locked(hub_home() / "locks" / "bigbench"):
+    with hold_lock(hub_home() / "locks" / "bigbench"):
         if SHA256 not in store:
             from experthub.hub.transfer.remotes import pypi
 
@@ -56,7 +71,7 @@ def archive(store: Store, report: Report = silent) -> Path:
                 VERSION,
                 ".tar.gz",
                 hub_home() / "partial",
-                lambda done, size: report("fetching BIG-bench", done, size),
+                lambda done, size: session.report("fetching BIG-bench", done, size),
                 SHA256,
             )
             store.put(partial, SHA256)
@@ -64,30 +79,58 @@ def archive(store: Store, report: Report = silent) -> Path:
     return store.path(SHA256)
 
 
-def import_tasks(
-    names: list[str], store: Store, report: Report = silent
-) -> tuple[list[str], list[str]]:
-    """Import the tasks named, or all of them; returns the references, and names left out with why.
+def import_tasks(names: list[str], session: Session) -> tuple[list[str], list[str]]:
+    """Import tasks of BIG-bench.
 
-    A name may be a task (`implicatures`), a sub-task (`natural_instructions/subtask046...`, cut as
-    short as is unique), or a family with all its sub-tasks.
+    Args:
+        names: The names of tasks (`implicatures`), of sub-tasks
+            (`natural_instructions/subtask046...`, which may be shortened to a unique beginning), or
+            of families with all their sub-tasks. An empty list imports all tasks.
+        session: The store, which keeps the archive, and the progress callback.
+
+    Returns:
+        The references of the imported tasks, and the omitted names with the reasons.
+
+    Raises:
+        NotFoundError: BIG-bench has no task with one of the names.
     """
-    return import_archive(archive(store, report), names, report)
+    return import_archive(fetch_archive(session), names, session.report)
 
 
 def import_again(name: str, store: Store) -> None:
-    """Put a damaged task in the place of itself, from the archive."""
-    for found, load, _ in _tasks(archive(store)):
+    """Replace a damaged task from the archive.
+
+    Args:
+        name: The name of the task in BIG-bench.
+        store: The store, which keeps the archive.
+
+    Raises:
+        NotFoundError: BIG-bench has no such task.
+        IntegrityError: The archive gives other files than those that were imported before.
+    """
+    for found, load, _ in _tasks(fetch_archive(Session(store=store))):
         if found == name:
             write_task("bigbench", *convert(name, load()), renew=True)
             return
-    raise NotFoundError(f"BIG-bench has no task {name!r}", "remove it")
+    raise NotFoundError(f"BIG-bench has no task {name!r}", "remove the task")
 
 
 def import_archive(
     path: Path, names: list[str], report: Report = silent
 ) -> tuple[list[str], list[str]]:
-    """As `import_tasks`, from an archive at hand."""
+    """Import tasks from a BIG-bench archive on disk.
+
+    Args:
+        path: The archive.
+        names: The names of tasks, as for `import_tasks`.
+        report: Receives the progress.
+
+    Returns:
+        The references of the imported tasks, and the omitted names with the reasons.
+
+    Raises:
+        NotFoundError: The archive has no task with one of the names.
+    """
     size = path.stat().st_size
     done: list[str] = []
     left_out: list[str] = []
@@ -109,13 +152,13 @@ def import_archive(
     missing = [n for n in names if n not in found]
     if missing:
         raise NotFoundError(
-            f"BIG-bench has no task {missing[0]!r}", did_you_mean(missing[0], known)
+            f"BIG-bench has no task {missing[0]!r}", suggest_name(missing[0], known)
         )
     return done, left_out
 
 
 def _tasks(path: Path) -> Iterator[tuple[str, Callable[[], dict[str, Any]], int]]:
-    """Name, content and position of every task.json, in one pass over the archive."""
+    """Yield name, loader and position of every task.json, in one pass over the archive."""
     with path.open("rb") as raw, tarfile.open(fileobj=raw, mode="r|gz") as tar:
         for member in tar:
             found = re.search(r"/benchmark_tasks/(.+)/task\.json$", member.name)
@@ -125,17 +168,27 @@ def _tasks(path: Path) -> Iterator[tuple[str, Callable[[], dict[str, Any]], int]
 
 
 def convert(name: str, content: dict[str, Any]) -> tuple[Card, list[Example]]:
-    """A task.json as card and examples; HubError when it has no examples with one right answer.
+    """Convert a task.json to a card and examples.
 
-    The prompt is BIG-bench's own zero-shot one, stripped.  Choices are put into an order that
-    depends on their text alone, because in some tasks the right one always comes first.  Tasks
-    with free answers, of which there are few, have them as their choices.
+    The prompt is BIG-bench's own zero-shot prompt, stripped. The order of the choices depends only
+    on their text, because in some tasks the right choice always comes first. A task with few
+    different free answers uses them as choices.
+
+    Args:
+        name: The name of the task.
+        content: The values of task.json.
+
+    Returns:
+        The card and the examples that have one right answer.
+
+    Raises:
+        HubError: No example has one right answer.
     """
     raw = [e for e in content.get("examples") or () if isinstance(e.get("input"), str)]
     labels = _labels(raw)
     examples = [e for e in (_example(item, labels) for item in raw) if e is not None]
     if not examples:
-        raise HubError("has no examples with one right answer")
+        raise HubError("no example has exactly one right answer")
     scored = any(e.get("target_scores") for e in raw)
     listed = content.get("append_choices_to_input", True) and scored
     prefix = content.get("task_prefix", "")
@@ -165,7 +218,7 @@ def convert(name: str, content: dict[str, Any]) -> tuple[Card, list[Example]]:
 
 
 def _labels(raw: list[dict[str, Any]]) -> list[str] | None:
-    """The answers that every example shares, sorted; None when they differ."""
+    """Return the sorted answers that all examples share, or None if they differ."""
     scored = [e["target_scores"] for e in raw if e.get("target_scores")]
     if scored:
         first = set(scored[0])
@@ -176,6 +229,7 @@ def _labels(raw: list[dict[str, Any]]) -> list[str] | None:
 
 
 def _targets(item: dict[str, Any]) -> list[str]:
+    """Return the accepted free answers of an item, which has one text or a list of texts."""
     target = item.get("target")
     return [
         t.strip() for t in (target if isinstance(target, list) else [target]) if isinstance(t, str)
@@ -183,6 +237,7 @@ def _targets(item: dict[str, Any]) -> list[str]:
 
 
 def _example(item: dict[str, Any], labels: list[str] | None) -> Example | None:
+    """Convert an item to an example, or return None if it has no single right answer."""
     text = item["input"].strip()
     if item.get("target_scores"):
         scores = {choice.strip(): score for choice, score in item["target_scores"].items()}

@@ -18,14 +18,14 @@ from experthub.hub.composition.composition import Composition
 from experthub.hub.composition.generation import check_generates, generate_ids, in_chat
 from experthub.hub.errors import UsageError
 from experthub.hub.files.json_files import read_json
-from experthub.hub.files.patterns import checked_pattern, matching
-from experthub.hub.progress import Report, silent
+from experthub.hub.files.patterns import check_pattern, limit_matching_time
 from experthub.hub.readers.similarity import MAX_TOKENS
 from experthub.hub.recipes.plan import Plan, layer_of
-from experthub.hub.tasks.task import read_task
+from experthub.hub.session import Session
+from experthub.hub.tasks.task_files import read_task
 from experthub.hub.tracing.summary import Layer, summed_up
 from experthub.hub.tracing.tokens import Token, pieces
-from experthub.routing import recorded
+from experthub.routing import record_routing
 from torch import Tensor
 
 
@@ -100,17 +100,30 @@ def trace(
     new_tokens: int = 0,
     chat: bool = False,
     tasks: Sequence[str] | None = None,
-    report: Report = silent,
+    session: Session | None = None,
 ) -> Trace:
     """Let a routed model read prompts, and record which experts each token chose.
 
-    prompts: read one by one; an encoder reads at most 256 tokens of each, as for a score.  modules:
-    a regular expression that module paths must match whole; all routed modules by default.
-    new_tokens: how many the model writes after each prompt, at most, the likeliest, and reads in its
-    turn; a token that ends the text is never read.  chat: put the prompts into the tokenizer's chat
-    template.  tasks: that each prompt is of, for a router by task.  Raises UsageError for a merge, for a base that does not read text alone, for an
-    empty or too long prompt, and for no such module.
+    Args:
+        composition: A composed model with a route.
+        prompts: The prompts, which are read one by one. An encoder reads at most 256 tokens of each,
+            as for a score.
+        modules: A regular expression that must match a whole module path. The default is all routed
+            modules.
+        new_tokens: The largest number of tokens that the model writes after each prompt, by greedy
+            decoding, and then reads. A token that ends the text is never read.
+        chat: Put the prompts into the tokenizer's chat template.
+        tasks: The task of each prompt, for a router by task.
+        session: The progress callback. The default is `Session()`.
+
+    Returns:
+        The weights of the experts, by module and token.
+
+    Raises:
+        UsageError: The composition is a merge, the base does not read text alone, a prompt is empty
+            or too long, or no module matches.
     """
+    report = (session or Session()).report
     plan, model = composition.plan, composition.model
     wanted = check_traceable(plan, modules)
     if new_tokens:
@@ -126,12 +139,12 @@ def trace(
         if not plan.base.causal and len(ids) == MAX_TOKENS:
             report(f"note: of prompt {number + 1}, {MAX_TOKENS} tokens are read at most", 0, 0)
         named = composition.tasks(tasks[number]) if tasks else nullcontext()
-        with named, recorded(model, len(plan.experts), set(wanted).__contains__) as found:
+        with named, record_routing(model, len(plan.experts), set(wanted).__contains__) as found:
             new = _read(composition, tokenizer, ids, new_tokens)
         for name, calls in found.items():
             parts[name] += calls
         tokens += pieces(tokenizer, ids, new, number)
-    return _put_together(plan, tokens, parts)
+    return _put_together(composition, tokens, parts)
 
 
 def check_traceable(plan: Plan, modules: str | None = None) -> list[str]:
@@ -167,8 +180,8 @@ def _matched(routed: list[str], pattern: str | None) -> list[str]:
     if pattern is None:
         return routed
     try:
-        expression = re.compile(checked_pattern(pattern))
-        with matching():
+        expression = re.compile(check_pattern(pattern))
+        with limit_matching_time():
             found = [name for name in routed if expression.fullmatch(name)]
     except (ValueError, TimeoutError) as error:
         raise UsageError(f"--module: {error}", "write a simpler one") from None
@@ -214,7 +227,8 @@ def _read(composition: Composition, tokenizer: Any, ids: list[int], new_tokens: 
     return []
 
 
-def _put_together(plan: Plan, tokens: list[Token], parts: dict[str, list[Tensor]]) -> Trace:
+def _put_together(composition: Composition, tokens: list[Token], parts: dict[str, list[Tensor]]) -> Trace:
+    model = composition.model
     weights = {name: torch.cat(own) for name, own in parts.items() if own}
     whole = {name: w_TE for name, w_TE in weights.items() if len(w_TE) == len(tokens)}
     if not whole:
@@ -222,9 +236,9 @@ def _put_together(plan: Plan, tokens: list[Token], parts: dict[str, list[Tensor]
             f"no routed module reads every token once: {', '.join(list(parts)[:3])}",
             "trace a recipe that routes others",
         )
-    modules = [Traced(name, layer_of(name), plan.candidates(name)) for name in whole]
+    modules = [Traced(name, layer_of(name), model.get_submodule(name).experts) for name in whole]
     left_out = tuple(name for name in parts if name not in whole)
-    return Trace(plan, tuple(tokens), tuple(modules), torch.stack(list(whole.values())), left_out)
+    return Trace(composition.plan, tuple(tokens), tuple(modules), torch.stack(list(whole.values())), left_out)
 
 
 def _rounded(value: Any) -> Any:

@@ -10,17 +10,17 @@ import torch
 from experthub.hub.bases.base import load_model, load_tokenizer, without_bars
 from experthub.hub.bases.base_sources import find
 from experthub.hub.errors import HubError
-from experthub.hub.files.atomic import check_free, new_folder
+from experthub.hub.files.atomic import create_folder
+from experthub.hub.files.path_checks import check_free
 from experthub.hub.finetunes.difference import Difference, take_in
 from experthub.hub.finetunes.form import Form
-from experthub.hub.finetunes.two_models import Weights, weights_of
-from experthub.hub.progress import Report, silent
-from experthub.hub.registry.registry import Registry, checked_name
-from experthub.hub.store.store import Store
-from experthub.hub.tasks.task import read_task
+from experthub.hub.finetunes.two_models import StoredWeights, weights_of
+from experthub.hub.registry.entries import check_name
+from experthub.hub.session import Session
+from experthub.hub.tasks.task_files import read_task
 from experthub.hub.training.fit import Settings, fit_task
 from experthub.hub.training.objectives import FROZEN, objective_for
-from experthub.hub.transfer.describe import run_folder
+from experthub.hub.transfer.describe import checkpoint_folder
 from torch import nn
 
 
@@ -32,25 +32,39 @@ def train_full(
     *,
     embeddings: bool = False,
     out: Path | None = None,
-    device: str | None = None,
-    registry: Registry | None = None,
-    store: Store | None = None,
-    report: Report = silent,
+    session: Session | None = None,
 ) -> Difference:
-    """Train every parameter of a base on one task's training split, and store what changed.
+    """Train every parameter of a base on one task's training split, and store the change.
 
-    embeddings: train them too; a tied output layer is one of them.  out: a new folder for the
-    fine-tuned model itself, which is not kept by default.  A run that was interrupted goes on from
-    its last checkpoint when it is started again with the same settings.
+    An interrupted run continues from its last checkpoint if it is started again with the same
+    settings.
+
+    Args:
+        base: The base: a registry name, a folder, `hf:...` or `pypi:...`.
+        task: The task's reference.
+        name: The name of the expert in the user's own registry.
+        settings: Steps, batch size, learning rate, examples and seed.
+        embeddings: Train the embeddings too, and with them a tied output layer.
+        out: A new folder for the fine-tuned model, which is not kept by default.
+        session: The registry, the store, the device and the progress callback. The default is
+            `Session()`.
+
+    Returns:
+        The registered task vector and its figures.
+
+    Raises:
+        UsageError: The name is malformed, or the device cannot be used.
+        ConflictError: The folder `out` exists.
+        HubError: The base or the task cannot be read, or training diverged.
     """
-    registry, store = registry or Registry.read(), store or Store()
-    checked_name(name)
+    session = session or Session()
+    check_name(name)
     if out is not None:
         check_free(out)
     read = read_task(task)
-    found = find(base, registry, report)
+    found = find(base, session)
     torch.manual_seed(settings.seed)
-    model = load_model(found, "float32", device)
+    model = load_model(found, "float32", session.device)
     trained = _unfreeze(model, embeddings, found.causal)
     stored = weights_of(found)
     unknown = sorted(set(trained) - set(stored.shapes))
@@ -59,13 +73,13 @@ def train_full(
             f"{found.name} does not store {unknown[0]} under this name",
             "its file has names of an older transformers: save model.state_dict() with safetensors",
         )
-    objective = objective_for(found, device)
+    objective = objective_for(found, session.device)
     record: dict[str, Any] = {"method": "full", **asdict(settings), "embeddings": embeddings}
     key = {"kind": "full", "base": found.fingerprint, "task": read.digest, **record}
-    run = run_folder(name, key)
-    loss = fit_task(model, objective, read, settings, run, report)
+    run = checkpoint_folder(name, key)
+    loss = fit_task(model, objective, read, settings, run, session.report)
     if out is not None:
-        with new_folder(out) as folder, without_bars():
+        with create_folder(out) as folder, without_bars():
             model.save_pretrained(folder)
             if found.has_tokenizer:
                 load_tokenizer(found).save_pretrained(folder)
@@ -76,11 +90,9 @@ def train_full(
         name,
         Form(),
         run,
+        session,
         record=record,
         task=task,
-        registry=registry,
-        store=store,
-        report=report,
     )
 
 
@@ -102,7 +114,7 @@ def _unfreeze(model: nn.Module, embeddings: bool, causal: bool) -> dict[str, nn.
     return trained
 
 
-def _after(stored: Weights, trained: dict[str, nn.Parameter]) -> Weights:
+def _after(stored: StoredWeights, trained: dict[str, nn.Parameter]) -> StoredWeights:
     """A base's weights with the trained ones in their places."""
 
     def read(name: str) -> torch.Tensor:

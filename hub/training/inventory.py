@@ -16,12 +16,12 @@ from experthub.hub.bases.base import Base
 from experthub.hub.composition.export import write_portable
 from experthub.hub.composition.skills import Inventory
 from experthub.hub.errors import HubError, UsageError
-from experthub.hub.files.atomic import new_folder, write_json
+from experthub.hub.files.atomic import create_folder, write_json
 from experthub.hub.formats.adapter import PREFIX
 from experthub.hub.formats.skills import SkillsRecord, place_of
-from experthub.hub.registry.expert import SKILLS, SKILLS_JSON
+from experthub.hub.kinds.skills import SKILLS, SKILLS_JSON
 from experthub.hub.training.objectives import FROZEN
-from experthub.routing import AVERAGE, SkilledLinear, TaskRows, check_heads
+from experthub.routing import AVERAGE, BatchTasks, SkilledLinear, check_heads
 from torch import Tensor, nn
 
 RouterName = Literal["poly", "mhr", "shared", "private"]
@@ -132,7 +132,7 @@ def stored(inventory: Inventory, record: SkillsRecord) -> Start:
 
 
 def beside(
-    model: Any, record: SkillsRecord, start: Start, rows: TaskRows, relaxed: bool
+    model: Any, record: SkillsRecord, start: Start, rows: BatchTasks, relaxed: bool
 ) -> dict[str, SkilledLinear]:
     """Put trainable skills beside the frozen modules of a model."""
     model.requires_grad_(False)
@@ -178,7 +178,7 @@ def save_skills(folder: Path, record: SkillsRecord, skilled: dict[str, SkilledLi
         tensors[f"{name}.skill_a"] = module.skill_a.detach().cpu().bfloat16().contiguous()
         tensors[f"{name}.skill_b"] = module.skill_b.detach().cpu().bfloat16().contiguous()
         tensors[record.logits_of(name)] = module.logits.detach().cpu().clone()
-    with new_folder(folder) as draft:
+    with create_folder(folder) as draft:
         save_file(tensors, draft / SKILLS, metadata={"format": "pt"})
         write_json(draft / SKILLS_JSON, record.model_dump(mode="json", by_alias=True))
 
@@ -195,5 +195,5 @@ def save_lora(
     task_type = "CAUSAL_LM" if base.causal else "FEATURE_EXTRACTION"
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
         raise HubError("training diverged", "lower --lr")
-    with new_folder(folder) as draft:
+    with create_folder(folder) as draft:
         write_portable(draft, tensors, record.target_modules, base.name, task_type, False)

@@ -14,7 +14,7 @@ import torch
 from experthub.hub.bases.base import Base, load_model, load_tokenizer
 from experthub.hub.readers.reader import Reader
 from experthub.hub.readers.reader_for import reader_for
-from experthub.hub.readers.similarity import MAX_TOKENS, SCALE, Similarity, pooled
+from experthub.hub.readers.similarity import MAX_TOKENS, SCALE, Similarity, pool
 from experthub.hub.tasks.task import Example, Task
 from torch import Tensor, nn
 
@@ -111,7 +111,7 @@ class Labels:
     def loss(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         """Mean over examples of the cross-entropy of the scaled cosines."""
         read = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        text_BD = pooled(_bare(model), read)
+        text_BD = pool(_bare(model), read)
         logits_BC = SCALE * torch.einsum("bcd,bd->bc", batch["heads"], text_BD)
         logits_BC = logits_BC.masked_fill(~batch["choices"], float("-inf"))
         return nn.functional.cross_entropy(logits_BC, batch["answers"])

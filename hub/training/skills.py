@@ -10,14 +10,17 @@ import torch
 from experthub.hub.bases.base import load_model
 from experthub.hub.bases.base_sources import find
 from experthub.hub.composition.skills import Inventory
-from experthub.hub.composition.weights import Tensors
 from experthub.hub.errors import UsageError
-from experthub.hub.progress import Report, silent
+from experthub.hub.formats.safetensors_reader import Tensors
+from experthub.hub.kinds import kinds
+from experthub.hub.kinds.skills import INVENTORY, SKILLS
 from experthub.hub.recipes.examples import few
-from experthub.hub.registry.expert import SKILLS, Expert, Reference
-from experthub.hub.registry.registry import Registry, checked_name
-from experthub.hub.store.store import Store
-from experthub.hub.tasks.task import Example, Task, read_task
+from experthub.hub.registry.content import Content
+from experthub.hub.registry.entries import check_name
+from experthub.hub.registry.expert import Expert, Reference
+from experthub.hub.session import Session
+from experthub.hub.tasks.task import Example, Task
+from experthub.hub.tasks.task_files import read_task
 from experthub.hub.training.fit import Settings, fit
 from experthub.hub.training.inventory import (
     InventoryShape,
@@ -30,9 +33,9 @@ from experthub.hub.training.inventory import (
     untrained,
 )
 from experthub.hub.training.objectives import Objective, objective_for
-from experthub.hub.transfer.describe import describe, run_folder
-from experthub.hub.transfer.pull import Content, pull
-from experthub.routing import TaskRows
+from experthub.hub.transfer.describe import checkpoint_folder, describe
+from experthub.hub.transfer.pull import pull
+from experthub.routing import BatchTasks
 from torch import Tensor
 
 Tune = Literal["all", "z", "mu"]
@@ -44,7 +47,7 @@ class MultiTask:
     """An objective over rows of several tasks, which the model's skilled modules are told."""
 
     inner: Objective
-    rows: TaskRows
+    rows: BatchTasks
 
     def row(self, task: Task, example: Example) -> Any:
         return self.inner.row(task, example)
@@ -66,28 +69,41 @@ def train_skills(
     settings: Settings,
     *,
     router_lr: float | None = None,
-    device: str | None = None,
-    registry: Registry | None = None,
-    store: Store | None = None,
-    report: Report = silent,
+    session: Session | None = None,
 ) -> Expert:
     """Train an inventory of skills on several tasks together, and store it.
 
-    Every batch mixes tasks.  settings: `examples` of each task, at most.  router_lr: peak learning
-    rate of the logits, ten times that of the skills by default (Ponti et al. search from ten to a
-    thousand times; a hundred in Caccia et al., with Adafactor).  A run that was interrupted goes on
-    from its last checkpoint.
+    Every batch mixes tasks. An interrupted run continues from its last checkpoint.
+
+    Args:
+        base: The base: a registry name, a folder, `hf:...` or `pypi:...`.
+        tasks: References of different tasks.
+        name: The name of the inventory in the user's own registry.
+        shape: The router, and the number and the rank of the skills.
+        settings: Steps, batch size, learning rate, seed, and the largest number of examples per task.
+        router_lr: The peak learning rate of the router's logits. The default is ten times that of the
+            skills. Ponti et al. search from ten to a thousand times; Caccia et al. use a hundred
+            times, with Adafactor.
+        session: The registry, the store, the device and the progress callback. The default is
+            `Session()`.
+
+    Returns:
+        The registered inventory.
+
+    Raises:
+        UsageError: A task is named twice, or the name is malformed.
+        HubError: The base or a task cannot be read, or training diverged.
     """
-    registry, store = registry or Registry.read(), store or Store()
-    checked_name(name)
+    session = session or Session()
+    check_name(name)
     if len(set(tasks)) < len(tasks):
         raise UsageError("a task stands twice", "name each once")
     read = [read_task(task) for task in tasks]
-    found = find(base, registry, report)
+    found = find(base, session)
     torch.manual_seed(settings.seed)
-    model = load_model(found, "float32", device)
+    model = load_model(found, "float32", session.device)
     record = shape.record(found.name, tasks, linears(model, found))
-    rows = TaskRows()
+    rows = BatchTasks()
     skilled = beside(model, record, untrained(model, record), rows, shape.relaxed)
     if shape.router in ("shared", "private"):
         for module in skilled.values():
@@ -99,18 +115,20 @@ def train_skills(
         "tasks": [t.digest for t in read],
         **numbers,
     }
-    run = run_folder(name, key)
-    objective = MultiTask(objective_for(found, device), rows)
+    run = checkpoint_folder(name, key)
+    objective = MultiTask(objective_for(found, session.device), rows)
     examples = [
         (i, objective.row(task, e))
         for i, task in enumerate(read)
         for e in task.split("train", settings.examples)
     ]
     what = f"training on {len(tasks)} tasks"
-    loss = fit(model, objective, examples, settings, run, what, report, numbers["router_lr"])
+    loss = fit(
+        model, objective, examples, settings, run, what, session.report, numbers["router_lr"]
+    )
     save_skills(run / "expert", record, skilled)
     training = {**numbers, "tasks": list(tasks), "trainable": trainable(model), "loss": loss}
-    return describe(run / "expert", name, found, registry, store, task=None, training=training)
+    return describe(run / "expert", name, found, session, task=None, training=training)
 
 
 def adapt(
@@ -122,35 +140,48 @@ def adapt(
     *,
     shots: int = 16,
     router_lr: float | None = None,
-    device: str | None = None,
-    registry: Registry | None = None,
-    store: Store | None = None,
-    report: Report = silent,
+    session: Session | None = None,
 ) -> Expert:
-    """Adapt a stored inventory to a new task by a few examples, and store what comes of it.
+    """Adapt a stored inventory to a new task with a few examples, and store the result.
 
-    tune: `all` trains the skills and a new router; `z` the router alone; both give an inventory of
-    this one task.  `mu` trains the average of the skills, and gives a plain LoRA: the authors train
-    every skill under fixed weights 1 / S, which is the same but for the optimiser's epsilon, at S
-    times the memory (Caccia et al., section 3.2).  shots: examples in all, of the training split,
-    as many of each class as there can be.  router_lr: peak learning rate of the logits, 0.1 by
-    default for `z`, the lower of the two that the authors search, else as in `train_skills`.
+    Args:
+        skills: The inventory's reference.
+        task: The new task's reference.
+        name: The name of the result in the user's own registry.
+        tune: `all` trains the skills and a new router, `z` trains the router alone; both give an
+            inventory of this one task. `mu` trains the average of the skills and gives a plain LoRA.
+            The authors train every skill under fixed weights 1 / S instead (Caccia et al., section
+            3.2). That is the same apart from the optimiser's epsilon, and needs S times the memory.
+        settings: Steps, batch size, learning rate and seed.
+        shots: The number of examples of the training split, spread evenly over the classes.
+        router_lr: The peak learning rate of the router's logits. The default for `z` is 0.1, the
+            lower of the two that the authors search; otherwise it is that of `train_skills`.
+        session: The registry, the store, the device and the progress callback. The default is
+            `Session()`.
+
+    Returns:
+        The registered inventory or LoRA.
+
+    Raises:
+        UsageError: The expert is not an inventory, or has no router to train.
+        HubError: The base or the task cannot be read, or training diverged.
     """
-    registry, store = registry or Registry.read(), store or Store()
-    checked_name(name)
-    expert = registry.expert(Reference.parse(skills))
-    if expert.kind != "skills":
+    session = session or Session()
+    store = session.store
+    check_name(name)
+    expert = session.registry.expert(Reference.parse(skills))
+    if kinds[expert.kind] is not INVENTORY:
         raise UsageError(f"{expert.reference} is no inventory of skills", "see hub train skills")
-    pull(store, Content.of(expert), report=report)
-    read, found = read_task(task), find(expert.base, registry, report)
+    pull(session, Content.of(expert))
+    read, found = read_task(task), find(expert.base, session)
     inventory = Inventory(expert.digest, store, Tensors(store.read(expert.digest, SKILLS)))
     torch.manual_seed(settings.seed)
-    model = load_model(found, "float32", device)
+    model = load_model(found, "float32", session.device)
     old = inventory.record
     change: dict[str, Any] = {"tasks": [read.reference]}
     if tune == "mu" or old.router == "shared":
         change |= {"router": "shared", "n_skills": 1, "n_heads": 1}
-    record, rows = old.model_copy(update=change), TaskRows()
+    record, rows = old.model_copy(update=change), BatchTasks()
     skilled = beside(model, record, stored(inventory, record), rows, relaxed=False)
     for module in skilled.values():
         module.skill_a.requires_grad_(tune != "z")
@@ -166,18 +197,18 @@ def adapt(
         "router_lr": Z_LR if router_lr is None and tune == "z" else _router_lr(router_lr, settings),
     }
     key = {"kind": "adapt", "skills": expert.digest, "task": read.digest, **numbers}
-    run = run_folder(name, key)
-    objective = MultiTask(objective_for(found, device), rows)
+    run = checkpoint_folder(name, key)
+    objective = MultiTask(objective_for(found, session.device), rows)
     pairs = [(0, objective.row(read, e)) for e in examples]
     what = f"adapting to {read.reference}"
-    loss = fit(model, objective, pairs, settings, run, what, report, numbers["router_lr"])
+    loss = fit(model, objective, pairs, settings, run, what, session.report, numbers["router_lr"])
     if tune == "mu":
         save_lora(run / "expert", record, skilled, found)
     else:
         save_skills(run / "expert", record, skilled)
     training = {**numbers, "skills": expert.reference, "trainable": trainable(model), "loss": loss}
     made = read.reference
-    return describe(run / "expert", name, found, registry, store, task=made, training=training)
+    return describe(run / "expert", name, found, session, task=made, training=training)
 
 
 def _router_lr(given: float | None, settings: Settings) -> float:

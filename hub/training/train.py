@@ -11,18 +11,20 @@ from experthub.hub.bases.base import load_model
 from experthub.hub.bases.base_sources import find
 from experthub.hub.composition.weights import Contents, task_vector
 from experthub.hub.errors import UsageError
-from experthub.hub.files.atomic import new_folder
-from experthub.hub.progress import Report, silent
+from experthub.hub.files.atomic import create_folder
+from experthub.hub.kinds.lora import ADAPTER, GATES
 from experthub.hub.recipes.recipe import Recipe
 from experthub.hub.recipes.resolution import resolve
-from experthub.hub.registry.expert import ADAPTER, GATES, Expert, Reference
-from experthub.hub.registry.registry import Registry, checked_name
+from experthub.hub.registry.content import Content
+from experthub.hub.registry.entries import check_name
+from experthub.hub.registry.expert import Expert, Reference
+from experthub.hub.session import Session
 from experthub.hub.store.store import Store
-from experthub.hub.tasks.task import read_task
+from experthub.hub.tasks.task_files import read_task
 from experthub.hub.training.fit import Settings, fit_task
 from experthub.hub.training.objectives import FROZEN, objective_for
-from experthub.hub.transfer.describe import describe, run_folder
-from experthub.hub.transfer.pull import Content, pull
+from experthub.hub.transfer.describe import checkpoint_folder, describe
+from experthub.hub.transfer.pull import pull
 from experthub.merge import LowRank
 from experthub.routing import ExpertStack, RoutedLinear, untrained_gate
 from torch import Tensor, nn
@@ -40,28 +42,41 @@ def train_lora(
     *,
     rank: int = 4,
     alpha: float | None = None,
-    device: str | None = None,
-    registry: Registry | None = None,
-    store: Store | None = None,
-    report: Report = silent,
+    session: Session | None = None,
 ) -> Expert:
     """Train a LoRA on every linear layer of a base, on one task's training split, and store it.
 
-    rank: of every LoRA, at least 1.  alpha: LoRA's alpha, twice the rank by default.  A run that
-    was interrupted goes on from its last checkpoint when it is started again with the same
-    settings.  The loss curve is `loss.json` in the run's folder, `$HUB_HOME/runs/<name>-<digest of
+    An interrupted run continues from its last checkpoint if it is started again with the same
+    settings. The loss curve is `loss.json` in the run's folder, `$HUB_HOME/runs/<name>-<digest of
     the settings>`.
+
+    Args:
+        base: The base: a registry name, a folder, `hf:...` or `pypi:...`.
+        task: The task's reference.
+        name: The name of the expert in the user's own registry.
+        settings: Steps, batch size, learning rate, examples and seed.
+        rank: The rank of every LoRA, at least 1.
+        alpha: LoRA's alpha. The default is twice the rank.
+        session: The registry, the store, the device and the progress callback. The default is
+            `Session()`.
+
+    Returns:
+        The registered expert, the next version of its name.
+
+    Raises:
+        UsageError: The name is malformed, or the device cannot be used.
+        HubError: The base or the task cannot be read, or training diverged.
     """
     from peft import LoraConfig, get_peft_model
     from safetensors.torch import load_file, save_file
 
-    registry, store = registry or Registry.read(), store or Store()
-    checked_name(name)
+    session = session or Session()
+    check_name(name)
     read = read_task(task)
-    found = find(base, registry, report)
+    found = find(base, session)
     torch.manual_seed(settings.seed)
-    model = load_model(found, "float32", device)
-    objective = objective_for(found, device)
+    model = load_model(found, "float32", session.device)
+    objective = objective_for(found, session.device)
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
@@ -74,9 +89,9 @@ def train_lora(
     adapted = get_peft_model(model, config)
     record = {**asdict(settings), "rank": rank, "alpha": config.lora_alpha}
     key = {"kind": "lora", "base": found.fingerprint, "task": read.digest, **record}
-    run = run_folder(name, key)
-    loss = fit_task(adapted, objective, read, settings, run, report)
-    with new_folder(run / "expert") as folder:
+    run = checkpoint_folder(name, key)
+    loss = fit_task(adapted, objective, read, settings, run, session.report)
+    with create_folder(run / "expert") as folder:
         written = adapted.peft_config["default"]
         written.base_model_name_or_path = found.name
         # Sets in peft, whose order is another in every process: the digest would be too.
@@ -87,7 +102,7 @@ def train_lora(
         save_file(half, folder / ADAPTER, metadata={"format": "pt"})
         (folder / "README.md").unlink(missing_ok=True)
     record |= {"examples": min(settings.examples, len(read.split("train"))), "loss": loss}
-    return describe(run / "expert", name, found, registry, store, task=task, training=record)
+    return describe(run / "expert", name, found, session, task=task, training=record)
 
 
 def train_gate(
@@ -95,43 +110,53 @@ def train_gate(
     settings: Settings,
     *,
     start: float = 0.5,
-    device: str | None = None,
-    registry: Registry | None = None,
-    store: Store | None = None,
-    report: Report = silent,
+    session: Session | None = None,
 ) -> Expert:
-    """Train PHATGOOSE's gates for a stored expert, on the data it was trained on itself.
+    """Train PHATGOOSE's gates for a stored expert, on the task that it was trained on.
 
-    Base and expert are frozen; each adapted linear gets one vector, zero at first, whose sigmoid
-    weighs the expert's output for every token (Muqeeth et al., section 3.1).  The result is the
-    next version of the expert.
+    Base and expert are frozen. Each adapted linear layer gets one vector, zero at first, whose
+    sigmoid weights the expert's output for every token (Muqeeth et al., section 3.1).
 
-    start: the expert's weight before, in (0, 1).  The paper's 0.5 leaves most of the expert in place: one that
-    is strong enough at half its strength gives its gate no reason to open, and routers then miss it.
+    Args:
+        name: The expert's reference.
+        settings: Steps, batch size, learning rate, examples and seed.
+        start: The expert's weight before training, in (0, 1). The paper's 0.5 leaves most of the
+            expert in place. An expert that is strong enough at half its strength then gives its gate
+            no reason to open, and routers miss it.
+        session: The registry, the store, the device and the progress callback. The default is
+            `Session()`.
+
+    Returns:
+        The expert with its gates, registered as the next version of its name.
+
+    Raises:
+        UsageError: `start` is out of range, or the expert's task is not recorded.
+        NotFoundError: No registry knows the expert.
+        HubError: The base or the task cannot be read, or training diverged.
     """
     if not 0 < start < 1:
         raise UsageError(f"a gate cannot start at {start:g}", "choose a weight between 0 and 1")
-    registry, store = registry or Registry.read(), store or Store()
-    expert = registry.expert(Reference.parse(name))
+    session = session or Session()
+    expert = session.registry.expert(Reference.parse(name))
     if expert.task is None:
         raise UsageError(
             f"{expert.reference} does not say which task it was trained on",
             "add it again with --task",
         )
     read = read_task(expert.task)
-    pull(store, Content.of(expert), report=report)
-    found = find(expert.base, registry, report)
+    pull(session, Content.of(expert))
+    found = find(expert.base, session)
     torch.manual_seed(settings.seed)
-    model = load_model(found, "float32", device)
-    objective = objective_for(found, device)
-    gated = _gated(model, expert, start, registry, store)
+    model = load_model(found, "float32", session.device)
+    objective = objective_for(found, session.device)
+    gated = _gated(model, expert, start, session)
     # The paper's start goes without saying: records from before the option stay as they are.
     record = {**asdict(settings), **({} if start == 0.5 else {"start": start})}
     key = {"kind": "gate", "expert": expert.digest, "task": read.digest, **record}
-    run = run_folder(f"{expert.name}-gate", key)
-    loss = fit_task(model, objective, read, settings, run, report)
+    run = checkpoint_folder(f"{expert.name}-gate", key)
+    loss = fit_task(model, objective, read, settings, run, session.report)
     if loss["first"] < LEARNED and start >= 0.5:
-        report(
+        session.report(
             f"note: the loss of {expert.reference} was {loss['first']:.4f} before its gates were trained, "
             "which gives them no reason to open; let them start nearly closed (--start 0.1)",
             0,
@@ -142,14 +167,13 @@ def train_gate(
         for module, linear in gated.items()
         if linear.probes_PI is not None
     }
-    _write(run / "expert", expert, gates, store)
+    _write(run / "expert", expert, gates, session.store)
     training = {**expert.training, "gate": {**record, "loss": loss}}
     return describe(
         run / "expert",
         expert.name,
         found,
-        registry,
-        store,
+        session,
         task=expert.task,
         training=training,
         like=expert,
@@ -161,14 +185,14 @@ def _write(to: Path, expert: Expert, gates: Mapping[str, Tensor], store: Store) 
     from safetensors.torch import save_file
 
     half = {n: g.bfloat16().contiguous() for n, g in gates.items()}
-    with new_folder(to) as folder:
+    with create_folder(to) as folder:
         store.copy_out(expert.digest, folder)
         (folder / GATES).unlink(missing_ok=True)
         save_file(half, folder / GATES, metadata={"format": "pt"})
 
 
 def _gated(
-    model: nn.Module, expert: Expert, start: float, registry: Registry, store: Store
+    model: nn.Module, expert: Expert, start: float, session: Session
 ) -> dict[str, RoutedLinear]:
     """Put the expert, and a trainable gate, beside every linear that it adapts."""
     recipe = Recipe.of(
@@ -178,8 +202,8 @@ def _gated(
             "route": {"method": "uniform"},
         }
     )
-    plan = resolve(recipe, registry, store)
-    with Contents(plan.members, store, gates=False) as contents:
+    plan = resolve(recipe, session=session)
+    with Contents(plan.members, session.store, gates=False) as contents:
         vector = task_vector(plan.experts[0], plan, contents)
     gated = {}
     for parameter in plan.parameters:
@@ -187,7 +211,7 @@ def _gated(
         delta = vector[parameter]
         if isinstance(delta, LowRank):
             stack = ExpertStack.of({0: delta}, 1)
-            linear = RoutedLinear.alone(
+            linear = RoutedLinear.from_stack(
                 model.get_submodule(module),
                 stack,
                 untrained_gate(stack, start),

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from experthub.hub.files import yaml_files
-from experthub.hub.registry.expert import ADAPTER, Expert, Identity
+from experthub.hub.kinds import kinds
+from experthub.hub.kinds.lora import ADAPTER
+from experthub.hub.registry.expert import Expert, Identity
 from experthub.hub.registry.registry import Registry
 
 
@@ -16,7 +18,7 @@ def model_card(expert: Expert, identity: Identity, registry: Registry, repositor
     """
     known = registry.bases().get(expert.base)
     base = known.aka[0] if known and known.aka else expert.base
-    lora = expert.kind == "lora"
+    lora = kinds[expert.kind].peft
     metadata: dict[str, Any] = {
         "library_name": "peft" if lora else "transformers",
         "base_model": base,

@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import IO, Any
 
 from experthub.hub.errors import ConflictError
-from experthub.hub.files.atomic import canonical_json, locked, written
+from experthub.hub.files.atomic import open_atomically
+from experthub.hub.files.digests import canonical_json
+from experthub.hub.files.file_locks import hold_lock
 from experthub.hub.formats.oci_layout import (
     EXPERT_DIGEST,
     FILE_NAME,
     INDEX,
     MARK,
     REFERENCE,
-    Layout,
+    OciLayout,
 )
 from experthub.hub.registry.expert import DESCRIPTION, Expert
 from experthub.hub.store.store import Store
@@ -34,7 +36,7 @@ INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
 MODEL_TYPE = "application/vnd.cncf.model"
 CHUNK = 1 << 20
 
-Content = Path | bytes  # a file of the store, or the bytes themselves
+Blob = Path | bytes  # a file of the store, or the bytes themselves
 
 
 @dataclass(frozen=True)
@@ -46,16 +48,16 @@ class Image:
     """
 
     expert: Expert
-    files: dict[str, Content]
+    files: dict[str, Blob]
     entry: dict[str, Any]
-    blobs: dict[str, Content]
+    blobs: dict[str, Blob]
 
 
 def image(expert: Expert, store: Store) -> Image:
     """Package an expert that is in the store; its bytes are checked."""
-    blobs: dict[str, Content] = {}
+    blobs: dict[str, Blob] = {}
     identity = store.identity(expert.digest)
-    files: dict[str, Content] = {n: store.file(expert.digest, n) for n in identity.files}
+    files: dict[str, Blob] = {n: store.file(expert.digest, n) for n in identity.files}
     files[DESCRIPTION] = description(expert, identity).encode()
     layers = []
     for name, content in files.items():
@@ -90,7 +92,7 @@ def image(expert: Expert, store: Store) -> Image:
     return Image(expert, files, entry | {"annotations": marks}, blobs)
 
 
-def _descriptor(kind: str, content: Content, blobs: dict[str, Content]) -> dict[str, Any]:
+def _descriptor(kind: str, content: Blob, blobs: dict[str, Blob]) -> dict[str, Any]:
     if isinstance(content, Path):
         sha256, size = content.parent.name + content.name, content.stat().st_size
     else:
@@ -108,8 +110,8 @@ def write_folder(made: Image, folder: Path) -> None:
     own = {".lock", "blobs", MARK, INDEX}
     if folder.exists() and not own.issuperset(path.name for path in folder.iterdir()):
         raise ConflictError(f"{folder} is in use, and is no shared folder", "name a new folder")
-    with locked(folder / ".lock"):
-        present = Layout.read(folder).entries if (folder / INDEX).is_file() else []
+    with hold_lock(folder / ".lock"):
+        present = OciLayout.read(folder).entries if (folder / INDEX).is_file() else []
         entries = [made.entry]
         for entry in present:
             if entry.annotations.get(REFERENCE) != made.expert.reference:
@@ -122,7 +124,7 @@ def write_folder(made: Image, folder: Path) -> None:
         for name, content in _files([made], entries).items():
             path = folder / name
             if name == INDEX or not path.is_file() or path.stat().st_size != size_of(content):
-                with written(path) as file, _stream(content) as data:
+                with open_atomically(path) as file, _stream(content) as data:
                     shutil.copyfileobj(data, file, CHUNK)
 
 
@@ -131,7 +133,7 @@ def write_archive(made: Sequence[Image], path: Path) -> None:
     if path.exists():
         raise ConflictError(f"{path} is there already", "name a new file, or remove it")
     with (
-        written(path) as file,
+        open_atomically(path) as file,
         tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as archive,
     ):
         for name, content in _files(made, [image.entry for image in made]).items():
@@ -141,7 +143,7 @@ def write_archive(made: Sequence[Image], path: Path) -> None:
                 archive.addfile(member, data)
 
 
-def _files(made: Sequence[Image], entries: list[dict[str, Any]]) -> dict[str, Content]:
+def _files(made: Sequence[Image], entries: list[dict[str, Any]]) -> dict[str, Blob]:
     """Everything that a layout consists of, in the order in which it is to be written."""
     blobs = {f"blobs/sha256/{k}": v for image in made for k, v in image.blobs.items()}
     index = {
@@ -153,10 +155,10 @@ def _files(made: Sequence[Image], entries: list[dict[str, Any]]) -> dict[str, Co
     return {**dict(sorted(blobs.items())), MARK: mark, INDEX: canonical_json(index)}
 
 
-def size_of(content: Content) -> int:
+def size_of(content: Blob) -> int:
     """In bytes."""
     return len(content) if isinstance(content, bytes) else content.stat().st_size
 
 
-def _stream(content: Content) -> IO[bytes]:
+def _stream(content: Blob) -> IO[bytes]:
     return io.BytesIO(content) if isinstance(content, bytes) else content.open("rb")

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from experthub.hub.errors import HubError
-from experthub.hub.files.atomic import draft_folder, hub_home
-from experthub.hub.formats.oci_layout import Layout, is_layout
+from experthub.hub.files.atomic import hub_home, open_draft_folder
+from experthub.hub.formats.oci_layout import OciLayout, is_layout
 from experthub.hub.progress import Report, silent
-from experthub.hub.registry.expert import EXPERT_FILES, Reference
+from experthub.hub.registry.expert import Reference, expert_files
 from experthub.hub.transfer.remotes import hf
 
 
@@ -51,15 +51,15 @@ def opened(
     source: a folder, `hf:...`, or `file:PLACE#name@version`, one of several in a shared folder or
     archive; the part behind # may be left out where there is only one.
     """
-    place, hashed = _fetched(source, near, EXPERT_FILES, report)
+    place, hashed = _fetched(source, near, expert_files(), report)
     if source.startswith("hf:") and not hashed:
         hashed = hf.checked(place)
     if not is_layout(place):
         with _named(source, place):
             yield place, hashed
         return
-    with draft_folder(hub_home() / "drafts" / "unpacked") as folder, _named(source, folder):
-        layout = Layout.read(place)
+    with open_draft_folder(hub_home() / "drafts" / "unpacked") as folder, _named(source, folder):
+        layout = OciLayout.read(place)
         member = layout.find(Reference.parse(source, near).member)
         yield folder, layout.unpack(member, folder)
 

@@ -17,7 +17,8 @@ from conftest import run_hub, snapshot, tiny_llama
 from experthub.hub.registry.expert import Expert
 from experthub.hub.store.folder import read_folder
 from experthub.hub.store.store import Store
-from experthub.hub.tasks.task import Card, Example, example_id, write_task
+from experthub.hub.tasks.task import Card, Example, example_id
+from experthub.hub.tasks.task_files import write_task
 from experthub.hub.transfer.describe import write_description
 from safetensors.torch import load_file, save_file
 
@@ -139,7 +140,7 @@ def unknown_option_of_a_route(place: Place) -> Words:
     return ["compose", place.recipe("x", way="route:\n  method: phatgoose\n  topk: 1")]
 
 
-@case(2, "line 5: unknown key 'scale'", "known: method")
+@case(2, "line 5: unknown key 'scale'", "use method")
 def unknown_option_of_a_nested_merge(place: Place) -> Words:
     nested = "\n  - experts: [x]\n    merge:\n      {method: linear, scale: 1}"
     return ["compose", place.write(f"base: b\nexperts:{nested}\n{LINEAR}\n")]
@@ -210,7 +211,7 @@ def infinite_weight(place: Place) -> Words:
     return ["compose", place.recipe("{expert: x, weight: .inf}")]
 
 
-@case(2, "line 4: targets: .* no regular expression")
+@case(2, "line 4: targets: .* not a regular expression")
 def broken_pattern(place: Place) -> Words:
     return ["compose", place.recipe("x", more="targets: '('")]
 
@@ -225,17 +226,17 @@ def malformed_yaml(place: Place) -> Words:
     return ["compose", place.write("base: x\nexperts: [a, b\nmerge: {method: linear}\n")]
 
 
-@case(2, "line 3: the key 'base' stands twice", "remove one")
+@case(2, "line 3: the key 'base' is set twice", "remove one")
 def repeated_key(place: Place) -> Words:
     return ["compose", place.write("base: x\nexperts: [a]\nbase: y\n")]
 
 
-@case(2, "line 3: an alias", "write the value out")
+@case(2, "line 3: aliases are not supported", "write the value out")
 def yaml_alias(place: Place) -> Words:
     return ["compose", place.write("base: &b x\nexperts: [a]\nmerge: *b\n")]
 
 
-@case(2, "line 4: .*merge key", "write the keys out")
+@case(2, "line 4: merge keys are not supported", "write the keys out")
 def yaml_merge_key(place: Place) -> Words:
     return ["compose", place.recipe("x", more="<<: {seed: 1}")]
 
@@ -245,17 +246,17 @@ def yaml_tag(place: Place) -> Words:
     return ["compose", place.write("base: x\nseed: !!int '3'\nexperts: [a]\n")]
 
 
-@case(2, "line 3: a second document", "one document")
+@case(2, "line 3: a second document starts here", "one document")
 def yaml_documents(place: Place) -> Words:
     return ["compose", place.write("base: x\nexperts: [a]\n---\nbase: y\n")]
 
 
-@case(2, "line 1: a key that is not text", "key: value")
+@case(2, "line 1: the key is not text", "key: value")
 def yaml_key_of_a_list(place: Place) -> Words:
     return ["compose", place.write("[base]: x\nexperts: [a]\n")]
 
 
-@case(2, "line 1: nested deeper than 100", "right file")
+@case(2, "line 1: the values are nested deeper than 100 levels", "right file")
 def yaml_nested_deeply(place: Place) -> Words:
     return ["compose", place.write("[" * 200_000)]
 
@@ -620,12 +621,12 @@ def task_without_choices_that_does_not_say_so(place: Place) -> Words:
     return ["eval", place.recipe(place.stored()), "--tasks", folder, "--split", "train"]
 
 
-@case(1, "task .* is empty", "no examples")
+@case(1, "task .* is empty: .* has no examples", "add examples")
 def empty_task(place: Place) -> Words:
     return ["eval", place.recipe(place.stored()), "--tasks", task_folder(place)]
 
 
-@case(1, "task .* has no test examples", "1 in all")
+@case(1, "task .* has no test examples; it has 1 in all", "use another split")
 def empty_split(place: Place) -> Words:
     line = '{"id": "0", "input": "x", "choices": ["a", "b"], "answer": 0}\n'
     return ["eval", place.recipe(place.stored()), "--tasks", task_folder(place, lines=line)]
@@ -649,7 +650,7 @@ def unknown_key_of_a_card(place: Place) -> Words:
     return ["tasks", "import", task_folder(place, "name: t\nsource: s\nlicence: mit\n")]
 
 
-@case(2, "'local:../../../escaped' is no task", "suite:name")
+@case(2, "'local:../../../escaped' is not a task", "suite:name")
 def task_name_that_leaves_the_folder(place: Place) -> Words:
     line = '{"id": "0", "input": "x", "choices": ["a", "b"], "answer": 0}\n'
     folder = task_folder(place, "name: ../../../escaped\nsource: s\n", line)
@@ -663,7 +664,7 @@ def task_of_another_content(place: Place) -> Words:
     return ["tasks", "import", task_folder(place, lines=line)]
 
 
-@case(4, "holds no card.yaml", "docs")
+@case(4, "contains no card.yaml", "docs")
 def folder_without_tasks(place: Place) -> Words:
     return ["tasks", "import", "."]
 

@@ -14,10 +14,11 @@ from experthub.hub.bases.base import Base, load_model, load_tokenizer, read
 from experthub.hub.errors import UsageError
 from experthub.hub.evaluation.routing_map import routing_map
 from experthub.hub.formats.safetensors_header import read_header
+from experthub.hub.kinds.lora import GATES
 from experthub.hub.readers.scorer import Question
-from experthub.hub.readers.similarity import SCALE, Similarity, pooled
-from experthub.hub.registry.expert import GATES
-from experthub.hub.tasks.task import Card, Example, example_id, write_task
+from experthub.hub.readers.similarity import SCALE, Similarity, pool
+from experthub.hub.tasks.task import Card, Example, example_id
+from experthub.hub.tasks.task_files import write_task
 from experthub.hub.training.fit import Settings
 from experthub.hub.training.objectives import Labels
 
@@ -127,13 +128,13 @@ def test_a_merge_of_encoder_experts_is_a_folder_for_transformers(
     tokenizer = load_tokenizer(encoder)
     batch = tokenizer(["one text", "and another"], padding=True, return_tensors="pt")
     with torch.no_grad():
-        expected = pooled(composition.model, batch)
+        expected = pool(composition.model, batch)
         whole = AutoModel.from_pretrained(composition.save(tmp_path / "whole"))
-        torch.testing.assert_close(pooled(whole, batch), expected)
+        torch.testing.assert_close(pool(whole, batch), expected)
         bare = AutoModel.from_pretrained(folder)
         adapter = composition.save(tmp_path / "adapter", format="peft")
         adapted = PeftModel.from_pretrained(bare, adapter)
-        torch.testing.assert_close(pooled(adapted, batch), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(pool(adapted, batch), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_model_of_another_kind_is_refused(
@@ -147,7 +148,7 @@ def test_a_model_of_another_kind_is_refused(
     config = json.loads((other / "config.json").read_text())
     config["architectures"] = ["BertForTokenClassification"]
     (other / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UsageError, match="which gives no choices a score"):
+    with pytest.raises(UsageError, match="which cannot score choices"):
         hub.evaluate({"x": recipe_of(other)}, [colours])
 
 

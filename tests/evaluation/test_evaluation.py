@@ -16,7 +16,8 @@ from experthub.hub.errors import HubError, UsageError
 from experthub.hub.evaluation import cache, evaluation
 from experthub.hub.evaluation.statistics import bootstrap, hierarchical, wilson
 from experthub.hub.readers.likelihood import Likelihood, choice_logprobs, encode
-from experthub.hub.tasks.task import Card, Example, example_id, read_task, write_task
+from experthub.hub.tasks.task import Card, Example, example_id
+from experthub.hub.tasks.task_files import read_task, write_task
 
 
 def naive(model: Any, tokenizer: Any, prompt: str, choice: str) -> float:

@@ -19,9 +19,10 @@ from experthub.hub.errors import UsageError
 from experthub.hub.readers.images import Preparation
 from experthub.hub.readers.reader_for import reader_for
 from experthub.hub.readers.scorer import Question
-from experthub.hub.tasks.task import Card, Example, example_id, write_task
+from experthub.hub.tasks.task import Card, Example, example_id
+from experthub.hub.tasks.task_files import write_task
 from experthub.hub.training.fit import Settings
-from experthub.merge import Attached, Dense, Fit, TaskVector
+from experthub.merge import AttachedExperts, Dense, Fit, TaskVector
 from experthub.merge._fit import initial
 from safetensors.torch import save_file
 
@@ -198,7 +199,7 @@ def test_what_learns_reads_what_is_composed(folder: Path, kind: str) -> None:
 
     model = load_model(base, "float32", None)
     start = initial([vector], Fit("entropy", "task", start=0.5, steps=1, lr=1.0, batch_size=1))
-    with torch.no_grad(), Attached(model, [vector], start) as attached:
+    with torch.no_grad(), AttachedExperts(model, [vector], start) as attached:
         attached.set(start.values)
         learned_on = logits(model)
     expert = folder.parent / "expert"
@@ -281,7 +282,7 @@ class TestImages:
 
     @pytest.mark.parametrize("text", ["no image", "aGVsbG8=", "", "!!!!"])
     def test_what_is_no_image_is_refused(self, text: str) -> None:
-        with pytest.raises(UsageError, match="is no PNG or JPEG in base64"):
+        with pytest.raises(UsageError, match="is not a PNG or JPEG in base64"):
             Preparation(8).pixels(text)
 
     def test_an_image_of_too_many_pixels(self) -> None:
@@ -296,7 +297,7 @@ class TestImages:
         classifier(tmp_path / "base")
         reader = reader_for(read(tmp_path / "base", "base"), None)
         with pytest.raises(
-            UsageError, match="the base has no label 'pink', it has blue, green, other"
+            UsageError, match="the base has no label 'pink'; it has blue, green, other"
         ):
             reader.row(Question(png(0, 1), ("red", "pink")))
 
@@ -304,5 +305,5 @@ class TestImages:
         classifier(tmp_path / "base")
         reader: Any = reader_for(read(tmp_path / "base", "base"), None)
         row = reader.row(Question(png(0, 1), ("red",)))
-        assert torch.equal(row.varied(3).pixels, row.varied(3).pixels)
-        assert not torch.equal(row.varied(3).pixels, row.varied(4).pixels)
+        assert torch.equal(row.vary(3).pixels, row.vary(3).pixels)
+        assert not torch.equal(row.vary(3).pixels, row.vary(4).pixels)

@@ -29,27 +29,21 @@ from experthub.hub.bases import base as bases
 from experthub.hub.errors import HubError
 from experthub.hub.files import patterns
 from experthub.hub.files.checksummed_text import MANIFEST
+from experthub.hub.files.patterns import is_named
 from experthub.hub.files.yaml_files import dump
 from experthub.hub.formats.adapter import read_adapter
 from experthub.hub.formats.coefficients import read_coefficients
-from experthub.hub.formats.oci_layout import Layout
+from experthub.hub.formats.oci_layout import OciLayout
 from experthub.hub.formats.safetensors_header import read_header
 from experthub.hub.formats.tar import members
-from experthub.hub.formats.task_vector import files_in
+from experthub.hub.kinds.coefficients import COEFFICIENTS, COEFFICIENTS_JSON
+from experthub.hub.kinds.task_vector import SHARD, SHARD_INDEX, files_in
 from experthub.hub.recipes.lock_file import Lock
 from experthub.hub.recipes.recipe import Recipe
 from experthub.hub.registry import registry
-from experthub.hub.registry.expert import (
-    COEFFICIENTS,
-    COEFFICIENTS_JSON,
-    EXPERT_FILES,
-    SHARD,
-    SHARD_INDEX,
-    Reference,
-    absolute_source,
-    is_named,
-)
+from experthub.hub.registry.expert import Reference, absolute_source, expert_files
 from experthub.hub.registry.registry import Registry
+from experthub.hub.session import Session
 from experthub.hub.store.folder import read_folder
 from experthub.hub.store.store import Store
 from experthub.hub.transfer import describe
@@ -505,7 +499,7 @@ def description(folder: Path, patch: pytest.MonkeyPatch) -> Reader:
     tree = EXPERT | {"identity": read_folder(mine).record()}
 
     def read(path: Path) -> object:
-        return describe.add_folder(mine, "x", Registry(()), Store(folder / "home"))
+        return describe.add_folder(mine, "x", Session(Registry(()), Store(folder / "home")))
 
     return Reader(from_file(mine / "expert.json", read), [], [tree, {"identity": tree["identity"]}])
 
@@ -516,7 +510,7 @@ def shared(folder: Path) -> Path:
     mine.mkdir()
     (mine / "adapter_model.safetensors").write_bytes(ADAPTER)
     (mine / "adapter_config.json").write_bytes(as_json(CONFIGS[0]))
-    expert = describe.add_folder(mine, "x", Registry(()), store, base="b")
+    expert = describe.add_folder(mine, "x", Session(Registry(()), store), base="b")
     write_archive([image(expert, store)], folder / "x.tar")
     return folder / "x.tar"
 
@@ -526,9 +520,9 @@ def unpacked(place: Path, folder: Path) -> object:
     target = folder / "out"
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
-    layout = Layout.read(place)
+    layout = OciLayout.read(place)
     found = {name: layout.unpack(layout.find(name), target) for name in layout.experts}
-    assert all(is_named(path.name, EXPERT_FILES) for path in target.iterdir())
+    assert all(is_named(path.name, expert_files()) for path in target.iterdir())
     return found
 
 
@@ -662,9 +656,9 @@ def hub_answers(folder: Path, patch: pytest.MonkeyPatch) -> Reader:
         else:
             answers["revision" if b'"sha"' in content else "tree"] = content
         try:
-            got, _ = hf.fetch("hf:a/b", home / "hf", EXPERT_FILES)
+            got, _ = hf.fetch("hf:a/b", home / "hf", expert_files())
             return {path.name for path in got.iterdir()} <= {
-                *EXPERT_FILES,
+                *expert_files(),
                 MANIFEST,
             } or pytest.fail("more")
         finally:

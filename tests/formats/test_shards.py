@@ -13,14 +13,9 @@ import torch
 from conftest import run_hub
 from experthub import hub
 from experthub.hub.errors import IntegrityError, NotFoundError
-from experthub.hub.registry.expert import (
-    EXPERT_FILES,
-    SHARD,
-    SHARD_INDEX,
-    TASK_VECTOR,
-    Reference,
-    is_named,
-)
+from experthub.hub.files.patterns import is_named
+from experthub.hub.kinds.task_vector import SHARD, SHARD_INDEX, TASK_VECTOR
+from experthub.hub.registry.expert import Reference, expert_files
 from experthub.hub.registry.registry import Registry
 from experthub.hub.store.folder import read_folder
 from experthub.hub.store.store import Store
@@ -187,4 +182,4 @@ def test_a_limit_is_a_size(base_folder: Path, tuned: Path) -> None:
     "name", ["task_vector-1-of-2.safetensors", "task_vector-/../x-of-00001.safetensors"]
 )
 def test_no_other_name_is_a_shard(name: str) -> None:
-    assert is_named(SHARD.format(3, 12), EXPERT_FILES) and not is_named(name, EXPERT_FILES)
+    assert is_named(SHARD.format(3, 12), expert_files()) and not is_named(name, expert_files())

@@ -35,9 +35,10 @@ from experthub.cli.main import app
 from experthub.hub.errors import HubError
 from experthub.hub.files import yaml_files
 from experthub.hub.registry.expert import Expert
-from experthub.hub.registry.registry import RegistryFile
+from experthub.hub.registry.registry_file import RegistryFile
 from experthub.hub.store.folder import read_folder
-from experthub.hub.tasks.task import Card, Example, example_id, write_task
+from experthub.hub.tasks.task import Card, Example, example_id
+from experthub.hub.tasks.task_files import write_task
 from experthub.hub.transfer.describe import write_description
 from experthub.merge import merges
 from experthub.routing import routers
@@ -215,9 +216,9 @@ def test_yaml_is_valid(block: Block, page_folder: Path) -> None:
         if not re.search(r"\./|:\w|@\d", block.text):
             assert hub.resolve(recipe).digest.startswith("sha256:")
     elif "template" in document.value:
-        yaml_files.validated(Card, document)
+        yaml_files.validate(Card, document)
     else:
-        yaml_files.validated(RegistryFile, document)
+        yaml_files.validate(RegistryFile, document)
 
 
 @pytest.mark.parametrize("block", of("json"))

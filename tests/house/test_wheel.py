@@ -129,12 +129,12 @@ from experthub import hub
 
 
 def accuracy(recipe: Path, tasks: list[str]) -> float:
-    registry = hub.Registry.read()
-    plan = hub.resolve(hub.Recipe.read(recipe), registry, hub.Store())
+    session = hub.Session(hub.Registry.read(), hub.Store())
+    plan = hub.resolve(hub.Recipe.read(recipe), session=session)
     composition: hub.Composition = hub.compose(plan, device="cpu")
     composition.save(Path("out"), "hf")
     composition.detach()
-    result = hub.evaluate([recipe], tasks, split="test", limit=10, registry=registry)
+    result = hub.evaluate([recipe], tasks, split="test", limit=10, session=session)
     return float(result["average"][recipe.stem]["accuracy"])
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from experthub.merge import Dense, Fit, Learner, TaskVector, learn
+from experthub.merge import Dense, Fit, Materials, TaskVector, learn_coefficients
 from golden.tiny import Tiny, logits
 from test_adamerging_golden import BATCHES, CASES, GOLDEN, HEADS, VECTORS, WEIGHTS, difference
 from torch import Tensor
@@ -38,7 +38,7 @@ def steps(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor
     """The coefficients `[steps, experts, blocks in the recorded order]`, and the losses."""
     monkeypatch.setattr("experthub.merge._fit.SAVE_EVERY", 1)
     found: list[Tensor] = []
-    learner = Learner(data=Recorded(), save=lambda state: found.append(state["values"]))
+    learner = Materials(data=Recorded(), save=lambda state: found.append(state["values"]))
     fit = Fit(
         objective="entropy",
         granularity=case["granularity"],
@@ -48,7 +48,7 @@ def steps(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor
         batch_size=1000,
         constraint="clamp" if case["clamped"] else "none",
     )
-    learned = learn([vector(changes) for changes in VECTORS], learner, fit)
+    learned = learn_coefficients([vector(changes) for changes in VECTORS], learner, fit)
     values = torch.stack(found)
     if case["granularity"] == "task":
         return values[..., 0], list(learned.history)

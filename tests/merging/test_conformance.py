@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 from experthub.merge import Dense, LowRank, Strategy, TaskVector, merges
 from experthub.routing import (
+    KERNELS,
     ExpertStack,
-    Kernel,
-    Packed,
     RoutedLinear,
+    attach_experts,
+    group_modules,
+    pack_experts,
     reference,
-    routed,
     routers,
-    together,
 )
 from learning import SHAPES, learner
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ MERGES = [pytest.param(s, id=name) for name, s in merges.items()]
 ROUTERS = [
     pytest.param(s, id=name)
     for name, s in routers.items()
-    if s.routing.depth == "module" and "skills" not in s.needs
+    if s.traits.routing.depth == "module" and "skills" not in s.needs
 ]
 COMBINES = ("outputs", "parameters")
 
@@ -94,7 +94,7 @@ class TestMerges:
             assert all(torch.equal(vector[n].dense(), old[n]) for n in vector)
 
     def test_order_of_experts_does_not_matter(self, strategy: Strategy) -> None:
-        if strategy.order_dependent:
+        if strategy.traits.order_dependent:
             return
         given, order = vectors(), [2, 0, 1]
         first = merged(strategy, given, WEIGHTS)
@@ -117,7 +117,7 @@ class TestMerges:
     def test_says_whether_low_rank_experts_stay_so(self, strategy: Strategy) -> None:
         result = call(strategy, vectors(), WEIGHTS)
         low = all(isinstance(result[name], LowRank) for name in result)
-        assert low != strategy.dense or strategy.learns  # a learned one may leave it to its options
+        assert low != strategy.traits.dense or strategy.learns  # a learned one may leave it to its options
 
     def test_is_lazy_and_the_same_bits_again(self, strategy: Strategy) -> None:
         asked: list[str] = []
@@ -134,7 +134,7 @@ class TestMerges:
             asked.clear()
         assert not asked
         one = result["b.weight"].dense()
-        assert set(asked) == (set(SHAPES) if strategy.whole_model else {"b.weight"})
+        assert set(asked) == (set(SHAPES) if strategy.traits.whole_model else {"b.weight"})
         assert torch.equal(one, merged(strategy, vectors(), WEIGHTS)["b.weight"])
 
     def test_refuses_vectors_of_two_bases(self, strategy: Strategy) -> None:
@@ -175,12 +175,12 @@ def inputs() -> Tensor:
 class TestRouters:
     def routed(self, strategy: Strategy, combine: Any, experts: ExpertStack) -> RoutedLinear:
         router = strategy.call(experts, **strategy.bind({}))
-        return RoutedLinear.alone(linear(), experts, router, combine)
+        return RoutedLinear.from_stack(linear(), experts, router, combine)
 
     def test_weights_are_finite(self, strategy: Strategy, combine: str) -> None:
         module = self.routed(strategy, combine, stack())
         for x in (inputs(), torch.zeros(1, 2, 8), inputs() * 1e4):
-            w = module.routing(x)
+            w = module.compute_weights(x)
             assert w.shape == (*x.shape[:-1], 3) and bool(torch.isfinite(w).all())
 
     def test_experts_that_change_nothing_give_the_base(
@@ -193,7 +193,7 @@ class TestRouters:
         module, x = self.routed(strategy, combine, stack()), inputs()
         whole = module(x)
         for b in range(3):
-            if strategy.routing.input == "example":
+            if strategy.traits.routing.input == "example":
                 torch.testing.assert_close(module(x[b : b + 1])[0], whole[b], atol=1e-5, rtol=1e-5)
                 continue
             for t in range(4):
@@ -202,7 +202,7 @@ class TestRouters:
 
     @pytest.mark.parametrize("missing", [None, 1])
     @pytest.mark.parametrize("ranks", [(2, 2, 2), (1, 2, 3)])
-    @pytest.mark.parametrize("kernel", [None, *get_args(Kernel)])
+    @pytest.mark.parametrize("kernel", [None, *KERNELS])
     def test_kernels_agree_with_the_reference(
         self, strategy: Strategy, combine: Any, missing: int | None, ranks: Any, kernel: Any
     ) -> None:
@@ -212,15 +212,15 @@ class TestRouters:
         router = strategy.call(experts, **strategy.bind({}))
         x = torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
         expected = reference(x, linear()(x), experts, router, combine)
-        fused = RoutedLinear.alone(linear(), experts, router, combine, kernel=kernel)
+        fused = RoutedLinear.from_stack(linear(), experts, router, combine, kernel=kernel)
         torch.testing.assert_close(fused(x), expected, atol=1e-4, rtol=1e-5)
         torch.testing.assert_close(fused(x[:3]), expected[:3], atol=1e-4, rtol=1e-5)
         if kernel is not None:
             return
-        half = RoutedLinear.alone(linear(torch.bfloat16), experts, router, combine)
+        half = RoutedLinear.from_stack(linear(torch.bfloat16), experts, router, combine)
         torch.testing.assert_close(half(x.bfloat16()).float(), expected, atol=0.5, rtol=0.1)
 
-    @pytest.mark.parametrize("kernel", [None, *get_args(Kernel)])
+    @pytest.mark.parametrize("kernel", [None, *KERNELS])
     def test_modules_of_one_input_agree_with_each_alone(
         self, strategy: Strategy, combine: Any, kernel: Any
     ) -> None:
@@ -228,10 +228,12 @@ class TestRouters:
         stacks = [stack(4), stack(4, zero=True), stack(4, ranks=other_ranks)]
         found = [strategy.call(experts, **strategy.bind({})) for experts in stacks]
         bases = [linear() for _ in stacks]
-        assert together(stacks, found, combine) == [[0, 1, 2]]
-        grouped = routed(bases, Packed.of(stacks, found), combine, kernel)
+        assert group_modules(stacks, found, combine) == [[0, 1, 2]]
+        grouped = attach_experts(
+            bases, pack_experts(stacks, found, bases[0].weight), combine, kernel
+        )
         pairs = zip(bases, stacks, found, strict=True)
-        alone = [RoutedLinear.alone(b, s, r, combine, kernel=kernel) for b, s, r in pairs]
+        alone = [RoutedLinear.from_stack(b, s, r, combine, kernel=kernel) for b, s, r in pairs]
         x, other = inputs(), inputs() * 2
         for order in (
             [0, 1, 2],
@@ -247,13 +249,19 @@ class TestRouters:
         for i in (0, 1, 2):  # each with an input of its own
             given = inputs() * (i + 1)
             torch.testing.assert_close(grouped[i](given), alone[i](given), atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(grouped[i].routing(given), alone[i].routing(given))
+            torch.testing.assert_close(
+                grouped[i].compute_weights(given), alone[i].compute_weights(given)
+            )
 
     @pytest.mark.parametrize("tokens", [1, 40])
     def test_is_captured_as_one_graph(self, strategy: Strategy, combine: Any, tokens: int) -> None:
         stacks = [stack(4), stack(4)]
         found = [strategy.call(experts, **strategy.bind({})) for experts in stacks]
-        module = nn.ModuleList(routed([linear(), linear()], Packed.of(stacks, found), combine))
+        module = nn.ModuleList(
+            attach_experts(
+                [linear(), linear()], pack_experts(stacks, found, linear().weight), combine
+            )
+        )
         x = torch.randn(tokens, 8, generator=torch.Generator().manual_seed(1))
 
         def run(given: Tensor) -> list[Tensor]:

@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 import torch
 from experthub.merge import (
-    Attached,
+    AttachedExperts,
     Coefficients,
     Delta,
     Dense,
     Fit,
-    Learner,
     LowRank,
+    Materials,
     TaskVector,
-    blocks_of,
-    composed,
-    learn,
+    assign_blocks,
+    compose_vector,
+    learn_coefficients,
     merges,
 )
 from experthub.merge._coefficients import partition
@@ -69,7 +69,7 @@ def logits_by(weights: dict[str, Tensor], data: TinyData, rows: Sequence[Tensor]
 
 def place_of(start: Coefficients) -> dict[str, int]:
     labels = {label: b for b, label in enumerate(start.blocks)}
-    return {name: labels[b] for name, b in blocks_of(SHAPES, start.granularity).items()}
+    return {name: labels[b] for name, b in assign_blocks(SHAPES, start.granularity).items()}
 
 
 class TestGradients:
@@ -83,7 +83,7 @@ class TestGradients:
         start = initial(given, fit(granularity=granularity))
         values = torch.rand(start.values.shape, dtype=WIDE, generator=torch.Generator())
         rows = [torch.arange(8), torch.arange(6)]
-        with Attached(data.model, given, start) as attached:
+        with AttachedExperts(data.model, given, start) as attached:
             attached.set(values)
             sum(entropy(found) for found in data.logits(rows)).backward()
             found = attached.gradient()
@@ -99,7 +99,7 @@ class TestGradients:
         start = initial(given, fit(granularity="partition", groups=3))
         values = torch.rand(start.values.shape, dtype=WIDE, generator=torch.Generator())
         assert values.shape == (3, 3, 3)
-        with Attached(data.model, given, start) as attached:
+        with AttachedExperts(data.model, given, start) as attached:
             attached.set(values)
             entropy(data.logits([torch.arange(8), torch.arange(0)])[0]).backward()
             found = attached.gradient()
@@ -114,7 +114,7 @@ class TestGradients:
         rows = [torch.arange(8), torch.arange(0)]
         entropy(logits_by(weights, data, rows)[0]).backward()
         torch.testing.assert_close(found, leaf.grad, rtol=1e-10, atol=1e-12)
-        merged = composed(given, replace(start, values=values))
+        merged = compose_vector(given, replace(start, values=values))
         for name, weight in weights.items():
             change = weight.detach() - data.model.get_parameter(name)
             torch.testing.assert_close(merged[name].dense(), change)
@@ -124,7 +124,7 @@ class TestGradients:
         start = initial(given, fit(granularity="task", combine="parameters"))
         values = torch.rand(3, 1, dtype=WIDE, generator=torch.Generator())
         rows = [torch.arange(8), torch.arange(6)]
-        with Attached(data.model, given, start) as attached:
+        with AttachedExperts(data.model, given, start) as attached:
             attached.set(values)
             sum(entropy(found) for found in data.logits(rows)).backward()
             found = attached.gradient()
@@ -135,7 +135,7 @@ class TestGradients:
             weights[name] = weight.detach() + b @ sum(c * d.a for d, c in here)  # type: ignore[union-attr]
         sum(entropy(found) for found in logits_by(weights, data, rows)).backward()
         torch.testing.assert_close(found, leaf.grad, rtol=1e-10, atol=1e-12)
-        merged = composed(given, replace(start, values=values))
+        merged = compose_vector(given, replace(start, values=values))
         for name, weight in weights.items():
             change = weight.detach() - data.model.get_parameter(name)
             torch.testing.assert_close(merged[name].dense(), change)
@@ -163,7 +163,7 @@ class TestGradients:
 
         given = [TaskVector("base", {"e.weight": partial(change, e)}) for e in range(2)]
         start = initial(given, fit())
-        with Attached(model, given, start) as attached:
+        with AttachedExperts(model, given, start) as attached:
             batches = [([[1, 2, 2], [5, 1, 1]], [0, 1]), ([[1, 7, 2]], [0, 1]), ([[5, 7, 7]], [])]
             for ids, new in batches:
                 values = torch.rand(2, 1, dtype=WIDE, generator=random)
@@ -182,7 +182,7 @@ class TestGradients:
         given, data = wide("dense"), TinyData(Tiny(WIDE))
         start = initial(given, fit())
         none = torch.arange(0)
-        with Attached(data.model, given, start) as attached:
+        with AttachedExperts(data.model, given, start) as attached:
             attached.set(start.values)
             entropy(data.logits([torch.arange(8), none])[0]).backward()
             entropy(data.logits([none, torch.arange(6)])[1]).backward()
@@ -197,7 +197,7 @@ class TestGradients:
         before = dict(data.model.named_parameters())
         x = data.logits([torch.arange(3), torch.arange(3)])[0].detach()
         for form in ("dense", "low-rank"):
-            learn(vectors(form), Learner(data=data), fit(steps=2))
+            learn_coefficients(vectors(form), Materials(data=data), fit(steps=2))
             assert dict(data.model.named_parameters()) == before
             assert torch.equal(data.logits([torch.arange(3), torch.arange(3)])[0], x)
 
@@ -223,7 +223,7 @@ class TestLearning:
                 with torch.no_grad():
                     leaf.clamp_(0, 1)
         wanted = leaf.detach().clamp(0, 1) if constraint == "clamp" else leaf.detach()
-        found = learn(given, Learner(data=data), settings)
+        found = learn_coefficients(given, Materials(data=data), settings)
         torch.testing.assert_close(found.values, wanted, rtol=1e-9, atol=1e-9)
         assert float(found.values.min()) < 0 or constraint != "none"
 
@@ -250,7 +250,7 @@ class TestLearning:
     def test_goes_on_after_an_interruption_to_the_same_bits(self) -> None:
         kept: dict[str, Any] = {}
         settings = fit(objective="cross_entropy", steps=50, l2=0.1, cosine=True, patience=20)
-        whole = learn(vectors(), learner(), settings)
+        whole = learn_coefficients(vectors(), learner(), settings)
 
         class Stop(Exception):
             pass
@@ -261,11 +261,11 @@ class TestLearning:
 
         first = replace(learner(), save=kept.update, report=stop)
         with pytest.raises(Stop):
-            learn(vectors(), first, settings)
+            learn_coefficients(vectors(), first, settings)
         assert len(kept["history"]) == 20
         seen: list[int] = []
         second = replace(learner(), load=lambda: kept, report=lambda _, done, __: seen.append(done))
-        again = learn(vectors(), second, settings)
+        again = learn_coefficients(vectors(), second, settings)
         assert seen[0] == 21
         assert torch.equal(again.values, whole.values) and again.history == whole.history
 
@@ -279,7 +279,7 @@ class TestLearning:
                 source.data.labelled = False
             else:
                 source.data.answers = [change(y) for y in source.data.answers]
-            found.append(learn(vectors(), source, fit(objective=objective)).values)
+            found.append(learn_coefficients(vectors(), source, fit(objective=objective)).values)
         assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
     def test_what_reached_a_bound_can_leave_it(self) -> None:
@@ -288,7 +288,7 @@ class TestLearning:
         outside = Coefficients(torch.full((3, 3), -0.2, dtype=WIDE), tuple(sorted(SHAPES)), "layer")
         for constraint, moves in (("clamp", False), ("project", True)):
             settings = fit(start=-0.2, constraint=constraint, steps=40)
-            found = learn(given, Learner(data=data), settings)
+            found = learn_coefficients(given, Materials(data=data), settings)
             inside = found.values[:, :2]  # nothing depends on the third
             assert bool((inside > 0).any()) == moves
         assert outside.values.shape == found.values.shape
@@ -307,11 +307,11 @@ class TestLearning:
 
         held_out.logits = watched
         settings = fit(objective="cross_entropy", lr=0.5, steps=200, batch_size=32, patience=3)
-        found = learn(vectors(), source, settings)
+        found = learn_coefficients(vectors(), source, settings)
         assert len(found.history) < 200  # it stopped
         best = min(range(len(losses)), key=losses.__getitem__)
         assert best == len(losses) - 1 - 3
-        longer = learn(vectors(), learner(), replace(settings, steps=200, patience=0))
+        longer = learn_coefficients(vectors(), learner(), replace(settings, steps=200, patience=0))
         assert len(longer.history) == 200
         assert not torch.equal(longer.values, found.values)
 
@@ -349,13 +349,13 @@ class TestLearning:
         for name, options in (("adamerging", {"steps": 3}), ("atlas", {"steps": 3})):
             merged = merges[name].call(vectors(), torch.ones(3), learner(), **options)
             again = merges[name].call(
-                vectors(), torch.ones(3), Learner(stored=merged.coefficients), **options
+                vectors(), torch.ones(3), Materials(stored=merged.coefficients), **options
             )
             assert all(torch.equal(merged[n].dense(), again[n].dense()) for n in merged)
 
     def test_half_precision_vectors_learn_nearly_the_same(self) -> None:
-        whole = learn(vectors("dense"), Learner(data=TinyData()), fit())
-        halves = learn(vectors("dense"), Learner(data=TinyData()), fit(halves=True))
+        whole = learn_coefficients(vectors("dense"), Materials(data=TinyData()), fit())
+        halves = learn_coefficients(vectors("dense"), Materials(data=TinyData()), fit(halves=True))
         difference = (whole.values - halves.values).abs().max()
         assert 0 < difference < 0.02
 
@@ -373,41 +373,41 @@ class TestLearning:
 
 class TestBadInput:
     def test_data_and_labels_are_asked_for(self) -> None:
-        with pytest.raises(ValueError, match="expected data to learn from"):
-            learn(vectors(), Learner(), fit())
+        with pytest.raises(ValueError, match="expected data to learn_coefficients from"):
+            learn_coefficients(vectors(), Materials(), fit())
         with pytest.raises(ValueError, match="expected labels for the objective cross_entropy"):
-            learn(vectors(), Learner(data=TinyData()), fit(objective="cross_entropy"))
+            learn_coefficients(vectors(), Materials(data=TinyData()), fit(objective="cross_entropy"))
         with pytest.raises(ValueError, match="inputs of at least one task"):
-            learn(vectors(), Learner(data=TinyData(sizes=(3, 0))), fit())
+            learn_coefficients(vectors(), Materials(data=TinyData(sizes=(3, 0))), fit())
 
     def test_a_task_of_one_class(self) -> None:
         data = TinyData()
         data.logits = lambda rows, view=0: [x[:, :1] for x in TinyData(data.model).logits(rows)]  # type: ignore[method-assign]
         with pytest.raises(ValueError, match="two choices or more"):
-            learn(vectors(), Learner(data=data), fit())
+            learn_coefficients(vectors(), Materials(data=data), fit())
 
     def test_a_loss_that_is_not_finite(self) -> None:
         data = TinyData()
         data.x_tND[1][4] = float("nan")
         with pytest.raises(ValueError, match="the loss is nan at step 1"):
-            learn(vectors(), Learner(data=data), fit(batch_size=64))
+            learn_coefficients(vectors(), Materials(data=data), fit(batch_size=64))
 
     def test_experts_of_zeros_and_one_expert(self) -> None:
-        found = learn(vectors(zero=True), Learner(data=TinyData()), fit())
+        found = learn_coefficients(vectors(zero=True), Materials(data=TinyData()), fit())
         assert torch.equal(found.values, torch.full((3, 3), 0.3, dtype=WIDE))
-        one = learn(vectors(count=1), Learner(data=TinyData()), fit())
+        one = learn_coefficients(vectors(count=1), Materials(data=TinyData()), fit())
         assert one.values.shape == (1, 2)  # its third parameter is not changed
 
     def test_coefficients_of_something_else(self) -> None:
         values = torch.zeros(2, 3, dtype=WIDE)
         with pytest.raises(ValueError, match="coefficients of 3 experts, found 2"):
-            composed(vectors(), Coefficients(values, tuple(SHAPES), "layer"))
+            compose_vector(vectors(), Coefficients(values, tuple(SHAPES), "layer"))
         with pytest.raises(ValueError, match=r"found none for c\.weight"):
-            composed(vectors()[:2], Coefficients(values[:, :2], ("a.weight", "b.weight"), "layer"))
+            compose_vector(vectors()[:2], Coefficients(values[:, :2], ("a.weight", "b.weight"), "layer"))
         with pytest.raises(ValueError, match=r"experts, 3 blocks\], found \[2, 2\]"):
             Coefficients(values[:, :2], tuple(SHAPES), "layer")
         with pytest.raises(ValueError, match="regular expression, found '\\('"):
-            blocks_of(SHAPES, "(")
+            assign_blocks(SHAPES, "(")
 
 
 class TestObjectives:
@@ -454,9 +454,9 @@ class TestGranularity:
     ]
 
     def test_names(self) -> None:
-        assert set(blocks_of(self.NAMES, "task").values()) == {"model"}
-        assert list(blocks_of(self.NAMES, "layer").values()) == self.NAMES
-        assert list(blocks_of(self.NAMES, "block").values()) == [
+        assert set(assign_blocks(self.NAMES, "task").values()) == {"model"}
+        assert list(assign_blocks(self.NAMES, "layer").values()) == self.NAMES
+        assert list(assign_blocks(self.NAMES, "block").values()) == [
             "model.embed_tokens",
             "model.layers.0",
             "model.layers.0",
@@ -470,9 +470,9 @@ class TestGranularity:
         assert initial([vector], fit()).blocks == tuple(names[::-1])
 
     def test_an_expression(self) -> None:
-        found = list(blocks_of(self.NAMES, r"(self_attn|mlp)").values())
+        found = list(assign_blocks(self.NAMES, r"(self_attn|mlp)").values())
         assert found == ["rest", "self_attn", "mlp", "self_attn", "rest"]
-        halves = list(blocks_of(self.NAMES, r"layers\.\d\d").values())
+        halves = list(assign_blocks(self.NAMES, r"layers\.\d\d").values())
         assert halves == ["rest", "rest", "rest", "layers.11", "rest"]
 
 
@@ -491,7 +491,7 @@ def inputs_of(model: Tiny, x: Tensor) -> dict[str, Tensor]:
 class TestClosedForms:
     """RegMean, RegMean++ and Fisher written out."""
 
-    def given(self) -> tuple[list[TaskVector], Learner, Tensor]:
+    def given(self) -> tuple[list[TaskVector], Materials, Tensor]:
         return wide()[:2], learner(WIDE), torch.tensor([1.0, 0.5], dtype=WIDE)
 
     def solved(
@@ -538,7 +538,7 @@ class TestClosedForms:
         given = [replace(v, load={**v.load, "d.weight": v.load["a.weight"]}) for v in wide()[:2]]
         for name in ("adamerging", "regmean", "regmean_plusplus", "fisher"):
             options = {"steps": 2} if name == "adamerging" else {}
-            source = Learner(data=TinyData(Tied()))
+            source = Materials(data=TinyData(Tied()))
             merged = merges[name].call(given, torch.ones(2), source, **options)
             assert set(merged) == {*SHAPES, "d.weight"} and merged["d.weight"].shape == (6, 5)
 

@@ -23,15 +23,8 @@ from experthub.hub.readers.similarity import Similarity
 from experthub.hub.recipes.examples import chosen
 from experthub.hub.recipes.lock import plan_of
 from experthub.hub.recipes.recipe import DataUse
-from experthub.hub.tasks.task import (
-    Card,
-    Chosen,
-    Example,
-    example_id,
-    read_task,
-    tasks_folder,
-    write_task,
-)
+from experthub.hub.tasks.task import Card, Chosen, Example, example_id
+from experthub.hub.tasks.task_files import read_task, tasks_folder, write_task
 
 Make = Callable[..., Path]
 LEARNED = {
@@ -105,7 +98,7 @@ def test_every_method_composes_and_composes_the_same_again(
     method: str, values: dict[str, Any]
 ) -> None:
     first = hub.compose(recipe(values, method))
-    shutil.rmtree(Path(learned.run_folder(first.plan)), ignore_errors=True)
+    shutil.rmtree(Path(learned.coefficients_folder(first.plan)), ignore_errors=True)
     again = hub.compose(recipe(values, method))
     base = load_model(first.plan.base, "float32", None)
     assert same(weights(first), weights(again))
@@ -129,7 +122,7 @@ def test_an_interrupted_run_goes_on(values: dict[str, Any], method: str, after: 
     more = {"patience": 0} if method == "atlas" else {}
     value = recipe(values, method, steps=45, **more)
     whole = hub.compose(value)
-    shutil.rmtree(learned.run_folder(whole.plan))
+    shutil.rmtree(learned.coefficients_folder(whole.plan))
 
     class Stop(Exception):
         pass
@@ -139,16 +132,16 @@ def test_an_interrupted_run_goes_on(values: dict[str, Any], method: str, after: 
             raise Stop
 
     with pytest.raises(Stop):
-        hub.compose(value, report=stop)
+        hub.compose(value, session=hub.Session(report=stop))
     seen: list[int] = []
 
     def see(what: str, done: int, _: int) -> None:
         if what.startswith(("learning", "searching")):
             seen.append(done)
 
-    again = hub.compose(value, report=see)
+    again = hub.compose(value, session=hub.Session(report=see))
     assert seen[0] == after + 1 and same(weights(whole), weights(again))
-    assert not (learned.run_folder(whole.plan) / learned.STATE).exists()
+    assert not (learned.coefficients_folder(whole.plan) / learned.STATE).exists()
 
 
 def test_labels_reach_no_unlabelled_merge(values: dict[str, Any]) -> None:
@@ -385,7 +378,7 @@ def test_the_plan_says_what_is_learned_from(values: dict[str, Any]) -> None:
     path = written(recipe(values))
     shown = run_hub("compose", path).out
     assert "learns from" in shown and "local:first, local:second (train, no labels)" in shown
-    assert not learned.run_folder(plan_of(path)).exists()  # a plan learns nothing
+    assert not learned.coefficients_folder(plan_of(path)).exists()  # a plan learns nothing
     assert run_hub("coefficients", path, "--name", "mine").code == 0
     without = {k: v for k, v in recipe(values).items() if k != "data"} | {"coefficients": "mine"}
     assert "mine@1  sha256:" in run_hub("compose", written(without, "stored.yaml")).out

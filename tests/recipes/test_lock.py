@@ -15,6 +15,7 @@ from experthub.hub.errors import ConflictError, IntegrityError, NotFoundError, U
 from experthub.hub.files import yaml_files
 from experthub.hub.recipes.lock import lock, plan_of
 from experthub.hub.recipes.lock_file import Lock, lock_path
+from experthub.hub.session import Session
 
 Make = Callable[..., Path]
 RECIPE = Path("recipe.yaml")
@@ -229,4 +230,4 @@ def test_errors(project: list[Path]) -> None:
     ran = run_hub("compose", "recipe.yaml", "--frozen")
     assert ran.code == 2 and "recipe.lock.yaml, line" in ran.err and "'digst'" in ran.err
     with pytest.raises(UsageError):
-        lock(Path("recipe.yaml"))
+        lock(Path("recipe.yaml"), Session())

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 Make = Callable[..., Path]
 ADAPTER = "adapter_model.safetensors"
-KERNELS: tuple[Kernel, ...] = ("all", "copied", "sampled")
+KERNELS: tuple[Kernel, ...] = ("all", "gather", "sampled")
 
 
 def experts(count: int, rank: int = 4) -> dict[int, LowRank]:
@@ -91,7 +91,7 @@ def test_equals_peft(top_k: int, temperature: float, general: tuple[int, ...]) -
     stack = stack.less(general) if general else stack
     router = arrow(stack, top_k=top_k, temperature=temperature)
     for kernel in KERNELS:
-        routed = RoutedLinear.alone(base, stack, router, kernel=kernel)
+        routed = RoutedLinear.from_stack(base, stack, router, kernel=kernel)
         torch.testing.assert_close(routed(x), base(x) + added, atol=1e-5, rtol=1e-5)
 
 

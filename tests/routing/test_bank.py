@@ -167,25 +167,27 @@ def test_what_is_packed_needs_no_store(recipe: dict[str, Any], home: Path, alway
         assert known.read_text() == text, "written anew"
 
 
-def test_halves_stay_halves_and_gates_are_screened(
+def test_halves_stay_halves_and_gates_are_prefiltered(
     base_folder: Path,
     expert_folder: Callable[..., Path],
     home: Path,
     always: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(bank, "MANY", 2)
-    for coarse in ("Halves", "Bytes"):
-        monkeypatch.setattr(f"experthub.routing._screen.{coarse}.candidates", 2)
+    monkeypatch.setattr(bank, "MIN_PREFILTERED_EXPERTS", 2)
+    for coarse in ("HalfProbes", "ByteProbes"):
+        monkeypatch.setattr(f"experthub.routing.kernels.prefilter.{coarse}.candidates", 2)
     experts = [str(halved(expert_folder(seed))) for seed in range(6)]
     whole = {"base": str(base_folder), "experts": experts, "dtype": "float32"}
     for method in ("phatgoose", "arrow"):
         route = {"method": method, "top_k": 1}
-        packed = hub.compose({**whole, "route": {**route, "kernel": "screened"}})
-        groups = [m.group for m in packed.model.modules() if hasattr(m, "group")]
-        assert all(g.screen.halves.rows.dtype == g.a.all.dtype == torch.bfloat16 for g in groups)
-        assert all(g.screen.bytes.rows.dtype == torch.int8 for g in groups)
-        assert all(g.apart.dtype == torch.float32 for g in groups)
+        packed = hub.compose({**whole, "route": {**route, "kernel": "prefilter"}})
+        groups = [m.group.packed for m in packed.model.modules() if hasattr(m, "group")]
+        assert all(
+            g.prefilter.halves.rows.dtype == g.a.matrix.dtype == torch.bfloat16 for g in groups
+        )
+        assert all(g.prefilter.bytes.rows.dtype == torch.int8 for g in groups)
+        assert all(g.probes.dtype == torch.float32 for g in groups)
         monkeypatch.setattr(plan, "LARGE", 1 << 60)
         stacked = hub.compose({**whole, "route": {**route, "kernel": "all"}})
         monkeypatch.setattr(plan, "LARGE", 1)

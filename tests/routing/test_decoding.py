@@ -10,8 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from experthub import hub
 from experthub.hub.errors import UsageError
+from experthub.hub.recipes.lock import recipe_digest
+from experthub.hub.recipes.recipe import Recipe
+from experthub.hub.recipes.resolution import resolve
+from experthub.hub.session import Session
 from torch import Tensor
 
 Make = Callable[..., Path]
@@ -53,23 +58,45 @@ def test_kernels_are_measured_once_and_can_be_said(
     kept = file.read_text()
     assert '"all"' in kept and "2x16" in kept
     with monkeypatch.context() as patch:
-        patch.setattr(kernels, "fastest", lambda group: pytest.fail("measured again"))
+        patch.setattr(kernels, "measure_kernels", lambda group: pytest.fail("measured again"))
         again = hub.compose({**recipe, "route": route}).model(input_ids=tokens).logits
     assert torch.equal(first, again) and file.read_text() == kept
-    for kernel in ("all", "copied", "sampled"):
+    for kernel, record in (("all", "all"), ("gather", "copied"), ("sampled", "sampled")):
         composition = hub.compose({**recipe, "route": {**route, "kernel": kernel}})
         torch.testing.assert_close(
             composition.model(input_ids=tokens).logits, first, atol=1e-4, rtol=1e-4
         )
-        assert composition.lock["route"]["kernel"] == kernel
+        assert composition.lock["route"]["kernel"] == record
     for damaged in ("{", '{"x": 1}', kept.replace('"all"', '"slow"')):
         file.write_text(damaged)
         hub.compose({**recipe, "route": route})
         assert "2x16" in file.read_text() and "slow" not in file.read_text()
     with pytest.raises(UsageError, match="sampled is for float32 on a CPU, and this is bfloat16"):
         hub.compose({**recipe, "dtype": "bfloat16", "route": {**route, "kernel": "sampled"}})
-    with pytest.raises(UsageError, match="expected auto, all, copied, sampled or screened"):
+    with pytest.raises(UsageError, match="expected auto, all, gather, sampled or prefilter"):
         hub.compose({**recipe, "route": {**route, "kernel": "fast"}})
+
+
+def test_an_earlier_name_of_a_kernel_is_the_same_kernel(
+    base_folder: Path, expert_folder: Make, tmp_path: Path
+) -> None:
+    experts = [str(expert_folder(seed)) for seed in (1, 2)]
+    notes: list[str] = []
+    session = Session(report=lambda what, done, size: notes.append(what))
+    found = {}
+    for kernel in ("copied", "gather", "screened", "prefilter"):
+        path = tmp_path / f"{kernel}.yaml"
+        route = {"method": "arrow", "top_k": 1, "kernel": kernel}
+        path.write_text(
+            yaml.safe_dump({"base": str(base_folder), "experts": experts, "route": route})
+        )
+        plan = resolve(Recipe.read(path), session=session)
+        found[kernel] = plan.digest, plan.lock, recipe_digest(path)
+    assert found["copied"] == found["gather"] != found["prefilter"] == found["screened"]
+    assert [note for note in notes if note.startswith("note: kernel")] == [
+        "note: kernel: copied is now called gather",
+        "note: kernel: screened is now called prefilter",
+    ]
 
 
 @pytest.mark.parametrize("chunks", [[1] * 24, [20, 1, 1, 1, 1], [7, 17], [23, 1]])
@@ -112,8 +139,8 @@ def test_in_a_mixed_batch(model: Any) -> None:
 
 def test_nobody_is_warned_of_a_kernel() -> None:
     program = (
-        "import torch; from experthub.routing._kernels import products; "
-        "products(torch.ones(2, 3), torch.ones(4, 3), torch.zeros(2, 1, dtype=torch.long))"
+        "import torch; from experthub.routing.kernels.sampled import multiply_sampled; "
+        "multiply_sampled(torch.ones(2, 3), torch.ones(4, 3), torch.zeros(2, 1, dtype=torch.long))"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True

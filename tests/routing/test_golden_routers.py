@@ -18,8 +18,8 @@ from experthub.routing import (
     Kernel,
     RoutedLinear,
     Router,
+    compute_scores,
     routers,
-    scored,
     untrained_gate,
 )
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ MIXING: dict[str, Any] = {
     "phatgoose": {"options": {"top_k": 2}, "combine": "outputs"},
     "arrow": {"options": {"top_k": 5, "temperature": 1.0}, "combine": "parameters"},
 }
-KERNELS: tuple[Kernel, ...] = ("all", "copied", "sampled")
+KERNELS: tuple[Kernel, ...] = ("all", "gather", "sampled")
 each_kernel = pytest.mark.parametrize("kernel", KERNELS)
 each_official = pytest.mark.parametrize(
     "case", OFFICIAL["cases"][:3], ids=lambda case: f"{case['experts']} experts"
@@ -65,9 +65,9 @@ def check(golden: Any, case: Any, stack: ExpertStack, method: str, kernel: Kerne
     """Compare weights and outputs of a registered router with the recorded ones."""
     mixing = MIXING[method]
     router: Router = routers[method].call(stack, **mixing["options"])
-    routed = RoutedLinear.alone(linear(golden), stack, router, mixing["combine"], kernel=kernel)
+    routed = RoutedLinear.from_stack(linear(golden), stack, router, mixing["combine"], kernel=kernel)
     x = float32(golden["x"])
-    torch.testing.assert_close(routed.routing(x), float32(case["weights"]), **TOLERANCE)
+    torch.testing.assert_close(routed.compute_weights(x), float32(case["weights"]), **TOLERANCE)
     torch.testing.assert_close(routed(x), float32(case["output"]), **TOLERANCE)
     return router
 
@@ -77,7 +77,7 @@ def check(golden: Any, case: Any, stack: ExpertStack, method: str, kernel: Kerne
 def test_phatgoose_equals_the_authors_code(case: Any, kernel: Kernel) -> None:
     stack = stack_of(OFFICIAL, case["experts"], alpha=1)
     router = check(OFFICIAL, case, stack, "phatgoose", kernel)
-    scores = scored(float32(OFFICIAL["x"]).flatten(0, 1), router.probes_PI, router.layer_norm)
+    scores = compute_scores(float32(OFFICIAL["x"]).flatten(0, 1), router.probes_PI, router.layer_norm)
     expected = float32(case["scores"]).flatten(0, 1)
     torch.testing.assert_close(scores, expected, **TOLERANCE)
     probabilities = float32(case["probabilities"]).flatten(0, 1)
@@ -86,7 +86,7 @@ def test_phatgoose_equals_the_authors_code(case: Any, kernel: Kernel) -> None:
 
 def test_a_gate_in_training_equals_the_authors_code() -> None:
     stack = stack_of(OFFICIAL, 1, alpha=1)
-    gated = RoutedLinear.alone(linear(OFFICIAL), stack, untrained_gate(stack), train_probes=True)
+    gated = RoutedLinear.from_stack(linear(OFFICIAL), stack, untrained_gate(stack), train_probes=True)
     assert stack.gates_EI is not None and gated.probes_PI is not None
     gated.probes_PI.data.copy_(stack.gates_EI)
     expected = float32(OFFICIAL["cases"][3]["output"])
@@ -120,7 +120,7 @@ def test_the_recorded_cases_tell_variants_apart() -> None:
     ]
     for method, options, combine, recorded in variants:
         router = routers[method].call(stack, **options)
-        found = RoutedLinear.alone(linear(MTTL), stack, router, combine)(x)
+        found = RoutedLinear.from_stack(linear(MTTL), stack, router, combine)(x)
         assert float((found - recorded).abs().max()) > 1e-3
 
 

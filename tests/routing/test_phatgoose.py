@@ -127,7 +127,7 @@ def test_every_count_of_experts_and_k(base_folder: Path) -> None:
         stack = ExpertStack.of(deltas, n, {e: g for e, (*_, g) in enumerate(experts)})
         for k in range(1, n + 1):
             t = (1.0, 0.25, 4.0)[k % 3]
-            routed = RoutedLinear.alone(linear, stack, phatgoose(stack, top_k=k, temperature=t))
+            routed = RoutedLinear.from_stack(linear, stack, phatgoose(stack, top_k=k, temperature=t))
             expected = Literal(linear, experts, k, t)(x)
             torch.testing.assert_close(routed(x), expected, atol=1e-4, rtol=1e-5)
 
@@ -149,8 +149,8 @@ def test_the_size_and_the_mean_of_a_gate_do_not_matter(
     for change in (False, True):
         own = {e: gate * scale + shift * e if change else gate for e, gate in enumerate(gates)}
         stack = ExpertStack.of(deltas, 5, own)
-        found.append(RoutedLinear.alone(nn.Linear(24, 10), stack, routers[method].call(stack)))
-    plain, changed = (module.routing(x) for module in found)
+        found.append(RoutedLinear.from_stack(nn.Linear(24, 10), stack, routers[method].call(stack)))
+    plain, changed = (module.compute_weights(x) for module in found)
     assert float((plain - 1 / 5).abs().max()) > 0.1
     torch.testing.assert_close(changed, plain, atol=1e-3, rtol=1e-3)
 

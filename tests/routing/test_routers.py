@@ -17,8 +17,10 @@ from experthub.hub.errors import UsageError
 from experthub.hub.materials.learned import learned
 from experthub.hub.materials.router_state import stored_router
 from experthub.hub.recipes.resolution import resolve
+from experthub.hub.session import Session
 from experthub.hub.store.store import Store
-from experthub.hub.tasks.task import Card, Example, example_id, read_task, write_task
+from experthub.hub.tasks.task import Card, Example, example_id
+from experthub.hub.tasks.task_files import read_task, write_task
 from torch import Tensor
 
 ROWS = [[5, 77, 130, 9, 200, 33, 41], [9, 33, 12, 50, 77, 1, 2]]
@@ -204,7 +206,7 @@ def test_average_activation_is_the_mean_of_real_inputs(pool: dict[str, Any]) -> 
     route = {"method": "average_activation", "examples": 5}
     recipe = hub.Recipe.of({**pool["recipe"], "route": route})
     plan = resolve(recipe)
-    _, state = stored_router(learned(plan), Store())
+    _, state = stored_router(learned(plan, Session()), Store())
     found = state.tensors["1.model.layers.0.self_attn.q_proj"]
     task = read_task(pool["tasks"][1])
     one = {**pool["recipe"], "experts": ["expert-1"], "route": {"method": "uniform"}}
@@ -249,7 +251,7 @@ def test_xlora_weighs_by_the_hidden_states_of_the_base(pool: dict[str, Any]) -> 
     """Every token's weights are those of a classifier over what the base alone would see."""
     data = {"tasks": pool["tasks"][:2], "labels": True, "limit": 10}
     composition = routed(pool, "xlora", data=data, steps=12, lr=0.05, depth=2, size=16)
-    record, state = stored_router(learned(composition.plan), Store())
+    record, state = stored_router(learned(composition.plan, Session()), Store())
     assert len(record.history) == 12 and record.history[-1] < record.history[0]
     base = transformers.AutoModelForCausalLM.from_pretrained(pool["recipe"]["base"])
     ids = torch.tensor(ROWS)
@@ -264,7 +266,7 @@ def test_xlora_weighs_by_the_hidden_states_of_the_base(pool: dict[str, Any]) -> 
     def watch(layer: int) -> Any:
         def before(module: Any, inputs: Any) -> None:
             if not module.group.context.off:
-                seen[layer] = module.routing(inputs[0])
+                seen[layer] = module.compute_weights(inputs[0])
 
         return before
 

@@ -18,7 +18,8 @@ from experthub.hub.evaluation import evaluation
 from experthub.hub.evaluation.statistics import wilson
 from experthub.hub.files import yaml_files
 from experthub.hub.registry.expert import Reference
-from experthub.hub.tasks.task import Card, Example, example_id, read_task, write_task
+from experthub.hub.tasks.task import Card, Example, example_id
+from experthub.hub.tasks.task_files import read_task, write_task
 
 FOLDER = Path(__file__).parents[2] / "examples" / "routers"
 

@@ -13,8 +13,9 @@ from conftest import logits, run_hub, tiny_bert
 from experthub import hub
 from experthub.hub.errors import HubError, IntegrityError, UsageError
 from experthub.hub.store.folder import read_folder
-from experthub.hub.tasks.task import Card, Example, example_id, write_task
-from experthub.routing import SkilledLinear, Skills, TaskRows
+from experthub.hub.tasks.task import Card, Example, example_id
+from experthub.hub.tasks.task_files import write_task
+from experthub.routing import BatchTasks, SkilledLinear, Skills
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -30,7 +31,7 @@ def module(heads: int = H, relaxed: bool = False) -> SkilledLinear:
     base = nn.Linear(I, O).requires_grad_(False)
     logits_THS = nn.Parameter(drawn(TASKS, heads, S, seed=3))
     made = SkilledLinear(
-        base, drawn(S, R, I), drawn(S, O, R, seed=1), 0.5, logits_THS, TaskRows(), relaxed=relaxed
+        base, drawn(S, R, I), drawn(S, O, R, seed=1), 0.5, logits_THS, BatchTasks(), relaxed=relaxed
     )
     return made.eval()
 
@@ -108,11 +109,11 @@ def test_training_copies_of_the_average_is_training_the_average() -> None:
     x = drawn(2, 5, I, seed=7)
     many = SkilledLinear(
         lora.base, lora.skill_a.detach().clone(), lora.skill_b.detach().clone(), 0.5,
-        nn.Parameter(torch.zeros(1, 1, S), requires_grad=False), TaskRows(torch.tensor([0, 0])),
+        nn.Parameter(torch.zeros(1, 1, S), requires_grad=False), BatchTasks(torch.tensor([0, 0])),
     )  # fmt: skip
     one = SkilledLinear(
         lora.base, lora.skill_a.detach().mean(0)[None], lora.skill_b.detach().mean(0)[None], 0.5,
-        nn.Parameter(torch.zeros(1, 1, 1), requires_grad=False), TaskRows(torch.tensor([0, 0])),
+        nn.Parameter(torch.zeros(1, 1, 1), requires_grad=False), BatchTasks(torch.tensor([0, 0])),
     )  # fmt: skip
     torch.testing.assert_close(many(x), one(x))
     many(x).square().sum().backward()
@@ -258,7 +259,9 @@ def test_an_interrupted_run_goes_on(base_folder: Path, tasks: list[str], home: P
 
         settings = fitting.Settings(steps=26, batch_size=4, lr=1e-2)
         shape = hub.InventoryShape(skills=2, rank=2, router="poly")
-        made = hub.train_skills(str(base_folder), tasks[:2], name, shape, settings, report=stop)
+        made = hub.train_skills(
+            str(base_folder), tasks[:2], name, shape, settings, session=hub.Session(report=stop)
+        )
         return made.digest
 
     whole = run("whole")

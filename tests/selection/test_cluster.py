@@ -12,10 +12,20 @@ import torch
 from conftest import make_expert, run_hub, tiny_bert
 from experthub import hub
 from experthub.hub.errors import HubError, UsageError
-from experthub.hub.registry.expert import ADAPTER, GATES
+from experthub.hub.kinds.lora import ADAPTER, GATES
 from experthub.hub.selection.clusters import average_linkage, cluster, write_clusters
-from experthub.hub.tasks.task import Card, Example, example_id, write_task
-from experthub.merge import Delta, Dense, LowRank, TaskVector, cosines, gram, inner
+from experthub.hub.session import Session
+from experthub.hub.tasks.task import Card, Example, example_id
+from experthub.hub.tasks.task_files import write_task
+from experthub.merge import (
+    Delta,
+    Dense,
+    LowRank,
+    TaskVector,
+    cosine_matrix,
+    gram_matrix,
+    inner_product,
+)
 from safetensors.torch import load_file, save_file
 
 Make = Callable[..., Path]
@@ -46,11 +56,11 @@ def test_inner_products_are_the_dense_ones() -> None:
     deltas: list[Delta] = [low_rank(0, 3), low_rank(1, 5, -2.0), Dense(torch.randn(7, 9).double())]
     for x, y in itertools.product(deltas, deltas):
         expected = float((x.dense().double() * y.dense().double()).sum())
-        assert inner(x, y) == pytest.approx(expected, rel=1e-6, abs=1e-6)
+        assert inner_product(x, y) == pytest.approx(expected, rel=1e-6, abs=1e-6)
     norms = Dense(torch.randn(4)), Dense(torch.randn(4))
-    assert inner(*norms) == pytest.approx(float(norms[0].d @ norms[1].d), rel=1e-6)
+    assert inner_product(*norms) == pytest.approx(float(norms[0].d @ norms[1].d), rel=1e-6)
     with pytest.raises(ValueError, match="one shape"):
-        inner(low_rank(0, 2), Dense(torch.randn(9, 7)))
+        inner_product(low_rank(0, 2), Dense(torch.randn(9, 7)))
 
 
 def test_gram_sums_over_parameters_and_takes_what_is_missing_as_zero() -> None:
@@ -59,17 +69,17 @@ def test_gram_sums_over_parameters_and_takes_what_is_missing_as_zero() -> None:
         vector(p=low_rank(2, 4)),
         vector(q=low_rank(3, 1, -1.5), r=low_rank(4, 2)),
     ]
-    torch.testing.assert_close(gram(low), literal_gram(low), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gram_matrix(low), literal_gram(low), rtol=1e-6, atol=1e-6)
     mixed = [*low, vector(p=Dense(torch.randn(7, 9)), q=low_rank(6, 2))]
-    torch.testing.assert_close(gram(mixed), literal_gram(mixed), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gram_matrix(mixed), literal_gram(mixed), rtol=1e-6, atol=1e-6)
     with pytest.raises(ValueError, match="one base"):
-        gram([low[0], vector(base="other", p=low_rank(0, 1))])
+        gram_matrix([low[0], vector(base="other", p=low_rank(0, 1))])
 
 
 def test_cosines_have_ends() -> None:
     zero = vector(p=LowRank(torch.zeros(2, 9).double(), torch.zeros(7, 2).double()))
     delta = low_rank(5, 3)
-    found = cosines(gram([vector(p=delta), vector(p=delta.scaled(-3)), zero]))
+    found = cosine_matrix(gram_matrix([vector(p=delta), vector(p=delta.scaled(-3)), zero]))
     expected = [[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.double))
 
@@ -89,7 +99,7 @@ def literal_linkage(similarity: list[list[float]], k: int) -> list[list[int]]:
 @pytest.mark.parametrize("k", [1, 2, 3, 5, 8])
 def test_average_linkage_is_the_literal_one(k: int) -> None:
     rows = torch.randn(8, 4, generator=torch.Generator().manual_seed(k), dtype=torch.double)
-    similarity = cosines(rows @ rows.T)
+    similarity = cosine_matrix(rows @ rows.T)
     found = average_linkage(similarity, k)
     assert found == literal_linkage(similarity.tolist(), k)
     assert sorted(e for group in found for e in group) == list(range(8))
@@ -166,7 +176,7 @@ def test_written_recipes_compose(
 ) -> None:
     found = cluster(base=pool["base"], k=3)
     path = tmp_path / "recipe.yaml"
-    plan = write_clusters(found, path, method, rank)
+    plan = write_clusters(found, path, Session(), method, rank)
     assert [expert.label for expert in plan.experts] == ["group-1", "group-2", "e4"]
     assert [len(expert.members) for expert in plan.experts] == [2, 2, 1]
     assert [expert.rank for expert in plan.experts] == [rank, rank, None]
@@ -193,7 +203,7 @@ def test_the_command(pool: dict[str, Any], tmp_path: Path) -> None:
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert run_hub(*arguments).code == 6
     table = run_hub(*arguments, "--force")
-    assert table.code == 0 and "group-1" in table.out and "cosines:" in table.out
+    assert table.code == 0 and "group-1" in table.out and "cosine_matrix:" in table.out
     first, again = (run_hub(*arguments, "--force", "--json").out for _ in range(2))
     assert first == again == ran.out
 
@@ -208,7 +218,7 @@ def test_errors(pool: dict[str, Any], expert_folder: Make, tmp_path: Path) -> No
         ((*base, "--method", "arow"), 2, "did you mean"),
         ((*base, "--method", "linear"), 2, "there is no router 'linear'"),
         (("nobody",), 4, "nobody"),
-        ((*base, "--k", "2", "--plot", str(tmp_path)), 2, "is no file"),
+        ((*base, "--k", "2", "--plot", str(tmp_path)), 2, "is not a file"),
         ((*base, "--k", "2", "--plot", "a.yaml", "--out", "./a.yaml"), 2, "are both a.yaml"),
         (
             ("e0", "e1", "--k", "1", "--by", "embeddings", *encoder),

@@ -18,11 +18,14 @@ from experthub import hub
 from experthub.hub.errors import HubError, UsageError
 from experthub.hub.evaluation.statistics import kendall, spearman
 from experthub.hub.files.atomic import hub_home
-from experthub.hub.registry.expert import ADAPTER, GATES, Reference
+from experthub.hub.kinds.lora import ADAPTER, GATES
+from experthub.hub.registry.expert import Reference
 from experthub.hub.selection.measuring import suggest
 from experthub.hub.selection.suggestion import Suggestion, write_suggestion
 from experthub.hub.selection.tmi import conditional_entropy
-from experthub.hub.tasks.task import Card, Example, example_id, read_task, write_task
+from experthub.hub.session import Session
+from experthub.hub.tasks.task import Card, Example, example_id
+from experthub.hub.tasks.task_files import read_task, write_task
 from experthub.hub.training.fit import Settings
 from experthub.hub.training.train import train_gate, train_lora
 from safetensors.torch import load_file, save_file
@@ -314,7 +317,7 @@ def test_rank_correlations_are_the_textbook_ones() -> None:
 def test_written_recipes_compose(pool: dict[str, Any], method: str | None, tmp_path: Path) -> None:
     found = ranked(pool, pool["tasks"][0], by="gates", k=2)
     path = tmp_path / "new" / "recipe.yaml"
-    plan = write_suggestion(found, 2, path, method)
+    plan = write_suggestion(found, 2, path, Session(), method)
     assert [member.reference for member in plan.members] == found.best(2)
     assert plan.recipe.method.method == (method or "phatgoose")
     composition = hub.compose(path)
@@ -383,9 +386,8 @@ def test_what_is_missing_is_left_out_or_refused(
     added = run_hub("add", folder, "--name", "bare", "--base", base_folder)
     assert added.code == 0, added.err
     said: list[str] = []
-    found = ranked(
-        pool, pool["tasks"][0], examples=8, report=lambda what, done, size: said.append(what)
-    )
+    session = Session(report=lambda what, done, size: said.append(what))
+    found = ranked(pool, pool["tasks"][0], examples=8, session=session)
     place = found.references.index("bare@1")
     assert found.scores["gates"][place] is None is found.scores["embeddings"][place]
     assert found.scores["prototypes"][place] is not None
@@ -398,7 +400,11 @@ def test_what_is_missing_is_left_out_or_refused(
     assert len(found.best()) == 3
     with pytest.raises(HubError, match="has no gate for"):
         write_suggestion(
-            ranked(pool, pool["tasks"][0], by="prototypes"), 4, Path("x.yaml"), "phatgoose"
+            ranked(pool, pool["tasks"][0], by="prototypes"),
+            4,
+            Path("x.yaml"),
+            Session(),
+            "phatgoose",
         )
     assert not Path("x.yaml").exists()
     only = suggest(pool["tasks"][0], ["bare"], examples=8, embedder=pool["embedder"])
@@ -427,7 +433,7 @@ def test_a_dense_expert_has_neither_gates_nor_a_prototype(
     assert found.scores["gates"][0] is None is found.scores["prototypes"][0]
     assert found.scores["gates"][1] is not None and None not in found.scores["tmi"]
     assert found.best(2) == ["dense@1", "expert-1@1"]
-    assert write_suggestion(found, 2, "recipe.yaml").recipe.method.method == "linear"
+    assert write_suggestion(found, 2, "recipe.yaml", Session()).recipe.method.method == "linear"
     with torch.no_grad():
         model = hub.compose("recipe.yaml").model
         assert torch.isfinite(model(input_ids=torch.tensor([[5, 9]])).logits).all()
@@ -453,8 +459,8 @@ def test_errors(pool: dict[str, Any], tmp_path: Path) -> None:
         (["--task", task, "nobody"], 4, "nobody"),
         (["--task", task, *base, "--embedder", pool["base"]], 2, "is no sentence encoder"),
         (["--task", task, "--base", "nobody"], 4, "no registry knows a base 'nobody'"),
-        (["--task", task, *base, "--out", str(tmp_path), "--force"], 2, "is no file"),
-        (["--task", task, *base, "--out", f"{lonely}/config.json/x.yaml"], 2, "is no folder"),
+        (["--task", task, *base, "--out", str(tmp_path), "--force"], 2, "is not a file"),
+        (["--task", task, *base, "--out", f"{lonely}/config.json/x.yaml"], 2, "is not a folder"),
         (["--task", task, *base, "--truth", "--split", "all"], 2, "was trained on"),
         (["--task", untested, *base, "--truth"], 1, f"it has {left} in all: {left} train"),
     ]
@@ -499,7 +505,8 @@ def test_experts_whose_tasks_show_nothing_have_no_embedding(pool: dict[str, Any]
     said: list[str] = []
     left_with(pool["tasks"][0], {"validation", "test"})
     examples_of(pool["tasks"][1]).write_text("{")
-    found = ranked(pool, pool["tasks"][2], report=lambda what, done, size: said.append(what))
+    session = Session(report=lambda what, done, size: said.append(what))
+    found = ranked(pool, pool["tasks"][2], session=session)
     assert [score is None for score in found.scores["embeddings"]] == [True, True, False]
     assert None not in found.scores["gates"] and found.best() == ["expert-2@1"]
     for words in ("has no train examples", "line 1: "):
@@ -508,13 +515,8 @@ def test_experts_whose_tasks_show_nothing_have_no_embedding(pool: dict[str, Any]
 
 def test_classes_that_are_too_small(pool: dict[str, Any]) -> None:
     said: list[str] = []
-    found = ranked(
-        pool,
-        pool["tasks"][0],
-        labels=True,
-        examples=3,
-        report=lambda what, done, size: said.append(what),
-    )
+    session = Session(report=lambda what, done, size: said.append(what))
+    found = ranked(pool, pool["tasks"][0], labels=True, examples=3, session=session)
     assert "tmi" not in found.scores
     assert any("no answer has 4 of 3 examples" in what for what in said)
 

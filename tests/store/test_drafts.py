@@ -35,8 +35,8 @@ def test_what_killed_processes_left_goes(tmp_path: Path) -> None:
     for text in ("one", "two"):
         atomic.write_text(tmp_path / "file", text)
     assert not dead.exists() and other.exists()
-    with atomic.draft_folder(tmp_path / "folder") as first:
-        with atomic.draft_folder(tmp_path / "folder") as second:
+    with atomic.open_draft_folder(tmp_path / "folder") as first:
+        with atomic.open_draft_folder(tmp_path / "folder") as second:
             assert first.is_dir() and second.is_dir() and first != second
         assert first.is_dir() and not second.exists()
     assert not first.exists()
@@ -52,7 +52,7 @@ def test_a_file_system_without_unnamed_files(
         atomic.write_text(tmp_path / "file", text)
         assert [p.name for p in tmp_path.glob("*file*")] == ["file"]
     assert (tmp_path / "file").read_text() == "two"
-    with pytest.raises(ValueError, match="stop"), atomic.written(tmp_path / "file"):
+    with pytest.raises(ValueError, match="stop"), atomic.open_atomically(tmp_path / "file"):
         assert len(list(tmp_path.glob("*file*"))) == 2
         raise ValueError("stop")
     assert [p.name for p in tmp_path.glob("*file*")] == ["file"]

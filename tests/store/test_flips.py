@@ -19,12 +19,13 @@ from conftest import run_hub, tiny_llama
 from experthub import hub
 from experthub.hub.bases import base as bases
 from experthub.hub.files import checksummed_text, yaml_files
-from experthub.hub.files.atomic import sha256_of
+from experthub.hub.files.digests import sha256_of
 from experthub.hub.maintenance import kept, verification
 from experthub.hub.store import roots
 from experthub.hub.store.store import Store
 from experthub.hub.tasks import bigbench
-from experthub.hub.tasks.task import Card, Example, example_id, write_task
+from experthub.hub.tasks.task import Card, Example, example_id
+from experthub.hub.tasks.task_files import write_task
 from experthub.hub.transfer.remotes import pypi
 from hf_server import HfServer
 from safetensors.torch import save_file

@@ -18,6 +18,7 @@ from experthub.hub.errors import IntegrityError
 from experthub.hub.files import yaml_files
 from experthub.hub.maintenance.collection import collect
 from experthub.hub.maintenance.verification import verify
+from experthub.hub.session import Session
 from experthub.hub.store.store import Store
 
 Make = Callable[..., Path]
@@ -101,7 +102,7 @@ def test_incomplete_absent_orphaned_and_strange(expert_folder: Make, home: Path)
     (store.root / "objects" / "sha256" / "note.txt").write_text("x")
     path = store.path(store.identity(digest).files["adapter_model.safetensors"].sha256)
     path.unlink()
-    found = verify(None, store)
+    found = verify(Session(store=store))
     assert found.whole and found.incomplete == ["one@1"] and not found.damaged
     assert len(found.orphans) == 3 and found.strangers == ["objects/sha256/note.txt"]
     assert found.absent, "the starter experts are not here"
@@ -115,7 +116,7 @@ def test_a_damaged_base_is_found(home: Path, base_folder: Path) -> None:
     Path("registry.yaml").write_text(yaml_files.dump(registry))
     folder = home / "bases" / f"tiny-{'ab' * 6}"
     shutil.copytree(base_folder, folder)
-    from experthub.hub.files.atomic import sha256_of
+    from experthub.hub.files.digests import sha256_of
 
     manifest = {p.name: sha256_of(p) for p in folder.iterdir()}
     (folder / "files.json").write_text(json.dumps(manifest))
@@ -182,7 +183,7 @@ def test_shared_files_stay(expert_folder: Make) -> None:
     added(expert_folder(2), "two")
     run_hub("rm", "one", "--yes")
     assert gc(0) == (3, 3)
-    assert verify().incomplete == []
+    assert verify(Session()).incomplete == []
 
 
 def test_what_a_lock_pins_stays(expert_folder: Make, base_folder: Path) -> None:

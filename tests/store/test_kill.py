@@ -16,6 +16,7 @@ import killing
 import pytest
 from conftest import Ran, run_hub
 from experthub.hub.maintenance.verification import verify
+from experthub.hub.session import Session
 from experthub.hub.store import leases
 from experthub.hub.store.store import Store
 from hf_server import HfServer
@@ -64,14 +65,14 @@ def nothing_left(home: Path, temporary: Path) -> None:
 def check(case: Case, words: Words, home: Path, temporary: Path) -> None:
     """What must hold after any kill, and after the same command once more."""
     case.killed()
-    found = verify()
+    found = verify(Session())
     whole = found.whole or isinstance(case, Repair)
     assert whole and not found.incomplete and not found.strangers
     assert killing.run(*words).code in case.again
     case.done()
     nothing_left(home, temporary)
     assert len(list((home / "leases").glob("*"))) <= 2, "this command's, and the next removes it"
-    assert verify().whole
+    assert verify(Session()).whole
 
 
 def test_killed_at_some_moment(case: Case, home: Path, temporary: Path) -> None:
@@ -135,6 +136,6 @@ def test_a_write_that_stops(
     one_error(ran, 1)
     assert "File too large" in ran.err
     nothing_left(home, temporary)
-    assert verify().whole and run_hub("show", "e").code == 4
+    assert verify(Session()).whole and run_hub("show", "e").code == 4
     assert killing.run(*words).code == 0
     assert Store().identity(entry("e").digest)

@@ -11,8 +11,10 @@ import pytest
 from conftest import at_once, run_hub, snapshot
 from experthub.hub.errors import ConflictError, HubError, NotFoundError, UsageError
 from experthub.hub.files import yaml_files
+from experthub.hub.registry.entries import check_name, next_version, register
 from experthub.hub.registry.expert import Expert, Reference
-from experthub.hub.registry.registry import Registry, checked_name, next_version, register
+from experthub.hub.registry.registry import Registry
+from experthub.hub.session import Session
 from experthub.hub.store.store import Store
 from experthub.hub.transfer.describe import add_folder
 
@@ -284,7 +286,7 @@ def test_a_description_is_taken_over(base_folder: Path, expert_folder: Make) -> 
         **entry("x", 3), task="local:t", license="mit", description="theirs", tags=["a"]
     )
     write_description(folder, expert, identity)
-    added = add_folder(folder, "x", Registry.read(), Store(), description="mine")
+    added = add_folder(folder, "x", Session(), description="mine")
     assert added.reference == "x@3"
     assert (added.task, added.license, added.tags) == ("local:t", "mit", ["a"])
     assert (added.description, added.base) == ("mine", "b")
@@ -293,19 +295,19 @@ def test_a_description_is_taken_over(base_folder: Path, expert_folder: Make) -> 
 def test_the_base_of_an_adapter_by_its_other_name(tmp_path: Path, expert_folder: Make) -> None:
     write(tmp_path / "work" / "registry.yaml", tiny={"sources": ["file:b"], "aka": ["Org/Tiny"]})
     folder = expert_folder(1, base_model_name_or_path="Org/Tiny")
-    assert add_folder(folder, "x", Registry.read(), Store()).base == "tiny"
+    assert add_folder(folder, "x", Session()).base == "tiny"
     other = expert_folder(2, base_model_name_or_path="Org/Other")
-    assert add_folder(other, "y", Registry.read(), Store()).base == "Org/Other"
+    assert add_folder(other, "y", Session()).base == "Org/Other"
     nameless = expert_folder(3, base_model_name_or_path=None)
-    assert add_folder(nameless, "z", Registry.read(), Store()).base == "unknown"
-    assert add_folder(other, "w", Registry.read(), Store(), base="said").base == "said"
+    assert add_folder(nameless, "z", Session()).base == "unknown"
+    assert add_folder(other, "w", Session(), base="said").base == "said"
 
 
 def test_names() -> None:
-    assert checked_name("a.b_c-1") == "a.b_c-1"
+    assert check_name("a.b_c-1") == "a.b_c-1"
     for name in ("A", "", "-a", "a" * 97, "a/b", "a@1", ".."):
         with pytest.raises(UsageError):
-            checked_name(name)
+            check_name(name)
     assert next_version("x", []) == 1
     assert next_version("x", [Expert(**entry(version=4)), Expert(**entry("y", 9))]) == 5
 
@@ -313,13 +315,12 @@ def test_names() -> None:
 ADD = """
 import sys
 from experthub.hub.transfer.describe import add_folder
-from experthub.hub.registry.registry import Registry
-from experthub.hub.store.store import Store
+from experthub.hub.session import Session
 from pathlib import Path
 folder, name, file = sys.argv[1:]
 print("ready", flush=True)
 sys.stdin.readline()
-print(add_folder(Path(folder), name, Registry.read(), Store(),
+print(add_folder(Path(folder), name, Session(),
       file=Path(file) if file else None).reference)
 """
 

@@ -16,7 +16,7 @@ from conftest import at_once, run_hub, snapshot
 from experthub import hub
 from experthub.hub.errors import HubError, IntegrityError, NotFoundError
 from experthub.hub.files import atomic
-from experthub.hub.files.atomic import ensure_space
+from experthub.hub.files.path_checks import ensure_space
 from experthub.hub.registry.expert import Expert
 from experthub.hub.store import store
 from experthub.hub.store.folder import read_folder
@@ -283,10 +283,10 @@ def test_copies_out_can_be_written_without_harm(
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    with atomic.written(path) as file:
+    with atomic.open_atomically(path) as file:
         file.write(b"one")
         assert not path.exists()
-    with pytest.raises(ValueError, match="stop"), atomic.written(path) as file:
+    with pytest.raises(ValueError, match="stop"), atomic.open_atomically(path) as file:
         file.write(b"two")
         raise ValueError("stop")
     assert path.read_bytes() == b"one"
@@ -295,11 +295,11 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "target"
-    with pytest.raises(ValueError, match="stop"), atomic.new_folder(target) as draft:
+    with pytest.raises(ValueError, match="stop"), atomic.create_folder(target) as draft:
         (draft / "file").write_text("x")
         raise ValueError("stop")
     assert not target.exists()
-    with atomic.new_folder(target) as draft:
+    with atomic.create_folder(target) as draft:
         (draft / "file").write_text("x")
         assert not target.exists()
     assert (target / "file").read_text() == "x"

@@ -22,6 +22,7 @@ from experthub.hub.files import yaml_files
 from experthub.hub.maintenance.verification import verify
 from experthub.hub.registry.expert import Reference
 from experthub.hub.registry.registry import Registry
+from experthub.hub.session import Session
 from experthub.hub.store import leases
 from experthub.hub.store.folder import read_folder
 from experthub.hub.store.store import Store
@@ -198,7 +199,7 @@ def test_users_of_one_store(folders: list[Path], base_folder: Path, home: Path) 
     for user in users:
         user.check()
         assert not user.wrong
-    found = verify()
+    found = verify(Session())
     assert found.whole and not found.incomplete and not found.strangers
     assert run_hub("gc", "--grace", "0", "--yes").code == 0
     leases._mine.clear()

@@ -15,6 +15,7 @@ from experthub.hub.maintenance.verification import verify
 from experthub.hub.recipes.lock_file import Lock
 from experthub.hub.registry.expert import Expert, Reference
 from experthub.hub.registry.registry import Registry
+from experthub.hub.session import Session
 from experthub.hub.store import leases
 from experthub.hub.store.store import Store
 from hf_server import HfServer
@@ -214,12 +215,12 @@ class Repair(Case):
         return ("verify", "--repair")
 
     def killed(self) -> None:
-        found = verify()
+        found = verify(Session())
         assert set(found.damaged) <= set(self.flipped)
         assert len(Store().objects()) == 7, "a damaged object stays until it is replaced"
 
     def done(self) -> None:
-        assert verify().whole and len(Store().objects()) == 7
+        assert verify(Session()).whole and len(Store().objects()) == 7
 
 
 CASES = {

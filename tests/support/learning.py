@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from experthub.merge import Learner, TaskVector
+from experthub.merge import Materials, TaskVector
 from torch import Tensor, nn
 
 SHAPES = {"a.weight": (6, 5), "b.weight": (4, 6), "c.weight": (3, 3)}
@@ -57,12 +57,12 @@ class TinyData:
         return list(self.model(torch.cat(inputs)).split([len(r) for r in rows]))
 
 
-def learner(dtype: torch.dtype = torch.float32, count: int = 2, **options: Any) -> Learner:
+def learner(dtype: torch.dtype = torch.float32, count: int = 2, **options: Any) -> Materials:
     """One with labelled and held-out data of so many tasks."""
     sizes, tasks = (24, 16, 12)[:count], ("first", "second", "third")[:count]
     data = TinyData(Tiny(dtype), sizes, labelled=True, tasks=tasks, **options)
     data.held_out = TinyData(data.model, (9, 7, 5)[:count], labelled=True, tasks=tasks)
-    return Learner(data=data, minimise=random_search)
+    return Materials(data=data, minimise=random_search)
 
 
 def random_search(loss: Any, start: Any, bound: float, evaluations: int, seed: int) -> list[float]:

@@ -15,9 +15,10 @@ from experthub.hub.bases.base import Base, load_model, load_tokenizer
 from experthub.hub.composition.generation import generate_ids
 from experthub.hub.errors import UsageError
 from experthub.hub.evaluation.routing_map import routing_map
-from experthub.hub.tasks.task import Card, Example, example_id, write_task
+from experthub.hub.tasks.task import Card, Example, example_id
+from experthub.hub.tasks.task_files import write_task
 from experthub.hub.tracing.tokens import pieces
-from experthub.routing import recorded
+from experthub.routing import record_routing
 from safetensors.torch import load_file
 from test_kinds import LABELS, MADE, png
 from test_phatgoose import literal_model
@@ -163,11 +164,11 @@ def test_tracing_leaves_nothing(method: str, folders: list[Path], base_folder: P
     hub.trace(composition, [TEXT], new_tokens=3)
     assert state_of(composition.model) == before
     assert torch.equal(logits(composition.model), expected)
-    with recorded(composition.model, 3) as found:
+    with record_routing(composition.model, 3) as found:
         assert torch.equal(logits(composition.model), expected), "while it is recorded, too"
         assert state_of(composition.model) != before
     assert len(found) == 14
-    with pytest.raises(ZeroDivisionError), recorded(composition.model, 3):
+    with pytest.raises(ZeroDivisionError), record_routing(composition.model, 3):
         raise ZeroDivisionError
     assert state_of(composition.model) == before
 
@@ -179,7 +180,7 @@ def test_a_recorded_module_weighs_as_it_mixes(folders: list[Path], base_folder: 
     module = composition.model.get_submodule(name)
     seen: list[Any] = []
     handle = module.register_forward_hook(lambda m, x, y: seen.append((x[0][0], y[0])))
-    with recorded(composition.model, 3, lambda path: path == name) as found:
+    with record_routing(composition.model, 3, lambda path: path == name) as found:
         logits(composition.model)
     handle.remove()
     ((x, y),) = seen
@@ -209,7 +210,7 @@ def test_what_is_written_is_traced(
     found = hub.trace(composition, [TEXT], new_tokens=4, chat=chat)
     assert [t.id for t in found.tokens] == ids + new
     assert [t.written for t in found.tokens] == [False] * len(ids) + [True] * 4
-    with recorded(composition.model, 3) as whole, torch.no_grad():
+    with record_routing(composition.model, 3) as whole, torch.no_grad():
         composition.model(input_ids=torch.tensor([ids + new]))
     for module, weights in zip(found.modules, found.weights_MTE, strict=True):
         torch.testing.assert_close(weights, whole[module.name][0], atol=1e-4, rtol=1e-4)
@@ -357,10 +358,10 @@ def test_a_merge_is_refused_before_it_is_loaded(folders: list[Path], base_folder
         (("-p", "x", "-p", "x" * 513), "prompt 2 has 513 tokens"),
         (("-p", "x" * 500, "--generate", "20"), "prompt 1 has 520 tokens with those to be written"),
         (("-p", "x", "--module", "nothing"), "no routed module is called 'nothing'"),
-        (("-p", "x", "--module", "(q"), "is no regular expression"),
+        (("-p", "x", "--module", "(q"), "is not a regular expression"),
         (("-p", "x", "--module", "(.*)*(.*)*(.*)*(.*)*(.*)*x!"), "matching takes too long"),
         (("-p", "x", "--open"), "--open shows the page that --html writes"),
-        (("-p", "x", "--html", "."), ". is no file"),
+        (("-p", "x", "--html", "."), ". is not a file"),
         (("-p", "x", "--chat"), "has no chat template"),
         (("-p", "x", "--top", "0"), "invalid value for '--top'"),
     ],

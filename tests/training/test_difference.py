@@ -19,7 +19,7 @@ from experthub.hub.formats.safetensors_header import read_header
 from experthub.hub.formats.task_vector import SHAPES, read_task_vector
 from experthub.hub.registry.expert import Reference
 from experthub.hub.registry.registry import Registry
-from experthub.merge import Dense, LowRank, truncated
+from experthub.merge import Dense, LowRank, truncate
 from safetensors.torch import load_file, save_file
 from test_push import push, server  # noqa: F401
 
@@ -474,15 +474,15 @@ def test_energy_is_the_share_of_squared_singular_values(
     s = torch.linalg.svdvals(d)
     sums = s.square().cumsum(0)
     expected = next(r for r in range(1, len(s) + 1) if sums[r - 1] >= energy * sums[-1])
-    assert truncated(Dense(d), energy=energy).rank == expected
+    assert truncate(Dense(d), energy=energy).rank == expected
     both = LowRank(torch.randn(4, shape[1]).double(), torch.randn(shape[0], 4).double(), 1.5)
-    same = truncated(Dense(both.dense()), energy=energy * 0.999)
-    assert truncated(both, energy=energy * 0.999).rank == same.rank
-    torch.testing.assert_close(truncated(both, energy=energy * 0.999).dense(), same.dense())
+    same = truncate(Dense(both.dense()), energy=energy * 0.999)
+    assert truncate(both, energy=energy * 0.999).rank == same.rank
+    torch.testing.assert_close(truncate(both, energy=energy * 0.999).dense(), same.dense())
 
 
 def test_energy_has_its_limits() -> None:
-    assert truncated(Dense(torch.zeros(3, 4)), energy=0.9).rank == 1
+    assert truncate(Dense(torch.zeros(3, 4)), energy=0.9).rank == 1
     for options in ({}, {"rank": 1, "energy": 0.5}, {"energy": 0.0}, {"energy": 1.1}):
         with pytest.raises(ValueError, match="expected"):
-            truncated(Dense(torch.ones(3, 4)), **options)  # type: ignore[arg-type]
+            truncate(Dense(torch.ones(3, 4)), **options)  # type: ignore[arg-type]

@@ -17,10 +17,14 @@ from conftest import run_hub, tiny_bert
 from experthub import hub
 from experthub.hub.errors import UsageError
 from experthub.hub.files.atomic import hub_home
+from experthub.hub.kinds.lora import GATES
+from experthub.hub.kinds.task_vector import TASK_VECTOR
 from experthub.hub.readers.likelihood import encode
-from experthub.hub.registry.expert import GATES, TASK_VECTOR, Reference
+from experthub.hub.registry.expert import Reference
 from experthub.hub.registry.registry import Registry
-from experthub.hub.tasks.task import Card, Example, example_id, write_task
+from experthub.hub.session import Session
+from experthub.hub.tasks.task import Card, Example, example_id
+from experthub.hub.tasks.task_files import write_task
 from experthub.hub.training.fit import Settings
 from experthub.hub.training.full import train_full
 from experthub.hub.training.objectives import Answers
@@ -88,11 +92,18 @@ def test_gates_of_an_expert_without_a_loss_are_remarked_on(
     monkeypatch.setattr("experthub.hub.training.train.LEARNED", learned)
     train_lora(str(base_folder), letters, "letters", Settings(steps=1))
     said: list[str] = []
-    train_gate("letters", Settings(steps=1), report=lambda what, *_: said.append(what))
+    train_gate(
+        "letters", Settings(steps=1), session=Session(report=lambda what, *_: said.append(what))
+    )
     notes = [text for text in said if text.startswith("note: ")]
     assert len(notes) == bool(learned) and all("no reason to open" in n for n in notes)
     said.clear()
-    train_gate("letters@1", Settings(steps=1), start=0.1, report=lambda what, *_: said.append(what))
+    train_gate(
+        "letters@1",
+        Settings(steps=1),
+        start=0.1,
+        session=Session(report=lambda what, *_: said.append(what)),
+    )
     assert not [text for text in said if text.startswith("note: ")]
 
 
@@ -161,9 +172,9 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
             return train_gate("parts@1", settings, **options)
 
     with pytest.raises(Stop):
-        again(report=stop_at(22))
+        again(session=Session(report=stop_at(22)))
     steps: list[int] = []
-    resumed = again(report=lambda what, done, size: steps.append(done))
+    resumed = again(session=Session(report=lambda what, done, size: steps.append(done)))
     assert next(done for done in steps if done) == 21, "it started again from nothing"
     assert resumed.digest == whole.digest
 
@@ -211,7 +222,7 @@ def test_an_encoder_is_fine_tuned_but_for_its_pooler(letters: str, tmp_path: Pat
 def test_a_gate_needs_to_know_the_experts_task(base_folder: Path, expert_folder: Any) -> None:
     from experthub.hub.transfer.describe import add_folder
 
-    add_folder(expert_folder(1), "foreign", Registry.read(), hub.Store())
+    add_folder(expert_folder(1), "foreign", Session())
     with pytest.raises(UsageError, match="which task"):
         train_gate("foreign", SETTINGS)
 
@@ -233,3 +244,11 @@ def test_loss_is_the_mean_cross_entropy_of_the_answers(base_model: Any, base: An
     answers = Answers(tokenizer)
     loss = answers.loss(base_model, answers.batch(rows))
     torch.testing.assert_close(loss, torch.stack(expected).mean(), atol=1e-5, rtol=1e-5)
+
+
+def test_a_session_knows_what_was_trained_in_it(base_folder: Path, letters: str) -> None:
+    session, settings = Session(), Settings(steps=1)
+    session.registry.experts()  # reads them before there is the new one
+    made = train_lora(str(base_folder), letters, "mine", settings, session=session)
+    assert session.registry.expert(Reference.parse("mine")) == made
+    assert train_gate("mine", settings, session=session).version == 2

@@ -31,7 +31,8 @@ from experthub.hub.store.folder import read_folder
 from experthub.hub.store.store import Store
 from experthub.hub.tasks import bigbench
 from experthub.hub.tasks.bigbench import convert, import_archive
-from experthub.hub.tasks.task import Task, read_task
+from experthub.hub.tasks.task import Task
+from experthub.hub.tasks.task_files import read_task
 from experthub.hub.transfer.remotes import _http, pypi
 from hf_server import HfServer
 from huggingface_hub import CommitOperationAdd, HfApi

@@ -21,6 +21,7 @@ from conftest import run_hub
 from experthub.hub.errors import HubError
 from experthub.hub.maintenance.verification import verify
 from experthub.hub.registry.registry import Registry
+from experthub.hub.session import Session
 from experthub.hub.store import store
 from experthub.hub.store.store import Store
 from experthub.hub.transfer.remotes import _http, hf
@@ -64,7 +65,7 @@ def pulled(home: Path, files: dict[str, bytes]) -> bool:
     assert ran.code == 0, ran.err
     (entry,) = ran.json["pulled"]
     assert not [*(home / "partial").iterdir()] and not [*home.glob("hf/*/.*")]
-    found = verify()
+    found = verify(Session())
     assert found.whole and not found.incomplete and not found.strangers
     return all(Store().file(entry["digest"], name).read_bytes() == files[name] for name in files)
 

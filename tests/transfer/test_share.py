@@ -16,7 +16,8 @@ import torch
 from conftest import at_once, logits, make_expert, run_hub, snapshot
 from experthub import hub
 from experthub.hub.formats import tar
-from experthub.hub.registry.expert import GATES, Expert, Reference, absolute_source, relative_source
+from experthub.hub.kinds.lora import GATES
+from experthub.hub.registry.expert import Expert, Reference, absolute_source, relative_source
 from experthub.hub.registry.registry import Registry
 from experthub.hub.store.store import Store
 from safetensors.torch import load_file, save_file

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from experthub.hub.errors import HubError, IntegrityError, UsageError
-from experthub.hub.registry.expert import EXPERT_FILES, is_named
+from experthub.hub.files.patterns import is_named
+from experthub.hub.registry.expert import expert_files
 from experthub.hub.transfer.remotes._hf_api import ask, endpoint
 from experthub.hub.transfer.remotes._http import SHA256
 
@@ -104,7 +105,7 @@ def files_of(
         if (
             row.get("type") != "file"
             or not wanted
-            or (patterns is MODEL and is_named(name, EXPERT_FILES))
+            or (patterns is MODEL and is_named(name, expert_files()))
         ):
             others.append(name)
             continue

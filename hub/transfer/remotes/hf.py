@@ -17,17 +17,12 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from experthub.hub.errors import HubError, IntegrityError
-from experthub.hub.files.atomic import (
-    ensure_space,
-    locked,
-    remove,
-    sha256_of,
-    sync_file,
-    sync_folder,
-    write_text,
-)
+from experthub.hub.files.atomic import remove, sync_file, sync_folder, write_text
 from experthub.hub.files.checksummed_text import MANIFEST, read_manifest, write_manifest
-from experthub.hub.registry.expert import EXPERT_FILES
+from experthub.hub.files.digests import sha256_of
+from experthub.hub.files.file_locks import hold_lock
+from experthub.hub.files.path_checks import ensure_space
+from experthub.hub.registry.expert import expert_files
 from experthub.hub.transfer.remotes._hf_api import endpoint, headers
 from experthub.hub.transfer.remotes._hf_files import (
     COMMIT,
@@ -124,7 +119,7 @@ def _remembered(place: HfSource, folder: Path) -> Path:
 def fetch_again(folder: Path) -> dict[str, str]:
     """Put a folder that `fetch` made in the place of itself, from its repository; its files' sha256."""
     commit, _, kind = folder.name.partition("-")
-    patterns = next((p for p in (MODEL, EXPERT_FILES) if _kind(p) == kind), None)
+    patterns = next((p for p in (MODEL, expert_files()) if _kind(p) == kind), None)
     place = HfSource(folder.parent.name.replace("--", "/", 1), commit)
     source = f"hf:{place.repository}@{commit}"
     if patterns is None:
@@ -143,7 +138,7 @@ def _partial(target: Path) -> Path:
 def _locked(target: Path) -> AbstractContextManager[None]:
     """One process at a time fetches from a repository."""
     mine = target.parent
-    return locked(mine.parent.parent / "locks" / f"hf-{mine.name}")
+    return hold_lock(mine.parent.parent / "locks" / f"hf-{mine.name}")
 
 
 def _check_room(files: list[RemoteFile], partial: Path, source: str) -> None:

@@ -1,0 +1,153 @@
+"""From a plan and the state of its method to a model."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from experthub.hub.bases.base import load_model
+from experthub.hub.bases.tying import tie_again, untie
+from experthub.hub.composition.bank import find_bank
+from experthub.hub.composition.composition import Composition
+from experthub.hub.composition.routes import route
+from experthub.hub.composition.weights import Contents, task_vector
+from experthub.hub.errors import HubError, IntegrityError, UsageError, explain_errors
+from experthub.hub.recipes.plan import Plan
+from experthub.hub.session import Session
+from experthub.hub.transfer.pull import pull
+from experthub.merge import TaskVector, find_uses, is_transposed
+from torch import nn
+
+
+def assemble(
+    plan: Plan,
+    session: Session,
+    state: Any = None,
+    *,
+    model: Any = None,
+    device: str | None = None,
+) -> Composition:
+    """Compose a plan.
+
+    Args:
+        plan: What to compose.
+        session: The store, the registry, the device and the progress callback.
+        state: The state of the plan's method; None for a method without state.
+        model: A base that is loaded already; see `compose`.
+        device: The device on which this model must be; None means any.
+
+    Returns:
+        The composed model and its plan.
+
+    Raises:
+        HubError: The experts do not fit the model, or their content is damaged.
+    """
+    banks = [find_bank(unit) for unit in plan.units]
+    packed = all(bank is not None and bank.is_complete for bank in banks)
+    if not packed and any(banks):
+        pull(session, *(member.content for member in plan.members))
+    session.report("loading the base", 0, 0)
+    gated = any("gates" in method.strategy.needs for method in plan.recipe.methods)
+    with Contents([] if packed else plan.members, session.store, gates=gated) as contents:
+        if model is None:
+            target = load_model(plan.base, plan.dtype, session.device)
+        else:
+            target = _copy_checked(model, plan.dtype, device)
+        if not packed:  # a bank was checked when it was packed
+            _check_orientation(target, plan)
+        session.report(f"composing {len(plan.experts)} experts", 0, 0)
+        merged: list[TaskVector] = []
+        routes = []
+        # Weights are changed first, so that routed modules have them too.
+        units = sorted(zip(plan.units, banks, strict=True), key=lambda one: one[0].routed)
+        for unit, bank in units:
+            with torch.no_grad(), explain_errors(unit.recipe.method.method):
+                if unit.recipe.merge:
+                    merged.append(_merge(unit, contents, state))
+                    _add(target, merged[-1], unit)
+                else:
+                    routes.append(route(target, unit, contents, state, bank, session))
+        merged += [one.folded for one in routes if one.folded is not None]
+        whole = None if plan.routed else _unite(merged)
+        return Composition(target, plan, whole, state, tuple(routes))
+
+
+def _merge(plan: Plan, contents: Contents, state: Any) -> TaskVector:
+    """Merge the experts of a plan into one task vector, lazily."""
+    method = plan.recipe.method
+    vectors = [task_vector(expert, plan, contents) for expert in plan.experts]
+    weights = torch.tensor([expert.weight for expert in plan.experts])
+    prepared = () if state is None else (state,)
+    merged: TaskVector = method.strategy.call(vectors, weights, *prepared, **method.options)
+    return merged
+
+
+def _unite(vectors: Sequence[TaskVector]) -> TaskVector:
+    """Join the changes of all parts, which have no weight in common."""
+    if len(vectors) == 1:
+        return vectors[0]
+    load = {name: load for vector in vectors for name, load in vector.load.items()}
+    return TaskVector(vectors[0].base, load)
+
+
+def _copy_checked(model: Any, dtype: str, device: str | None) -> Any:
+    """Copy a model that the caller loaded, without its tensors; refuse another dtype or device."""
+    wrong = str(model.dtype) != f"torch.{dtype}"
+    if wrong or (device and model.device != torch.device(device)):
+        raise UsageError(
+            f"the model given is {model.dtype} on {model.device}",
+            "load it with the dtype and on the device that are asked for",
+        )
+    return _copy_modules(model).eval()
+
+
+def _copy_modules(module: Any, made: dict[int, Any] | None = None) -> Any:
+    """Copy the module tree; the copy shares every parameter and buffer with the original."""
+    made = {} if made is None else made
+    if id(module) not in made:
+        clone = made[id(module)] = copy.copy(module)
+        # The module's own dicts (parameters, buffers, children, hooks) are its own to change.
+        own = {k: v.copy() if isinstance(v, dict) else v for k, v in vars(module).items()}
+        own["_modules"] = {
+            name: None if child is None else _copy_modules(child, made)
+            for name, child in module._modules.items()
+        }
+        vars(clone).update(own)
+    return made[id(module)]
+
+
+def _check_orientation(model: Any, plan: Plan) -> None:
+    """Refuse a fan_in_fan_out that does not fit the module: a square weight shows no other sign."""
+    modules, changed = dict(model.named_modules()), set(plan.parameters)
+    for member in plan.members:
+        for adapted in member.adapted:
+            if f"{adapted.module}.weight" not in changed or adapted.embedding:
+                continue
+            module = modules[adapted.module]
+            if is_transposed(module) != adapted.transposed:
+                raise HubError(
+                    f"{member.reference}: fan_in_fan_out is {adapted.transposed}, "
+                    f"and {adapted.module} is a {type(module).__name__}",
+                    "correct it in adapter_config.json: true for Conv1D, false for Linear",
+                )
+
+
+def _add(model: Any, merged: TaskVector, plan: Plan) -> None:
+    """Change a model's weights by a task vector."""
+    tied = untie(model, merged, plan)
+    places = find_uses(model, merged)
+    for name in merged:
+        # A new tensor, not a sum in place: the base's file stays mapped, and nobody else's changes.
+        changed = merged[name].add_to(model.get_parameter(name))
+        parameter = nn.Parameter(changed, requires_grad=False)
+        for module, leaf in places[name]:
+            module.register_parameter(leaf, parameter)
+        # A sum is not finite if an entry is not.  It may also overflow over finite entries, so only
+        # then every entry is looked at.
+        if not math.isfinite(changed.sum()) and not bool(torch.isfinite(changed).all()):
+            raise IntegrityError(f"{name} overflows {plan.dtype}", "use smaller weights or float32")
+    if tied is not None:
+        tie_again(model, tied)

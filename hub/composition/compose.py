@@ -1,0 +1,59 @@
+"""Composing: a recipe becomes a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from experthub.hub.composition.assembly import assemble
+from experthub.hub.composition.composition import Composition
+from experthub.hub.recipes.plan import Plan
+from experthub.hub.recipes.recipe import Recipe
+from experthub.hub.recipes.resolution import resolve
+from experthub.hub.session import Session
+from experthub.hub.states.states import resolve_state
+
+
+def compose(
+    recipe: Recipe | Plan | str | Path | dict[str, Any],
+    *,
+    device: str | None = None,
+    model: Any = None,
+    session: Session | None = None,
+    state: Any = None,
+) -> Composition:
+    """Compose a base with experts, by a merge or a router.
+
+    Args:
+        recipe: A path, a mapping, a Recipe, or a Plan.
+        device: The torch device of the model. The default is the session's device, or else `cpu`.
+        model: A base that is loaded already. The composition shares the weights that do not change,
+            and the model itself is never changed.
+        session: The registry, the store, the device and the progress callback. The default is
+            `Session()`.
+        state: The state of the recipe's method. The default is the stored one; if there is none,
+            the method prepares it now.
+
+    Returns:
+        The composed model and its plan.
+
+    Raises:
+        HubError: Something is wrong with the recipe, its experts or its base.
+
+    Example:
+        from experthub import hub
+
+        composition = hub.compose("recipe.yaml", device="cuda")
+        composition.model.generate(...)
+    """
+    session = session or Session()
+    if device is not None:
+        session = session.on(device)
+    if isinstance(recipe, str | Path):
+        recipe = Recipe.read(recipe)
+    elif isinstance(recipe, dict):
+        recipe = Recipe.of(recipe)
+    plan = recipe if isinstance(recipe, Plan) else resolve(recipe, session=session, packed=True)
+    if state is None:
+        state = resolve_state(plan, session)
+    return assemble(plan, session, state, model=model, device=device)

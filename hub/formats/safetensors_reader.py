@@ -1,0 +1,35 @@
+"""Reading the tensors of a safetensors file whose bytes are in memory."""
+
+from __future__ import annotations
+
+import math
+from mmap import mmap
+
+import torch
+from experthub.hub.formats.safetensors_header import parsed
+from torch import Tensor
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+class Tensors:
+    """The float tensors of one safetensors file, each a view of the file's bytes.
+
+    Args:
+        data: The whole file, mapped into memory.
+    """
+
+    def __init__(self, data: mmap) -> None:
+        self.data = data
+        self.header = parsed(data[8 : 8 + int.from_bytes(data[:8], "little")], len(data))
+
+    def __getitem__(self, name: str) -> Tensor:
+        info = self.header[name]
+        dtype, count = DTYPES[info.dtype], math.prod(info.shape)
+        flat = torch.frombuffer(self.data, dtype=dtype, count=count, offset=info.begin)
+        return flat.view(info.shape)

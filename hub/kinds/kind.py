@@ -1,0 +1,255 @@
+"""The type of a kind of experts, and the catalogue in which every kind is registered."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from experthub.hub.errors import HubError, IntegrityError
+from experthub.hub.files.spelling import suggest_name
+from experthub.hub.formats.adapter import Adapted, check_shapes
+
+if TYPE_CHECKING:
+    from experthub.hub.bases.base import Base
+    from experthub.merge import Delta
+
+FILE = r"[a-z_]{1,60}(-[0-9]{5}-of-[0-9]{5})?\.(json|safetensors|safetensors\.index\.json)"
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+Shapes = dict[str, tuple[int, ...]]
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What an expert changes of its base, read from the headers of its files.
+
+    Args:
+        shapes: Parameter name -> shape, of every parameter that the expert changes.
+        adapted: How the modules are changed, for a low-rank change.
+        gated: The modules that have a gate.
+        skill_tasks: The tasks that an inventory of skills knows.
+    """
+
+    shapes: Shapes
+    adapted: tuple[Adapted, ...] = ()
+    gated: frozenset[str] = frozenset()
+    skill_tasks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class StoredExpert:
+    """A stored expert beside the base that it is checked against.
+
+    Args:
+        name: What errors call the expert.
+        files: The names of its files.
+        base: The base.
+        locate: File name -> where the file is; its bytes are not checked, so read headers only.
+        verified: File name -> where the file is, its bytes checked against its digest.
+        memo: What `once` has computed for experts of this base.
+    """
+
+    name: str
+    files: Collection[str]
+    base: Base
+    locate: Callable[[str], Path]
+    verified: Callable[[str], Path]
+    memo: dict[int, tuple[object, Any]]
+
+    def once(self, of: object, compute: Callable[[], Result]) -> Result:
+        """Compute something of an object that many experts share, once.
+
+        The readers of headers return one object for equal headers, so a thousand experts of equal
+        shapes are checked once.
+
+        Args:
+            of: The shared object; it is compared by identity.
+            compute: A function that returns the result.
+
+        Returns:
+            The result of the first call with this object.
+        """
+        if id(of) not in self.memo:
+            self.memo[id(of)] = of, compute()
+        found: Result = self.memo[id(of)][1]
+        return found
+
+    def low_rank_shapes(self, adapted: tuple[Adapted, ...]) -> Shapes:
+        """Check low-rank changes against the base.
+
+        Args:
+            adapted: How the modules are changed.
+
+        Returns:
+            Parameter name -> shape.
+
+        Raises:
+            HubError: The base lacks a module, or its weight has another shape.
+        """
+
+        def compute() -> Shapes:
+            check_shapes(adapted, self.base.shapes, self.name, self.base.name)
+            return {f"{a.module}.weight": a.shape for a in adapted}
+
+        return self.once(adapted, compute)
+
+    def dense_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
+        """Check changes of whole parameters against the base.
+
+        Args:
+            shapes: Parameter name -> shape of its change.
+
+        Returns:
+            The same shapes, and those of the parameters that share a changed weight.
+
+        Raises:
+            HubError: The base lacks a parameter, or it has another shape.
+        """
+        found = dict(shapes)
+        for use, stored in self.base.tied.items():
+            if stored in shapes:
+                found.setdefault(use, shapes[stored])
+        for name, shape in found.items():
+            if self.base.shapes.get(name) != shape:
+                raise HubError(
+                    f"{self.name}: changes {name} {list(shape)}, where {self.base.name} has "
+                    f"{list(self.base.shapes.get(name, ())) or 'nothing'}",
+                    suggest_name(name, self.base.shapes),
+                )
+        return found
+
+
+Changes = Mapping[str, Callable[[], "Delta"]]
+
+
+@dataclass(frozen=True)
+class ExpertKind:
+    """A kind of experts: its files, the checks of them, and what they change of a base.
+
+    Args:
+        name: The name in registries and in `expert.json`.
+        label: What messages call one of this kind, with an article: `a LoRA`.
+        marks: File names; a folder that has one of them holds an expert of this kind.
+        files: The names of all its files, as shell patterns; gates are accepted for every kind.
+        check: A function of a folder that checks the files of this kind in it, and returns their
+            names. It raises IntegrityError for anything that cannot be loaded later.
+        key: The key of a recipe that names one of this kind.
+        footprint: A function that reads what a stored expert changes, from headers alone. None for
+            a kind that is not listed under `experts:`.
+        load: A function of the opened files by name, the footprint and the base. It returns
+            parameter name -> a function that makes the change of that parameter. None for a kind
+            that is not one change of the weights.
+        mapped: The files that `load` reads whole; it is given their bytes as an `mmap`.
+        opened: Shell patterns of larger files that `load` opens; it is given their paths.
+        low_rank: Whether every change is low-rank.
+        peft: Whether the files are those of an adapter that peft loads.
+        base_name: A function of a folder that returns the name of the base its files state.
+    """
+
+    name: str
+    label: str
+    marks: tuple[str, ...]
+    files: tuple[str, ...]
+    check: Callable[[Path], list[str]]
+    key: str = "experts"
+    footprint: Callable[[StoredExpert], Footprint] | None = None
+    load: Callable[[Mapping[str, Any], Footprint, Base], Changes] | None = None
+    mapped: tuple[str, ...] = ()
+    opened: tuple[str, ...] = ()
+    low_rank: bool = False
+    peft: bool = False
+    base_name: Callable[[Path], str | None] = lambda folder: None
+
+
+class Kinds(Mapping[str, ExpertKind]):
+    """Name -> kind of experts, in the order in which a folder is recognised.
+
+    Kinds of other packages enter by the entry-point group `experthub.kinds`, after the built-in
+    ones. They are imported when a name or a folder is of no kind that is known so far.
+    """
+
+    group = "experthub.kinds"
+
+    def __init__(self) -> None:
+        self._kinds: dict[str, ExpertKind] = {}
+        self._plugins_loaded = False
+
+    def register(self, kind: ExpertKind) -> ExpertKind:
+        """Enter a kind under its name.
+
+        Args:
+            kind: The kind.
+
+        Returns:
+            The same kind.
+
+        Raises:
+            ValueError: The name or a mark belongs to another kind, or a mark is not a file name
+                that a store accepts.
+        """
+        if kind.name in self._kinds:
+            raise ValueError(f"the kind {kind.name!r} is registered already")
+        for mark in kind.marks:
+            if not re.fullmatch(FILE, mark):
+                raise ValueError(f"expected a file name that matches {FILE}, found {mark!r}")
+            other = _marked({mark}, self._kinds.values())
+            if other:
+                raise ValueError(f"the file {mark} marks the kind {other.name!r} already")
+        self._kinds[kind.name] = kind
+        return kind
+
+    def recognise(self, folder: Path) -> ExpertKind:
+        """Find the kind of the expert in a folder.
+
+        Args:
+            folder: The folder.
+
+        Returns:
+            The first kind of which the folder has a mark.
+
+        Raises:
+            IntegrityError: The folder holds no expert, or only a pickle.
+        """
+        names = {path.name for path in folder.iterdir()}
+        found = _marked(names, self._kinds.values()) or _marked(names, self.values())
+        if found:
+            return found
+        pickles = sorted(name for name in names if Path(name).suffix in PICKLES)
+        if pickles:
+            raise IntegrityError(
+                f"{folder} holds {pickles[0]}, a pickle, and no safetensors",
+                "save it again with safe_serialization=True; pickles can run code when read",
+            )
+        wanted = " and no ".join(kind.marks[0] for kind in self.values() if kind.load)
+        raise IntegrityError(
+            f"{folder} holds no {wanted}",
+            "name the folder that peft's save_pretrained wrote",
+        )
+
+    def _loaded(self) -> dict[str, ExpertKind]:
+        if not self._plugins_loaded:
+            self._plugins_loaded = True
+            for point in entry_points(group=self.group):
+                point.load()
+        return self._kinds
+
+    def __getitem__(self, name: str) -> ExpertKind:
+        return self._kinds.get(name) or self._loaded()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._loaded())
+
+    def __len__(self) -> int:
+        return len(self._loaded())
+
+
+def _marked(names: set[str], known: Iterable[ExpertKind]) -> ExpertKind | None:
+    """Return the first kind that has one of these names as a mark."""
+    return next((kind for kind in known if names.intersection(kind.marks)), None)
+
+
+kinds = Kinds()

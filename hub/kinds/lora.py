@@ -1,0 +1,85 @@
+"""LoRA adapters in PEFT's format, with PHATGOOSE gates beside them or without."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experthub.hub.errors import IntegrityError
+from experthub.hub.files.json_files import read_json
+from experthub.hub.formats.adapter import Adapted, check_gates, read_adapter, read_gates
+from experthub.hub.kinds.kind import Changes, ExpertKind, Footprint, StoredExpert, kinds
+
+if TYPE_CHECKING:
+    from experthub.hub.bases.base import Base
+    from experthub.merge import Delta
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER = "adapter_model.safetensors"
+GATES = "phatgoose_gates.safetensors"
+
+
+def _check(folder: Path) -> list[str]:
+    """Check an adapter and its gates, and return their files' names."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise IntegrityError(
+            f"{folder} has no {ADAPTER_CONFIG}", "peft writes it beside the weights"
+        )
+    adapted = read_adapter(folder / ADAPTER_CONFIG, folder / ADAPTER, str(folder))
+    if not (folder / GATES).is_file():
+        return [ADAPTER, ADAPTER_CONFIG]
+    check_gates(read_gates(folder / GATES), adapted, str(folder))
+    return [ADAPTER, ADAPTER_CONFIG, GATES]
+
+
+def _footprint(expert: StoredExpert) -> Footprint:
+    """Read which modules an adapter changes, and which have a gate."""
+    config = expert.verified(ADAPTER_CONFIG)
+    adapted = read_adapter(config, expert.locate(ADAPTER), expert.name)
+    shapes = expert.low_rank_shapes(adapted)
+    if GATES not in expert.files:
+        return Footprint(shapes, adapted)
+    gates = read_gates(expert.locate(GATES))
+    return Footprint(shapes, adapted, expert.once(gates, lambda: frozenset(gates)))
+
+
+def _load(contents: Mapping[str, Any], footprint: Footprint, base: Base) -> Changes:
+    """Return a function for each adapted weight that makes its low-rank change, in float32."""
+    from experthub.hub.formats.safetensors_reader import Tensors
+    from experthub.merge import LowRank
+
+    tensors = Tensors(contents[ADAPTER])
+
+    def change(adapted: Adapted) -> Delta:
+        a, b = tensors[adapted.a].float(), tensors[adapted.b].float()
+        if adapted.transposed or adapted.embedding:
+            # PEFT's B A is the change of the module; Conv1D and embeddings store the transpose.
+            a, b = b.T.contiguous(), a.T.contiguous()
+        return LowRank(a, b, adapted.scale)
+
+    return {f"{a.module}.weight": partial(change, a) for a in footprint.adapted}
+
+
+def _base_name(folder: Path) -> str | None:
+    """Return the base that an adapter's configuration names."""
+    named = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    return str(named) if named else None
+
+
+LORA = kinds.register(
+    ExpertKind(
+        name="lora",
+        label="a LoRA",
+        marks=(ADAPTER,),
+        files=(ADAPTER_CONFIG, ADAPTER),
+        check=_check,
+        footprint=_footprint,
+        load=_load,
+        mapped=(ADAPTER,),
+        low_rank=True,
+        peft=True,
+        base_name=_base_name,
+    )
+)

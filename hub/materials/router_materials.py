@@ -1,0 +1,172 @@
+"""What a router may ask for when it prepares its state: texts, activations, logits, a trainable model.
+
+Shapes: N examples, C choices, T tokens, I inputs of a module, H hidden features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from experthub.hub.bases.base import load_model
+from experthub.hub.composition.assembly import assemble
+from experthub.hub.errors import UsageError
+from experthub.hub.materials.embedder import Embedder
+from experthub.hub.materials.task_data import TaskData
+from experthub.hub.readers.features import watch_inputs
+from experthub.hub.readers.reader import Reader, read_all
+from experthub.hub.readers.reader_for import reader_for
+from experthub.hub.recipes.examples import chosen
+from experthub.hub.recipes.method import Method
+from experthub.hub.recipes.plan import Plan
+from experthub.hub.session import Session
+from experthub.hub.tasks.task import Chosen
+from experthub.routing import RoutedLinear, State, uniform
+from torch import Tensor
+
+
+class RouterMaterials:
+    """What a router may ask for; see `experthub.routing.Materials`.
+
+    Models are loaded and composed when they are first asked for.
+    """
+
+    def __init__(self, plan: Plan, session: Session) -> None:
+        if plan.data is None:
+            raise UsageError(f"{plan.recipe.method.method} needs data", "set data: in the recipe")
+        self.plan, self.session = plan, session
+        self.given = chosen(plan.data.use)
+        self.labels = [expert.label for expert in plan.experts]
+        self.n_layers = len(plan.layers)
+        self.report = session.report
+
+    @property
+    def n_features(self) -> int:
+        """The width H of the base's hidden states."""
+        width: int = self._model.config.get_text_config().hidden_size
+        return width
+
+    @cached_property
+    def _model(self) -> Any:
+        return load_model(self.plan.base, "float32", self.session.device)
+
+    @cached_property
+    def _reader(self) -> Reader:
+        return reader_for(self.plan.base, self.session.device, lambda: self._model)
+
+    def place(self, tensor: Tensor) -> Tensor:
+        """Put a tensor on the device of the model.
+
+        Args:
+            tensor: Any tensor.
+
+        Returns:
+            The tensor there.
+        """
+        return tensor.to(self._model.device)
+
+    def load_embedder(self, name: str) -> Embedder:
+        """Load a sentence encoder.
+
+        Args:
+            name: The name of a base.
+
+        Returns:
+            The encoder.
+
+        Raises:
+            UsageError: The base is no sentence encoder.
+        """
+        return Embedder.load(name, self.session)
+
+    def read_texts(self, expert: int) -> list[str]:
+        """Return what the model will read of examples of an expert's own tasks.
+
+        Args:
+            expert: The position of the expert in the recipe.
+
+        Returns:
+            Prompts for a language model, inputs for another base.
+        """
+        own = self._own_tasks(expert)
+        if self.plan.base.causal:
+            return [one.task.prompt(example) for one in own for example in one.examples]
+        return [example.input for one in own for example in one.examples]
+
+    @torch.no_grad()
+    def read_activations(self, expert: int, see: Callable[[str, Tensor], None]) -> None:
+        """Let one expert alone read examples of its own tasks.
+
+        Args:
+            expert: The position of the expert in the recipe.
+            see: Called with the path of a routed module and its inputs `[T, I]`, without padding.
+        """
+        model = self._compose_alone(expert)
+        routed = {n: m for n, m in model.named_modules() if isinstance(m, RoutedLinear)}
+        with watch_inputs(routed, self._reader, see):
+            for one in self._own_tasks(expert):
+                self._read(model, one)
+
+    @torch.no_grad()
+    def read_logits(self, expert: int) -> list[Tensor]:
+        """Let one expert alone read the recipe's data.
+
+        Args:
+            expert: The position of the expert in the recipe.
+
+        Returns:
+            Logits `[N, C]` for each task.
+        """
+        model = self._compose_alone(expert)
+        return [self._read(model, one) for one in self.given]
+
+    def read_answers(self) -> list[Tensor]:
+        """Return the right choices `[N]` of the recipe's data.
+
+        Returns:
+            One tensor for each task.
+        """
+        return [torch.tensor(one.labels) for one in self.given]
+
+    def compose(self, state: Mapping[str, Tensor]) -> TaskData:
+        """Compose the recipe with a state in the place of a prepared one.
+
+        Args:
+            state: Tensors by name, on the model's device; gradients flow to them.
+
+        Returns:
+            The recipe's labelled data, read by the composed model.
+        """
+        plan = replace(self.plan, dtype="float32")
+        composed = assemble(plan, self.session, State(state), model=self._model)
+        return TaskData(composed.model, self._reader, self.given, labelled=True)
+
+    def _own_tasks(self, expert: int) -> Sequence[Chosen]:
+        """Return the examples of the tasks that an expert was trained on."""
+        tasks = {member.task for member in self.plan.experts[expert].members}
+        return [one for one in self.given if one.task.reference in tasks]
+
+    def _compose_alone(self, expert: int) -> Any:
+        """Compose one expert, with the weight 1 and no router that chooses."""
+        planned = self.plan.experts[expert]
+        route = Method(kind="route", method=uniform.__name__)
+        update = {"route": route, "data": None, "router": None}
+        alone = replace(
+            self.plan,
+            recipe=self.plan.recipe.model_copy(update=update),
+            experts=(replace(planned, weight=1.0),),
+            parameters=tuple(n for n in self.plan.parameters if n in planned.changes),
+            dtype="float32",
+            data=None,
+            found=None,
+        )
+        return assemble(alone, self.session, model=self._model).model
+
+    def _read(self, model: Any, one: Chosen) -> Tensor:
+        """Compute the logits `[N, C]` of a task's examples."""
+        rows = [self._reader.row(self._reader.question(one.task, e)) for e in one.examples]
+        width = max(len(one.task.choices(example)) for example in one.examples)
+        return read_all(self._reader, model, rows, width)

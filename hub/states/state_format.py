@@ -1,0 +1,190 @@
+"""How the state of a merge (coefficients) and of a router is stored as files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from experthub.hub.files.atomic import open_atomically, write_json
+from experthub.hub.formats.coefficients import (
+    TENSOR,
+    CoefficientExpert,
+    CoefficientsRecord,
+    read_coefficients,
+)
+from experthub.hub.formats.router import RoutedExpert, RouterRecord, read_router
+from experthub.hub.kinds.coefficients import COEFFICIENTS, COEFFICIENTS_JSON
+from experthub.hub.kinds.router import ROUTER, ROUTER_JSON
+from experthub.hub.recipes.plan import Plan
+from experthub.hub.registry.content import Content
+from experthub.hub.store.store import Store
+from experthub.merge import Coefficients
+from experthub.routing import State
+from torch import Tensor
+
+
+class StateRecord(Protocol):
+    """The description of a stored state: what both formats say."""
+
+    @property
+    def method(self) -> str:
+        """The method that made the state."""
+        ...
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options with which it was made."""
+        ...
+
+    @property
+    def experts(self) -> Any:
+        """The experts that it was made for, with their digests, in order."""
+        ...
+
+
+@dataclass(frozen=True)
+class StateFormat:
+    """The files of a state.
+
+    Args:
+        kind: The kind of expert that the files are, and the recipe's key for a stored state.
+        tensors: The name of the file of tensors.
+        description: The name of the file that describes them.
+        describe: Makes the description and the tensors of a state.
+        parse: Reads the description and the state from two files.
+    """
+
+    kind: str
+    tensors: str
+    description: str
+    describe: Callable[[Plan, Any], tuple[Any, dict[str, Tensor]]]
+    parse: Callable[[Path, Path], tuple[Any, Any]]
+
+    def write(self, folder: Path, plan: Plan, state: Any) -> None:
+        """Write the files of a state into a folder.
+
+        Args:
+            folder: An existing folder.
+            plan: The plan whose method made the state.
+            state: The state.
+        """
+        from safetensors.torch import save
+
+        record, tensors = self.describe(plan, state)
+        with open_atomically(folder / self.tensors) as file:
+            file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+        write_json(folder / self.description, record.model_dump(mode="json", by_alias=True))
+
+    def read(self, folder: Path) -> tuple[Any, Any]:
+        """Read a state from a folder.
+
+        Args:
+            folder: A folder that `write` wrote.
+
+        Returns:
+            The description and the state.
+
+        Raises:
+            IntegrityError: The files are damaged or do not fit each other.
+        """
+        return self.parse(folder / self.description, folder / self.tensors)
+
+    def load(self, content: Content, store: Store) -> tuple[Any, Any]:
+        """Read a state from the store.
+
+        Args:
+            content: The stored state.
+            store: The store.
+
+        Returns:
+            The description and the state.
+
+        Raises:
+            NotFoundError: The content is not in the store.
+            IntegrityError: The files are damaged or do not fit each other.
+        """
+        names = (self.description, self.tensors)
+        record, tensors = (store.file(content.digest, name) for name in names)
+        return self.parse(record, tensors)
+
+
+def _describe_coefficients(
+    plan: Plan, found: Coefficients
+) -> tuple[CoefficientsRecord, dict[str, Tensor]]:
+    """Describe the coefficients of a merge."""
+    record = CoefficientsRecord(
+        method=plan.recipe.method.method,
+        options=plan.recipe.method.options,
+        granularity=found.granularity,
+        combine=found.combine,
+        experts=[CoefficientExpert(expert=e.label, digest=e.digest) for e in plan.experts],
+        blocks=list(found.blocks),
+        objective=found.objective,
+        data=plan.data.digest if plan.data else None,
+        seed=found.seed,
+        history=list(found.history),
+    )
+    return record, {TENSOR: found.values}
+
+
+def _parse_coefficients(record: Path, tensors: Path) -> tuple[CoefficientsRecord, Coefficients]:
+    """Read the coefficients of a merge."""
+    from safetensors.torch import load
+
+    found = read_coefficients(record, tensors)
+    return found, Coefficients(
+        load(tensors.read_bytes())[TENSOR].double(),
+        tuple(found.blocks),
+        found.granularity,
+        found.combine,
+        found.seed,
+        tuple(found.history),
+        found.objective,
+    )
+
+
+def _describe_router(plan: Plan, state: State) -> tuple[RouterRecord, dict[str, Tensor]]:
+    """Describe the state of a router."""
+    record = RouterRecord(
+        method=plan.recipe.method.method,
+        options=plan.recipe.method.options,
+        experts=[RoutedExpert(expert=e.label, digest=e.digest) for e in plan.experts],
+        embedder=state.embedder,
+        data=plan.data.digest if plan.data else None,
+        history=list(state.history),
+    )
+    return record, dict(state.tensors)
+
+
+def _parse_router(record: Path, tensors: Path) -> tuple[RouterRecord, State]:
+    """Read the state of a router."""
+    from safetensors.torch import load
+
+    found = read_router(record, tensors)
+    return found, State(load(tensors.read_bytes()), found.embedder, found.history)
+
+
+FORMATS: Mapping[str, StateFormat] = {
+    "merge": StateFormat(
+        "coefficients",
+        COEFFICIENTS,
+        COEFFICIENTS_JSON,
+        _describe_coefficients,
+        _parse_coefficients,
+    ),
+    "route": StateFormat("router", ROUTER, ROUTER_JSON, _describe_router, _parse_router),
+}
+
+
+def format_of(plan: Plan) -> StateFormat:
+    """Return the format in which a plan's method stores its state.
+
+    Args:
+        plan: A plan of one method.
+
+    Returns:
+        The format.
+    """
+    return FORMATS[plan.recipe.method.kind]

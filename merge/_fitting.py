@@ -1,0 +1,289 @@
+"""Learning the coefficients of task vectors: one loop, of which the learned merges are settings.
+
+Shapes: E experts, B blocks, K groups of a partition; N inputs of a task, C choices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from experthub.merge._attached_experts import AttachedExperts
+from experthub.merge._coefficients import Coefficients, Combine, assign_blocks, make_generator
+from experthub.merge._materials import Data, Materials, Progress
+from experthub.merge._objectives import (
+    choose_trusted,
+    cross_entropy,
+    entropy,
+    fixmatch,
+    marginal_entropy,
+)
+from experthub.merge._task_vector import TaskVector
+from torch import Tensor, nn
+
+Objective = Literal["entropy", "marginal_entropy", "fixmatch", "cross_entropy", "negation"]
+LABELLED = ("cross_entropy", "negation")
+Constraint = Literal["project", "clamp", "none"]
+SAVE_EVERY = 20  # steps
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How coefficients are learned.
+
+    start: their first value.  bounds: the range that `constraint` keeps them in: `project` moves
+    them back after each step; `clamp` clamps them where they are used, so that outside they have
+    no gradient and stay; `none`.  l2: AdamW's weight decay, 0 is Adam.  l1: factor of the mean
+    absolute coefficient in the loss.  steps: of the optimiser.
+    batch_size: inputs a task and step.  patience: looks at the held-out inputs without an
+    improvement before it stops, 0 is never; there are twenty looks at most.  keep: of negation, the
+    share of the base's accuracy on the other held-out tasks below which coefficients do not count.
+    """
+
+    objective: Objective
+    granularity: str
+    start: float
+    steps: int
+    lr: float
+    batch_size: int
+    groups: int = 1
+    l2: float = 0.0
+    l1: float = 0.0
+    cosine: bool = False
+    constraint: Constraint = "none"
+    bounds: tuple[float, float] = (0.0, 1.0)
+    patience: int = 0
+    views: int = 4
+    confidence: float = 0.99
+    forget: tuple[int, ...] = ()
+    keep: float = 0.95
+    combine: Combine = "outputs"
+    halves: bool = False
+    seed: int = 0
+
+
+def learn_coefficients(materials: Materials, fit: Fit) -> Coefficients:
+    """Find the coefficients that minimise an objective.
+
+    Args:
+        materials: The task vectors, the data, and a place for the state of an interrupted run.
+        fit: What to minimise, and how.
+
+    Returns:
+        The coefficients, with the loss of every step.
+
+    Raises:
+        ValueError: Data or labels are missing, a task has one class only, or the loss is not
+            finite.
+    """
+    start = start_coefficients(materials.vectors, fit)
+    data = materials.given_data
+    if not data.tasks or not all(data.sizes):
+        raise ValueError("expected inputs of at least one task, found none")
+    if fit.objective in LABELLED and data.labels is None:
+        raise ValueError(f"expected labels for the objective {fit.objective}, found none")
+    with AttachedExperts(data.model, materials.vectors, start, halves=fit.halves) as attached:
+        return _Run(attached, materials, data, fit, start).result()
+
+
+def start_coefficients(vectors: Sequence[TaskVector], fit: Fit) -> Coefficients:
+    """The coefficients before the first step, in double precision: there are few of them."""
+    names = sorted({name for vector in vectors for name in vector}, key=_by_number)
+    blocks = tuple(dict.fromkeys(assign_blocks(names, fit.granularity).values()))
+    shape = (len(vectors), len(blocks)) + ((fit.groups,) if fit.groups > 1 else ())
+    values = torch.full(shape, fit.start, dtype=torch.float64)
+    return Coefficients(values, blocks, fit.granularity, fit.combine, fit.seed)
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """Orders layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def choose_rows(size: int, batch_size: int, step: int, *key: object) -> Tensor:
+    """The inputs of a step: every input once before any comes again, in an order of the key's."""
+    batches = max(1, size // batch_size)
+    order = torch.randperm(size, generator=make_generator("rows", step // batches, *key))
+    at = step % batches * batch_size
+    return order[at : at + batch_size]
+
+
+@dataclass
+class _Run:
+    """One run of the loop: what changes while it learns."""
+
+    attached: AttachedExperts
+    materials: Materials
+    data: Data
+    fit: Fit
+    start: Coefficients
+    history: list[float] = field(default_factory=list)
+    best: Tensor | None = None
+    best_loss: float = math.inf
+    waited: int = 0
+
+    def __post_init__(self) -> None:
+        fit = self.fit
+        self.values = nn.Parameter(self.start.values.clone())
+        kind = torch.optim.AdamW if fit.l2 else torch.optim.Adam
+        self.optimiser = kind([self.values], lr=fit.lr, weight_decay=fit.l2)
+        self.held_out = self.data.held_out if fit.patience else None
+        self.look_every = max(1, fit.steps // 20)
+        self._trusted = self._trust() if fit.objective == "fixmatch" else []
+        self._floor = 0.0
+        if self.held_out is not None and fit.objective == "negation":
+            self._floor = fit.keep * self._judge(self.held_out, torch.zeros_like(self.values))[1]
+            self.best = torch.zeros_like(self.values)  # what keeps everything, and forgets nothing
+        self._restore(self.materials.load())
+
+    def result(self) -> Coefficients:
+        while len(self.history) < self.fit.steps and not self._stopped:
+            self._step(len(self.history))
+        chosen = self.values.detach() if self.best is None else self.best
+        return Coefficients(
+            self._effective(chosen),
+            self.start.blocks,
+            self.start.granularity,
+            self.start.combine,
+            self.start.seed,
+            tuple(self.history),
+        )
+
+    @property
+    def _stopped(self) -> bool:
+        return self.held_out is not None and self.waited >= self.fit.patience
+
+    def _step(self, step: int) -> None:
+        fit = self.fit
+        if fit.cosine:
+            rate = fit.lr * 0.5 * (1 + math.cos(math.pi * step / fit.steps))
+            self.optimiser.param_groups[0]["lr"] = rate
+        self.attached.set(self._effective(self.values.detach()))
+        loss = self._loss(self.data, step)
+        value = float(loss.detach()) / len(self.data.sizes)
+        if not math.isfinite(value):
+            raise ValueError(f"the loss is {value} at step {step + 1}: use a smaller lr")
+        if loss.requires_grad:
+            loss.backward()  # type: ignore[no-untyped-call]
+        gradient = self.attached.gradient()
+        if fit.constraint == "clamp":
+            low, high = fit.bounds
+            gradient = gradient * ((self.values >= low) & (self.values <= high))
+        self.values.grad = gradient + fit.l1 * self.values.detach().sign() / self.values.numel()
+        self.optimiser.step()
+        if fit.constraint == "project":
+            with torch.no_grad():
+                self.values.clamp_(*fit.bounds)
+        self.history.append(value)
+        done = len(self.history)
+        if self.held_out is not None and (done % self.look_every == 0 or done == fit.steps):
+            self._look(self.held_out)
+        if done % SAVE_EVERY == 0 or done == fit.steps:
+            self.materials.save(self._state())
+        self.materials.report(f"learning coefficients, loss {value:.4f}", done, fit.steps)
+
+    def _effective(self, values: Tensor) -> Tensor:
+        return values.clamp(*self.fit.bounds) if self.fit.constraint == "clamp" else values
+
+    def _loss(self, data: Data, step: int) -> Tensor:
+        """The sum over tasks of the objective on this step's inputs."""
+        fit = self.fit
+        sizes = enumerate(data.sizes)
+        rows = [choose_rows(size, fit.batch_size, step, fit.seed, task) for task, size in sizes]
+        if fit.objective == "marginal_entropy":
+            views = [data.logits(rows, 1 + step * fit.views + v) for v in range(fit.views)]
+            losses = [marginal_entropy(torch.stack(found)) for found in zip(*views, strict=True)]
+        elif fit.objective == "fixmatch":
+            with torch.no_grad():
+                weak = data.logits(rows)
+            strong = data.logits(rows, 1 + step)
+            losses = [
+                fixmatch(w, s, sure[r], label[r], fit.confidence)
+                for w, s, r, (sure, label) in zip(weak, strong, rows, self._trusted, strict=True)
+            ]
+        else:
+            losses = self._plain(data, rows)
+        return torch.stack(losses).sum()
+
+    def _plain(self, data: Data, rows: Sequence[Tensor]) -> list[Tensor]:
+        logits = data.logits(rows)
+        if min(found.shape[-1] for found in logits) < 2:
+            raise ValueError("expected tasks of two choices or more, found one of a single choice")
+        if self.fit.objective == "entropy" or data.labels is None:
+            return [entropy(found) for found in logits]
+        given = zip(logits, rows, data.labels, strict=True)
+        losses = [cross_entropy(found, labels[r]) for found, r, labels in given]
+        return [-loss if task in self.fit.forget else loss for task, loss in enumerate(losses)]
+
+    @torch.no_grad()
+    def _trust(self) -> list[tuple[Tensor, Tensor]]:
+        """Which inputs of each task the base itself is surest of, and what it takes them for."""
+        self.attached.set(torch.zeros_like(self.start.values))
+        return [choose_trusted(found) for found in self._all_logits(self.data)]
+
+    def _look(self, data: Data) -> None:
+        """Keep the coefficients that are best on held-out inputs."""
+        loss, kept = self._judge(data, self.values.detach())
+        self.waited += 1
+        if loss < self.best_loss and kept >= self._floor:
+            self.best_loss, self.waited = loss, 0
+            self.best = self.values.detach().clone()
+
+    @torch.no_grad()
+    def _judge(self, data: Data, values: Tensor) -> tuple[float, float]:
+        """The loss of coefficients on all inputs, and their accuracy on what is not to be forgotten.
+
+        Where something is to be forgotten, the loss is that of this alone.
+        """
+        self.attached.set(self._effective(values))
+        losses, right = [], []
+        pairs = zip(self._all_logits(data), data.labels or (), strict=True)
+        for task, (logits, labels) in enumerate(pairs):
+            loss = float(cross_entropy(logits, labels))
+            if task in self.fit.forget:
+                losses.append(-loss)
+                continue
+            right.append(float((logits.argmax(-1) == labels).float().mean()))
+            if not self.fit.forget:
+                losses.append(loss)
+        return sum(losses) / len(losses), sum(right) / max(len(right), 1)
+
+    def _all_logits(self, data: Data) -> list[Tensor]:
+        """Those of every input, a batch at a time."""
+        size, width = max(data.sizes), self.fit.batch_size
+        parts = [
+            data.logits([torch.arange(min(s, n), min(s + width, n)) for n in data.sizes])
+            for s in range(0, size, width)
+        ]
+        return [
+            torch.cat([p[task] for p in parts if len(p[task])]) for task in range(len(data.sizes))
+        ]
+
+    def _state(self) -> dict[str, Tensor]:
+        moments = self.optimiser.state[self.values]
+        best = {} if self.best is None else {"best": self.best}
+        return best | {
+            "values": self.values.detach().clone(),
+            "exp_avg": moments["exp_avg"].clone(),
+            "exp_avg_sq": moments["exp_avg_sq"].clone(),
+            "history": torch.tensor(self.history, dtype=torch.float64),
+            "looks": torch.tensor([self.best_loss, self.waited], dtype=torch.float64),
+        }
+
+    def _restore(self, state: Progress | None) -> None:
+        """Go on from a saved state, to the same bits as without the interruption."""
+        if state is None:
+            return
+        with torch.no_grad():
+            self.values.copy_(state["values"])
+        self.history = state["history"].tolist()
+        self.optimiser.state[self.values] = {
+            "step": torch.tensor(float(len(self.history))),
+            "exp_avg": state["exp_avg"].clone(),
+            "exp_avg_sq": state["exp_avg_sq"].clone(),
+        }
+        self.best = state.get("best")
+        self.best_loss, self.waited = state["looks"][0].item(), int(state["looks"][1])

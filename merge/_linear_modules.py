@@ -1,0 +1,63 @@
+"""Linear modules: the one place that knows how they store their weights.
+
+A `torch.nn.Linear` stores `[O, I]`, a Conv1D of transformers (as in GPT-2) stores `[I, O]`.
+
+Shapes: I inputs and O outputs of a module, R the rank of a change.
+"""
+
+from __future__ import annotations
+
+from experthub.merge._delta import LowRank
+from torch import nn
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Tell whether a module is a Conv1D, whose weight is stored `[I, O]`.
+
+    Args:
+        module: Any module; the class is known by name, since transformers is not imported here.
+
+    Returns:
+        True for a Conv1D.
+    """
+    return type(module).__name__ == "Conv1D"
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Tell whether a module computes `W x + b`, however its weight is stored.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        True for a linear layer (or a subclass of one) and for a Conv1D.
+    """
+    return isinstance(module, nn.Linear) or is_transposed(module)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Tell whether a module is a linear layer whose own `forward` computes the product.
+
+    Subclasses of `torch.nn.Linear` are left out: some are read by their owner without a call of
+    `forward`, so that a forward hook would never run.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        True for a `torch.nn.Linear` itself and for a Conv1D.
+    """
+    return type(module) is nn.Linear or is_transposed(module)
+
+
+def orient(change: LowRank, module: nn.Module) -> LowRank:
+    """Turn the change of a module's stored weight into `A [R, I]` and `B [O, R]`.
+
+    Args:
+        change: The change in the orientation of the stored weight.
+        module: The linear module.
+
+    Returns:
+        The same change with `B A` in the orientation `[O, I]`.
+    """
+    return change.transpose() if is_transposed(module) else change

@@ -1,0 +1,147 @@
+"""What a method may ask for when it prepares its state: data, and the model that reads it.
+
+Shapes: N inputs of a task, C choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from experthub.merge._task_vector import TaskVector
+from torch import Tensor, nn
+
+Progress = Mapping[str, Tensor]  # the state of an interrupted run
+
+
+class Minimizer(Protocol):
+    """A black-box optimiser."""
+
+    def __call__(
+        self,
+        loss: Callable[[Sequence[float]], float],
+        start: Sequence[float],
+        bound: float,
+        evaluations: int,
+        seed: int,
+    ) -> Sequence[float]:
+        """Return the best point found, each coordinate between `-bound` and `bound`."""
+        ...
+
+
+class Data(Protocol):
+    """Inputs of one or more tasks, and the model that reads them."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model; a merge may set its weights while it learns."""
+        ...
+
+    @property
+    def tasks(self) -> Sequence[str]:
+        """The names of the tasks."""
+        ...
+
+    @property
+    def sizes(self) -> Sequence[int]:
+        """The number of inputs of each task."""
+        ...
+
+    @property
+    def labels(self) -> Sequence[Tensor] | None:
+        """The right choices `[N]` of each task; None if the method may not see them."""
+        ...
+
+    @property
+    def held_out(self) -> Data | None:
+        """Other inputs, on which early stopping is decided."""
+        ...
+
+    @property
+    def real(self) -> Tensor | None:
+        """Which positions `[n, T]` of the current batch are not padding; None means all."""
+        ...
+
+    def logits(self, rows: Sequence[Tensor], view: int = 0) -> list[Tensor]:
+        """Compute the logits of some inputs of each task.
+
+        Args:
+            rows: One tensor of input numbers per task; it may be empty.
+            view: 0 reads the inputs as they are. Another number reads a random variation of them,
+                which depends on this number and on the input alone.
+
+        Returns:
+            Logits `[len(rows[t]), C]` per task `t`; C is the same for all inputs of a task.
+        """
+        ...
+
+
+def compute_logits(data: Data, task: int, rows: Tensor) -> Tensor:
+    """Compute the logits of some inputs of one task alone.
+
+    Args:
+        data: Inputs and the model.
+        task: The position of the task.
+        rows: Numbers of inputs `[n]`.
+
+    Returns:
+        Logits `[n, C]`.
+    """
+    none = torch.empty(0, dtype=torch.long)
+    return data.logits([rows if t == task else none for t in range(len(data.tasks))])[task]
+
+
+def _load_nothing() -> Progress | None:
+    """Say that there is no interrupted run."""
+    return None
+
+
+def _save_nothing(progress: Progress) -> None:
+    """Ignore the state of a run."""
+
+
+def _report_nothing(what: str, done: int, size: int) -> None:
+    """Ignore progress."""
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What a merge may ask for when it prepares its state.
+
+    Args:
+        vectors: The task vectors of the experts, in the recipe's order.
+        weights: The experts' weights `[E]`.
+        data: The data of the recipe, and the base that reads it.
+        minimize: A black-box optimiser.
+        load: Returns what an interrupted run saved; None if there was none.
+        save: Stores the state of a run, from which the same call goes on after an interruption.
+        report: A progress callback: a description, the amount done, the total amount.
+    """
+
+    vectors: Sequence[TaskVector]
+    weights: Tensor
+    data: Data | None = None
+    minimize: Minimizer | None = None
+    load: Callable[[], Progress | None] = _load_nothing
+    save: Callable[[Progress], None] = _save_nothing
+    report: Callable[[str, int, int], None] = _report_nothing
+
+    @property
+    def given_data(self) -> Data:
+        """The data; ValueError if there is none."""
+        if self.data is None:
+            raise ValueError("expected data to learn from, found none")
+        return self.data
+
+    @property
+    def paired_data(self) -> Data:
+        """The data, with one task for each expert; ValueError for another number of tasks."""
+        data = self.given_data
+        if len(data.tasks) != len(self.vectors):
+            raise ValueError(
+                f"expected one task for each of the {len(self.vectors)} experts, in their order, "
+                f"found {len(data.tasks)}"
+            )
+        return data

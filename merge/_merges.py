@@ -1,0 +1,25 @@
+"""The catalogue of merges, and what only merges have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from experthub.merge._catalogue import Catalogue
+
+
+@dataclass(frozen=True)
+class MergeTraits:
+    """Properties of a merge that whoever runs it, and the conformance suite, must know.
+
+    Args:
+        order_dependent: Permuting the experts may change the result.
+        whole_model: One tensor of the result depends on all tensors of the experts.
+        dense: The result is dense even if all experts are low-rank.
+    """
+
+    order_dependent: bool = False
+    whole_model: bool = False
+    dense: bool = False
+
+
+merges = Catalogue("merge", "experthub.merges", MergeTraits)

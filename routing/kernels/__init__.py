@@ -1,0 +1,1 @@
+"""Kernels: ways to compute the weighted outputs of a group's experts, one file per kernel."""

@@ -1,0 +1,46 @@
+"""Names of the kernels, in recipes and in records."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+Kernel = Literal["all", "gather", "sampled", "prefilter"]
+KERNELS: tuple[Kernel, ...] = get_args(Kernel)
+
+# Kernels that need float32 on a CPU.
+FLOAT32_CPU_KERNELS: tuple[Kernel, ...] = ("sampled", "prefilter")
+
+# Earlier names.  Recipes may still use them.  Digests, locks and measurements always use them, so that
+# these do not change with a name.
+RENAMED_KERNELS: dict[str, Kernel] = {"copied": "gather", "screened": "prefilter"}
+_RECORDED: dict[str, str] = {new: old for old, new in RENAMED_KERNELS.items()}
+
+
+def current_kernel(name: str) -> Kernel:
+    """Return the kernel that a recipe or a record names.
+
+    Args:
+        name: A kernel's present or earlier name.
+
+    Returns:
+        Its present name.
+
+    Raises:
+        ValueError: No kernel has or had that name.
+    """
+    for kernel in KERNELS:
+        if name in (kernel, _RECORDED.get(kernel)):
+            return kernel
+    raise ValueError(f"expected a kernel among {', '.join(KERNELS)}, found {name!r}")
+
+
+def recorded_kernel(name: str) -> str:
+    """Return the name that digests, locks and measurements use for a kernel.
+
+    Args:
+        name: A kernel's present or earlier name, or `auto`.
+
+    Returns:
+        Its earliest name.
+    """
+    return _RECORDED.get(name, name)
