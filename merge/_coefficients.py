@@ -1,4 +1,4 @@
-"""Coefficients of task vectors by block of parameters, and the merge that they make.
+"""Coefficients of task vectors per block of parameters, and the merge that they define.
 
 Shapes: E experts, B blocks, K groups of a partition, P entries of a parameter.
 """
@@ -18,16 +18,32 @@ from experthub.merge._task_vector import TaskVector, find_base, unite_vectors
 from torch import Tensor
 
 Combine = Literal["outputs", "parameters"]
-LAYER = re.compile(r"(?:.*?\.)?\d+(?=\.)")  # as far as the first number in a parameter's path
+# A parameter's path up to its first number, which is the number of a transformer layer.
+LAYER = re.compile(r"(?:.*?\.)?\d+(?=\.)")
 
 
 def assign_blocks(names: Iterable[str], granularity: str) -> dict[str, str]:
-    """Parameter name -> the label of its block.
+    """Assign every parameter to a block whose parameters share coefficients.
 
-    granularity: `task`, one block; `layer` and `partition`, each parameter tensor by itself, as
-    the papers mean it; `block`, a transformer layer, and by module what is outside of them; or a
-    regular expression: names in which it finds the same text (its first group, if it has one)
-    share a block, and all in which it finds nothing share another.
+    Args:
+        names: The names of parameters.
+        granularity: What a block is:
+
+            - `task`: the whole model.
+            - `layer` or `partition`: one parameter tensor, which the papers call a layer.
+            - `block`: a transformer layer, or a module outside of the transformer layers.
+            - A regular expression: names share a block if the expression, or its first group if it
+              has one, matches the same text in them. Names without a match share the block `rest`.
+
+    Returns:
+        Parameter name -> the label of its block.
+
+    Raises:
+        ValueError: The granularity is neither of the names nor a regular expression.
+
+    Example:
+        >>> assign_blocks(["layers.0.q.weight", "layers.0.v.weight", "head.weight"], "block")
+        {'layers.0.q.weight': 'layers.0', 'layers.0.v.weight': 'layers.0', 'head.weight': 'head'}
     """
     if granularity == "task":
         return dict.fromkeys(names, "model")
@@ -49,7 +65,7 @@ def assign_blocks(names: Iterable[str], granularity: str) -> dict[str, str]:
 
 
 def check_granularity(outline: Outline, options: Options) -> None:
-    """Raise MethodError for a granularity that cannot be used.
+    """Refuse a granularity that is neither a name nor a regular expression.
 
     Args:
         outline: The experts and the parameters that they change.
@@ -61,29 +77,57 @@ def check_granularity(outline: Outline, options: Options) -> None:
     try:
         assign_blocks(outline.parameters, options["granularity"])
     except ValueError as error:
-        raise MethodError(str(error), "write it simpler, or use a name") from None
+        raise MethodError(
+            str(error), "use task, layer, block or partition, or correct the regular expression"
+        ) from None
 
 
 def make_generator(*key: object) -> torch.Generator:
-    """A random generator that depends on nothing but the key."""
+    """Create a random generator that is seeded from a key alone.
+
+    Args:
+        *key: Values whose `repr` is the same in every process, such as texts and numbers.
+
+    Returns:
+        A generator on the CPU.
+    """
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 def draw_groups(name: str, count: int, groups: int, seed: int) -> Tensor:
-    """The group `[P]` of every entry of a parameter: random, the same for a name and a seed."""
+    """Draw a random group for every entry of a parameter.
+
+    Args:
+        name: The name of the parameter.
+        count: The number of entries P.
+        groups: The number of groups K, at most 256.
+        seed: The seed. The same name and seed give the same groups.
+
+    Returns:
+        The group of each entry `[P]`, from 0 to K - 1, as uint8.
+    """
     drawn = make_generator("partition", seed, name)
     return torch.randint(groups, (count,), generator=drawn, dtype=torch.uint8)
 
 
 @dataclass(frozen=True, eq=False)
 class Coefficients:
-    """How much of each expert goes into each block of parameters.
+    """One factor per expert and block of parameters, which multiplies the expert's change.
 
-    values: `[E, B]`, or `[E, B, K]` for a partition of every parameter's entries into K groups.
-    blocks: their labels, in order.  combine: `outputs` sums the changes; `parameters` sums the
-    factors of low-rank ones, `(sum c s B)(sum c A)`.  seed: of the partition.  history: the loss
-    at each step of learning.  objective: what learning minimised.
+    Args:
+        values: The coefficients `[E, B]`, finite; `[E, B, K]` if the entries of every parameter are
+            divided into K groups.
+        blocks: The labels of the B blocks, in the order of `values`.
+        granularity: What a block is, as for `assign_blocks`.
+        combine: `outputs` sums the changes. `parameters` sums the factors of low-rank changes,
+            `(sum c s B)(sum c A)`.
+        seed: The seed of the groups.
+        history: The loss at each step of learning.
+        objective: The name of the objective that learning minimised.
+
+    Raises:
+        ValueError: The shape of `values` does not match the blocks, or a value is not finite.
     """
 
     values: Tensor
@@ -101,11 +145,11 @@ class Coefficients:
                 f"found {list(self.values.shape)}"
             )
         if not bool(torch.isfinite(self.values).all()):
-            raise ValueError("expected finite coefficients")
+            raise ValueError("expected finite coefficients, found NaN or infinity")
 
 
 def zero_coefficients(experts: int) -> Coefficients:
-    """Return zero coefficients `[E, 1]`: one for each expert as a whole.
+    """Create zero coefficients `[E, 1]`: one for each expert as a whole.
 
     Args:
         experts: The number of experts E.
@@ -117,9 +161,19 @@ def zero_coefficients(experts: int) -> Coefficients:
 
 
 def compose_vector(vectors: Sequence[TaskVector], coefficients: Coefficients) -> TaskVector:
-    """The task vector that coefficients make of experts, lazily: low-rank where the experts are.
+    """Sum task vectors with the coefficients of their blocks, lazily.
 
-    Raises ValueError for another number of experts, or a parameter whose block has no coefficient.
+    Args:
+        vectors: The task vectors of E experts.
+        coefficients: The coefficients of the same E experts.
+
+    Returns:
+        The task vector of the sum. A change is low-rank if the experts' changes are, unless entries
+        are divided into groups.
+
+    Raises:
+        ValueError: The number of experts differs, the bases differ, or a block has no coefficient.
+            Loading a name raises it for changes whose factors cannot be summed.
     """
     base = find_base(vectors)
     values = coefficients.values.tolist()
@@ -137,7 +191,7 @@ def compose_vector(vectors: Sequence[TaskVector], coefficients: Coefficients) ->
         deltas = [vectors[e][name] for e in here]
         factors = [values[e][place[blocks[name]]] for e in here]
         if coefficients.values.ndim == 3:
-            return _by_group(
+            return _sum_by_group(
                 name, deltas, torch.tensor(factors, dtype=torch.float64), coefficients.seed
             )
         if coefficients.combine == "parameters":
@@ -149,8 +203,8 @@ def compose_vector(vectors: Sequence[TaskVector], coefficients: Coefficients) ->
     return unite_vectors(base, vectors, at)
 
 
-def _by_group(name: str, deltas: Sequence[Delta], factors_EK: Tensor, seed: int) -> Dense:
-    """The sum of changes, each entry times the coefficient of its group."""
+def _sum_by_group(name: str, deltas: Sequence[Delta], factors_EK: Tensor, seed: int) -> Dense:
+    """Sum the changes of a parameter after multiplying each entry by the factor of its group."""
     first = deltas[0].dense()
     group = draw_groups(name, first.numel(), factors_EK.shape[1], seed).long().view(first.shape)
     result = torch.zeros_like(first)
@@ -160,9 +214,19 @@ def _by_group(name: str, deltas: Sequence[Delta], factors_EK: Tensor, seed: int)
 
 
 def mix_factors(deltas: Sequence[Delta], factors: Sequence[float] | Tensor) -> LowRank:
-    """`(sum_e f_e s_e B_e)(sum_e f_e A_e)`, which is not the sum of the changes.
+    """Sum the factors of low-rank changes: `(sum_e f_e s_e B_e)(sum_e f_e A_e)`.
 
-    Raises ValueError for dense changes and for unequal ranks.
+    The result is not the sum of the changes.
+
+    Args:
+        deltas: E low-rank changes of one rank R.
+        factors: One factor per change, `[E]`; gradients flow to a tensor.
+
+    Returns:
+        A change of rank R.
+
+    Raises:
+        ValueError: A change is dense, or the ranks differ.
     """
     low = [delta for delta in deltas if isinstance(delta, LowRank)]
     ranks = sorted({delta.rank for delta in low})

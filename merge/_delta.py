@@ -14,10 +14,20 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """The change ``scale * b @ a`` of a weight, never formed until asked for.
+    """A low-rank change of a weight, `scale * b @ a`; the product is formed only on request.
 
-    a: `[R, I]`.  b: `[O, R]`.  scale: any finite number; LoRA's alpha / r.
-    Raises ValueError when ranks, dtypes or devices disagree.
+    Args:
+        a: The factor A `[R, I]`.
+        b: The factor B `[O, R]`, in the dtype and on the device of A.
+        scale: Any finite number; for a LoRA it is `alpha / r`.
+
+    Raises:
+        ValueError: The ranks, dtypes or devices of the factors differ.
+
+    Example:
+        >>> LowRank(torch.ones(1, 3), torch.ones(2, 1), scale=0.5).dense()
+        tensor([[0.5000, 0.5000, 0.5000],
+                [0.5000, 0.5000, 0.5000]])
     """
 
     a: Tensor
@@ -37,32 +47,50 @@ class LowRank:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape `(O, I)` of the weight."""
         return (self.b.shape[0], self.a.shape[1])
 
     @property
     def rank(self) -> int:
+        """The rank R of the factors."""
         return self.a.shape[0]
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the factors."""
         return self.a.dtype
 
     def scaled(self, factor: float | Tensor) -> LowRank:
-        """This change times a number, kept low-rank; a tensor factor keeps its gradient."""
+        """Multiply the change by a number; the result stays low-rank.
+
+        Args:
+            factor: Any number. Gradients flow to a scalar tensor.
+
+        Returns:
+            The multiplied change, of the same rank.
+        """
         if isinstance(factor, Tensor):
             return LowRank(self.a, self.b * (factor * self.scale).to(self.b.dtype))
         return LowRank(self.a, self.b, self.scale * factor)
 
     def transpose(self) -> LowRank:
-        """Return the change of the transposed weight, `[I, O]`."""
+        """Return the change of the transposed weight `[I, O]`."""
         return LowRank(self.b.T.contiguous(), self.a.T.contiguous(), self.scale)
 
     def dense(self) -> Tensor:
-        """The change as a tensor `[O, I]`."""
+        """Return the change as a new tensor `[O, I]`."""
         return (self.b @ self.a).mul_(self.scale)
 
     def add_to(self, weight: Tensor) -> Tensor:
-        """`weight + scale * b @ a` as a new tensor of the weight's dtype, summed in the wider one."""
+        """Add the change to a weight: `weight + scale * b @ a`.
+
+        Args:
+            weight: The weight `[O, I]`; it is not changed.
+
+        Returns:
+            A new tensor in the weight's dtype and on its device. The sum is computed in the wider one
+            of the two dtypes.
+        """
         wide = torch.promote_types(weight.dtype, self.dtype)
         a, b = self.a.to(weight.device, wide), self.b.to(weight.device, wide)
         return torch.addmm(weight.to(wide), b, a, alpha=self.scale).to(weight.dtype)
@@ -70,7 +98,14 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """The change of a weight as a tensor of the weight's own shape."""
+    """A dense change of a parameter: a tensor of the parameter's own shape.
+
+    Args:
+        d: The change, a float tensor.
+
+    Raises:
+        ValueError: The tensor is not a float tensor.
+    """
 
     d: Tensor
 
@@ -80,22 +115,39 @@ class Dense:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape of the parameter."""
         return tuple(self.d.shape)
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the change."""
         return self.d.dtype
 
     def scaled(self, factor: float | Tensor) -> Dense:
-        """This change times a number; a tensor factor keeps its gradient."""
+        """Multiply the change by a number.
+
+        Args:
+            factor: Any number. Gradients flow to a scalar tensor.
+
+        Returns:
+            The multiplied change.
+        """
         return Dense(self.d * factor)
 
     def dense(self) -> Tensor:
-        """The change as a tensor."""
+        """Return the change as a tensor; it is not a copy."""
         return self.d
 
     def add_to(self, weight: Tensor) -> Tensor:
-        """`weight + d` as a new tensor of the weight's dtype, summed in the wider one."""
+        """Add the change to a parameter: `weight + d`.
+
+        Args:
+            weight: A parameter of the same shape; it is not changed.
+
+        Returns:
+            A new tensor in the parameter's dtype and on its device. The sum is computed in the wider
+            one of the two dtypes.
+        """
         wide = torch.promote_types(weight.dtype, self.dtype)
         return (weight.to(wide) + self.d.to(weight.device, wide)).to(weight.dtype)
 
@@ -104,9 +156,18 @@ Delta = LowRank | Dense
 
 
 def sum_deltas(deltas: Sequence[Delta]) -> Delta:
-    """The exact sum of changes of one weight: low-rank, by concatenation, if all of them are.
+    """Sum changes of one weight exactly.
 
-    Raises ValueError for an empty sequence or unequal shapes.
+    If all changes are low-rank, their factors are concatenated and the sum stays low-rank.
+
+    Args:
+        deltas: One or more changes of the same shape.
+
+    Returns:
+        The sum. A single change is returned as it is.
+
+    Raises:
+        ValueError: There is no change, or the shapes differ.
     """
     if not deltas:
         raise ValueError("expected at least one delta, found none")
@@ -126,12 +187,24 @@ def sum_deltas(deltas: Sequence[Delta]) -> Delta:
 
 
 def truncate(delta: Delta, rank: int | None = None, energy: float | None = None) -> LowRank:
-    """The best approximation of a change by one of low rank, in the Frobenius norm.
+    """Approximate a change by one of lower rank, optimally in the Frobenius norm.
 
-    Low-rank changes never take their dense form: QR of both factors and an SVD of the
-    `[R, R]` core, `O((O + I) R^2)`.  rank: >= 1; a change of lower rank is returned exactly.
-    energy: in its place, above 0 and at most 1: the smallest rank whose squared singular values
-    hold this share of the sum of all, at least 1.
+    The dense form of a low-rank change is never computed. QR of both factors and an SVD of the
+    `[R, R]` core take `O((O + I) R^2)`.
+
+    Args:
+        delta: The change of a matrix.
+        rank: The rank of the result, at least 1. A low-rank change whose rank is not higher is
+            returned as it is.
+        energy: An alternative to `rank`, above 0 and at most 1. It selects the smallest rank, at
+            least 1, whose squared singular values are this share of the sum of all of them.
+
+    Returns:
+        The truncated change, in the dtype of `delta`.
+
+    Raises:
+        ValueError: Both or none of `rank` and `energy` are given, one of them is out of its range,
+            or the change is not a matrix.
     """
     if (rank is None) == (energy is None):
         raise ValueError(f"expected a rank or an energy, found {rank} and {energy}")
@@ -142,7 +215,7 @@ def truncate(delta: Delta, rank: int | None = None, energy: float | None = None)
     if isinstance(delta, LowRank) and rank is not None and delta.rank <= rank:
         return delta
     u, s, vh = _svd(delta)
-    kept = rank if rank is not None else _rank_of(s, energy or 1)
+    kept = rank if rank is not None else _find_rank(s, energy or 1)
     root = s[:kept].sqrt()
     dtype = delta.dtype
     return LowRank(
@@ -152,7 +225,7 @@ def truncate(delta: Delta, rank: int | None = None, energy: float | None = None)
 
 
 def _svd(delta: Delta) -> tuple[Tensor, Tensor, Tensor]:
-    """Singular vectors and values of a change, in double precision."""
+    """Compute the singular vectors and values of a change in double precision."""
     if isinstance(delta, LowRank):
         q_b, r_b = torch.linalg.qr(delta.b.double() * delta.scale)
         q_a, r_a = torch.linalg.qr(delta.a.double().T)
@@ -164,7 +237,7 @@ def _svd(delta: Delta) -> tuple[Tensor, Tensor, Tensor]:
     return u, s, vh
 
 
-def _rank_of(s: Tensor, energy: float) -> int:
-    """The smallest number of singular values, at least 1, that hold a share of the sum of squares."""
+def _find_rank(s: Tensor, energy: float) -> int:
+    """Find how many singular values, at least one, make up a share of the sum of all squares."""
     sums = s.square().cumsum(0)
     return 1 + int((sums < energy * sums[-1]).sum())

@@ -1,6 +1,6 @@
-"""Learning the coefficients of task vectors: one loop, of which the learned merges are settings.
+"""Learning of the coefficients of task vectors: one training loop for all learned merges.
 
-Shapes: E experts, B blocks, K groups of a partition; N inputs of a task, C choices.
+Shapes: E experts, B blocks, K groups of entries, N inputs of a task, C choices.
 """
 
 from __future__ import annotations
@@ -27,20 +27,39 @@ from torch import Tensor, nn
 Objective = Literal["entropy", "marginal_entropy", "fixmatch", "cross_entropy", "negation"]
 LABELLED = ("cross_entropy", "negation")
 Constraint = Literal["project", "clamp", "none"]
-SAVE_EVERY = 20  # steps
+SAVE_EVERY = 20  # The number of steps between two saves of the run's state.
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How coefficients are learned.
+    """The settings with which coefficients are learned.
 
-    start: their first value.  bounds: the range that `constraint` keeps them in: `project` moves
-    them back after each step; `clamp` clamps them where they are used, so that outside they have
-    no gradient and stay; `none`.  l2: AdamW's weight decay, 0 is Adam.  l1: factor of the mean
-    absolute coefficient in the loss.  steps: of the optimiser.
-    batch_size: inputs a task and step.  patience: looks at the held-out inputs without an
-    improvement before it stops, 0 is never; there are twenty looks at most.  keep: of negation, the
-    share of the base's accuracy on the other held-out tasks below which coefficients do not count.
+    Args:
+        objective: The loss. `negation` is the cross-entropy of the control tasks minus that of the
+            tasks to forget; the others are in `_objectives`.
+        granularity: What shares a coefficient, as for `assign_blocks`.
+        start: The first value of every coefficient.
+        steps: The number of steps of the optimiser.
+        lr: The learning rate.
+        batch_size: Inputs per task and step.
+        groups: The number of groups K into which the entries of every parameter are divided.
+        l2: The weight decay of AdamW. 0 uses Adam.
+        l1: The factor of the mean absolute coefficient that is added to the loss.
+        cosine: Whether the learning rate falls to 0 along a cosine.
+        constraint: How coefficients are kept within `bounds`. `project` moves them back after each
+            step. `clamp` clamps them where they are used; a coefficient outside has no gradient and
+            stays outside. `none` does nothing.
+        bounds: The smallest and the largest value of a coefficient.
+        patience: How many evaluations on held-out inputs may pass without an improvement before
+            learning stops. There are about twenty evaluations in all. 0 evaluates none.
+        views: Variations of an input for `marginal_entropy`.
+        confidence: The probability from which `fixmatch` uses an own prediction as a label.
+        forget: The positions of the tasks that `negation` forgets.
+        keep: The share of the base's accuracy on the held-out inputs of the control tasks that
+            `negation` must keep; other coefficients do not count.
+        combine: What is summed, as in `Coefficients`.
+        halves: Keep dense changes as bfloat16 while learning, in half the memory.
+        seed: The seed of the order of inputs and of the groups.
     """
 
     objective: Objective
@@ -69,15 +88,15 @@ def learn_coefficients(materials: Materials, fit: Fit) -> Coefficients:
     """Find the coefficients that minimise an objective.
 
     Args:
-        materials: The task vectors, the data, and a place for the state of an interrupted run.
-        fit: What to minimise, and how.
+        materials: The task vectors, the data, and functions that load and save the state of a run.
+        fit: The objective and the settings of the optimiser.
 
     Returns:
         The coefficients, with the loss of every step.
 
     Raises:
-        ValueError: Data or labels are missing, a task has one class only, or the loss is not
-            finite.
+        ValueError: Data or labels are missing, a task has fewer than two choices, or the loss is
+            not finite.
     """
     start = start_coefficients(materials.vectors, fit)
     data = materials.given_data
@@ -86,25 +105,43 @@ def learn_coefficients(materials: Materials, fit: Fit) -> Coefficients:
     if fit.objective in LABELLED and data.labels is None:
         raise ValueError(f"expected labels for the objective {fit.objective}, found none")
     with AttachedExperts(data.model, materials.vectors, start, halves=fit.halves) as attached:
-        return _Run(attached, materials, data, fit, start).result()
+        return _Run(attached, materials, data, fit, start).learn()
 
 
 def start_coefficients(vectors: Sequence[TaskVector], fit: Fit) -> Coefficients:
-    """The coefficients before the first step, in double precision: there are few of them."""
-    names = sorted({name for vector in vectors for name in vector}, key=_by_number)
+    """Create the coefficients before the first step.
+
+    Args:
+        vectors: The task vectors of E experts.
+        fit: The settings; `start` is the value of every coefficient.
+
+    Returns:
+        Coefficients `[E, B]`, or `[E, B, K]` for more than one group, in double precision.
+    """
+    names = sorted({name for vector in vectors for name in vector}, key=_split_numbers)
     blocks = tuple(dict.fromkeys(assign_blocks(names, fit.granularity).values()))
     shape = (len(vectors), len(blocks)) + ((fit.groups,) if fit.groups > 1 else ())
     values = torch.full(shape, fit.start, dtype=torch.float64)
     return Coefficients(values, blocks, fit.granularity, fit.combine, fit.seed)
 
 
-def _by_number(name: str) -> list[tuple[int, str]]:
-    """Orders layer 2 before layer 10."""
+def _split_numbers(name: str) -> list[tuple[int, str]]:
+    """Make a sort key that puts layer 2 before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def choose_rows(size: int, batch_size: int, step: int, *key: object) -> Tensor:
-    """The inputs of a step: every input once before any comes again, in an order of the key's."""
+    """Choose the inputs of a step; every full batch is used once before any input repeats.
+
+    Args:
+        size: The number of inputs N.
+        batch_size: Inputs per step; all N if there are fewer.
+        step: The step, from 0.
+        *key: Values that determine the random order, such as a seed and a task.
+
+    Returns:
+        The numbers of the inputs.
+    """
     batches = max(1, size // batch_size)
     order = torch.randperm(size, generator=make_generator("rows", step // batches, *key))
     at = step % batches * batch_size
@@ -113,7 +150,7 @@ def choose_rows(size: int, batch_size: int, step: int, *key: object) -> Tensor:
 
 @dataclass
 class _Run:
-    """One run of the loop: what changes while it learns."""
+    """A training run: the settings, and the state that changes at every step."""
 
     attached: AttachedExperts
     materials: Materials
@@ -132,19 +169,21 @@ class _Run:
         self.optimiser = kind([self.values], lr=fit.lr, weight_decay=fit.l2)
         self.held_out = self.data.held_out if fit.patience else None
         self.look_every = max(1, fit.steps // 20)
-        self._trusted = self._trust() if fit.objective == "fixmatch" else []
+        self._trusted = self._choose_trusted() if fit.objective == "fixmatch" else []
         self._floor = 0.0
         if self.held_out is not None and fit.objective == "negation":
-            self._floor = fit.keep * self._judge(self.held_out, torch.zeros_like(self.values))[1]
-            self.best = torch.zeros_like(self.values)  # what keeps everything, and forgets nothing
+            self._floor = fit.keep * self._evaluate(self.held_out, torch.zeros_like(self.values))[1]
+            # Coefficients of zero forget nothing, and are the answer if no others reach the floor.
+            self.best = torch.zeros_like(self.values)
         self._restore(self.materials.load())
 
-    def result(self) -> Coefficients:
+    def learn(self) -> Coefficients:
+        """Run the remaining steps, and return the coefficients."""
         while len(self.history) < self.fit.steps and not self._stopped:
             self._step(len(self.history))
         chosen = self.values.detach() if self.best is None else self.best
         return Coefficients(
-            self._effective(chosen),
+            self._clamp(chosen),
             self.start.blocks,
             self.start.granularity,
             self.start.combine,
@@ -154,15 +193,17 @@ class _Run:
 
     @property
     def _stopped(self) -> bool:
+        """Whether the held-out loss has not improved for too many evaluations."""
         return self.held_out is not None and self.waited >= self.fit.patience
 
     def _step(self, step: int) -> None:
+        """Take one step of the optimiser; evaluate, save and report when it is time."""
         fit = self.fit
         if fit.cosine:
             rate = fit.lr * 0.5 * (1 + math.cos(math.pi * step / fit.steps))
             self.optimiser.param_groups[0]["lr"] = rate
-        self.attached.set(self._effective(self.values.detach()))
-        loss = self._loss(self.data, step)
+        self.attached.set(self._clamp(self.values.detach()))
+        loss = self._compute_loss(self.data, step)
         value = float(loss.detach()) / len(self.data.sizes)
         if not math.isfinite(value):
             raise ValueError(f"the loss is {value} at step {step + 1}: use a smaller lr")
@@ -180,16 +221,17 @@ class _Run:
         self.history.append(value)
         done = len(self.history)
         if self.held_out is not None and (done % self.look_every == 0 or done == fit.steps):
-            self._look(self.held_out)
+            self._keep_best(self.held_out)
         if done % SAVE_EVERY == 0 or done == fit.steps:
-            self.materials.save(self._state())
+            self.materials.save(self._collect_state())
         self.materials.report(f"learning coefficients, loss {value:.4f}", done, fit.steps)
 
-    def _effective(self, values: Tensor) -> Tensor:
+    def _clamp(self, values: Tensor) -> Tensor:
+        """Clamp coefficients to the bounds if the constraint is `clamp`."""
         return values.clamp(*self.fit.bounds) if self.fit.constraint == "clamp" else values
 
-    def _loss(self, data: Data, step: int) -> Tensor:
-        """The sum over tasks of the objective on this step's inputs."""
+    def _compute_loss(self, data: Data, step: int) -> Tensor:
+        """Compute the objective on a step's inputs, summed over the tasks."""
         fit = self.fit
         sizes = enumerate(data.sizes)
         rows = [choose_rows(size, fit.batch_size, step, fit.seed, task) for task, size in sizes]
@@ -205,13 +247,14 @@ class _Run:
                 for w, s, r, (sure, label) in zip(weak, strong, rows, self._trusted, strict=True)
             ]
         else:
-            losses = self._plain(data, rows)
+            losses = self._compute_losses(data, rows)
         return torch.stack(losses).sum()
 
-    def _plain(self, data: Data, rows: Sequence[Tensor]) -> list[Tensor]:
+    def _compute_losses(self, data: Data, rows: Sequence[Tensor]) -> list[Tensor]:
+        """Compute the loss of each task, for an objective that reads each input once."""
         logits = data.logits(rows)
         if min(found.shape[-1] for found in logits) < 2:
-            raise ValueError("expected tasks of two choices or more, found one of a single choice")
+            raise ValueError("expected tasks with two choices or more, found one with fewer")
         if self.fit.objective == "entropy" or data.labels is None:
             return [entropy(found) for found in logits]
         given = zip(logits, rows, data.labels, strict=True)
@@ -219,28 +262,28 @@ class _Run:
         return [-loss if task in self.fit.forget else loss for task, loss in enumerate(losses)]
 
     @torch.no_grad()
-    def _trust(self) -> list[tuple[Tensor, Tensor]]:
-        """Which inputs of each task the base itself is surest of, and what it takes them for."""
+    def _choose_trusted(self) -> list[tuple[Tensor, Tensor]]:
+        """Choose the inputs that the base predicts most confidently, per task, and pseudo-labels."""
         self.attached.set(torch.zeros_like(self.start.values))
-        return [choose_trusted(found) for found in self._all_logits(self.data)]
+        return [choose_trusted(found) for found in self._compute_all_logits(self.data)]
 
-    def _look(self, data: Data) -> None:
-        """Keep the coefficients that are best on held-out inputs."""
-        loss, kept = self._judge(data, self.values.detach())
+    def _keep_best(self, data: Data) -> None:
+        """Evaluate the coefficients on held-out inputs, and keep them if they are the best so far."""
+        loss, kept = self._evaluate(data, self.values.detach())
         self.waited += 1
         if loss < self.best_loss and kept >= self._floor:
             self.best_loss, self.waited = loss, 0
             self.best = self.values.detach().clone()
 
     @torch.no_grad()
-    def _judge(self, data: Data, values: Tensor) -> tuple[float, float]:
-        """The loss of coefficients on all inputs, and their accuracy on what is not to be forgotten.
+    def _evaluate(self, data: Data, values: Tensor) -> tuple[float, float]:
+        """Compute the mean loss over tasks, and the mean accuracy over tasks not to be forgotten.
 
-        Where something is to be forgotten, the loss is that of this alone.
+        If there are tasks to forget, the loss is the negative cross-entropy of these tasks only.
         """
-        self.attached.set(self._effective(values))
+        self.attached.set(self._clamp(values))
         losses, right = [], []
-        pairs = zip(self._all_logits(data), data.labels or (), strict=True)
+        pairs = zip(self._compute_all_logits(data), data.labels or (), strict=True)
         for task, (logits, labels) in enumerate(pairs):
             loss = float(cross_entropy(logits, labels))
             if task in self.fit.forget:
@@ -251,8 +294,8 @@ class _Run:
                 losses.append(loss)
         return sum(losses) / len(losses), sum(right) / max(len(right), 1)
 
-    def _all_logits(self, data: Data) -> list[Tensor]:
-        """Those of every input, a batch at a time."""
+    def _compute_all_logits(self, data: Data) -> list[Tensor]:
+        """Compute the logits `[N, C]` of all inputs of each task, one batch at a time."""
         size, width = max(data.sizes), self.fit.batch_size
         parts = [
             data.logits([torch.arange(min(s, n), min(s + width, n)) for n in data.sizes])
@@ -262,7 +305,8 @@ class _Run:
             torch.cat([p[task] for p in parts if len(p[task])]) for task in range(len(data.sizes))
         ]
 
-    def _state(self) -> dict[str, Tensor]:
+    def _collect_state(self) -> dict[str, Tensor]:
+        """Collect the tensors from which `_restore` can resume the run."""
         moments = self.optimiser.state[self.values]
         best = {} if self.best is None else {"best": self.best}
         return best | {
@@ -274,7 +318,7 @@ class _Run:
         }
 
     def _restore(self, state: Progress | None) -> None:
-        """Go on from a saved state, to the same bits as without the interruption."""
+        """Resume from a saved state; the result has the same bits as without an interruption."""
         if state is None:
             return
         with torch.no_grad():

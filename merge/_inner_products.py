@@ -1,4 +1,4 @@
-"""Inner products of weight changes, exact and without their dense form where they are low-rank.
+"""Exact inner products of weight changes; low-rank changes are never made dense.
 
 Shapes: E task vectors, R the sum of their ranks at one parameter, O rows and I columns of it.
 """
@@ -15,10 +15,20 @@ from torch import Tensor
 
 
 def inner_product(x: Delta, y: Delta) -> float:
-    """The Frobenius inner product `<x, y>` of two changes of one weight, in double precision.
+    """Compute the Frobenius inner product `<x, y>` of two changes of one weight.
 
-    Of low-rank ones `<B1 A1, B2 A2> = trace((B2^T B1) (A1 A2^T))`, `O((O + I) R^2)`.  Raises
-    ValueError for unequal shapes.
+    Low-rank changes use `<B1 A1, B2 A2> = trace((B2^T B1) (A1 A2^T))`, which takes
+    `O((O + I) R^2)`.
+
+    Args:
+        x: A change of a weight.
+        y: Another change of the same shape.
+
+    Returns:
+        The inner product, computed in double precision.
+
+    Raises:
+        ValueError: The shapes differ.
     """
     if x.shape != y.shape:
         raise ValueError(f"expected changes of one shape, found {list(x.shape)}, {list(y.shape)}")
@@ -35,10 +45,19 @@ def inner_product(x: Delta, y: Delta) -> float:
 
 
 def gram_matrix(vectors: Sequence[TaskVector]) -> Tensor:
-    """Inner products `[E, E]` of whole task vectors, in double precision; symmetric.
+    """Compute the inner products of all pairs of task vectors.
 
-    The sum over parameters of `inner`; a parameter that a vector lacks is a zero change.  Raises
-    ValueError for vectors of different bases.
+    An inner product is the sum of `inner_product` over the parameters. A parameter that a vector
+    lacks counts as a zero change.
+
+    Args:
+        vectors: E task vectors of one base.
+
+    Returns:
+        The symmetric Gram matrix `[E, E]`, in double precision.
+
+    Raises:
+        ValueError: The task vectors have different bases.
     """
     find_base(vectors)
     found = torch.zeros(len(vectors), len(vectors), dtype=torch.double)
@@ -48,25 +67,33 @@ def gram_matrix(vectors: Sequence[TaskVector]) -> Tensor:
 
 
 def cosine_matrix(gram_EE: Tensor) -> Tensor:
-    """Cosines `[E, E]` of what has these inner products; 0 with a zero, but 1 with itself."""
+    """Compute cosine similarities from inner products.
+
+    Args:
+        gram_EE: A Gram matrix `[E, E]`, as from `gram_matrix`.
+
+    Returns:
+        The cosines `[E, E]`, between -1 and 1. The diagonal is 1; other cosines with a zero vector
+        are 0.
+    """
     norm_E = gram_EE.diagonal().clamp(min=0).sqrt()
     found = gram_EE / (norm_E[:, None] * norm_E)
     return found.nan_to_num(0, 0, 0).clamp(-1, 1).fill_diagonal_(1)
 
 
 def _add(found: Tensor, deltas: Mapping[int, Delta]) -> None:
-    """Add the inner products of all changes of one parameter, by the places of their vectors."""
+    """Add the inner products of the changes of one parameter, keyed by their vectors' positions."""
     low = [delta for delta in deltas.values() if isinstance(delta, LowRank)]
     if len(low) == len(deltas):
         places = torch.tensor(list(deltas))
-        found[places[:, None], places] += _stacked(low)
+        found[places[:, None], places] += _multiply_low_rank(low)
         return
     for e, f in product(deltas, repeat=2):
         found[e, f] += inner_product(deltas[e], deltas[f])
 
 
-def _stacked(deltas: Sequence[LowRank]) -> Tensor:
-    """The inner products of low-rank changes, all in two products of their stacked factors."""
+def _multiply_low_rank(deltas: Sequence[LowRank]) -> Tensor:
+    """Compute the inner products of low-rank changes from two products of the stacked factors."""
     a_RI = torch.cat([delta.a for delta in deltas]).double()
     b_OR = torch.cat([delta.b.double() * delta.scale for delta in deltas], 1)
     ranks = torch.tensor([delta.rank for delta in deltas])

@@ -1,6 +1,7 @@
-"""What learned merges minimise: losses of logits over the label set.
+"""Objectives of learned merges: losses of logits over the choices of a task.
 
-Shapes: B examples, C choices; a logit of minus infinity marks what is no choice of an example.
+Shapes: B examples, C choices, V views of an input, N inputs of a task. An example that has fewer
+than C choices has logits of minus infinity for the others.
 """
 
 from __future__ import annotations
@@ -8,25 +9,47 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LOWEST = -1e4  # its softmax is zero, and so is its gradient
+LOWEST = -1e4  # The softmax of this logit is zero, and so is its gradient.
 
 
 def log_probabilities(logits_BC: Tensor) -> Tensor:
-    """`[B, C]`, finite everywhere, in float32 or wider."""
+    """Compute log-probabilities that are finite for every choice.
+
+    Args:
+        logits_BC: Logits `[..., C]` of any float dtype. Those below -10000 count as -10000.
+
+    Returns:
+        Log-probabilities `[..., C]`, in float64 for float64 logits and in float32 otherwise.
+    """
     wide = logits_BC if logits_BC.dtype == torch.float64 else logits_BC.float()
     return wide.clamp(min=LOWEST).log_softmax(-1)
 
 
 def entropy(logits_BC: Tensor) -> Tensor:
-    """Mean entropy of the predictions (Yang et al., https://arxiv.org/abs/2310.02575, eq. 5)."""
+    """Compute the mean entropy of predictions.
+
+    Yang et al., https://arxiv.org/abs/2310.02575, eq. 5.
+
+    Args:
+        logits_BC: Logits `[B, C]`.
+
+    Returns:
+        A scalar, in nats.
+    """
     log_BC = log_probabilities(logits_BC)
     return -(log_BC.exp() * log_BC).sum(-1).mean()
 
 
 def marginal_entropy(views_VBC: Tensor) -> Tensor:
-    """Mean entropy of the prediction averaged over views of an input.
+    """Compute the mean entropy of predictions that are averaged over views of an input.
 
-    MEMO (Zhang et al., https://arxiv.org/abs/2110.09506, eq. 2).  views: `[V, B, C]` logits.
+    MEMO: Zhang et al., https://arxiv.org/abs/2110.09506, eq. 2.
+
+    Args:
+        views_VBC: Logits `[V, B, C]` of V views of each input.
+
+    Returns:
+        A scalar, in nats.
     """
     log_VBC = log_probabilities(views_VBC)
     marginal_BC = log_VBC.logsumexp(0) - torch.tensor(float(len(views_VBC))).log()
@@ -34,19 +57,36 @@ def marginal_entropy(views_VBC: Tensor) -> Tensor:
 
 
 def cross_entropy(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
-    """Mean negative log-probability of the right choices."""
+    """Compute the mean negative log-probability of the right choices.
+
+    Args:
+        logits_BC: Logits `[B, C]`.
+        labels_B: The right choices `[B]`, from 0 to C - 1.
+
+    Returns:
+        A scalar, in nats.
+    """
     return -log_probabilities(logits_BC).gather(-1, labels_B[:, None]).mean()
 
 
 def fixmatch(
     weak_BC: Tensor, strong_BC: Tensor, trusted_B: Tensor, pseudo_B: Tensor, confidence: float
 ) -> Tensor:
-    """Cross-entropy of a strong view against trusted pseudo-labels, and against own confident ones.
+    """Compute the FixMatch loss: cross-entropy of the strong views against pseudo-labels.
 
-    FixMatch (Sohn et al., https://arxiv.org/abs/2001.07685, eq. 3 and 4), with trusted samples in
-    the labelled part's place as aTLAS has it (https://arxiv.org/abs/2407.02880, section 5.2).
-    trusted: which of the B take the pseudo-label given; the others take the weak view's
-    prediction where its probability is at least `confidence`, and count as zero elsewhere.
+    Sohn et al., https://arxiv.org/abs/2001.07685, eq. 3 and 4. Trusted inputs replace the labelled
+    inputs, as in aTLAS (https://arxiv.org/abs/2407.02880, section 5.2).
+
+    Args:
+        weak_BC: Logits `[B, C]` of the weak views; they get no gradient.
+        strong_BC: Logits `[B, C]` of the strong views.
+        trusted_B: Which inputs `[B]` use the given pseudo-label. The others use the prediction for
+            the weak view if it is confident, and otherwise add zero.
+        pseudo_B: The given pseudo-labels `[B]`.
+        confidence: The probability, from 0 to 1, from which a prediction is confident.
+
+    Returns:
+        A scalar: the mean over trusted inputs plus the mean over the others.
     """
     with torch.no_grad():
         sure_B, own_B = log_probabilities(weak_BC).exp().max(-1)
@@ -59,10 +99,16 @@ def fixmatch(
 
 
 def choose_trusted(logits_NC: Tensor) -> tuple[Tensor, Tensor]:
-    """Which inputs to trust `[N]`, and their pseudo-labels `[N]`, from zero-shot logits.
+    """Choose the inputs whose zero-shot predictions are used as labels.
 
-    Of each predicted class the `min(N / C / 10, 100)` most confident, at least one
-    (https://arxiv.org/abs/2407.02880, section 5.2).
+    For each predicted class, these are the `min(N / C / 10, 100)` most confident inputs, and at
+    least one (https://arxiv.org/abs/2407.02880, section 5.2).
+
+    Args:
+        logits_NC: Zero-shot logits `[N, C]`.
+
+    Returns:
+        Which inputs are trusted `[N]`, and the predicted classes of all inputs `[N]`.
     """
     sure_N, label_N = log_probabilities(logits_NC).max(-1)
     count = max(1, min(int(logits_NC.shape[0] / logits_NC.shape[1] / 10), 100))

@@ -1,4 +1,4 @@
-"""Task vectors: what an expert adds to the parameters of its base."""
+"""Task vectors: the changes that an expert makes to the parameters of its base."""
 
 from __future__ import annotations
 
@@ -14,11 +14,20 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class TaskVector(Mapping[str, Delta]):
-    """Named changes of one base's parameters, each made only when it is asked for.
+    """A lazy mapping from parameter names to the changes of these parameters.
 
-    base: the identity of the base (its fingerprint).  load: parameter name -> function that
-    makes the delta; an absent name is a zero change.  seed: the identity of the expert, from
-    which random masks are drawn; of a merge, a digest of its members' seeds.
+    A change is loaded when its name is looked up. A parameter without an entry does not change.
+
+    Args:
+        base: The fingerprint of the base.
+        load: Parameter name -> function that returns the change.
+        seed: The identity of the expert, from which random masks are drawn. The seed of a merge is a
+            digest of the experts' seeds.
+
+    Example:
+        >>> change = Dense(torch.ones(2))
+        >>> TaskVector("base", {"bias": lambda: change})["bias"].dense()
+        tensor([1., 1.])
     """
 
     base: str
@@ -36,7 +45,17 @@ class TaskVector(Mapping[str, Delta]):
 
 
 def find_base(vectors: Sequence[TaskVector]) -> str:
-    """The one base of task vectors; ValueError when they have several."""
+    """Return the base that all task vectors share.
+
+    Args:
+        vectors: One or more task vectors.
+
+    Returns:
+        The fingerprint of the base.
+
+    Raises:
+        ValueError: There is no task vector, or their bases differ.
+    """
     bases = {vector.base for vector in vectors}
     if len(bases) != 1:
         raise ValueError(f"expected task vectors of one base, found {sorted(bases)}")
@@ -44,10 +63,18 @@ def find_base(vectors: Sequence[TaskVector]) -> str:
 
 
 def check_weights(vectors: Sequence[TaskVector], weights: Tensor) -> str:
-    """The base of vectors that can be summed with these weights.
+    """Check that task vectors can be summed with some weights, and return their base.
 
-    Raises ValueError for vectors of different bases, and for weights that are not finite or not
-    one for each.
+    Args:
+        vectors: The task vectors of E experts.
+        weights: The experts' weights `[E]`.
+
+    Returns:
+        The fingerprint of the base.
+
+    Raises:
+        ValueError: The bases differ, there is not one weight for each vector, or a weight is not
+            finite.
     """
     base = find_base(vectors)
     if tuple(weights.shape) != (len(vectors),):
@@ -60,9 +87,16 @@ def check_weights(vectors: Sequence[TaskVector], weights: Tensor) -> str:
 def unite_vectors(
     base: str, vectors: Sequence[TaskVector], at: Callable[[str], Delta]
 ) -> TaskVector:
-    """A task vector whose change of each parameter that any vector names is made by `at`.
+    """Build a lazy task vector over all parameters that any of the given vectors changes.
 
-    Its seed is a digest of theirs, whatever their order.
+    Args:
+        base: The fingerprint of the base.
+        vectors: The vectors that give the names. The seed of the result is a digest of their seeds
+            and does not depend on their order.
+        at: Computes the change of the parameter of a name.
+
+    Returns:
+        The task vector. `at` is called when a name is looked up.
     """
     names = dict.fromkeys(name for vector in vectors for name in vector)
     seeds = "\n".join(sorted(vector.seed for vector in vectors))
@@ -71,10 +105,26 @@ def unite_vectors(
 
 
 def combine(vectors: Sequence[TaskVector], weights: Tensor) -> TaskVector:
-    """The weighted sum of task vectors, `sum_e weights[e] * vectors[e]`, made lazily.
+    """Sum task vectors with weights, `sum_e weights[e] * vectors[e]`, lazily.
 
-    weights: `[E]`, finite; gradients flow to it.  A parameter that a vector lacks is a zero
-    change there.  Raises ValueError for vectors of different bases or a wrong number of weights.
+    A change of the result is low-rank if the changes that are summed are. A parameter that a
+    vector lacks counts as a zero change.
+
+    Args:
+        vectors: The task vectors of E experts.
+        weights: The experts' weights `[E]`, finite; gradients flow to them.
+
+    Returns:
+        The task vector of the sum.
+
+    Raises:
+        ValueError: The bases differ, there is not one weight for each vector, or a weight is not
+            finite.
+
+    Example:
+        >>> one = TaskVector("base", {"bias": lambda: Dense(torch.ones(2))})
+        >>> combine([one, one], torch.tensor([1.0, 0.5]))["bias"].dense()
+        tensor([1.5000, 1.5000])
     """
     base = check_weights(vectors, weights)
     factors: list[float | Tensor] = list(weights) if weights.requires_grad else weights.tolist()
@@ -86,28 +136,50 @@ def combine(vectors: Sequence[TaskVector], weights: Tensor) -> TaskVector:
     return unite_vectors(base, vectors, at)
 
 
-def _changed(change: Callable[[Delta], Delta], vector: TaskVector, name: str) -> Delta:
+def _load_and_apply(change: Callable[[Delta], Delta], vector: TaskVector, name: str) -> Delta:
+    """Load the change of one parameter, and apply a function to it."""
     return change(vector[name])
 
 
 def map_tensors(
     change: Callable[[Delta], Delta], vectors: Sequence[TaskVector]
 ) -> list[TaskVector]:
-    """Each vector with `change` applied to every one of its deltas, lazily."""
+    """Apply a function to every change of every task vector, lazily.
 
-    def changed(vector: TaskVector) -> TaskVector:
-        load = {name: partial(_changed, change, vector, name) for name in vector}
+    Args:
+        change: A function of one change that returns the new one.
+        vectors: The task vectors.
+
+    Returns:
+        As many task vectors, of the same bases, names and seeds.
+
+    Example:
+        >>> one = TaskVector("base", {"bias": lambda: Dense(torch.ones(2))})
+        >>> map_tensors(lambda delta: delta.scaled(2), [one])[0]["bias"].dense()
+        tensor([2., 2.])
+    """
+
+    def apply(vector: TaskVector) -> TaskVector:
+        load = {name: partial(_load_and_apply, change, vector, name) for name in vector}
         return TaskVector(vector.base, load, vector.seed)
 
-    return [changed(vector) for vector in vectors]
+    return [apply(vector) for vector in vectors]
 
 
 def scale_vectors(vectors: Sequence[TaskVector], weights: Tensor) -> list[TaskVector]:
-    """Each vector times its weight, lazily; weights that are 1 leave it as it is."""
+    """Multiply each task vector by its weight, lazily.
 
-    def scaled(vector: TaskVector, factor: float) -> TaskVector:
+    Args:
+        vectors: The task vectors of E experts.
+        weights: The experts' weights `[E]`.
+
+    Returns:
+        The multiplied task vectors. A vector with the weight 1 is returned as it is.
+    """
+
+    def scale(vector: TaskVector, factor: float) -> TaskVector:
         if factor == 1:
             return vector
         return map_tensors(lambda delta: delta.scaled(factor), [vector])[0]
 
-    return [scaled(v, w) for v, w in zip(vectors, weights.tolist(), strict=True)]
+    return [scale(v, w) for v, w in zip(vectors, weights.tolist(), strict=True)]

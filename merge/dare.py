@@ -28,40 +28,55 @@ def dare(
     rescale: Literal["inverse_density", "l1", "none"] = "inverse_density",
     seed: Annotated[int, Range(0), RecipeSeed] = 0,
 ) -> TaskVector:
-    """Scaled sum of randomly thinned task vectors, `scale * sum_e w_e m_e tau_e / density`.
+    """Drop entries of task vectors at random, and sum them: `scale * sum_e w_e m_e tau_e / density`.
 
-    A mask `m_e` is drawn from the seed, the expert's content and the parameter's name: the order of
-    the experts does not matter, and an expert that stands twice is thinned alike.
+    The mask `m_e` is drawn from the seed, the expert's content and the parameter's name. It does not
+    depend on the order of the experts, and an expert that a recipe names twice has one mask.
 
-    density: chance of an entry to be kept.  scale: factor of the whole sum.  rescale: what is kept
-    is divided by the density, as in the paper, or brought to the L1 norm that the tensor had, or
-    left as it is.  seed: another one draws other masks.
+    Args:
+        vectors: The task vectors of E experts.
+        weights: The experts' weights `[E]`.
+        density: The probability that an entry is kept.
+        scale: The factor of the whole sum.
+        rescale: How the kept entries are rescaled. `inverse_density` divides them by the density, as
+            in the paper. `l1` restores the L1 norm of the tensor. `none` leaves them unchanged.
+        seed: The seed of the masks.
+
+    Returns:
+        The merged task vector; dense unless `density` is 1 and all experts are low-rank.
+
+    Raises:
+        ValueError: The bases differ, there is not one weight for each vector, or a weight is not
+            finite.
     """
     if density < 1:
-        vectors = [_dropped(vector, density, rescale, seed) for vector in vectors]
+        vectors = [_drop_entries(vector, density, rescale, seed) for vector in vectors]
     return combine(vectors, weights * scale)
 
 
-def _dropped(vector: TaskVector, density: float, rescale: str, seed: int) -> TaskVector:
+def _drop_entries(vector: TaskVector, density: float, rescale: str, seed: int) -> TaskVector:
+    """Set entries of a task vector to zero at random and rescale the others, lazily."""
+
     def at(name: str) -> Delta:
         d = vector[name].dense()
-        kept = torch.where(_mask(d, density, f"{seed}\n{vector.seed}\n{name}"), d, 0)
-        return Dense(kept * _factor(d, kept, density, rescale))
+        kept = torch.where(_draw_mask(d, density, f"{seed}\n{vector.seed}\n{name}"), d, 0)
+        return Dense(kept * _compute_factor(d, kept, density, rescale))
 
     return TaskVector(vector.base, {name: partial(at, name) for name in vector}, vector.seed)
 
 
-def _mask(like: Tensor, density: float, key: str) -> Tensor:
-    """True with the chance `density`, drawn from a text; on the CPU, so that all devices get the same."""
+def _draw_mask(like: Tensor, density: float, key: str) -> Tensor:
+    """Draw a mask whose entries are true with a probability, on the CPU: the same for any device."""
     random = make_generator("dare", key)
     return (torch.rand(like.shape, generator=random) < density).to(like.device)
 
 
-def _factor(before: Tensor, kept: Tensor, density: float, rescale: str) -> float:
+def _compute_factor(before: Tensor, kept: Tensor, density: float, rescale: str) -> float:
+    """Compute the factor by which the kept entries of a tensor are multiplied."""
     if rescale == "none":
         return 1.0
     if rescale == "inverse_density":
         return 1 / density
-    # Of a tensor that lost everything nothing can be rescaled.
+    # A tensor without a kept entry has the norm 0, and no factor restores the old norm.
     norm = float(kept.abs().sum(dtype=torch.float64))
     return float(before.abs().sum(dtype=torch.float64)) / norm if norm else 1.0

@@ -1,4 +1,4 @@
-"""Fisher merging: a mean of the experts in which every entry has its own precision as weight.
+"""Fisher merging: a mean of the experts that weights each entry by its Fisher information.
 
 Matena and Raffel, https://arxiv.org/abs/2111.09832, section 3.
 """
@@ -20,7 +20,8 @@ from experthub.merge._options import Range, RecipeSeed
 from experthub.merge._task_vector import TaskVector, find_base, unite_vectors
 from torch import Tensor
 
-Information = list[dict[str, Tensor]]  # per expert: parameter name -> the diagonal, in its shape
+# Per expert: parameter name -> the diagonal of the Fisher information, in the parameter's shape.
+Information = list[dict[str, Tensor]]
 
 
 def _estimate(materials: Materials, options: Options) -> Information:
@@ -45,7 +46,7 @@ def _estimate(materials: Materials, options: Options) -> Information:
 
 
 def _differentiate(data: Data, task: int, seed: int) -> None:
-    """Compute the gradient of a drawn answer's log-probability, one input at a time."""
+    """Backpropagate the log-probability of a drawn answer, one input at a time."""
     draw = make_generator("fisher", seed, task)
     for row in range(data.sizes[task]):
         log_1C = log_probabilities(compute_logits(data, task, torch.tensor([row])))
@@ -69,21 +70,24 @@ def fisher(
     floor: Annotated[float, Range(1e-30, 1)] = 1e-6,
     seed: Annotated[int, RecipeSeed] = 0,
 ) -> TaskVector:
-    """Average experts, weighted by the diagonal of each one's Fisher information.
+    """Average the experts entry by entry, weighted by the diagonals of their Fisher information.
 
-    Entry by entry, `tau = sum_e w_e F_e tau_e / sum_e w_e F_e`. `F_e` is the mean squared gradient of
-    the log-probability of an answer that is drawn from the expert's predictions on the data of its
-    own task: `data.tasks` has one task for each expert, in their order.  Labels are not used.
+    A merged entry is `sum_e w_e F_e tau_e / sum_e w_e F_e`. `F_e` is the mean squared gradient of the
+    log-probability of an answer that is drawn from the predictions of expert `e` on the data of its
+    own task: `data.tasks` has one task for each expert, in their order. Labels are not used.
 
     Args:
-        vectors: The task vectors of the experts.
+        vectors: The task vectors of E experts.
         weights: The experts' weights `[E]`.
         information: The diagonal of the Fisher information per expert and parameter.
-        floor: The least value of F; experts below it count alike.
+        floor: The smallest value of F. Smaller values are replaced by it.
         seed: The seed of the answers that are drawn.
 
     Returns:
         The merged task vector, dense.
+
+    Raises:
+        ValueError: The bases differ.
     """
 
     def at(name: str) -> Dense:

@@ -1,7 +1,7 @@
 """Linear: the weighted mean of the experts ("model soup").
 
-Wortsman et al., https://arxiv.org/abs/2203.05482, section 2, here on task vectors: with weights
-that sum to 1 the two forms are the same function.
+Wortsman et al., https://arxiv.org/abs/2203.05482, section 2. The paper averages parameters, and this
+method averages task vectors; the results are equal because the weights are divided by their sum.
 """
 
 from __future__ import annotations
@@ -15,9 +15,18 @@ from torch import Tensor
 
 @merges.register(paper="https://arxiv.org/abs/2203.05482")
 def linear(vectors: Sequence[TaskVector], weights: Tensor) -> TaskVector:
-    """Weighted mean of task vectors, `sum_e w_e tau_e / sum_e w_e`.
+    """Average task vectors with weights: `sum_e w_e tau_e / sum_e w_e`.
 
-    Raises ValueError when the weights sum to zero.
+    Args:
+        vectors: The task vectors of E experts.
+        weights: The experts' weights `[E]`.
+
+    Returns:
+        The merged task vector; low-rank if all experts are.
+
+    Raises:
+        ValueError: The weights sum to zero, the bases differ, there is not one weight for each
+            vector, or a weight is not finite.
     """
     if abs(float(weights.sum())) < 1e-8:
         raise ValueError(f"expected weights with a sum other than 0, found {weights.tolist()}")

@@ -21,9 +21,19 @@ def task_arithmetic(
     *,
     scale: Annotated[float, Range(-10, 10)] = 0.3,
 ) -> TaskVector:
-    """Scaled sum of task vectors, `scale * sum_e w_e tau_e`.
+    """Sum task vectors and scale the sum: `scale * sum_e w_e tau_e`.
 
-    scale: factor of the whole sum; 0.3 is the papers' choice for eight experts, a negative one
-    makes the model forget.
+    Args:
+        vectors: The task vectors of E experts.
+        weights: The experts' weights `[E]`.
+        scale: The factor of the whole sum. Papers use 0.3 for eight experts. A negative factor makes
+            the model forget the experts' tasks.
+
+    Returns:
+        The merged task vector; low-rank if all experts are.
+
+    Raises:
+        ValueError: The bases differ, there is not one weight for each vector, or a weight is not
+            finite.
     """
     return combine(vectors, weights * scale)

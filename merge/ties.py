@@ -1,7 +1,7 @@
-"""TIES: trim each task vector, elect a sign for every entry, and merge what agrees with it.
+"""TIES: trim each task vector, elect a sign for every entry, and average the entries that agree.
 
-Yadav et al., https://arxiv.org/abs/2306.01708, section 3.  Weights multiply before the election,
-which the paper, without weights, leaves open.
+Yadav et al., https://arxiv.org/abs/2306.01708, section 3. The paper has no weights; here they
+multiply the task vectors before the election.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from experthub.merge._options import Range
 from experthub.merge._task_vector import TaskVector, check_weights, unite_vectors
 from torch import Tensor
 
-CHUNK = 1 << 18  # entries of a tensor that are looked at at once
-# Shift and width of the digits of a magnitude's bits, the sign left out, the highest first.
+CHUNK = 1 << 18  # The number of entries that are processed at once.
+# The bits of a magnitude, without the sign bit, split into digits: (shift, width), highest first.
 DIGITS = {
     torch.float32: ((16, 15), (0, 16)),
     torch.float64: ((48, 15), (32, 16), (16, 16), (0, 16)),
@@ -36,26 +36,38 @@ def ties(
     trim_scope: Literal["model", "tensor"] = "model",
     normalize: bool = True,
 ) -> TaskVector:
-    """Trimmed task vectors, merged where they agree with the elected sign `sgn(sum_e w_e tau_e)`.
+    """Trim task vectors, and average the entries that agree with the sign `sgn(sum_e w_e tau_e)`.
 
-    The merged entry is `scale * sum w_e tau_e / sum |w_e|` over the experts that agree; where the
-    weighted entries cancel exactly, nothing changes.
+    A merged entry is `scale * sum w_e tau_e / sum |w_e|` over the experts whose weighted entry has
+    the elected sign. It is zero where the weighted entries cancel exactly.
 
-    density: share of the entries of a task vector that are kept, those of largest magnitude, at
-    least one; equal magnitudes at the limit are all kept.  scale: factor of the whole change.
-    trim_scope: the share is of the whole task vector, as in the paper, or of each tensor alone.
-    normalize: false leaves out the division, for the sum of what agrees.
+    Args:
+        vectors: The task vectors of E experts.
+        weights: The experts' weights `[E]`.
+        density: The share of entries that trimming keeps: those of largest magnitude, and at least
+            one. All entries whose magnitude equals the smallest kept one are kept.
+        scale: The factor of the merged task vector.
+        trim_scope: `model` trims a task vector as a whole, as in the paper; `tensor` trims each
+            tensor by itself.
+        normalize: Whether sums are divided by `sum |w_e|`.
+
+    Returns:
+        The merged task vector, dense.
+
+    Raises:
+        ValueError: The bases differ, there is not one weight for each vector, or a weight is not
+            finite.
     """
     base = check_weights(vectors, weights)
     kept = keep_agreeing(trim(vectors, density, trim_scope), weights)
-    at = partial(_mean, list(zip(kept, weights.tolist(), strict=True)), scale, normalize)
+    at = partial(_average, list(zip(kept, weights.tolist(), strict=True)), scale, normalize)
     return unite_vectors(base, vectors, at)
 
 
-def _mean(
+def _average(
     pairs: Sequence[tuple[TaskVector, float]], scale: float, normalize: bool, name: str
 ) -> Delta:
-    """`scale * sum w d / sum |w|` over the entries that are not zero, in float32 at least."""
+    """Compute `scale * sum w d / sum |w|` over nonzero entries, in float32 or wider."""
     total, share, dtype = torch.zeros(()), torch.zeros(()), None
     for vector, weight in pairs:
         if name not in vector.load:
@@ -66,25 +78,25 @@ def _mean(
             total, share = torch.zeros_like(d, dtype=wide), torch.zeros_like(d, dtype=wide)
         dtype = torch.promote_types(d.dtype, dtype or d.dtype)
         total = total.to(wide)
-        for total_part, share_part, part in _parts(total, share, d):
+        for total_part, share_part, part in _split_views(total, share, d):
             total_part.add_(part, alpha=weight)
             if normalize:
-                # |w|, not w as in mergekit: there a negative weight cancels out of the mean.
+                # mergekit divides by w instead of |w|, and the sign of a negative weight cancels out.
                 share_part.add_(part != 0, alpha=abs(weight))
-        del d, part  # before the next is made
+        del d, part  # Free the memory before the next change is loaded.
     if normalize:
-        for total_part, share_part in _parts(total, share):
+        for total_part, share_part in _split_views(total, share):
             total_part.div_(share_part.masked_fill_(share_part == 0, 1))
     return Dense(total.mul_(scale).to(dtype))
 
 
-def _parts(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """Views of the same entries of contiguous tensors: temporaries of them stay in the cache."""
+def _split_views(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Split contiguous tensors into small views, so that temporary results stay in the CPU cache."""
     return zip(*(torch.split(tensor.view(-1), CHUNK) for tensor in tensors), strict=True)
 
 
-def _owned(delta: Delta) -> Tensor:
-    """The change as a contiguous tensor that nobody else holds."""
+def _copy_dense(delta: Delta) -> Tensor:
+    """Return a change as a new contiguous tensor, which the caller may modify."""
     d = delta.dense()
     return (
         d.contiguous()
@@ -96,25 +108,34 @@ def _owned(delta: Delta) -> Tensor:
 def trim(
     vectors: Sequence[TaskVector], density: float, trim_scope: Literal["model", "tensor"] = "model"
 ) -> list[TaskVector]:
-    """Each vector with all but its entries of largest magnitude set to zero, lazily.
+    """Set all entries but those of largest magnitude to zero, lazily.
 
-    density, trim_scope: as for `ties`.  The first tensor that is asked for reads all of its scope,
-    one tensor at a time.
+    Args:
+        vectors: The task vectors.
+        density: The share of entries to keep, above 0. At least one entry is kept, and all entries
+            are kept from 1 on.
+        trim_scope: `model` trims a task vector as a whole: loading its first tensor reads all of
+            them, one at a time. `tensor` trims each tensor by itself.
+
+    Returns:
+        The trimmed task vectors; dense unless `density` is 1 or more.
     """
     if density >= 1:
         return list(vectors)
-    return [_trimmed(vector, density, trim_scope) for vector in vectors]
+    return [_trim_vector(vector, density, trim_scope) for vector in vectors]
 
 
-def _trimmed(vector: TaskVector, density: float, trim_scope: str) -> TaskVector:
+def _trim_vector(vector: TaskVector, density: float, trim_scope: str) -> TaskVector:
+    """Set the entries of one task vector below a magnitude to zero, lazily."""
+
     @cache
-    def limit(names: tuple[str, ...]) -> float:
+    def find_limit(names: tuple[str, ...]) -> float:
         return find_threshold(lambda: (vector[name].dense() for name in names), density)
 
     def at(name: str) -> Delta:
-        least = limit(tuple(vector) if trim_scope == "model" else (name,))
-        d = _owned(vector[name])
-        for (part,) in _parts(d):
+        least = find_limit(tuple(vector) if trim_scope == "model" else (name,))
+        d = _copy_dense(vector[name])
+        for (part,) in _split_views(d):
             part.masked_fill_(part.abs() < least, 0)
         return Dense(d)
 
@@ -124,10 +145,19 @@ def _trimmed(vector: TaskVector, density: float, trim_scope: str) -> TaskVector:
 def find_threshold(
     tensors: Callable[[], Iterable[Tensor]], density: float, dtype: torch.dtype = torch.float32
 ) -> float:
-    """The magnitude that the `max(1, int(density * n))` largest of n entries have at least.
+    """Find the smallest magnitude among the `max(1, int(density * n))` largest of n entries.
 
-    tensors: gives the entries anew each time; one tensor is in memory at a time.  A radix select:
-    the bits of a positive float, read as an integer, are in the order of the floats.
+    The search is a radix select: positive floats have the same order as their bits read as
+    integers. Only one tensor is in memory at a time.
+
+    Args:
+        tensors: Returns an iterable over the tensors; it is called once for each digit.
+        density: The share of entries, above 0 and at most 1.
+        dtype: The dtype in which magnitudes are compared, float32 or float64. It becomes float64 if
+            a tensor is in float64.
+
+    Returns:
+        The magnitude.
     """
     prefix, rank = 0, 0
     for shift, width in DIGITS[dtype]:
@@ -141,7 +171,7 @@ def find_threshold(
                     digits = digits[digits >> width == prefix]
                 digits = digits & ((1 << width) - 1)
                 counts += torch.bincount(digits, minlength=1 << width).cpu()
-            del tensor, part  # before the next is made
+            del tensor, part  # Free the memory before the next tensor is loaded.
         rank = rank or max(1, int(density * int(counts.sum())))
         from_top = counts.flip(0).cumsum(0)
         place = int((from_top < rank).sum())
@@ -151,20 +181,32 @@ def find_threshold(
 
 
 def keep_agreeing(vectors: Sequence[TaskVector], weights: Tensor | None = None) -> list[TaskVector]:
-    """Each vector with zero in place of the entries that disagree with their elected sign, lazily.
+    """Set the entries that disagree with the elected sign to zero, lazily.
 
-    The elected sign is that of the sum, weighted by `weights` `[E]` if they are given.  Asked for a
-    name, the vectors elect once, if no other name is asked for in between.
+    The elected sign of an entry is the sign of the weighted sum over the experts. It is computed once
+    for all vectors if they load the same name one after the other.
+
+    Args:
+        vectors: The task vectors of E experts.
+        weights: The experts' weights `[E]`; by default all are 1. An entry agrees if its product
+            with the expert's weight has the elected sign.
+
+    Returns:
+        The task vectors with zeros, dense.
+
+    Raises:
+        ValueError: The bases differ, there is not one weight for each vector, or a weight is not
+            finite. Loading a name raises it if the shapes of its changes differ.
     """
     weights = torch.ones(len(vectors)) if weights is None else weights
     check_weights(vectors, weights)
     pairs = list(zip(vectors, weights.tolist(), strict=True))
-    elected = lru_cache(maxsize=1)(partial(_elected, pairs))
+    elect = lru_cache(maxsize=1)(partial(_elect_signs, pairs))
 
     def at(vector: TaskVector, weight: float, name: str) -> Delta:
-        signs, own = elected(name), (weight > 0) - (weight < 0)
-        d = _owned(vector[name])
-        for part, sign in _parts(d, signs):
+        signs, own = elect(name), (weight > 0) - (weight < 0)
+        d = _copy_dense(vector[name])
+        for part, sign in _split_views(d, signs):
             part.masked_fill_(part * (sign * own) <= 0, 0)
         return Dense(d)
 
@@ -173,10 +215,10 @@ def keep_agreeing(vectors: Sequence[TaskVector], weights: Tensor | None = None) 
     ]
 
 
-def _elected(pairs: Sequence[tuple[TaskVector, float]], name: str) -> Tensor:
-    """The sign of the weighted sum of all changes under a name, as int8.
+def _elect_signs(pairs: Sequence[tuple[TaskVector, float]], name: str) -> Tensor:
+    """Compute the sign of the weighted sum of all changes of a parameter, as int8.
 
-    It is 0 where the sum is, as in the paper, so that nothing agrees; mergekit takes plus there.
+    The sign of a zero sum is 0, as in the paper, and no entry agrees with it; mergekit uses plus.
     """
     total = None
     for vector, weight in pairs:
@@ -184,13 +226,13 @@ def _elected(pairs: Sequence[tuple[TaskVector, float]], name: str) -> Tensor:
             continue
         d = vector[name].dense().contiguous()
         if total is None:
-            # In float64: the order of the experts should not decide what cancels.
+            # Rounding to float32 would let the order of the experts decide which sums are zero.
             total = torch.zeros(d.shape, dtype=torch.float64, device=d.device)
         if d.shape != total.shape:
             raise ValueError(f"expected deltas of one shape, found {[*total.shape], [*d.shape]}")
-        for total_part, part in _parts(total, d):
+        for total_part, part in _split_views(total, d):
             total_part.add_(part, alpha=weight)
-        del d, part  # before the next is made
+        del d, part  # Free the memory before the next change is loaded.
     if total is None:
         raise KeyError(name)
     return total.sign_().to(torch.int8)

@@ -23,8 +23,8 @@ from experthub.hub.errors import NotFoundError
 from experthub.hub.files import yaml_files
 from experthub.hub.files.atomic import write_json
 from experthub.hub.kinds.coefficients import COEFFICIENTS, COEFFICIENTS_JSON
-from experthub.hub.materials.learned import found_folder
 from experthub.hub.registry.expert import Reference
+from experthub.hub.states.run_state import state_folder
 from experthub.hub.tasks.task import Example, example_id
 from experthub.hub.tasks.task_files import read_task, write_task
 
@@ -136,7 +136,7 @@ class Run:
     def keep_coefficients(self, folder: Path) -> None:
         """Copy the learned coefficients to a folder next to the results."""
         for name, recipe in self.learned().items():
-            found = found_folder(hub.resolve(hub.Recipe.of(recipe)))
+            found = state_folder(hub.resolve(hub.Recipe.of(recipe)))
             (folder / name).mkdir(parents=True, exist_ok=True)
             for file in (COEFFICIENTS, COEFFICIENTS_JSON):
                 shutil.copy(found / file, folder / name)

@@ -28,6 +28,7 @@ from experthub.hub.session import Session
 from experthub.hub.store.store import Store
 from experthub.merge import TaskVector
 from experthub.routing import (
+    FLOAT32_CPU_KERNELS,
     Batch,
     Context,
     Kernel,
@@ -41,8 +42,6 @@ from experthub.routing import (
     current_kernel,
 )
 from torch import Tensor, nn
-
-CPU_KERNELS = ("sampled", "prefilter")
 
 
 @dataclass
@@ -132,9 +131,10 @@ def _check_kernel(model: Any, plan: Plan) -> Kernel | None:
     """Return the kernel that the recipe sets; None chooses the fastest."""
     method = plan.recipe.method
     kernel = None if method.kernel == "auto" else current_kernel(method.kernel)
-    if kernel in CPU_KERNELS and (plan.dtype != "float32" or model.device.type != "cpu"):
+    if kernel in FLOAT32_CPU_KERNELS and (plan.dtype != "float32" or model.device.type != "cpu"):
         raise UsageError(
-            f"kernel: {kernel} is for float32 on a CPU, and this is {plan.dtype} on {model.device}",
+            f"kernel: {method.kernel} is for float32 on a CPU, "
+            f"and this is {plan.dtype} on {model.device}",
             "leave kernel out: auto takes what there is",
         )
     return kernel

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,24 +11,39 @@ import torch
 from experthub.merge import Dense, LowRank, Strategy, TaskVector, merges
 from experthub.routing import (
     KERNELS,
+    Context,
     ExpertStack,
     RoutedLinear,
+    Selected,
+    Skills,
+    Weights,
     attach_experts,
     group_modules,
     pack_experts,
     reference,
     routers,
 )
-from learning import SHAPES, learner
+from learning import SHAPES, learner, run_merge
+from router_materials import LAYERS, bind, drawn, pool_of, prepare, some_rows, with_state
 from torch import Tensor, nn
 
-MERGES = [pytest.param(s, id=name) for name, s in merges.items()]
-ROUTERS = [
-    pytest.param(s, id=name)
-    for name, s in routers.items()
-    if s.traits.routing.depth == "module" and "skills" not in s.needs
-]
 COMBINES = ("outputs", "parameters")
+
+
+def methods_of(name: str) -> list[Any]:
+    """The methods of the catalogues that the suite of this name is for."""
+    known = [*merges.values(), *routers.values()]
+    return [pytest.param(s, id=s.name) for s in known if suite_name(s) == name]
+
+
+def suite_name(strategy: Strategy[Any]) -> str:
+    """The class of tests that a method must pass; every method has one."""
+    if strategy.kind == "merge":
+        return "TestMerges"
+    if "skills" in strategy.needs:
+        return "TestRoutersOfSkills"
+    by_module = strategy.traits.routing.depth == "module"
+    return "TestRouters" if by_module else "TestRoutersOfTheModel"
 
 
 def cast(delta: LowRank | Dense, dtype: torch.dtype) -> LowRank | Dense:
@@ -54,19 +70,20 @@ def vectors(form: str = "low-rank", zero: bool = False, count: int = 3) -> list[
 
 
 def call(
-    strategy: Strategy, given: list[TaskVector], weights: Tensor, dtype: torch.dtype = torch.float32
+    strategy: Strategy[Any],
+    given: list[TaskVector],
+    weights: Tensor,
+    dtype: torch.dtype = torch.float32,
 ) -> TaskVector:
     """A merge with its defaults; one that learns does so for few steps, on random inputs."""
     torch.manual_seed(0)
     few: dict[str, object] = {"steps": 3} if "steps" in strategy.options else {}
     if "combine" in strategy.options:
         few["combine"] = "outputs"  # the other way is not defined for dense experts
-    data = [learner(dtype, count=len(given))] if "data" in strategy.needs else []
-    result: TaskVector = strategy.call(given, weights, *data, **strategy.bind(few))
-    return result
+    return run_merge(strategy, given, weights, learner(dtype, count=len(given)), **few)
 
 
-def merged(strategy: Strategy, given: list[TaskVector], weights: Tensor) -> dict[str, Tensor]:
+def merged(strategy: Strategy[Any], given: list[TaskVector], weights: Tensor) -> dict[str, Tensor]:
     result = call(strategy, given, weights)
     return {name: result[name].dense() for name in result}
 
@@ -74,9 +91,9 @@ def merged(strategy: Strategy, given: list[TaskVector], weights: Tensor) -> dict
 WEIGHTS = torch.tensor([1.0, 0.5, 2.0])
 
 
-@pytest.mark.parametrize("strategy", MERGES)
+@pytest.mark.parametrize("strategy", methods_of("TestMerges"))
 class TestMerges:
-    def test_keeps_keys_shapes_and_dtype(self, strategy: Strategy) -> None:
+    def test_keeps_keys_shapes_and_dtype(self, strategy: Strategy[Any]) -> None:
         for dtype in (torch.float32, torch.float64):
             given = [
                 TaskVector("base", {n: (lambda d=v[n], t=dtype: cast(d, t)) for n in v})
@@ -86,14 +103,14 @@ class TestMerges:
             assert {n: result[n].shape for n in result} == SHAPES
             assert {result[n].dtype for n in result} == {dtype}
 
-    def test_leaves_inputs_untouched(self, strategy: Strategy) -> None:
+    def test_leaves_inputs_untouched(self, strategy: Strategy[Any]) -> None:
         given = vectors()
         before = [{n: v[n].dense().clone() for n in v} for v in given]
         merged(strategy, given, WEIGHTS)
         for vector, old in zip(given, before, strict=True):
             assert all(torch.equal(vector[n].dense(), old[n]) for n in vector)
 
-    def test_order_of_experts_does_not_matter(self, strategy: Strategy) -> None:
+    def test_order_of_experts_does_not_matter(self, strategy: Strategy[Any]) -> None:
         if strategy.traits.order_dependent:
             return
         given, order = vectors(), [2, 0, 1]
@@ -102,11 +119,11 @@ class TestMerges:
         for name in first:
             torch.testing.assert_close(first[name], again[name])
 
-    def test_zero_vectors_give_zero(self, strategy: Strategy) -> None:
+    def test_zero_vectors_give_zero(self, strategy: Strategy[Any]) -> None:
         result = merged(strategy, vectors(zero=True), WEIGHTS)
         assert all(bool((d == 0).all()) for d in result.values())
 
-    def test_low_rank_and_dense_agree(self, strategy: Strategy) -> None:
+    def test_low_rank_and_dense_agree(self, strategy: Strategy[Any]) -> None:
         low, dense = (
             merged(strategy, vectors(), WEIGHTS),
             merged(strategy, vectors("dense"), WEIGHTS),
@@ -114,12 +131,14 @@ class TestMerges:
         for name in low:
             torch.testing.assert_close(low[name], dense[name])
 
-    def test_says_whether_low_rank_experts_stay_so(self, strategy: Strategy) -> None:
+    def test_says_whether_low_rank_experts_stay_so(self, strategy: Strategy[Any]) -> None:
         result = call(strategy, vectors(), WEIGHTS)
         low = all(isinstance(result[name], LowRank) for name in result)
-        assert low != strategy.traits.dense or strategy.learns  # a learned one may leave it to its options
+        assert (
+            low != strategy.traits.dense or strategy.learns
+        )  # a learned one may leave it to its options
 
-    def test_is_lazy_and_the_same_bits_again(self, strategy: Strategy) -> None:
+    def test_is_lazy_and_the_same_bits_again(self, strategy: Strategy[Any]) -> None:
         asked: list[str] = []
 
         def watched(vector: TaskVector) -> TaskVector:
@@ -137,7 +156,7 @@ class TestMerges:
         assert set(asked) == (set(SHAPES) if strategy.traits.whole_model else {"b.weight"})
         assert torch.equal(one, merged(strategy, vectors(), WEIGHTS)["b.weight"])
 
-    def test_refuses_vectors_of_two_bases(self, strategy: Strategy) -> None:
+    def test_refuses_vectors_of_two_bases(self, strategy: Strategy[Any]) -> None:
         one, two, three = vectors()
         other = TaskVector("other", two.load)
         with pytest.raises(ValueError, match="one base"):
@@ -161,6 +180,18 @@ def stack(
     return ExpertStack.of(deltas, count, gates)
 
 
+def make_router(strategy: Strategy[Any], experts: ExpertStack) -> Any:
+    """The router of a module, with its state and its defaults."""
+    return strategy.call(adapted(strategy, experts), **bind(strategy))
+
+
+def adapted(strategy: Strategy[Any], experts: ExpertStack) -> ExpertStack:
+    """The experts as the router wants them, with its state."""
+    given = replace(experts, **with_state(strategy, experts))
+    adapt = strategy.traits.adapt
+    return given if adapt is None else adapt(given, bind(strategy))
+
+
 def linear(dtype: torch.dtype = torch.float32) -> nn.Linear:
     torch.manual_seed(0)
     return nn.Linear(8, 5).requires_grad_(False).to(dtype)
@@ -170,26 +201,26 @@ def inputs() -> Tensor:
     return torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("strategy", ROUTERS)
+@pytest.mark.parametrize("strategy", methods_of("TestRouters"))
 @pytest.mark.parametrize("combine", COMBINES)
 class TestRouters:
-    def routed(self, strategy: Strategy, combine: Any, experts: ExpertStack) -> RoutedLinear:
-        router = strategy.call(experts, **strategy.bind({}))
+    def routed(self, strategy: Strategy[Any], combine: Any, experts: ExpertStack) -> RoutedLinear:
+        router = make_router(strategy, experts)
         return RoutedLinear.from_stack(linear(), experts, router, combine)
 
-    def test_weights_are_finite(self, strategy: Strategy, combine: str) -> None:
+    def test_weights_are_finite(self, strategy: Strategy[Any], combine: str) -> None:
         module = self.routed(strategy, combine, stack())
         for x in (inputs(), torch.zeros(1, 2, 8), inputs() * 1e4):
             w = module.compute_weights(x)
             assert w.shape == (*x.shape[:-1], 3) and bool(torch.isfinite(w).all())
 
     def test_experts_that_change_nothing_give_the_base(
-        self, strategy: Strategy, combine: str
+        self, strategy: Strategy[Any], combine: str
     ) -> None:
         module = self.routed(strategy, combine, stack(zero=True))
         assert torch.equal(module(inputs()), linear()(inputs()))
 
-    def test_a_row_depends_on_itself_only(self, strategy: Strategy, combine: str) -> None:
+    def test_a_row_depends_on_itself_only(self, strategy: Strategy[Any], combine: str) -> None:
         module, x = self.routed(strategy, combine, stack()), inputs()
         whole = module(x)
         for b in range(3):
@@ -204,12 +235,12 @@ class TestRouters:
     @pytest.mark.parametrize("ranks", [(2, 2, 2), (1, 2, 3)])
     @pytest.mark.parametrize("kernel", [None, *KERNELS])
     def test_kernels_agree_with_the_reference(
-        self, strategy: Strategy, combine: Any, missing: int | None, ranks: Any, kernel: Any
+        self, strategy: Strategy[Any], combine: Any, missing: int | None, ranks: Any, kernel: Any
     ) -> None:
         if combine == "parameters" and ranks != (2, 2, 2):
             pytest.skip("parameters of unequal ranks do not mix")
         experts = stack(5, missing=missing, ranks=ranks)
-        router = strategy.call(experts, **strategy.bind({}))
+        router = make_router(strategy, experts)
         x = torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
         expected = reference(x, linear()(x), experts, router, combine)
         fused = RoutedLinear.from_stack(linear(), experts, router, combine, kernel=kernel)
@@ -222,11 +253,11 @@ class TestRouters:
 
     @pytest.mark.parametrize("kernel", [None, *KERNELS])
     def test_modules_of_one_input_agree_with_each_alone(
-        self, strategy: Strategy, combine: Any, kernel: Any
+        self, strategy: Strategy[Any], combine: Any, kernel: Any
     ) -> None:
         other_ranks = (2,) if combine == "parameters" else (3, 1)
         stacks = [stack(4), stack(4, zero=True), stack(4, ranks=other_ranks)]
-        found = [strategy.call(experts, **strategy.bind({})) for experts in stacks]
+        found = [make_router(strategy, experts) for experts in stacks]
         bases = [linear() for _ in stacks]
         assert group_modules(stacks, found, combine) == [[0, 1, 2]]
         grouped = attach_experts(
@@ -254,9 +285,11 @@ class TestRouters:
             )
 
     @pytest.mark.parametrize("tokens", [1, 40])
-    def test_is_captured_as_one_graph(self, strategy: Strategy, combine: Any, tokens: int) -> None:
+    def test_is_captured_as_one_graph(
+        self, strategy: Strategy[Any], combine: Any, tokens: int
+    ) -> None:
         stacks = [stack(4), stack(4)]
-        found = [strategy.call(experts, **strategy.bind({})) for experts in stacks]
+        found = [make_router(strategy, experts) for experts in stacks]
         module = nn.ModuleList(
             attach_experts(
                 [linear(), linear()], pack_experts(stacks, found, linear().weight), combine
@@ -272,13 +305,17 @@ class TestRouters:
         for given in (x, x * 2):
             torch.testing.assert_close(whole(given), run(given), atol=1e-5, rtol=1e-5)
 
-    def test_no_tokens_and_inputs_that_lie_apart(self, strategy: Strategy, combine: Any) -> None:
+    def test_no_tokens_and_inputs_that_lie_apart(
+        self, strategy: Strategy[Any], combine: Any
+    ) -> None:
         module = self.routed(strategy, combine, stack())
         assert module(torch.empty(0, 8)).shape == (0, 5)
         x = torch.randn(8, 3, 4, generator=torch.Generator().manual_seed(1)).permute(1, 2, 0)
         torch.testing.assert_close(module(x), module(x.contiguous()))
 
-    def test_one_expert_twice_and_gates_of_any_size(self, strategy: Strategy, combine: Any) -> None:
+    def test_one_expert_twice_and_gates_of_any_size(
+        self, strategy: Strategy[Any], combine: Any
+    ) -> None:
         one = stack(1)
         gate = torch.randn(8, generator=torch.Generator().manual_seed(2))
         for size in (0.0, 1e-8, 1.0, 1e8):
@@ -291,7 +328,100 @@ class TestRouters:
                 alone = ExpertStack.of({0: one.deltas[0]}, 1, {0: gate})
                 torch.testing.assert_close(found, self.routed(strategy, combine, alone)(inputs()))
 
-    def test_parameters_keep_their_names(self, strategy: Strategy, combine: str) -> None:
+    def test_parameters_keep_their_names(self, strategy: Strategy[Any], combine: str) -> None:
         module = self.routed(strategy, combine, stack())
         assert set(module.state_dict()) == {"weight", "bias"}
         assert module.base.weight is module.weight
+
+
+@pytest.mark.parametrize("strategy", methods_of("TestRoutersOfTheModel"))
+class TestRoutersOfTheModel:
+    def select(self, strategy: Strategy[Any], rows: Any) -> Weights:
+        select = strategy.call(pool_of(prepare(strategy)), **bind(strategy))
+        found: Weights = select(rows)
+        return found
+
+    def routed(self, strategy: Strategy[Any], experts: ExpertStack, x: Tensor) -> Tensor:
+        """What a module makes of inputs `[B, S, I]`, whose experts were chosen for the rows."""
+        rows = some_rows()
+        context = Context(rows=len(x), tokens=x.shape[1])
+        context.select(self.select(strategy, rows[slice(0, len(x))]))
+        layer = LAYERS - 1 if strategy.traits.routing.input == "token" else None
+        router = Selected(context, experts.experts, experts.n_experts, layer)
+        found: Tensor = RoutedLinear.from_stack(linear(), experts, router, context=context)(x)
+        return found
+
+    def test_weights_are_finite_and_of_every_expert(self, strategy: Strategy[Any]) -> None:
+        weights = self.select(strategy, some_rows())
+        dense = weights.dense(3)
+        assert dense.dtype == torch.float32 and dense.shape[-1] == 3
+        assert bool(dense.isfinite().all()) and bool((dense >= 0).all())
+        by_input = {"nothing": (3,), "task": (4, 3), "example": (4, 3)}
+        routing = strategy.traits.routing
+        assert dense.shape == by_input.get(routing.input, dense.shape)
+        if routing.input == "token":
+            assert dense.shape in ((4, 3, LAYERS, 3), (4, 3, 1, 3))
+
+    def test_a_row_depends_on_itself_only(self, strategy: Strategy[Any]) -> None:
+        rows, whole = some_rows(), self.select(strategy, some_rows()).dense(3)
+        for row in range(4):
+            alone = self.select(strategy, rows[slice(row, row + 1)]).dense(3)
+            expected = whole if whole.ndim == 1 else whole[row : row + 1]
+            torch.testing.assert_close(alone, expected)
+
+    def test_experts_that_change_nothing_give_the_base(self, strategy: Strategy[Any]) -> None:
+        x = drawn("x", 4, 3, 8)
+        assert torch.equal(self.routed(strategy, stack(zero=True), x), linear()(x))
+
+    def test_outputs_are_the_weighted_sum(self, strategy: Strategy[Any]) -> None:
+        x, experts = drawn("x", 4, 3, 8), stack()
+        weights = self.select(strategy, some_rows()).dense(3)
+        if weights.ndim == 4:  # of tokens, by layer
+            weights = weights[:, :, -1]
+        elif weights.ndim == 2:
+            weights = weights[:, None]
+        changes = torch.stack([x @ delta.dense().T for delta in experts.deltas.values()], -1)
+        expected = linear()(x) + (changes * weights[..., None, :]).sum(-1)
+        found = self.routed(strategy, experts, x)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+
+    def test_the_state_is_the_same_bits_again(self, strategy: Strategy[Any]) -> None:
+        first, again = prepare(strategy), prepare(strategy)
+        assert list(first) == list(again)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("strategy", methods_of("TestRoutersOfSkills"))
+class TestRoutersOfSkills:
+    def skills(self, size: float = 1.0) -> Skills:
+        logits = {task: drawn(task, 1, 4) for task in ("t0", "t1")}
+        return Skills(drawn("a", 4, 2, 8), drawn("b", 4, 6, 2) * size, 0.5, logits)
+
+    def test_a_task_folds_to_its_mixture(self, strategy: Strategy[Any]) -> None:
+        skills = self.skills()
+        for task in ("t0", "t1", "average"):
+            found = strategy.call(skills, **strategy.bind({"task": task}))
+            weights = skills.weights(task)[0]
+            a, b = (weights @ t.flatten(1) for t in (skills.a_SRI, skills.b_SOR))
+            expected = 0.5 * b.view(6, 2) @ a.view(2, 8)
+            torch.testing.assert_close(found.dense(), expected)
+            assert bool(weights.isfinite().all()) and abs(float(weights.sum()) - 1) < 1e-5
+
+    def test_without_a_task_it_is_the_average(self, strategy: Strategy[Any]) -> None:
+        skills = self.skills()
+        average = strategy.call(skills, **strategy.bind({"task": "average"}))
+        found = strategy.call(skills, **strategy.bind({}))
+        assert torch.equal(found.dense(), average.dense())
+
+    def test_skills_that_change_nothing_give_no_change(self, strategy: Strategy[Any]) -> None:
+        found = strategy.call(self.skills(0.0), **strategy.bind({"task": "t1"}))
+        assert bool((found.dense() == 0).all())
+
+
+def test_every_method_is_in_a_suite() -> None:
+    suites = ("TestMerges", "TestRouters", "TestRoutersOfTheModel", "TestRoutersOfSkills")
+    found = [param.id for suite in suites for param in methods_of(suite)]
+    assert sorted(found) == sorted([*merges, *routers])
+    for suite in suites:
+        (mark,) = [m for m in globals()[suite].pytestmark if m.args[0] == "strategy"]
+        assert [param.id for param in mark.args[1]] == [param.id for param in methods_of(suite)]

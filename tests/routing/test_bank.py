@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import logits, run_hub
 from experthub import hub
-from experthub.hub.composition import bank, routes
+from experthub.hub.composition import bank, stacking
 from experthub.hub.errors import IntegrityError
 from experthub.hub.formats.mapped_tensors import TensorsWriter
 from experthub.hub.recipes import plan
@@ -60,7 +60,7 @@ def test_a_bank_gives_what_the_experts_give(
     def refuse(*_: Any) -> None:
         raise AssertionError("the experts are read again")
 
-    monkeypatch.setattr(routes, "task_vector", refuse)
+    monkeypatch.setattr(stacking, "task_vector", refuse)
     again = hub.compose(whole)
     with made.tasks(["x"]), without.tasks(["x"]), again.tasks(["x"]):
         expected = logits(without.model)

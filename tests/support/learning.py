@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from experthub.merge import Materials, TaskVector
+from experthub.merge import Data, Materials, Strategy, TaskVector
 from torch import Tensor, nn
 
 SHAPES = {"a.weight": (6, 5), "b.weight": (4, 6), "c.weight": (3, 3)}
@@ -57,12 +57,52 @@ class TinyData:
         return list(self.model(torch.cat(inputs)).split([len(r) for r in rows]))
 
 
-def learner(dtype: torch.dtype = torch.float32, count: int = 2, **options: Any) -> Materials:
-    """One with labelled and held-out data of so many tasks."""
+def make_data(dtype: torch.dtype = torch.float32, count: int = 2, **options: Any) -> TinyData:
+    """Make labelled and held-out data of so many tasks."""
     sizes, tasks = (24, 16, 12)[:count], ("first", "second", "third")[:count]
     data = TinyData(Tiny(dtype), sizes, labelled=True, tasks=tasks, **options)
     data.held_out = TinyData(data.model, (9, 7, 5)[:count], labelled=True, tasks=tasks)
-    return Materials(data=data, minimise=random_search)
+    return data
+
+
+learner = make_data  # until test_conformance uses the name
+
+
+def make_materials(
+    given: Sequence[TaskVector], data: Data | None = None, **surroundings: Any
+) -> Materials:
+    """Offer experts of weight 1, data and a random search; `surroundings` are other fields."""
+    materials = Materials(given, torch.ones(len(given)), data, random_search)
+    return replace(materials, **surroundings)
+
+
+def prepare_merge(
+    strategy: Strategy[Any],
+    given: Sequence[TaskVector],
+    weights: Tensor,
+    source: Data | Materials | None = None,
+    **options: Any,
+) -> Any:
+    """Return the state of a merge; `source` is its data, or materials whose experts are replaced."""
+    materials = source if isinstance(source, Materials) else make_materials(given, source)
+    assert strategy.prepare is not None
+    materials = replace(materials, vectors=given, weights=weights)
+    return strategy.prepare(materials, strategy.bind(options))
+
+
+def run_merge(
+    strategy: Strategy[Any],
+    given: Sequence[TaskVector],
+    weights: Tensor,
+    source: Data | Materials | None = None,
+    **options: Any,
+) -> TaskVector:
+    """Prepare the state of a merge, if it has one, and call the merge; see `prepare_merge`."""
+    state: tuple[Any, ...] = ()
+    if strategy.prepare is not None:
+        state = (prepare_merge(strategy, given, weights, source, **options),)
+    merged: TaskVector = strategy.call(given, weights, *state, **strategy.bind(options))
+    return merged
 
 
 def random_search(loss: Any, start: Any, bound: float, evaluations: int, seed: int) -> list[float]:
