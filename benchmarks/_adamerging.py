@@ -149,7 +149,8 @@ def fitted(
         "entropy", "layer", start=INITIAL, steps=steps, lr=RATE, batch_size=INPUTS, halves=halves
     )
     given = loras(problem) if what == "lora" else vectors(problem)
-    return learn_coefficients(given, Materials(inputs, **ports), fit)
+    materials = Materials(given, torch.ones(len(given)), inputs, **ports)
+    return learn_coefficients(materials, fit)
 
 
 def step_seconds(problem: Problem, what: str) -> float:

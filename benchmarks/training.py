@@ -27,7 +27,7 @@ from experthub.hub.bases.base import load_model
 from experthub.hub.bases.base_sources import find
 from experthub.hub.session import Session
 from experthub.merge import LowRank
-from experthub.routing import BatchTasks, ExpertStack, RoutedLinear, SkilledLinear, untrained_gate
+from experthub.routing import BatchTasks, ExpertStack, RoutedLinear, SkilledLinear, make_gate
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
@@ -61,7 +61,7 @@ def gated(model: Any) -> Any:
         outputs, inputs = module.weight.shape
         a, b = torch.randn(RANK, inputs) / inputs**0.5, torch.randn(outputs, RANK) * 0.01
         stack = ExpertStack.of({0: LowRank(a, b, 2.0)}, 1)
-        gate = RoutedLinear.from_stack(module, stack, untrained_gate(stack), train_probes=True)
+        gate = RoutedLinear.from_stack(module, stack, make_gate(stack), train_probes=True)
         model.set_submodule(name, gate)
     return model
 

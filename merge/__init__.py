@@ -11,14 +11,15 @@ from experthub.merge._catalogue import (
 )
 from experthub.merge._coefficients import Coefficients, Combine, assign_blocks, compose_vector
 from experthub.merge._delta import Delta, Dense, LowRank, sum_deltas, truncate
-from experthub.merge._fitting import Fit, learn_coefficients
+from experthub.merge._fit_settings import Fit
+from experthub.merge._fitting import learn_coefficients
 from experthub.merge._inner_products import cosine_matrix, gram_matrix, inner_product
 from experthub.merge._linear_modules import is_linear, is_transposed, orient
 from experthub.merge._materials import Data, Materials, Minimizer, Progress
 from experthub.merge._merges import MergeTraits, merges
 from experthub.merge._options import (
-    AddedLater,
     ExamplesPerTask,
+    LateOption,
     Option,
     Range,
     RecipeSeed,
@@ -40,7 +41,6 @@ from experthub.merge.task_arithmetic import task_arithmetic
 from experthub.merge.ties import ties
 
 __all__ = [
-    "AddedLater",
     "AttachedExperts",
     "Catalogue",
     "Coefficients",
@@ -51,6 +51,7 @@ __all__ = [
     "ExamplesPerTask",
     "ExpertOutline",
     "Fit",
+    "LateOption",
     "LowRank",
     "Materials",
     "MergeTraits",

@@ -1,4 +1,4 @@
-"""Experts inside a model, weighed by coefficients that get their gradients.
+"""Experts inside a model, multiplied by coefficients that have gradients.
 
 Shapes: E experts, B blocks, K groups.
 """
@@ -17,16 +17,23 @@ from experthub.merge._coefficients import (
     mix_factors,
 )
 from experthub.merge._delta import LowRank
+from experthub.merge._embedding_rows import EmbeddingRows
 from experthub.merge._linear_modules import is_plain_linear
-from experthub.merge._merged_parameters import Beside, Merged, Rows, Use
+from experthub.merge._merged_parameters import LowRankBeside, MergedParameter, Use
 from experthub.merge._task_vector import TaskVector
 from torch import Tensor, nn
 
 
 class AttachedExperts:
-    """A model whose weights are those of the base plus experts times coefficients, for a while.
+    """A model whose weights are those of the base plus the experts' changes times coefficients.
 
-    As a context manager it puts the base's weights back.
+    It is a context manager. On exit, the model has the base's weights again.
+
+    Example:
+        >>> with AttachedExperts(model, vectors, coefficients) as attached:  # doctest: +SKIP
+        ...     attached.set(coefficients.values)
+        ...     model(inputs).loss.backward()
+        ...     gradient = attached.gradient()
     """
 
     def __init__(
@@ -38,13 +45,21 @@ class AttachedExperts:
         halves: bool = False,
         take: Callable[[str, Tensor], None] | None = None,
     ) -> None:
-        """like: coefficients of the shape, blocks and combination that will be set.
+        """Attach experts to a model.
 
-        halves: keep dense changes as bfloat16, in half the memory.  take: is given the complete
-        gradient of every weight, by name, in place of the coefficients' getting theirs; then all
-        changes are formed.
+        Args:
+            model: The base. Its parameters are replaced, or forward hooks are added to its modules.
+            vectors: The task vectors of E experts.
+            like: Coefficients with the shape, the blocks and the combination that will be set.
+            halves: Keep dense changes as bfloat16, in half the memory.
+            take: Called with the name and the complete gradient of every weight, as soon as a
+                backward pass has computed it. The coefficients then get no gradient, and all
+                changes are made dense.
+
+        Raises:
+            ValueError: The coefficients sum factors, and changes are dense or have different ranks.
         """
-        self._parts: dict[str, Merged | Rows | Beside] = {}
+        self._parts: dict[str, MergedParameter | EmbeddingRows | LowRankBeside] = {}
         names = list(dict.fromkeys(name for vector in vectors for name in vector))
         blocks = assign_blocks(names, like.granularity)
         place = {label: b for b, label in enumerate(like.blocks)}
@@ -53,20 +68,21 @@ class AttachedExperts:
             module, leaf = found[name][0]
             here = [e for e, vector in enumerate(vectors) if name in vector.load]
             block = place[blocks[name]]
+            plain = like.values.ndim == 2 and take is None
             linear = leaf == "weight" and is_plain_linear(module)
-            apart = linear and like.values.ndim == 2 and take is None
-            deltas = [vectors[e][name] for e in here] if apart else []
+            deltas = [vectors[e][name] for e in here] if linear and plain else []
             low = [delta for delta in deltas if isinstance(delta, LowRank)]
             if low and len(low) == len(here):
-                self._parts[name] = Beside(module, low, here, block, like.combine)
+                self._parts[name] = LowRankBeside(module, low, here, block, like.combine)
                 continue
             if like.combine == "parameters":
-                mix_factors(deltas, [0.0] * len(deltas))  # says why not
-            if take is None and like.values.ndim == 2 and Rows.fit(found[name]):
+                # The changes have no factors to sum; the call raises the error that says so.
+                mix_factors(deltas, [0.0] * len(deltas))
+            if plain and EmbeddingRows.is_looked_up_only(found[name]):
                 own = [vectors[e] for e in here]
-                self._parts[name] = Rows(found[name], own, name, here, block, halves)
+                self._parts[name] = EmbeddingRows(found[name], own, name, here, block, halves)
                 continue
-            merged = Merged(found[name], vectors, name, here, block, halves)
+            merged = MergedParameter(found[name], vectors, name, here, block, halves)
             if like.values.ndim == 3:
                 groups = like.values.shape[2]
                 merged.split(draw_groups(name, merged.count, groups, like.seed), groups)
@@ -75,23 +91,38 @@ class AttachedExperts:
             self._parts[name] = merged
 
     def set(self, values: Tensor) -> None:
-        """Give the model the weights of these coefficients, `[E, B]` or `[E, B, K]`."""
+        """Set the model's weights to those of some coefficients.
+
+        Args:
+            values: The coefficients, `[E, B]` or `[E, B, K]`.
+        """
         self._values = values.detach().clone().requires_grad_(torch.is_grad_enabled())
         for part in self._parts.values():
             part.set(self._values)
 
     def gradient(self) -> Tensor:
-        """Of the coefficients last set, from all that was differentiated since then."""
+        """Return the gradient of the coefficients that were set last.
+
+        Returns:
+            The sum over all backward passes since `set`, in the shape of the coefficients.
+        """
         total = torch.zeros_like(self._values) if self._values.grad is None else self._values.grad
         for part in self._parts.values():
-            if not isinstance(part, Beside):
+            if not isinstance(part, LowRankBeside):
                 part.add_gradient(total)
         return total.detach()
 
     def fix(self, name: str, change: Tensor) -> None:
-        """Add a change to the base's weight, from the next `set` on; only with `take`."""
+        """Add a change to a weight of the base; it takes effect with the next `set`.
+
+        The experts must be attached with `take`. The weight is restored on exit.
+
+        Args:
+            name: The name of the parameter.
+            change: The change, in the parameter's shape.
+        """
         part = self._parts[name]
-        if isinstance(part, Merged):
+        if isinstance(part, MergedParameter):
             part.base_P = part.base_P + change.reshape(-1).to(part.base_P)
 
     def __enter__(self) -> AttachedExperts:
@@ -108,9 +139,18 @@ class AttachedExperts:
 
 
 def find_uses(model: nn.Module, names: Collection[str]) -> dict[str, list[Use]]:
-    """The modules that hold each parameter, with its name there; its own module is the first.
+    """Find the modules that use each parameter.
 
-    The others share it, and have no name among `names` that would change them apart.
+    Modules with tied weights share a parameter. A use under another name is included unless that
+    name is among `names`, because it then gets a change of its own.
+
+    Args:
+        model: The model.
+        names: The names of parameters.
+
+    Returns:
+        Parameter name -> pairs of a module and the parameter's name in that module. The module that
+        the name refers to is the first.
     """
     found: dict[int, list[Use]] = {}
     own: dict[str, Use] = {}

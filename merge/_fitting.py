@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from experthub.merge._attached_experts import AttachedExperts
-from experthub.merge._coefficients import Coefficients, Combine, assign_blocks, make_generator
+from experthub.merge._coefficients import Coefficients, assign_blocks, make_generator
+from experthub.merge._fit_settings import LABELLED, Fit
 from experthub.merge._materials import Data, Materials, Progress
 from experthub.merge._objectives import (
     choose_trusted,
@@ -24,64 +24,7 @@ from experthub.merge._objectives import (
 from experthub.merge._task_vector import TaskVector
 from torch import Tensor, nn
 
-Objective = Literal["entropy", "marginal_entropy", "fixmatch", "cross_entropy", "negation"]
-LABELLED = ("cross_entropy", "negation")
-Constraint = Literal["project", "clamp", "none"]
 SAVE_EVERY = 20  # The number of steps between two saves of the run's state.
-
-
-@dataclass(frozen=True)
-class Fit:
-    """The settings with which coefficients are learned.
-
-    Args:
-        objective: The loss. `negation` is the cross-entropy of the control tasks minus that of the
-            tasks to forget; the others are in `_objectives`.
-        granularity: What shares a coefficient, as for `assign_blocks`.
-        start: The first value of every coefficient.
-        steps: The number of steps of the optimiser.
-        lr: The learning rate.
-        batch_size: Inputs per task and step.
-        groups: The number of groups K into which the entries of every parameter are divided.
-        l2: The weight decay of AdamW. 0 uses Adam.
-        l1: The factor of the mean absolute coefficient that is added to the loss.
-        cosine: Whether the learning rate falls to 0 along a cosine.
-        constraint: How coefficients are kept within `bounds`. `project` moves them back after each
-            step. `clamp` clamps them where they are used; a coefficient outside has no gradient and
-            stays outside. `none` does nothing.
-        bounds: The smallest and the largest value of a coefficient.
-        patience: How many evaluations on held-out inputs may pass without an improvement before
-            learning stops. There are about twenty evaluations in all. 0 evaluates none.
-        views: Variations of an input for `marginal_entropy`.
-        confidence: The probability from which `fixmatch` uses an own prediction as a label.
-        forget: The positions of the tasks that `negation` forgets.
-        keep: The share of the base's accuracy on the held-out inputs of the control tasks that
-            `negation` must keep; other coefficients do not count.
-        combine: What is summed, as in `Coefficients`.
-        halves: Keep dense changes as bfloat16 while learning, in half the memory.
-        seed: The seed of the order of inputs and of the groups.
-    """
-
-    objective: Objective
-    granularity: str
-    start: float
-    steps: int
-    lr: float
-    batch_size: int
-    groups: int = 1
-    l2: float = 0.0
-    l1: float = 0.0
-    cosine: bool = False
-    constraint: Constraint = "none"
-    bounds: tuple[float, float] = (0.0, 1.0)
-    patience: int = 0
-    views: int = 4
-    confidence: float = 0.99
-    forget: tuple[int, ...] = ()
-    keep: float = 0.95
-    combine: Combine = "outputs"
-    halves: bool = False
-    seed: int = 0
 
 
 def learn_coefficients(materials: Materials, fit: Fit) -> Coefficients:
@@ -131,7 +74,7 @@ def _split_numbers(name: str) -> list[tuple[int, str]]:
 
 
 def choose_rows(size: int, batch_size: int, step: int, *key: object) -> Tensor:
-    """Choose the inputs of a step; every full batch is used once before any input repeats.
+    """Choose the inputs of a step: none repeats before the random order is drawn anew.
 
     Args:
         size: The number of inputs N.

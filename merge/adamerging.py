@@ -11,7 +11,8 @@ from typing import Annotated, Literal
 
 from experthub.merge._catalogue import Options
 from experthub.merge._coefficients import Coefficients, check_granularity, compose_vector
-from experthub.merge._fitting import Constraint, Fit, learn_coefficients
+from experthub.merge._fit_settings import Constraint, Fit
+from experthub.merge._fitting import learn_coefficients
 from experthub.merge._materials import Materials
 from experthub.merge._merges import merges
 from experthub.merge._options import Range, RecipeSeed, ShapesState

@@ -13,7 +13,8 @@ from typing import Annotated, Literal
 
 from experthub.merge._catalogue import Options
 from experthub.merge._coefficients import Coefficients, check_granularity, compose_vector
-from experthub.merge._fitting import Fit, Objective, learn_coefficients
+from experthub.merge._fit_settings import Fit, Objective
+from experthub.merge._fitting import learn_coefficients
 from experthub.merge._materials import Materials
 from experthub.merge._merges import merges
 from experthub.merge._options import Range, RecipeSeed, ShapesState
@@ -111,10 +112,10 @@ def atlas(
             and 0.01 elsewhere.
         weight_decay: The weight decay of AdamW, as in the paper.
         batch_size: Inputs per task and step.
-        patience: How many evaluations on held-out labelled examples (twenty in all) may pass
-            without a better loss before learning stops. The best coefficients are kept. 0 keeps the
-            last ones and evaluates none.
-        confidence: The probability from which `test_time` uses an own prediction as a label.
+        patience: How many evaluations on held-out labelled examples may pass without a better loss
+            before learning stops. There is one after every twentieth of the steps. The best
+            coefficients are kept. 0 keeps the last ones and evaluates none.
+        confidence: The probability from which `test_time` uses a prediction as a label.
         keep: The share of the base's accuracy on the held-out examples of the control tasks that
             `negation` must keep; other coefficients do not count.
         halves: Keep dense task vectors as bfloat16 while learning, in half the memory.

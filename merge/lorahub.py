@@ -13,7 +13,8 @@ import torch
 from experthub.merge._attached_experts import AttachedExperts
 from experthub.merge._catalogue import Options
 from experthub.merge._coefficients import Coefficients, Combine, compose_vector
-from experthub.merge._fitting import Fit, learn_coefficients, start_coefficients
+from experthub.merge._fit_settings import Fit
+from experthub.merge._fitting import learn_coefficients, start_coefficients
 from experthub.merge._materials import Data, Materials
 from experthub.merge._merges import merges
 from experthub.merge._objectives import cross_entropy
@@ -106,8 +107,8 @@ def lorahub(
         coefficients: The weights that the search found.
         combine: `parameters` sums the factors, `(sum w s B)(sum w A)`, as the paper does; this needs
             LoRAs of one rank. `outputs` sums the changes themselves.
-        optimizer: `cma_es`, or `adam`, which needs one backward pass per step. The paper uses NGOpt
-            of nevergrad, which chooses among CMA-ES and similar methods.
+        optimizer: The search method: `cma_es`, or `adam`, which needs one backward pass per step. The
+            paper uses NGOpt of nevergrad, which chooses among CMA-ES and similar methods.
         steps: Evaluations of the loss, or steps of Adam.
         bound: The largest absolute value of a weight.
         l1: The factor of the mean absolute weight that is added to the loss.

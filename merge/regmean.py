@@ -73,15 +73,15 @@ def regmean(
 ) -> TaskVector:
     """Regress every linear weight onto all experts' outputs in closed form, and average the rest.
 
-    `tau = (sum_e w_e G_e)^-1 sum_e w_e G_e tau_e`, where `G_e` is the mean outer product of the
-    module's inputs when expert `e` reads the data of its own task: `data.tasks` has one task for
+    The merged change is `(sum_e w_e G_e)^-1 sum_e w_e G_e tau_e`. `G_e` is the mean outer product of
+    the module's inputs when expert `e` reads the data of its own task: `data.tasks` has one task for
     each expert, in their order. Labels are not used.
 
     Args:
         vectors: The task vectors of the experts.
         weights: The experts' weights `[E]`.
         inputs: The matrices G of every expert.
-        off_diagonal: The factor of the entries off the diagonal of G, the paper's alpha; the paper
+        off_diagonal: The factor of the entries off the diagonal of G, the paper's alpha. The paper
             uses 0.9 for most models.
         batch_size: Inputs that are read at once.
 

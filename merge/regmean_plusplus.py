@@ -77,8 +77,9 @@ def regmean_plusplus(
 ) -> TaskVector:
     """Run RegMean layer by layer: a layer reads the outputs of the merged layers before it.
 
-    As in `regmean`, with `G_e` of each transformer layer taken while all layers before it are merged
-    and the layer itself is that of expert `e`. The data is read once for each layer and expert.
+    The formula is that of `regmean`. `G_e` of a transformer layer is computed while all layers before
+    it are merged and the layer itself is that of expert `e`. The data is read once for each layer and
+    expert.
 
     Args:
         vectors: The task vectors of the experts.

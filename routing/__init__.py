@@ -1,6 +1,6 @@
 """Input-dependent mixing of experts; imports torch and `experthub.merge`."""
 
-from experthub.routing._context import Context, Selected
+from experthub.routing._context import Context, ModelRouter
 from experthub.routing._expert_rows import ExpertRows
 from experthub.routing._group import Group
 from experthub.routing._packed import PackedExperts, group_modules, pack_experts
@@ -35,7 +35,7 @@ from experthub.routing.kernels.reference import reference
 from experthub.routing.kernels.scores import compute_scores
 from experthub.routing.lora_retriever import lora_retriever
 from experthub.routing.mhr import mhr
-from experthub.routing.phatgoose import SigmoidGate, phatgoose, untrained_gate
+from experthub.routing.phatgoose import SigmoidGate, make_gate, phatgoose
 from experthub.routing.poly import poly
 from experthub.routing.retrieval import build_index, retrieval
 from experthub.routing.smear import smear
@@ -60,6 +60,7 @@ __all__ = [
     "Group",
     "Kernel",
     "Materials",
+    "ModelRouter",
     "PackedExperts",
     "Pool",
     "Prefilter",
@@ -68,7 +69,6 @@ __all__ = [
     "RouterTraits",
     "Routing",
     "Select",
-    "Selected",
     "SigmoidGate",
     "SkilledLinear",
     "Skills",
@@ -86,6 +86,7 @@ __all__ = [
     "describe_shape",
     "group_modules",
     "lora_retriever",
+    "make_gate",
     "measure_kernels",
     "mhr",
     "pack_experts",
@@ -102,6 +103,5 @@ __all__ = [
     "task",
     "top_k_softmax",
     "uniform",
-    "untrained_gate",
     "xlora",
 ]

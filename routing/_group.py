@@ -222,8 +222,8 @@ class Group:
         if not router.pooled:
             return router.weights(scores)
         leading = x.shape[:-1]
-        found = router.weights(self.context.pooled(id(self), scores, leading))
-        return found.repeated(self.context.shape(leading)[1])
+        found = router.weights(self.context.pool_scores(id(self), scores, leading))
+        return found.repeat_rows(self.context.infer_shape(leading)[1])
 
     def _choose_kernel(self, x_TI: Tensor) -> Kernel:
         """Choose the kernel for these inputs."""

@@ -1,7 +1,7 @@
-"""What a router is, and what it routes over.
+"""The protocol of routers, the experts of a module that they route over, and their weights.
 
-Shapes: T tokens (any leading dimensions), E experts that adapt the module, R the sum of their
-ranks, I inputs and O outputs of the module, P probes.
+Shapes: T tokens, B rows, G modules that share their input, E experts that adapt the module, k chosen
+experts, R the sum of the experts' ranks, I inputs and O outputs of the module, P probes.
 """
 
 from __future__ import annotations
@@ -44,9 +44,24 @@ class ExpertStack:
         n_experts: int,
         gates: Mapping[int, Tensor] | None = None,
     ) -> ExpertStack:
-        """Stack the changes of one module, keyed by the experts' place in the recipe.
+        """Stack the experts' changes of one module.
 
-        Raises ValueError for no experts, or for changes or gates that do not fit one module.
+        Args:
+            deltas: The changes by the experts' position in the recipe.
+            n_experts: The number of experts of the recipe.
+            gates: The gates `[I]` by the experts' position, or None.
+
+        Returns:
+            The stack, in the order of the recipe.
+
+        Raises:
+            ValueError: There is no expert, a position is not below `n_experts`, or the shapes of the
+                changes and gates differ.
+
+        Example:
+            >>> delta = LowRank(torch.ones(1, 3), torch.ones(2, 1))
+            >>> ExpertStack.of({0: delta, 1: delta}, n_experts=2).a_RI.shape
+            torch.Size([2, 3])
         """
         experts = sorted(deltas)
         if not experts or experts[-1] >= n_experts:
@@ -57,68 +72,91 @@ class ExpertStack:
         stacked = None if gates is None else torch.stack([gates[e].float() for e in experts])
         width = shapes.pop()[1]
         if stacked is not None and tuple(stacked.shape) != (len(experts), width):
-            raise ValueError(f"expected gates [{len(experts)}, {width}], found {stacked.shape}")
+            raise ValueError(
+                f"expected gates [{len(experts)}, {width}], found {list(stacked.shape)}"
+            )
         return cls({e: deltas[e] for e in experts}, n_experts, stacked)
 
     @property
     def experts(self) -> tuple[int, ...]:
-        """Which of the recipe's experts adapt the module."""
+        """The positions in the recipe of the experts that adapt the module."""
         return tuple(self.deltas)
 
     @property
     def width(self) -> int:
-        """I, the module's inputs."""
+        """The number of inputs I of the module."""
         return next(iter(self.deltas.values())).shape[1]
 
     @cached_property
     def a_RI(self) -> Tensor:
-        """The experts' A, one below the other."""
+        """The experts' factors A `[R, I]`, one below the other."""
         return torch.cat([delta.a for delta in self.deltas.values()])
 
     @cached_property
     def b_RO(self) -> Tensor:
-        """The experts' B transposed, with scale and recipe weight folded in."""
+        """The experts' factors B transposed `[R, O]`, multiplied by scale and recipe weight."""
         b_RO = torch.cat([delta.b.T for delta in self.deltas.values()])
         scales = [delta.scale for delta in self.deltas.values() for _ in range(delta.rank)]
         return b_RO.mul_(torch.tensor(scales, dtype=b_RO.dtype, device=b_RO.device)[:, None])
 
     @cached_property
     def owner_R(self) -> Tensor:
-        """For every row of A and B its expert: a place in `experts`."""
+        """The expert of each row of `a_RI` and `b_RO`, as a position in `experts`."""
         ranks = [delta.rank for delta in self.deltas.values()]
         return torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
 
     @property
     def equal_ranks(self) -> bool:
+        """Whether all experts have the same rank."""
         return len({delta.rank for delta in self.deltas.values()}) == 1
 
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """How much of each expert a row takes.
+    """The weights of the experts for each row.
 
-    values: float32 and finite: `[..., E]` of every expert, or `[..., k]` of those chosen; without
-    leading dimensions where no input changes them.  experts: `[..., k]`, the places in
-    `ExpertStack.experts` of those chosen, each once.
+    Args:
+        values: The weights, float32 and finite: `[..., E]` of all experts, or `[..., k]` of the
+            chosen ones. There are no leading dimensions if the weights do not depend on the input.
+        experts: The chosen experts `[..., k]` as positions in `ExpertStack.experts`, each at most
+            once per row; None if `values` has all experts.
     """
 
     values: Tensor
     experts: Tensor | None = None
 
     def dense(self, n_experts: int) -> Tensor:
-        """`[..., E]`, zero where an expert was not chosen."""
+        """Return the weights of all experts.
+
+        Args:
+            n_experts: The number of experts E.
+
+        Returns:
+            Weights `[..., E]`; zero for an expert that was not chosen.
+        """
         if self.experts is None:
             return self.values
         zeros = self.values.new_zeros(*self.values.shape[:-1], n_experts)
         return zeros.scatter(-1, self.experts, self.values)
 
-    def of_modules(self) -> Weights:
-        """The same weights `[B, k]` for every module of a group, `[B, 1, k]`."""
+    def add_module_axis(self) -> Weights:
+        """Add an axis for modules, so that all modules of a group use the same weights.
+
+        Returns:
+            Weights `[B, 1, k]`, from weights `[B, k]`.
+        """
         experts = self.experts
         return Weights(self.values.unsqueeze(1), None if experts is None else experts.unsqueeze(1))
 
-    def repeated(self, tokens: int) -> Weights:
-        """Those of rows `[B, ...]` for every token, `[B tokens, ...]`."""
+    def repeat_rows(self, tokens: int) -> Weights:
+        """Repeat the weights of each row for all of its tokens.
+
+        Args:
+            tokens: The number of tokens S of a row.
+
+        Returns:
+            Weights `[B S, ...]`, from weights `[B, ...]`.
+        """
         if tokens == 1:
             return self
         values = self.values.repeat_interleave(tokens, 0)
@@ -127,38 +165,51 @@ class Weights:
 
 
 class Router(Protocol):
-    """Inputs -> weights over the experts of one module.
+    """A function from the inputs of a module to weights of its experts.
 
-    probes_PI: linear functionals of the input, float32; None for a router that does not look at it.
-    layer_norm: whether they are of the standardised input, and then have mean zero each.  pooled:
-    whether it decides once for a row of tokens, by the mean of their scores.
-    A dataclass: routers of modules that share their input, and that differ in nothing but probes,
-    are asked once for all of them.
+    A router is a dataclass. If modules share their input and their routers differ only in the probes,
+    one of the routers is called once for all of these modules.
     """
 
     @property
-    def probes_PI(self) -> Tensor | None: ...
+    def probes_PI(self) -> Tensor | None:
+        """Linear functionals of the input `[P, I]`, float32; None if the input is not looked at."""
+        ...
 
     @property
-    def layer_norm(self) -> bool: ...
+    def layer_norm(self) -> bool:
+        """Whether the probes read the standardised input; every probe then has mean zero."""
+        ...
 
     @property
-    def pooled(self) -> bool: ...
+    def pooled(self) -> bool:
+        """Whether the router decides once for a row of tokens, by the mean of their scores."""
+        ...
 
     def weights(self, scores: Tensor) -> Weights:
-        """The weights of every input, which depend on that one only.
+        """Compute the weights of every input; they depend on the scores of that input alone.
 
-        scores: `[T, G, P]`, float32, the products of T inputs with the probes of G modules; of B rows
-        for a router that is `pooled`.
+        Args:
+            scores: The products `[T, G, P]` of the inputs and the probes of G modules, float32. If
+                the router is `pooled`, they are the means `[B, G, P]` over the tokens of each row.
+
+        Returns:
+            Weights with the leading dimensions of `scores`, or with none if all inputs have the same
+            weights.
         """
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class TopK:
-    """The router of most token-wise methods: softmax over the top k scores of an input.
+    """A softmax over the k largest scores of an input, as most methods that route tokens use it.
 
-    absolute: of their sizes, whatever their signs.
+    Args:
+        probes_PI: The probes `[E, I]`, one per expert, float32.
+        top_k: The number k of chosen experts.
+        layer_norm: Whether the probes read the standardised input.
+        absolute: Whether the absolute values of the scores count.
+        pooled: Whether the router decides once for a row of tokens.
     """
 
     probes_PI: Tensor
@@ -168,21 +219,43 @@ class TopK:
     pooled: bool = False
 
     def weights(self, scores: Tensor) -> Weights:
-        return top_k_softmax(self.ranked(scores), self.top_k)
+        """Compute the weights of the chosen experts for every input.
 
-    def ranked(self, scores: Tensor) -> Tensor:
-        """What the top k are taken of."""
+        Args:
+            scores: The scores of all experts `[T, G, E]`, float32.
+
+        Returns:
+            Weights `[T, G, k]` of the chosen experts; `[T, G, E]` if k is not below E.
+        """
+        return top_k_softmax(self.rank_scores(scores), self.top_k)
+
+    def rank_scores(self, scores: Tensor) -> Tensor:
+        """Return the values whose k largest choose the experts.
+
+        Args:
+            scores: The scores of all experts `[..., E]`.
+
+        Returns:
+            The scores, or their absolute values if `absolute` is set.
+        """
         return scores.abs() if self.absolute else scores
 
 
-EPS = 1e-5  # of LayerNorm
+EPS = 1e-5  # The epsilon of LayerNorm.
 
 
 def standardised(rows_EI: Tensor, eps: float = EPS) -> Tensor:
-    """Each row with mean 0 and variance 1: LayerNorm without affine parameters.
+    """Scale each row to mean 0 and variance 1: LayerNorm without affine parameters.
 
-    A constant row becomes zeros, not NaN.  The mean is taken off in float64, so that it is zero
-    after rounding too, as `scores` of uncentred inputs need it.
+    The mean is subtracted in float64. It is then still zero after rounding to float32, which scores
+    of inputs that are not centred rely on.
+
+    Args:
+        rows_EI: Rows `[..., I]`.
+        eps: The constant that is added to the variance. It makes a constant row zero instead of NaN.
+
+    Returns:
+        The rows `[..., I]` in float32.
     """
     wide = rows_EI.double()
     wide = wide - wide.mean(-1, keepdim=True)
@@ -190,9 +263,20 @@ def standardised(rows_EI: Tensor, eps: float = EPS) -> Tensor:
 
 
 def top_k_softmax(scores: Tensor, k: int) -> Weights:
-    """Softmax over the k largest scores `[..., E]` of each row.
+    """Compute the softmax over the k largest scores of each row.
 
-    Equals the softmax over all, cut to its k largest and renormalised.  k above E means E.
+    It equals the k largest values of the softmax over all scores, divided by their sum.
+
+    Args:
+        scores: Scores `[..., E]`.
+        k: The number of chosen experts. From E on, all experts are chosen.
+
+    Returns:
+        Weights `[..., k]` with the chosen experts, or `[..., E]` if all are chosen.
+
+    Example:
+        >>> top_k_softmax(torch.tensor([[1.0, 3.0, 3.0]]), 2).values
+        tensor([[0.5000, 0.5000]])
     """
     if k >= scores.shape[-1]:
         return Weights(scores.softmax(-1))

@@ -31,10 +31,10 @@ class Routing:
     zero_shot: bool = True
 
     def __str__(self) -> str:
-        of = "every input alike" if self.input == "nothing" else f"each {self.input}"
+        of = "all inputs" if self.input == "nothing" else f"each {self.input}"
         by = "at every module" if self.depth == "module" else "once for the model"
         many = "some" if self.sparse else "all"
-        unseen = "" if self.zero_shot else "; for tasks of which something was seen"
+        unseen = "" if self.zero_shot else "; serves only tasks that it has seen"
         ways = " or ".join(self.combines)
         return f"weights for {of}, {by}, of {many} experts; combines {ways}{unseen}"
 

@@ -1,6 +1,6 @@
 """A frozen linear module with trainable skills beside it.
 
-Shapes as in `_skills.py`; B rows of T tokens.
+Shapes: S skills, R rank, I inputs and O outputs of the module, H heads, U tasks, B rows of T tokens.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from experthub.routing._skills import check_heads, mixed, normalised
+from experthub.routing._skills import check_heads, mix_skills, normalise_gates
 from torch import Tensor, nn
 
 
 @dataclass(eq=False)
 class BatchTasks:
-    """The task of each row of the batch that a model reads, shared by all of its skilled modules.
+    """The task of each row of the current batch, shared by all modules of a model that have skills.
 
-    Attributes:
+    Args:
         tasks: Indices of tasks `[B]`; None before the first batch.
     """
 
@@ -25,7 +25,7 @@ class BatchTasks:
 
 
 class SkilledLinear(nn.Module):
-    """A linear module `y = W x` plus a LoRA, which is mixed out of S skills for the row's task."""
+    """A linear module `y = W x` plus a LoRA that is mixed from S skills for the task of each row."""
 
     def __init__(
         self,
@@ -42,15 +42,16 @@ class SkilledLinear(nn.Module):
 
         Args:
             base: The frozen linear module.
-            a_SRI: The skills' A.
-            b_SOR: The skills' B.
-            scale: alpha / R.
-            logits: `[U, H, S]`: for each of U tasks and H heads a logit of each skill; the module's
-                own, or shared with others.
-            batch: The tasks of the batch.
+            a_SRI: The skills' factors A `[S, R, I]`.
+            b_SOR: The skills' factors B `[S, O, R]`.
+            scale: `alpha / R`.
+            logits: The logits `[U, H, S]` of the skills for U tasks and H heads. Modules may share
+                them.
+            batch: The tasks of the current batch.
             relaxed: Draw the gates in training from relaxed Bernoulli distributions of temperature 1
-                (Ponti et al., section 2.2), once for each task of a batch, where the authors draw
-                for each row.  Otherwise, and in evaluation, they are the sigmoid of the logits.
+                (Ponti et al., section 2.2). They are drawn once for each task of a batch; the
+                authors draw them for each row. Otherwise, and in evaluation, the gates are the
+                sigmoid of the logits.
 
         Raises:
             ValueError: The heads do not divide the inputs and the outputs.
@@ -62,28 +63,29 @@ class SkilledLinear(nn.Module):
         self.logits = logits
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute the outputs of the base and of each row's mixture of skills.
+        """Compute the output of the base plus that of each row's mixture of skills.
 
         Args:
             x: Inputs `[B, ..., I]`.
 
         Returns:
-            `[B, ..., O]`.
+            Outputs `[B, ..., O]`.
 
         Raises:
-            ValueError: The batch does not have the tasks of B rows.
+            ValueError: The batch does not name the tasks of B rows.
         """
         y, tasks = self.base(x), self.batch.tasks
         if tasks is None or len(tasks) != len(x):
             raise ValueError(f"expected the tasks of {len(x)} rows, found {tasks}")
         known, row_B = torch.unique(tasks, return_inverse=True)
-        a_URI, b_UOR = mixed(self.skill_a, self.skill_b, self._weights(known))
+        a_URI, b_UOR = mix_skills(self.skill_a, self.skill_b, self._weights(known))
         x_BTI = x.reshape(len(x), -1, x.shape[-1])
         if len(known) == 1:
             z_BTR = x_BTI @ a_URI[0].T
             out = z_BTR @ b_UOR[0].T
         else:
-            # All tasks' A in one product, and each row's own kept: cheaper than a product per row.
+            # One product with the A of all tasks, masked to each row's own task, is cheaper than one
+            # product per row.
             z_BTUR = (x_BTI @ a_URI.flatten(0, 1).T).view(*x_BTI.shape[:2], len(known), -1)
             own_BU = nn.functional.one_hot(row_B, len(known)).to(x.dtype)
             z_BTUR = z_BTUR * own_BU[:, None, :, None]
@@ -95,7 +97,7 @@ class SkilledLinear(nn.Module):
         """Compute the weights `[U, H, S]` of the skills for some tasks."""
         logits_UHS = self.logits[tasks]
         if not (self.relaxed and self.training):
-            return normalised(torch.sigmoid(logits_UHS))
+            return normalise_gates(torch.sigmoid(logits_UHS))
         bernoulli: Any = torch.distributions.RelaxedBernoulli
         drawn = bernoulli(torch.ones(()), logits=logits_UHS).rsample()
-        return normalised(cast(Tensor, drawn))
+        return normalise_gates(cast(Tensor, drawn))

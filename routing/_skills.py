@@ -1,4 +1,4 @@
-"""Inventories of skills: S LoRAs for one linear module, of which every task has a mixture of its own.
+"""Inventories of skills: S LoRAs for one linear module, which every task mixes in its own way.
 
 Ponti et al., "Combining Modular Skills in Multitask Learning", https://arxiv.org/abs/2202.13914, and
 Caccia et al., "Multi-Head Adapter Routing for Cross-Task Generalization",
@@ -17,18 +17,25 @@ from experthub.merge import LowRank
 from torch import Tensor
 
 EPS = 1e-12
-AVERAGE = "average"  # the name of the mixture in which every skill has the same weight
-# How an inventory was trained -> the method that serves it.
+AVERAGE = "average"  # The name of the mixture in which every skill has the same weight.
+# The way of training an inventory -> the method that serves it.
 SERVED_BY = {"poly": "poly", "mhr": "mhr", "shared": "poly", "private": "poly"}
-MULTI_HEADED = frozenset({"mhr"})  # ways of training with more than one head
+MULTI_HEADED = frozenset({"mhr"})  # The ways of training with more than one head.
 
 
 @dataclass(frozen=True, eq=False)
 class Skills:
-    """The skills of one module, and the tasks' mixtures of them.
+    """The skills of one module, and the weights with which each task mixes them.
 
-    a_SRI, b_SOR: the factors.  scale: alpha / R.  logits: task -> `[H, S]`.  Head h mixes the h-th
-    contiguous slice of A's inputs, and of B's outputs.  Raises ValueError for shapes that do not fit.
+    Args:
+        a_SRI: The skills' factors A `[S, R, I]`.
+        b_SOR: The skills' factors B `[S, O, R]`.
+        scale: `alpha / R`.
+        logits: Task -> logits `[H, S]`. Head h mixes the h-th contiguous slice of the inputs of A and
+            of the outputs of B.
+
+    Raises:
+        ValueError: The shapes do not match, or the heads do not divide the inputs and the outputs.
     """
 
     a_SRI: Tensor
@@ -46,33 +53,78 @@ class Skills:
             check_heads(len(logits), i, o)
 
     def weights(self, task: str) -> Tensor:
-        """The weights `[H, S]` of a task, `average`: 1 / S; KeyError for an unknown one."""
+        """Compute the weights of the skills for a task.
+
+        Args:
+            task: The name of a task, or `average`, for which every weight is 1 / S.
+
+        Returns:
+            Weights `[H, S]`; those of a head sum to 1.
+
+        Raises:
+            KeyError: The inventory was not trained on the task.
+        """
         if task == AVERAGE:
             n_heads = len(next(iter(self.logits.values())))
             return torch.full((n_heads, len(self.a_SRI)), 1 / len(self.a_SRI))
-        return normalised(torch.sigmoid(self.logits[task].float()))
+        return normalise_gates(torch.sigmoid(self.logits[task].float()))
 
     def fold(self, task: str) -> LowRank:
-        """The plain LoRA that a task's mixture is."""
-        a_URI, b_UOR = mixed(self.a_SRI, self.b_SOR, self.weights(task)[None].to(self.a_SRI))
+        """Compute the mixture for a task as one plain LoRA.
+
+        Args:
+            task: The name of a task, or `average`.
+
+        Returns:
+            The LoRA, of rank R.
+
+        Raises:
+            KeyError: The inventory was not trained on the task.
+        """
+        a_URI, b_UOR = mix_skills(self.a_SRI, self.b_SOR, self.weights(task)[None].to(self.a_SRI))
         return LowRank(a_URI[0], b_UOR[0], self.scale)
 
 
 def check_heads(n_heads: int, inputs: int, outputs: int) -> None:
-    """Raise ValueError unless a module's inputs and outputs can be cut into as many slices."""
+    """Refuse a number of heads that does not divide a module's inputs and outputs.
+
+    Args:
+        n_heads: The number of heads H.
+        inputs: The number of inputs I of the module.
+        outputs: The number of outputs O of the module.
+
+    Raises:
+        ValueError: H is below 1, or does not divide I and O.
+    """
     if n_heads < 1 or inputs % n_heads or outputs % n_heads:
         raise ValueError(
             f"expected heads that divide {inputs} inputs and {outputs} outputs, found {n_heads}"
         )
 
 
-def normalised(gates: Tensor) -> Tensor:
-    """Gates `[..., S]` in (0, 1) divided by their sum (Ponti et al., section 2.2)."""
+def normalise_gates(gates: Tensor) -> Tensor:
+    """Divide gates by their sum (Ponti et al., section 2.2).
+
+    Args:
+        gates: Gates `[..., S]` in (0, 1).
+
+    Returns:
+        Weights `[..., S]` that sum to 1.
+    """
     return gates / (gates.sum(-1, keepdim=True) + EPS)
 
 
-def mixed(a_SRI: Tensor, b_SOR: Tensor, w_UHS: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors of each task: A `[U, R, I]` and B `[U, O, R]`, head by head."""
+def mix_skills(a_SRI: Tensor, b_SOR: Tensor, w_UHS: Tensor) -> tuple[Tensor, Tensor]:
+    """Mix the factors of the skills for each task, head by head.
+
+    Args:
+        a_SRI: The skills' factors A `[S, R, I]`.
+        b_SOR: The skills' factors B `[S, O, R]`.
+        w_UHS: The weights `[U, H, S]` of U tasks.
+
+    Returns:
+        The factors A `[U, R, I]` and B `[U, O, R]` of each task.
+    """
     n_heads = w_UHS.shape[1]
     a_SRHi = a_SRI.unflatten(2, (n_heads, -1))  # type: ignore[no-untyped-call]
     b_SHoR = b_SOR.unflatten(1, (n_heads, -1))  # type: ignore[no-untyped-call]

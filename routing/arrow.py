@@ -18,8 +18,8 @@ from typing import Annotated
 
 import torch
 from experthub.merge import (
-    AddedLater,
     ExpertOutline,
+    LateOption,
     LowRank,
     MethodError,
     Options,
@@ -145,18 +145,17 @@ def arrow(
     *,
     top_k: Annotated[int, Range(1)] = 3,
     temperature: Annotated[float, Range(0.01, 100)] = 1.0,
-    gks: Annotated[list[str] | None, ShapesExperts, AddedLater] = None,
+    gks: Annotated[list[str] | None, ShapesExperts, LateOption] = None,
 ) -> Router:
     """Route tokens by prototypes: the input direction that each expert's weights amplify most.
 
-    Every token, at every module, goes to the `top_k` experts with the largest `|x . v_e|`, where v_e
-    is the first right singular vector of `B_e A_e`; the weights are a softmax.  Arrow needs nothing
-    but the experts.
+    Every token, at every module, goes to the `top_k` experts with the largest `|x . v_e|`, where
+    `v_e` is the first right singular vector of `B_e A_e`. The weights are a softmax of these values.
 
     Args:
         stack: The experts of a module.
-        top_k: Experts per token and module. The default is that of peft; more than there are means
-            all, as in the authors' code.
+        top_k: Experts per token and module; 3 as in peft. A number above that of the experts means
+            all of them, as in the authors' code.
         temperature: The temperature of the softmax.
         gks: General-knowledge subtraction: the recipe's names of general experts. The mean of their
             A and the mean of their B are subtracted from the A and B of every other expert,

@@ -57,11 +57,12 @@ def average_activation(
 ) -> Router:
     """Route tokens by the mean input of each module over examples of the expert's own task.
 
-    Otherwise as `phatgoose`: standardised, the `top_k` largest products, softmax weights.
+    The mean inputs are used as the gates of `phatgoose`: every token, at every module, goes to the
+    `top_k` experts whose standardised mean input has the largest product with the standardised input.
 
     Args:
         stack: The experts of a module, with the mean inputs as state.
-        top_k: Experts per token and module.
+        top_k: Experts per token and module. A number above that of the experts means all of them.
         temperature: The temperature of the softmax.
         examples: Examples of every expert's own task, read with that expert alone; 1000 in the
             paper.

@@ -38,9 +38,9 @@ def lora_retriever(
 
     Args:
         pool: The experts, with the index as state.
-        top_k: Experts per input; 3 in the paper, and more than there are means all.
+        top_k: Experts per input; 3 in the paper. A number above that of the experts means all of them.
         examples: Examples of every expert's own task, whose mean embedding represents it.
-        embedder: The base that embeds them: a sentence encoder.
+        embedder: The base that embeds examples and inputs: a sentence encoder.
 
     Returns:
         A function from rows to weights.

@@ -1,4 +1,4 @@
-"""MHR: Poly with several heads, each of which mixes a slice of the skills by weights of its own.
+"""MHR: Poly with several heads; each head mixes one slice of the skills with its own weights.
 
 Caccia et al., "Multi-Head Adapter Routing for Cross-Task Generalization",
 https://arxiv.org/abs/2211.03831, section 3.
@@ -19,11 +19,20 @@ from experthub.routing._skills import Skills
     routing=Routing("task", "module", combines=("parameters",)),
 )
 def mhr(skills: Skills, *, task: Annotated[str | None, TaskName] = None) -> LowRank:
-    """A task's mixture of an inventory's skills, head by head; it folds to one plain LoRA.
+    """Mix the skills of an inventory for a task, head by head, which gives one LoRA.
 
-    Made by `hub train skills --router mhr`.
+    `hub train skills --router mhr` trains the inventory.
 
-    task: one that the inventory was trained on, or `average`, the mean of the skills (MHR-mu without
-    adaptation); without it every row of a batch may have its own (`composition.tasks`).
+    Args:
+        skills: The skills of a module.
+        task: A task that the inventory was trained on, or `average`, the mean of the skills (MHR-mu
+            without adaptation). If it is null, `composition.tasks` gives every row of a batch its own
+            task.
+
+    Returns:
+        The LoRA of the mixture.
+
+    Raises:
+        KeyError: The inventory was not trained on the task.
     """
     return skills.fold(task or "average")

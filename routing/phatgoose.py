@@ -1,10 +1,13 @@
 """PHATGOOSE: each token goes to the experts whose own trained gates it agrees with most.
 
 Muqeeth et al., "Learning to Route Among Specialized Experts for Zero-Shot Generalization",
-https://arxiv.org/abs/2402.05859, section 3.  Two deviations: the weights of the top k are
-renormalised exactly, where the authors' code divides by their sum + 1e-6; and where A x of all
-experts is read, LayerNorm of the token is folded into the scores, `LN(x) . v = (x . v) / std(x)`,
-which holds because a standardised gate v has mean zero.
+https://arxiv.org/abs/2402.05859, section 3.
+
+There are two deviations from the authors' code:
+
+- The weights of the top k are renormalised exactly; the authors divide by their sum + 1e-6.
+- Where A x is computed for all experts, LayerNorm of the token is folded into the scores:
+  `LN(x) . v = (x . v) / std(x)`. This holds because a standardised gate v has mean zero.
 """
 
 from __future__ import annotations
@@ -29,25 +32,38 @@ def phatgoose(
     top_k: Annotated[int, Range(1)] = 2,
     temperature: Annotated[float, Range(0.01, 100)] = 1.0,
 ) -> Router:
-    """Token-wise gates, trained for each expert alone and compared at composition.
+    """Route tokens by gates that were trained for each expert alone.
 
     Every token, at every module, goes to the `top_k` experts whose standardised gates have the
-    largest product with the standardised input; their outputs are summed with softmax weights.
+    largest product with the standardised input. Their outputs are summed with softmax weights.
 
-    top_k: experts per token and module, at least 1; more than there are means all.  temperature: of
-    the softmax, 1 in the paper; a lower one comes closer to the best expert alone.
+    Args:
+        stack: The experts of a module, with their gates.
+        top_k: Experts per token and module. A number above that of the experts means all of them.
+        temperature: The temperature of the softmax; 1 in the paper. A lower one gives more weight to
+            the best expert.
+
+    Returns:
+        The router of the module.
+
+    Raises:
+        ValueError: The experts have no gates.
     """
     if stack.gates_EI is None:
-        raise ValueError("phatgoose expects a gate of every expert, found none")
+        raise ValueError("phatgoose: expected a gate of every expert, found none")
     scale = temperature * math.sqrt(stack.width)
     return TopK(standardised(stack.gates_EI) / scale, top_k, layer_norm=True)
 
 
 @dataclass(frozen=True, eq=False)
 class SigmoidGate:
-    """The gate as it is trained: one expert, with the weight `sigmoid(x . gate + offset)`.
+    """The router with which a gate is trained: one expert with the weight `sigmoid(x . v + offset)`.
 
-    Section 3.1 has no offset.
+    Args:
+        probes_PI: The gate v as a single probe `[1, I]`.
+        offset: A constant that is added to the score; the paper (section 3.1) has none.
+        layer_norm: Whether the probe reads the standardised input.
+        pooled: Whether the router decides once for a row of tokens.
     """
 
     probes_PI: Tensor
@@ -56,9 +72,25 @@ class SigmoidGate:
     pooled: bool = False
 
     def weights(self, scores: Tensor) -> Weights:
+        """Compute the weight of the expert for every input.
+
+        Args:
+            scores: The scores of the gate `[T, G, 1]`, float32.
+
+        Returns:
+            Weights `[T, G, 1]` in (0, 1).
+        """
         return Weights(torch.sigmoid(scores + self.offset))
 
 
-def untrained_gate(stack: ExpertStack, start: float = 0.5) -> SigmoidGate:
-    """A gate of zeros for the stack's single expert: every token with the weight `start`, in (0, 1)."""
+def make_gate(stack: ExpertStack, start: float = 0.5) -> SigmoidGate:
+    """Make an untrained gate: zeros, so that every token has the same weight.
+
+    Args:
+        stack: A single expert of a module.
+        start: The weight of every token, in (0, 1).
+
+    Returns:
+        The gate, to be trained.
+    """
     return SigmoidGate(torch.zeros(1, stack.width), math.log(start / (1 - start)))

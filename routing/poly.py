@@ -1,4 +1,4 @@
-"""Poly: every task has its own mixture of the skills of an inventory, at each module.
+"""Poly: every task uses its own mixture of an inventory's skills, at each module.
 
 Ponti et al., "Combining Modular Skills in Multitask Learning", https://arxiv.org/abs/2202.13914,
 section 2.
@@ -19,11 +19,19 @@ from experthub.routing._skills import Skills
     routing=Routing("task", "module", combines=("parameters",)),
 )
 def poly(skills: Skills, *, task: Annotated[str | None, TaskName] = None) -> LowRank:
-    """A task's mixture of an inventory's skills, which folds to one plain LoRA: no cost at run time.
+    """Mix the skills of an inventory for a task, which gives one LoRA without extra cost at run time.
 
-    Made by `hub train skills --router poly`.
+    `hub train skills --router poly` trains the inventory.
 
-    task: one that the inventory was trained on, or `average`, the mean of the skills, for tasks that
-    it was not; without it every row of a batch may have its own (`composition.tasks`).
+    Args:
+        skills: The skills of a module.
+        task: A task that the inventory was trained on, or `average`, the mean of the skills, for other
+            tasks. If it is null, `composition.tasks` gives every row of a batch its own task.
+
+    Returns:
+        The LoRA of the mixture.
+
+    Raises:
+        KeyError: The inventory was not trained on the task.
     """
     return skills.fold(task or "average")

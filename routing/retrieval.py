@@ -53,13 +53,13 @@ def retrieval(
     """Use the one expert that was trained on the example most similar to the input.
 
     An input is embedded once, when its first tokens are read, and compared with stored examples of
-    every expert's own task.  The expert with the largest cosine serves the whole input.
+    every expert's own task. The expert with the largest cosine serves the whole input.
 
     Args:
         pool: The experts, with the index as state.
         examples: Examples that are stored for every expert, from its task's training split; 1000
             in the paper.
-        embedder: The base that embeds them: a sentence encoder.
+        embedder: The base that embeds examples and inputs: a sentence encoder.
 
     Returns:
         A function from rows to weights.

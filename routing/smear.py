@@ -1,10 +1,11 @@
-"""SMEAR: each example has a merge of its own, at every module, of all experts.
+"""SMEAR: every example uses its own weighted average of all experts, at every module.
 
 Muqeeth, Liu and Raffel, "Soft Merging of Experts with Adaptive Routing",
-https://arxiv.org/abs/2306.03745, section 3: the router reads the mean of the example's tokens, and
-the experts' parameters are averaged with its softmax.  One deviation: the paper trains routers and
-experts together; here the router is made of the experts' own PHATGOOSE gates, after the fact, as
-https://arxiv.org/abs/2402.05859 does for tokens.
+https://arxiv.org/abs/2306.03745, section 3. The router reads the mean of the example's tokens, and
+the experts' parameters are averaged with the softmax of its scores.
+
+There is one deviation: the paper trains routers and experts together. Here the router consists of
+the PHATGOOSE gates that were trained for each expert alone, as in https://arxiv.org/abs/2402.05859.
 """
 
 from __future__ import annotations
@@ -21,13 +22,27 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Smear:
-    """Softmax over the mean scores of a row's tokens."""
+    """A softmax over the mean scores of a row's tokens.
+
+    Args:
+        probes_PI: The probes `[E, I]`: one standardised gate per expert.
+        layer_norm: Whether the probes read the standardised input.
+        pooled: Whether the router decides once for a row of tokens.
+    """
 
     probes_PI: Tensor
     layer_norm: bool = True
     pooled: bool = True
 
     def weights(self, scores: Tensor) -> Weights:
+        """Compute the weights of all experts for every row.
+
+        Args:
+            scores: The mean scores `[B, G, E]` of the rows' tokens, float32.
+
+        Returns:
+            Weights `[B, G, E]` that sum to 1.
+        """
         return Weights(scores.softmax(-1))
 
 
@@ -37,12 +52,21 @@ class Smear:
     routing=Routing("example", "module", combines=("parameters", "outputs")),
 )
 def smear(stack: ExpertStack, *, temperature: Annotated[float, Range(0.01, 100)] = 1.0) -> Router:
-    """A soft merge of all experts for every example, by the mean of its tokens' gate scores.
+    """Average all experts for every example, by the mean gate scores of its tokens.
 
-    The tokens that are read first decide, a prompt's before its continuation; padding has no say.
+    The tokens that are read first decide: those of a prompt, and not those of its continuation.
+    Padding is ignored.
 
-    temperature: of the softmax; a lower one comes closer to one expert.
+    Args:
+        stack: The experts of a module, with their gates.
+        temperature: The temperature of the softmax. A lower one gives more weight to the best expert.
+
+    Returns:
+        The router of the module.
+
+    Raises:
+        ValueError: The experts have no gates.
     """
     if stack.gates_EI is None:
-        raise ValueError("smear expects a gate of every expert, found none")
+        raise ValueError("smear: expected a gate of every expert, found none")
     return Smear(standardised(stack.gates_EI) / (temperature * math.sqrt(stack.width)))

@@ -23,8 +23,8 @@ def task(pool: Pool, *, unknown: Literal["average", "base", "refuse"] = "average
 
     Args:
         pool: The experts and their tasks.
-        unknown: What serves a task of no expert: `average`, the mean of all experts; `base`, none
-            of them; `refuse`, an error.
+        unknown: What serves a task that no expert was trained on. `average` uses the mean of all
+            experts, `base` uses none of them, and `refuse` is an error.
 
     Returns:
         A function from rows to weights.

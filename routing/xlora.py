@@ -93,10 +93,10 @@ def xlora(
     Args:
         pool: The experts, with the classifier as state.
         depth: Linear layers of the classifier, with ReLU between them; 1 as in peft.
-        size: The width of its hidden layers.
+        size: The width of the classifier's hidden layers.
         layerwise: Whether each layer of the model has weights of its own.
         temperature: The temperature of the softmax.
-        top_k: Keep only the largest weights, as they are; null keeps all.
+        top_k: How many of the largest weights are kept, without rescaling them; null keeps all.
         steps: Training steps of AdamW.
         lr: The learning rate of AdamW.
         batch_size: Examples per training step.

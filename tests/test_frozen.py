@@ -115,6 +115,9 @@ def test_a_command_says_what_it_said(name: str, project: Path, tmp_path: Path) -
     with inside(own):
         found, frozen = command(name, own), FROZEN["commands"][name]
         here = same_surroundings()
+    if name == "methods":
+        drop_descriptions(frozen["always"]["printed"])
+        drop_descriptions(found.always["printed"])
     if name in GROWING:
         check_known(frozen["always"]["printed"], found.always["printed"])
     else:
@@ -126,6 +129,13 @@ def test_a_command_says_what_it_said(name: str, project: Path, tmp_path: Path) -
         assert found.here == frozen["here"]
     else:
         check_near(frozen["here"].get("printed"), found.here.get("printed"))
+
+
+def drop_descriptions(printed: Any) -> None:
+    """Remove the descriptions of options: later versions may word them differently."""
+    for method in printed["methods"]:
+        for option in method["options"].values():
+            option.pop("description", None)
 
 
 def check_known(frozen: Any, found: Any) -> None:

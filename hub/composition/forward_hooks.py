@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 
 @dataclass
-class Kept:
+class RowCache:
     """A layer of a key/value cache that holds no keys, but what is known of each row.
 
     rows: `[B, ...]` by name.  base: the cache of the base's own pass, for routers that read that.
@@ -177,7 +177,7 @@ class Watch:
         )
         context.select(self.select(rows))
 
-    def _read_hidden(self, module: nn.Module, args: Any, kwargs: Any, kept: Kept | None) -> Tensor:
+    def _read_hidden(self, module: nn.Module, args: Any, kwargs: Any, kept: RowCache | None) -> Tensor:
         """Compute the base's last hidden states `[B, S, H]` of the tokens that are read now."""
         own = {k: v for k, v in kwargs.items() if not k.startswith("output_")}
         own["past_key_values"] = kept.base if kept else None
@@ -199,7 +199,7 @@ class Watch:
         cache = getattr(output, "past_key_values", None)
         kept = _kept(cache)
         if kept is None and cache is not None and cache.layers:
-            kept = Kept(is_sliding=bool(getattr(cache.layers[0], "is_sliding", False)))
+            kept = RowCache(is_sliding=bool(getattr(cache.layers[0], "is_sliding", False)))
             cache.layers.append(kept)
         if kept is not None:
             kept.rows = {} if self.by_token else context.kept
@@ -210,10 +210,10 @@ class Watch:
 INPUTS = ("input_ids", "inputs_embeds", "pixel_values")
 
 
-def _kept(cache: Any) -> Kept | None:
+def _kept(cache: Any) -> RowCache | None:
     """What a cache holds of its rows."""
     layers = getattr(cache, "layers", ())
-    return next((layer for layer in layers if isinstance(layer, Kept)), None)
+    return next((layer for layer in layers if isinstance(layer, RowCache)), None)
 
 
 def _real(mask: Tensor | None, tokens: int) -> Tensor | None:

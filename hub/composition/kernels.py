@@ -14,7 +14,7 @@ from experthub.hub.files.json_files import read_json
 from experthub.routing import (
     KERNELS,
     Group,
-    Selected,
+    ModelRouter,
     current_kernel,
     describe_shape,
     measure_kernels,
@@ -43,7 +43,7 @@ def choose_kernels(groups: Iterable[Group]) -> None:
     machine = f"{platform.node()} torch {torch.__version__} {torch.get_num_threads()} threads"
     measured = False
     for group in groups:
-        if isinstance(group.packed.router, Selected):
+        if isinstance(group.packed.router, ModelRouter):
             continue
         key = f"{machine} {describe_shape(group)}"
         found = known.get(key)

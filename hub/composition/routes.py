@@ -32,10 +32,10 @@ from experthub.routing import (
     Batch,
     Context,
     Kernel,
+    ModelRouter,
     Pool,
     RoutedLinear,
     Select,
-    Selected,
     State,
     Weights,
     attach_experts,
@@ -154,7 +154,7 @@ def _route_skills(model: Any, plan: Plan, contents: Contents, store: Store) -> R
     context = routes.watch.context
     for name, stack in stack_tasks(plan, inventory):
         module = model.get_submodule(name)
-        router = Selected(context, stack.experts, stack.n_experts)
+        router = ModelRouter(context, stack.experts, stack.n_experts)
         linear = RoutedLinear.from_stack(module, stack, router, "outputs", context=context)
         model.set_submodule(name, linear)
         routes.originals[name] = module

@@ -16,9 +16,9 @@ from experthub.merge import LowRank, TaskVector, is_linear, orient
 from experthub.routing import (
     Context,
     ExpertStack,
+    ModelRouter,
     Router,
     Select,
-    Selected,
     State,
     group_modules,
     pack_experts,
@@ -121,7 +121,7 @@ class Stacking:
                 return router
         by_layer = method.strategy.traits.routing.input == "token"
         layer = plan.layers.index(layer_of(name)) if by_layer else None
-        return Selected(self.context, stack.experts, stack.n_experts, layer)
+        return ModelRouter(self.context, stack.experts, stack.n_experts, layer)
 
 
 def group_by_input(names: Sequence[str]) -> list[list[str]]:

@@ -16,6 +16,7 @@ from experthub.hub.kinds.lora import GATES
 from experthub.hub.recipes.plan import Member, Plan, PlannedExpert
 from experthub.hub.store.store import Store
 from experthub.merge import TaskVector, map_tensors, merges, truncate
+from experthub.routing import standardised
 from torch import Tensor
 
 READERS = 2  # threads that verify files: hashing is bound by the processor
@@ -97,8 +98,6 @@ def _stored_vector(member: Member, plan: Plan, contents: Contents, keep: set[str
 
 def gates(expert: PlannedExpert, contents: Contents) -> dict[str, Tensor]:
     """Module -> gate `[I]`; for a merge of experts, the mean of its members' standardised gates."""
-    from experthub.routing import standardised
-
     found: dict[str, list[Tensor]] = {}
     for member in expert.members:
         if not member.gated:

@@ -16,6 +16,12 @@ AGAIN = "get both files again, or train the inventory again"
 MODEL = "model"
 
 
+# How an inventory was trained: by a router of these names, or without one, with one skill for all
+# tasks or with one for each.
+Training = Literal["poly", "mhr", "shared", "private"]
+Granularity = Literal["linear", "layer", "model"]
+
+
 class SkillsRecord(Closed):
     """`skills.json`, schema 1: the shape of an inventory, and what it was trained on.
 
@@ -32,7 +38,7 @@ class SkillsRecord(Closed):
     """
 
     schema_: Annotated[Literal[1], Field(alias="schema")] = 1
-    router: Literal["poly", "mhr", "shared", "private"]
+    router: Training
     n_skills: Annotated[int, Field(ge=1)]
     n_heads: Annotated[int, Field(ge=1)]
     rank: Annotated[int, Field(ge=1)]
@@ -40,7 +46,7 @@ class SkillsRecord(Closed):
     tasks: Annotated[list[str], Field(min_length=1)]
     target_modules: Annotated[list[str], Field(min_length=1)]
     base: str
-    granularity: Literal["linear", "layer", "model"] = "linear"
+    granularity: Granularity = "linear"
 
     def logits_of(self, module: str) -> str:
         """Return the name of the tensor that holds a module's logits.

@@ -31,14 +31,14 @@ SHIFT, NOISE = 0.07, 0.05
 
 
 @dataclass(frozen=True, eq=False)
-class Image:
+class ImageRow:
     """The pixels `[3, H, W]` of an image, normalised for the model, and its choices."""
 
     pixels: Tensor
     choices: Any
     size = 1
 
-    def vary(self, seed: int) -> Image:
+    def vary(self, seed: int) -> ImageRow:
         """Move the image by some pixels and add noise; never mirror it, because of letters.
 
         Args:
@@ -143,7 +143,7 @@ class ImageClassifier:
         """
         return Question(example.input, tuple(task.choices(example)))
 
-    def row(self, question: Question) -> Image:
+    def row(self, question: Question) -> ImageRow:
         """Prepare a question for the model.
 
         Args:
@@ -153,9 +153,9 @@ class ImageClassifier:
             The pixels, and the outputs of the choices.
         """
         pixels = self.preparation.pixels(question.text)
-        return Image(pixels, find_columns(question.choices, self.labels))
+        return ImageRow(pixels, find_columns(question.choices, self.labels))
 
-    def read(self, model: Any, rows: Sequence[Image]) -> Tensor:
+    def read(self, model: Any, rows: Sequence[ImageRow]) -> Tensor:
         """Compute the logits of a batch.
 
         Args:
@@ -202,7 +202,7 @@ class Clip:
         """
         return Question(example.input, tuple(task.choices(example)))
 
-    def row(self, question: Question) -> Image:
+    def row(self, question: Question) -> ImageRow:
         """Prepare a question for the model.
 
         Args:
@@ -211,9 +211,9 @@ class Clip:
         Returns:
             The pixels, and the embeddings of the choices.
         """
-        return Image(self.preparation.pixels(question.text), self._heads_of(question.choices))
+        return ImageRow(self.preparation.pixels(question.text), self._heads_of(question.choices))
 
-    def read(self, model: Any, rows: Sequence[Image]) -> Tensor:
+    def read(self, model: Any, rows: Sequence[ImageRow]) -> Tensor:
         """Compute the logits of a batch.
 
         Args:

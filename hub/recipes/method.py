@@ -71,9 +71,9 @@ class Method(Closed):
         Returns:
             The method's name, its way of mixing for a route, and its options.
         """
-        from experthub.merge import AddedLater
+        from experthub.merge import LateOption
 
-        late = self.strategy.with_role(AddedLater)
+        late = self.strategy.with_role(LateOption)
         options = {
             name: value
             for name, value in self.options.items()

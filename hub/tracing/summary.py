@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerSummary:
     """One layer, mean over its modules.
 
     weights: each expert's, mean over the tokens.  entropy: of a token's weights, mean over the
@@ -43,7 +43,7 @@ class Layer:
         return entropy / self.most if self.most else 0.0
 
 
-def summed_up(layers: Sequence[int], weights_MTE: Tensor) -> list[Layer]:
+def summed_up(layers: Sequence[int], weights_MTE: Tensor) -> list[LayerSummary]:
     """Weights by layer, of which `layers` has the number for each module."""
     most = math.log2(weights_MTE.shape[-1])
     found = []
@@ -51,7 +51,7 @@ def summed_up(layers: Sequence[int], weights_MTE: Tensor) -> list[Layer]:
         own_mTE = weights_MTE[[m for m, number in enumerate(layers) if number == layer]].double()
         mean_mE = own_mTE.mean(1)
         found.append(
-            Layer(
+            LayerSummary(
                 layer,
                 len(own_mTE),
                 tuple(mean_mE.mean(0).tolist()),

@@ -23,7 +23,7 @@ from experthub.hub.readers.similarity import MAX_TOKENS
 from experthub.hub.recipes.plan import Plan, layer_of
 from experthub.hub.session import Session
 from experthub.hub.tasks.task_files import read_task
-from experthub.hub.tracing.summary import Layer, summed_up
+from experthub.hub.tracing.summary import LayerSummary, summed_up
 from experthub.hub.tracing.tokens import Token, pieces
 from experthub.routing import record_routing
 from torch import Tensor
@@ -64,7 +64,7 @@ class Trace:
         return self.weights_MTE.mean(0)
 
     @cached_property
-    def layers(self) -> list[Layer]:
+    def layers(self) -> list[LayerSummary]:
         """The trace by layer, in their order."""
         return summed_up([module.layer for module in self.modules], self.weights_MTE)
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from experthub.hub.bases.base import Base
@@ -18,14 +18,12 @@ from experthub.hub.composition.skills import Inventory
 from experthub.hub.errors import HubError, UsageError
 from experthub.hub.files.atomic import create_folder, write_json
 from experthub.hub.formats.adapter import PREFIX
-from experthub.hub.formats.skills import SkillsRecord, place_of
+from experthub.hub.formats.skills import Granularity, SkillsRecord, Training, place_of
 from experthub.hub.kinds.skills import SKILLS, SKILLS_JSON
 from experthub.hub.training.objectives import FROZEN
-from experthub.routing import AVERAGE, BatchTasks, SkilledLinear, check_heads
+from experthub.routing import AVERAGE, MULTI_HEADED, BatchTasks, SkilledLinear, check_heads
 from torch import Tensor, nn
 
-RouterName = Literal["poly", "mhr", "shared", "private"]
-Granularity = Literal["linear", "layer", "model"]
 START = 1e-3  # logits are drawn from -START to START, as the authors draw them
 SURE = 30.0  # a logit whose sigmoid is 1, or 0, to 13 digits
 
@@ -41,7 +39,7 @@ class InventoryShape:
     gates are drawn in training.
     """
 
-    router: RouterName = "mhr"
+    router: Training = "mhr"
     skills: int = 8
     heads: int = 1
     rank: int = 4
@@ -51,8 +49,11 @@ class InventoryShape:
 
     def record(self, base: str, tasks: Sequence[str], modules: Sequence[str]) -> SkillsRecord:
         """The description of an inventory of this shape; UsageError for one that cannot be."""
-        if self.heads > 1 and self.router != "mhr":
-            raise UsageError(f"{self.router} has one head, not {self.heads}", "say --router mhr")
+        if self.heads > 1 and self.router not in MULTI_HEADED:
+            raise UsageError(
+                f"{self.router} has one head, not {self.heads}",
+                f"use --router {', '.join(MULTI_HEADED)}",
+            )
         n_skills = {"shared": 1, "private": len(tasks)}.get(self.router, self.skills)
         return SkillsRecord(
             router=self.router,
@@ -77,11 +78,11 @@ def shape_of(
     relaxed: bool,
 ) -> InventoryShape:
     """A shape out of words; UsageError for one that is none of the choices."""
-    for word, choices in ((router, get_args(RouterName)), (granularity, get_args(Granularity))):
+    for word, choices in ((router, get_args(Training)), (granularity, get_args(Granularity))):
         if word not in choices:
             raise UsageError(f"unknown choice {word!r}", f"use one of {', '.join(choices)}")
     return InventoryShape(
-        cast(RouterName, router),
+        cast(Training, router),
         skills,
         heads,
         rank,

@@ -26,7 +26,7 @@ from experthub.hub.training.objectives import FROZEN, objective_for
 from experthub.hub.transfer.describe import checkpoint_folder, describe
 from experthub.hub.transfer.pull import pull
 from experthub.merge import LowRank
-from experthub.routing import ExpertStack, RoutedLinear, untrained_gate
+from experthub.routing import ExpertStack, RoutedLinear, make_gate
 from torch import Tensor, nn
 
 LEARNED = (
@@ -214,7 +214,7 @@ def _gated(
             linear = RoutedLinear.from_stack(
                 model.get_submodule(module),
                 stack,
-                untrained_gate(stack, start),
+                make_gate(stack, start),
                 train_probes=True,
             )
             model.set_submodule(module, linear)

@@ -207,7 +207,7 @@ class Prefilter:
         if n_probes <= count or not n_tokens:
             return router.weights((x @ probes.T).view(n_tokens, n_modules, n_probes))
         scores, error = coarse.compute_scores(x)
-        rough = router.ranked(scores.view(n_tokens, n_modules, n_probes))
+        rough = router.rank_scores(scores.view(n_tokens, n_modules, n_probes))
         best, places = rough.topk(count + 1, dim=-1)
         places = places[..., :count]
         wanted = (places + first_G1).flatten(1)
@@ -215,7 +215,7 @@ class Prefilter:
             exact = multiply_own_rows(x, probes.index_select(0, wanted.view(-1)))
         else:
             exact = multiply_sampled(x, probes, wanted)
-        values, own = router.ranked(exact.view(places.shape)).topk(router.top_k, dim=-1)
+        values, own = router.rank_scores(exact.view(places.shape)).topk(router.top_k, dim=-1)
         experts = places.gather(-1, own)
         others = best[..., count].float()  # no probe that is not a candidate has a better one
         if coarse.relative:
@@ -223,7 +223,7 @@ class Prefilter:
         doubtful_TG = values[..., -1] <= others + error
         if doubtful_TG.any():
             unsure = doubtful_TG.any(1)
-            scores = router.ranked((x[unsure] @ probes.T).view(-1, n_modules, n_probes))
+            scores = router.rank_scores((x[unsure] @ probes.T).view(-1, n_modules, n_probes))
             values[unsure], experts[unsure] = scores.topk(router.top_k, dim=-1)
         return Weights(values.softmax(-1), experts)
 

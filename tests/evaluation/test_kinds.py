@@ -173,8 +173,7 @@ def test_an_expert_is_trained_merged_and_scored(folder: Path, task: str, kind: s
     }
     composition = hub.compose(recipe)
     assert not [name for name in composition.plan.parameters if name.startswith(heads)]
-    history = composition.merged.coefficients.history  # type: ignore[union-attr]
-    assert len(history) == 3
+    assert len(composition.state.history) == 3
     alone = {"base": str(folder), "experts": [full.reference], "merge": {"method": "linear"}}
     recipes = {"alone": hub.Recipe.of(alone), "learned": hub.Recipe.of(recipe)}
     found = hub.evaluate(recipes, [task], split="train")
@@ -198,7 +197,9 @@ def test_what_learns_reads_what_is_composed(folder: Path, kind: str) -> None:
         return reader.read(model, [reader.row(q) for q in questions])
 
     model = load_model(base, "float32", None)
-    start = start_coefficients([vector], Fit("entropy", "task", start=0.5, steps=1, lr=1.0, batch_size=1))
+    start = start_coefficients(
+        [vector], Fit("entropy", "task", start=0.5, steps=1, lr=1.0, batch_size=1)
+    )
     with torch.no_grad(), AttachedExperts(model, [vector], start) as attached:
         attached.set(start.values)
         learned_on = logits(model)

@@ -312,6 +312,31 @@ def example_routes() -> dict[str, Recipe]:
     }
 
 
+def other_kinds() -> dict[str, Recipe]:
+    """Recipes of bases that are neither causal language models nor encoders."""
+    made = {}
+    for base in ("seq2seq", "text", "image", "clip"):
+        experts = [f"{base}-lora", {"expert": f"{base}-full", "weight": 0.5}]
+        task = "made:shades" if base in ("seq2seq", "text") else "made:pictures"
+        data = {"tasks": [task], "limit": 6}
+        both = {"base": base, "experts": experts}
+        made |= {
+            f"linear-{base}": merge("linear", **both),
+            f"ties-{base}": merge("ties", **both),
+            f"adamerging-{base}": merge(
+                "adamerging", objective="marginal_entropy", views=2, **FEW, **both, data=data
+            ),
+            f"atlas-{base}": merge("atlas", **FEW, **both, data={**data, "labels": True}),
+            f"regmean-{base}": merge(
+                "regmean", base=base, experts=[f"{base}-full"], data={**data, "limit": 4}
+            ),
+            f"arrow-{base}": route("arrow", base=base, experts=[f"{base}-lora"] * 2, kernel="all"),
+        }
+    gated = ["seq2seq-lora"]
+    made["phatgoose-seq2seq"] = route("phatgoose", base="seq2seq", experts=gated, kernel="copied")
+    return made
+
+
 def banks() -> dict[str, Recipe]:
     """Routes over experts of so many bytes that they are packed into a bank."""
     many = [{"expert": f"wide-{i % 4}", "as": f"w{i}"} for i in range(40)]
@@ -326,7 +351,15 @@ def banks() -> dict[str, Recipe]:
 def all_recipes() -> dict[str, Recipe]:
     """Return every frozen recipe by its name."""
     made: dict[str, Recipe] = {}
-    groups = (simple_merges, nested_and_parts, learned_merges, token_routes, example_routes, banks)
+    groups = (
+        simple_merges,
+        nested_and_parts,
+        learned_merges,
+        token_routes,
+        example_routes,
+        other_kinds,
+        banks,
+    )
     for group in groups:
         made |= group()
     return made

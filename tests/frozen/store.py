@@ -6,6 +6,7 @@ store is a folder with `registry.yaml`, `bases/`, `experts/`, `tasks/` and `home
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import json
@@ -23,6 +24,7 @@ from frozen.recipes import all_recipes
 from safetensors.torch import load_file, save_file
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+COLOURS = ["red", "green", "blue"]
 CONVS = ("c_attn", "c_proj", "c_fc")
 MADE_AGAIN = ("leases", "locks", "roots", "fingerprints", "kernels", "drafts", "partial", "runs")
 KEPT = {
@@ -49,6 +51,18 @@ TRAINED = [
     "--batch-size 4",
     "train adapt skills-mhr --task made:numbers --name skills-adapted-mu --tune mu --steps 3 "
     "--batch-size 4",
+    *(
+        f"train {way} --base {base} --task made:{task} --name {base}-{way} --steps 2 --batch-size 4"
+        f" --lr 0.05 {'--rank 2' if way == 'lora' else ''}"
+        for base, task in (
+            ("seq2seq", "shades"),
+            ("text", "shades"),
+            ("image", "pictures"),
+            ("clip", "pictures"),
+        )
+        for way in ("lora", "full")
+    ),
+    "train gate seq2seq-lora --steps 2 --batch-size 4",
     "diff llama ./tuned-llama --name full",
     "diff llama ./tuned-llama --name sparse --sparse 0.2",
     "diff llama ./tuned-llama --name sharded --max-shard-size 8kB",
@@ -153,6 +167,118 @@ def encoder(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def characters(folder: Path) -> None:
+    """Write a tokenizer of single characters that ends every text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {c: i for i, c in enumerate(["<pad>", "</s>", "<unk>", *map(chr, range(128))])}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    made.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=made, **special).save_pretrained(folder)
+
+
+SMALL = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+NAMED = {"id2label": dict(enumerate(COLOURS)), "label2id": {c: i for i, c in enumerate(COLOURS)}}
+
+
+def seq2seq(folder: Path) -> None:
+    """Write a random T5."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(5)
+    config = T5Config(
+        vocab_size=131,
+        d_model=16,
+        d_kv=8,
+        d_ff=24,
+        num_layers=2,
+        num_heads=2,
+        decoder_start_token_id=0,
+        initializer_factor=0.5,
+    )
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    characters(folder)
+
+
+def image(folder: Path) -> None:
+    """Write a random classifier of images, its tensors under the names of its modules."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(6)
+    sizes = {"image_size": 16, "patch_size": 4, "initializer_range": 0.3}
+    model = ViTForImageClassification(ViTConfig(**SMALL, **sizes, **NAMED))
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def clip(folder: Path) -> None:
+    """Write a random CLIP."""
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(7)
+    factor = {"initializer_factor": 4.0}
+    text = {"vocab_size": 131, "max_position_embeddings": 64}
+    text |= {"eos_token_id": 1, "bos_token_id": 0, "pad_token_id": 0}
+    config = CLIPConfig(
+        text_config={**SMALL, **text, **factor},
+        vision_config={**SMALL, "image_size": 16, "patch_size": 4, **factor},
+        projection_dim=8,
+        **factor,
+    )
+    CLIPModel(config).save_pretrained(folder)
+    characters(folder)
+
+
+def classifier(folder: Path) -> None:
+    """Write a random classifier of texts."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    encoder(folder)
+    torch.manual_seed(8)
+    settings = json.loads((folder / "config.json").read_text())
+    config = BertConfig(**{**settings, **NAMED})
+    BertForSequenceClassification(config).save_pretrained(folder)
+
+
+def labelled_task(folder: Path, pictures: bool) -> None:
+    """Write a task of three labels, of words or of pictures."""
+    folder.mkdir(parents=True)
+    card = f"name: {folder.name}\nsource: made-up\nkind: labels\n"
+    (folder / "card.yaml").write_text(card + f"labels: [{', '.join(COLOURS)}]\n")
+    lines = []
+    for number in range(40):
+        word = ["fire", "grass", "sea"][number % 3]
+        given = picture(number % 3, number) if pictures else f"{word} {number}"
+        named = json.dumps([given, *COLOURS], separators=(",", ":"), ensure_ascii=False)
+        digest = hashlib.sha256(named.encode()).hexdigest()[:16]
+        example = {"id": digest, "input": given, "targets": [COLOURS[number % 3]]}
+        lines.append(json.dumps(example) + "\n")
+    (folder / "examples.jsonl").write_text("".join(lines))
+
+
+def picture(colour: int, seed: int) -> str:
+    """Return a square with some noise in one of three colours, as PNG in base64."""
+    from PIL import Image
+
+    random = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 90, (12, 12, 3), generator=random, dtype=torch.uint8)
+    pixels[:, :, colour] += 150
+    file = io.BytesIO()
+    Image.frombytes("RGB", (12, 12), pixels.numpy().tobytes()).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
 def task(folder: Path, words: list[str], choices: list[str]) -> None:
     """Write a task whose inputs are of a few words."""
     folder.mkdir(parents=True)
@@ -242,13 +368,17 @@ def build(folder: Path) -> None:
     llama(bases / "llama", 0, tied=True)
     llama(bases / "other", 1, tied=False)
     gpt2(bases / "gpt2")
-    encoder(bases / "encoder")
+    for write in (encoder, seq2seq, image, clip):
+        write(bases / write.__name__)
+    classifier(bases / "text")
     names = sorted(path.name for path in bases.iterdir())
     lines = [f"  {name}: {{sources: ['file:bases/{name}']}}\n" for name in names]
     Path("registry.yaml").write_text("version: 1\nbases:\n" + "".join(lines))
     task(folder / "tasks" / "animals", ["cat", "dog", "cow", "hen"], ["yes", "no"])
     task(folder / "tasks" / "colours", ["RED", "BLUE", "PINK", "TAN"], ["a", "bb", "c"])
     task(folder / "tasks" / "numbers", ["11", "22", "33", "44"], ["odd", "even"])
+    labelled_task(folder / "tasks" / "shades", pictures=False)
+    labelled_task(folder / "tasks" / "pictures", pictures=True)
     done(["tasks", "import", "./tasks", "--suite", "made"])
     add_experts(folder)
     tuned(bases / "llama", folder / "tuned-llama", None)

@@ -115,7 +115,13 @@ def page_folder(base_folder: Path, home: Path, monkeypatch: pytest.MonkeyPatch) 
         folder = make_expert(here / "examples" / "experts" / name, base_folder, seed, size=0.1)
         identity = read_folder(folder)
         source = f"file:{folder.relative_to(here)}"
-        expert = Expert(name=name, base=BASE, sources=[source], digest=identity.digest)
+        expert = Expert(
+            name=name,
+            base=BASE,
+            sources=[source],
+            digest=identity.digest,
+            task="bigbench:implicatures",
+        )
         write_description(folder, expert, identity)
         entries.append(expert.model_dump(mode="json", exclude_unset=True))
     bases = {BASE: {"sources": [f"file:{base_folder}"]}}
@@ -162,7 +168,7 @@ def installed_methods(page_folder: Path) -> dict[str, Any]:
     """The files of docs/extending.md as an installed package; its entry points by group."""
     files = {b.marker.removeprefix("file: "): b.text for b in blocks(ROOT / "docs/extending.md")}
     project = tomllib.loads(files["pyproject.toml"])["project"]
-    for name in ("clipped.py", "loudest.py"):
+    for name in (name for name in files if name.endswith(".py")):
         (page_folder / name).write_text(files[name], encoding="utf-8")
     info = page_folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
     info.mkdir()
@@ -178,17 +184,16 @@ def installed_methods(page_folder: Path) -> dict[str, Any]:
 
 def test_methods_of_the_docs_enter_and_conform(installed_methods: dict[str, Any]) -> None:
     """Found by their entry points alone; every test of the conformance suite passes on them."""
-    for catalogue, suite in (
-        (merges, test_conformance.TestMerges),
-        (routers, test_conformance.TestRouters),
-    ):
-        (name,) = installed_methods[catalogue.group]
-        count = 0
-        for test in (m for m in dir(suite) if m.startswith("test_")):
-            for values in _parameters(suite, getattr(suite, test)):
-                getattr(suite(), test)(strategy=catalogue[name], **values)
-                count += 1
-        assert count >= 5
+    for catalogue in (merges, routers):
+        for name in installed_methods[catalogue.group]:
+            strategy = catalogue[name]
+            suite = getattr(test_conformance, test_conformance.suite_name(strategy))
+            count = 0
+            for test in (m for m in dir(suite) if m.startswith("test_")):
+                for values in _parameters(suite, getattr(suite, test)):
+                    getattr(suite(), test)(strategy=strategy, **values)
+                    count += 1
+            assert count >= 5
 
 
 def _parameters(suite: type, test: Any) -> Iterator[dict[str, Any]]:

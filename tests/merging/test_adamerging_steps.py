@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from experthub.merge import Dense, Fit, Materials, TaskVector, learn_coefficients
+from experthub.merge import Dense, Fit, TaskVector, learn_coefficients
 from golden.tiny import Tiny, logits
+from learning import make_materials
 from test_adamerging_golden import BATCHES, CASES, GOLDEN, HEADS, VECTORS, WEIGHTS, difference
 from torch import Tensor
 
@@ -36,9 +37,13 @@ def vector(changes: dict[str, Tensor]) -> TaskVector:
 
 def steps(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, list[float]]:
     """The coefficients `[steps, experts, blocks in the recorded order]`, and the losses."""
-    monkeypatch.setattr("experthub.merge._fit.SAVE_EVERY", 1)
+    monkeypatch.setattr("experthub.merge._fitting.SAVE_EVERY", 1)
     found: list[Tensor] = []
-    learner = Materials(data=Recorded(), save=lambda state: found.append(state["values"]))
+    materials = make_materials(
+        [vector(changes) for changes in VECTORS],
+        Recorded(),
+        save=lambda state: found.append(state["values"]),
+    )
     fit = Fit(
         objective="entropy",
         granularity=case["granularity"],
@@ -48,7 +53,7 @@ def steps(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor
         batch_size=1000,
         constraint="clamp" if case["clamped"] else "none",
     )
-    learned = learn_coefficients([vector(changes) for changes in VECTORS], learner, fit)
+    learned = learn_coefficients(materials, fit)
     values = torch.stack(found)
     if case["granularity"] == "task":
         return values[..., 0], list(learned.history)

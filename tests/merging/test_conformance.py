@@ -13,8 +13,8 @@ from experthub.routing import (
     KERNELS,
     Context,
     ExpertStack,
+    ModelRouter,
     RoutedLinear,
-    Selected,
     Skills,
     Weights,
     attach_experts,
@@ -347,7 +347,7 @@ class TestRoutersOfTheModel:
         context = Context(rows=len(x), tokens=x.shape[1])
         context.select(self.select(strategy, rows[slice(0, len(x))]))
         layer = LAYERS - 1 if strategy.traits.routing.input == "token" else None
-        router = Selected(context, experts.experts, experts.n_experts, layer)
+        router = ModelRouter(context, experts.experts, experts.n_experts, layer)
         found: Tensor = RoutedLinear.from_stack(linear(), experts, router, context=context)(x)
         return found
 

@@ -17,17 +17,31 @@ from experthub.merge import (
     Dense,
     Fit,
     LowRank,
-    Materials,
     TaskVector,
     assign_blocks,
     compose_vector,
     learn_coefficients,
     merges,
 )
-from experthub.merge._coefficients import partition
-from experthub.merge._fit import initial, rows_of
-from experthub.merge._objectives import cross_entropy, entropy, fixmatch, marginal_entropy, trusted
-from learning import SHAPES, Tiny, TinyData, learner, literal, random_search
+from experthub.merge._coefficients import draw_groups, make_generator
+from experthub.merge._fitting import choose_rows, start_coefficients
+from experthub.merge._objectives import (
+    choose_trusted,
+    cross_entropy,
+    entropy,
+    fixmatch,
+    marginal_entropy,
+)
+from learning import (
+    SHAPES,
+    Tiny,
+    TinyData,
+    literal,
+    make_data,
+    make_materials,
+    prepare_merge,
+    run_merge,
+)
 from test_conformance import vectors
 from torch import Tensor, nn
 
@@ -80,7 +94,7 @@ class TestGradients:
     def test_equals_autograd(self, form: str, granularity: str) -> None:
         given = [*wide("dense", 3)[:1], *wide()[1:]] if form == "mixed" else wide(form)
         data = TinyData(Tiny(WIDE))
-        start = initial(given, fit(granularity=granularity))
+        start = start_coefficients(given, fit(granularity=granularity))
         values = torch.rand(start.values.shape, dtype=WIDE, generator=torch.Generator())
         rows = [torch.arange(8), torch.arange(6)]
         with AttachedExperts(data.model, given, start) as attached:
@@ -96,7 +110,7 @@ class TestGradients:
     @pytest.mark.parametrize("form", ["low-rank", "dense"])
     def test_of_a_partition(self, form: str) -> None:
         given, data = wide(form), TinyData(Tiny(WIDE))
-        start = initial(given, fit(granularity="partition", groups=3))
+        start = start_coefficients(given, fit(granularity="partition", groups=3))
         values = torch.rand(start.values.shape, dtype=WIDE, generator=torch.Generator())
         assert values.shape == (3, 3, 3)
         with AttachedExperts(data.model, given, start) as attached:
@@ -106,7 +120,7 @@ class TestGradients:
         leaf, weights = values.clone().requires_grad_(), {}
         for b, name in enumerate(start.blocks):
             weight = data.model.get_parameter(name).detach()
-            group = partition(name, weight.numel(), 3, 0).long().view(weight.shape)
+            group = draw_groups(name, weight.numel(), 3, 0).long().view(weight.shape)
             for e, vector in enumerate(given):
                 if name in vector:
                     weight = weight + leaf[e, b][group] * vector[name].dense()
@@ -121,7 +135,7 @@ class TestGradients:
 
     def test_of_summed_factors(self) -> None:
         given, data = wide(), TinyData(Tiny(WIDE))
-        start = initial(given, fit(granularity="task", combine="parameters"))
+        start = start_coefficients(given, fit(granularity="task", combine="parameters"))
         values = torch.rand(3, 1, dtype=WIDE, generator=torch.Generator())
         rows = [torch.arange(8), torch.arange(6)]
         with AttachedExperts(data.model, given, start) as attached:
@@ -162,7 +176,7 @@ class TestGradients:
             return Dense(changes[expert])
 
         given = [TaskVector("base", {"e.weight": partial(change, e)}) for e in range(2)]
-        start = initial(given, fit())
+        start = start_coefficients(given, fit())
         with AttachedExperts(model, given, start) as attached:
             batches = [([[1, 2, 2], [5, 1, 1]], [0, 1]), ([[1, 7, 2]], [0, 1]), ([[5, 7, 7]], [])]
             for ids, new in batches:
@@ -180,7 +194,7 @@ class TestGradients:
 
     def test_several_backward_passes_add_up(self) -> None:
         given, data = wide("dense"), TinyData(Tiny(WIDE))
-        start = initial(given, fit())
+        start = start_coefficients(given, fit())
         none = torch.arange(0)
         with AttachedExperts(data.model, given, start) as attached:
             attached.set(start.values)
@@ -197,7 +211,7 @@ class TestGradients:
         before = dict(data.model.named_parameters())
         x = data.logits([torch.arange(3), torch.arange(3)])[0].detach()
         for form in ("dense", "low-rank"):
-            learn_coefficients(vectors(form), Materials(data=data), fit(steps=2))
+            learn_coefficients(make_materials(vectors(form), data), fit(steps=2))
             assert dict(data.model.named_parameters()) == before
             assert torch.equal(data.logits([torch.arange(3), torch.arange(3)])[0], x)
 
@@ -208,13 +222,13 @@ class TestLearning:
         """AdaMerging written out with autograd and torch's Adam."""
         given, data = wide("dense"), TinyData(Tiny(WIDE))
         settings = fit(lr=0.2, steps=12, constraint=constraint)
-        start = initial(given, settings)
+        start = start_coefficients(given, settings)
         leaf = start.values.clone().requires_grad_()
         optimiser = torch.optim.Adam([leaf], lr=0.2)
         for step in range(12):
             used = leaf.clamp(0, 1) if constraint == "clamp" else leaf
             weights = literal(data.model, given, used, place_of(start))
-            rows = [rows_of(n, 8, step, 0, t) for t, n in enumerate(data.sizes)]
+            rows = [choose_rows(n, 8, step, 0, t) for t, n in enumerate(data.sizes)]
             loss = sum(entropy(found) for found in logits_by(weights, data, rows))
             optimiser.zero_grad()
             loss.backward()
@@ -223,14 +237,14 @@ class TestLearning:
                 with torch.no_grad():
                     leaf.clamp_(0, 1)
         wanted = leaf.detach().clamp(0, 1) if constraint == "clamp" else leaf.detach()
-        found = learn_coefficients(given, Materials(data=data), settings)
+        found = learn_coefficients(make_materials(given, data), settings)
         torch.testing.assert_close(found.values, wanted, rtol=1e-9, atol=1e-9)
         assert float(found.values.min()) < 0 or constraint != "none"
 
     def test_atlas_in_twenty_lines(self) -> None:
         """https://arxiv.org/abs/2407.02880, section 3: coefficients from zero, AdamW, cosine."""
-        given, source = wide("dense"), learner(WIDE)
-        data, steps, rate = source.given, 10, 0.1
+        given, data = wide("dense"), make_data(WIDE)
+        steps, rate = 10, 0.1
         labels = data.labels or []
         leaf = torch.zeros(3, 3, dtype=WIDE, requires_grad=True)
         optimiser = torch.optim.AdamW([leaf], lr=rate, weight_decay=0.1)
@@ -238,19 +252,19 @@ class TestLearning:
         for step in range(steps):
             optimiser.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
             weights = literal(data.model, given, leaf, place)
-            rows = [rows_of(n, 128, step, 0, t) for t, n in enumerate(data.sizes)]
-            found = logits_by(weights, data, rows)  # type: ignore[arg-type]
+            rows = [choose_rows(n, 128, step, 0, t) for t, n in enumerate(data.sizes)]
+            found = logits_by(weights, data, rows)
             pairs = zip(found, rows, labels, strict=True)
             optimiser.zero_grad()
             sum(nn.functional.cross_entropy(x, y[r]) for x, r, y in pairs).backward()
             optimiser.step()
-        merged = merges["atlas"].call(given, torch.ones(3), source, steps=steps, patience=0)
-        torch.testing.assert_close(merged.coefficients.values, leaf.detach(), rtol=1e-9, atol=1e-9)
+        state = prepare_merge(merges["atlas"], given, torch.ones(3), data, steps=steps, patience=0)
+        torch.testing.assert_close(state.values, leaf.detach(), rtol=1e-9, atol=1e-9)
 
     def test_goes_on_after_an_interruption_to_the_same_bits(self) -> None:
         kept: dict[str, Any] = {}
         settings = fit(objective="cross_entropy", steps=50, l2=0.1, cosine=True, patience=20)
-        whole = learn_coefficients(vectors(), learner(), settings)
+        whole = learn_coefficients(make_materials(vectors(), make_data()), settings)
 
         class Stop(Exception):
             pass
@@ -259,13 +273,18 @@ class TestLearning:
             if done == 33:
                 raise Stop
 
-        first = replace(learner(), save=kept.update, report=stop)
+        first = make_materials(vectors(), make_data(), save=kept.update, report=stop)
         with pytest.raises(Stop):
-            learn_coefficients(vectors(), first, settings)
+            learn_coefficients(first, settings)
         assert len(kept["history"]) == 20
         seen: list[int] = []
-        second = replace(learner(), load=lambda: kept, report=lambda _, done, __: seen.append(done))
-        again = learn_coefficients(vectors(), second, settings)
+        second = make_materials(
+            vectors(),
+            make_data(),
+            load=lambda: kept,
+            report=lambda _, done, __: seen.append(done),
+        )
+        again = learn_coefficients(second, settings)
         assert seen[0] == 21
         assert torch.equal(again.values, whole.values) and again.history == whole.history
 
@@ -274,12 +293,13 @@ class TestLearning:
         """Permuted and missing labels give the same bits."""
         found = []
         for change in (lambda y: y, lambda y: (y + 1) % 4, None):
-            source = learner()
+            data = make_data()
             if change is None:
-                source.data.labelled = False
+                data.labelled = False
             else:
-                source.data.answers = [change(y) for y in source.data.answers]
-            found.append(learn_coefficients(vectors(), source, fit(objective=objective)).values)
+                data.answers = [change(y) for y in data.answers]
+            materials = make_materials(vectors(), data)
+            found.append(learn_coefficients(materials, fit(objective=objective)).values)
         assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
     def test_what_reached_a_bound_can_leave_it(self) -> None:
@@ -288,14 +308,14 @@ class TestLearning:
         outside = Coefficients(torch.full((3, 3), -0.2, dtype=WIDE), tuple(sorted(SHAPES)), "layer")
         for constraint, moves in (("clamp", False), ("project", True)):
             settings = fit(start=-0.2, constraint=constraint, steps=40)
-            found = learn_coefficients(given, Materials(data=data), settings)
+            found = learn_coefficients(make_materials(given, data), settings)
             inside = found.values[:, :2]  # nothing depends on the third
             assert bool((inside > 0).any()) == moves
         assert outside.values.shape == found.values.shape
 
     def test_the_best_on_held_out_examples_is_kept(self) -> None:
-        source = learner()
-        held_out = source.data.held_out  # type: ignore[union-attr]
+        data = make_data()
+        held_out = data.held_out
         losses: list[float] = []
         plain = held_out.logits
 
@@ -307,17 +327,19 @@ class TestLearning:
 
         held_out.logits = watched
         settings = fit(objective="cross_entropy", lr=0.5, steps=200, batch_size=32, patience=3)
-        found = learn_coefficients(vectors(), source, settings)
+        found = learn_coefficients(make_materials(vectors(), data), settings)
         assert len(found.history) < 200  # it stopped
         best = min(range(len(losses)), key=losses.__getitem__)
         assert best == len(losses) - 1 - 3
-        longer = learn_coefficients(vectors(), learner(), replace(settings, steps=200, patience=0))
+        longer = learn_coefficients(
+            make_materials(vectors(), make_data()), replace(settings, steps=200, patience=0)
+        )
         assert len(longer.history) == 200
         assert not torch.equal(longer.values, found.values)
 
     def test_negation_forgets_one_task_and_keeps_the_other(self) -> None:
-        source = learner()
-        labels = source.data.labels or []  # type: ignore[union-attr]
+        given = make_data()
+        labels = given.labels or []
 
         def losses(vector: TaskVector | None) -> list[float]:
             data = TinyData(labelled=True)
@@ -327,35 +349,35 @@ class TestLearning:
                 found = data.logits([torch.arange(n) for n in data.sizes])
             return [float(cross_entropy(x, y)) for x, y in zip(found, labels, strict=True)]
 
-        call = merges["atlas"].call
-        options = {"setting": "negation", "forget": "second", "lr": 0.05}
-        merged = call(vectors(), torch.ones(3), source, **options, patience=0)
+        run = partial(run_merge, merges["atlas"], vectors(), torch.ones(3), given)
+        options: dict[str, Any] = {"setting": "negation", "forget": "second", "lr": 0.05}
+        merged = run(**options, patience=0)
         before, after = losses(None), losses(merged)
         assert after[1] - before[1] > max(1, after[0] - before[0])
-        held_out = source.data.held_out  # type: ignore[union-attr]
+        held_out = given.held_out
         held_out.answers[0] = held_out.logits([torch.arange(n) for n in held_out.sizes])[0].argmax(
             -1
         )
-        strict = call(vectors(), torch.ones(3), source, **options, keep=1.0)
+        strict = run(**options, keep=1.0)
         with torch.no_grad():
             for name in strict:
-                source.data.model.get_parameter(name).add_(strict[name].dense())  # type: ignore[union-attr]
+                given.model.get_parameter(name).add_(strict[name].dense())
             kept = held_out.logits([torch.arange(n) for n in held_out.sizes])[0].argmax(-1)
         assert torch.equal(kept, held_out.answers[0])
         with pytest.raises(ValueError, match="expected one of first, second, found 'third'"):
-            call(vectors(), torch.ones(3), source, setting="negation", forget="third")
+            run(setting="negation", forget="third")
 
     def test_stored_coefficients_need_no_data(self) -> None:
         for name, options in (("adamerging", {"steps": 3}), ("atlas", {"steps": 3})):
-            merged = merges[name].call(vectors(), torch.ones(3), learner(), **options)
-            again = merges[name].call(
-                vectors(), torch.ones(3), Materials(stored=merged.coefficients), **options
-            )
+            given = vectors(), torch.ones(3)
+            stored = prepare_merge(merges[name], *given, make_data(), **options)
+            merged = run_merge(merges[name], *given, make_data(), **options)
+            again = merges[name].call(*given, stored, **options)
             assert all(torch.equal(merged[n].dense(), again[n].dense()) for n in merged)
 
     def test_half_precision_vectors_learn_nearly_the_same(self) -> None:
-        whole = learn_coefficients(vectors("dense"), Materials(data=TinyData()), fit())
-        halves = learn_coefficients(vectors("dense"), Materials(data=TinyData()), fit(halves=True))
+        whole = learn_coefficients(make_materials(vectors("dense"), TinyData()), fit())
+        halves = learn_coefficients(make_materials(vectors("dense"), TinyData()), fit(halves=True))
         difference = (whole.values - halves.values).abs().max()
         assert 0 < difference < 0.02
 
@@ -365,37 +387,39 @@ class TestLearning:
         doubled[1] = TaskVector(
             "base", {n: (lambda n=n: vectors()[1][n].scaled(2.0)) for n in doubled[1]}
         )
-        one = merges["adamerging"].call(vectors(), weights, learner(), steps=5)
-        two = merges["adamerging"].call(doubled, torch.ones(3), learner(), steps=5)
+        one = run_merge(merges["adamerging"], vectors(), weights, make_data(), steps=5)
+        two = run_merge(merges["adamerging"], doubled, torch.ones(3), make_data(), steps=5)
         for name in one:
             torch.testing.assert_close(one[name].dense(), two[name].dense())
 
 
 class TestBadInput:
     def test_data_and_labels_are_asked_for(self) -> None:
-        with pytest.raises(ValueError, match="expected data to learn_coefficients from"):
-            learn_coefficients(vectors(), Materials(), fit())
+        with pytest.raises(ValueError, match="expected data to learn from"):
+            learn_coefficients(make_materials(vectors()), fit())
         with pytest.raises(ValueError, match="expected labels for the objective cross_entropy"):
-            learn_coefficients(vectors(), Materials(data=TinyData()), fit(objective="cross_entropy"))
+            learn_coefficients(
+                make_materials(vectors(), TinyData()), fit(objective="cross_entropy")
+            )
         with pytest.raises(ValueError, match="inputs of at least one task"):
-            learn_coefficients(vectors(), Materials(data=TinyData(sizes=(3, 0))), fit())
+            learn_coefficients(make_materials(vectors(), TinyData(sizes=(3, 0))), fit())
 
     def test_a_task_of_one_class(self) -> None:
         data = TinyData()
         data.logits = lambda rows, view=0: [x[:, :1] for x in TinyData(data.model).logits(rows)]  # type: ignore[method-assign]
         with pytest.raises(ValueError, match="two choices or more"):
-            learn_coefficients(vectors(), Materials(data=data), fit())
+            learn_coefficients(make_materials(vectors(), data), fit())
 
     def test_a_loss_that_is_not_finite(self) -> None:
         data = TinyData()
         data.x_tND[1][4] = float("nan")
         with pytest.raises(ValueError, match="the loss is nan at step 1"):
-            learn_coefficients(vectors(), Materials(data=data), fit(batch_size=64))
+            learn_coefficients(make_materials(vectors(), data), fit(batch_size=64))
 
     def test_experts_of_zeros_and_one_expert(self) -> None:
-        found = learn_coefficients(vectors(zero=True), Materials(data=TinyData()), fit())
+        found = learn_coefficients(make_materials(vectors(zero=True), TinyData()), fit())
         assert torch.equal(found.values, torch.full((3, 3), 0.3, dtype=WIDE))
-        one = learn_coefficients(vectors(count=1), Materials(data=TinyData()), fit())
+        one = learn_coefficients(make_materials(vectors(count=1), TinyData()), fit())
         assert one.values.shape == (1, 2)  # its third parameter is not changed
 
     def test_coefficients_of_something_else(self) -> None:
@@ -403,7 +427,9 @@ class TestBadInput:
         with pytest.raises(ValueError, match="coefficients of 3 experts, found 2"):
             compose_vector(vectors(), Coefficients(values, tuple(SHAPES), "layer"))
         with pytest.raises(ValueError, match=r"found none for c\.weight"):
-            compose_vector(vectors()[:2], Coefficients(values[:, :2], ("a.weight", "b.weight"), "layer"))
+            compose_vector(
+                vectors()[:2], Coefficients(values[:, :2], ("a.weight", "b.weight"), "layer")
+            )
         with pytest.raises(ValueError, match=r"experts, 3 blocks\], found \[2, 2\]"):
             Coefficients(values[:, :2], tuple(SHAPES), "layer")
         with pytest.raises(ValueError, match="regular expression, found '\\('"):
@@ -436,7 +462,7 @@ class TestObjectives:
         """The count of the paper, not all of them as the authors' code has it."""
         random = torch.Generator().manual_seed(0)
         logits = torch.randn(100, 4, generator=random)
-        chosen, label = trusted(logits)
+        chosen, label = choose_trusted(logits)
         sure = logits.softmax(-1).max(-1)
         for c in range(4):
             of_class = (sure.indices == c).nonzero()[:, 0]
@@ -467,7 +493,7 @@ class TestGranularity:
     def test_blocks_are_in_the_order_of_their_numbers(self) -> None:
         names = [f"layers.{n}.mlp.weight" for n in (10, 2, 1)]
         vector = TaskVector("base", {n: (lambda: Dense(torch.ones(1, 1))) for n in names})
-        assert initial([vector], fit()).blocks == tuple(names[::-1])
+        assert start_coefficients([vector], fit()).blocks == tuple(names[::-1])
 
     def test_an_expression(self) -> None:
         found = list(assign_blocks(self.NAMES, r"(self_attn|mlp)").values())
@@ -491,8 +517,8 @@ def inputs_of(model: Tiny, x: Tensor) -> dict[str, Tensor]:
 class TestClosedForms:
     """RegMean, RegMean++ and Fisher written out."""
 
-    def given(self) -> tuple[list[TaskVector], Materials, Tensor]:
-        return wide()[:2], learner(WIDE), torch.tensor([1.0, 0.5], dtype=WIDE)
+    def given(self) -> tuple[list[TaskVector], TinyData, Tensor]:
+        return wide()[:2], make_data(WIDE), torch.tensor([1.0, 0.5], dtype=WIDE)
 
     def solved(
         self, weights: Tensor, grams: list[Tensor], changes: list[Tensor], alpha: float
@@ -503,11 +529,10 @@ class TestClosedForms:
         return torch.linalg.solve(left, right).T
 
     def test_regmean(self) -> None:
-        given, source, weights = self.given()
-        merged = merges["regmean"].call(given, weights, source, off_diagonal=0.9, batch_size=5)
-        rows = [
-            inputs_of(expert_model(v), x) for v, x in zip(given, source.data.x_tND, strict=True)
-        ]  # type: ignore[union-attr]
+        given, data, weights = self.given()
+        options = {"off_diagonal": 0.9, "batch_size": 5}
+        merged = run_merge(merges["regmean"], given, weights, data, **options)
+        rows = [inputs_of(expert_model(v), x) for v, x in zip(given, data.x_tND, strict=True)]
         for name in ("a.weight", "b.weight"):
             grams = [r[name].T @ r[name] / len(r[name]) for r in rows]
             wanted = self.solved(weights, grams, [v[name].dense() for v in given], 0.9)
@@ -516,12 +541,12 @@ class TestClosedForms:
         torch.testing.assert_close(merged["c.weight"].dense(), mean)
 
     def test_regmean_plusplus(self) -> None:
-        given, source, weights = self.given()
-        call = merges["regmean_plusplus"].call
-        merged = call(given, weights, source, off_diagonal=0.9, batch_size=5)
+        given, data, weights = self.given()
+        options = {"off_diagonal": 0.9, "batch_size": 5}
+        merged = run_merge(merges["regmean_plusplus"], given, weights, data, **options)
         so_far = Tiny(WIDE)
         for name in ("a.weight", "b.weight"):
-            rows = [inputs_of(so_far, x)[name] for x in source.data.x_tND]  # type: ignore[union-attr]
+            rows = [inputs_of(so_far, x)[name] for x in data.x_tND]
             grams = [x.T @ x / len(x) for x in rows]
             wanted = self.solved(weights, grams, [v[name].dense() for v in given], 0.9)
             torch.testing.assert_close(merged[name].dense(), wanted, rtol=1e-6, atol=1e-7)
@@ -538,27 +563,28 @@ class TestClosedForms:
         given = [replace(v, load={**v.load, "d.weight": v.load["a.weight"]}) for v in wide()[:2]]
         for name in ("adamerging", "regmean", "regmean_plusplus", "fisher"):
             options = {"steps": 2} if name == "adamerging" else {}
-            source = Materials(data=TinyData(Tied()))
-            merged = merges[name].call(given, torch.ones(2), source, **options)
+            data = TinyData(Tied())
+            merged = run_merge(merges[name], given, torch.ones(2), data, **options)
             assert set(merged) == {*SHAPES, "d.weight"} and merged["d.weight"].shape == (6, 5)
 
     def test_regmean_of_equal_experts_is_the_expert(self) -> None:
-        given, source, weights = self.given()
+        given, data, weights = self.given()
         for name in ("regmean", "regmean_plusplus", "fisher"):
-            merged = merges[name].call([given[0], given[0]], weights, source)
+            merged = run_merge(merges[name], [given[0], given[0]], weights, data)
             for n in merged:
                 torch.testing.assert_close(
                     merged[n].dense(), given[0][n].dense(), rtol=1e-4, atol=1e-5
                 )
 
     def test_fisher(self) -> None:
-        from experthub.merge._coefficients import seeded
-
-        given, source, weights = self.given()
-        merged = merges["fisher"].call(given, weights, source, floor=1e-6)
+        given, data, weights = self.given()
+        merged = run_merge(merges["fisher"], given, weights, data, floor=1e-6)
         information = []
-        for task, (vector, x) in enumerate(zip(given, source.data.x_tND, strict=True)):  # type: ignore[union-attr]
-            model, draw = expert_model(vector).requires_grad_(True), seeded("fisher", 0, task)
+        for task, (vector, x) in enumerate(zip(given, data.x_tND, strict=True)):
+            model, draw = (
+                expert_model(vector).requires_grad_(True),
+                make_generator("fisher", 0, task),
+            )
             sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
             for row in x:
                 log = model(row[None]).log_softmax(-1)
@@ -576,35 +602,31 @@ class TestClosedForms:
     def test_one_task_for_each_expert(self) -> None:
         for name in ("regmean", "regmean_plusplus", "fisher"):
             with pytest.raises(ValueError, match="one task for each of the 3 experts"):
-                merges[name].call(vectors(), torch.ones(3), learner())
+                run_merge(merges[name], vectors(), torch.ones(3), make_data())
 
 
 class TestLoraHub:
     def test_finds_the_expert_that_the_labels_come_from(self) -> None:
-        source = learner()
-        model = Tiny()
+        data, model = make_data(), Tiny()
         with torch.no_grad():
             for name in vectors()[1]:
                 model.get_parameter(name).add_(vectors()[1][name].dense())
-            source.data.answers = [model(x).argmax(-1) for x in source.data.x_tND]  # type: ignore[union-attr]
+            data.answers = [model(x).argmax(-1) for x in data.x_tND]
         for optimizer, steps in (("adam", 60), ("cma_es", 200)):
-            call = merges["lorahub"].call
             options = {"optimizer": optimizer, "steps": steps}
-            merged = call(
-                vectors(), torch.ones(3), replace(source, minimise=random_search), **options
-            )
-            found = merged.coefficients.values[:, 0].abs().tolist()  # -w and w are one product
+            state = prepare_merge(merges["lorahub"], vectors(), torch.ones(3), data, **options)
+            found = state.values[:, 0].abs().tolist()  # -w and w are one product
             assert max(found) == found[1] and max(found) <= 1.5
 
     def test_the_loss_counts_the_weights(self) -> None:
         seen = []
 
-        def minimise(loss: Any, start: Any, bound: float, evaluations: int, seed: int) -> Any:
+        def minimize(loss: Any, start: Any, bound: float, evaluations: int, seed: int) -> Any:
             seen.append((loss([0.0, 0.0, 0.0]), bound, evaluations))
             return [0.0, 0.0, 1.0]
 
-        source = replace(learner(), minimise=minimise)
-        merged = merges["lorahub"].call(vectors(), torch.ones(3), source, l1=0.05)
+        source = make_materials(vectors(), make_data(), minimize=minimize)
+        merged = run_merge(merges["lorahub"], vectors(), torch.ones(3), source, l1=0.05)
         data = TinyData(labelled=True)
         found = data.logits([torch.arange(n) for n in data.sizes])
         plain = (
@@ -623,21 +645,24 @@ class TestLoraHub:
             if done == 25:
                 raise Stop
 
-        call = merges["lorahub"].call
-        whole = call(vectors(), torch.ones(3), learner())
+        prepare = partial(prepare_merge, merges["lorahub"], vectors(), torch.ones(3))
+        whole = prepare(make_data())
+        source = make_materials(vectors(), make_data())
         with pytest.raises(Stop):
-            call(vectors(), torch.ones(3), replace(learner(), save=kept.update, report=stop))
+            prepare(replace(source, save=kept.update, report=stop))
         assert len(kept["history"]) == 25
         seen: list[int] = []
-        again = replace(learner(), load=lambda: kept, report=lambda _, done, __: seen.append(done))
-        found = call(vectors(), torch.ones(3), again)
-        assert seen[0] == 26 and torch.equal(found.coefficients.values, whole.coefficients.values)
+        source = make_materials(vectors(), make_data())
+        found = prepare(
+            replace(source, load=lambda: kept, report=lambda _, done, __: seen.append(done))
+        )
+        assert seen[0] == 26 and torch.equal(found.values, whole.values)
 
     def test_unequal_ranks(self) -> None:
         given = vectors()
         other = LowRank(torch.ones(1, 5), torch.ones(6, 1))
         given[0] = TaskVector("base", {**given[0].load, "a.weight": lambda: other})
         with pytest.raises(ValueError, match="one rank to sum their factors, found ranks 1, 2"):
-            merges["lorahub"].call(given, torch.ones(3), learner())
+            run_merge(merges["lorahub"], given, torch.ones(3), make_data())
         with pytest.raises(ValueError, match="found dense ones"):
-            merges["lorahub"].call(vectors("dense"), torch.ones(3), learner())
+            run_merge(merges["lorahub"], vectors("dense"), torch.ones(3), make_data())

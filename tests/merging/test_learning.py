@@ -15,7 +15,7 @@ from experthub import hub
 from experthub.hub.bases.base import load_model, load_tokenizer, read
 from experthub.hub.errors import ConflictError, UsageError
 from experthub.hub.files import yaml_files
-from experthub.hub.materials import learned
+from experthub.hub.materials import merge_materials
 from experthub.hub.materials.task_data import TaskData
 from experthub.hub.readers.likelihood import choice_logprobs, encode
 from experthub.hub.readers.reader_for import reader_for
@@ -23,6 +23,7 @@ from experthub.hub.readers.similarity import Similarity
 from experthub.hub.recipes.examples import chosen
 from experthub.hub.recipes.lock import plan_of
 from experthub.hub.recipes.recipe import DataUse
+from experthub.hub.states.run_state import PROGRESS, run_folder, state_folder
 from experthub.hub.tasks.task import Card, Chosen, Example, example_id
 from experthub.hub.tasks.task_files import read_task, tasks_folder, write_task
 
@@ -98,7 +99,7 @@ def test_every_method_composes_and_composes_the_same_again(
     method: str, values: dict[str, Any]
 ) -> None:
     first = hub.compose(recipe(values, method))
-    shutil.rmtree(Path(learned.coefficients_folder(first.plan)), ignore_errors=True)
+    shutil.rmtree(run_folder(first.plan), ignore_errors=True)
     again = hub.compose(recipe(values, method))
     base = load_model(first.plan.base, "float32", None)
     assert same(weights(first), weights(again))
@@ -113,7 +114,7 @@ def test_what_was_learned_is_not_learned_again(
 ) -> None:
     path = written(recipe(values))
     first = hub.compose(path)
-    monkeypatch.setattr(learned, "_data", lambda *_: pytest.fail("the data was read"))
+    monkeypatch.setattr(merge_materials, "_read_data", lambda *_: pytest.fail("the data was read"))
     assert same(weights(first), weights(hub.compose(path)))
 
 
@@ -122,7 +123,7 @@ def test_an_interrupted_run_goes_on(values: dict[str, Any], method: str, after: 
     more = {"patience": 0} if method == "atlas" else {}
     value = recipe(values, method, steps=45, **more)
     whole = hub.compose(value)
-    shutil.rmtree(learned.coefficients_folder(whole.plan))
+    shutil.rmtree(run_folder(whole.plan))
 
     class Stop(Exception):
         pass
@@ -141,7 +142,7 @@ def test_an_interrupted_run_goes_on(values: dict[str, Any], method: str, after: 
 
     again = hub.compose(value, session=hub.Session(report=see))
     assert seen[0] == after + 1 and same(weights(whole), weights(again))
-    assert not (learned.coefficients_folder(whole.plan) / learned.STATE).exists()
+    assert not (run_folder(whole.plan) / PROGRESS).exists()
 
 
 def test_labels_reach_no_unlabelled_merge(values: dict[str, Any]) -> None:
@@ -164,7 +165,7 @@ def test_coefficients_are_an_artifact(values: dict[str, Any], home: Path) -> Non
     assert ran.code == 0, ran.err
     found = ran.json
     composition = hub.compose(path)
-    coefficients = composition.merged.coefficients  # type: ignore[union-attr]
+    coefficients = composition.state
     assert found["coefficients"] == coefficients.values.tolist()
     assert found["blocks"] == list(coefficients.blocks) and len(found["history"]) == 4
     assert Path("c.png").read_bytes().startswith(b"\x89PNG")
@@ -239,7 +240,7 @@ def test_lorahub_is_peft_with_both_factors_summed(values: dict[str, Any]) -> Non
     from peft import PeftModel
 
     composition = hub.compose(recipe(values, "lorahub", steps=30))
-    found = composition.merged.coefficients.values[:, 0].tolist()  # type: ignore[union-attr]
+    found = composition.state.values[:, 0].tolist()
     assert any(found)
     base = load_model(composition.plan.base, None, None)
     model = PeftModel.from_pretrained(base, values["experts"][0], adapter_name="one")
@@ -353,12 +354,15 @@ def test_coefficients_that_do_not_fit(values: dict[str, Any]) -> None:
         with pytest.raises(UsageError, match=match):
             hub.compose(without | changes)
 
-    refused("found by adamerging, and the recipe says atlas", merge={"method": "atlas"})
+    refused("made for adamerging, and the recipe names atlas", merge={"method": "atlas"})
     refused(
-        "found with granularity layer, and the recipe says task",
+        "made with granularity: layer, and the recipe sets task",
         merge={"method": "adamerging", "granularity": "task"},
     )
-    refused("coefficients of e1, e2", experts=values["experts"][::-1])
+    refused(
+        "made for e1, e2, in another order .*; the recipe has e2, e1",
+        experts=values["experts"][::-1],
+    )
     refused("is an expert", coefficients=values["experts"][0])
     with pytest.raises(UsageError, match="holds learned coefficients, and is no expert"):
         hub.compose({"base": values["base"], "experts": ["mine"], "merge": {"method": "linear"}})
@@ -378,7 +382,7 @@ def test_the_plan_says_what_is_learned_from(values: dict[str, Any]) -> None:
     path = written(recipe(values))
     shown = run_hub("compose", path).out
     assert "learns from" in shown and "local:first, local:second (train, no labels)" in shown
-    assert not learned.coefficients_folder(plan_of(path)).exists()  # a plan learns nothing
+    assert not run_folder(plan_of(path)).exists()  # a plan learns nothing
     assert run_hub("coefficients", path, "--name", "mine").code == 0
     without = {k: v for k, v in recipe(values).items() if k != "data"} | {"coefficients": "mine"}
     assert "mine@1  sha256:" in run_hub("compose", written(without, "stored.yaml")).out
@@ -387,7 +391,7 @@ def test_the_plan_says_what_is_learned_from(values: dict[str, Any]) -> None:
 def test_damaged_coefficients_are_refused(values: dict[str, Any], home: Path) -> None:
     path = written(recipe(values))
     composition = hub.compose(path)
-    folder = learned.found_folder(composition.plan)
+    folder = state_folder(composition.plan)
     record = json.loads((folder / "coefficients.json").read_text())
     (folder / "coefficients.json").write_text(
         json.dumps(record | {"blocks": record["blocks"][:-1]})

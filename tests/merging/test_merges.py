@@ -14,7 +14,7 @@ from conftest import LINEARS, logits
 from experthub import hub
 from experthub.hub.errors import HubError
 from experthub.merge import Delta, Dense, LowRank, TaskVector, combine, dare, merges, ties
-from experthub.merge.ties import agreeing, threshold, trimmed
+from experthub.merge.ties import find_threshold, keep_agreeing, trim
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -184,33 +184,33 @@ def test_threshold_is_the_sorted_one(
     if dtype == torch.float64:
         flat = flat * (1 + torch.rand(len(flat), dtype=dtype) * 1e-9)
     flat = flat[flat.isfinite()]
-    monkeypatch.setattr(sys.modules[threshold.__module__], "CHUNK", 64)
+    monkeypatch.setattr(sys.modules[find_threshold.__module__], "CHUNK", 64)
     descending = flat.abs().sort(descending=True).values
     n = len(flat)
     for density in (1e-9, 0.1, 0.2, 0.5, 0.77, 1 - 1e-9, 1.0):
         parts = flat.split([n // 3, n - n // 3])
         rank = max(1, int(density * n))
-        assert threshold(lambda p=parts: iter(p), density) == float(descending[rank - 1])
+        assert find_threshold(lambda p=parts: iter(p), density) == float(descending[rank - 1])
 
 
 def test_threshold_over_several_dtypes() -> None:
     """A float64 that comes late decides by all of its bits."""
     late = torch.tensor([0.5 + 2**-50, 0.5 + 2**-51], dtype=torch.float64)
     tensors = [torch.tensor([0.5, 0.25]), torch.tensor([1.0], dtype=torch.bfloat16), late]
-    found = [threshold(lambda: iter(tensors), k / 5) for k in (1, 2, 3, 4, 5)]
+    found = [find_threshold(lambda: iter(tensors), k / 5) for k in (1, 2, 3, 4, 5)]
     assert found == [1.0, 0.5 + 2**-50, 0.5 + 2**-51, 0.5, 0.25]
 
 
 def test_agreeing_sums_to_the_merge_without_mean() -> None:
     """The parts that another merge weights anew: their plain sum is the disjoint sum."""
     vectors = [vector(t) for t in random_tensors()]
-    parts = agreeing(trimmed(vectors, 0.3))
+    parts = keep_agreeing(trim(vectors, 0.3))
     merged = dense(ties(vectors, torch.ones(3), density=0.3, normalize=False))
     for name, total in dense(combine(parts, torch.ones(3))).items():
         torch.testing.assert_close(total, merged[name])
     assert [list(part) for part in parts] == [list(v) for v in vectors]
     with pytest.raises(ValueError, match="one shape"):
-        agreeing([row(1, 2), row(1)])[0]["w"]
+        keep_agreeing([row(1, 2), row(1)])[0]["w"]
 
 
 def counted(vectors: list[TaskVector], reads: list[str]) -> list[TaskVector]:
@@ -406,4 +406,4 @@ def test_route_over_a_nested_merge_needs_its_rank(base_folder: Path, expert_fold
 def test_every_option_of_a_line_is_described() -> None:
     options = merges["ties"].options
     assert all(option.description.endswith(".") for option in options.values())
-    assert options["scale"].description == "factor of the whole change."
+    assert options["scale"].description == "The factor of the merged task vector."

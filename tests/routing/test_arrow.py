@@ -15,7 +15,7 @@ from experthub.hub import trace
 from experthub.hub.errors import HubError, UsageError
 from experthub.hub.recipes import plan
 from experthub.merge import LowRank
-from experthub.routing import ExpertStack, Kernel, RoutedLinear, arrow
+from experthub.routing import ExpertStack, Kernel, RoutedLinear, arrow, subtract_general
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -88,7 +88,7 @@ def test_equals_peft(top_k: int, temperature: float, general: tuple[int, ...]) -
     x = torch.randn(2, 7, 24)
     added = peft_adds(x, found, general, top_k=top_k, router_temperature=temperature)
     stack = ExpertStack.of(found, 5)
-    stack = stack.less(general) if general else stack
+    stack = subtract_general(stack, general) if general else stack
     router = arrow(stack, top_k=top_k, temperature=temperature)
     for kernel in KERNELS:
         routed = RoutedLinear.from_stack(base, stack, router, kernel=kernel)
@@ -98,7 +98,7 @@ def test_equals_peft(top_k: int, temperature: float, general: tuple[int, ...]) -
 def test_general_experts_are_no_candidates_and_keep_the_others_places() -> None:
     gates = {e: torch.full((24,), float(e)) for e in range(4)}
     stack = ExpertStack.of(experts(4), 6, gates)
-    left = stack.less([2, 0])
+    left = subtract_general(stack, [2, 0])
     assert left.experts == (1, 3) and left.n_experts == 6
     assert left.gates_EI is not None and left.gates_EI[:, 0].tolist() == [1, 3]
     deltas = stack.deltas
@@ -110,13 +110,13 @@ def test_general_experts_are_no_candidates_and_keep_the_others_places() -> None:
 @pytest.mark.parametrize("general", [(0, 1, 2), (5,), (0, 5)])
 def test_general_experts_that_leave_none_or_are_not_there(general: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"general experts .* found \[0, 1, 2\]"):
-        ExpertStack.of(experts(3), 6).less(general)
+        subtract_general(ExpertStack.of(experts(3), 6), general)
 
 
 def test_general_experts_of_another_rank() -> None:
     deltas = {**experts(2), 2: experts(1, rank=3)[0]}
     with pytest.raises(ValueError, match="one rank"):
-        ExpertStack.of(deltas, 3).less([2])
+        subtract_general(ExpertStack.of(deltas, 3), [2])
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from experthub.routing import (
     RoutedLinear,
     Router,
     compute_scores,
+    make_gate,
     routers,
-    untrained_gate,
 )
 from torch import Tensor, nn
 
@@ -65,7 +65,9 @@ def check(golden: Any, case: Any, stack: ExpertStack, method: str, kernel: Kerne
     """Compare weights and outputs of a registered router with the recorded ones."""
     mixing = MIXING[method]
     router: Router = routers[method].call(stack, **mixing["options"])
-    routed = RoutedLinear.from_stack(linear(golden), stack, router, mixing["combine"], kernel=kernel)
+    routed = RoutedLinear.from_stack(
+        linear(golden), stack, router, mixing["combine"], kernel=kernel
+    )
     x = float32(golden["x"])
     torch.testing.assert_close(routed.compute_weights(x), float32(case["weights"]), **TOLERANCE)
     torch.testing.assert_close(routed(x), float32(case["output"]), **TOLERANCE)
@@ -77,7 +79,9 @@ def check(golden: Any, case: Any, stack: ExpertStack, method: str, kernel: Kerne
 def test_phatgoose_equals_the_authors_code(case: Any, kernel: Kernel) -> None:
     stack = stack_of(OFFICIAL, case["experts"], alpha=1)
     router = check(OFFICIAL, case, stack, "phatgoose", kernel)
-    scores = compute_scores(float32(OFFICIAL["x"]).flatten(0, 1), router.probes_PI, router.layer_norm)
+    scores = compute_scores(
+        float32(OFFICIAL["x"]).flatten(0, 1), router.probes_PI, router.layer_norm
+    )
     expected = float32(case["scores"]).flatten(0, 1)
     torch.testing.assert_close(scores, expected, **TOLERANCE)
     probabilities = float32(case["probabilities"]).flatten(0, 1)
@@ -86,7 +90,7 @@ def test_phatgoose_equals_the_authors_code(case: Any, kernel: Kernel) -> None:
 
 def test_a_gate_in_training_equals_the_authors_code() -> None:
     stack = stack_of(OFFICIAL, 1, alpha=1)
-    gated = RoutedLinear.from_stack(linear(OFFICIAL), stack, untrained_gate(stack), train_probes=True)
+    gated = RoutedLinear.from_stack(linear(OFFICIAL), stack, make_gate(stack), train_probes=True)
     assert stack.gates_EI is not None and gated.probes_PI is not None
     gated.probes_PI.data.copy_(stack.gates_EI)
     expected = float32(OFFICIAL["cases"][3]["output"])

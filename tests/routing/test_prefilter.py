@@ -56,7 +56,7 @@ def test_it_chooses_what_all_scores_would(
     wanted = router.weights(scores)
     assert found.experts is not None and wanted.experts is not None
     # Scores round differently, one by one or in a product: as good, within that.
-    best = router.ranked(scores)
+    best = router.rank_scores(scores)
     close = {"rtol": 1e-5, "atol": 1e-6 * float(best.abs().max())}
     torch.testing.assert_close(
         best.gather(-1, found.experts), best.gather(-1, wanted.experts), **close

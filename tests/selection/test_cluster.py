@@ -203,7 +203,7 @@ def test_the_command(pool: dict[str, Any], tmp_path: Path) -> None:
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert run_hub(*arguments).code == 6
     table = run_hub(*arguments, "--force")
-    assert table.code == 0 and "group-1" in table.out and "cosine_matrix:" in table.out
+    assert table.code == 0 and "group-1" in table.out and "cosines:" in table.out
     first, again = (run_hub(*arguments, "--force", "--json").out for _ in range(2))
     assert first == again == ran.out
 
