@@ -45,7 +45,7 @@ class ExpertOutline(Protocol):
 
     @property
     def is_merge(self) -> bool:
-        """Whether the expert is itself a merge of experts."""
+        """True if the expert is itself a merge of experts."""
         ...
 
     def rank_of(self, parameter: str) -> int | None:
@@ -67,7 +67,7 @@ class Outline:
 
 
 def _never(options: Options) -> bool:
-    """Say that no labels are needed, whatever the options."""
+    """Return False: no labels are needed, whatever the options."""
     return False
 
 
@@ -81,7 +81,7 @@ class Strategy(Generic[Traits]):
         kind: The key of a recipe under which the method stands: `merge` or `route`.
         paper: A URL of the paper.
         options: The options by name.
-        traits: What only methods of this kind have.
+        traits: The properties that only methods of this kind have.
         needs: The materials that the method needs besides the experts' weights, by name.
         prepare: Makes the state of the method, `prepare(materials, options) -> state`.
         keeps_state: Whether the state is worth storing; otherwise it is made anew each time.
@@ -103,12 +103,12 @@ class Strategy(Generic[Traits]):
 
     @property
     def needs_data(self) -> bool:
-        """Whether a recipe must say `data:`, or name the state that was made from data."""
+        """True if a recipe must set `data:`, or name the state that was made from data."""
         return "data" in self.needs
 
     @property
     def needs_own_tasks(self) -> bool:
-        """Whether the method looks at examples of the tasks that the experts were trained on."""
+        """True if the method looks at examples of the tasks that the experts were trained on."""
         return not OWN_TASK_MATERIALS.isdisjoint(self.needs)
 
     @property
@@ -190,7 +190,7 @@ class Catalogue(Mapping[str, Strategy[Traits]]):
             keeps_state: Whether the state is stored, pinned in locks and found again.
             needs_labels: Tells from the options whether the method looks at the labels of the data.
             check: Raises MethodError for options and experts that do not fit, before weights are read.
-            **traits: What only methods of this kind have, see `MergeTraits` and `Routing`.
+            **traits: The properties that only methods of this kind have, see `MergeTraits` and `Routing`.
 
         Returns:
             A decorator that returns the function unchanged.

@@ -113,7 +113,7 @@ def draw_groups(name: str, count: int, groups: int, seed: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Coefficients:
-    """One factor per expert and block of parameters, which multiplies the expert's change.
+    """Factors that multiply the experts' changes, one per expert and block of parameters.
 
     Args:
         values: The coefficients `[E, B]`, finite; `[E, B, K]` if the entries of every parameter are

@@ -74,11 +74,19 @@ class LowRank:
         return LowRank(self.a, self.b, self.scale * factor)
 
     def transpose(self) -> LowRank:
-        """Return the change of the transposed weight `[I, O]`."""
+        """Transpose the change, for a weight that is stored as `[I, O]`.
+
+        Returns:
+            The change with the factors swapped, of the same rank.
+        """
         return LowRank(self.b.T.contiguous(), self.a.T.contiguous(), self.scale)
 
     def dense(self) -> Tensor:
-        """Return the change as a new tensor `[O, I]`."""
+        """Compute the product of the factors.
+
+        Returns:
+            The change as a new tensor `[O, I]`.
+        """
         return (self.b @ self.a).mul_(self.scale)
 
     def add_to(self, weight: Tensor) -> Tensor:
@@ -135,7 +143,11 @@ class Dense:
         return Dense(self.d * factor)
 
     def dense(self) -> Tensor:
-        """Return the change as a tensor; it is not a copy."""
+        """Return the change as a tensor.
+
+        Returns:
+            The tensor of this change, not a copy.
+        """
         return self.d
 
     def add_to(self, weight: Tensor) -> Tensor:

@@ -136,7 +136,7 @@ class _Run:
 
     @property
     def _stopped(self) -> bool:
-        """Whether the held-out loss has not improved for too many evaluations."""
+        """True if the held-out loss has not improved for `patience` evaluations."""
         return self.held_out is not None and self.waited >= self.fit.patience
 
     def _step(self, step: int) -> None:

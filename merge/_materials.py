@@ -1,4 +1,4 @@
-"""What a method may ask for when it prepares its state: data, and the model that reads it.
+"""The materials from which a merge prepares its state: data, and the model that reads it.
 
 Shapes: N inputs of a task, C choices.
 """
@@ -94,7 +94,7 @@ def compute_logits(data: Data, task: int, rows: Tensor) -> Tensor:
 
 
 def _load_nothing() -> Progress | None:
-    """Say that there is no interrupted run."""
+    """Return None: there is no interrupted run."""
     return None
 
 
@@ -108,7 +108,7 @@ def _report_nothing(what: str, done: int, size: int) -> None:
 
 @dataclass(frozen=True)
 class Materials:
-    """What a merge may ask for when it prepares its state.
+    """The materials that a merge can use when it prepares its state.
 
     Args:
         vectors: The task vectors of the experts, in the recipe's order.

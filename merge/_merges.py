@@ -1,4 +1,4 @@
-"""The catalogue of merges, and what only merges have."""
+"""The catalogue of merges, and the properties that only merges have."""
 
 from __future__ import annotations
 

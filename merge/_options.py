@@ -43,9 +43,12 @@ class Range:
 
 @dataclass(frozen=True)
 class Role:
-    """What an option is for, besides its value; for `Annotated[int, ShapesState]`.
+    """A role of an option besides its value, for `Annotated[int, ShapesState]`.
 
-    Whoever runs methods (the hub) finds an option by its role, and never by its name.
+    The hub, which runs methods, finds an option by its role and never by its name.
+
+    Args:
+        meaning: What the role says about an option.
     """
 
     meaning: str

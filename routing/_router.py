@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class ExpertStack:
-    """All experts of one linear module, as its router sees them.
+    """The experts of one linear module, as its router sees them.
 
     Args:
         deltas: The experts' changes by their position in the recipe, in its order; an expert that
@@ -107,7 +107,7 @@ class ExpertStack:
 
     @property
     def equal_ranks(self) -> bool:
-        """Whether all experts have the same rank."""
+        """True if all experts have the same rank."""
         return len({delta.rank for delta in self.deltas.values()}) == 1
 
 
@@ -178,12 +178,12 @@ class Router(Protocol):
 
     @property
     def layer_norm(self) -> bool:
-        """Whether the probes read the standardised input; every probe then has mean zero."""
+        """True if the probes read the standardised input; every probe then has mean zero."""
         ...
 
     @property
     def pooled(self) -> bool:
-        """Whether the router decides once for a row of tokens, by the mean of their scores."""
+        """True if the router decides once for a row of tokens, by the mean of their scores."""
         ...
 
     def weights(self, scores: Tensor) -> Weights:

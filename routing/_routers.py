@@ -1,4 +1,4 @@
-"""The catalogue of routers, and what only routers have."""
+"""The catalogue of routers, and the properties that only routers have."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from experthub.routing._router import ExpertStack
 
 @dataclass(frozen=True)
 class Routing:
-    """What a router looks at and gives, in the terms of https://arxiv.org/abs/2408.07057.
+    """A description of what a router reads and returns, as in https://arxiv.org/abs/2408.07057.
 
     Args:
         input: What has weights of its own: each `token`, each `example`, each `task`, or `nothing`

@@ -90,12 +90,18 @@ def store_state(plan: Plan, session: Session) -> Content:
 
 
 def _make(plan: Plan, session: Session) -> Any:
-    """Let the method prepare its state."""
+    """Let the method prepare its state; it may learn, whatever the caller's gradient mode is."""
+    import torch
+
     method = plan.recipe.method
     prepare = method.strategy.prepare
     if prepare is None:
         raise ValueError(f"{method.method} has no state")
-    with explain_errors(method.method), open_materials(plan, session) as materials:
+    with (
+        explain_errors(method.method),
+        torch.enable_grad(),
+        open_materials(plan, session) as materials,
+    ):
         return prepare(materials, method.options)
 
 
@@ -132,13 +138,13 @@ def _check_fits(found: StateRecord, plan: Plan, name: str) -> None:
                 f"{name} was made with {option}: {there}, and the recipe sets {here}",
                 f"set {option}: {there}",
             )
-    made = {expert.digest: expert.expert for expert in found.experts}
-    if list(made) == [expert.digest for expert in plan.experts]:
+    made = [expert.digest for expert in found.experts]
+    if made == [expert.digest for expert in plan.experts]:
         return
     changed = next((e.label for e in plan.experts if e.digest not in made), None)
     why = f"not for {changed} as it is now" if changed else "in another order or for more experts"
     raise UsageError(
-        f"{name} was made for {', '.join(made.values())}, {why}; "
+        f"{name} was made for {', '.join(expert.expert for expert in found.experts)}, {why}; "
         f"the recipe has {', '.join(expert.label for expert in plan.experts)}",
         "name the same experts in the same order, "
         f"or remove {format_of(plan).kind}: to make the state again",

@@ -120,7 +120,7 @@ def page_folder(base_folder: Path, home: Path, monkeypatch: pytest.MonkeyPatch) 
             base=BASE,
             sources=[source],
             digest=identity.digest,
-            task="bigbench:implicatures",
+            task="bigbench:snarks",
         )
         write_description(folder, expert, identity)
         entries.append(expert.model_dump(mode="json", exclude_unset=True))
@@ -132,7 +132,8 @@ def page_folder(base_folder: Path, home: Path, monkeypatch: pytest.MonkeyPatch) 
         Example(id=example_id(str(n), choices), input=str(n), choices=choices, answer=n % 2)
         for n in range(120)
     ]
-    write_task("bigbench", Card(name="implicatures", source="made-up"), examples)
+    for name in ("implicatures", "snarks"):  # the second is what the experts were trained on
+        write_task("bigbench", Card(name=name, source="made-up"), examples)
     monkeypatch.syspath_prepend(str(here))
     known = [dict(catalogue._strategies) for catalogue in (merges, routers)]
     modules = set(sys.modules)
