@@ -1,4 +1,4 @@
-"""Arguments that several commands read alike."""
+"""Arguments that several commands parse in the same way."""
 
 from __future__ import annotations
 
@@ -6,8 +6,32 @@ import re
 from pathlib import Path
 
 
-def task_references(given: list[str]) -> list[str]:
-    """Tasks as words of a command: names, several with commas between, or @FILE with one a line."""
+def split_names(*given: list[str] | None) -> list[str]:
+    """Split arguments that hold several names.
+
+    Args:
+        *given: The values of an argument or an option; names are separated by commas or spaces.
+
+    Returns:
+        The names in their order.
+    """
+    texts = [text for some in given for text in some or ()]
+    return [name for text in texts for name in re.split(r"[,\s]+", text) if name]
+
+
+def read_task_references(given: list[str]) -> list[str]:
+    """Read the tasks that a command names.
+
+    Args:
+        given: The values of an option. Each holds references that are separated by commas or
+            spaces, or is `@FILE` with the path of a file with one reference per line.
+
+    Returns:
+        The references in their order.
+
+    Raises:
+        NotFoundError: A file does not exist.
+    """
     named: list[str] = []
     for text in given:
         if text.startswith("@"):
@@ -16,9 +40,9 @@ def task_references(given: list[str]) -> list[str]:
                 from experthub.hub.errors import NotFoundError
 
                 raise NotFoundError(
-                    f"there is no file {path}", "one task per line is expected in it"
+                    f"there is no file {path}", "name a text file with one task per line"
                 )
             named += [line.strip() for line in path.read_text().splitlines() if line.strip()]
         else:
-            named += [part for part in re.split(r"[,\s]+", text) if part]
+            named += split_names([text])
     return named

@@ -1,4 +1,4 @@
-"""Values that a shell completes: names of experts, bases, methods and tasks, at the price of a list."""
+"""Values that a shell completes: names of experts, bases, tasks and methods, found without torch."""
 
 from __future__ import annotations
 
@@ -10,54 +10,85 @@ if TYPE_CHECKING:
     from experthub.hub.registry.registry import Registry
 
 
-def experts(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Experts and bases that the registries know; with versions once there is an @."""
-    known = _registry(ctx)
+def list_experts(ctx: typer.Context, incomplete: str) -> list[str]:
+    """List the experts and bases that the registries know.
+
+    Args:
+        ctx: The context of the command line.
+        incomplete: The word that is being typed.
+
+    Returns:
+        The names, or the experts' versions if the word contains an @.
+    """
+    known = _read_registry(ctx)
     if "@" in incomplete:
         return [e.reference for e in known.experts()] if known else []
     return sorted({e.name for e in known.experts()} | set(known.bases())) if known else []
 
 
-def bases(ctx: typer.Context) -> list[str]:
-    """The bases that the registries know."""
-    known = _registry(ctx)
+def list_bases(ctx: typer.Context) -> list[str]:
+    """List the bases that the registries know.
+
+    Args:
+        ctx: The context of the command line.
+
+    Returns:
+        The names.
+    """
+    known = _read_registry(ctx)
     return list(known.bases()) if known else []
 
 
-def _registry(ctx: typer.Context) -> Registry | None:
-    """The registry that the command would read; None when it cannot be read."""
+def _read_registry(ctx: typer.Context) -> Registry | None:
+    """Read the registry that the command would read; None if it cannot be read."""
     from experthub.hub.errors import HubError
     from experthub.hub.registry.registry import Registry
 
     try:
         return Registry.read(ctx.params.get("registry"))
-    except (HubError, OSError):  # a shell in the middle of a line has no use for an error
+    except (HubError, OSError):  # An error would disturb the line that is being typed.
         return None
 
 
-def tasks() -> list[str]:
-    """The imported tasks."""
+def list_tasks() -> list[str]:
+    """List the imported tasks.
+
+    Returns:
+        The references.
+    """
     from experthub.hub.tasks.task_files import list_references
 
     return list_references()
 
 
-def splits() -> list[str]:
-    """The splits of a task."""
+def list_splits() -> list[str]:
+    """List the splits of a task.
+
+    Returns:
+        The names.
+    """
     from experthub.hub.tasks.task import Split
 
     return list(get_args(Split))
 
 
-def measures() -> list[str]:
-    """What a choice is scored by."""
+def list_measures() -> list[str]:
+    """List the ways to score a choice.
+
+    Returns:
+        The names.
+    """
     from experthub.hub.readers.scorer import Measure
 
     return list(get_args(Measure))
 
 
-def methods() -> list[str]:
-    """Merges and routers by the files they are in, one each: the catalogues would import torch."""
+def list_methods() -> list[str]:
+    """List the merges and routers by their files, because importing the catalogues loads torch.
+
+    Returns:
+        The names.
+    """
     from importlib.metadata import entry_points
     from importlib.util import find_spec
     from pathlib import Path

@@ -1,4 +1,4 @@
-"""Words out: tables and JSON on standard output, progress and messages on standard error."""
+"""Output of commands: tables and JSON on standard output, progress and messages on standard error."""
 
 from __future__ import annotations
 
@@ -16,51 +16,92 @@ if TYPE_CHECKING:
     from experthub.hub.progress import Report
     from experthub.hub.recipes.lock import Pins
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print names only, one per line.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only names, one per line.")]
 RegistryOption = Annotated[
     Path | None,
-    typer.Option("--registry", metavar="FILE", help="A registry.yaml to look in first."),
+    typer.Option("--registry", metavar="FILE", help="Search this registry before all others."),
 ]
 DeviceOption = Annotated[
-    str | None, typer.Option("--device", help="Where the model runs: cpu, cuda, cuda:1, mps.")
+    str | None,
+    typer.Option("--device", help="The device of the model: cpu, cuda, cuda:1 or mps."),
 ]
 LockedOption = Annotated[
-    bool, typer.Option("--locked", help="Use what the lock pins; refuse a stale one.")
+    bool,
+    typer.Option("--locked", help="Use the lock, and fail if the recipe or a registry has changed."),
 ]
 FrozenOption = Annotated[
-    bool, typer.Option("--frozen", help="Use what the lock pins, without asking a registry.")
+    bool, typer.Option("--frozen", help="Use the lock without reading any registry.")
 ]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Show what would be done, and change nothing.")
+]
 SECONDS_BETWEEN_LINES = 10.0
 
 
-def pins_of(locked: bool, frozen: bool) -> Pins | None:
-    """What --locked and --frozen ask for; UsageError for both."""
+def choose_pins(locked: bool, frozen: bool) -> Pins | None:
+    """Return the use of the lock that `--locked` and `--frozen` request.
+
+    Args:
+        locked: Whether `--locked` is set.
+        frozen: Whether `--frozen` is set.
+
+    Returns:
+        `locked`, `frozen`, or None if neither is set.
+
+    Raises:
+        UsageError: Both are set.
+    """
     if locked and frozen:
         from experthub.hub.errors import UsageError
 
-        raise UsageError("--locked and --frozen exclude each other", "--frozen asks no registry")
+        raise UsageError(
+            "--locked and --frozen exclude each other",
+            "use --frozen alone to read no registry, or --locked alone to check the registries",
+        )
     return "locked" if locked else "frozen" if frozen else None
 
 
 def print_json(value: dict[str, Any], compact: bool = False) -> None:
-    """One JSON document with the schema's number at its top; compact: on one line, for many numbers."""
+    """Print one JSON document with the version of its schema at the top.
+
+    Args:
+        value: The document.
+        compact: Print it on one line.
+    """
     indent = None if compact else 2
     sys.stdout.write(json.dumps({"schema": 1, **value}, indent=indent, ensure_ascii=False) + "\n")
 
 
-def plain(text: str) -> str:
-    """Text of anybody's without what moves a cursor, colours or hides: that is written out."""
+def escape(text: str) -> str:
+    """Escape characters that are not printable, such as those that move a cursor or hide text.
+
+    Args:
+        text: A text that may come from somebody else.
+
+    Returns:
+        The text as it can be printed safely.
+    """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def print_lines(lines: Sequence[str]) -> None:
+    """Print lines on standard output.
+
+    Args:
+        lines: The lines.
+    """
     sys.stdout.write("".join(f"{line}\n" for line in lines))
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
-    """A table as wide as it needs to be; columns named with a leading '>' are aligned right."""
+    """Print a table that is as wide as its cells.
+
+    Args:
+        columns: The headers; a leading `>` aligns the column on the right.
+        rows: The cells, row by row.
+        title: A title above the table.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -69,32 +110,52 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
         right = column.startswith(">")
         table.add_column(column.removeprefix(">"), justify="right" if right else "left")
     for row in rows:
-        table.add_row(*map(plain, row))
-    width = None if sys.stdout.isatty() else 1000  # a pipe has no width to fit
+        table.add_row(*map(escape, row))
+    width = None if sys.stdout.isatty() else 1000  # Lines in a pipe are never wrapped.
     console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False, width=width)
     console.print(table)
 
 
 def print_fields(fields: dict[str, str]) -> None:
-    """Names and values, aligned."""
+    """Print names and values in two columns, without empty values.
+
+    Args:
+        fields: Name -> value.
+    """
     width = max(map(len, fields), default=0)
-    print_lines([f"{name:<{width}}  {plain(value)}" for name, value in fields.items() if value])
+    print_lines([f"{name:<{width}}  {escape(value)}" for name, value in fields.items() if value])
 
 
-def megabytes(size: int) -> str:
+def format_megabytes(size: int) -> str:
+    """Format a number of bytes in format_megabytes.
+
+    Args:
+        size: The number of bytes.
+
+    Returns:
+        The text, such as `1.5 MB`.
+    """
     return f"{size / 1e6:.1f} MB"
 
 
 def say(message: str) -> None:
-    """A message to the person at the terminal."""
+    """Print a message for the user on standard error.
+
+    Args:
+        message: The message.
+    """
     sys.stderr.write(message + "\n")
 
 
 @contextmanager
-def progress() -> Iterator[Report]:
-    """A report that shows a bar on a terminal, and a line now and then elsewhere."""
+def show_progress() -> Iterator[Report]:
+    """Open a progress callback that shows bars on a terminal, and occasional lines elsewhere.
+
+    Yields:
+        The callback.
+    """
     if not sys.stderr.isatty():
-        yield _Lines()
+        yield _ProgressLines()
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -109,20 +170,20 @@ def progress() -> Iterator[Report]:
         tasks: dict[str, Any] = {}
 
         def show(what: str, done: int, size: int) -> None:
-            if what.startswith("note: "):  # it stays when the bars are gone
+            if what.startswith("note: "):  # A note stays when the bars are gone.
                 bars.console.print(what, markup=False, highlight=False)
                 return
             if what not in tasks:
                 for old in tasks.values():
                     bars.update(old, visible=False)
                 tasks[what] = bars.add_task(what, total=size or None, count="")
-            bars.update(tasks[what], completed=done, total=size or None, count=_count(done, size))
+            bars.update(tasks[what], completed=done, total=size or None, count=_format_count(done, size))
 
         yield show
 
 
-class _Lines:
-    """What is done, and every few seconds how far it is."""
+class _ProgressLines:
+    """A progress callback that prints each new activity, and its count every few seconds."""
 
     def __init__(self) -> None:
         self.what = ""
@@ -133,10 +194,11 @@ class _Lines:
         if what == self.what and (now - self.last < SECONDS_BETWEEN_LINES or not size):
             return
         self.what, self.last = what, now
-        say(f"{what} {_count(done, size)}".rstrip())
+        say(f"{what} {_format_count(done, size)}".rstrip())
 
 
-def _count(done: int, size: int) -> str:
+def _format_count(done: int, size: int) -> str:
+    """Format a count; sizes from 10 MiB are bytes."""
     if not size:
         return ""
     if size >= 10 << 20:

@@ -1,4 +1,4 @@
-"""The session of a command."""
+"""The session in which a command runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experthub.cli._output import progress
+from experthub.cli._output import show_progress
 
 if TYPE_CHECKING:
     from experthub.hub.session import Session
@@ -28,5 +28,5 @@ def open_session(registry: Path | None = None, device: str | None = None) -> Ite
     from experthub.hub.session import Session
 
     known = None if registry is None else Registry.read(registry)
-    with progress() as report:
+    with show_progress() as report:
         yield Session(known, device=device, report=report)

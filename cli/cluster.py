@@ -1,4 +1,4 @@
-"""cluster: which experts are alike, for a route between groups of them."""
+"""`hub cluster`: group similar experts, and write a recipe that routes between the groups."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from experthub.cli._arguments import split_names
 from experthub.cli._output import (
     JsonOption,
     RegistryOption,
@@ -22,7 +23,6 @@ from experthub.cli.suggest import (
     ForceOption,
     NamesArgument,
     OutOption,
-    named,
 )
 
 if TYPE_CHECKING:
@@ -33,22 +33,27 @@ def cluster(
     names: NamesArgument = None,
     experts: ExpertsOption = None,
     base: BaseOption = None,
-    k: Annotated[int, typer.Option("--k", help="Groups.", min=1)] = 4,
-    by: Annotated[str, typer.Option(help="weights, gates or embeddings.")] = "weights",
+    k: Annotated[int, typer.Option("--k", help="The number of groups.", min=1)] = 4,
+    by: Annotated[
+        str, typer.Option(help="What is compared: weights, gates or embeddings.")
+    ] = "weights",
     rank: Annotated[
-        int | None, typer.Option(help="Of each group's merge; exact by default.", min=1)
+        int | None,
+        typer.Option(help="Truncate each group's merge to this rank; exact by default.", min=1),
     ] = None,
     out: OutOption = None,
-    method: Annotated[str, typer.Option(help="The router between groups.")] = "arrow",
+    method: Annotated[str, typer.Option(help="The router between the groups.")] = "arrow",
     force: ForceOption = False,
     plot: Annotated[
-        Path | None, typer.Option("--plot", help="Draw the similarities into this PNG.")
+        Path | None, typer.Option("--plot", help="Draw the similarities as a heat map in this PNG file.")
     ] = None,
     embedder: EmbedderOption = "all-minilm-l6-v2",
     json: JsonOption = False,
     registry: RegistryOption = None,
 ) -> None:
-    """Group experts by their similarity, and write a recipe that routes between merged groups.
+    """Group similar experts, and write a recipe that routes between the merged groups.
+
+    The table shows the groups and the cosines between all experts. --out writes the recipe.
 
     Examples: hub cluster --base smollm2-135m-instruct --k 4 --out recipe.yaml;
     hub cluster sentiment intent-recognition question-typing --k 2 --by gates --plot alike.png;
@@ -57,17 +62,22 @@ def cluster(
     from experthub.hub.errors import UsageError
     from experthub.hub.evaluation.plots import plot_similarity
     from experthub.hub.files.path_checks import check_file
-    from experthub.hub.selection.clusters import as_by, cluster, write_clusters
-    from experthub.hub.selection.written import check_request
+    from experthub.hub.selection.clusters import cluster, parse_similarity, write_clusters
+    from experthub.hub.selection.recipe_writing import check_request
 
     check_request(out, force, method, routes_only=True)
     if plot is not None:
         check_file(plot)
         if out is not None and plot.resolve() == out.resolve():
-            raise UsageError(f"--out and --plot are both {out}", "name two files")
+            raise UsageError(f"--out and --plot are both {out}", "choose two different files")
     with open_session(registry) as session:
         found = cluster(
-            named(names, experts), base=base, k=k, by=as_by(by), embedder=embedder, session=session
+            split_names(names, experts),
+            base=base,
+            k=k,
+            by=parse_similarity(by),
+            embedder=embedder,
+            session=session,
         )
         if out is not None:
             write_clusters(found, out, session, method, rank)
@@ -84,12 +94,12 @@ def cluster(
 
 
 def _print(found: Clusters) -> None:
-    """The groups, and the cosines between their experts in the same order."""
+    """Print the groups, and the cosines between their experts in the same order."""
     order = [e for group in found.groups for e in group]
     labels = [expert.label for expert in found.plan.experts]
     rows: list[list[str]] = []
     for number, group in enumerate(found.groups, 1):
-        mean = found.within(group)
+        mean = found.mean_cosine(group)
         members = ", ".join(labels[e] for e in group)
         rows.append([f"group-{number}", "" if mean is None else f"{mean:+.3f}", members])
     print_table(["group", ">mean cosine", "experts"], rows)
@@ -105,4 +115,5 @@ def _print(found: Clusters) -> None:
 
 
 def register(app: typer.Typer) -> None:
+    """Add the command `cluster` to the application."""
     app.command()(cluster)

@@ -1,4 +1,4 @@
-"""coefficients: what a learned merge found, by expert and block."""
+"""`hub coefficients`: show the coefficients of a learned merge."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from experthub.cli._output import (
     JsonOption,
     LockedOption,
     RegistryOption,
-    pins_of,
+    choose_pins,
     print_fields,
     print_json,
     print_table,
@@ -28,10 +28,12 @@ if TYPE_CHECKING:
 def coefficients(
     recipe: Annotated[Path, typer.Argument(help="A recipe whose merge learns coefficients.")],
     plot: Annotated[
-        Path | None, typer.Option("--plot", help="Write a heat map, experts by blocks, as PNG.")
+        Path | None,
+        typer.Option("--plot", help="Draw a heat map of experts by blocks in this PNG file."),
     ] = None,
     name: Annotated[
-        str | None, typer.Option("--name", help="Register them, for coefficients: NAME.")
+        str | None,
+        typer.Option("--name", help="Register them, so that recipes can set coefficients: NAME."),
     ] = None,
     locked: LockedOption = False,
     frozen: FrozenOption = False,
@@ -39,7 +41,9 @@ def coefficients(
     device: DeviceOption = None,
     registry: RegistryOption = None,
 ) -> None:
-    """Print the coefficients of a learned merge; they are learned now unless they were before.
+    """Show the coefficients of a learned merge.
+
+    If no earlier run has learned them, they are learned now and kept.
 
     Examples: hub coefficients recipe.yaml; hub coefficients recipe.yaml --plot coefficients.png;
     hub coefficients recipe.yaml --name my-coefficients
@@ -53,11 +57,11 @@ def coefficients(
     if name is not None:
         check_name(name)
     with open_session(registry, device) as session:
-        plan = plan_of(recipe, pins_of(locked, frozen), session=session)
+        plan = plan_of(recipe, choose_pins(locked, frozen), session=session)
         if plan.routed or not plan.keeps_state:
             raise UsageError(
-                f"{plan.recipe.methods[0].method} has no coefficients",
-                "see hub methods for those that do",
+                f"{plan.recipe.methods[0].method} does not learn coefficients",
+                "use a merge that learns coefficients; docs/learned.md lists them",
             )
         content = plan.found or store_state(plan, session)
     record, found = load_state(plan, content, session)
@@ -83,12 +87,13 @@ def coefficients(
 
 
 def _print(record: CoefficientsRecord, found: Coefficients, digest: str) -> None:
+    """Print the fields of the record, and a summary of the coefficients of each expert."""
     steps = len(record.history)
     print_fields(
         {
             "method": record.method + (f" ({record.objective})" if record.objective else ""),
             "granularity": f"{record.granularity}, {len(record.blocks)} blocks",
-            "loss": f"{record.history[0]:.4f} at first, {record.history[-1]:.4f} after {steps} steps"
+            "loss": f"{record.history[0]:.4f} in the first step, {record.history[-1]:.4f} after {steps} steps"
             if steps
             else "unknown",
             "digest": digest,
@@ -98,8 +103,9 @@ def _print(record: CoefficientsRecord, found: Coefficients, digest: str) -> None
     for expert, values in zip(record.experts, found.values.flatten(1), strict=True):
         spread = [values.mean(), values.min(), values.median(), values.max()]
         rows.append([expert.expert, *(f"{float(value):+.3f}" for value in spread)])
-    print_table(["expert", ">mean", ">least", ">median", ">most"], rows)
+    print_table(["expert", ">mean", ">min", ">median", ">max"], rows)
 
 
 def register(app: typer.Typer) -> None:
+    """Add the command `coefficients` to the application."""
     app.command()(coefficients)

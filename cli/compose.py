@@ -1,4 +1,4 @@
-"""compose, generate: recipes become models."""
+"""`hub compose` and `hub generate`: show the plan of a recipe, write its model, or use it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from experthub.cli._output import (
     JsonOption,
     LockedOption,
     RegistryOption,
-    megabytes,
-    pins_of,
+    format_megabytes,
+    choose_pins,
     print_fields,
     print_json,
     print_table,
@@ -25,17 +25,20 @@ from experthub.cli._session import open_session
 if TYPE_CHECKING:
     from experthub.hub.recipes.plan import Plan
 
-RecipeArgument = Annotated[Path, typer.Argument(help="A recipe.yaml.")]
+RecipeArgument = Annotated[Path, typer.Argument(help="The recipe, a YAML file.")]
 
 
 def compose(
     recipe: RecipeArgument,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Write the model to this new folder.")
+        Path | None, typer.Option("--out", help="Write the composed model to this new folder.")
     ] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Only say what would be done.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Only show the plan, even if --out is set.")
+    ] = False,
     format: Annotated[
-        str, typer.Option("--format", help="hf: a whole model; peft: one LoRA adapter.")
+        str,
+        typer.Option("--format", help="The format of --out: hf (a whole model) or peft (one LoRA)."),
     ] = "hf",
     locked: LockedOption = False,
     frozen: FrozenOption = False,
@@ -43,7 +46,10 @@ def compose(
     device: DeviceOption = None,
     registry: RegistryOption = None,
 ) -> None:
-    """Print what a recipe will do, or with --out compose it and write the model.
+    """Show the plan of a recipe, or write the composed model with --out.
+
+    The plan lists the base, the experts, the method, the changed weights and the memory that
+    composing needs. It is made from the headers of files; no weight is read.
 
     Examples: hub compose recipe.yaml; hub compose recipe.yaml --out ./model;
     hub compose recipe.yaml --out ./adapter --format peft; hub compose recipe.yaml --locked --out ./model
@@ -56,13 +62,13 @@ def compose(
         raise UsageError(f"unknown format {format!r}", "use hf or peft")
     kind: Literal["hf", "peft"] = "peft" if format == "peft" else "hf"
     with open_session(registry, device) as session:
-        resolved = plan_of(recipe, pins_of(locked, frozen), session=session)
+        resolved = plan_of(recipe, choose_pins(locked, frozen), session=session)
         if out is not None and not plan:
             if resolved.routed:
                 raise UsageError(
                     "a routed model is more than a set of weights, and cannot be written as one",
-                    "use the recipe where the model is used (hub generate, hub eval, hub.compose), "
-                    "or write merge: instead of route:",
+                    "use the recipe with hub generate, hub eval or hub.compose, "
+                    "or set merge: instead of route:",
                 )
             check_free(out)
             from experthub.hub.composition.compose import compose as composed
@@ -77,16 +83,17 @@ def compose(
 
 
 def _print_plan(plan: Plan) -> None:
+    """Print the fields of a plan, and a table of its experts."""
     modules = {name.rpartition(".")[0] for name in plan.parameters}
     print_fields(
         {
             "base": f"{plan.base.name}  {plan.base.fingerprint[:19]}",
-            **_ways(plan),
+            **_describe_methods(plan),
             "changes": f"{len(plan.parameters)} weights in {len(modules)} modules",
-            **_learned(plan),
+            **_describe_state(plan),
             "dtype": plan.dtype,
-            "reads": megabytes(plan.reads),
-            "memory": megabytes(plan.memory),
+            "reads": format_megabytes(plan.reads),
+            "memory": format_megabytes(plan.memory),
             "digest": plan.digest,
         }
     )
@@ -98,7 +105,7 @@ def _print_plan(plan: Plan) -> None:
             m.digest[:19],
             m.kind,
             str(len(m.changes)),
-            megabytes(m.size),
+            format_megabytes(m.size),
         ]
         for e in plan.experts
         for m in e.members
@@ -106,21 +113,22 @@ def _print_plan(plan: Plan) -> None:
     print_table(["expert", ">weight", "from", "digest", "kind", ">weights", ">size"], rows)
 
 
-def _ways(plan: Plan) -> dict[str, str]:
-    """The method, or that of every part with the modules that are its own."""
+def _describe_methods(plan: Plan) -> dict[str, str]:
+    """Describe the method, or the method of each part with the weights that it covers."""
     found = {}
     for number, unit in enumerate(plan.units, 1):
         method = unit.recipe.method
         options = ", ".join(f"{k} {v}" for k, v in method.options.items())
         said = method.method + (f" ({options})" if options else "")
         if plan.parts:
-            said = f"{method.kind} {said}: {len(unit.parameters)} of {unit.recipe.targets}"
+            count = len(unit.parameters)
+            said = f"{method.kind} {said}: {count} weights that match {unit.recipe.targets}"
         found[f"part {number}" if plan.parts else method.kind] = said
     return found
 
 
-def _learned(plan: Plan) -> dict[str, str]:
-    """Where what a method found is from: the coefficients of a merge, a router's state."""
+def _describe_state(plan: Plan) -> dict[str, str]:
+    """Describe the stored state of a method, or the data from which it will be learned."""
     if plan.found is not None:
         kind = "router" if plan.recipe.route else "coefficients"
         return {kind: f"{plan.found.reference}  {plan.found.digest[:19]}"}
@@ -133,11 +141,18 @@ def _learned(plan: Plan) -> dict[str, str]:
 
 def generate(
     recipe: RecipeArgument,
-    prompt: Annotated[str, typer.Option("--prompt", help="The text to go on from.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write, at most.", min=1)] = 64,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0.0)] = 0.0,
+    prompt: Annotated[str, typer.Option("--prompt", help="The text to continue.")],
+    max_new_tokens: Annotated[
+        int, typer.Option(help="The largest number of tokens to generate.", min=1)
+    ] = 64,
+    temperature: Annotated[
+        float,
+        typer.Option(
+            help="The sampling temperature; 0 always takes the most likely token.", min=0.0
+        ),
+    ] = 0.0,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Put the prompt into the chat template.")
+        bool, typer.Option("--chat", help="Format the prompt with the base's chat template.")
     ] = False,
     locked: LockedOption = False,
     frozen: FrozenOption = False,
@@ -145,7 +160,7 @@ def generate(
     device: DeviceOption = None,
     registry: RegistryOption = None,
 ) -> None:
-    """Compose a recipe and let it write.
+    """Compose a recipe, and continue a prompt with the model.
 
     Examples: hub generate recipe.yaml --prompt "The capital of France is";
     hub generate recipe.yaml --prompt "Name three fruits." --chat
@@ -157,9 +172,9 @@ def generate(
 
     reuse_memory()
     with open_session(registry, device) as session:
-        plan = plan_of(recipe, pins_of(locked, frozen), session=session)
+        plan = plan_of(recipe, choose_pins(locked, frozen), session=session)
         composition = composed(plan, session=session)
-        session.report("writing", 0, 0)
+        session.report("generating", 0, 0)
         text = generate_text(
             composition, prompt, max_new_tokens=max_new_tokens, temperature=temperature, chat=chat
         )
@@ -170,5 +185,6 @@ def generate(
 
 
 def register(app: typer.Typer) -> None:
+    """Add the commands `compose` and `generate` to the application."""
     app.command()(compose)
     app.command()(generate)

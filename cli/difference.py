@@ -1,4 +1,4 @@
-"""diff: experts out of full fine-tunes."""
+"""`hub diff`: store the difference between a fine-tuned model and its base as an expert."""
 
 from __future__ import annotations
 
@@ -23,40 +23,45 @@ def diff(
     base: Annotated[
         str,
         typer.Argument(
-            help="The base: a name, a folder, hf:org/name.", autocompletion=_completion.bases
+            help="The base: a name, a folder or hf:org/name.", autocompletion=_completion.list_bases
         ),
     ],
-    finetuned: Annotated[str, typer.Argument(help="The model made from it, in the same ways.")],
-    name: Annotated[str, typer.Option("--name", help="What to call the expert.")],
+    finetuned: Annotated[
+        str, typer.Argument(help="The fine-tuned model: a name, a folder or hf:org/name.")
+    ],
+    name: Annotated[str, typer.Option("--name", help="The name of the new expert.")],
     rank: Annotated[
-        int | None, typer.Option(help="As a LoRA of this rank, of linear modules only.")
+        int | None, typer.Option(help="Store a LoRA of this rank; it holds only linear modules.")
     ] = None,
     energy: Annotated[
         float | None,
         typer.Option(
-            help="As a LoRA that keeps this share of the squared singular values of each module."
+            help="Store a LoRA that keeps this share of the squared singular values of each module."
         ),
     ] = None,
     sparse: Annotated[
-        float | None, typer.Option(help="This share of each tensor's entries, the largest.")
+        float | None, typer.Option(help="Keep only this share of each tensor's entries, the largest.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="The dtype: float32, bfloat16 or float16.")] = "float32",
     max_shard_size: Annotated[
         str,
-        typer.Option(metavar="SIZE", help="Of the tensors in one file of a task vector, at most."),
+        typer.Option(metavar="SIZE", help="The largest size of one file of a task vector."),
     ] = "5GB",
     task: Annotated[
         str | None,
-        typer.Option(help="What it was trained on: suite:name.", autocompletion=_completion.tasks),
+        typer.Option(help="The task of the fine-tuning: suite:name.", autocompletion=_completion.list_tasks),
     ] = None,
-    description: Annotated[str, typer.Option(help="One line.")] = "",
+    description: Annotated[str, typer.Option(help="A description in one line.")] = "",
     version: Annotated[
-        int | None, typer.Option(help="Its version, the next one by default.", min=1)
+        int | None, typer.Option(help="The version; the next one by default.", min=1)
     ] = None,
     json: JsonOption = False,
     registry: RegistryOption = None,
 ) -> None:
-    """Make an expert of a full fine-tune: fine-tuned minus base, dense, sparse or as a LoRA.
+    """Subtract a base from a fine-tuned model, and store the difference as an expert.
+
+    The difference is a dense task vector, unless --rank, --energy or --sparse requests a smaller
+    form. The output states how far the stored difference is from the true one.
 
     Examples: hub diff smollm2-135m-instruct ./tuned --name mine; hub diff ./base ./tuned --name mine --rank 16;
     hub diff ./base hf:someone/tuned --name theirs --sparse 0.1 --dtype bfloat16
@@ -83,7 +88,12 @@ def diff(
 
 
 def print_difference(made: Difference, json: bool) -> None:
-    """An expert made of a difference, and how exact it is."""
+    """Print an expert that was made of a difference, and its errors.
+
+    Args:
+        made: The expert and its figures.
+        json: Print JSON instead of text.
+    """
     expert, figures = made.expert, made.figures
     if json:
         entry = {
@@ -102,13 +112,13 @@ def print_difference(made: Difference, json: bool) -> None:
         {
             "kind": expert.kind,
             "bytes": f"{figures['bytes']}, {share:.3f} of dense float32 ({figures['dense_bytes']})",
-            "parameters": f"{figures['changed']} changed, {figures['unchanged']} did not",
+            "parameters": f"{figures['changed']} changed, {figures['unchanged']} unchanged",
             "ranks": f"{ranks['min']}..{ranks['max']}, mean {ranks['mean']}" if ranks else "",
             "relative error": f"{figures['relative_error']:.4g}",
             "worst parameter": f"{worst['parameter']} ({worst['relative_error']:.4g})"
             if worst
             else "",
-            "left out": f"{_named(made.left_out)}; {left_out['share_of_squared_error']:.4g} "
+            "left out": f"{_join(made.left_out)}; {left_out['share_of_squared_error']:.4g} "
             "of the squared error"
             if left_out
             else "",
@@ -118,11 +128,12 @@ def print_difference(made: Difference, json: bool) -> None:
     )
 
 
-def _named(names: tuple[str, ...]) -> str:
-    """The first few of many names."""
+def _join(names: tuple[str, ...]) -> str:
+    """Join the first three names, and say how many more there are."""
     rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + rest
 
 
 def register(app: typer.Typer) -> None:
+    """Add the command `diff` to the application."""
     app.command()(diff)

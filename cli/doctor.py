@@ -1,4 +1,4 @@
-"""doctor: what is here, what is missing, and what to do about it."""
+"""`hub doctor`: check the environment."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from experthub.cli._output import JsonOption, RegistryOption, print_json, print_
 
 def doctor(
     devices: Annotated[
-        bool, typer.Option("--devices", help="Ask torch for devices; it takes seconds to import.")
+        bool,
+        typer.Option("--devices", help="List the devices of torch, which takes seconds to import."),
     ] = False,
     json: JsonOption = False,
     registry: RegistryOption = None,
 ) -> None:
-    """Check the environment, and say what is missing; ends with 1 if something is a problem.
+    """Check the environment, and say what is missing.
+
+    A warning means that some commands do not work here or have to fetch something first. The
+    command exits with code 1 if there is a problem.
 
     Examples: hub doctor; hub doctor --devices; hub doctor --json
     """
@@ -34,4 +38,5 @@ def doctor(
 
 
 def register(app: typer.Typer) -> None:
+    """Add the command `doctor` to the application."""
     app.command()(doctor)

@@ -1,4 +1,4 @@
-"""eval: recipes measured zero-shot, next to their base."""
+"""`hub eval`: evaluate recipes and their base on tasks, zero-shot."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from experthub.cli import _completion
-from experthub.cli._arguments import task_references
+from experthub.cli._arguments import read_task_references
 from experthub.cli._output import (
     DeviceOption,
     FrozenOption,
     JsonOption,
     LockedOption,
     RegistryOption,
-    pins_of,
+    choose_pins,
     print_json,
     print_lines,
     print_table,
@@ -33,59 +33,72 @@ TasksOption = Annotated[
     typer.Option(
         "--tasks",
         "-t",
-        help="Tasks: suite:name, folders, or @FILE with one per line; "
-        "repeated, or separated by commas or spaces.",
-        autocompletion=_completion.tasks,
+        help="Tasks: suite:name, a folder, or @FILE with one task per line. "
+        "Repeat the option, or separate tasks by commas or spaces.",
+        autocompletion=_completion.list_tasks,
     ),
 ]
 ScoreOption = Annotated[
     str,
     typer.Option(
-        help="Of a choice, from its tokens' log-probabilities: mean, sum or byte.",
-        autocompletion=_completion.measures,
+        help="How to score a choice from its tokens' log-probabilities: mean, sum, or byte "
+        "(the sum divided by the number of bytes).",
+        autocompletion=_completion.list_measures,
     ),
 ]
 ControlsOption = Annotated[
-    bool, typer.Option("--controls", help="Add the best single expert, the oracle, and the mean.")
+    bool,
+    typer.Option(
+        "--controls",
+        help="Add controls: the best single expert, the best expert of each task (oracle), and the "
+        "mean of all experts.",
+    ),
 ]
 CacheOption = Annotated[
-    bool, typer.Option("--cache/--no-cache", help="Use and keep the scores of earlier runs.")
+    bool, typer.Option("--cache/--no-cache", help="Reuse the scores of earlier runs, and keep new ones.")
 ]
-OutOption = Annotated[Path | None, typer.Option("--out", help="Write the result as JSON.")]
+OutOption = Annotated[Path | None, typer.Option("--out", help="Write the result to this JSON file.")]
 SamplesOption = Annotated[
     Path | None,
-    typer.Option("--samples", help="Write every example's scores, one JSON record per line."),
+    typer.Option(
+        "--samples", help="Write the scores of every example to this file, one JSON record per line."
+    ),
 ]
 PlotsOption = Annotated[
     Path | None,
-    typer.Option("--plots", help="Write pictures into this folder: table and routing maps."),
+    typer.Option("--plots", help="Draw the table and maps of the routing in this folder."),
 ]
 
 
 def eval_(
     recipes: Annotated[
-        list[str], typer.Argument(help="Recipes; their file names are the columns.")
+        list[str], typer.Argument(help="The recipes; their file names become the columns.")
     ],
     tasks: TasksOption = None,
     split: Annotated[
         str,
-        typer.Option(help="train, validation, test or all.", autocompletion=_completion.splits),
+        typer.Option(help="The split: train, validation, test or all.", autocompletion=_completion.list_splits),
     ] = "test",
-    limit: Annotated[int | None, typer.Option(help="Examples per task, at most.", min=1)] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="The largest number of examples per task.", min=1)
+    ] = None,
     score: ScoreOption = "mean",
     controls: ControlsOption = False,
     cache: CacheOption = True,
     out: OutOption = None,
     samples: SamplesOption = None,
     plots: PlotsOption = None,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(help="The seed of the bootstrap.")] = 0,
     locked: LockedOption = False,
     frozen: FrozenOption = False,
     json: JsonOption = False,
     device: DeviceOption = None,
     registry: RegistryOption = None,
 ) -> None:
-    """Score recipes and their base on tasks, by ranking the choices.
+    """Evaluate recipes and their base on tasks, zero-shot.
+
+    The model's answer to an example is the choice with the highest score. The table shows
+    accuracies, log-probabilities and differences to the base, with 95 % intervals.
 
     Examples: hub eval phatgoose.yaml uniform.yaml --tasks bigbench:implicatures;
     hub eval *.yaml --tasks @unseen.txt --split all --limit 100 --out results.json;
@@ -98,8 +111,8 @@ def eval_(
     from experthub.hub.tasks.task import parse_split
 
     reuse_memory()
-    files, named = _files_and_tasks(recipes, tasks or [])
-    pins = pins_of(locked, frozen)
+    files, named = _separate(recipes, tasks or [])
+    pins = choose_pins(locked, frozen)
     with open_session(registry, device) as session:
         result = evaluate(
             files,
@@ -124,23 +137,24 @@ def eval_(
         print_result(result)
 
 
-def _files_and_tasks(recipes: list[str], tasks: list[str]) -> tuple[list[str], list[str]]:
-    """The recipes' files, and the tasks that were named.
+def _separate(recipes: list[str], tasks: list[str]) -> tuple[list[str], list[str]]:
+    """Separate the files of recipes from the references of tasks.
 
-    `--tasks a:x b:y` leaves b:y among the arguments: a reference to a task is no file's name.
+    `--tasks a:x b:y` leaves b:y among the arguments; it is not the name of a file.
     """
-    named = task_references(tasks)
+    named = read_task_references(tasks)
     named += [r for r in recipes if re.fullmatch(r"[a-z0-9_-]+:[^/:].*", r)]
     if not named:
         from experthub.hub.errors import UsageError
 
         raise UsageError(
-            "there is no task to evaluate on", "name some with --tasks; see hub tasks list"
+            "there is no task to evaluate on", "name tasks with --tasks; hub tasks list shows them"
         )
     return [r for r in recipes if r not in named], named
 
 
 def _write(result: dict[str, Any], out: Path | None, samples: Path | None) -> None:
+    """Write the samples, which are removed from the result, and the result."""
     from experthub.hub.files.atomic import write_json, write_text
 
     if samples is not None:
@@ -156,7 +170,7 @@ def _plot(result: dict[str, Any], plans: dict[str, Plan], folder: Path, session:
     """Draw the table of scores, and the routing of each recipe that routes."""
     from experthub.hub.errors import UsageError
     from experthub.hub.evaluation.plots import plot_result, plot_routing
-    from experthub.hub.evaluation.routing_map import routing_map
+    from experthub.hub.evaluation.routing_map import map_routing
 
     plot_result(result, folder / "table.png")
     say(f"wrote {folder / 'table.png'}")
@@ -165,16 +179,20 @@ def _plot(result: dict[str, Any], plans: dict[str, Plan], folder: Path, session:
         if plan.routed:
             picture = folder / f"{name}-routing.png"
             try:
-                found = routing_map(plan, tasks, session=session)
-            except UsageError as error:  # images, say: the scores are there all the same
-                say(f"no {picture}: {error.message}")
+                found = map_routing(plan, tasks, session=session)
+            except UsageError as error:  # Some bases, such as CLIP, have scores but no map.
+                say(f"cannot draw {picture}: {error.message}")
                 continue
             plot_routing(found, name, picture)
             say(f"wrote {picture}")
 
 
 def print_result(result: dict[str, Any]) -> None:
-    """Accuracies by task and method, and what the differences to the base amount to."""
+    """Print accuracies by task and method, and what the differences to the base mean.
+
+    Args:
+        result: The result of an evaluation.
+    """
     names = list(result["average"])
     rows = [
         [row["task"], str(row["n"]), *(f"{row['methods'][n]['accuracy']:.3f}" for n in names)]
@@ -183,51 +201,62 @@ def print_result(result: dict[str, Any]) -> None:
     average = result["average"]
     total = str(sum(row["n"] for row in result["tasks"]))
     rows.append(["average", total, *(f"{average[n]['accuracy']:.3f}" for n in names)])
-    rows.append(["  95 % interval", "", *(_interval(average[n]["ci95"]) for n in names)])
+    rows.append(["  95 % interval", "", *(_format_interval(average[n]["ci95"]) for n in names)])
     rows.append(["  log-probability", "", *(f"{average[n]['logprob']:.3f}" for n in names)])
     deltas = [average[n]["delta_to_base"] for n in names]
     rows.append(["  minus base", "", *(f"{d['value']:+.3f}" for d in deltas)])
-    rows.append(["  95 % interval", "", *(_interval(d["ci95"], "+.3f") for d in deltas)])
+    rows.append(["  95 % interval", "", *(_format_interval(d["ci95"], "+.3f") for d in deltas)])
     print_table(["task", ">n", *(f">{n}" for n in names)], rows)
     print_lines(
         [
             "",
-            f"accuracy, zero-shot, {result['tasks'][0]['split']} split; "
-            "log-probability of the right choice, mean over examples",
-            *in_words(result),
+            f"zero-shot accuracy on the {result['tasks'][0]['split']} split; "
+            "log-probability: of the right choice, mean over examples",
+            *explain_result(result),
         ]
     )
 
 
-def in_words(result: dict[str, Any]) -> list[str]:
-    """What the table shows, in plain sentences: a difference is clear if its interval is."""
+def explain_result(result: dict[str, Any]) -> list[str]:
+    """Explain a result in words; a difference is clear if its interval does not contain zero.
+
+    Args:
+        result: The result of an evaluation.
+
+    Returns:
+        One line for each recipe and each comparison of recipes.
+    """
     said = []
     for name in result["recipes"]:
         delta = result["average"][name]["delta_to_base"]
         tasks = [row["methods"][name]["delta_to_base"]["ci95"] for row in result["tasks"]]
         better, worse = sum(low > 0 for low, _ in tasks), sum(high < 0 for _, high in tasks)
         said.append(
-            f"{name}: {_verdict(delta, 'the base')} on average; "
-            f"clearly better on {better} and worse on {worse} of {len(tasks)} tasks"
+            f"{name}: {_judge(delta, 'the base')} on average; "
+            f"clearly better on {better} and clearly worse on {worse} of {len(tasks)} tasks"
         )
     said += [
-        f"{pair['recipe']}: {_verdict(pair, pair['than'])} on average"
+        f"{pair['recipe']}: {_judge(pair, pair['than'])} on average"
         for pair in result["comparisons"]
     ]
     if "controls" in result:
-        said.append(f"best_individual is {result['controls']['best_individual']}")
+        said.append(f"best_individual: {result['controls']['best_individual']}")
     return said
 
 
-def _verdict(delta: dict[str, Any], than: str) -> str:
+def _judge(delta: dict[str, Any], than: str) -> str:
+    """Describe a difference with its interval."""
     low, high = delta["ci95"]
-    words = "better than" if low > 0 else "worse than" if high < 0 else "not clearly other than"
-    return f"{words} {than} ({delta['value']:+.3f}, 95 % {_interval(delta['ci95'], '+.3f')})"
+    words = "better than" if low > 0 else "worse than" if high < 0 else "not clearly different from"
+    interval = _format_interval(delta["ci95"], "+.3f")
+    return f"{words} {than} ({delta['value']:+.3f}, 95 % interval {interval})"
 
 
-def _interval(ends: list[float], form: str = ".3f") -> str:
+def _format_interval(ends: list[float], form: str = ".3f") -> str:
+    """Format the two ends of an interval."""
     return f"{ends[0]:{form}}..{ends[1]:{form}}"
 
 
 def register(app: typer.Typer) -> None:
+    """Add the command `eval` to the application."""
     app.command("eval")(eval_)

@@ -1,4 +1,4 @@
-"""list, search, show, add: what the hub holds."""
+"""`hub list`, `search`, `show` and `add`: look up experts and bases, and add new experts."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ if TYPE_CHECKING:
 
 
 def list_(
-    bases: Annotated[bool, typer.Option("--bases", help="List the base models.")] = False,
+    bases: Annotated[bool, typer.Option("--bases", help="List the bases instead.")] = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
     registry: RegistryOption = None,
 ) -> None:
     """List the experts that the registries know.
+
+    The column "in store" marks the experts that can be used without a download.
 
     Examples: hub list; hub list --bases; hub list --json | jq '.experts[].name'
     """
@@ -50,7 +52,7 @@ def list_(
         return
     experts = known.experts()
     if json:
-        print_json({"experts": [_record(e) for e in experts]})
+        print_json({"experts": [_make_record(e) for e in experts]})
     elif quiet:
         print_lines([e.reference for e in experts])
     else:
@@ -58,12 +60,14 @@ def list_(
 
 
 def search(
-    words: Annotated[list[str], typer.Argument(help="Words; all of them must occur.")],
+    words: Annotated[list[str], typer.Argument(help="The words, all of which must occur.")],
     json: JsonOption = False,
     quiet: QuietOption = False,
     registry: RegistryOption = None,
 ) -> None:
     """Find experts by words in their names, tags, tasks, bases and descriptions.
+
+    The best match is listed first. Case does not matter.
 
     Examples: hub search sentiment; hub search "multiple choice" commonsense; hub search minilm -q
     """
@@ -74,11 +78,11 @@ def search(
     known = Registry.read(registry)
     found = known.search(words)
     if json:
-        print_json({"experts": [_record(e) for e in found]})
+        print_json({"experts": [_make_record(e) for e in found]})
     elif not found:
         everything = {word for e in known.experts() for word in [e.name, *e.tags]}
         raise NotFoundError(
-            f"no expert has {' and '.join(map(repr, words))}",
+            f"no expert matches {' and '.join(map(repr, words))}",
             suggest_name(words[0], everything) if len(words) == 1 else "try fewer words",
         )
     elif quiet:
@@ -88,36 +92,39 @@ def search(
 
 
 def _print_experts(experts: list[Expert]) -> None:
+    """Print a table of experts."""
     rows = [
-        [e.reference, e.kind, e.base, e.task or "", "yes" if _stored(e) else "", e.description]
+        [e.reference, e.kind, e.base, e.task or "", "yes" if _is_stored(e) else "", e.description]
         for e in experts
     ]
-    print_table(["expert", "kind", "base", "trained on", "here", "description"], rows)
+    print_table(["expert", "kind", "base", "trained on", "in store", "description"], rows)
 
 
-def _stored(expert: Any) -> bool:
+def _is_stored(expert: Any) -> bool:
+    """Return true if the store holds the expert."""
     from experthub.hub.store.store import Store
 
     return expert.digest.removeprefix("sha256:") in Store()
 
 
-def _record(expert: Any) -> dict[str, Any]:
+def _make_record(expert: Any) -> dict[str, Any]:
+    """Return the entry of an expert as plain values, and whether the store holds it."""
     record: dict[str, Any] = expert.model_dump(mode="json")
-    return record | {"in_store": _stored(expert)}
+    return record | {"in_store": _is_stored(expert)}
 
 
 def show(
     name: Annotated[
         str,
         typer.Argument(
-            help="An expert or a base: NAME, NAME@2, NAME@sha256:...",
-            autocompletion=_completion.experts,
+            help="The expert or base: NAME, NAME@2 or NAME@sha256:...",
+            autocompletion=_completion.list_experts,
         ),
     ],
     json: JsonOption = False,
     registry: RegistryOption = None,
 ) -> None:
-    """Show what is known of one expert or base.
+    """Show the registry entry of an expert or a base.
 
     Examples: hub show sentiment; hub show sentiment@1 --json; hub show smollm2-135m-instruct
     """
@@ -128,15 +135,15 @@ def show(
     if name in known.bases():
         entry = known.bases()[name]
         record = {"name": name} | entry.model_dump(mode="json")
-        print_json({"base": record}) if json else print_fields(_flat(record))
+        print_json({"base": record}) if json else print_fields(_flatten(record))
         return
     expert = known.expert(Reference.parse(name))
     if json:
-        print_json({"expert": _record(expert)})
+        print_json({"expert": _make_record(expert)})
         return
-    record = _record(expert)
+    record = _make_record(expert)
     scores = record.pop("scores")
-    print_fields(_flat(record))
+    print_fields(_flatten(record))
     if scores:
         print_table(
             ["score on", "split", ">n", ">base", ">expert"],
@@ -147,7 +154,8 @@ def show(
         )
 
 
-def _flat(record: dict[str, Any]) -> dict[str, str]:
+def _flatten(record: dict[str, Any]) -> dict[str, str]:
+    """Write the values of a record as single lines of text."""
     flat = {}
     for key, value in record.items():
         if isinstance(value, list):
@@ -164,26 +172,29 @@ def _flat(record: dict[str, Any]) -> dict[str, str]:
 
 
 def add(
-    folder: Annotated[Path, typer.Argument(help="A folder that peft's save_pretrained wrote.")],
-    name: Annotated[str, typer.Option("--name", help="What to call it.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(help="The expert's folder, such as one that peft's save_pretrained wrote."),
+    ],
+    name: Annotated[str, typer.Option("--name", help="The name of the expert.")],
     version: Annotated[
-        int | None, typer.Option(help="Its version, the next one by default.", min=1)
+        int | None, typer.Option(help="The version; the next one by default.", min=1)
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="Its base, by default what the folder says.")
+        str | None, typer.Option(help="The base; the one that the folder names by default.")
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option(help="What it was trained on: suite:name.", autocompletion=_completion.tasks),
+        typer.Option(help="The task that it was trained on: suite:name.", autocompletion=_completion.list_tasks),
     ] = None,
-    description: Annotated[str | None, typer.Option(help="One line.")] = None,
+    description: Annotated[str | None, typer.Option(help="A description in one line.")] = None,
     json: JsonOption = False,
     registry: Annotated[
         Path | None,
-        typer.Option("--registry", metavar="FILE", help="Write the entry into this file."),
+        typer.Option("--registry", metavar="FILE", help="Write the entry to this registry file."),
     ] = None,
 ) -> None:
-    """Take an adapter into the store, checked, under a name.
+    """Check an expert's folder, copy it into the store, and register it under a name.
 
     Examples: hub add ./my-lora --name my-lora; hub add ./my-lora --name my-lora --task bigbench:snarks
     """
@@ -201,10 +212,11 @@ def add(
         description=description,
         file=registry,
     )
-    print_json({"expert": _record(expert)}) if json else print_lines([expert.reference])
+    print_json({"expert": _make_record(expert)}) if json else print_lines([expert.reference])
 
 
 def register(app: typer.Typer) -> None:
+    """Add the commands `list`, `search`, `show` and `add` to the application."""
     app.command("list")(list_)
     app.command()(search)
     app.command()(show)

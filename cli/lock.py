@@ -1,4 +1,4 @@
-"""lock, update: recipes that mean the same tomorrow."""
+"""`hub lock` and `hub update`: pin what recipes use, so that they always give the same model."""
 
 from __future__ import annotations
 
@@ -21,19 +21,21 @@ if TYPE_CHECKING:
 
 
 def lock(
-    recipes: Annotated[list[Path], typer.Argument(help="Recipes.")],
+    recipes: Annotated[list[Path], typer.Argument(help="The recipes.")],
     check: Annotated[
-        bool, typer.Option("--check", help="Write nothing; end with 6 if a lock is stale.")
+        bool,
+        typer.Option("--check", help="Write nothing, and exit with code 6 if a lock is stale."),
     ] = False,
     upgrade: Annotated[
-        bool, typer.Option("--upgrade", help="Take the newest version of every expert.")
+        bool, typer.Option("--upgrade", help="Pin the newest version of every expert.")
     ] = False,
     json: JsonOption = False,
     registry: RegistryOption = None,
 ) -> None:
-    """Pin base and experts of recipes, by digest and source, in RECIPE.lock.yaml.
+    """Pin the base and the experts of recipes by digest and source, in RECIPE.lock.yaml.
 
-    What is pinned already stays while the recipe allows it; hub update moves it.
+    Experts that are pinned already keep their versions as long as the recipe allows it.
+
     Examples: hub lock recipe.yaml; hub lock --check *.yaml; hub lock recipe.yaml --upgrade
     """
     from experthub.hub.recipes.lock import check_lock
@@ -47,10 +49,10 @@ def lock(
 
 
 def update(
-    name: Annotated[str, typer.Argument(help="An expert.", autocompletion=_completion.experts)],
+    name: Annotated[str, typer.Argument(help="The expert.", autocompletion=_completion.list_experts)],
     recipes: Annotated[
         list[Path] | None,
-        typer.Argument(help="Recipes; all whose locks, in this folder, pin it by default."),
+        typer.Argument(help="The recipes; by default all in this folder whose locks pin the expert."),
     ] = None,
     json: JsonOption = False,
     registry: RegistryOption = None,
@@ -59,18 +61,18 @@ def update(
 
     Examples: hub update sentiment; hub update sentiment recipe.yaml
     """
-    from experthub.hub.recipes.lock import locked_with
+    from experthub.hub.recipes.lock import find_recipes_with
     from experthub.hub.registry.entries import check_name
     from experthub.hub.registry.expert import Reference
 
     name = check_name(Reference.parse(name).name)
-    _print(_write(recipes or locked_with(name, Path()), [name], registry), json)
+    _print(_write(recipes or find_recipes_with(name, Path()), [name], registry), json)
 
 
 def _write(
     recipes: list[Path], newest: list[str] | tuple[()] | None, registry: Path | None
 ) -> dict[Path, Lock]:
-    """Lock recipes; nothing is written unless all of them can be."""
+    """Lock recipes, and write the locks only if all recipes can be locked."""
     from experthub.hub.recipes.lock import lock
     from experthub.hub.recipes.lock_file import lock_path
 
@@ -82,6 +84,7 @@ def _write(
 
 
 def _print(locks: dict[Path, Lock], json: bool) -> None:
+    """Print the locks and what they pin."""
     from experthub.hub.recipes.lock_file import lock_path
 
     if json:
@@ -100,5 +103,6 @@ def _print(locks: dict[Path, Lock], json: bool) -> None:
 
 
 def register(app: typer.Typer) -> None:
+    """Add the commands `lock` and `update` to the application."""
     app.command()(lock)
     app.command()(update)

@@ -1,4 +1,4 @@
-"""The command `hub`, and the one place where errors become sentences."""
+"""The command `hub`, which also turns errors into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from experthub.cli import (
     trace,
     train,
 )
-from experthub.cli._output import plain
+from experthub.cli._output import escape
 from experthub.hub.errors import HubError
 
 # Click's UsageError, wherever typer keeps it.
@@ -38,9 +38,10 @@ class Interrupted(BaseException):
 
 
 class HubApp(typer.Typer):
-    """The application; errors of the hub end it with a sentence, a hint and their exit code."""
+    """The application; an error ends it with a message, a hint and an exit code."""
 
     def __call__(self, *args: Any, **options: Any) -> Any:
+        """Run a command and exit; with HUB_DEBUG=1, errors keep their traceback."""
         def interrupt(*_: object) -> None:
             raise Interrupted
 
@@ -51,32 +52,32 @@ class HubApp(typer.Typer):
             code = super().__call__(*args, prog_name="hub", standalone_mode=False, **options)
             sys.exit(code if isinstance(code, int) else 0)
         except CommandLineError as error:
-            sys.stderr.write(_wrong_words(error))
+            sys.stderr.write(_explain_usage_error(error))
             sys.exit(2)
         except HubError as error:
             if os.environ.get("HUB_DEBUG") == "1":
                 raise
-            sys.stderr.write(f"error: {plain(error.message)}\n")
+            sys.stderr.write(f"error: {escape(error.message)}\n")
             if error.hint:
-                sys.stderr.write(f"hint: {plain(error.hint)}\n")
+                sys.stderr.write(f"hint: {escape(error.hint)}\n")
             sys.exit(error.code)
         except OSError as error:
             if os.environ.get("HUB_DEBUG") == "1":
                 raise
             sys.stderr.write(
-                f"error: {plain(str(error))}\nhint: check the path, its permissions and the disk\n"
+                f"error: {escape(str(error))}\nhint: check the path, its permissions and the disk\n"
             )
             sys.exit(1)
         except Interrupted:
             sys.stderr.write(
-                "error: interrupted\nhint: the same command goes on where it stopped\n"
+                "error: interrupted\nhint: run the same command again to continue\n"
             )
             sys.exit(130)
         finally:
             self.registered_commands, self.registered_groups = everything
 
     def _keep_only(self, word: str) -> None:
-        """Leave out all commands but the one that is asked for: to build them takes longer than most run."""
+        """Keep only the command that is called, because building all of them takes longer."""
         commands = [
             c
             for c in self.registered_commands
@@ -87,8 +88,8 @@ class HubApp(typer.Typer):
             self.registered_commands, self.registered_groups = commands, groups
 
 
-def _wrong_words(error: Any) -> str:
-    """A wrong command line as error and hint; the help alone where there were no words at all."""
+def _explain_usage_error(error: Any) -> str:
+    """Write a wrong command line as error and hint; without any word, the help is the message."""
     text = str(error.format_message())
     if text.startswith("Usage:"):
         return f"{text}\n"
@@ -102,12 +103,13 @@ app = HubApp(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Store experts (LoRA adapters, task vectors), and merge or route them on a frozen base.",
-    epilog="Errors say what to do next; HUB_DEBUG=1 shows where they arose. "
+    epilog="Errors come with a hint; HUB_DEBUG=1 shows their traceback. "
     "Examples: hub list; hub show sentiment; hub compose recipe.yaml",
 )
 
 
-def _version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> None:
+    """Print the version and exit."""
     if wanted:
         from importlib.metadata import version
 
@@ -118,7 +120,10 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     pass

@@ -1,4 +1,4 @@
-"""methods: the merges and routers a recipe may name."""
+"""`hub methods`: list the merges and routers that a recipe can name."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 def methods(
     name: Annotated[
         str | None,
-        typer.Argument(help="One method, with its options.", autocompletion=_completion.methods),
+        typer.Argument(help="A method to describe, with its options.", autocompletion=_completion.list_methods),
     ] = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """List the merges and routers, or show one with its options.
+    """List the merges and routers, or describe one of them with its options.
 
     Examples: hub methods; hub methods phatgoose; hub methods --json
     """
@@ -37,12 +37,12 @@ def methods(
             f"there is no method {name!r}", suggest_name(str(name), [s.name for s in known])
         )
     if json:
-        print_json({"methods": [record(s) for s in chosen]})
+        print_json({"methods": [make_record(s) for s in chosen]})
     elif quiet:
         print_lines([s.name for s in chosen])
     elif name is None:
         print_table(
-            ["method", "kind", "options", "what it is"],
+            ["method", "kind", "options", "description"],
             [[s.name, s.kind, ", ".join(s.options), s.summary] for s in chosen],
         )
     else:
@@ -73,8 +73,15 @@ def methods(
                 )
 
 
-def record(strategy: Strategy[Any]) -> dict[str, Any]:
-    """A method as plain values."""
+def make_record(strategy: Strategy[Any]) -> dict[str, Any]:
+    """Return a method as plain values.
+
+    Args:
+        strategy: The method.
+
+    Returns:
+        Its entry in `hub methods --json`.
+    """
     return {
         "name": strategy.name,
         "kind": strategy.kind,
@@ -95,4 +102,5 @@ def record(strategy: Strategy[Any]) -> dict[str, Any]:
 
 
 def register(app: typer.Typer) -> None:
+    """Add the command `methods` to the application."""
     app.command()(methods)

@@ -1,4 +1,4 @@
-"""router: what a router is made of, besides the experts."""
+"""`hub router`: show the state of a recipe's router."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from experthub.cli._output import (
     JsonOption,
     LockedOption,
     RegistryOption,
-    pins_of,
+    choose_pins,
     print_fields,
     print_json,
     print_table,
@@ -22,9 +22,10 @@ from experthub.cli._session import open_session
 
 
 def router(
-    recipe: Annotated[Path, typer.Argument(help="A recipe whose router needs more than experts.")],
+    recipe: Annotated[Path, typer.Argument(help="A recipe whose router has a state.")],
     name: Annotated[
-        str | None, typer.Option("--name", help="Register it, for router: NAME.")
+        str | None,
+        typer.Option("--name", help="Register it, so that recipes can set router: NAME."),
     ] = None,
     locked: LockedOption = False,
     frozen: FrozenOption = False,
@@ -32,9 +33,10 @@ def router(
     device: DeviceOption = None,
     registry: RegistryOption = None,
 ) -> None:
-    """Print what a recipe's router is made of; it is made now unless it was before.
+    """Show the state of a recipe's router.
 
-    An index of examples, mean activations, a trained classifier: whatever the method needs.
+    The state is what the router needs besides the experts, such as an index of examples, mean
+    activations or a trained classifier. If no earlier run has made it, it is made now and kept.
 
     Examples: hub router retrieval.yaml; hub router retrieval.yaml --name examples
     """
@@ -47,11 +49,11 @@ def router(
     if name is not None:
         check_name(name)
     with open_session(registry, device) as session:
-        plan = plan_of(recipe, pins_of(locked, frozen), session=session)
+        plan = plan_of(recipe, choose_pins(locked, frozen), session=session)
         if not plan.routed or not plan.keeps_state:
             raise UsageError(
-                f"{plan.recipe.methods[0].method} needs nothing besides its experts",
-                "see hub methods for routers that do",
+                f"{plan.recipe.methods[0].method} has no state: it needs only its experts",
+                "use a router with a state; docs/recipes.md lists them",
             )
         content = plan.found or store_state(plan, session)
     record, state = load_state(plan, content, session)
@@ -75,4 +77,5 @@ def router(
 
 
 def register(app: typer.Typer) -> None:
+    """Add the command `router` to the application."""
     app.command()(router)

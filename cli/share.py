@@ -24,7 +24,7 @@ def pull(
         list[str],
         typer.Argument(
             help="Experts or bases; hf:org/name[@revision]; file:PLACE[#name@version].",
-            autocompletion=_completion.experts,
+            autocompletion=_completion.list_experts,
         ),
     ],
     name: Annotated[
@@ -70,7 +70,7 @@ def pull(
 
 
 def push(
-    name: Annotated[str, typer.Argument(help="An expert.", autocompletion=_completion.experts)],
+    name: Annotated[str, typer.Argument(help="An expert.", autocompletion=_completion.list_experts)],
     target: Annotated[str, typer.Argument(help="Where to: hf:org/name[@branch], file:DIR.")],
     private: Annotated[
         bool, typer.Option("--private", help="If the repository is new, only for you.")
@@ -112,7 +112,7 @@ def push(
 
 def export(
     names: Annotated[
-        list[str], typer.Argument(help="Experts.", autocompletion=_completion.experts)
+        list[str], typer.Argument(help="Experts.", autocompletion=_completion.list_experts)
     ],
     target: Annotated[
         Path, typer.Argument(help="A new archive FILE.tar; with --portable, a new folder.")

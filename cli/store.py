@@ -11,7 +11,7 @@ from experthub.cli._output import (
     DryRunOption,
     JsonOption,
     RegistryOption,
-    megabytes,
+    format_megabytes,
     print_json,
     print_lines,
     print_table,
@@ -41,7 +41,7 @@ def verify(
     if json:
         print_json({"verify": found.record()})
     else:
-        lines = [f"{found.objects} objects, {megabytes(found.bytes)}"]
+        lines = [f"{found.objects} objects, {format_megabytes(found.bytes)}"]
         rows = [
             (sha256, f"{sha256[:12]}  {', '.join(users) or 'used by no entry'}")
             for sha256, users in found.damaged.items()
@@ -67,7 +67,7 @@ def verify(
 def rm(
     name: Annotated[
         str,
-        typer.Argument(help="An expert: NAME, NAME@2.", autocompletion=_completion.experts),
+        typer.Argument(help="An expert: NAME, NAME@2.", autocompletion=_completion.list_experts),
     ],
     yes: YesOption = False,
     json: JsonOption = False,
@@ -104,17 +104,17 @@ def du(json: JsonOption = False, registry: RegistryOption = None) -> None:
         print_json(found)
         return
     rows = [
-        [f["folder"], megabytes(f["bytes"]), f["purpose"]] for f in found["folders"] if f["bytes"]
+        [f["folder"], format_megabytes(f["bytes"]), f["purpose"]] for f in found["folders"] if f["bytes"]
     ]
     print_table(
         ["folder", ">size", "what for"],
-        [*rows, ["in all", megabytes(found["bytes"]), found["root"]]],
+        [*rows, ["in all", format_megabytes(found["bytes"]), found["root"]]],
     )
     if found["experts"]:
         print_lines([""])
         print_table(
             ["expert", ">size", ">not shared"],
-            [[e["expert"], megabytes(e["bytes"]), megabytes(e["own"])] for e in found["experts"]],
+            [[e["expert"], format_megabytes(e["bytes"]), format_megabytes(e["own"])] for e in found["experts"]],
         )
 
 
@@ -140,7 +140,7 @@ def gc(
     done = planned
     if not dry_run:
         if planned.deleted:
-            size = megabytes(sum(planned.deleted.values()))
+            size = format_megabytes(sum(planned.deleted.values()))
             _confirm(f"delete {len(planned.deleted)} objects, {size}?", yes)
         done = collect(registry, store, grace=grace)
     if json:
@@ -149,7 +149,7 @@ def gc(
     parts = {"to the trash": done.trashed, "deleted": done.deleted, "leftovers": done.leftovers}
     would = "would be " if dry_run else ""
     lines = [
-        f"{would}{what}: {len(found)}, {megabytes(sum(found.values()))}"
+        f"{would}{what}: {len(found)}, {format_megabytes(sum(found.values()))}"
         for what, found in parts.items()
     ]
     print_lines([*lines, f"{would}restored: {len(done.restored)}"])

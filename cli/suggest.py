@@ -26,7 +26,7 @@ NamesArgument = Annotated[
     list[str] | None,
     typer.Argument(
         help="Experts; all of the base's by default.",
-        autocompletion=_completion.experts,
+        autocompletion=_completion.list_experts,
     ),
 ]
 ExpertsOption = Annotated[
@@ -34,20 +34,20 @@ ExpertsOption = Annotated[
     typer.Option(
         "--experts",
         help="The same: repeated, or separated by commas or spaces.",
-        autocompletion=_completion.experts,
+        autocompletion=_completion.list_experts,
     ),
 ]
 BaseOption = Annotated[
     str | None,
-    typer.Option(help="The base: the experts' by default.", autocompletion=_completion.bases),
+    typer.Option(help="The base: the experts' by default.", autocompletion=_completion.list_bases),
 ]
 TaskOption = Annotated[
-    str, typer.Option(help="The task: suite:name or a folder.", autocompletion=_completion.tasks)
+    str, typer.Option(help="The task: suite:name or a folder.", autocompletion=_completion.list_tasks)
 ]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Write a recipe into this file.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace the file of --out.")]
 EmbedderOption = Annotated[
-    str, typer.Option(help="The sentence encoder for embeddings.", autocompletion=_completion.bases)
+    str, typer.Option(help="The sentence encoder for embeddings.", autocompletion=_completion.list_bases)
 ]
 ByOption = Annotated[str, typer.Option(help="gates, prototypes, embeddings, tmi or all.")]
 RankByOption = Annotated[
@@ -70,13 +70,13 @@ RelativeOption = Annotated[
 TruthOption = Annotated[
     bool, typer.Option("--truth", help="Evaluate every expert alone, to judge the measures.")
 ]
-SplitOption = Annotated[str, typer.Option(help="For --truth.", autocompletion=_completion.splits)]
+SplitOption = Annotated[str, typer.Option(help="For --truth.", autocompletion=_completion.list_splits)]
 LimitOption = Annotated[int | None, typer.Option(help="Examples for --truth, at most.", min=1)]
 MethodOption = Annotated[
     str | None,
     typer.Option(
         help="Of the recipe; phatgoose, or arrow where gates are missing.",
-        autocompletion=_completion.methods,
+        autocompletion=_completion.list_methods,
     ),
 ]
 
@@ -113,8 +113,8 @@ def suggest(
     """
     from experthub.hub.files.memory import reuse_memory
     from experthub.hub.selection.measuring import suggest
-    from experthub.hub.selection.suggestion import as_measure, write_suggestion
-    from experthub.hub.selection.written import check_request
+    from experthub.hub.selection.recipe_writing import check_request
+    from experthub.hub.selection.suggestion import parse_ranking_measure, write_suggestion
     from experthub.hub.tasks.task import parse_split
 
     reuse_memory()
@@ -124,8 +124,8 @@ def suggest(
             task,
             named(names, experts),
             base=base,
-            by=as_measure(by),
-            rank_by=None if rank_by is None else as_measure(rank_by),
+            by=parse_ranking_measure(by),
+            rank_by=None if rank_by is None else parse_ranking_measure(rank_by),
             k=k,
             examples=examples,
             labels=labels,
@@ -139,7 +139,9 @@ def suggest(
         if out is not None:
             write_suggestion(found, k, out, session, method)
     if json:
-        print_json({**found.record(), "best": found.best(k), "recipe": str(out) if out else None})
+        print_json(
+            {**found.record(), "best": found.select_best(k), "recipe": str(out) if out else None}
+        )
     else:
         _print_suggestion(found)
     if out:
@@ -179,7 +181,7 @@ def _print_suggestion(found: Suggestion) -> None:
 def _print_correlations(found: Suggestion) -> None:
     """How each measure ranks, against what every expert does alone."""
     rows = []
-    for measure, own in found.correlations().items():
+    for measure, own in found.compute_correlations().items():
         for kind, judged in own.items():
             ranks = [_signed(judged[name]) for name in ("spearman", "kendall")]
             values = [f"{judged[name]:.3f}" for name in ("first", "best", "mean")]

@@ -14,7 +14,7 @@ from experthub.cli._output import (
     JsonOption,
     LockedOption,
     RegistryOption,
-    pins_of,
+    choose_pins,
     print_json,
     print_lines,
     print_table,
@@ -38,7 +38,7 @@ TaskOption = Annotated[
         "--task",
         "-t",
         help="Read a task's first examples in the place of prompts.",
-        autocompletion=_completion.tasks,
+        autocompletion=_completion.list_tasks,
     ),
 ]
 GenerateOption = Annotated[
@@ -84,7 +84,7 @@ def trace(
     from experthub.hub.files.memory import reuse_memory
     from experthub.hub.files.path_checks import check_file
     from experthub.hub.recipes.lock import plan_of
-    from experthub.hub.tracing.page import page
+    from experthub.hub.tracing.page import render_page
     from experthub.hub.tracing.trace import check_traceable
     from experthub.hub.tracing.trace import trace as traced
 
@@ -94,7 +94,7 @@ def trace(
         check_file(html)
     reuse_memory()
     with open_session(registry, device) as session:
-        plan = plan_of(recipe, pins_of(locked, frozen), session=session)
+        plan = plan_of(recipe, choose_pins(locked, frozen), session=session)
         check_traceable(plan, module)
         texts = _texts(plan.base, prompts or [], task, limit)
         found = traced(
@@ -109,7 +109,7 @@ def trace(
     for name in found.left_out:
         say(f"note: {name} does not read every token once, and is left out")
     if html is not None:
-        write_text(html, page(found))
+        write_text(html, render_page(found))
         say(f"wrote {html}")
     if json:
         print_json(found.record(), compact=True)
@@ -121,7 +121,7 @@ def trace(
 
 def _texts(base: Base, prompts: list[str], task: str | None, limit: int) -> list[str]:
     from experthub.hub.errors import UsageError
-    from experthub.hub.tracing.trace import task_prompts
+    from experthub.hub.tracing.prompts import read_prompts
 
     if bool(prompts) == (task is not None):
         raise UsageError(
@@ -130,7 +130,7 @@ def _texts(base: Base, prompts: list[str], task: str | None, limit: int) -> list
             else "--prompt and --task exclude each other",
             'write one with --prompt "...", or name a task with --task',
         )
-    return prompts if task is None else task_prompts(base, task, limit)
+    return prompts if task is None else read_prompts(base, task, limit)
 
 
 def _show(html: Path) -> None:
@@ -170,7 +170,7 @@ def _print_layers(trace: Trace) -> None:
         if others:
             cells.append(f"{sum(layer.weights[e] for e in others):.2f}")
         for entropy in (layer.entropy, layer.usage_entropy):
-            cells += [f"{entropy:.2f}", f"{layer.share(entropy):.2f}"]
+            cells += [f"{entropy:.2f}", f"{layer.normalise(entropy):.2f}"]
         rows.append(["-" if layer.layer < 0 else str(layer.layer), *cells])
     columns = [*(labels[e] for e in shown), *([f"{len(others)} others"] if others else [])]
     print_lines([""])

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 from experthub.cli import _completion
-from experthub.cli._arguments import task_references
+from experthub.cli._arguments import read_task_references
 from experthub.cli._output import (
     DeviceOption,
     JsonOption,
@@ -22,10 +22,10 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Train exper
 
 BaseOption = Annotated[
     str,
-    typer.Option(help="The base: a name, a folder, hf:org/name.", autocompletion=_completion.bases),
+    typer.Option(help="The base: a name, a folder, hf:org/name.", autocompletion=_completion.list_bases),
 ]
 TaskOption = Annotated[
-    str, typer.Option(help="The task: suite:name or a folder.", autocompletion=_completion.tasks)
+    str, typer.Option(help="The task: suite:name or a folder.", autocompletion=_completion.list_tasks)
 ]
 NameOption = Annotated[str, typer.Option("--name", help="What to call the expert.")]
 StepsOption = Annotated[int, typer.Option(help="Optimiser steps.", min=1)]
@@ -121,7 +121,7 @@ def gate(
     name: Annotated[
         str,
         typer.Argument(
-            help="A stored expert that says its task.", autocompletion=_completion.experts
+            help="A stored expert that says its task.", autocompletion=_completion.list_experts
         ),
     ],
     steps: StepsOption = 30,
@@ -163,7 +163,7 @@ def skills(
         typer.Option(
             "--tasks",
             help="A task, or @FILE with one a line; repeat it for more.",
-            autocompletion=_completion.tasks,
+            autocompletion=_completion.list_tasks,
         ),
     ],
     name: NameOption,
@@ -206,7 +206,7 @@ def skills(
     with open_session(registry, device) as session:
         expert = train_skills(
             base,
-            task_references(tasks),
+            read_task_references(tasks),
             name,
             shape,
             settings,
@@ -219,7 +219,7 @@ def skills(
 @app.command()
 def adapt(
     skills: Annotated[
-        str, typer.Argument(help="A stored inventory.", autocompletion=_completion.experts)
+        str, typer.Argument(help="A stored inventory.", autocompletion=_completion.list_experts)
     ],
     task: TaskOption,
     name: NameOption,

@@ -1,4 +1,4 @@
-"""What the hub finds around it: versions, room, registries, what is missing, and the next step."""
+"""Checks of the environment: versions, disk space, registries, missing content, and next steps."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 SHOWN = ("torch", "transformers", "peft", "safetensors", "tokenizers", "huggingface_hub")
-LITTLE = 1 << 30  # bytes of free disk: less than a base and its conversion need
-# Where `hub --install-completion` writes, below the user's home.
+LITTLE = 1 << 30  # Bytes of free disk space; a base and its conversion can need more.
+# The files that `hub --install-completion` writes, relative to the user's home.
 COMPLETIONS = {
     "bash": ".bash_completions/hub.sh",
     "zsh": ".zfunc/_hub",
@@ -37,11 +37,15 @@ COMPLETIONS = {
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """The result of one check.
 
-    found: what there is, in words.  next: what to do about it, unless it is ok.  details: the same
-    as found, as plain values.  A warning keeps some command from working here, or makes it fetch
-    something first; a problem is an error wherever it is met.
+    Args:
+        name: The name of the check.
+        status: `problem` if commands fail because of it, `warning` if some commands do not work
+            here or have to fetch something first, and `ok` otherwise.
+        found: What was found, in words.
+        next: What to do about it; empty if the status is `ok`.
+        details: What was found, as plain values.
     """
 
     name: str
@@ -52,37 +56,43 @@ class Check:
 
 
 def examine(file: Path | None = None, devices: bool = False) -> list[Check]:
-    """Every check, in a fixed order; nothing is written, fetched or raised.
+    """Run all checks in a fixed order, without writing, fetching or raising anything.
 
-    file: a registry to look in before all others.  devices: import torch and ask it for them.
+    Args:
+        file: A registry file that is searched before all others.
+        devices: Import torch and list its devices, too.
+
+    Returns:
+        The results.
     """
-    looks: list[Callable[[], Check]] = [_python, _experthub, _packages]
-    looks += [_devices] if devices else []
-    checks = [_look(look) for look in (*looks, _home, _disk, _leftovers)]
+    first: list[Callable[[], Check]] = [_check_python, _check_experthub, _check_packages]
+    first += [_check_devices] if devices else []
+    checks = [_run(check) for check in (*first, _check_home, _check_disk, _check_leftovers)]
     try:
         registry = Registry.read(file)
     except (HubError, OSError) as error:
-        checks.append(_problem("registry", error))
+        checks.append(_report_error("registry", error))
     else:
-        checks += [_look(look, registry) for look in (_registry, _experts, _bases)]
-    return [*checks, _look(_variables), _look(_completion)]
+        checks += [_run(c, registry) for c in (_check_registry, _check_experts, _check_bases)]
+    return [*checks, _run(_check_variables), _run(_check_completion)]
 
 
-def _look(look: Callable[..., Check], *given: Registry) -> Check:
+def _run(check: Callable[..., Check], *given: Registry) -> Check:
+    """Run a check, and report an error that it raises as a problem."""
     try:
-        return look(*given)
+        return check(*given)
     except (HubError, OSError) as error:
-        return _problem(look.__name__.strip("_"), error)
+        return _report_error(check.__name__.removeprefix("_check_"), error)
 
 
-def _problem(name: str, error: HubError | OSError) -> Check:
-    hint = (
-        error.hint if isinstance(error, HubError) else "check the path, its permissions, the disk"
-    )
+def _report_error(name: str, error: HubError | OSError) -> Check:
+    """Make a problem of an error."""
+    hint = getattr(error, "hint", "check the path, its permissions and the disk")
     return Check(name, "problem", str(error), hint)
 
 
-def _python() -> Check:
+def _check_python() -> Check:
+    """Check the version of Python."""
     version = platform.python_version()
     wanted = metadata.metadata("experthub")["Requires-Python"]
     details = {"version": version, "requires": wanted}
@@ -91,19 +101,20 @@ def _python() -> Check:
     return Check("python", "problem", version, f"use Python {wanted}", details)
 
 
-def _experthub() -> Check:
+def _check_experthub() -> Check:
+    """Report the version and the folder of this package."""
     version, folder = metadata.version("experthub"), str(Path(__file__).parent)
     details = {"version": version, "folder": folder}
     return Check("experthub", "ok", f"{version} in {folder}", details=details)
 
 
-def _packages() -> Check:
-    """The packages that experthub requires, by their metadata: none is imported."""
+def _check_packages() -> Check:
+    """Check the versions of the required packages by their metadata, without importing any."""
     required = [Requirement(text) for text in metadata.requires("experthub") or ()]
     required = [r for r in required if r.marker is None or r.marker.evaluate({"extra": ""})]
     ranges = {name: Requirement(name) for name in SHOWN} | {r.name: r for r in required}
-    versions = {name: _version(name) for name in ranges}
-    wrong = [name for name, wanted in ranges.items() if not _fits(versions[name], wanted)]
+    versions = {name: _find_version(name) for name in ranges}
+    wrong = [name for name, wanted in ranges.items() if not _is_within(versions[name], wanted)]
     if wrong:
         found = ", ".join(f"{name} {versions[name] or 'is missing'}" for name in wrong)
         install = shlex.join(["pip", "install", *(str(ranges[name]) for name in wrong)])
@@ -112,18 +123,21 @@ def _packages() -> Check:
     return Check("packages", "ok", shown, details=versions)
 
 
-def _version(package: str) -> str | None:
+def _find_version(package: str) -> str | None:
+    """Return the installed version of a package, or None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
 
-def _fits(version: str | None, wanted: Requirement) -> bool:
+def _is_within(version: str | None, wanted: Requirement) -> bool:
+    """Return true if a version is installed and satisfies the requirement."""
     return version is not None and wanted.specifier.contains(version, prereleases=True)
 
 
-def _devices() -> Check:
+def _check_devices() -> Check:
+    """List the devices that torch can use."""
     try:
         import torch
     except (ImportError, OSError) as error:
@@ -135,8 +149,9 @@ def _devices() -> Check:
     return Check("devices", "ok", found, details=names)
 
 
-def _home() -> Check:
-    home, place = hub_home().absolute(), _existing()
+def _check_home() -> Check:
+    """Check that HUB_HOME is a folder that can be written, or can be created."""
+    home, place = hub_home().absolute(), _find_existing_folder()
     details = {"folder": str(home), "exists": home.exists(), "writable": os.access(place, os.W_OK)}
     if not place.is_dir():
         hint = "set HUB_HOME to a folder"
@@ -144,34 +159,35 @@ def _home() -> Check:
     if not details["writable"]:
         hint = "change its permissions, or set HUB_HOME to another folder"
         return Check("home", "problem", f"{place} cannot be written", hint, details)
-    found = str(home) if home.exists() else f"{home}, made when it is first needed"
+    found = str(home) if home.exists() else f"{home}; the first command that needs it creates it"
     return Check("home", "ok", found, details=details)
 
 
-def _existing() -> Path:
-    """HUB_HOME, or the nearest folder above it that exists."""
+def _find_existing_folder() -> Path:
+    """Return HUB_HOME, or the nearest folder above it that exists."""
     home = hub_home().absolute()
     return next(place for place in (home, *home.parents) if place.exists())
 
 
-def _disk() -> Check:
-    """Free bytes, and those that the hub uses, by the folders of HUB_HOME."""
+def _check_disk() -> Check:
+    """Report the free disk space, and the space that each folder of HUB_HOME takes."""
     used: Counter[str] = Counter()
-    for path, size in _files():
+    for path, size in _list_files():
         used[path.parts[0] if len(path.parts) > 1 else "other"] += size
-    free = shutil.disk_usage(_existing()).free
-    areas = ", ".join(f"{area} {_size(size)}" for area, size in used.most_common() if size > 5e4)
-    found = f"{_size(free)} free, {_size(used.total())} used" + (f": {areas}" if areas else "")
+    free = shutil.disk_usage(_find_existing_folder()).free
+    areas = [f"{area} {_format_size(size)}" for area, size in used.most_common() if size > 5e4]
+    found = f"{_format_size(free)} free, {_format_size(used.total())} used"
+    found += f": {', '.join(areas)}" if areas else ""
     details = {"free": free, "used": dict(used)}
     if free >= LITTLE:
         return Check("disk", "ok", found, details=details)
-    return Check("disk", "warning", found, "make room, or set HUB_HOME to a larger disk", details)
+    return Check("disk", "warning", found, "free space, or set HUB_HOME to a larger disk", details)
 
 
-def _leftovers() -> Check:
-    """What stopped commands left: downloads in partial/, drafts under hidden names elsewhere."""
+def _check_leftovers() -> Check:
+    """Find files of interrupted commands: downloads in partial/, and drafts with hidden names."""
     left: Counter[str] = Counter()
-    for path, size in _files():
+    for path, size in _list_files():
         hidden = [i for i, part in enumerate(path.parts) if part.startswith(".")]
         if path.parts[0] == "partial":
             left[str(path)] += size
@@ -179,18 +195,14 @@ def _leftovers() -> Check:
             left[str(Path(*path.parts[: hidden[0] + 1]))] += size
     if not left:
         return Check("leftovers", "ok", "none")
-    return Check(
-        "leftovers",
-        "warning",
-        f"{_size(left.total())} of commands that were stopped, or still run: {_listed(list(left))}",
-        "run the stopped command again: a download goes on; "
-        f"if no command runs, all of it may be removed from {hub_home().absolute()}",
-        dict(left),
-    )
+    found = f"{_format_size(left.total())} of interrupted or running commands: {_join(list(left))}"
+    step = "run the interrupted command again to continue its download; if no command is running, "
+    step += f"these files can be deleted from {hub_home().absolute()}"
+    return Check("leftovers", "warning", found, step, dict(left))
 
 
-def _files() -> Iterator[tuple[Path, int]]:
-    """Every file below HUB_HOME with its size; a file that vanishes meanwhile is none."""
+def _list_files() -> Iterator[tuple[Path, int]]:
+    """Yield the files below HUB_HOME and their sizes, without those that vanish meanwhile."""
     home = hub_home()
     for folder, _, names in os.walk(home):
         for name in names:
@@ -199,22 +211,20 @@ def _files() -> Iterator[tuple[Path, int]]:
                 yield path.relative_to(home), path.lstat().st_size
 
 
-def _registry(registry: Registry) -> Check:
-    layers = [
-        {
-            "path": str(x.path if x.path.is_file() else x.folder),
-            "experts": len(x.content.experts),
-            "bases": len(x.content.bases),
-        }
-        for x in registry.layers
-    ]
+def _check_registry(registry: Registry) -> Check:
+    """Report the layers of the registry."""
+    layers = []
+    for layer in registry.layers:
+        path = str(layer.path if layer.path.is_file() else layer.folder)
+        experts, bases = len(layer.content.experts), len(layer.content.bases)
+        layers.append({"path": path, "experts": experts, "bases": bases})
     found = f"{len(registry.experts())} experts and {len(registry.bases())} bases in "
-    found += ", ".join(f"{layer['path']} ({layer['experts']})" for layer in layers)
+    found += ", ".join(f"{row['path']} ({row['experts']})" for row in layers)
     return Check("registry", "ok", found, details={"layers": layers})
 
 
-def _experts(registry: Registry) -> Check:
-    """Which experts are in the store, whole; their bytes are not hashed."""
+def _check_experts(registry: Registry) -> Check:
+    """Check which experts are complete in the store, without hashing their files."""
     experts, store = registry.experts(), Store()
     missing, damaged = [], []
     for expert in experts:
@@ -227,10 +237,11 @@ def _experts(registry: Registry) -> Check:
     lost = [e.reference for e in missing if not _has_source(e)]
     near = [e.reference for e in missing if _has_source(e)]
     steps = [f"{reference}: {error.hint}" for reference, error in damaged[:1]]
-    steps += [f"hub pull {_listed(near, ' ')}"] if near else []
-    steps += [f"{_listed(lost)}: no source is here; find the folder, then hub add"] if lost else []
+    steps += [f"hub pull {_join(near, ' ')}"] if near else []
+    if lost:
+        steps.append(f"{_join(lost)}: no source exists here; find the folder, and use hub add")
     found = f"{len(experts) - len(missing) - len(damaged)} of {len(experts)} in the store"
-    found += f"; not in it: {_listed([e.reference for e in missing])}" if missing else ""
+    found += f"; missing: {_join([e.reference for e in missing])}" if missing else ""
     found += "".join(f"; {reference}: {error.message}" for reference, error in damaged)
     details = {"known": len(experts), "missing": [e.reference for e in missing]}
     details |= {"without_source": lost, "damaged": [reference for reference, _ in damaged]}
@@ -239,51 +250,50 @@ def _experts(registry: Registry) -> Check:
 
 
 def _has_source(expert: Expert) -> bool:
-    """Whether one of the expert's sources is a folder that is here, or remote."""
+    """Return true if one of the expert's sources is remote, or a folder that exists here."""
     folders = [Reference.parse(source).folder for source in expert.sources]
     return any(folder is None or folder.is_dir() for folder in folders)
 
 
-def _bases(registry: Registry) -> Check:
-    """Which bases are here; those that an expert is for are missed."""
+def _check_bases(registry: Registry) -> Check:
+    """Check which bases are here; only those that an expert needs can be missing."""
     here = {name: is_here(name, registry) for name in registry.bases()}
     needed = {registry.base(e.base)[0] for e in registry.experts() if registry.has_base(e.base)}
     missing = sorted(name for name in needed if not here[name])
     found = ", ".join(name if here[name] else f"{name} (not fetched)" for name in here) or "none"
     if not missing:
         return Check("bases", "ok", found, details=here)
-    step = f"hub pull {_listed(missing, ' ')}"
-    return Check(
-        "bases", "warning", found, f"unset HUB_OFFLINE; {step}" if is_offline() else step, here
-    )
+    step = f"{'unset HUB_OFFLINE; ' if is_offline() else ''}hub pull {_join(missing, ' ')}"
+    return Check("bases", "warning", found, step, here)
 
 
-def _variables() -> Check:
-    """Which variables have an effect; their values are nobody's business."""
+def _check_variables() -> Check:
+    """Report which environment variables are set, without their values, which may be secret."""
     is_set = {name: bool(os.environ.get(name)) for name in ("HUB_HOME", "HF_TOKEN", "HF_ENDPOINT")}
     is_set |= {"HUB_OFFLINE": is_offline(), "HUB_DEBUG": os.environ.get("HUB_DEBUG") == "1"}
     found = ", ".join(f"{name} {'set' if yes else 'not set'}" for name, yes in is_set.items())
     path = token_path()
     if path.is_file() and path.stat().st_mode & 0o077:
-        found += f"; others can read {path}"
+        found += f"; other users can read {path}"
         return Check("variables", "warning", found, f"chmod 600 {path}", is_set)
     return Check("variables", "ok", found, details=is_set)
 
 
-def _completion() -> Check:
-    """Of the shells, those for which typer's script is where it installs it."""
+def _check_completion() -> Check:
+    """Report the shells for which typer has installed its completion script."""
     shells = [shell for shell, path in COMPLETIONS.items() if (Path.home() / path).is_file()]
     if shells:
         return Check("completion", "ok", ", ".join(shells), details={"shells": shells})
-    step = "hub --install-completion, in the shell that is to have it"
+    step = "run hub --install-completion in the shell that you use"
     return Check("completion", "warning", "not installed", step, {"shells": []})
 
 
-def _listed(names: list[str], between: str = ", ", most: int = 6) -> str:
-    """The first of the names, and how many more there are."""
+def _join(names: list[str], between: str = ", ", most: int = 6) -> str:
+    """Join the first names, and say how many more there are."""
     more = [f"... ({len(names) - most} more)"] if len(names) > most else []
     return between.join([*names[:most], *more])
 
 
-def _size(count: int) -> str:
+def _format_size(count: int) -> str:
+    """Format a number of bytes in MB or GB."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -61,7 +61,7 @@ class Data(Protocol):
 
     @property
     def real(self) -> Tensor | None:
-        """Which positions `[n, T]` of the current batch are not padding; None means all."""
+        """A mask `[n, T]` of the positions of the current batch that are not padding; None means all."""
         ...
 
     def logits(self, rows: Sequence[Tensor], view: int = 0) -> list[Tensor]:

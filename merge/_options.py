@@ -64,7 +64,7 @@ LateOption = Role("the default value is no part of a digest, because older recip
 
 @dataclass(frozen=True)
 class Option:
-    """One keyword-only parameter of a method: a key of a recipe.
+    """A keyword-only parameter of a method, which is a key of a recipe.
 
     Args:
         name: The key in a recipe.

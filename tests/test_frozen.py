@@ -40,7 +40,8 @@ FROZEN: dict[str, Any] = json.loads(GOLDENS.read_text())
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 GROWING = ("methods", "list", "list-bases")  # later versions may know more
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
-LOOSE = {"atol": 1e-4, "rtol": 1e-4}  # between kernels, which round differently
+LOOSE = {"atol": 1e-4, "rtol": 1e-4}  # between kernels, which round differently, and of long sums
+HALF = {"atol": 0.1, "rtol": 0.1}  # of models in half precision
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,14 @@ def test_a_recipe_is_composed_as_it_was(
         if here and found.exact:
             assert torch.equal(tensor, expected)
         else:
-            torch.testing.assert_close(tensor, expected, **(TOLERANCE if found.exact else LOOSE))
+            torch.testing.assert_close(tensor, expected, **tolerance(name, found))
+
+
+def tolerance(name: str, found: Found) -> dict[str, float]:
+    """Return how far outputs may be from the frozen ones where bits are not compared."""
+    if name.endswith("float16"):
+        return HALF
+    return TOLERANCE if found.exact and not name.startswith("bank") else LOOSE
 
 
 def check_lock(name: str, found: Found) -> None:

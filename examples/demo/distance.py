@@ -41,17 +41,17 @@ def trained_tasks(registry: Registry) -> list[str]:
     return [registry.expert(Reference.parse(name)).task or "" for name in names]
 
 
-def centres(references: list[str], registry: Registry) -> dict[str, Tensor]:
+def centres(references: list[str], session: Session) -> dict[str, Tensor]:
     """Compute the mean embedding of the first prompts of every task.
 
     Args:
         references: The tasks.
-        registry: The registry, which knows the encoder.
+        session: The session, whose registry knows the encoder.
 
     Returns:
         The mean embedding `[width]` of each task, scaled to length 1.
     """
-    base = find(ENCODER, Session(registry))
+    base = find(ENCODER, session)
     model, tokenizer = load_model(base, "float32", "cpu"), load_tokenizer(base)
     found = {}
     for reference in references:
@@ -83,13 +83,13 @@ def main(files: list[str]) -> None:
     Args:
         files: Results of `hub eval`.
     """
-    registry = Registry.read()
-    trained = trained_tasks(registry)
+    session = Session()
+    trained = trained_tasks(session.registry)
     rows: dict[str, Any] = {}
     for file in files:
         for row in json.loads(Path(file).read_text())["tasks"]:
             rows[row["task"]] = row["methods"]
-    place = centres([*trained, *rows], registry)
+    place = centres([*trained, *rows], session)
     near = {task: max(trained, key=lambda t: float(place[t] @ place[task])) for task in rows}
     distance = {task: max(0.0, 1 - float(place[near[task]] @ place[task])) for task in rows}
     methods = [name for name in next(iter(rows.values())) if name != "base"]

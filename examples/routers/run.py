@@ -18,7 +18,7 @@ from typing import Any
 
 from experthub import hub
 from experthub.hub.errors import NotFoundError
-from experthub.hub.evaluation.routing_map import routing_map
+from experthub.hub.evaluation.routing_map import map_routing
 from experthub.hub.files import yaml_files
 from experthub.hub.files.atomic import write_json
 from experthub.hub.registry.expert import Expert, Reference
@@ -206,7 +206,7 @@ class Run:
         }
 
     def _weights(self, recipe: hub.Recipe, task: str) -> list[float]:
-        layers = routing_map(recipe, [task], per_task=PROMPTS)["weights"]
+        layers = map_routing(recipe, [task], per_task=PROMPTS)["weights"]
         return [round(sum(row) / len(layers), 6) for row in zip(*layers, strict=True)]
 
     def training(self) -> dict[str, Any]:

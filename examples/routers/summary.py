@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from experthub.hub.evaluation.statistics import bootstrap, hierarchical
+from experthub.hub.evaluation.statistics import bootstrap, bootstrap_groups
 
 HERE = Path(__file__).parent
 RESAMPLES = 2000
@@ -88,7 +88,7 @@ def minus(runs: Runs, column: str, other: str, task: str) -> list[float]:
 def against(runs: Runs, column: str, other: str, tasks: Sequence[str]) -> tuple[str, str]:
     """Format the difference of two columns with its interval, and the tasks won, tied and lost."""
     differences = [minus(runs, column, other, task) for task in tasks]
-    low, high = hierarchical(differences, resamples=RESAMPLES)
+    low, high = bootstrap_groups(differences, resamples=RESAMPLES)
     each = [bootstrap(d, resamples=RESAMPLES) for d in differences]
     won, lost = sum(low > 0 for low, _ in each), sum(high < 0 for _, high in each)
     value = mean(map(mean, differences))

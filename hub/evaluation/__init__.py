@@ -1,1 +1,1 @@
-"""Zero-shot scores of compositions."""
+"""Zero-shot evaluation of compositions: scores, statistics, controls and plots."""

@@ -1,8 +1,8 @@
-"""Scores that were computed once, kept by the digest of all that they depend on.
+"""A cache of scores, keyed by a digest of everything that they depend on.
 
-A unit is up to 32 examples that are scored together.  Its scores are a function of the
-composition, the questions, the scorer, the device and the versions: what comes from here is, to
-the last digit, what would be computed now.
+A unit is up to 32 questions that are scored together. Its scores depend only on the composition,
+the questions, the scorer, the device and the versions of the packages. Cached scores are therefore
+identical, to the last digit, to those that would be computed now.
 """
 
 from __future__ import annotations
@@ -22,19 +22,29 @@ UNIT = 32
 
 @dataclass(frozen=True)
 class Unit:
-    """Questions that are scored together, and what else their scores depend on."""
+    """A unit of questions that are scored together.
+
+    Args:
+        surroundings: Everything else that the scores depend on, as plain values.
+        questions: The questions, at most 32.
+    """
 
     surroundings: dict[str, Any]
     questions: tuple[Question, ...]
 
     @property
     def path(self) -> Path:
+        """The file of the scores, named by a digest of everything that they depend on."""
         asked = [[q.text, *q.choices] for q in self.questions]
         key = digest_of({**self.surroundings, "questions": asked}).removeprefix("sha256:")
         return hub_home() / "results" / key[:2] / f"{key[2:]}.json"
 
     def read(self) -> list[Scores] | None:
-        """The scores as they were computed; None when they were not, or were damaged."""
+        """Read the cached scores.
+
+        Returns:
+            The scores of every question, in order; None if they are not cached or are damaged.
+        """
         try:
             record = json.loads(self.path.read_text())
             rows = record["scores"]
@@ -50,12 +60,25 @@ class Unit:
         return found if len(found) == len(self.questions) and all(fits) else None
 
     def write(self, scores: Sequence[Scores]) -> None:
+        """Write the scores into the cache.
+
+        Args:
+            scores: The scores of every question, in order.
+        """
         rows = [[s.values, s.tokens] for s in scores]
         record = {**self.surroundings, "scores": rows, "check": digest_of(rows)}
         write_text(self.path, json.dumps(record))
 
 
-def units(surroundings: dict[str, Any], questions: Sequence[Question]) -> list[Unit]:
-    """The questions in units, in their order."""
+def split_into_units(surroundings: dict[str, Any], questions: Sequence[Question]) -> list[Unit]:
+    """Split questions into units.
+
+    Args:
+        surroundings: Everything else that the scores depend on, as plain values.
+        questions: The questions.
+
+    Returns:
+        The units, in the order of the questions.
+    """
     starts = range(0, len(questions), UNIT)
     return [Unit(surroundings, tuple(questions[at : at + UNIT])) for at in starts]

@@ -1,8 +1,9 @@
-"""Controls: what every expert does alone, and what the best choice among them would have done.
+"""Controls: the scores of every expert alone, and of the best choices among the experts.
 
-Both choices look at the very scores that they are reported with, so they flatter: a router that
-reaches `best_individual` has found the expert that a user with labels would have picked, and `oracle`
-is the most that one expert per task can give.
+`best_individual` is the one expert with the best average over the tasks, and `oracle` is the best
+expert of each task. Both are selected by the same scores that they report, so they are optimistic.
+A router that reaches `best_individual` is as good as a user who picks one expert with the help of
+labels. No choice of one expert per task exceeds `oracle`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from experthub.hub.tasks.task import Chosen
 BEST, ORACLE, AVERAGE = "best_individual", "oracle", "merged"
 
 
-def control_plans(plans: Mapping[str, Plan], session: Session) -> tuple[Plan, dict[str, Plan]]:
+def plan_controls(plans: Mapping[str, Plan], session: Session) -> tuple[Plan, dict[str, Plan]]:
     """Plan the controls: the mean of all experts, and each expert alone.
 
     Args:
@@ -50,17 +51,28 @@ def control_plans(plans: Mapping[str, Plan], session: Session) -> tuple[Plan, di
     if taken:
         raise UsageError(f"{taken.pop()} is the name of a control", "rename the recipe's file")
 
-    def mean_of(members: list[Content]) -> Plan:
+    def plan_mean(members: list[Content]) -> Plan:
         recipe = Recipe.of({**common, "experts": [m.reference for m in members]})
         return resolve(recipe, pinned=members, session=session)
 
-    return mean_of(experts), {m.reference: mean_of([m]) for m in experts}
+    return plan_mean(experts), {m.reference: plan_mean([m]) for m in experts}
 
 
-def pick(
+def pick_best_experts(
     singles: Mapping[str, Sequence[Outcome]], chosen: Sequence[Chosen]
 ) -> tuple[dict[str, list[Outcome]], dict[str, Any]]:
-    """The columns `best_individual` and `oracle`, and which experts they are; ties go to the first."""
+    """Pick the best expert on average and the best expert of each task, by accuracy.
+
+    If several experts have the same accuracy, the first one is picked.
+
+    Args:
+        singles: The outcomes of each expert alone, one per task, by the expert's reference.
+        chosen: The tasks, in the order of the outcomes.
+
+    Returns:
+        The outcomes of the columns `best_individual` and `oracle`, one per task; and a record with
+        the experts that were picked and the accuracy of every expert on every task.
+    """
     accuracies = {name: [mean(o.right) for o in found] for name, found in singles.items()}
     best = max(accuracies, key=lambda name: mean(accuracies[name]))
     by_task = [max(accuracies, key=lambda name: accuracies[name][i]) for i in range(len(chosen))]

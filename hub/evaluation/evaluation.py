@@ -1,4 +1,4 @@
-"""Zero-shot evaluation: every choice scored under every composition, next to the base."""
+"""Zero-shot evaluation: the base and every composition rank the choices of every example."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from experthub.hub.bases.base import Base, load_model, load_tokenizer
 from experthub.hub.composition.compose import compose
 from experthub.hub.composition.composition import Composition
 from experthub.hub.errors import HubError, UsageError
-from experthub.hub.evaluation.cache import units
-from experthub.hub.evaluation.controls import AVERAGE, control_plans, pick
+from experthub.hub.evaluation.cache import split_into_units
+from experthub.hub.evaluation.controls import AVERAGE, pick_best_experts, plan_controls
 from experthub.hub.evaluation.result import (
     BASE,
     MEASURES,
     Outcome,
-    comparisons,
-    result,
-    samples,
-    versions,
+    build_result,
+    compare_columns,
+    list_samples,
+    read_versions,
 )
 from experthub.hub.readers.likelihood import Likelihood
 from experthub.hub.readers.reader import ReaderScorer
@@ -65,7 +65,7 @@ def evaluate(
         controls: Add the columns `best_individual`, `oracle` and `merged`.
         cache: Use and keep the scores of earlier runs.
         with_samples: Add `samples`, the scores of every example.
-        pins: Whether recipe files are resolved by their locks, see `plan_of`.
+        pins: How recipe files are resolved by their locks; see `plan_of`.
         seed: The seed of the bootstrap.
         session: The registry, the store, the device and the progress callback. The default is
             `Session()`.
@@ -74,46 +74,56 @@ def evaluate(
         The result as plain values; docs/evaluation.md describes its fields.
 
     Raises:
-        UsageError: The recipes have different bases, or a task does not suit the split.
-        HubError: A recipe does not resolve, or a task cannot be read.
+        UsageError: The recipes differ in base or dtype, two columns would have the same name, a
+            task has no choices to rank, or `split="all"` is used with a task on which an expert was
+            trained.
+        HubError: A recipe does not resolve, a task cannot be read, or a score is not finite.
+
+    Example:
+        from experthub import hub
+
+        result = hub.evaluate(["recipe.yaml"], ["bigbench:implicatures"], limit=20)
+        print(result["average"]["recipe"]["accuracy"])
     """
     session = session or Session()
-    chosen = _chosen(tasks, split, limit)
+    chosen = _read_tasks(tasks, split, limit)
     paths: dict[str, str] = {}
     if isinstance(recipes, Mapping):
         plans = {name: resolve(one, session=session) for name, one in recipes.items()}
     else:
-        paths = _named(recipes)
+        paths = _name_columns(recipes)
         plans = {name: plan_of(path, pins, session=session) for name, path in paths.items()}
-    base = _one_base(plans)
+    base = _find_common_base(plans)
     if split == "all":
         _refuse_trained(plans, [one.task for one in chosen])
     dtype = next(iter(plans.values())).dtype
-    bench = _Bench(base, dtype, session, cache)
+    evaluator = _Evaluator(base, dtype, session, cache)
     outcomes = {
-        name: bench.outcomes(name, plan, chosen, score)
+        name: evaluator.score_tasks(name, plan, chosen, score)
         for name, plan in {BASE: None, **plans}.items()
     }
     between = {name: outcomes[name] for name in plans}
     picked: dict[str, Any] = {}
     if controls:
-        plans[AVERAGE], alone = control_plans(plans, session)
-        outcomes[AVERAGE] = bench.outcomes(AVERAGE, plans[AVERAGE], chosen, score)
-        singles = {name: bench.outcomes(name, plan, chosen, score) for name, plan in alone.items()}
-        columns, picked = pick(singles, chosen)
+        plans[AVERAGE], alone = plan_controls(plans, session)
+        outcomes[AVERAGE] = evaluator.score_tasks(AVERAGE, plans[AVERAGE], chosen, score)
+        singles = {
+            name: evaluator.score_tasks(name, plan, chosen, score) for name, plan in alone.items()
+        }
+        columns, picked = pick_best_experts(singles, chosen)
         outcomes |= columns
-    protocol = MEASURES[score] if base.causal else bench.scorer.name
-    found = result(chosen, outcomes, split=split, score=protocol, seed=seed)
+    protocol = MEASURES[score] if base.causal else evaluator.scorer.name
+    found = build_result(chosen, outcomes, split=split, score=protocol, seed=seed)
     found["recipes"] = {
         name: {"digest": plan.digest, "path": paths.get(name)} for name, plan in plans.items()
     }
-    found["comparisons"] = comparisons(between, seed)
+    found["comparisons"] = compare_columns(between, seed)
     extra = {"controls": picked} if controls else {}
-    return found | extra | ({"samples": samples(chosen, outcomes)} if with_samples else {})
+    return found | extra | ({"samples": list_samples(chosen, outcomes)} if with_samples else {})
 
 
-class _Bench:
-    """One base, loaded when a score is not known yet, and the models composed on it."""
+class _Evaluator:
+    """An evaluator of one base and the models composed on it; it loads a model when it needs one."""
 
     def __init__(self, base: Base, dtype: str, session: Session, cache: bool) -> None:
         self.base, self.dtype, self.session, self.cache = base, dtype, session, cache
@@ -121,28 +131,30 @@ class _Bench:
 
     @cached_property
     def model(self) -> Any:
+        """The base, loaded on first use."""
         self.session.report("loading the base", 0, 0)
         return load_model(self.base, self.dtype, self.device)
 
     @cached_property
     def scorer(self) -> Scorer:
+        """The scorer for this kind of base."""
         if self.base.causal:
             return Likelihood(load_tokenizer(self.base))
         if self.base.encoder:
             return Similarity(lambda: self.model, load_tokenizer(self.base))
         return ReaderScorer(reader_for(self.base, self.device, lambda: self.model))
 
-    def outcomes(
+    def score_tasks(
         self, name: str, plan: Plan | None, chosen: Sequence[Chosen], measure: Measure
     ) -> list[Outcome]:
-        """How the base, or the composition of a plan, does on every task."""
+        """Score the base, or the composition of a plan, on every task."""
         methods = plan.recipe.methods if plan else []
         by_task = any("task" in method.strategy.needs for method in methods)
         surroundings: dict[str, Any] = {
             "composition": plan.digest if plan else [self.base.fingerprint, self.dtype],
             "scorer": self.scorer.name,
             "device": self.device.partition(":")[0],
-            "versions": versions(),
+            "versions": read_versions(),
         }
         composed: Composition | None = None
         found = []
@@ -151,10 +163,10 @@ class _Bench:
             questions = [self.scorer.question(one.task, example) for example in one.examples]
             scores: list[Scores] = []
             near = surroundings | ({"task": one.task.reference} if by_task else {})
-            for unit in units(near, questions):
+            for unit in split_into_units(near, questions):
                 known = unit.read() if self.cache else None
                 if known is None:
-                    composed = composed or self._composed(plan)
+                    composed = composed or self._compose(plan)
                     with composed.tasks(one.task.reference) if composed else nullcontext():
                         model = composed.model if composed else self.model
                         known = self.scorer.scores(model, unit.questions)
@@ -165,8 +177,8 @@ class _Bench:
             found.append(Outcome.of(one.task, one.examples, questions, scores, measure))
         return found
 
-    def _composed(self, plan: Plan | None) -> Composition | None:
-        """The composition of a plan; None for the base."""
+    def _compose(self, plan: Plan | None) -> Composition | None:
+        """Compose a plan on the base; return None for the base itself."""
         if plan is None:
             return None
         return compose(plan, model=self.model, session=self.session)
@@ -175,13 +187,26 @@ class _Bench:
 def check_tasks(
     tasks: Sequence[str], plans: Mapping[str, Plan], split: Split, limit: int | None
 ) -> None:
-    """Refuse what `evaluate` would of tasks, for those who have more to do before it."""
-    chosen = _chosen(tasks, split, limit)
+    """Validate tasks early, with the same checks as `evaluate`.
+
+    Args:
+        tasks: References of tasks.
+        plans: The plans to evaluate, by name.
+        split: The split of the tasks.
+        limit: The largest number of examples per task.
+
+    Raises:
+        UsageError: A task has no choices to rank, or `split="all"` is used with a task on which an
+            expert was trained.
+        HubError: A task cannot be read, or the split has no examples.
+    """
+    chosen = _read_tasks(tasks, split, limit)
     if split == "all":
         _refuse_trained(plans, [one.task for one in chosen])
 
 
-def _chosen(references: Sequence[str], split: Split, limit: int | None) -> list[Chosen]:
+def _read_tasks(references: Sequence[str], split: Split, limit: int | None) -> list[Chosen]:
+    """Read the tasks with the requested examples, and refuse tasks without choices."""
     chosen = []
     for task in (read_task(reference) for reference in references):
         if not task.ranked:
@@ -190,26 +215,29 @@ def _chosen(references: Sequence[str], split: Split, limit: int | None) -> list[
     return chosen
 
 
-def _named(paths: Sequence[str | Path]) -> dict[str, str]:
+def _name_columns(paths: Sequence[str | Path]) -> dict[str, str]:
+    """Name the column of every recipe file by its stem, and refuse ambiguous names."""
     named = {Path(path).stem: str(path) for path in paths}
     if len(named) < len(paths) or BASE in named:
         raise UsageError(
-            "recipes are told apart by their file names, and two are the same or 'base'",
+            "every recipe needs a file name of its own other than 'base', "
+            f"found: {', '.join(str(path) for path in paths)}",
             "rename one of the files",
         )
     return named
 
 
-def _one_base(plans: Mapping[str, Plan]) -> Base:
+def _find_common_base(plans: Mapping[str, Plan]) -> Base:
+    """Return the base of all plans; refuse plans with different bases or dtypes."""
     if not plans:
-        raise UsageError("there is no recipe to evaluate", "name a recipe.yaml")
+        raise UsageError("there is no recipe to evaluate", "pass a recipe file: recipe.yaml")
     bases = {plan.base.fingerprint: plan.base for plan in plans.values()}
     dtypes = {plan.dtype for plan in plans.values()}
     if len(bases) > 1 or len(dtypes) > 1:
         found = sorted({b.name for b in bases.values()} | (dtypes if len(dtypes) > 1 else set()))
         raise UsageError(
             f"the recipes have different bases or dtypes: {', '.join(found)}",
-            "evaluate them in separate runs",
+            "run one evaluation for each base and dtype",
         )
     return next(iter(bases.values()))
 
@@ -219,16 +247,16 @@ def _refuse_trained(plans: Mapping[str, Plan], tasks: Sequence[Task]) -> None:
     unseen = {task.digest: task.reference for task in tasks}
     for name, plan in plans.items():
         for member in plan.members:
-            trained = _digest_of(member.task, tasks)
+            trained = _find_digest(member.task, tasks)
             if trained in unseen:
                 raise UsageError(
                     f"--split all: {member.reference} of {name} was trained on {unseen[trained]}",
-                    "use --split test, which its training did not see",
+                    "use --split test, whose examples were not used in training",
                 )
 
 
-def _digest_of(reference: str | None, tasks: Sequence[Task]) -> str | None:
-    """The content of the task that an expert names, as far as it is here."""
+def _find_digest(reference: str | None, tasks: Sequence[Task]) -> str | None:
+    """Find the digest of the task that an expert was trained on; None if it is not imported."""
     for task in tasks:
         if task.reference == reference:
             return task.digest

@@ -1,1 +1,1 @@
-"""Task vectors of fully fine-tuned models: dense, sparse, or as LoRAs."""
+"""Experts from full fine-tunes: dense or sparse task vectors, and LoRAs."""

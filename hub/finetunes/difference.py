@@ -1,4 +1,4 @@
-"""Experts out of full fine-tunes: fine-tuned minus base, dense, sparse or as a LoRA."""
+"""Store the difference between a fine-tuned model and its base as an expert."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from experthub.hub.finetunes.form import MAX_SHARD_SIZE, Form
 from experthub.hub.finetunes.two_models import (
     Changed,
     StoredWeights,
-    changed_of,
-    pairs_of,
-    weights_of,
+    find_changed,
+    open_weights,
+    pair_parameters,
 )
 from experthub.hub.registry.entries import check_name
 from experthub.hub.registry.expert import Expert
@@ -28,7 +28,13 @@ from experthub.hub.transfer.describe import checkpoint_folder, describe
 
 @dataclass(frozen=True)
 class Difference:
-    """A registered difference: the expert, its figures, and the parameters it has no place for."""
+    """A stored and registered difference.
+
+    Args:
+        expert: The expert.
+        figures: The errors, sizes and counts that `hub diff --json` prints.
+        left_out: The parameters that changed and that the form cannot hold.
+    """
 
     expert: Expert
     figures: dict[str, Any]
@@ -50,19 +56,23 @@ def diff(
     version: int | None = None,
     session: Session | None = None,
 ) -> Difference:
-    """Store fine-tuned minus base as an expert in the user's own registry.
+    """Subtract a base from a fine-tuned model, and store the difference as an expert.
 
-    One tensor of each model is in memory at a time.
+    Without `rank`, `energy` and `sparse`, the difference is a dense task vector. One tensor of each
+    model is in memory at a time.
 
     Args:
         base: The base: a registry name, a folder or `hf:...`.
         finetuned: The fine-tuned model, in the same forms.
         name: The name of the expert in the user's own registry.
-        rank: The rank of a LoRA, see `Form`.
-        energy: The share of the squared norm that a LoRA keeps, see `Form`.
-        sparse: The share of entries that are kept, see `Form`.
-        dtype: The dtype of the stored tensors, see `Form`.
-        max_shard_size: The largest file in bytes, see `Form`.
+        rank: Store a LoRA of this rank, at least 1.
+        energy: Store a LoRA. Each module gets the smallest rank that keeps this share, above 0 and
+            at most 1, of the sum of its squared singular values.
+        sparse: Store a sparse task vector that keeps this share, above 0 and at most 1, of each
+            tensor's entries: those of the largest magnitude.
+        dtype: The dtype of the stored tensors: `float32`, `bfloat16` or `float16`.
+        max_shard_size: The largest number of bytes of tensors in one file of a task vector. A
+            larger tensor has a file of its own.
         task: The task that the model was trained on.
         description: One line about the expert.
         version: The version. The default is the next one of the name.
@@ -72,8 +82,14 @@ def diff(
         The registered expert and its figures.
 
     Raises:
+        UsageError: An option is out of its range, or two forms are requested at once.
         HubError: The models differ in parameters or shapes, or are equal, or the form cannot hold
             the difference.
+
+    Example:
+        >>> from experthub import hub
+        >>> hub.diff("./base", "./tuned", "mine", rank=16).expert.kind  # doctest: +SKIP
+        'lora'
     """
     form = Form(rank, energy, sparse, dtype, max_shard_size)
     session = session or Session()
@@ -84,9 +100,9 @@ def diff(
         "finetuned": after.folder.resolve().name if after.name == str(after.folder) else after.name,
         "finetuned_fingerprint": after.fingerprint,
     }
-    return take_in(
+    return store_difference(
         before,
-        weights_of(after),
+        open_weights(after),
         name,
         form,
         checkpoint_folder(name, {"base": before.fingerprint, **record, **form.record()}),
@@ -98,7 +114,7 @@ def diff(
     )
 
 
-def take_in(
+def store_difference(
     base: Base,
     tuned: StoredWeights,
     name: str,
@@ -111,7 +127,7 @@ def take_in(
     description: str = "",
     version: int | None = None,
 ) -> Difference:
-    """Write the difference to a base into a run's folder, store it and register it; see `diff`.
+    """Write the difference to a base into a run's folder, store it and register it.
 
     Args:
         base: The base.
@@ -132,12 +148,12 @@ def take_in(
         HubError: The models are equal, or the form cannot hold the difference.
     """
     report = session.report
-    untouched = weights_of(base)
-    pairs = pairs_of(untouched, tuned)
-    changed = list(changed_of(pairs, untouched, tuned, report))
+    untouched = open_weights(base)
+    pairs = pair_parameters(untouched, tuned)
+    changed = list(find_changed(pairs, untouched, tuned, report))
     if not changed:
         raise HubError(
-            f"{tuned.name} has the weights of {base.name}: nothing has changed",
+            f"{tuned.name} has the same weights as {base.name}: nothing has changed",
             "name the base first, then the fine-tuned model",
         )
     kinds = linear_modules(base) if form.low_rank else {}
@@ -151,7 +167,7 @@ def take_in(
             **error.record(),
             **more,
             "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
-            "dense_bytes": dense_bytes(changed),
+            "dense_bytes": count_dense_bytes(changed),
             "changed": len(changed),
             "unchanged": len(pairs) - len(changed),
         }
@@ -168,6 +184,13 @@ def take_in(
     return Difference(expert, figures, tuple(error.left_out))
 
 
-def dense_bytes(changed: Iterable[Changed]) -> int:
-    """What the changed parameters need as they are, in float32."""
+def count_dense_bytes(changed: Iterable[Changed]) -> int:
+    """Count the bytes that the changed parameters need as dense float32 tensors.
+
+    Args:
+        changed: The changed parameters.
+
+    Returns:
+        The number of bytes.
+    """
     return sum(4 * change.count for change in changed)

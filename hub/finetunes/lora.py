@@ -1,4 +1,4 @@
-"""Writing a difference as a LoRA in PEFT's format: of every linear module the best low rank."""
+"""Write a difference as a LoRA in PEFT's format: a truncated SVD of each linear module's change."""
 
 from __future__ import annotations
 
@@ -28,13 +28,27 @@ def write(
     form: Form,
     report: Report,
 ) -> tuple[Error, dict[str, Any]]:
-    """Write an adapter's two files; returns its error, and which ranks it has.
+    """Write the two files of a LoRA.
 
-    kinds: linear module -> whether its weight is stored `[I, O]`.
+    Args:
+        folder: The folder to write into.
+        base: The base.
+        untouched: The base's weights.
+        tuned: The fine-tuned weights.
+        changed: The parameters that differ.
+        kinds: Linear module -> whether its weight is stored transposed, `[I, O]`.
+        form: The form, with a rank or an energy.
+        report: A progress callback.
+
+    Returns:
+        The error of the LoRA, and its number of modules and their ranks.
+
+    Raises:
+        HubError: No linear module has changed, or a change is too large for the dtype.
     """
     from safetensors.torch import save_file
 
-    modules = _modules(changed, kinds, base.name)
+    modules = _find_modules(changed, kinds, base.name)
     conv = any(kinds[module] for module in modules.values())
     dtype: torch.dtype = getattr(torch, form.dtype)
     tensors: dict[str, Tensor] = {}
@@ -47,7 +61,9 @@ def write(
             found = truncate(Dense(read.delta), form.rank, form.energy)
             low = LowRank(found.a.to(dtype), found.b.to(dtype))
             if not bool(torch.isfinite(low.a).all() and torch.isfinite(low.b).all()):
-                raise HubError(f"the change of {name} overflows {form.dtype}", "use float32")
+                raise HubError(
+                    f"the change of {name} overflows {form.dtype}", "use --dtype float32"
+                )
             error.add(name, read, low.b.float() @ low.a.float())
             place = PREFIX + modules[name]
             a, b = (low.b.T, low.a.T) if conv else (low.a, low.b)
@@ -58,32 +74,33 @@ def write(
             error.add(name, read, None)
         report("decomposing the difference", i + 1, len(changed))
     save_file(tensors, folder / ADAPTER, metadata={"format": "pt"})
-    write_json(folder / ADAPTER_CONFIG, _config(base, ranks, conv))
+    write_json(folder / ADAPTER_CONFIG, _make_config(base, ranks, conv))
     mean = sum(ranks.values()) / len(ranks)
     spread = {"min": min(ranks.values()), "mean": round(mean, 1), "max": max(ranks.values())}
     return error, {"modules": len(ranks), "ranks": spread}
 
 
-def _modules(changed: list[Changed], kinds: dict[str, bool], base: str) -> dict[str, str]:
-    """Parameter -> module of the linear weights that changed; HubError where there are none.
+def _find_modules(changed: list[Changed], kinds: dict[str, bool], base: str) -> dict[str, str]:
+    """Return parameter -> module for the linear weights that changed, all of one orientation.
 
-    One adapter has one orientation: where some are Conv1D, the others have no place in it.
+    An adapter has one `fan_in_fan_out`: if a Conv1D has changed, other linear modules are left out.
     """
     weights = {f"{module}.weight": module for module in kinds}
     names = [c.pair.name for c in changed if c.entries and c.pair.name in weights]
     if not names:
         raise HubError(
-            f"no linear module of {base} has changed, and a LoRA is nothing else",
-            "store the difference dense or with --sparse",
+            f"no linear module of {base} has changed, and a LoRA holds only those",
+            "store the difference without --rank and --energy, or with --sparse",
         )
     conv = any(kinds[weights[name]] for name in names)
     return {name: weights[name] for name in names if kinds[weights[name]] == conv}
 
 
-def _config(base: Base, ranks: dict[str, int], conv: bool) -> dict[str, Any]:
-    """PEFT's configuration: alpha equals the rank everywhere, so that every scale is 1."""
+def _make_config(base: Base, ranks: dict[str, int], conv: bool) -> dict[str, Any]:
+    """Make PEFT's configuration; alpha equals the rank everywhere, so that every scale is 1."""
     rank = max(ranks.values())
-    # Names of modules as peft reads a pattern: a dot is any character, and no two differ by that.
+    # peft reads these names as patterns in which a dot matches any character; no other module
+    # matches by that.
     others = {module: r for module, r in sorted(ranks.items()) if r != rank}
     return {
         "peft_type": "LORA",

@@ -1,4 +1,4 @@
-"""The parameters of a base and of a model made from it, side by side and one at a time."""
+"""Pair and read the parameters of a base and of a fine-tuned model, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """A model's stored parameters, each read when it is asked for.
+    """The stored parameters of a model; each is read when it is needed.
 
-    shapes: of the tensors of floats.  others: of those that are none, by name.  tied: a parameter
-    that is not stored -> the one that it is.
+    Args:
+        name: The name of the model in messages.
+        shapes: The shapes of the floating-point tensors by name.
+        read: A function that reads a tensor by name.
+        others: The shapes of all other tensors by name.
+        tied: A parameter that is not stored -> the stored one that it is tied to.
     """
 
     name: str
@@ -31,8 +35,15 @@ class StoredWeights:
     tied: Mapping[str, str]
 
 
-def weights_of(base: Base) -> StoredWeights:
-    """What a model folder stores."""
+def open_weights(base: Base) -> StoredWeights:
+    """Open the weight files of a model folder.
+
+    Args:
+        base: The model.
+
+    Returns:
+        Its weights, none of which is read yet.
+    """
     from safetensors import safe_open
 
     places: dict[str, Any] = {}
@@ -53,17 +64,34 @@ def weights_of(base: Base) -> StoredWeights:
 
 @dataclass(frozen=True)
 class Pair:
-    """One parameter of both models: its name in the base, and where each keeps it."""
+    """A parameter that both models have.
+
+    Args:
+        name: The parameter.
+        base: The tensor that holds it in the base.
+        tuned: The tensor that holds it in the fine-tuned model.
+    """
 
     name: str
     base: str
     tuned: str
 
 
-def pairs_of(base: StoredWeights, tuned: StoredWeights) -> list[Pair]:
-    """Every parameter of both; HubError for one that only one of them has, or of another shape.
+def pair_parameters(base: StoredWeights, tuned: StoredWeights) -> list[Pair]:
+    """Pair the parameters of two models.
 
-    Tied weights are one parameter where both tie them, and two where one of them does not.
+    Tied weights are one parameter if both models tie them, and two parameters otherwise.
+
+    Args:
+        base: The base's weights.
+        tuned: The fine-tuned weights.
+
+    Returns:
+        The pairs, sorted by name.
+
+    Raises:
+        HubError: Only one of the models has a parameter, its shapes differ, or tensors that are not
+            floating-point numbers differ.
     """
     pairs = [Pair(name, name, name) for name in base.shapes if name in tuned.shapes]
     pairs += [Pair(n, n, at) for n, at in tuned.tied.items() if n in base.shapes]
@@ -74,30 +102,36 @@ def pairs_of(base: StoredWeights, tuned: StoredWeights) -> list[Pair]:
         if alone:
             more = f" and {len(alone) - 1} more" if len(alone) > 1 else ""
             raise HubError(
-                f"{one.name} has {alone[0]}{more}, which {other.name} has not",
-                suggest_name(alone[0], other.shapes) or "the two must be one architecture",
+                f"{one.name} has {alone[0]}{more}, which {other.name} does not have",
+                suggest_name(alone[0], other.shapes) or "name two models of one architecture",
             )
     for pair in pairs:
         here, there = base.shapes[pair.base], tuned.shapes[pair.tuned]
         if here != there:
             raise HubError(
                 f"{pair.name} is {list(here)} in {base.name} and {list(there)} in {tuned.name}",
-                "a difference needs equal shapes; was the vocabulary resized?",
+                "check whether the vocabulary was resized; a difference needs equal shapes",
             )
     for name, shape in base.others.items():
         if name in tuned.others and not (
             shape == tuned.others[name] and torch.equal(base.read(name), tuned.read(name))
         ):
             raise HubError(
-                f"{name} differs, and is no tensor of floats",
-                "quantised weights have no difference; load and save both in float32",
+                f"{name} differs, and is not a floating-point tensor",
+                "load both models and save them in float32; quantised weights have no difference",
             )
     return sorted(pairs, key=lambda pair: pair.name)
 
 
 @dataclass(frozen=True)
 class Read:
-    """One parameter: its value in both models, and the difference; in float32, or float64 if stored so."""
+    """The values of one parameter, in float32, or in float64 if a model stores float64.
+
+    Args:
+        base: The value in the base.
+        tuned: The value in the fine-tuned model.
+        delta: `tuned - base`.
+    """
 
     base: Tensor
     tuned: Tensor
@@ -105,13 +139,25 @@ class Read:
 
 
 def read_pair(pair: Pair, base: StoredWeights, tuned: StoredWeights) -> Read:
-    """Both values of a parameter and their difference; IntegrityError for NaN or infinity."""
+    """Read a parameter of both models and subtract.
+
+    Args:
+        pair: The parameter.
+        base: The base's weights.
+        tuned: The fine-tuned weights.
+
+    Returns:
+        Both values and their difference.
+
+    Raises:
+        IntegrityError: A value is NaN or infinite.
+    """
     values = []
     for model, at in ((base, pair.base), (tuned, pair.tuned)):
         value = model.read(at)
         if not bool(torch.isfinite(value).all()):
             raise IntegrityError(
-                f"{at} of {model.name} holds NaN or infinity", "train or export it again"
+                f"{at} of {model.name} holds NaN or infinity", "train or export the model again"
             )
         values.append(value.to(torch.promote_types(value.dtype, torch.float32)))
     wide = torch.promote_types(values[0].dtype, values[1].dtype)
@@ -121,7 +167,13 @@ def read_pair(pair: Pair, base: StoredWeights, tuned: StoredWeights) -> Read:
 
 @dataclass(frozen=True)
 class Changed:
-    """A parameter that differs: its shape, and how many of its entries do."""
+    """A parameter that differs between the models.
+
+    Args:
+        pair: The parameter.
+        shape: Its shape.
+        entries: The number of entries that differ.
+    """
 
     pair: Pair
     shape: tuple[int, ...]
@@ -129,27 +181,37 @@ class Changed:
 
     @property
     def count(self) -> int:
+        """The number of all entries."""
         return math.prod(self.shape)
 
 
-def changed_of(
+def find_changed(
     pairs: list[Pair], base: StoredWeights, tuned: StoredWeights, report: Report
 ) -> Iterator[Changed]:
-    """The parameters that differ, read one by one.
+    """Find the parameters that differ, reading one at a time.
 
-    An output embedding that the base ties and the other model does not is one of them even if it
-    does not differ: without it the input's change would be its too.
+    An output embedding that the base ties and the fine-tuned model does not tie is included even if
+    it does not differ. Otherwise the change of the input embedding would apply to it, too.
+
+    Args:
+        pairs: The parameters of both models.
+        base: The base's weights.
+        tuned: The fine-tuned weights.
+        report: A progress callback.
+
+    Yields:
+        The parameters that differ.
     """
     for i, pair in enumerate(pairs):
         delta = read_pair(pair, base, tuned).delta
         entries = int(torch.count_nonzero(delta))
-        untied = pair.name in base.tied and not _tied_still(pair, base, tuned)
+        untied = pair.name in base.tied and not _is_still_tied(pair, base, tuned)
         if (entries and pair.name not in base.tied) or untied:
             yield Changed(pair, tuple(delta.shape), entries)
-        report("comparing", i + 1, len(pairs))
+        report("comparing the models", i + 1, len(pairs))
 
 
-def _tied_still(pair: Pair, base: StoredWeights, tuned: StoredWeights) -> bool:
-    """Whether a weight that is stored twice is one weight all the same."""
+def _is_still_tied(pair: Pair, base: StoredWeights, tuned: StoredWeights) -> bool:
+    """Return true if the fine-tuned model holds equal values for two weights that the base ties."""
     at = base.tied[pair.name]
     return torch.equal(tuned.read(pair.tuned), tuned.read(at))

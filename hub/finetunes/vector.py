@@ -1,4 +1,4 @@
-"""Writing a difference as a task vector, dense or sparse, one tensor at a time."""
+"""Write a difference as a dense or sparse task vector, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -38,14 +38,27 @@ def write(
     form: Form,
     report: Report,
 ) -> Error:
-    """Write `task_vector.safetensors`, or several such files and an index of them.
+    """Write `task_vector.safetensors`, or several such files and their index.
 
-    Returns how far they are from the true difference.
+    Args:
+        folder: The folder to write into.
+        base: The base.
+        untouched: The base's weights.
+        tuned: The fine-tuned weights.
+        changed: The parameters that differ.
+        form: The form, dense or sparse.
+        report: A progress callback.
+
+    Returns:
+        The error of the task vector.
+
+    Raises:
+        HubError: A change is too large for the dtype.
     """
     word, dtype = DTYPES[form.dtype]
-    kept = {change.pair.name: _kept(change, form, dtype.itemsize) for change in changed}
-    shards = _shards(changed, kept, dtype.itemsize, form.max_shard_size)
-    layouts = [_layout(base, shard, kept, word) for shard in shards]
+    kept = {change.pair.name: _count_kept(change, form, dtype.itemsize) for change in changed}
+    shards = _split_into_shards(changed, kept, dtype.itemsize, form.max_shard_size)
+    layouts = [_make_layout(base, shard, kept, word) for shard in shards]
     names = [SHARD.format(i + 1, len(shards)) for i in range(len(shards))]
     names = names if len(names) > 1 else [TASK_VECTOR]
     error, done = Error(), 0
@@ -54,10 +67,11 @@ def write(
             for change in shard:
                 name = change.pair.name
                 read = read_pair(change.pair, untouched, tuned)
-                stored = _put(writer, name, read.delta, kept[name], dtype)
+                stored = _write_change(writer, name, read.delta, kept[name], dtype)
                 if not bool(torch.isfinite(stored).all()):
                     raise HubError(
-                        f"the change of {name} overflows {form.dtype}", "use bfloat16 or float32"
+                        f"the change of {name} overflows {form.dtype}",
+                        "use --dtype bfloat16 or --dtype float32",
                     )
                 error.add(name, read, stored)
                 done += 1
@@ -72,10 +86,10 @@ def write(
     return error
 
 
-def _shards(
+def _split_into_shards(
     changed: list[Changed], kept: dict[str, int | None], width: int, limit: int
 ) -> list[list[Changed]]:
-    """The parameters in their order, as many in each file as its limit of bytes allows."""
+    """Split the parameters in their order into files of at most `limit` bytes."""
     shards: list[list[Changed]] = [[]]
     size = 0
     for change in changed:
@@ -89,17 +103,18 @@ def _shards(
     return shards
 
 
-def _kept(change: Changed, form: Form, width: int) -> int | None:
-    """How many entries of a parameter are stored beside a mask; None for a dense one."""
+def _count_kept(change: Changed, form: Form, width: int) -> int | None:
+    """Count the entries that are stored beside a mask; None if the parameter is stored dense."""
     if form.sparse is None:
         return None
     kept = min(change.entries, math.ceil(form.sparse * change.count))
     return kept if kept and -(-change.count // 8) + kept * width < change.count * width else None
 
 
-def _layout(
+def _make_layout(
     base: Base, changed: list[Changed], kept: dict[str, int | None], dtype: str
 ) -> SafetensorsLayout:
+    """Plan the tensors and the metadata of one file."""
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     shapes: dict[str, list[int]] = {}
     for change in changed:
@@ -124,11 +139,13 @@ def _layout(
     return SafetensorsLayout(tensors, metadata)
 
 
-def _put(writer: Writer, name: str, delta: Tensor, kept: int | None, dtype: torch.dtype) -> Tensor:
-    """Write a parameter's change; returns it as a reader will find it."""
+def _write_change(
+    writer: Writer, name: str, delta: Tensor, kept: int | None, dtype: torch.dtype
+) -> Tensor:
+    """Write the change of a parameter, and return it as a reader will find it."""
     if kept is None:
         stored = delta.to(dtype)
-        writer.put(name, _bytes(stored))
+        writer.put(name, _view_bytes(stored))
         return stored
     import numpy
 
@@ -137,10 +154,11 @@ def _put(writer: Writer, name: str, delta: Tensor, kept: int | None, dtype: torc
     mask[flat.abs().topk(kept, sorted=False).indices] = True
     values = flat[mask].to(dtype)
     bits = numpy.packbits(mask.numpy(), bitorder="little")
-    writer.put(f"{name}.values", _bytes(values))
+    writer.put(f"{name}.values", _view_bytes(values))
     writer.put(f"{name}.mask", bits.data)
     return unpack_mask(torch.from_numpy(bits), values, tuple(delta.shape))
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def _view_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor without a copy if it is contiguous."""
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data

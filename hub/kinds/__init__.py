@@ -5,7 +5,7 @@ it has a file, so the order of the imports counts.
 """
 
 # isort: off
-from experthub.hub.kinds.kind import ExpertKind, Footprint, StoredExpert, kinds
+from experthub.hub.kinds.kind import BaseShapes, ExpertKind, Footprint, StoredExpert, kinds
 from experthub.hub.kinds import lora as lora
 from experthub.hub.kinds import task_vector as task_vector
 from experthub.hub.kinds import coefficients as coefficients
@@ -13,4 +13,4 @@ from experthub.hub.kinds import skills as skills
 from experthub.hub.kinds import router as router
 # isort: on
 
-__all__ = ["ExpertKind", "Footprint", "StoredExpert", "kinds"]
+__all__ = ["BaseShapes", "ExpertKind", "Footprint", "StoredExpert", "kinds"]

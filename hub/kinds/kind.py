@@ -7,20 +7,38 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from experthub.hub.errors import HubError, IntegrityError
 from experthub.hub.files.spelling import suggest_name
 from experthub.hub.formats.adapter import Adapted, check_shapes
 
 if TYPE_CHECKING:
-    from experthub.hub.bases.base import Base
     from experthub.merge import Delta
 
 FILE = r"[a-z_]{1,60}(-[0-9]{5}-of-[0-9]{5})?\.(json|safetensors|safetensors\.index\.json)"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 Shapes = dict[str, tuple[int, ...]]
 Result = TypeVar("Result")
+
+
+class BaseShapes(Protocol):
+    """What a kind may know of a base: names and shapes, and no weights."""
+
+    @property
+    def name(self) -> str:
+        """The name of the base."""
+        ...
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every parameter."""
+        ...
+
+    @property
+    def tied(self) -> Mapping[str, str]:
+        """Each parameter that is not stored, with the one whose weights it shares."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -55,7 +73,7 @@ class StoredExpert:
 
     name: str
     files: Collection[str]
-    base: Base
+    base: BaseShapes
     locate: Callable[[str], Path]
     verified: Callable[[str], Path]
     memo: dict[int, tuple[object, Any]]
@@ -157,7 +175,7 @@ class ExpertKind:
     check: Callable[[Path], list[str]]
     key: str = "experts"
     footprint: Callable[[StoredExpert], Footprint] | None = None
-    load: Callable[[Mapping[str, Any], Footprint, Base], Changes] | None = None
+    load: Callable[[Mapping[str, Any], Footprint, BaseShapes], Changes] | None = None
     mapped: tuple[str, ...] = ()
     opened: tuple[str, ...] = ()
     low_rank: bool = False

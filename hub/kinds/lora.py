@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 from experthub.hub.errors import IntegrityError
 from experthub.hub.files.json_files import read_json
 from experthub.hub.formats.adapter import Adapted, check_gates, read_adapter, read_gates
-from experthub.hub.kinds.kind import Changes, ExpertKind, Footprint, StoredExpert, kinds
+from experthub.hub.kinds.kind import BaseShapes, Changes, ExpertKind, Footprint, StoredExpert, kinds
 
 if TYPE_CHECKING:
-    from experthub.hub.bases.base import Base
     from experthub.merge import Delta
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -45,7 +44,7 @@ def _footprint(expert: StoredExpert) -> Footprint:
     return Footprint(shapes, adapted, expert.once(gates, lambda: frozenset(gates)))
 
 
-def _load(contents: Mapping[str, Any], footprint: Footprint, base: Base) -> Changes:
+def _load(contents: Mapping[str, Any], footprint: Footprint, base: BaseShapes) -> Changes:
     """Return a function for each adapted weight that makes its low-rank change, in float32."""
     from experthub.hub.formats.safetensors_reader import Tensors
     from experthub.merge import LowRank

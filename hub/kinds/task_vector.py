@@ -18,10 +18,9 @@ from experthub.hub.formats.task_vector import (
     read_task_vector,
     unpack_mask,
 )
-from experthub.hub.kinds.kind import Changes, ExpertKind, Footprint, StoredExpert, kinds
+from experthub.hub.kinds.kind import BaseShapes, Changes, ExpertKind, Footprint, StoredExpert, kinds
 
 if TYPE_CHECKING:
-    from experthub.hub.bases.base import Base
     from experthub.merge import Delta
 
 TASK_VECTOR = "task_vector.safetensors"
@@ -87,7 +86,7 @@ def _footprint(expert: StoredExpert) -> Footprint:
     return Footprint(expert.dense_shapes({name: one.shape for name, one in stored.items()}))
 
 
-def _load(contents: Mapping[str, Any], footprint: Footprint, base: Base) -> Changes:
+def _load(contents: Mapping[str, Any], footprint: Footprint, base: BaseShapes) -> Changes:
     """Return a function for each changed parameter that reads its change, in float32."""
     from experthub.merge import Dense
     from safetensors import safe_open

@@ -12,6 +12,7 @@ from experthub.hub.files import checksummed_text, yaml_files
 from experthub.hub.files.atomic import discard, walk_files, write_text
 from experthub.hub.files.digests import sha256_of
 from experthub.hub.progress import Report
+from experthub.hub.recipes.lock_file import Lock
 from experthub.hub.registry.layers import entry_files
 from experthub.hub.registry.registry_file import RegistryFile
 from experthub.hub.store.roots import ROOTS, lock_files, root_files, root_name
@@ -80,7 +81,6 @@ def _mend(path: Path, content: bytes, right: Callable[[bytes], bool], why: str) 
 
 
 def _read_lock(path: Path) -> None:
-    from experthub.hub.recipes.lock_file import Lock
 
     Lock.read(path)
 

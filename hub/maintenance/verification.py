@@ -15,6 +15,7 @@ from experthub.hub.errors import HubError, IntegrityError
 from experthub.hub.files.atomic import walk_files
 from experthub.hub.files.digests import sha256_of
 from experthub.hub.maintenance.kept import Kept, folders, texts
+from experthub.hub.recipes.lock_file import Lock
 from experthub.hub.registry.content import Content
 from experthub.hub.registry.registry import Registry
 from experthub.hub.session import Session
@@ -121,7 +122,6 @@ def _repaired(kept: Kept, found: Findings) -> bool:
 
 def _contents(session: Session) -> dict[str, Content]:
     """Collect the contents that entries and locks name, by digest; the nearest entry counts."""
-    from experthub.hub.recipes.lock_file import Lock
 
     known: dict[str, Content] = {}
     for lock in lock_files(session.store.root):

@@ -13,7 +13,7 @@ from experthub.hub.errors import ConflictError, UsageError
 from experthub.hub.materials.cma_es import minimize
 from experthub.hub.materials.task_data import TaskData
 from experthub.hub.readers.reader_for import reader_for
-from experthub.hub.recipes.examples import chosen, held_out
+from experthub.hub.recipes.examples import choose_examples, hold_out
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.session import Session
 from experthub.hub.states.run_state import load_progress, save_progress
@@ -54,7 +54,7 @@ def _read_data(plan: Plan, device: str | None) -> TaskData | None:
         return None
     if plan.data is None:
         raise UsageError(f"{method.method} needs data", "set data: in the recipe")
-    use, given = plan.data.use, chosen(plan.data.use)
+    use, given = plan.data.use, choose_examples(plan.data.use)
     for one, digest in zip(given, plan.data.digests, strict=True):
         if one.task.digest != digest:
             raise ConflictError(
@@ -67,6 +67,6 @@ def _read_data(plan: Plan, device: str | None) -> TaskData | None:
     untie(model, plan.parameters, plan)
     # Rows, and what they have of the base, are made before anything changes the model.
     reader = reader_for(plan.base, device, lambda: model)
-    others = held_out(use, given) if labelled else None
+    others = hold_out(use, given) if labelled else None
     looked_at = TaskData(model, reader, others, True) if others else None
     return TaskData(model, reader, given, labelled, looked_at)

@@ -19,7 +19,7 @@ from experthub.hub.materials.task_data import TaskData
 from experthub.hub.readers.features import watch_inputs
 from experthub.hub.readers.reader import Reader, read_all
 from experthub.hub.readers.reader_for import reader_for
-from experthub.hub.recipes.examples import chosen
+from experthub.hub.recipes.examples import choose_examples
 from experthub.hub.recipes.method import Method
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.session import Session
@@ -38,7 +38,7 @@ class RouterMaterials:
         if plan.data is None:
             raise UsageError(f"{plan.recipe.method.method} needs data", "set data: in the recipe")
         self.plan, self.session = plan, session
-        self.given = chosen(plan.data.use)
+        self.given = choose_examples(plan.data.use)
         self.labels = [expert.label for expert in plan.experts]
         self.n_layers = len(plan.layers)
         self.report = session.report

@@ -1,1 +1,1 @@
-"""From a recipe to a plan and its lock file."""
+"""Recipes, the plans that they resolve to, and their lock files."""

@@ -1,4 +1,4 @@
-"""What a recipe's method cannot work with, refused by name before a weight is read."""
+"""Checks that a recipe's method can work with its experts, before a weight is read."""
 
 from __future__ import annotations
 
@@ -15,13 +15,21 @@ from experthub.routing import routers
 
 
 def check_apart(ways: Sequence[Recipe], targets: Sequence[tuple[str, ...]]) -> None:
-    """Refuse parts that name the same module."""
+    """Refuse parts that name the same module.
+
+    Args:
+        ways: The recipe of each part.
+        targets: The parameters that each part changes.
+
+    Raises:
+        UsageError: A module belongs to two parts.
+    """
     owner: dict[str, str | None] = {}
     for way, names in zip(ways, targets, strict=True):
         for name in names:
             if name in owner:
                 raise UsageError(
-                    f"{name.rpartition('.')[0]} is of two parts: {owner[name]} and {way.targets}",
+                    f"{name.rpartition('.')[0]} belongs to two parts: {owner[name]} and {way.targets}",
                     "write patterns that do not overlap",
                 )
             owner[name] = way.targets

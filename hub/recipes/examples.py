@@ -1,4 +1,4 @@
-"""Which examples a learned merge sees, and their digest."""
+"""The examples that a method sees, and their digest."""
 
 from __future__ import annotations
 
@@ -16,49 +16,93 @@ from experthub.hub.tasks.task_files import read_task
 
 @dataclass(frozen=True)
 class PlannedData:
-    """What a recipe says of its data, and the digest of each task as it is now."""
+    """The data of a recipe, with the digest of each task as it is now.
+
+    Attributes:
+        use: The recipe's `data:`.
+        digests: The digest of each task.
+    """
 
     use: DataUse
     digests: tuple[str, ...]
 
     @classmethod
     def of(cls, use: DataUse) -> PlannedData:
-        """Read the tasks and check that the recipe's examples are there."""
-        return cls(use, tuple(one.task.digest for one in chosen(use)))
+        """Read the tasks, and check that the recipe's examples exist.
+
+        Args:
+            use: The recipe's `data:`.
+
+        Returns:
+            The data with the digests of the tasks.
+
+        Raises:
+            NotFoundError: A task or its split does not exist.
+            UsageError: A task has no choices.
+        """
+        return cls(use, tuple(one.task.digest for one in choose_examples(use)))
 
     @property
     def digest(self) -> str:
-        """Of everything that decides which examples are seen, in which order of tasks."""
+        """The digest of everything that decides which examples are seen, and in which order."""
         record = self.use.model_dump(mode="json", exclude={"tasks"})
         return digest_of([record, list(self.digests)])
 
     def record(self) -> dict[str, Any]:
-        """As plain values, for a lock file."""
+        """Return the data as plain values, for a lock file.
+
+        Returns:
+            The keys of `data:`, with a digest for each task.
+        """
         tasks = zip(self.use.tasks, self.digests, strict=True)
         rest = self.use.model_dump(mode="json", exclude={"tasks"}, exclude_none=True)
         return {"tasks": [{"task": task, "digest": digest} for task, digest in tasks], **rest}
 
 
-def chosen(use: DataUse) -> list[Chosen]:
-    """The examples that a recipe's data means; UsageError for a task that has no choices."""
-    return [_of_task(read_task(reference), use, use.split) for reference in use.tasks]
+def choose_examples(use: DataUse) -> list[Chosen]:
+    """Choose the examples that a recipe's data refers to.
+
+    Args:
+        use: The recipe's `data:`.
+
+    Returns:
+        The examples of each task.
+
+    Raises:
+        UsageError: A task has no choices.
+    """
+    return [_choose(read_task(reference), use, use.split) for reference in use.tasks]
 
 
-def held_out(use: DataUse, given: Sequence[Chosen]) -> list[Chosen] | None:
-    """Labelled examples to stop by, as many as are learned from; None where nothing may be seen.
+def hold_out(use: DataUse, given: Sequence[Chosen]) -> list[Chosen] | None:
+    """Choose labelled examples of the validation split, on which early stopping is decided.
 
-    given: what is learned from.  They are of the validation split; data of that split itself leaves none.
+    Args:
+        use: The recipe's `data:`.
+        given: The examples that are learned from.
+
+    Returns:
+        As many examples of each task; None if the method may not see labels, if it learns from the
+        validation split itself, or if a task has no such split.
     """
     if not use.labels or use.split == "validation":
         return None
     try:
-        return [_of_task(one.task, use, "validation") for one in given]
+        return [_choose(one.task, use, "validation") for one in given]
     except HubError:  # a small task may have none
         return None
 
 
-def few(task: Task, shots: int) -> list[Example]:
-    """As many examples of the training split in all, in turn of each class."""
+def choose_few(task: Task, shots: int) -> list[Example]:
+    """Choose a few examples of the training split, in turn of each class.
+
+    Args:
+        task: The task.
+        shots: The number of examples in all.
+
+    Returns:
+        The examples.
+    """
     examples = task.split("train")
     by_class: dict[str, list[Example]] = {}
     for example in examples:
@@ -71,7 +115,8 @@ def few(task: Task, shots: int) -> list[Example]:
     return [e for turn in turns for e in turn if e is not None][:shots]
 
 
-def _of_task(task: Task, use: DataUse, split: Split) -> Chosen:
+def _choose(task: Task, use: DataUse, split: Split) -> Chosen:
+    """Choose the examples of one task."""
     if not task.ranked:
         raise UsageError(
             f"task {task.reference} has no choices, and learning compares those",
@@ -79,12 +124,12 @@ def _of_task(task: Task, use: DataUse, split: Split) -> Chosen:
         )
     examples = task.split(split)
     if use.shots is not None:
-        examples = _shots(task, examples, use.shots)
+        examples = _choose_shots(task, examples, use.shots)
     return Chosen(task, tuple(examples[: use.limit]))
 
 
-def _shots(task: Task, examples: Sequence[Example], shots: int) -> list[Example]:
-    """The first examples of each class; where each has choices of its own, as many in all."""
+def _choose_shots(task: Task, examples: Sequence[Example], shots: int) -> list[Example]:
+    """Choose the first examples of each class, or as many in all if choices differ by example."""
     if task.card.labels is None and len({tuple(sorted(task.choices(e))) for e in examples}) > 1:
         return list(examples[: shots * len(task.choices(examples[0]))])
     found: dict[str, list[Example]] = {}

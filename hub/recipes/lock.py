@@ -30,7 +30,14 @@ Pins = Literal["locked", "frozen"]
 
 
 def recipe_digest(path: Path) -> str:
-    """The digest of a recipe file's values."""
+    """Compute the digest of a recipe file's values.
+
+    Args:
+        path: The recipe file.
+
+    Returns:
+        The digest; comments and layout do not count.
+    """
     return digest_of(record_kernels(yaml_files.read(path).value))
 
 
@@ -64,14 +71,14 @@ def lock(path: Path, session: Session, *, update: Sequence[str] | None = ()) -> 
 def _kept(
     use: ExpertUse, known: Sequence[LockedExpert], update: Sequence[str] | None
 ) -> Content | None:
-    """What the present lock has for a use; None where it is to be looked up."""
+    """Return the content that the present lock has for a use; None if it must be looked up."""
     if update is None or Reference.parse(use.expert).name in update:
         return None
     return next((entry.content for entry in known if _allows(use, entry)), None)
 
 
 def _allows(use: ExpertUse, entry: LockedExpert) -> bool:
-    """Whether a recipe's reference can mean what a lock holds."""
+    """Tell whether a recipe's reference can refer to what a lock holds."""
     wanted = Reference.parse(use.expert)
     if not wanted.name:
         return use.expert == entry.expert
@@ -121,7 +128,7 @@ def plan_of(
     data = None
     if held.data:
         use = recipe.data or DataUse.model_validate(held.data.use)
-        data = PlannedData(use, tuple(_now(task, pins) for task in held.data.tasks))
+        data = PlannedData(use, tuple(_digest_now(task, pins) for task in held.data.tasks))
     kept = held.coefficients or held.router
     found = kept.content if kept else None
     if found and pins == "locked" and recipe.stored:
@@ -130,13 +137,13 @@ def plan_of(
     if plan.digest != held.composition:
         raise ConflictError(
             f"{path} resolves to {plan.digest[:19]}, and its lock says {held.composition[:19]}",
-            f"the base or the lock was changed: run hub lock {path}",
+            f"run hub lock {path}: the base or the lock was changed",
         )
     return plan
 
 
-def _now(locked: LockedTask, pins: Pins) -> str:
-    """The digest of a task: as it is here, or for `frozen`, or where it is not here, as locked."""
+def _digest_now(locked: LockedTask, pins: Pins) -> str:
+    """Return the digest of a task as it is here; the locked one for `frozen`, or if it is not here."""
     if pins == "frozen":
         return locked.digest
     try:
@@ -146,7 +153,7 @@ def _now(locked: LockedTask, pins: Pins) -> str:
 
 
 def _as_known(content: Content, registry: Registry, path: Path) -> Content:
-    """The registries' entry for what a lock pins; ConflictError when it has another content."""
+    """Return the registries' entry for what a lock pins; refuse one of other content."""
     reference = Reference.parse(content.reference)
     if not reference.name:
         return content
@@ -161,7 +168,7 @@ def _as_known(content: Content, registry: Registry, path: Path) -> Content:
 
 
 def _registry_of(held: Lock, path: Path, recipe: Recipe) -> Registry:
-    """A registry that knows the locked base, by what the recipe calls it, and nothing else."""
+    """Make a registry that knows the locked base by its name in the recipe, and nothing else."""
     base = held.base
     if Reference.parse(recipe.base).folder or Reference.parse(recipe.base).remote:
         return Registry(())
@@ -172,7 +179,7 @@ def _registry_of(held: Lock, path: Path, recipe: Recipe) -> Registry:
         known = RegistryFile(version=1, bases={base.name: entry})
     except ValidationError:
         raise UsageError(
-            f"{lock_path(path)}: {base.name!r} is no base's name", f"run hub lock {path}"
+            f"{lock_path(path)}: {base.name!r} is not a name for a base", f"run hub lock {path}"
         ) from None
     return Registry((Layer(lock_path(path), known),))
 
@@ -195,8 +202,19 @@ def check_lock(path: Path, session: Session) -> Lock:
     return Lock.read(lock_path(path))
 
 
-def locked_with(name: str, folder: Path) -> list[Path]:
-    """The recipes of a folder whose locks pin an expert; UsageError when there is none."""
+def find_recipes_with(name: str, folder: Path) -> list[Path]:
+    """Find the recipes of a folder whose locks pin an expert.
+
+    Args:
+        name: The name of the expert.
+        folder: The folder of the recipes.
+
+    Returns:
+        The recipe files.
+
+    Raises:
+        UsageError: No lock pins the expert.
+    """
     found = []
     for held in sorted(folder.glob(f"*{SUFFIX}")):
         recipe = held.with_name(held.name.removesuffix(SUFFIX) + ".yaml")

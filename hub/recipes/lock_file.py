@@ -1,4 +1,4 @@
-"""The lock file: what is written in `<recipe>.lock.yaml`, and how it is read."""
+"""The lock file `<recipe>.lock.yaml`: its format, reading and writing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SUFFIX = ".lock.yaml"
 
 
 class LockedBase(Closed):
-    """The base: what it is called, what it is, and where to get it."""
+    """The base in a lock: its name, its fingerprint, and where to get it."""
 
     name: str
     fingerprint: Digest
@@ -32,7 +32,7 @@ class LockedBase(Closed):
 
 
 class LockedExpert(Closed):
-    """One expert: what it is called, what it is, and where to get it."""
+    """An expert in a lock: its name, its digest, and where to get it."""
 
     expert: str
     digest: Digest
@@ -43,11 +43,12 @@ class LockedExpert(Closed):
 
     @property
     def content(self) -> Content:
+        """The content that the entry pins."""
         return Content(self.expert, self.digest, tuple(self.sources), self.task)
 
 
 class LockedMerge(Closed):
-    """An expert that is a merge of experts."""
+    """An expert in a lock that is a merge of experts."""
 
     merge: dict[str, Any]
     experts: Annotated[list[LockedExpert], Field(min_length=1)]
@@ -57,14 +58,14 @@ class LockedMerge(Closed):
 
 
 class LockedTask(Closed):
-    """One task that a merge learned from."""
+    """A task in a lock that a method learned from."""
 
     task: str
     digest: Digest
 
 
 class LockedData(Closed):
-    """What a method learned from; see `hub.recipe.DataUse`."""
+    """The data in a lock that a method learned from; see `hub.recipes.recipe.DataUse`."""
 
     tasks: Annotated[list[LockedTask], Field(min_length=1)]
     split: str
@@ -74,16 +75,17 @@ class LockedData(Closed):
 
     @property
     def use(self) -> dict[str, Any]:
-        """As a recipe would say it."""
+        """The data as a recipe would set it."""
         rest = self.model_dump(exclude={"tasks"})
         return {"tasks": [task.task for task in self.tasks], **rest}
 
 
 class Lock(Closed):
-    """`<recipe>.lock.yaml`, version 1.
+    """The file `<recipe>.lock.yaml`, version 1.
 
-    recipe: the digest of the recipe's values; comments and layout do not count.  composition: the
-    digest of the plan, which everything that changes the composed weights is part of.
+    Attributes:
+        recipe: The digest of the recipe's values; comments and layout do not count.
+        composition: The digest of the plan, which covers everything that changes the composed weights.
     """
 
     version: Literal[1]
@@ -104,55 +106,88 @@ class Lock(Closed):
 
     @classmethod
     def read(cls, path: Path) -> Lock:
-        """Read a lock file, its sources made absolute.
+        """Read a lock file, and make its sources absolute.
 
-        Raises NotFoundError when there is none, UsageError with file and line for a malformed one.
+        Args:
+            path: The file.
+
+        Returns:
+            The lock.
+
+        Raises:
+            NotFoundError: There is no such file.
+            UsageError: The file is malformed; the message names the file and the line.
         """
         if not path.is_file():
             raise NotFoundError(f"there is no lock {path}", "make it with hub lock")
         lock = yaml_files.validate(cls, yaml_files.read(path), "docs/recipes.md")
-        return lock._placed(lambda source: absolute_source(source, path.resolve().parent))
+        return lock._map_sources(lambda source: absolute_source(source, path.resolve().parent))
 
     @classmethod
     def of(cls, plan: Plan, recipe: str) -> Lock:
-        """The lock of a plan.  recipe: the digest of the recipe's values."""
+        """Make the lock of a plan.
+
+        Args:
+            plan: The plan.
+            recipe: The digest of the recipe's values.
+
+        Returns:
+            The lock.
+        """
         return cls.model_validate({**plan.lock, "recipe": recipe})
 
     def write(self, path: Path) -> None:
-        """Write the file; sources inside its folder are relative to it, so that both can move."""
-        near = self._placed(lambda source: relative_source(source, path.resolve().parent))
-        with lease(hub_home()):  # no collection between the two
+        """Write the file.
+
+        Sources inside its folder are written relative to it, so that both can move.
+
+        Args:
+            path: The file.
+        """
+        near = self._map_sources(lambda source: relative_source(source, path.resolve().parent))
+        with lease(hub_home()):  # so that nothing is collected between the two
             remember(path)
             checksummed_text.write(path, yaml_files.dump(near.record()))
 
     def record(self) -> dict[str, Any]:
-        """The lock as plain values, for `--json` and the file."""
+        """Return the lock as plain values, for `--json` and for the file.
+
+        Returns:
+            The keys of the file.
+        """
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
     @property
     def members(self) -> list[LockedExpert]:
-        """The experts, those of nested merges included, in the recipe's order."""
+        """The experts in the recipe's order, those of nested merges included."""
         groups = [[e] if isinstance(e, LockedExpert) else e.experts for e in self.experts]
         return [member for group in groups for member in group]
 
-    def _placed(self, place: Callable[[str], str]) -> Lock:
-        """The lock with every source rewritten."""
+    def _map_sources(self, place: Callable[[str], str]) -> Lock:
+        """Return the lock with every source rewritten."""
 
-        def there(entry: Any) -> Any:
+        def rewrite(entry: Any) -> Any:
             if isinstance(entry, LockedMerge):
-                return entry.model_copy(update={"experts": list(map(there, entry.experts))})
+                return entry.model_copy(update={"experts": list(map(rewrite, entry.experts))})
             return entry.model_copy(update={"sources": list(map(place, entry.sources))})
 
         update: dict[str, Any] = {
-            "base": there(self.base),
-            "experts": list(map(there, self.experts)),
+            "base": rewrite(self.base),
+            "experts": list(map(rewrite, self.experts)),
         }
         for key in ("coefficients", "router"):
             if getattr(self, key):
-                update[key] = there(getattr(self, key))
+                update[key] = rewrite(getattr(self, key))
         return self.model_copy(update=update)
 
 
 def lock_path(recipe: Path) -> Path:
-    """Where a recipe's lock is: beside it, under its stem."""
+    """Return the path of a recipe's lock: beside it, under its stem.
+
+    Args:
+        recipe: The recipe file.
+
+    Returns:
+        The path, whether it exists or not.
+    """
     return recipe.with_name(recipe.stem + SUFFIX)

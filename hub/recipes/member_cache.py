@@ -1,7 +1,7 @@
-"""What resolving finds out about many experts, kept so that a bank of them loads without their files.
+"""Sizes and shapes of many experts, cached so that a bank of them loads without their files.
 
-An expert never changes under its digest.  To look at it in the store takes a dozen calls of the system,
-to know it again none.
+An expert never changes under its digest.  Looking at one in the store costs a dozen system calls; a
+cache hit costs none.
 """
 
 from __future__ import annotations
@@ -29,19 +29,40 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class MemberCache:
-    """A file with sizes and shapes of the LoRAs of one composition, in their order."""
+    """A file with the sizes and shapes of the LoRAs of one composition, in their order.
+
+    Attributes:
+        path: The file.
+    """
 
     path: Path
 
     @classmethod
     def of(cls, contents: Iterable[Content], base: Base, allow_mismatch: bool) -> MemberCache:
-        """allow_mismatch: of bases, which is checked before it is written and never after."""
+        """Return the cache of a composition.
+
+        Args:
+            contents: The contents of its experts, in order.
+            base: The base.
+            allow_mismatch: Whether experts of another base are accepted; this is checked before the file is
+                written, and not again.
+
+        Returns:
+            The cache, whether its file exists or not.
+        """
         digests = [content.digest for content in contents]
         key = digest_of([VERSION, base.fingerprint, allow_mismatch, digests])[7:23]
         return cls(hub_home() / "banks" / "members" / f"{key}.json")
 
     def members(self, named: Sequence[tuple[Content, float]]) -> list[Member] | None:
-        """The members that contents with these weights are; None where they are not known."""
+        """Return the members of a composition, as the cache knows them.
+
+        Args:
+            named: The contents of the experts with their weights, in order.
+
+        Returns:
+            The members; None if the cache has no file, or a damaged one.
+        """
         found = self._read()
         if found is None:
             return None
@@ -78,7 +99,7 @@ class MemberCache:
         write_json(self.path, {**found, "check": digest_of(found)})
 
     def _read(self) -> dict[str, Any] | None:
-        """What is in the file; None where there is none, or a damaged one."""
+        """Read the file; return None if there is none or if it is damaged."""
         try:
             found = read_json(self.path)
             check = found.pop("check", None)

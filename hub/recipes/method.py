@@ -13,7 +13,15 @@ if TYPE_CHECKING:
 
 
 class Method(Closed):
-    """A merge or a router with its options, checked against the method's signature."""
+    """A merge or a router with its options, checked against the method's signature.
+
+    Attributes:
+        kind: `merge` or `route`.
+        method: The name of the method.
+        combine: What a router mixes: outputs, or parameters.
+        kernel: The kernel of a route, as the recipe spells it.
+        options: A value for every option.
+    """
 
     kind: Literal["merge", "route"]
     method: str
@@ -46,7 +54,7 @@ class Method(Closed):
 
     @property
     def examples_per_task(self) -> int | None:
-        """How many examples of each of the experts' own tasks the method sees; None means all."""
+        """The number of examples of each of the experts' own tasks that the method sees; None means all."""
         from experthub.merge import ExamplesPerTask
 
         return next(iter(self.with_role(ExamplesPerTask).values()), None)
@@ -88,6 +96,7 @@ class Method(Closed):
 
 
 def _catalogue(kind: Literal["merge", "route"]) -> Catalogue[Any]:
+    """Return the catalogue of merges or of routers."""
     from experthub.merge import merges
     from experthub.routing import routers
 
@@ -95,7 +104,16 @@ def _catalogue(kind: Literal["merge", "route"]) -> Catalogue[Any]:
 
 
 def error_at(message: str, key: str, hint: str) -> PydanticCustomError:
-    """An error at one key of the mapping that is being read."""
+    """Make an error at one key of the mapping that is being read.
+
+    Args:
+        message: What is wrong.
+        key: The key.
+        hint: The next step.
+
+    Returns:
+        The error, which `yaml_files.validate` turns into a UsageError with file and line.
+    """
     context = {"message": message, "key": key, "hint": hint}
     return PydanticCustomError("hub_error", "{message}", context)
 
@@ -133,8 +151,19 @@ def record_kernels(recipe: Any) -> Any:
     return found
 
 
-def method_of(kind: Literal["merge", "route"], value: Any) -> Method | None:
-    """A method out of the plain values of a recipe, checked against the catalogue; None for null."""
+def read_method(kind: Literal["merge", "route"], value: Any) -> Method | None:
+    """Read a method from the plain values of a recipe, and check it against the catalogue.
+
+    Args:
+        kind: `merge` or `route`.
+        value: The value of this key.
+
+    Returns:
+        The method; None for null.
+
+    Raises:
+        PydanticCustomError: The method or an option is unknown or wrong.
+    """
     from experthub.merge import RecipeSeed
 
     catalogue = _catalogue(kind)
@@ -148,7 +177,7 @@ def method_of(kind: Literal["merge", "route"], value: Any) -> Method | None:
         other = _catalogue("route" if kind == "merge" else "merge")
         hint = suggest_name(name, catalogue)
         if name in other:
-            hint = f"{name} is a {other.kind}: write it under '{other.kind}:'"
+            hint = f"write it under '{other.kind}:', because {name} is a {other.kind}"
         raise error_at(f"unknown {kind} method {name!r}", "method", hint)
     strategy = catalogue[name]
     ways = strategy.traits.routing.combines if kind == "route" else ("outputs",)
@@ -159,10 +188,10 @@ def method_of(kind: Literal["merge", "route"], value: Any) -> Method | None:
         raise error_at(
             f"expected outputs or parameters, found {combine!r}",
             "combine",
-            "outputs mixes B A x, parameters mixes the B and the A",
+            "use outputs to mix B A x, or parameters to mix the B and the A",
         )
     if kind == "route" and combine not in ways:
-        raise error_at(f"{name} cannot combine {combine}", "combine", f"say combine: {ways[0]}")
+        raise error_at(f"{name} cannot combine {combine}", "combine", f"set combine: {ways[0]}")
     try:
         options = strategy.bind(given)
     except KeyError as error:

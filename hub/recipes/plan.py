@@ -22,9 +22,14 @@ LARGE = 100_000_000  # bytes of experts, from which on mapping a bank is faster 
 
 @dataclass(frozen=True)
 class Member:
-    """One stored expert of a plan: its content, its kind, and what it changes of the base.
+    """A stored expert of a plan: its content, its kind, and what it changes of the base.
 
-    weight: its factor within its expert.  size: bytes of its files.
+    Attributes:
+        content: The content in the store.
+        kind: The name of its kind.
+        weight: Its factor within its expert.
+        size: The bytes of its files.
+        footprint: What it changes.
     """
 
     content: Content
@@ -35,41 +40,63 @@ class Member:
 
     @property
     def reference(self) -> str:
+        """The name by which the recipe calls the expert."""
         return self.content.reference
 
     @property
     def digest(self) -> str:
+        """The digest of its content."""
         return self.content.digest
 
     @property
     def task(self) -> str | None:
+        """The task that it was trained on, if it says so."""
         return self.content.task
 
     @property
     def changes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every parameter that it changes."""
         return self.footprint.shapes
 
     @property
     def adapted(self) -> tuple[Adapted, ...]:
+        """How it changes modules, for a low-rank change."""
         return self.footprint.adapted
 
     @property
     def gated(self) -> frozenset[str]:
+        """The modules that have a gate."""
         return self.footprint.gated
 
     @property
     def skill_tasks(self) -> tuple[str, ...]:
+        """The tasks that an inventory of skills knows."""
         return self.footprint.skill_tasks
 
 
 def is_large(members: Sequence[Member]) -> bool:
-    """Whether a bank pays for these experts."""
+    """Tell whether a bank is faster than stacking these experts.
+
+    Args:
+        members: The stored experts of a plan.
+
+    Returns:
+        True if their files are large.
+    """
     return sum(member.size for member in members) >= LARGE
 
 
 @dataclass(frozen=True)
 class PlannedExpert:
-    """One expert of the recipe: a stored one, or a merge of several."""
+    """An expert of the recipe: a stored one, or a merge of several.
+
+    Attributes:
+        label: Its name in reports.
+        weight: The factor of its change.
+        members: The stored experts that it is made of.
+        merge: The merge, if it is one.
+        rank: The rank that the merge is truncated to.
+    """
 
     label: str
     weight: float
@@ -79,21 +106,23 @@ class PlannedExpert:
 
     @property
     def changes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every parameter that the expert changes."""
         return {name: shape for member in self.members for name, shape in member.changes.items()}
 
     @property
     def digest(self) -> str:
-        """Of the expert's content; of everything that it is made of, for a merge of several."""
+        """The digest of the expert's content, or of everything that a merge is made of."""
         return self.members[0].digest if self.merge is None else digest_of(self.content)
 
     @property
     def content(self) -> list[Any]:
-        """What decides its weights."""
+        """Everything that decides its weights."""
         members = [(member.digest, member.weight) for member in self.members]
         return [members, self.weight, self.rank, self.merge and self.merge.record()]
 
     @property
     def low_rank(self) -> bool:
+        """True if every change is low-rank."""
         if self.rank is not None:
             return True
         dense = self.merge is not None and self.merge.strategy.traits.dense
@@ -102,12 +131,19 @@ class PlannedExpert:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a composition will read and change; nothing is left to look up.
+    """A resolved recipe: everything a composition will read and change.
 
-    parameters: those that will change.  reads: bytes of weights.  memory: bytes of the composed
-    model with what routing keeps beside it.  data: what the method
-    learns from.  found: what it found before, coefficients or a router's state, which the recipe
-    names or a lock pins.  parts: a plan for each, of a recipe with parts.
+    Attributes:
+        recipe: The recipe.
+        base: The base.
+        experts: The experts of the recipe.
+        parameters: The names of the parameters that will change.
+        dtype: The dtype of the composed model.
+        reads: Bytes of weights that will be read.
+        memory: Bytes of the composed model, with the experts that routing keeps beside it.
+        data: The data that the method learns from.
+        found: The stored state of the method, if the recipe names one or a lock pins one.
+        parts: A plan for each part of a recipe with parts.
     """
 
     recipe: Recipe
@@ -128,17 +164,17 @@ class Plan:
 
     @property
     def routed(self) -> bool:
-        """Whether some of its modules are routed while the model runs."""
+        """True if some modules are routed while the model runs."""
         return any(unit.recipe.route is not None and not unit.folds for unit in self.units)
 
     @property
     def skilled(self) -> bool:
-        """Whether its route is over an inventory of skills."""
+        """True if the route is over an inventory of skills."""
         return any("skills" in method.strategy.needs for method in self.recipe.methods)
 
     @property
     def folds(self) -> bool:
-        """Whether its route is for one task of an inventory, and so a plain LoRA."""
+        """True if the route is for one task of an inventory, and so a plain LoRA."""
         known = len(self.members[0].skill_tasks) == 1
         return self.skilled and (known or self.task is not None)
 
@@ -149,16 +185,17 @@ class Plan:
 
     @property
     def members(self) -> list[Member]:
+        """The stored experts, those of nested merges included."""
         return [member for expert in self.experts for member in expert.members]
 
     @cached_property
     def contents(self) -> list[Any]:
-        """What decides the experts' weights."""
+        """Everything that decides the experts' weights."""
         return [expert.content for expert in self.experts]
 
     @property
     def digest(self) -> str:
-        """Names the composition by content: the same digest and code give the same bits."""
+        """The name of the composition by content: the same digest and code give the same bits."""
         content: dict[str, Any] = {
             **self._options,
             "base": self.base.fingerprint,
@@ -172,21 +209,22 @@ class Plan:
 
     @property
     def layers(self) -> list[int]:
-        """The layers of the model that have something to change, -1 for what is in none."""
+        """The layers that have something to change; -1 stands for modules outside of layers."""
         return sorted({layer_of(name) for name in self.parameters})
 
     @property
     def keeps_state(self) -> bool:
-        """Whether its method finds something that can be kept: coefficients, a router's state."""
+        """True if the method has a state that is worth keeping."""
         return any(method.strategy.keeps_state for method in self.recipe.methods)
 
     @property
     def _found_as(self) -> str:
+        """The key of the method's state."""
         return "coefficients" if self.recipe.route is None else "router"
 
     @property
     def _options(self) -> dict[str, Any]:
-        """What the recipe says besides base and experts."""
+        """The keys of the recipe besides base and experts."""
         return {
             "version": 1,
             **_ways(self.recipe),
@@ -198,7 +236,7 @@ class Plan:
 
     @property
     def lock(self) -> dict[str, Any]:
-        """Everything the composition is made of, pinned; the content of a lock file."""
+        """Everything the composition is made of, pinned: the content of a lock file."""
         base = {"name": self.base.name, "fingerprint": self.base.fingerprint}
         return {
             "version": 1,
@@ -211,7 +249,11 @@ class Plan:
         }
 
     def record(self) -> dict[str, Any]:
-        """The plan as plain values, for `--json`."""
+        """Return the plan as plain values, for `--json`.
+
+        Returns:
+            The lock, with the digest, the parameters and the sizes.
+        """
         return {
             "digest": self.digest,
             **self.lock,
@@ -222,7 +264,7 @@ class Plan:
 
 
 def _ways(recipe: Recipe) -> dict[str, Any]:
-    """What a recipe says of its method, or of those of its parts."""
+    """Return the recipe's method, or those of its parts, as plain values."""
     if recipe.parts is None:
         return {recipe.method.kind: recipe.method.record()}
     ways = [{"targets": p.targets, p.method.kind: p.method.record()} for p in recipe.parts]
@@ -230,12 +272,20 @@ def _ways(recipe: Recipe) -> dict[str, Any]:
 
 
 def layer_of(name: str) -> int:
-    """The first number in a module's path; -1 for a module outside of the layers."""
+    """Find the layer of a module by the first number in its path.
+
+    Args:
+        name: The path of the module.
+
+    Returns:
+        The number; -1 for a module outside of the layers.
+    """
     found = re.search(r"\.(\d+)\.", f".{name}.")
     return int(found[1]) if found else -1
 
 
 def _locked_content(content: Content) -> dict[str, Any]:
+    """Return the entry of a lock for one content."""
     return {
         "expert": content.reference,
         "digest": content.digest,
@@ -244,6 +294,7 @@ def _locked_content(content: Content) -> dict[str, Any]:
 
 
 def _locked(expert: PlannedExpert) -> dict[str, Any]:
+    """Return the entry of a lock for one expert."""
     members = [
         _locked_content(m.content) | ({"task": m.task} if m.task else {}) for m in expert.members
     ]

@@ -1,4 +1,4 @@
-"""Recipes: which base, which experts, and one way to put them together."""
+"""Recipes: a base, experts, and one way to combine them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from experthub.hub.errors import HubError, NotFoundError
 from experthub.hub.files import yaml_files
 from experthub.hub.files.patterns import check_pattern
 from experthub.hub.files.yaml_files import Closed, Document
-from experthub.hub.recipes.method import Method, error_at, method_of
+from experthub.hub.recipes.method import Method, error_at, read_method
 from experthub.hub.registry.expert import Name, Reference, absolute_source
 from pydantic import (
     AfterValidator,
@@ -26,7 +26,13 @@ Weight = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class ExpertUse(Closed):
-    """One expert of a recipe: a reference, how much of it, and a name for it in reports."""
+    """One expert of a recipe.
+
+    Attributes:
+        expert: A reference to the expert.
+        weight: The factor of its change.
+        as_: A name for it in reports.
+    """
 
     expert: str
     weight: Weight = 1.0
@@ -35,6 +41,7 @@ class ExpertUse(Closed):
     @field_validator("expert")
     @classmethod
     def _reference(cls, text: str) -> str:
+        """Refuse a reference that cannot be parsed."""
         try:
             Reference.parse(text)
         except HubError as error:
@@ -43,18 +50,23 @@ class ExpertUse(Closed):
 
 
 Pattern = Annotated[str, AfterValidator(check_pattern)]
-# None is outside of what reads a method, so that errors keep their place in the file.
-Merge = Annotated[Method | None, BeforeValidator(partial(method_of, "merge"))]
-Route = Annotated[Method | None, BeforeValidator(partial(method_of, "route"))]
+# The None stands outside of the validator that reads a method, so that errors keep their place.
+Merge = Annotated[Method | None, BeforeValidator(partial(read_method, "merge"))]
+Route = Annotated[Method | None, BeforeValidator(partial(read_method, "route"))]
 
 
 class NestedMerge(Closed):
     """An expert that is itself a merge of experts, one level deep.
 
-    rank: that of the result, by SVD; None keeps it exact.
+    Attributes:
+        merge: The merge.
+        experts: The experts that are merged.
+        rank: The rank of the result, which is truncated by SVD. None keeps the result exact.
+        as_: A name for it in reports.
+        weight: The factor of its change.
     """
 
-    merge: Annotated[Method, BeforeValidator(partial(method_of, "merge"))]
+    merge: Annotated[Method, BeforeValidator(partial(read_method, "merge"))]
     experts: Annotated[list[ExpertUse], Field(min_length=1)]
     rank: Annotated[int, Field(ge=1)] | None = None
     as_: Annotated[Name | None, Field(alias="as")] = None
@@ -63,10 +75,12 @@ class NestedMerge(Closed):
     @field_validator("experts", mode="before")
     @classmethod
     def _names(cls, value: Any) -> Any:
+        """Accept bare references."""
         return _as_uses(value)
 
 
 def _use_kind(value: Any) -> str:
+    """Tell a merge from an expert by its keys."""
     nested = isinstance(value, NestedMerge) or (isinstance(value, dict) and "merge" in value)
     return "<merge>" if nested else "<expert>"
 
@@ -78,10 +92,14 @@ Use = Annotated[
 
 
 class DataUse(Closed):
-    """What a learned merge may look at.
+    """The data that a method may look at.
 
-    tasks: references.  split: of their examples.  labels: whether it may see the right answers.
-    shots: examples of each class.  limit: examples of each task, at most.
+    Attributes:
+        tasks: References to tasks.
+        split: The split of their examples.
+        labels: Whether the method may see the right answers.
+        shots: Examples of each class.
+        limit: The largest number of examples of each task.
     """
 
     tasks: Annotated[list[str], Field(min_length=1)]
@@ -92,17 +110,21 @@ class DataUse(Closed):
 
     @model_validator(mode="after")
     def _classes(self) -> DataUse:
+        """Refuse shots without labels, and a task that is named twice."""
         if self.shots is not None and not self.labels:
             raise ValueError("shots are examples of each class, which needs labels: true")
         if len(set(self.tasks)) < len(self.tasks):
-            raise ValueError("a task stands twice")
+            raise ValueError("a task is named twice")
         return self
 
 
 class Part(Closed):
     """A method for some modules.
 
-    targets: a regular expression that their paths match whole.  Exactly one of merge and route.
+    Attributes:
+        targets: A regular expression that the modules' paths match as a whole.
+        merge: The merge. Exactly one of merge and route is set.
+        route: The router.
     """
 
     targets: Pattern
@@ -111,22 +133,34 @@ class Part(Closed):
 
     @property
     def method(self) -> Method:
+        """The merge or the router."""
         return one_of(self.merge, self.route)
 
     @model_validator(mode="after")
     def _one_way(self) -> Part:
+        """Refuse a part with two methods or none, and a method that learns."""
         if self.method.strategy.keeps_state or self.method.strategy.needs_data:
-            raise ValueError(f"a part learns nothing: {self.method.method}")
+            raise ValueError(f"a part cannot learn: {self.method.method}")
         return self
 
 
 class Recipe(Closed):
     """A base, experts, and exactly one of merge, route and parts.
 
-    targets: a regular expression that module paths must match whole to be changed.  dtype: of the
-    composed model, the base's own by default.  data: what a learned merge learns from.
-    coefficients: those that it found before, in the place of data.  router: the same of a route: the
-    state that was made for it.
+    Attributes:
+        version: The version of the format.
+        base: A reference to the base.
+        experts: The experts, and merges of experts.
+        merge: The merge, for one set of weights.
+        route: The router, for weights that depend on the input.
+        parts: Methods for disjoint sets of modules.
+        targets: A regular expression; only modules whose path it matches as a whole are changed.
+        dtype: The dtype of the composed model. None means that of the base.
+        seed: The seed of methods that draw random numbers.
+        allow_base_mismatch: Whether experts of another base are accepted.
+        data: The data that a method learns from.
+        coefficients: Stored coefficients of a merge, in the place of data.
+        router: A stored state of a router, in the place of data.
     """
 
     version: Literal[1] = 1
@@ -146,20 +180,22 @@ class Recipe(Closed):
     @field_validator("experts", mode="before")
     @classmethod
     def _uses(cls, value: Any) -> Any:
+        """Accept bare references."""
         return _as_uses(value)
 
     @model_validator(mode="after")
     def _one_way(self) -> Recipe:
+        """Refuse a recipe with several ways to combine its experts, or with none."""
         if self.parts is None:
             one_of(self.merge, self.route)
         elif self.merge or self.route:
             raise ValueError(ONE_WAY)
         elif self.targets:
-            raise ValueError("say targets in each of the parts, and not beside them")
+            raise ValueError("set targets in each of the parts, and not beside them")
         merged = [use.merge for use in self.experts if isinstance(use, NestedMerge)]
         for nested in merged:
             if nested.strategy.needs_data:
-                raise ValueError(f"a merge inside of another learns nothing: {nested.method}")
+                raise ValueError(f"a merge inside of another cannot learn: {nested.method}")
         for method in (*self.methods, *merged):
             method.set_seed(self.seed)
         for method in self.methods:
@@ -167,63 +203,79 @@ class Recipe(Closed):
         return self
 
     def _check_data(self, method: Method) -> None:
-        """Data for what learns from it, labels where it needs them, and nothing for the others."""
+        """Require data and labels for a method that needs them, and refuse them for others."""
         strategy, name = method.strategy, method.method
         given, (key, other) = self.data is not None, self._keys
         if getattr(self, other):
-            raise ValueError(f"{other}: is no key of a {method.kind}: say {key}:")
+            raise ValueError(f"{other}: does not belong to a {method.kind}; use {key}:")
         if strategy.needs_own_tasks and given:
-            raise ValueError(f"{name} looks at the experts' own tasks: remove data")
+            raise ValueError(f"{name} looks at the experts' own tasks; remove data")
         if not strategy.needs_data and not strategy.needs_own_tasks:
             if given or self.stored:
-                raise ValueError(f"{name} learns nothing: remove data and {key}")
+                raise ValueError(f"{name} learns nothing; remove data and {key}")
         elif self.stored and (given or not strategy.keeps_state):
             why = f"data and {key} exclude each other"
             raise ValueError(why if given else f"{name} has no {key} to store")
         elif strategy.needs_data and not given and not self.stored:
             raise ValueError(
-                f"{name} learns from examples: say data: {{tasks: [...]}}"
+                f"{name} learns from examples; set data: {{tasks: [...]}}"
                 + (f", or {key}: of an earlier run" if strategy.keeps_state else "")
             )
         if self.data and strategy.needs_labels(method.options) and not self.data.labels:
-            raise ValueError(f"{method.method} needs right answers here: say labels: true in data")
+            raise ValueError(f"{method.method} needs right answers here; set labels: true in data")
 
     @property
     def _keys(self) -> tuple[str, str]:
-        """The key of what its method found before, and that of the other kind of method."""
+        """The key of the method's stored state, and that of the other kind of method."""
         keys = "coefficients", "router"
         return keys if self.route is None else (keys[1], keys[0])
 
     @property
     def stored(self) -> str | None:
-        """What its method found before, if the recipe names it: coefficients, or a router's state."""
+        """A reference to the method's stored state, if the recipe names one."""
         found: str | None = getattr(self, self._keys[0])
         return found
 
     @property
     def method(self) -> Method:
-        """Of a recipe without parts."""
+        """The method of a recipe without parts."""
         return one_of(self.merge, self.route)
 
     @property
     def methods(self) -> list[Method]:
+        """The method of each part, or the one method."""
         return [part.method for part in self.parts] if self.parts else [self.method]
 
     def of_part(self, part: Part) -> Recipe:
-        """The same recipe for the modules of one part, with its method."""
+        """Return the same recipe for the modules of one part, with its method.
+
+        Args:
+            part: One of the parts.
+
+        Returns:
+            A recipe without parts.
+        """
         update = {"parts": None, "merge": part.merge, "route": part.route, "targets": part.targets}
         return self.model_copy(update=update)
 
     @property
     def uses(self) -> list[ExpertUse]:
-        """The experts, those of nested merges included, in order."""
+        """The experts in order, those of nested merges included."""
         return [use for entry in self.experts for use in members_of(entry)]
 
     @classmethod
     def read(cls, path: Path | str) -> Recipe:
-        """Read a recipe file; relative folders in it are relative to it.
+        """Read a recipe file; relative folders in it are relative to the file.
 
-        Raises NotFoundError for no file, UsageError with file and line for anything wrong in it.
+        Args:
+            path: The file.
+
+        Returns:
+            The recipe.
+
+        Raises:
+            NotFoundError: There is no such file.
+            UsageError: The file is malformed; the message names the file and the line.
         """
         path = Path(path)
         if not path.is_file():
@@ -233,7 +285,18 @@ class Recipe(Closed):
 
     @classmethod
     def of(cls, value: Document | dict[str, Any], folder: Path | None = None) -> Recipe:
-        """A recipe from plain values; folder is what relative paths are relative to."""
+        """Make a recipe from plain values.
+
+        Args:
+            value: The values of a recipe file.
+            folder: The folder that relative paths are relative to; the current one by default.
+
+        Returns:
+            The recipe.
+
+        Raises:
+            UsageError: The values are no recipe.
+        """
         document = value if isinstance(value, Document) else Document(value, {}, "recipe")
         if not isinstance(document.value, dict):
             document = Document({}, {}, document.name)
@@ -256,7 +319,17 @@ ONE_WAY = "expected exactly one of merge, route and parts"
 
 
 def one_of(*methods: Method | None) -> Method:
-    """The one that is there; ValueError for none or several."""
+    """Return the one method that is set.
+
+    Args:
+        *methods: Methods, or None.
+
+    Returns:
+        The method.
+
+    Raises:
+        ValueError: No method or several methods are set.
+    """
     given = [method for method in methods if method is not None]
     if len(given) != 1:
         raise ValueError(ONE_WAY)
@@ -264,18 +337,26 @@ def one_of(*methods: Method | None) -> Method:
 
 
 def members_of(entry: ExpertUse | NestedMerge) -> list[ExpertUse]:
-    """The experts that one entry of a recipe names."""
+    """Return the experts that one entry of a recipe names.
+
+    Args:
+        entry: An expert or a nested merge.
+
+    Returns:
+        The expert itself, or those of the merge.
+    """
     return [entry] if isinstance(entry, ExpertUse) else entry.experts
 
 
 def _as_uses(value: Any) -> Any:
-    """A bare reference stands for a use of that expert."""
+    """Turn bare references into uses of these experts."""
     if not isinstance(value, list):
         return value
     return [{"expert": item} if isinstance(item, str) else item for item in value]
 
 
 def _absolute(text: str, folder: Path) -> str:
+    """Make a relative folder absolute, and leave other references alone."""
     if text.startswith(("./", "../", "file:")) or text in (".", ".."):
         source = absolute_source(text, folder)
         return source if Reference.parse(source).member else source.removeprefix("file:")
@@ -283,6 +364,7 @@ def _absolute(text: str, folder: Path) -> str:
 
 
 def _located(use: ExpertUse | NestedMerge, folder: Path) -> ExpertUse | NestedMerge:
+    """Make the folders that an entry refers to absolute."""
     if isinstance(use, ExpertUse):
         place = _absolute(use.expert, folder)
         return use if place == use.expert else use.model_copy(update={"expert": place})

@@ -24,6 +24,7 @@ from experthub.hub.session import Session
 from experthub.hub.store.folder import stated_in
 from experthub.hub.transfer.pull import pull
 from experthub.hub.transfer.sources import opened
+from experthub.routing import current_kernel
 
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "F32": 4, "BF16": 2, "F16": 2}
 
@@ -68,7 +69,7 @@ def resolve(
         _plan_expert(entry, [next(members) for _ in members_of(entry)]) for entry in recipe.experts
     )
     ways = [recipe.of_part(part) for part in recipe.parts] if recipe.parts else [recipe]
-    targets = [_targets(way, experts, base) for way in ways]
+    targets = [_find_targets(way, experts, base) for way in ways]
     check_apart(ways, targets)
     for way, parameters in zip(ways, targets, strict=True):
         check_method(way, experts, parameters)
@@ -78,7 +79,7 @@ def resolve(
     if found is not None:
         _check_found(found, pull(session, found)[0], recipe)
     if data is None and recipe.stored is None:
-        data = _data(recipe, experts)
+        data = _plan_data(recipe, experts)
     reads = base.tensor_bytes + sum(m.size for e in experts for m in e.members)
     memory = base.tensor_bytes * WIDTH[dtype] // WIDTH.get(base.dtype, 4)
     if any(way.route for way in ways):
@@ -95,8 +96,6 @@ def _note_renamed(recipe: Recipe, session: Session) -> None:
     """Report kernels that the recipe calls by an earlier name."""
     spelled = {method.kernel for method in recipe.methods} - {"auto"}
     if spelled:
-        from experthub.routing import current_kernel
-
         for name in sorted(spelled - {*map(current_kernel, spelled)}):
             session.report(f"note: kernel: {name} is now called {current_kernel(name)}", 0, 0)
 
@@ -112,8 +111,8 @@ def _check_found(content: Content, identity: Identity, recipe: Recipe) -> None:
         )
 
 
-def _data(recipe: Recipe, experts: Sequence[PlannedExpert]) -> PlannedData | None:
-    """What the recipe says, or the experts' own tasks for a method that looks at those."""
+def _plan_data(recipe: Recipe, experts: Sequence[PlannedExpert]) -> PlannedData | None:
+    """Return the recipe's data, or the experts' own tasks for a method that looks at those."""
     if recipe.data:
         return PlannedData.of(recipe.data)
     if recipe.parts or not recipe.method.strategy.needs_own_tasks:
@@ -156,7 +155,7 @@ def find_content(use: ExpertUse, session: Session) -> Content:
 
 @dataclass(frozen=True)
 class _Stock:
-    """Stored experts against a base.  Many have the same shapes, which are checked once."""
+    """Stored experts that are checked against a base; equal shapes are checked once."""
 
     session: Session
     base: Base
@@ -164,7 +163,7 @@ class _Stock:
     memo: dict[int, tuple[object, Any]] = field(default_factory=dict)
 
     def members(self, named: Sequence[tuple[Content, ExpertUse]], packed: bool) -> list[Member]:
-        """All experts of a recipe, from the store, or as they are known if they may be packed."""
+        """Return all experts of a recipe, from the store, or from the cache if a bank may hold them."""
         contents = [content for content, _ in named]
         cache = MemberCache.of(contents, self.base, self.allow_mismatch)
         weighed = [(content, use.weight) for content, use in named]
@@ -178,19 +177,19 @@ class _Stock:
         return found
 
     def member(self, use: ExpertUse, found: Content, identity: Identity) -> Member:
-        """One expert as the recipe names it, checked."""
+        """Check one expert as the recipe names it."""
         reference, other = found.reference, identity.base_fingerprint
         if other and other != self.base.fingerprint and not self.allow_mismatch:
             raise IntegrityError(
                 f"expert {reference} was made for the base {other[:19]}, "
                 f"and {self.base.name} is {self.base.fingerprint[:19]}",
-                "use its own base, or say allow_base_mismatch: true if you know that it fits",
+                "use its own base, or set allow_base_mismatch: true if you know that it fits",
             )
         kind = kinds[identity.kind]
         if kind.footprint is None:
             raise UsageError(
-                f"{reference} holds {kind.label}, and is no expert",
-                f"say {kind.key}: {reference}, beside the experts that it is of",
+                f"{reference} holds {kind.label}, which is not an expert",
+                f"set {kind.key}: {reference}, beside the experts that it belongs to",
             )
         digests = {name: info.sha256 for name, info in identity.files.items()}
         stored = StoredExpert(
@@ -206,6 +205,7 @@ class _Stock:
 
 
 def _plan_expert(entry: ExpertUse | NestedMerge, members: list[Member]) -> PlannedExpert:
+    """Plan one entry of the recipe."""
     if isinstance(entry, ExpertUse):
         label = entry.as_ or members[0].reference.split("@")[0].rstrip("/").rsplit("/", 1)[-1]
         return PlannedExpert(label, entry.weight, tuple(members))
@@ -213,7 +213,10 @@ def _plan_expert(entry: ExpertUse | NestedMerge, members: list[Member]) -> Plann
     return PlannedExpert(label, entry.weight, tuple(members), entry.merge, entry.rank)
 
 
-def _targets(recipe: Recipe, experts: tuple[PlannedExpert, ...], base: Base) -> tuple[str, ...]:
+def _find_targets(
+    recipe: Recipe, experts: tuple[PlannedExpert, ...], base: Base
+) -> tuple[str, ...]:
+    """Find the parameters that the recipe changes."""
     shapes = {id(m.changes): m.changes for expert in experts for m in expert.members}
     names = sorted({name for changes in shapes.values() for name in changes})
     if recipe.targets is None:
@@ -226,6 +229,6 @@ def _targets(recipe: Recipe, experts: tuple[PlannedExpert, ...], base: Base) -> 
     if not chosen:
         raise HubError(
             f"targets {recipe.targets!r} matches no module that the experts change",
-            f"they change {names[0].rpartition('.')[0]} and {len(names) - 1} more",
+            f"match one of the modules that they change: {names[0].rpartition('.')[0]} and {len(names) - 1} more",
         )
     return tuple(chosen)

@@ -1,1 +1,1 @@
-"""Choosing experts for a task, and grouping them: measures, similarities, recipes."""
+"""Selection of experts for a task, and grouping of similar experts."""

@@ -1,4 +1,4 @@
-"""How much inputs agree with what routers know of experts, in one pass of the base.
+"""Affinities of a task's texts and experts: the weights that routers would give in one base pass.
 
 Shapes: T tokens, I inputs of a module, P experts at a module.
 """
@@ -21,31 +21,44 @@ from experthub.routing import ExpertStack, Router, arrow, compute_scores, phatgo
 from torch import Tensor, nn
 
 Scores = list[float | None]
-TINY = 1e-12  # for weights that underflow
+TINY = 1e-12  # the smallest weight in a logarithm, because a softmax can underflow to 0
 ROUTERS: Mapping[str, Callable[..., Router]] = {"gates": phatgoose, "prototypes": arrow}
 
 
 @dataclass
 class Probe:
-    """A router over all experts of one module, and their weights `[P]`, summed over tokens."""
+    """A router over all experts of one module that sums their weights over tokens.
+
+    Args:
+        router: The router.
+        experts: The positions of the module's experts in the plan.
+        total_P: The weights `[P]`, summed over tokens.
+        tokens: The number of tokens read so far.
+    """
 
     router: Router
     experts: tuple[int, ...]
     total_P: Tensor
     tokens: int = 0
 
-    def forget(self) -> None:
+    def reset(self) -> None:
+        """Set the sums to zero."""
         self.total_P.zero_()
         self.tokens = 0
 
-    def see(self, x_TI: Tensor) -> None:
+    def update(self, x_TI: Tensor) -> None:
+        """Add the weights of more tokens.
+
+        Args:
+            x_TI: Inputs of the module.
+        """
         scores_TP = compute_scores(x_TI, self.router.probes_PI, self.router.layer_norm)
         weights_TP = self.router.weights(scores_TP).dense(len(self.experts))
         self.total_P += weights_TP.sum(0).double().cpu()
         self.tokens += len(x_TI)
 
 
-def affinities(
+def compute_affinities(
     plan: Plan,
     features: Features,
     model: nn.Module,
@@ -63,59 +76,61 @@ def affinities(
         features: The reader of texts.
         model: The base.
         texts: Texts of the task.
-        others: Texts of other tasks. If there are some, a weight is divided by the geometric mean of
-            the expert's weights on them.
+        others: Texts of other tasks, one sequence per task. If there are any, a weight is divided
+            by the geometric mean of the expert's weights on those tasks.
         measures: `gates`, `prototypes` or both.
         session: The store and the progress callback.
 
     Returns:
-        By measure, one score per expert; None for an expert without what the measure reads.
+        By measure, one score per expert; None for an expert that lacks what the measure reads:
+        gates, or a low-rank change.
     """
-    probes = _probes(plan, model, measures, session.store)
+    probes = _build_probes(plan, model, measures, session.store)
     if not probes:
         return {measure: [None] * len(plan.experts) for measure in measures}
     modules = {name: model.get_submodule(name) for name in probes}
 
-    def seen(name: str, x_TI: Tensor) -> None:
+    def observe(name: str, x_TI: Tensor) -> None:
         for own in probes[name].values():
-            own.see(x_TI)
+            own.update(x_TI)
 
-    def weights(read: Sequence[str]) -> dict[str, Scores]:
+    def average_weights(read: Sequence[str]) -> dict[str, Scores]:
         for own in probes.values():
             for probe in own.values():
-                probe.forget()
-        with watch_inputs(modules, features, seen):
+                probe.reset()
+        with watch_inputs(modules, features, observe):
             features.of(model, read)
         return {
-            measure: _means(
+            measure: _average_probes(
                 [own[measure] for own in probes.values() if measure in own], len(plan.experts)
             )
             for measure in measures
         }
 
-    found, usual = weights(texts), []
+    found, usual = average_weights(texts), []
     for number, read in enumerate(others, 1):
-        usual.append(weights(read))
+        usual.append(average_weights(read))
         session.report("reading examples of the experts' own tasks", number, len(others))
     if not usual:
         return found
     return {
         measure: [
-            None if score is None else score / _geometric([row[measure][e] for row in usual])
+            None if score is None else score / _geometric_mean([row[measure][e] for row in usual])
             for e, score in enumerate(scores)
         ]
         for measure, scores in found.items()
     }
 
 
-def _geometric(scores: Scores) -> float:
+def _geometric_mean(scores: Scores) -> float:
+    """Compute the geometric mean of scores; values that underflow count as a tiny one."""
     return math.exp(sum(math.log(max(score or 0, TINY)) for score in scores) / len(scores))
 
 
-def _probes(
+def _build_probes(
     plan: Plan, model: nn.Module, measures: Sequence[str], store: Store
 ) -> dict[str, dict[str, Probe]]:
-    """By module and measure, what looks at the module's inputs; only where there is something."""
+    """Build the probes by module and measure; a module gets none if no expert suits the measure."""
     found: dict[str, dict[str, Probe]] = {}
     with Contents(plan.members, store, gates="gates" in measures) as contents:
         vectors = [task_vector(expert, plan, contents) for expert in plan.experts]
@@ -131,21 +146,24 @@ def _probes(
             gated = {e: gates_of[e][name] for e in here if name in gates_of[e]}
             for measure, experts in {"prototypes": here, "gates": list(gated)}.items():
                 if measure in measures and experts:
-                    probe = _probe(measure, {e: deltas[e] for e in experts}, gated, len(vectors))
+                    probe = _build_probe(
+                        measure, {e: deltas[e] for e in experts}, gated, len(vectors)
+                    )
                     found.setdefault(name, {})[measure] = probe
     return found
 
 
-def _probe(
+def _build_probe(
     measure: str, deltas: Mapping[int, LowRank], gates: Mapping[int, Tensor], n_experts: int
 ) -> Probe:
+    """Build the probe of one module for a measure."""
     own = gates if measure == "gates" else None
     router = ROUTERS[measure](ExpertStack.of(deltas, n_experts, own), top_k=n_experts)
     return Probe(router, tuple(deltas), torch.zeros(len(deltas), dtype=torch.double))
 
 
-def _means(probes: Sequence[Probe], n_experts: int) -> Scores:
-    """Every expert's mean over the modules where it has a probe; None without one."""
+def _average_probes(probes: Sequence[Probe], n_experts: int) -> Scores:
+    """Average every expert's weight over the modules where it has a probe; None without a probe."""
     sums, counts = [0.0] * n_experts, [0] * n_experts
     for probe in (probe for probe in probes if probe.tokens):
         for e, total in zip(probe.experts, probe.total_P.tolist(), strict=True):

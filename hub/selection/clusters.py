@@ -1,13 +1,15 @@
-"""Groups of like experts, for a route between what their groups merge to (MBC).
+"""Groups of similar experts, for a route between the merged groups (MBC).
 
 Ostapenko et al., "Towards Modular LLMs by Building and Reusing a Library of LoRAs",
-https://arxiv.org/abs/2405.11157, section 3.  Deviations: the cosine is that of the experts' changes
-themselves, exact from their factors, where the authors' code has that of a sparse SVD of the
-flattened factors; groups are made by average linkage, which has no random start, where they run
-k-means on the rows of the matrix; and a group's experts are merged, where they train one on the
-tasks of all.
+https://arxiv.org/abs/2405.11157, section 3. There are three deviations from the paper:
 
-Shapes: E experts, D entries of what they are compared by.
+- The cosine is exact, between the experts' changes of the weights. The authors' code flattens the
+  factors and compares a sparse SVD of them.
+- Groups are formed by average linkage, which has no random start. The authors run k-means on the
+  rows of the similarity matrix.
+- The experts of a group are merged. The authors train one expert on the tasks of the group.
+
+Shapes: E experts, D entries of the vectors that are compared.
 """
 
 from __future__ import annotations
@@ -23,9 +25,9 @@ from experthub.hub.errors import HubError, NotFoundError, UsageError
 from experthub.hub.materials.embedder import Embedder
 from experthub.hub.readers.features import Features
 from experthub.hub.recipes.plan import Plan
-from experthub.hub.selection.candidates import candidates
-from experthub.hub.selection.likeness import own_embeddings, own_texts
-from experthub.hub.selection.written import way_of, write_recipe
+from experthub.hub.selection.candidates import plan_candidates
+from experthub.hub.selection.embeddings import embed_own_tasks, read_own_texts
+from experthub.hub.selection.recipe_writing import build_method_entry, write_recipe
 from experthub.hub.session import Session
 from experthub.hub.store.store import Store
 from experthub.merge import cosine_matrix, gram_matrix
@@ -33,40 +35,59 @@ from experthub.routing import standardised
 from torch import Tensor
 
 By = Literal["weights", "gates", "embeddings"]
-EXAMPLES = 32
+EXAMPLES = 32  # per task, for `embeddings`
 
 
 @dataclass(frozen=True)
 class Clusters:
-    """Experts in groups.
+    """A partition of experts into groups of similar ones.
 
-    plan: the experts.  similarity: cosines, a row for each expert.  groups: places of experts in
-    the plan, each once, the group of the first one first.
+    Args:
+        plan: The experts.
+        similarity: The cosines between experts, as `[expert][expert]`, from -1 to 1.
+        groups: The positions in the plan of each group's experts. Every expert is in one group, and
+            the groups are in the order of their first experts.
     """
 
     plan: Plan
     similarity: list[list[float]]
     groups: list[list[int]]
 
-    def within(self, group: Sequence[int]) -> float | None:
-        """The mean cosine between different experts of a group; None for a single one."""
+    def mean_cosine(self, group: Sequence[int]) -> float | None:
+        """Compute the mean cosine between the different experts of a group.
+
+        Args:
+            group: The positions of the group's experts in the plan.
+
+        Returns:
+            The mean, from -1 to 1; None for a single expert.
+        """
         pairs = [self.similarity[e][f] for e in group for f in group if e < f]
         return sum(pairs) / len(pairs) if pairs else None
 
     def record(self) -> dict[str, Any]:
-        """As plain values, for `--json`."""
+        """Return the groups and similarities as plain values, for `--json`.
+
+        Returns:
+            A record with `base`, `groups` (their experts and mean cosines), `experts` and
+            `similarity`.
+        """
         references = [expert.members[0].reference for expert in self.plan.experts]
         groups = [
-            {"experts": [references[e] for e in group], "mean_cosine": self.within(group)}
+            {"experts": [references[e] for e in group], "mean_cosine": self.mean_cosine(group)}
             for group in self.groups
         ]
         named = {"experts": references, "similarity": self.similarity}
         return {"base": self.plan.base.name, "groups": groups, **named}
 
-    def experts(self, rank: int | None = None) -> list[Any]:
-        """The groups as experts of a recipe: a merge each, or the single expert itself.
+    def build_experts(self, rank: int | None = None) -> list[Any]:
+        """Build the `experts:` of a recipe: a nested merge for every group of several experts.
 
-        rank: of the merges; None keeps their sums exact.
+        Args:
+            rank: The rank of the merges. None keeps them exact.
+
+        Returns:
+            One entry per group; a group of one expert is the expert itself.
         """
         shortened = {} if rank is None else {"rank": rank}
         entries: list[Any] = []
@@ -87,7 +108,7 @@ def cluster(
     embedder: str = "all-minilm-l6-v2",
     session: Session | None = None,
 ) -> Clusters:
-    """Group experts by the cosines between them, with average linkage.
+    """Group similar experts by the cosines between them, with average linkage.
 
     Args:
         experts: References. The default is all experts of the base.
@@ -102,29 +123,50 @@ def cluster(
         The groups.
 
     Raises:
-        UsageError: k is too large.
-        HubError: An expert lacks what is compared.
+        UsageError: k is not between 1 and the number of experts.
+        NotFoundError: An expert does not exist, or the task of an expert is not imported.
+        HubError: An expert has no gates.
+
+    Example:
+        from experthub import hub
+
+        found = hub.cluster(["sentiment", "intent-recognition", "question-typing"], k=2)
+        print(found.groups, found.similarity)
     """
     session = session or Session()
-    plan = candidates(base, experts, session)
+    plan = plan_candidates(base, experts, session)
     n_experts = len(plan.experts)
     if not 1 <= k <= n_experts:
-        raise UsageError(f"{n_experts} experts make no {k} groups", f"say --k 1 to {n_experts}")
+        raise UsageError(
+            f"cannot form {k} groups from {n_experts} experts", f"set --k between 1 and {n_experts}"
+        )
     if by == "weights":
         session.report("comparing weights", 0, 0)
         with Contents(plan.members, session.store, gates=False) as contents:
             found = gram_matrix([task_vector(expert, plan, contents) for expert in plan.experts])
     else:
         rows_ED = (
-            _gates(plan, session.store) if by == "gates" else _embeddings(plan, embedder, session)
+            _stack_gates(plan, session.store)
+            if by == "gates"
+            else _embed_experts(plan, embedder, session)
         )
         found = rows_ED.double() @ rows_ED.double().T
     similarity = cosine_matrix(found)
     return Clusters(plan, similarity.tolist(), average_linkage(similarity, k))
 
 
-def as_by(text: str) -> By:
-    """The name of what experts are compared by; UsageError for any other."""
+def parse_similarity(text: str) -> By:
+    """Check the name of what experts are compared by.
+
+    Args:
+        text: The name.
+
+    Returns:
+        The same name.
+
+    Raises:
+        UsageError: The name is unknown.
+    """
     if text not in get_args(By):
         raise UsageError(f"unknown --by {text!r}", f"use one of {', '.join(get_args(By))}")
     return cast(By, text)
@@ -152,16 +194,26 @@ def write_clusters(
     Raises:
         HubError: The experts lack what the router needs, or one is dense and there is no rank.
     """
-    way = way_of(method, routes_only=True)
-    recipe = {"base": found.plan.recipe.base, "experts": found.experts(rank), **way}
-    why = f"{len(found.plan.experts)} experts in {len(found.groups)} groups of like ones."
-    return write_recipe(Path(path), recipe, why, session)
+    recipe = {
+        "base": found.plan.recipe.base,
+        "experts": found.build_experts(rank),
+        **build_method_entry(method, routes_only=True),
+    }
+    comment = f"{len(found.plan.experts)} experts in {len(found.groups)} groups of similar experts."
+    return write_recipe(Path(path), recipe, comment, session)
 
 
 def average_linkage(similarity_EE: Tensor, k: int) -> list[list[int]]:
-    """k groups: the two with the highest mean similarity become one, until k are left.
+    """Form k groups: join the two groups with the highest mean similarity until k are left.
 
-    Of equal ones the first; groups are in the order of their first member.
+    If several pairs are equally similar, the first one is joined.
+
+    Args:
+        similarity_EE: The similarities between experts.
+        k: The number of groups, from 1 to the number of experts.
+
+    Returns:
+        The positions of each group's experts. The groups are in the order of their first experts.
     """
     groups = [[e] for e in range(len(similarity_EE))]
     sums = similarity_EE.double().clone()
@@ -178,14 +230,15 @@ def average_linkage(similarity_EE: Tensor, k: int) -> list[list[int]]:
     return groups
 
 
-def _gates(plan: Plan, store: Store) -> Tensor:
-    """Every expert's standardised gates `[E, D]`, module by module; zeros where it has none."""
+def _stack_gates(plan: Plan, store: Store) -> Tensor:
+    """Stack the standardised gates of the experts `[E, D]`; a missing gate becomes zeros."""
     with Contents(plan.members, store, gates=True) as contents:
         own = [gates(expert, contents) for expert in plan.experts]
     for expert, found in zip(plan.experts, own, strict=True):
         if not found:
             raise HubError(
-                f"expert {expert.label} has no gates", "run hub train gate, or say --by weights"
+                f"expert {expert.label} has no gates",
+                "train its gates with hub train gate, or pass --by weights",
             )
     widths = {name: len(gate) for found in own for name, gate in sorted(found.items())}
     rows = [
@@ -198,15 +251,15 @@ def _gates(plan: Plan, store: Store) -> Tensor:
     return torch.stack([torch.cat(row) for row in rows])
 
 
-def _embeddings(plan: Plan, embedder: str, session: Session) -> Tensor:
-    """Embed examples of every expert's own tasks: their means `[E, D]`."""
+def _embed_experts(plan: Plan, embedder: str, session: Session) -> Tensor:
+    """Compute the mean embedding of examples of every expert's own tasks `[E, D]`."""
     features, embed = Features(plan.base), Embedder.load(embedder, session)
-    texts = own_texts(plan, lambda task: features.texts(task, EXAMPLES), session.report)
-    found = own_embeddings(plan, embed, texts, session.report)
+    texts = read_own_texts(plan, lambda task: features.texts(task, EXAMPLES), session.report)
+    found = embed_own_tasks(plan, embed, texts, session.report)
     for expert, embedding in zip(plan.experts, found, strict=True):
         if embedding is None:
             raise NotFoundError(
-                f"no example of the task of {expert.label} is here",
-                "import its task, or say --by weights",
+                f"no example of the task of {expert.label} is available",
+                "import its task with hub tasks import, or pass --by weights",
             )
     return torch.stack([embedding for embedding in found if embedding is not None])

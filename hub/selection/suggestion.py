@@ -1,4 +1,4 @@
-"""A suggestion: how experts compare for a task, and the recipe with the best of them."""
+"""Suggestions: the ranking of experts for a task, and a recipe with the best of them."""
 
 from __future__ import annotations
 
@@ -11,43 +11,72 @@ from experthub.hub.errors import UsageError
 from experthub.hub.evaluation.statistics import kendall, spearman
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.selection.affinity import Scores
-from experthub.hub.selection.written import method_for, way_of, write_recipe
+from experthub.hub.selection.recipe_writing import build_method_entry, choose_method, write_recipe
 from experthub.hub.session import Session
 from experthub.hub.tasks.task import Task
 
 Measure = Literal["gates", "prototypes", "embeddings", "tmi"]
 By = Measure | Literal["all"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
-# By docs/experiments.md; the second where weights are relative.
+# Measures in order of preference, after the results in docs/experiments.md; the second order is for
+# relative weights.
 BEST: tuple[Measure, ...] = ("embeddings", "gates", "prototypes", "tmi")
 BEST_RELATIVE: tuple[Measure, ...] = ("prototypes", "embeddings", "gates", "tmi")
-FIRST = 5
-LABELLED = ("tmi",)
+FIRST = 5  # experts of a recipe if no number is given
+LABELLED = ("tmi",)  # measures that read the right answers
 
 
-def as_measure(text: str) -> By:
-    """The name of a measure, or `all`; UsageError for any other."""
+def parse_ranking_measure(text: str) -> By:
+    """Check the name of a measure.
+
+    Args:
+        text: The name of a measure, or `all`.
+
+    Returns:
+        The same name.
+
+    Raises:
+        UsageError: There is no such measure.
+    """
     known = (*MEASURES, "all")
     if text not in known:
         raise UsageError(f"unknown measure {text!r}", f"use one of {', '.join(known)}")
     return cast(By, text)
 
 
-def best_measure(scores: Mapping[str, Scores], relative: bool) -> str:
-    """The measure that decides: the best there is; of relative ones, among those for the most experts."""
+def choose_measure(scores: Mapping[str, Scores], relative: bool) -> str:
+    """Choose the measure that orders the experts.
+
+    It is the first available one in the order of preference. For relative weights, only the
+    measures that give the most experts a score are considered.
+
+    Args:
+        scores: By measure, one score per expert.
+        relative: Whether weights are relative.
+
+    Returns:
+        The name of the measure.
+    """
     known = [m for m in (BEST_RELATIVE if relative else BEST) if m in scores]
     return max(known, key=lambda m: -scores[m].count(None)) if relative else known[0]
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """How experts compare for a task.
+    """A ranking of experts for a task.
 
-    plan: the experts.  examples: how many were read.  labels: whether with the right answers.
-    scores: by measure, every expert's in the plan's order, higher is better; None where an expert
-    lacks what the measure reads.  relative: whether `gates` and `prototypes` are divided by what the
-    expert gets on other tasks.  rank_by: the measure that decides.  truth: what every expert does
-    alone on `n` examples of the task, by `accuracy` and `logprob`.
+    Args:
+        plan: The experts.
+        task: The task.
+        examples: The number of examples that were read.
+        labels: Whether the right answers were read too.
+        scores: By measure, one score per expert in the order of the plan; higher is better. None
+            for an expert that lacks what the measure reads.
+        relative: Whether `gates` and `prototypes` are divided by the weight that the expert gets on
+            other tasks.
+        rank_by: The measure that orders the experts.
+        truth: The `accuracy` and the `logprob` of every expert alone, in the order of the plan.
+        n: The number of examples behind `truth`.
     """
 
     plan: Plan
@@ -62,38 +91,58 @@ class Suggestion:
 
     @property
     def references(self) -> list[str]:
-        """Of the experts, in the plan's order."""
+        """The references of the experts, in the order of the plan."""
         return [expert.members[0].reference for expert in self.plan.experts]
 
     @property
     def order(self) -> list[int]:
-        """The places of the experts that have a score, the best first; ties in the plan's order."""
+        """The positions in the plan of the experts with a score, best first; ties keep their order."""
         known = [
             (score, e) for e, score in enumerate(self.scores[self.rank_by]) if score is not None
         ]
         return [e for _, e in sorted(known, key=lambda one: (-one[0], one[1]))]
 
-    def ranks(self, measure: str) -> list[int | None]:
-        """Every expert's rank from 1; equal scores share the better one."""
+    def compute_ranks(self, measure: str) -> list[int | None]:
+        """Rank the experts by a measure.
+
+        Args:
+            measure: A computed measure.
+
+        Returns:
+            One rank per expert in the order of the plan, from 1; equal scores share the better
+            rank. None for an expert without a score.
+        """
         scores = self.scores[measure]
         known = [score for score in scores if score is not None]
         return [None if s is None else 1 + sum(o > s for o in known) for s in scores]
 
-    def best(self, k: int | None = None) -> list[str]:
-        """References of the k best; UsageError where fewer have a score.  k: None is 5, or all."""
+    def select_best(self, k: int | None = None) -> list[str]:
+        """Select the best experts.
+
+        Args:
+            k: The number of experts. None means 5, or all if there are fewer.
+
+        Returns:
+            The references of the experts, best first.
+
+        Raises:
+            UsageError: Fewer than k experts have a score.
+        """
         order = self.order
         if k is not None and k > len(order):
             raise UsageError(
-                f"--k {k}, and {len(order)} experts have a score by {self.rank_by}",
-                f"say --k {len(order)} or less",
+                f"--k is {k}, but only {len(order)} experts have a score by {self.rank_by}",
+                f"set --k to {len(order)} or less",
             )
         return [self.references[e] for e in order[: FIRST if k is None else k]]
 
-    def correlations(self) -> dict[str, dict[str, Any]]:
-        """By measure and kind of truth: how well the measure ranks.
+    def compute_correlations(self) -> dict[str, dict[str, Any]]:
+        """Compare the order of every measure with the scores of the experts alone.
 
-        `spearman` and `kendall`, over `n` experts; `first`, the truth of the expert that it puts
-        first, beside the `best` and the `mean` of those `n`.
+        Returns:
+            By measure and kind of truth, a record over the `n` experts with a score: the rank
+            correlations `spearman` and `kendall`, the truth of the `first` expert by the measure,
+            and the `best` and the `mean` truth.
         """
         found: dict[str, dict[str, Any]] = {}
         for measure, scores in self.scores.items():
@@ -112,8 +161,12 @@ class Suggestion:
         return found
 
     def record(self) -> dict[str, Any]:
-        """As plain values, for `--json`; experts in the order of the measure that decides."""
-        ranks = {measure: self.ranks(measure) for measure in self.scores}
+        """Return the suggestion as plain values, for `--json`.
+
+        Returns:
+            The document of docs/selection.md, with the experts in the order of `rank_by`.
+        """
+        ranks = {measure: self.compute_ranks(measure) for measure in self.scores}
         rest = [e for e in range(len(self.references)) if e not in self.order]
         experts = [
             {
@@ -126,7 +179,9 @@ class Suggestion:
             }
             for e in (*self.order, *rest)
         ]
-        judged = {"truth_n": self.n, "correlations": self.correlations()} if self.truth else {}
+        judged = (
+            {"truth_n": self.n, "correlations": self.compute_correlations()} if self.truth else {}
+        )
         return {
             "task": self.task.reference,
             "task_digest": self.task.digest,
@@ -161,14 +216,15 @@ def write_suggestion(
         The recipe's plan.
 
     Raises:
+        UsageError: Fewer than k experts have a score, or there is no such method.
         HubError: The experts lack what the method needs.
     """
-    best = found.best(k)
+    best = found.select_best(k)
     experts = tuple(e for e in found.plan.experts if e.members[0].reference in best)
-    way = way_of(method or method_for(replace(found.plan, experts=experts)))
-    recipe = {"base": found.plan.recipe.base, "experts": best, **way}
-    why = (
+    entry = build_method_entry(method or choose_method(replace(found.plan, experts=experts)))
+    recipe = {"base": found.plan.recipe.base, "experts": best, **entry}
+    comment = (
         f"The {len(best)} of {len(found.references)} experts that fit {found.task.reference} best, "
         f"by {found.rank_by} on {found.examples} examples."
     )
-    return write_recipe(Path(path), recipe, why, session)
+    return write_recipe(Path(path), recipe, comment, session)

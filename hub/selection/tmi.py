@@ -1,12 +1,16 @@
-"""TMI: how much features vary within the classes of a task, by their conditional entropy.
+"""TMI: the variation of features within the classes of a task, as their conditional entropy.
 
 Xu and Kang, "Fast and Accurate Transferability Measurement by Evaluating Intra-class Feature
-Variance", https://arxiv.org/abs/2308.05986, as in the authors' code: `H(features | class)` by
-distances to the k-th nearest neighbour (Kozachenko and Leonenko) in the maximum norm, k = 3.  Three
-deviations: the code divides by the number of classes as well, a constant of the task; it counts
-single examples as 0, which are left out here with all classes of k or fewer; and it takes no
-distance below 1.0, which would be all of them here, for pooled embeddings have length 1: here that
-is 1e-6.  The formula is that of the code; the text of the paper was not compared.
+Variance", https://arxiv.org/abs/2308.05986. `H(features | class)` is estimated as in the authors'
+code, by distances to the k-th nearest neighbour (Kozachenko and Leonenko) in the maximum norm, with
+k = 3. There are three deviations from the code:
+
+- The code also divides by the number of classes, which is a constant of the task.
+- The code counts classes of one example as 0. Here, all classes of k or fewer examples are omitted.
+- The code raises distances below 1.0 to 1.0. Pooled embeddings have length 1, so this would affect
+  all distances. Here the smallest distance is 1e-6.
+
+The formula is that of the code; it was not compared with the text of the paper.
 
 Shapes: N examples, D features.
 """
@@ -19,15 +23,15 @@ import torch
 from experthub.hub.composition.compose import compose
 from experthub.hub.readers.features import Features
 from experthub.hub.recipes.plan import Plan
-from experthub.hub.selection.candidates import alone
+from experthub.hub.selection.candidates import isolate_expert
 from experthub.hub.session import Session
 from torch import Tensor
 
-NEIGHBOUR = 3
-SMALLEST = 1e-6
+NEIGHBOUR = 3  # the k of the k-th nearest neighbour
+SMALLEST = 1e-6  # the smallest distance, because equal features have distance 0
 
 
-def tmi(
+def compute_tmi(
     plan: Plan,
     features: Features,
     model: object,
@@ -35,37 +39,45 @@ def tmi(
     labels: Sequence[str],
     session: Session,
 ) -> list[float | None]:
-    """Compute for every expert the conditional entropy of its features given the class, in nats.
+    """Compute the conditional entropy of every expert's features given the class, in nats.
 
     Args:
         plan: The experts.
         features: The reader of texts.
         model: The base, with which each expert is composed alone.
         texts: Texts of the task.
-        labels: The right answers, which are the classes.
+        labels: The right answer of each text, which is its class.
         session: The store and the progress callback.
 
     Returns:
-        One entropy per expert; None for all of them if no class has enough examples.
+        One entropy per expert; None for every expert if no class has more than 3 examples.
     """
     report = session.report
-    if not classes(labels):
+    if not group_by_label(labels):
         needed = f"no answer has {NEIGHBOUR + 1} of {len(labels)} examples"
-        report(f"note: tmi compares examples with the same answer, and {needed}", 0, 0)
+        report(f"note: tmi compares examples with the same answer, but {needed}", 0, 0)
         return [None] * len(plan.experts)
     found: list[float | None] = []
     for number, expert in enumerate(plan.experts):
-        report("composing one expert after the other", number, len(plan.experts))
+        report("composing each expert alone", number, len(plan.experts))
         composed = compose(
-            alone(plan, expert), model=model, session=Session(store=session.store)
+            isolate_expert(plan, expert), model=model, session=Session(store=session.store)
         ).model
         found.append(conditional_entropy(features.of(composed, texts), labels))
-    report("composing one expert after the other", len(plan.experts), len(plan.experts))
+    report("composing each expert alone", len(plan.experts), len(plan.experts))
     return found
 
 
-def classes(labels: Sequence[str], k: int = NEIGHBOUR) -> list[list[int]]:
-    """The places of every label that more than k examples have."""
+def group_by_label(labels: Sequence[str], k: int = NEIGHBOUR) -> list[list[int]]:
+    """Group examples by label, and omit labels with k or fewer examples.
+
+    Args:
+        labels: The label of each example.
+        k: The number of examples that a label must exceed.
+
+    Returns:
+        The positions of each label's examples, sorted by label.
+    """
     found: dict[str, list[int]] = {}
     for place, label in enumerate(labels):
         found.setdefault(label, []).append(place)
@@ -73,11 +85,22 @@ def classes(labels: Sequence[str], k: int = NEIGHBOUR) -> list[list[int]]:
 
 
 def conditional_entropy(features_ND: Tensor, labels: Sequence[str], k: int = NEIGHBOUR) -> float:
-    """`H(features | label)` in nats: that of every class, weighted by its share of the examples.
+    """Estimate `H(features | label)` in nats.
 
-    Raises ValueError where no class has more than k examples.
+    It is the mean of the classes' entropies, weighted by their shares of the examples.
+
+    Args:
+        features_ND: The features.
+        labels: The label of each example.
+        k: The neighbour whose distance is used. Classes of k or fewer examples are omitted.
+
+    Returns:
+        The conditional entropy.
+
+    Raises:
+        ValueError: No class has more than k examples.
     """
-    groups = classes(labels, k)
+    groups = group_by_label(labels, k)
     if not groups:
         raise ValueError(f"expected a label with more than {k} examples, found none")
     seen = sum(map(len, groups))
@@ -85,7 +108,15 @@ def conditional_entropy(features_ND: Tensor, labels: Sequence[str], k: int = NEI
 
 
 def entropy(x_ND: Tensor, k: int) -> float:
-    """The differential entropy in nats of what N > k points were drawn from."""
+    """Estimate the differential entropy in nats of a distribution from samples.
+
+    Args:
+        x_ND: More than k samples.
+        k: The neighbour whose distance is used.
+
+    Returns:
+        The entropy.
+    """
     n, d = x_ND.shape
     distances_NN = torch.cdist(x_ND.double(), x_ND.double(), p=float("inf"))
     # A point is its own nearest neighbour.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from experthub.hub.errors import UsageError, explain_errors
 from experthub.hub.files.atomic import create_folder
 from experthub.hub.materials.materials import open_materials
@@ -91,8 +92,6 @@ def store_state(plan: Plan, session: Session) -> Content:
 
 def _make(plan: Plan, session: Session) -> Any:
     """Let the method prepare its state; it may learn, whatever the caller's gradient mode is."""
-    import torch
-
     method = plan.recipe.method
     prepare = method.strategy.prepare
     if prepare is None:

@@ -21,6 +21,7 @@ from experthub.hub.session import Session
 from experthub.hub.store.store import Store
 from experthub.hub.tasks.task import Card, Example, example_id
 from experthub.hub.tasks.task_files import write_task
+from experthub.hub.transfer.remotes import pypi
 
 VERSION = "1.0.0"
 SHA256 = "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2"
@@ -63,8 +64,6 @@ def fetch_archive(session: Session) -> Path:
         return store.checked(SHA256)
     with hold_lock(hub_home() / "locks" / "bigbench"):
         if SHA256 not in store:
-            from experthub.hub.transfer.remotes import pypi
-
             ensure_space(store.root, 2 * SIZE)
             partial = pypi.fetch(
                 "bigbench",

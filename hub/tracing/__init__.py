@@ -1,1 +1,1 @@
-"""Which experts each token chose: recorded, summed up, and shown as a page."""
+"""Tracing: records which experts each token chose, summarises the record, and shows it as a page."""

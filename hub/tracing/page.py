@@ -1,4 +1,4 @@
-"""A trace as one page that loads nothing from elsewhere."""
+"""The HTML page of a trace; it is one file that loads no other resources."""
 
 from __future__ import annotations
 
@@ -11,28 +11,41 @@ from torch import Tensor
 TEMPLATE = Path(__file__).with_name("page.html")
 DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 PAIRS = [high + low for high in DIGITS for low in DIGITS]
-THOUSAND = 1000
+THOUSAND = 1000  # weights are written as thousandths
 
 
-def page(trace: Trace) -> str:
-    """The trace as HTML: its tokens coloured by expert, experts by layer, entropies.
+def render_page(trace: Trace) -> str:
+    """Render a trace as HTML: tokens coloured by expert, experts by layer, and entropies.
 
-    Weights are rounded to three digits, and those that become zero left out; what is below 0 is
-    shown as 0, what is above 4.095 as that.  Of more than 4096 experts, the first are shown.
+    Weights are rounded to three digits, clamped to the range from 0 to 4.095, and omitted if they
+    are 0. At most 4096 experts are shown, the first ones of the recipe.
+
+    Args:
+        trace: The trace.
+
+    Returns:
+        The page.
     """
-    data = trace.summary()
+    data = trace.summarise()
     data["tokens"] = [[t.text, t.id, t.prompt, t.written] for t in trace.tokens]
     data["modules"] = [[m.name, m.layer] for m in trace.modules]
-    data["weights"] = [packed(weights_TE) for weights_TE in trace.weights_MTE]
-    # Nothing in the data can end the script that holds it.
+    data["weights"] = [pack_weights(weights_TE) for weights_TE in trace.weights_MTE]
+    # Without any "<", the data cannot close the script element that holds it.
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     return TEMPLATE.read_text(encoding="utf-8").replace("__TRACE__", text, 1)
 
 
-def packed(weights_TE: Tensor) -> str:
-    """One module's weights: four letters for each that is not zero, its expert and thousandths.
+def pack_weights(weights_TE: Tensor) -> str:
+    """Pack the weights of one module into text.
 
-    Rows end with a comma; one that equals the row before is `=`.
+    Every weight that is not zero takes four characters: two for the expert, and two for the weight
+    in thousandths. Commas separate the rows, and a row that equals the row before it is `=`.
+
+    Args:
+        weights_TE: The weights, a row per token and a column per expert.
+
+    Returns:
+        The packed weights.
     """
     thousandths = (weights_TE[:, : len(PAIRS)] * THOUSAND).round().clamp(0, len(PAIRS) - 1).int()
     rows: list[str] = []

@@ -1,4 +1,4 @@
-"""A trace by layer: how much each expert gets, and how undecided the tokens are.
+"""Summaries of a trace by layer: the mean weight of each expert, and the entropies of the weights.
 
 Shapes: M modules, T tokens, E experts.
 """
@@ -16,12 +16,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One layer, mean over its modules.
+    """A summary of one layer; all values are means over its modules.
 
-    weights: each expert's, mean over the tokens.  entropy: of a token's weights, mean over the
-    tokens, in bits; 0 where every token takes one expert.  usage_entropy: of the tokens' mean weights,
-    in bits; what it has more depends on the token.  most: the largest entropy there can be,
-    log2 of the number of experts.
+    Args:
+        layer: The number of the layer, or -1 for modules outside of the layers.
+        modules: The number of its routed modules.
+        weights: The mean weight of each expert over the tokens.
+        entropy: The mean entropy of one token's weights, in bits; 0 if every token takes one expert.
+        usage_entropy: The entropy of the tokens' mean weights, in bits. It is at least `entropy`;
+            the difference is the part that depends on the token.
+        most: The largest possible entropy: log2 of the number of experts, in bits.
     """
 
     layer: int
@@ -32,19 +36,39 @@ class LayerSummary:
     most: float
 
     def record(self) -> dict[str, Any]:
+        """Return the summary as plain values, with the entropies also as shares of the largest.
+
+        Returns:
+            The fields by name, and `entropy_normalised` and `usage_entropy_normalised`.
+        """
         values = asdict(self) | {"weights": list(self.weights)}
         values.pop("most")
         for name in ("entropy", "usage_entropy"):
-            values[f"{name}_normalised"] = self.share(values[name])
+            values[f"{name}_normalised"] = self.normalise(values[name])
         return values
 
-    def share(self, entropy: float) -> float:
-        """An entropy divided by the largest there can be, 0 to 1."""
+    def normalise(self, entropy: float) -> float:
+        """Divide an entropy by the largest possible one.
+
+        Args:
+            entropy: The entropy in bits.
+
+        Returns:
+            The share, from 0 to 1; 0 for a single expert.
+        """
         return entropy / self.most if self.most else 0.0
 
 
-def summed_up(layers: Sequence[int], weights_MTE: Tensor) -> list[LayerSummary]:
-    """Weights by layer, of which `layers` has the number for each module."""
+def summarise_layers(layers: Sequence[int], weights_MTE: Tensor) -> list[LayerSummary]:
+    """Summarise weights by layer.
+
+    Args:
+        layers: The number of the layer of each module.
+        weights_MTE: The weights.
+
+    Returns:
+        The summaries, sorted by layer.
+    """
     most = math.log2(weights_MTE.shape[-1])
     found = []
     for layer in sorted(set(layers)):
@@ -64,7 +88,14 @@ def summed_up(layers: Sequence[int], weights_MTE: Tensor) -> list[LayerSummary]:
 
 
 def entropy_bits(weights: Tensor) -> Tensor:
-    """The entropy in bits of weights `[..., E]`, as shares of their sum; 0 where all are zero."""
+    """Compute the entropy of weights, normalised by the sum of their absolute values.
+
+    Args:
+        weights: The weights `[..., E]`.
+
+    Returns:
+        The entropies `[...]` in bits; 0 where all weights are zero.
+    """
     shares = weights.abs() / weights.abs().sum(-1, keepdim=True).clamp_min(1e-30)
     bits: Tensor = torch.special.entr(shares).sum(-1) / math.log(2)
     return bits

@@ -1,4 +1,4 @@
-"""Tokens of a trace, with the text that each of them adds."""
+"""Tokens of a trace, each with the text that it adds."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what bytes decode to that are a part of a character
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # the decoded text of an incomplete character
 
 
 @dataclass(frozen=True)
 class Token:
-    """One token.
+    """A token of a trace.
 
-    text: what it adds to the text, nothing where it begins a character that a later one ends.
-    position: in its own text.  prompt: which one, from 0.  written: by the model, after the prompt.
+    Args:
+        id: The id of the token.
+        text: The text that the token adds; empty if a later token completes its character.
+        position: The position among the tokens of its prompt, from 0.
+        prompt: The number of its prompt, from 0.
+        written: Whether the model generated the token after the prompt.
     """
 
     id: int
@@ -24,25 +28,43 @@ class Token:
     written: bool
 
     def record(self) -> dict[str, Any]:
+        """Return the token as plain values.
+
+        Returns:
+            The fields by name.
+        """
         return asdict(self)
 
 
-def pieces(tokenizer: Any, ids: Sequence[int], new: Sequence[int], prompt: int) -> list[Token]:
-    """The tokens of a prompt and of what was written after it."""
+def build_tokens(
+    tokenizer: Any, ids: Sequence[int], new: Sequence[int], prompt: int
+) -> list[Token]:
+    """Build the tokens of a prompt and of its continuation.
+
+    Args:
+        tokenizer: The tokenizer.
+        ids: The token ids of the prompt.
+        new: The token ids that the model generated after it.
+        prompt: The number of the prompt, from 0.
+
+    Returns:
+        The tokens.
+    """
     both = [*ids, *new]
     return [
         Token(id, text, position, prompt, position >= len(ids))
-        for position, (id, text) in enumerate(zip(both, _texts(tokenizer, both), strict=True))
+        for position, (id, text) in enumerate(zip(both, _split_text(tokenizer, both), strict=True))
     ]
 
 
-def _texts(tokenizer: Any, ids: list[int]) -> list[str]:
-    """What each token adds: put together, they are the text.
+def _split_text(tokenizer: Any, ids: list[int]) -> list[str]:
+    """Split the decoded text into the parts that the tokens add.
 
-    Each is decoded after the one before it, which decides on spaces.
+    Every token is decoded together with the token before it, because that token determines whether
+    a space is added.
     """
 
-    def decoded(start: int, end: int) -> str:
+    def decode(start: int, end: int) -> str:
         text: str = tokenizer.decode(
             ids[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
@@ -50,10 +72,10 @@ def _texts(tokenizer: Any, ids: list[int]) -> list[str]:
 
     texts, start, done = [], 0, 0
     for end in range(1, len(ids) + 1):
-        text = decoded(start, end)
+        text = decode(start, end)
         if text.endswith(UNFINISHED) and end < len(ids):
             texts.append("")
             continue
-        texts.append(text[len(decoded(start, done)) :])
+        texts.append(text[len(decode(start, done)) :])
         start, done = done, end
     return texts

@@ -1,1 +1,1 @@
-"""Training experts and gates."""
+"""Training of experts, gates and inventories of skills."""

@@ -1,4 +1,4 @@
-"""Fitting the trainable part of a model to the right answers of a task."""
+"""The training loop: minimise an objective over the trainable parameters of a model."""
 
 from __future__ import annotations
 
@@ -22,11 +22,20 @@ TRAINABLE = "trainable.safetensors"
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train: all numbers that change the result.
+    """The hyperparameters of a training run.
 
-    steps: optimiser steps, at least 1.  examples: of the training split, at most.  batch_size:
-    examples per step.  lr: peak learning rate, reached over the first tenth, then falling
-    linearly to zero.  seed: of initialisation and order.
+    Args:
+        steps: Optimiser steps, at least 1.
+        examples: The largest number of examples that are taken from the training split.
+        batch_size: Examples per step.
+        lr: The peak learning rate. It is reached after a tenth of the steps and then falls
+            linearly to zero.
+        seed: The seed of the initialisation and of the order of examples.
+
+    Example:
+        >>> from experthub.hub import Settings
+        >>> Settings(steps=100).batch_size
+        8
     """
 
     steps: int
@@ -46,32 +55,48 @@ def fit(
     report: Report,
     router_lr: float | None = None,
 ) -> dict[str, float]:
-    """Minimise an objective over the trainable parameters.
+    """Minimise an objective over the trainable parameters of a model.
 
-    examples: as the objective's rows.  what: for messages.  router_lr: peak learning rate of
-    parameters called `logits`, that of the others by default.  Checkpoints every 20 steps into `run`; goes on from the last one.  Writes `loss.json`, a list
-    of losses by step; returns the mean of the first and of the last ten.
+    A checkpoint is written every 20 steps, and an interrupted run continues from the last one. The
+    losses of all steps are written to `loss.json`.
+
+    Args:
+        model: The model. Only parameters that require a gradient are trained.
+        objective: The objective.
+        examples: The examples as the objective encodes them.
+        settings: Steps, batch size, learning rate and seed.
+        run: The folder of checkpoints and of `loss.json`.
+        what: What progress and errors call the training.
+        report: A progress callback.
+        router_lr: The peak learning rate of parameters whose names end in `logits`. The default is
+            `settings.lr`.
+
+    Returns:
+        The mean loss of the first ten steps (`first`) and of the last ten (`last`).
+
+    Raises:
+        HubError: There are fewer examples than a batch holds.
     """
     from transformers import PrinterCallback, set_seed
 
     if len(examples) < settings.batch_size:
         raise HubError(
             f"{what}: there are {len(examples)} training examples, "
-            f"a batch needs {settings.batch_size}",
-            "choose a smaller batch or another task",
+            f"and a batch needs {settings.batch_size}",
+            "lower --batch-size, or choose a task with more examples",
         )
 
     set_seed(settings.seed)
-    trainer = _trainer(model, objective, examples, settings, run, what, report)
+    trainer = _make_trainer(model, objective, examples, settings, run, what, report)
     if router_lr is not None:
-        trainer.optimizer = _two_rates(model, settings.lr, router_lr)
+        trainer.optimizer = _make_optimizer(model, settings.lr, router_lr)
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=_last_checkpoint(run))
+    trainer.train(resume_from_checkpoint=_find_checkpoint(run))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     write_json(run / "loss.json", losses)
     for checkpoint in run.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
-    return {"first": _mean(losses[:10]), "last": _mean(losses[-10:])}
+    return {"first": _average(losses[:10]), "last": _average(losses[-10:])}
 
 
 def fit_task(
@@ -82,12 +107,27 @@ def fit_task(
     run: Path,
     report: Report,
 ) -> dict[str, float]:
-    """`fit` on a task's training split."""
-    examples = [objective.row(task, e) for e in task.split("train", settings.examples)]
+    """Minimise an objective on the training split of a task; see `fit`.
+
+    Args:
+        model: The model. Only parameters that require a gradient are trained.
+        objective: The objective.
+        task: The task.
+        settings: Steps, examples, batch size, learning rate and seed.
+        run: The folder of checkpoints and of `loss.json`.
+        report: A progress callback.
+
+    Returns:
+        The mean loss of the first ten steps (`first`) and of the last ten (`last`).
+
+    Raises:
+        HubError: The task has fewer training examples than a batch holds.
+    """
+    examples = [objective.encode(task, e) for e in task.split("train", settings.examples)]
     return fit(model, objective, examples, settings, run, f"training on {task.reference}", report)
 
 
-def _trainer(
+def _make_trainer(
     model: nn.Module,
     objective: Objective,
     examples: Sequence[Any],
@@ -96,7 +136,7 @@ def _trainer(
     what: str,
     report: Report,
 ) -> Any:
-    """transformers' trainer, for the objective's loss and with small checkpoints."""
+    """Make a transformers Trainer that minimises the objective and writes small checkpoints."""
     from safetensors.torch import load_file, save_file
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -106,16 +146,16 @@ def _trainer(
 
     class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         def compute_loss(self, model: Any, inputs: Any, **_: Any) -> Tensor:
-            return objective.loss(model, inputs)
+            return objective.compute_loss(model, inputs)
 
-        # A checkpoint is the trainable part: the frozen base is the same in every one.
+        # A checkpoint holds the trainable part only, because the frozen base never changes.
         def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
-            save_file(_trainable(model), Path(output_dir) / TRAINABLE)
+            save_file(_select_trainable(model), Path(output_dir) / TRAINABLE)
 
         def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
             stored = load_file(Path(resume_from_checkpoint) / TRAINABLE)
-            for name, parameter in _trainable(self.model).items():
+            for name, parameter in _select_trainable(self.model).items():
                 parameter.copy_(stored[name])
 
     arguments = TrainingArguments(
@@ -143,13 +183,13 @@ def _trainer(
         model=model,
         args=arguments,
         train_dataset=examples,
-        data_collator=objective.batch,
+        data_collator=objective.collate,
         callbacks=[Watch()],
     )
 
 
-def _two_rates(model: nn.Module, lr: float, router_lr: float) -> AdamW:
-    """AdamW with a rate of its own for routers' logits."""
+def _make_optimizer(model: nn.Module, lr: float, router_lr: float) -> AdamW:
+    """Make an AdamW that trains the routers' logits with their own learning rate."""
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     routers = [p for n, p in trained if n.endswith("logits")]
     others = [p for n, p in trained if not n.endswith("logits")]
@@ -157,15 +197,17 @@ def _two_rates(model: nn.Module, lr: float, router_lr: float) -> AdamW:
     return AdamW([group for group in groups if group["params"]], weight_decay=0.0)
 
 
-def _last_checkpoint(run: Path) -> str | None:
-    """The newest checkpoint that was written whole: its state file is written last."""
+def _find_checkpoint(run: Path) -> str | None:
+    """Return the newest complete checkpoint, which is one with a state file; it is written last."""
     whole = [c for c in run.glob("checkpoint-*") if (c / "trainer_state.json").is_file()]
     return str(max(whole, key=lambda c: int(c.name.rpartition("-")[2]))) if whole else None
 
 
-def _trainable(model: nn.Module) -> dict[str, Tensor]:
+def _select_trainable(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters that require a gradient, by name."""
     return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
 
 
-def _mean(values: Sequence[float]) -> float:
+def _average(values: Sequence[float]) -> float:
+    """Return the mean, rounded to four decimals."""
     return round(sum(values) / len(values), 4)

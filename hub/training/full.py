@@ -1,4 +1,4 @@
-"""Full fine-tuning: all parameters of a base on one task, kept as a task vector."""
+"""Full fine-tuning: train all parameters of a base on one task, and store the change."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from experthub.hub.bases.base_sources import find
 from experthub.hub.errors import HubError
 from experthub.hub.files.atomic import create_folder
 from experthub.hub.files.path_checks import check_free
-from experthub.hub.finetunes.difference import Difference, take_in
+from experthub.hub.finetunes.difference import Difference, store_difference
 from experthub.hub.finetunes.form import Form
-from experthub.hub.finetunes.two_models import StoredWeights, weights_of
+from experthub.hub.finetunes.two_models import StoredWeights, open_weights
 from experthub.hub.registry.entries import check_name
 from experthub.hub.session import Session
 from experthub.hub.tasks.task_files import read_task
 from experthub.hub.training.fit import Settings, fit_task
-from experthub.hub.training.objectives import FROZEN, objective_for
+from experthub.hub.training.objectives import FROZEN, make_objective
 from experthub.hub.transfer.describe import checkpoint_folder
 from torch import nn
 
@@ -56,6 +56,14 @@ def train_full(
         UsageError: The name is malformed, or the device cannot be used.
         ConflictError: The folder `out` exists.
         HubError: The base or the task cannot be read, or training diverged.
+
+    Example:
+        >>> from experthub import hub
+        >>> base, task = "all-minilm-l6-v2", "bigbench:intent_recognition"
+        >>> settings = hub.Settings(steps=100, lr=5e-5)
+        >>> made = hub.train_full(base, task, "intents-full", settings)  # doctest: +SKIP
+        >>> made.expert.kind  # doctest: +SKIP
+        'task_vector'
     """
     session = session or Session()
     check_name(name)
@@ -66,14 +74,15 @@ def train_full(
     torch.manual_seed(settings.seed)
     model = load_model(found, "float32", session.device)
     trained = _unfreeze(model, embeddings, found.causal)
-    stored = weights_of(found)
+    stored = open_weights(found)
     unknown = sorted(set(trained) - set(stored.shapes))
     if unknown:
         raise HubError(
-            f"{found.name} does not store {unknown[0]} under this name",
-            "its file has names of an older transformers: save model.state_dict() with safetensors",
+            f"{found.name} does not store {unknown[0]} under this name; "
+            "its file has the names of an older transformers",
+            "save model.state_dict() with safetensors again",
         )
-    objective = objective_for(found, session.device)
+    objective = make_objective(found, session.device)
     record: dict[str, Any] = {"method": "full", **asdict(settings), "embeddings": embeddings}
     key = {"kind": "full", "base": found.fingerprint, "task": read.digest, **record}
     run = checkpoint_folder(name, key)
@@ -84,9 +93,9 @@ def train_full(
             if found.has_tokenizer:
                 load_tokenizer(found).save_pretrained(folder)
     record |= {"examples": min(settings.examples, len(read.split("train"))), "loss": loss}
-    return take_in(
+    return store_difference(
         found,
-        _after(stored, trained),
+        _replace_trained(stored, trained),
         name,
         Form(),
         run,
@@ -97,7 +106,7 @@ def train_full(
 
 
 def _unfreeze(model: nn.Module, embeddings: bool, causal: bool) -> dict[str, nn.Parameter]:
-    """Let the parameters learn that an answer depends on; returns them by name."""
+    """Make the parameters trainable that an answer depends on, and return them by name."""
     frozen = {
         id(parameter)
         for module in model.modules()
@@ -114,8 +123,8 @@ def _unfreeze(model: nn.Module, embeddings: bool, causal: bool) -> dict[str, nn.
     return trained
 
 
-def _after(stored: StoredWeights, trained: dict[str, nn.Parameter]) -> StoredWeights:
-    """A base's weights with the trained ones in their places."""
+def _replace_trained(stored: StoredWeights, trained: dict[str, nn.Parameter]) -> StoredWeights:
+    """Return the weights of a base with the trained ones in place of the stored ones."""
 
     def read(name: str) -> torch.Tensor:
         if name in trained:

@@ -1,4 +1,4 @@
-"""What an inventory of skills is before it is trained, and how it is put beside a model and stored.
+"""Inventories of skills for training: their shape, their modules in a model, and their files.
 
 Shapes: S skills, R rank, I inputs, O outputs, H heads.
 """
@@ -24,19 +24,29 @@ from experthub.hub.training.objectives import FROZEN
 from experthub.routing import AVERAGE, MULTI_HEADED, BatchTasks, SkilledLinear, check_heads
 from torch import Tensor, nn
 
-START = 1e-3  # logits are drawn from -START to START, as the authors draw them
-SURE = 30.0  # a logit whose sigmoid is 1, or 0, to 13 digits
+START = 1e-3  # Logits are drawn from -START to START, as in the authors' code.
+SURE = 30.0  # The sigmoid of this logit is 1 to 13 digits, and that of its negative is 0.
 
 
 @dataclass(frozen=True)
 class InventoryShape:
-    """What an inventory is like.
+    """The shape of an inventory of skills, and the way in which its router is trained.
 
-    router: `poly` or `mhr`; `shared` has one skill for all tasks, `private` one for each, both
-    without a router that learns.  skills, heads: S and H, at least 1; heads above 1 need `mhr`.
-    rank: of every skill.  alpha: of LoRA, the rank by default, so that the scale is 1.
-    granularity: what has logits of its own: each `linear`, each `layer`, or the `model`.  relaxed:
-    gates are drawn in training.
+    Args:
+        router: `poly` or `mhr` learns a mixture of the skills for each task. `shared` trains one
+            skill for all tasks and `private` one skill per task, both without a learned router.
+        skills: The number of skills S, at least 1. `shared` and `private` ignore it.
+        heads: The number of heads H, at least 1. Only `mhr` can have more than 1.
+        rank: The rank of every skill, at least 1.
+        alpha: LoRA's alpha. The default is the rank, so that the scale is 1.
+        granularity: What has logits of its own: each `linear` module, each `layer`, or the `model`.
+        relaxed: Draw the gates in training from relaxed Bernoulli distributions. The default uses
+            the sigmoid of the logits.
+
+    Example:
+        >>> from experthub.hub import InventoryShape
+        >>> InventoryShape(router="poly", skills=4, rank=2).heads
+        1
     """
 
     router: Training = "mhr"
@@ -48,11 +58,23 @@ class InventoryShape:
     relaxed: bool = False
 
     def record(self, base: str, tasks: Sequence[str], modules: Sequence[str]) -> SkillsRecord:
-        """The description of an inventory of this shape; UsageError for one that cannot be."""
+        """Describe an inventory of this shape as it is stored in `skills.json`.
+
+        Args:
+            base: The name of the base.
+            tasks: The tasks, in the order of the logits' rows.
+            modules: The modules that get skills.
+
+        Returns:
+            The description.
+
+        Raises:
+            UsageError: The router cannot have several heads.
+        """
         if self.heads > 1 and self.router not in MULTI_HEADED:
             raise UsageError(
                 f"{self.router} has one head, not {self.heads}",
-                f"use --router {', '.join(MULTI_HEADED)}",
+                f"use --router {' or '.join(MULTI_HEADED)}, or --heads 1",
             )
         n_skills = {"shared": 1, "private": len(tasks)}.get(self.router, self.skills)
         return SkillsRecord(
@@ -68,7 +90,7 @@ class InventoryShape:
         )
 
 
-def shape_of(
+def parse_shape(
     router: str,
     skills: int,
     heads: int,
@@ -77,23 +99,44 @@ def shape_of(
     granularity: str,
     relaxed: bool,
 ) -> InventoryShape:
-    """A shape out of words; UsageError for one that is none of the choices."""
-    for word, choices in ((router, get_args(Training)), (granularity, get_args(Granularity))):
+    """Check the options of a command, and return the shape that they describe.
+
+    Args:
+        router: One of `poly`, `mhr`, `shared` and `private`.
+        skills: The number of skills.
+        heads: The number of heads.
+        rank: The rank of every skill.
+        alpha: LoRA's alpha, or None for the rank.
+        granularity: One of `linear`, `layer` and `model`.
+        relaxed: Whether gates are drawn in training.
+
+    Returns:
+        The shape.
+
+    Raises:
+        UsageError: The router or the granularity is unknown.
+    """
+    for option, word, choices in (
+        ("--router", router, get_args(Training)),
+        ("--granularity", granularity, get_args(Granularity)),
+    ):
         if word not in choices:
-            raise UsageError(f"unknown choice {word!r}", f"use one of {', '.join(choices)}")
+            raise UsageError(f"unknown {option} {word!r}", f"use one of {', '.join(choices)}")
     return InventoryShape(
-        cast(Training, router),
-        skills,
-        heads,
-        rank,
-        alpha,
-        cast(Granularity, granularity),
-        relaxed,
+        cast(Training, router), skills, heads, rank, alpha, cast(Granularity, granularity), relaxed
     )
 
 
-def linears(model: Any, base: Base) -> list[str]:
-    """The linear modules that experts adapt: all but the output layer and what stays frozen."""
+def find_linears(model: Any, base: Base) -> list[str]:
+    """List the linear modules that get skills: all but the output layer and the frozen heads.
+
+    Args:
+        model: The model of the base.
+        base: The base.
+
+    Returns:
+        The paths of the modules, in the model's order.
+    """
     head = model.get_output_embeddings() if base.causal else None
     return [
         name
@@ -104,23 +147,38 @@ def linears(model: Any, base: Base) -> list[str]:
     ]
 
 
+# Module -> the factors A `[S, R, I]` and B `[S, O, R]` with which training starts.
 Start = dict[str, tuple[Tensor, Tensor]]
 
 
-def untrained(model: Any, record: SkillsRecord) -> Start:
-    """A as LoRA draws it, a different one for each skill; B zero, so that nothing changes yet."""
+def initialise_skills(model: Any, record: SkillsRecord) -> Start:
+    """Draw new skills: A as in LoRA, differently for each skill, and B zero.
+
+    Args:
+        model: The model.
+        record: The description of the inventory.
+
+    Returns:
+        The factors of every module. They do not change the model yet.
+    """
     start = {}
     for name in record.target_modules:
         outputs, inputs = model.get_submodule(name).weight.shape
-        a_SRI = torch.empty(record.n_skills, record.rank, inputs).uniform_(-1, 1) / math.sqrt(
-            inputs
-        )
-        start[name] = a_SRI, torch.zeros(record.n_skills, outputs, record.rank)
+        a_SRI = torch.empty(record.n_skills, record.rank, inputs).uniform_(-1, 1)
+        start[name] = a_SRI / math.sqrt(inputs), torch.zeros(record.n_skills, outputs, record.rank)
     return start
 
 
-def stored(inventory: Inventory, record: SkillsRecord) -> Start:
-    """The skills as they are stored, or their average where one is left."""
+def load_skills(inventory: Inventory, record: SkillsRecord) -> Start:
+    """Load stored skills, or their average if the new inventory has fewer skills.
+
+    Args:
+        inventory: The stored inventory.
+        record: The description of the new inventory: of the same shape, or of one skill.
+
+    Returns:
+        The factors of every module.
+    """
     start = {}
     for name in record.target_modules:
         skills = inventory[name]
@@ -132,22 +190,38 @@ def stored(inventory: Inventory, record: SkillsRecord) -> Start:
     return start
 
 
-def beside(
+def insert_skills(
     model: Any, record: SkillsRecord, start: Start, rows: BatchTasks, relaxed: bool
 ) -> dict[str, SkilledLinear]:
-    """Put trainable skills beside the frozen modules of a model."""
+    """Replace modules of a model by frozen ones with trainable skills beside them.
+
+    Args:
+        model: The model; all of its own parameters are frozen.
+        record: The description of the inventory.
+        start: The factors with which training starts.
+        rows: The tasks of the current batch, shared by all modules.
+        relaxed: Whether gates are drawn in training.
+
+    Returns:
+        The new modules by path.
+
+    Raises:
+        UsageError: The number of heads does not divide the width of a module.
+    """
     model.requires_grad_(False)
     logits: dict[str, nn.Parameter] = {}
     skilled = {}
     for name, (a_SRI, b_SOR) in start.items():
         place = place_of(name, record.granularity)
         if place not in logits:
-            logits[place] = nn.Parameter(_logits(record))
+            logits[place] = nn.Parameter(_initialise_logits(record))
         base = model.get_submodule(name)
         try:
             check_heads(record.n_heads, base.in_features, base.out_features)
         except ValueError as error:
-            raise UsageError(f"{name}: {error}", "choose another number of heads") from None
+            raise UsageError(
+                f"{name}: {error}", "choose another number of heads with --heads"
+            ) from None
         scale = record.alpha / record.rank
         module = SkilledLinear(base, a_SRI, b_SOR, scale, logits[place], rows, relaxed=relaxed)
         model.set_submodule(name, module.to(model.device))
@@ -155,8 +229,8 @@ def beside(
     return skilled
 
 
-def _logits(record: SkillsRecord) -> Tensor:
-    """`[tasks, H, S]` before training."""
+def _initialise_logits(record: SkillsRecord) -> Tensor:
+    """Return the logits `[tasks, H, S]` before training."""
     shape = len(record.tasks), record.n_heads, record.n_skills
     if record.router == "shared":
         return torch.zeros(shape)
@@ -165,13 +239,26 @@ def _logits(record: SkillsRecord) -> Tensor:
     return torch.empty(shape).uniform_(-START, START)
 
 
-def trainable(model: nn.Module) -> int:
-    """How many numbers of a model are trained."""
+def count_trainable(model: nn.Module) -> int:
+    """Count the trainable parameters of a model.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The number of entries of all parameters that require a gradient.
+    """
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def save_skills(folder: Path, record: SkillsRecord, skilled: dict[str, SkilledLinear]) -> None:
-    """Write a new folder with an inventory."""
+    """Write an inventory to a new folder, its skills in bfloat16 and its logits in float32.
+
+    Args:
+        folder: The folder, which must not exist.
+        record: The description of the inventory.
+        skilled: The trained modules by path.
+    """
     from safetensors.torch import save_file
 
     tensors = {}
@@ -187,7 +274,19 @@ def save_skills(folder: Path, record: SkillsRecord, skilled: dict[str, SkilledLi
 def save_lora(
     folder: Path, record: SkillsRecord, skilled: dict[str, SkilledLinear], base: Base
 ) -> None:
-    """The one skill as a plain adapter, its scale in B."""
+    """Write the only skill of an inventory to a new folder as a plain LoRA.
+
+    The scale is multiplied into B, so that alpha equals the rank.
+
+    Args:
+        folder: The folder, which must not exist.
+        record: The description of the inventory.
+        skilled: The trained modules by path.
+        base: The base.
+
+    Raises:
+        HubError: A trained tensor holds NaN or infinity.
+    """
     tensors = {}
     for name, module in skilled.items():
         scaled = module.skill_b[0] * module.scale

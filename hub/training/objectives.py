@@ -1,4 +1,4 @@
-"""What training minimises: a task's examples as rows, rows as batches, batches as a loss.
+"""Training objectives: encode the examples of a task, collate them into batches, compute the loss.
 
 Shapes: B examples, T tokens, C choices, D features.
 """
@@ -18,23 +18,63 @@ from experthub.hub.readers.similarity import MAX_TOKENS, SCALE, Similarity, pool
 from experthub.hub.tasks.task import Example, Task
 from torch import Tensor, nn
 
-# What a bare encoder's embedding does not pass through, and the heads of classifiers and CLIP,
-# which stay the base's: experts share them.
+# Prefixes of modules that no expert changes. The embedding of a bare encoder does not pass through
+# its pooler, and all experts share the base's classifier heads and CLIP's text encoder.
 FROZEN = ("pooler.", "classifier", "score", "text_model.", "text_projection", "logit_scale")
 
 
 class Objective(Protocol):
-    """How an example of a task becomes a part of a loss."""
+    """A training objective: a loss over batches of encoded examples."""
 
-    def row(self, task: Task, example: Example) -> Any: ...
+    def encode(self, task: Task, example: Example) -> Any:
+        """Encode one example.
 
-    def batch(self, rows: Sequence[Any]) -> dict[str, Any]: ...
+        Args:
+            task: The task of the example.
+            example: The example.
 
-    def loss(self, model: Any, batch: dict[str, Any]) -> Tensor: ...
+        Returns:
+            The example in the form that `collate` takes.
+        """
+        ...
+
+    def collate(self, rows: Sequence[Any]) -> dict[str, Any]:
+        """Collate encoded examples into a batch.
+
+        Args:
+            rows: The encoded examples.
+
+        Returns:
+            The batch in the form that `compute_loss` takes.
+        """
+        ...
+
+    def compute_loss(self, model: Any, batch: dict[str, Any]) -> Tensor:
+        """Compute the loss of a batch.
+
+        Args:
+            model: The model, which may be wrapped by peft.
+            batch: The batch.
+
+        Returns:
+            The mean loss of the examples, a scalar with gradients.
+        """
+        ...
 
 
-def objective_for(base: Base, device: str | None) -> Objective:
-    """The objective of a base's kind; UsageError for one whose choices have no score."""
+def make_objective(base: Base, device: str | None) -> Objective:
+    """Make the objective for the kind of model that a base is.
+
+    Args:
+        base: The base.
+        device: The torch device of models that the objective loads.
+
+    Returns:
+        The objective.
+
+    Raises:
+        UsageError: The model's architecture cannot score choices.
+    """
     if base.causal:
         return Answers(load_tokenizer(base))
     if base.encoder:
@@ -45,31 +85,58 @@ def objective_for(base: Base, device: str | None) -> Objective:
 
 @dataclass(frozen=True)
 class Answers:
-    """The cross-entropy of the right answer's tokens after the prompt, for a causal model."""
+    """The objective of a causal model: the cross-entropy of the right answer after the prompt.
+
+    Args:
+        tokenizer: The tokenizer of the base.
+    """
 
     tokenizer: Any
 
-    def row(self, task: Task, example: Example) -> tuple[list[int], int]:
-        """Token ids of prompt and answer, and where the answer starts."""
+    def encode(self, task: Task, example: Example) -> tuple[list[int], int]:
+        """Tokenize the prompt with the right answer.
+
+        Args:
+            task: The task of the example.
+            example: The example.
+
+        Returns:
+            The token ids of the prompt and the answer, and the position at which the answer starts.
+        """
         prompt = task.prompt(example)
         ids = self.tokenizer(prompt + task.right_answer(example))["input_ids"]
         return ids, len(self.tokenizer(prompt)["input_ids"])
 
-    def batch(self, rows: Sequence[tuple[list[int], int]]) -> dict[str, Tensor]:
-        """Right-padded ids, and targets that are -100 outside of the answers, shifted by one."""
-        ids_BT, mask_BT = _padded([ids for ids, _ in rows])
+    def collate(self, rows: Sequence[tuple[list[int], int]]) -> dict[str, Tensor]:
+        """Pad token ids on the right and mark the tokens to predict.
+
+        Args:
+            rows: The encoded examples.
+
+        Returns:
+            `input_ids`, `attention_mask` and `targets`, each `[B, T]`. A target is the next token,
+            and -100 where that token is not part of the answer.
+        """
+        ids_BT, mask_BT = _pad([ids for ids, _ in rows])
         targets_BT = torch.full(ids_BT.shape, -100)
         for i, (ids, start) in enumerate(rows):
             targets_BT[i, start - 1 : len(ids) - 1] = torch.tensor(ids[start:])
         return {"input_ids": ids_BT, "attention_mask": mask_BT, "targets": targets_BT}
 
-    def loss(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
-        """Mean over examples of the mean cross-entropy of their answers' tokens.
+    def compute_loss(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        """Compute the mean cross-entropy of each answer's tokens, averaged over the examples.
 
-        The logits are computed at the answers only: most of a short prompt's cost would be the
-        output layer.
+        The output layer runs at the answers' positions only, because it would cost more than the
+        rest of the model on short prompts.
+
+        Args:
+            model: The model, which may be wrapped by peft.
+            batch: The batch.
+
+        Returns:
+            The loss.
         """
-        causal, targets = _bare(model), batch["targets"]
+        causal, targets = _unwrap(model), batch["targets"]
         hidden = causal.base_model(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
         ).last_hidden_state
@@ -83,21 +150,44 @@ class Answers:
 
 @dataclass(frozen=True)
 class Labels:
-    """The cross-entropy over an example's choices, by an encoder with frozen heads of their text."""
+    """The objective of a sentence encoder: the cross-entropy over the choices of an example.
+
+    The logits are the scaled cosines between the input's embedding and the base's embeddings of the
+    choices, which stay frozen.
+
+    Args:
+        similarity: The scorer that embeds the choices.
+    """
 
     similarity: Similarity
 
-    def row(self, task: Task, example: Example) -> tuple[list[int], Tensor, int]:
-        """Token ids, the choices' heads `[C, D]`, and the place of the right one."""
+    def encode(self, task: Task, example: Example) -> tuple[list[int], Tensor, int]:
+        """Tokenize the input and embed the choices.
+
+        Args:
+            task: The task of the example.
+            example: The example.
+
+        Returns:
+            The token ids, the embeddings of the choices `[C, D]`, and the index of the right one.
+        """
         question = self.similarity.question(task, example)
         tokens = self.similarity.tokenizer(question.text, truncation=True, max_length=MAX_TOKENS)[
             "input_ids"
         ]
         return tokens, self.similarity.heads(question.choices), task.answer(example) or 0
 
-    def batch(self, rows: Sequence[tuple[list[int], Tensor, int]]) -> dict[str, Tensor]:
-        """Padded ids, heads `[B, C, D]`, which of the C are choices, and the right ones."""
-        ids_BT, mask_BT = _padded([ids for ids, _, _ in rows])
+    def collate(self, rows: Sequence[tuple[list[int], Tensor, int]]) -> dict[str, Tensor]:
+        """Pad the token ids and the choices.
+
+        Args:
+            rows: The encoded examples.
+
+        Returns:
+            `input_ids` and `attention_mask` `[B, T]`, `heads` `[B, C, D]`, the mask `choices`
+            `[B, C]`, which is false for padding, and `answers` `[B]`.
+        """
+        ids_BT, mask_BT = _pad([ids for ids, _, _ in rows])
         heads_BCD = nn.utils.rnn.pad_sequence([heads for _, heads, _ in rows], batch_first=True)
         counts = torch.tensor([len(heads) for _, heads, _ in rows])
         return {
@@ -108,10 +198,18 @@ class Labels:
             "answers": torch.tensor([answer for _, _, answer in rows]),
         }
 
-    def loss(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
-        """Mean over examples of the cross-entropy of the scaled cosines."""
+    def compute_loss(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        """Compute the cross-entropy of the scaled cosines, averaged over the examples.
+
+        Args:
+            model: The model, which may be wrapped by peft.
+            batch: The batch.
+
+        Returns:
+            The loss.
+        """
         read = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        text_BD = pool(_bare(model), read)
+        text_BD = pool(_unwrap(model), read)
         logits_BC = SCALE * torch.einsum("bcd,bd->bc", batch["heads"], text_BD)
         logits_BC = logits_BC.masked_fill(~batch["choices"], float("-inf"))
         return nn.functional.cross_entropy(logits_BC, batch["answers"])
@@ -119,30 +217,58 @@ class Labels:
 
 @dataclass(frozen=True)
 class Choices:
-    """The cross-entropy over an example's choices, by the logits of a base's reader."""
+    """The objective of all other bases: the cross-entropy over the choices of an example.
+
+    Args:
+        reader: The reader that computes the logits of the choices.
+    """
 
     reader: Reader
 
-    def row(self, task: Task, example: Example) -> tuple[Any, int]:
-        """The input as the model reads it, and the place of the right choice."""
+    def encode(self, task: Task, example: Example) -> tuple[Any, int]:
+        """Prepare the input for the model.
+
+        Args:
+            task: The task of the example.
+            example: The example.
+
+        Returns:
+            The input as the model reads it, and the index of the right choice.
+        """
         return self.reader.row(self.reader.question(task, example)), task.answer(example) or 0
 
-    def batch(self, rows: Sequence[tuple[Any, int]]) -> dict[str, Any]:
+    def collate(self, rows: Sequence[tuple[Any, int]]) -> dict[str, Any]:
+        """Separate the inputs from the answers.
+
+        Args:
+            rows: The encoded examples.
+
+        Returns:
+            `rows`, a list of B inputs, and `answers` `[B]`.
+        """
         return {"rows": [row for row, _ in rows], "answers": torch.tensor([a for _, a in rows])}
 
-    def loss(self, model: Any, batch: dict[str, Any]) -> Tensor:
-        """Mean over examples."""
-        logits_BC = self.reader.read(_bare(model), batch["rows"])
+    def compute_loss(self, model: Any, batch: dict[str, Any]) -> Tensor:
+        """Compute the cross-entropy of the logits of the choices, averaged over the examples.
+
+        Args:
+            model: The model, which may be wrapped by peft.
+            batch: The batch.
+
+        Returns:
+            The loss.
+        """
+        logits_BC = self.reader.read(_unwrap(model), batch["rows"])
         return nn.functional.cross_entropy(logits_BC, batch["answers"])
 
 
-def _bare(model: Any) -> Any:
-    """The transformers model inside of what peft made of it."""
+def _unwrap(model: Any) -> Any:
+    """Return the transformers model inside a peft model, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Right-padded token ids `[B, T]` and their mask."""
+def _pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Pad token ids on the right to `[B, T]`, and return them with their mask."""
     width = max(map(len, rows))
     ids_BT = torch.zeros(len(rows), width, dtype=torch.long)
     mask_BT = torch.zeros(len(rows), width, dtype=torch.long)

@@ -1,4 +1,4 @@
-"""Training experts and their gates on one task, with the base frozen."""
+"""Train a LoRA or the gates of an expert on one task, with the base frozen."""
 
 from __future__ import annotations
 
@@ -22,16 +22,15 @@ from experthub.hub.session import Session
 from experthub.hub.store.store import Store
 from experthub.hub.tasks.task_files import read_task
 from experthub.hub.training.fit import Settings, fit_task
-from experthub.hub.training.objectives import FROZEN, objective_for
+from experthub.hub.training.objectives import FROZEN, make_objective
 from experthub.hub.transfer.describe import checkpoint_folder, describe
 from experthub.hub.transfer.pull import pull
 from experthub.merge import LowRank
-from experthub.routing import ExpertStack, RoutedLinear, make_gate
+from experthub.routing import ExpertStack, RoutedLinear, make_gate, uniform
 from torch import Tensor, nn
 
-LEARNED = (
-    0.01  # loss of an expert at half its strength, below which its gates have no reason to open
-)
+# Below this loss of an expert at half its strength, training gives its gates no reason to open.
+LEARNED = 0.01
 
 
 def train_lora(
@@ -66,6 +65,13 @@ def train_lora(
     Raises:
         UsageError: The name is malformed, or the device cannot be used.
         HubError: The base or the task cannot be read, or training diverged.
+
+    Example:
+        >>> from experthub import hub
+        >>> base, task = "smollm2-135m-instruct", "bigbench:intent_recognition"
+        >>> settings = hub.Settings(steps=100)
+        >>> hub.train_lora(base, task, "intents", settings).reference  # doctest: +SKIP
+        'intents@1'
     """
     from peft import LoraConfig, get_peft_model
     from safetensors.torch import load_file, save_file
@@ -76,7 +82,7 @@ def train_lora(
     found = find(base, session)
     torch.manual_seed(settings.seed)
     model = load_model(found, "float32", session.device)
-    objective = objective_for(found, session.device)
+    objective = make_objective(found, session.device)
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
@@ -94,7 +100,7 @@ def train_lora(
     with create_folder(run / "expert") as folder:
         written = adapted.peft_config["default"]
         written.base_model_name_or_path = found.name
-        # Sets in peft, whose order is another in every process: the digest would be too.
+        # These are sets in peft. Their order differs between processes, and the digest would, too.
         written.target_modules = sorted(written.target_modules)
         written.exclude_modules = sorted(written.exclude_modules or ()) or None
         adapted.save_pretrained(folder)
@@ -121,8 +127,8 @@ def train_gate(
         name: The expert's reference.
         settings: Steps, batch size, learning rate, examples and seed.
         start: The expert's weight before training, in (0, 1). The paper's 0.5 leaves most of the
-            expert in place. An expert that is strong enough at half its strength then gives its gate
-            no reason to open, and routers miss it.
+            expert in place. If half of the expert is enough to solve the task, its gates have no
+            reason to open, and routers do not choose it. A small start, such as 0.1, avoids that.
         session: The registry, the store, the device and the progress callback. The default is
             `Session()`.
 
@@ -133,32 +139,37 @@ def train_gate(
         UsageError: `start` is out of range, or the expert's task is not recorded.
         NotFoundError: No registry knows the expert.
         HubError: The base or the task cannot be read, or training diverged.
+
+    Example:
+        >>> from experthub import hub
+        >>> hub.train_gate("intents", hub.Settings(steps=30, lr=5e-3)).reference  # doctest: +SKIP
+        'intents@2'
     """
     if not 0 < start < 1:
-        raise UsageError(f"a gate cannot start at {start:g}", "choose a weight between 0 and 1")
+        raise UsageError(f"a gate cannot start at {start:g}", "choose a start between 0 and 1")
     session = session or Session()
     expert = session.registry.expert(Reference.parse(name))
     if expert.task is None:
         raise UsageError(
-            f"{expert.reference} does not say which task it was trained on",
-            "add it again with --task",
+            f"the registry does not say which task {expert.reference} was trained on",
+            "add the expert again with hub add --task",
         )
     read = read_task(expert.task)
     pull(session, Content.of(expert))
     found = find(expert.base, session)
     torch.manual_seed(settings.seed)
     model = load_model(found, "float32", session.device)
-    objective = objective_for(found, session.device)
-    gated = _gated(model, expert, start, session)
-    # The paper's start goes without saying: records from before the option stay as they are.
+    objective = make_objective(found, session.device)
+    gated = _insert_gates(model, expert, start, session)
+    # The paper's start is not recorded, so that the folders of earlier runs keep their names.
     record = {**asdict(settings), **({} if start == 0.5 else {"start": start})}
     key = {"kind": "gate", "expert": expert.digest, "task": read.digest, **record}
     run = checkpoint_folder(f"{expert.name}-gate", key)
     loss = fit_task(model, objective, read, settings, run, session.report)
     if loss["first"] < LEARNED and start >= 0.5:
         session.report(
-            f"note: the loss of {expert.reference} was {loss['first']:.4f} before its gates were trained, "
-            "which gives them no reason to open; let them start nearly closed (--start 0.1)",
+            f"note: the loss of {expert.reference} was {loss['first']:.4f} before its gates were "
+            "trained, which gives them no reason to open; use --start 0.1 to start nearly closed",
             0,
             0,
         )
@@ -167,7 +178,7 @@ def train_gate(
         for module, linear in gated.items()
         if linear.probes_PI is not None
     }
-    _write(run / "expert", expert, gates, session.store)
+    _write_expert(run / "expert", expert, gates, session.store)
     training = {**expert.training, "gate": {**record, "loss": loss}}
     return describe(
         run / "expert",
@@ -180,8 +191,8 @@ def train_gate(
     )
 
 
-def _write(to: Path, expert: Expert, gates: Mapping[str, Tensor], store: Store) -> None:
-    """The expert's files with these gates."""
+def _write_expert(to: Path, expert: Expert, gates: Mapping[str, Tensor], store: Store) -> None:
+    """Write the files of an expert to a new folder, with these gates in place of its own."""
     from safetensors.torch import save_file
 
     half = {n: g.bfloat16().contiguous() for n, g in gates.items()}
@@ -191,15 +202,15 @@ def _write(to: Path, expert: Expert, gates: Mapping[str, Tensor], store: Store) 
         save_file(half, folder / GATES, metadata={"format": "pt"})
 
 
-def _gated(
+def _insert_gates(
     model: nn.Module, expert: Expert, start: float, session: Session
 ) -> dict[str, RoutedLinear]:
-    """Put the expert, and a trainable gate, beside every linear that it adapts."""
+    """Put the expert and a trainable gate beside every linear module that the expert adapts."""
     recipe = Recipe.of(
         {
             "base": expert.base,
             "experts": [expert.reference],
-            "route": {"method": "uniform"},
+            "route": {"method": uniform.__name__},
         }
     )
     plan = resolve(recipe, session=session)

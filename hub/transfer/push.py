@@ -12,6 +12,7 @@ from experthub.hub.session import Session
 from experthub.hub.transfer.describe import description
 from experthub.hub.transfer.model_card import model_card
 from experthub.hub.transfer.oci_image import Blob, image, size_of, write_folder
+from experthub.hub.transfer.remotes import hf_push
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,6 @@ def push(
         source = f"file:{place}#{expert.reference}"
         add_source(expert, source)
         return Pushed(target, files, str(made.entry["digest"]), source)
-    from experthub.hub.transfer.remotes import hf_push
 
     repository = hf_push.target(target)
     content: dict[str, Blob] = {n: store.file(expert.digest, n) for n in identity.files}

@@ -96,7 +96,7 @@ def test_versions() -> None:
 
 def test_packages_that_miss_or_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = {"peft": None, "torch": "1.0", "tokenizers": None}
-    monkeypatch.setattr(doctor, "_version", lambda name: wrong.get(name, "99"))
+    monkeypatch.setattr(doctor, "_find_version", lambda name: wrong.get(name, "99"))
     monkeypatch.setattr(doctor.platform, "python_version", lambda: "3.9.1")
     checks = found()
     assert statuses(checks) >= {"packages", "python"}
@@ -126,7 +126,7 @@ def test_experts_here_gone_and_lost(expert_folder: Make, base_folder: Path, home
     assert check["status"] == "warning"
     assert ours & set(check["details"]["missing"]) == {"one@1", "two@1"}
     assert check["details"]["without_source"] == ["two@1"]
-    assert "hub pull" in check["next"] and "two@1: no source is here" in check["next"]
+    assert "hub pull" in check["next"] and "two@1: no source exists here" in check["next"]
 
     path = Store().path(three.digest[7:])
     path.chmod(0o644)

@@ -119,7 +119,7 @@ def test_completion_with_a_damaged_registry_is_silent() -> None:
 
 
 def test_methods_are_those_of_the_catalogues() -> None:
-    assert _completion.methods() == sorted([*merges, *routers])
+    assert _completion.list_methods() == sorted([*merges, *routers])
 
 
 @pytest.mark.parametrize("line", ["hub pull ", "hub methods "])

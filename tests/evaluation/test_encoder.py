@@ -12,7 +12,7 @@ from conftest import make_expert, tiny_bert
 from experthub import hub
 from experthub.hub.bases.base import Base, load_model, load_tokenizer, read
 from experthub.hub.errors import UsageError
-from experthub.hub.evaluation.routing_map import routing_map
+from experthub.hub.evaluation.routing_map import map_routing
 from experthub.hub.formats.safetensors_header import read_header
 from experthub.hub.kinds.lora import GATES
 from experthub.hub.readers.scorer import Question
@@ -85,7 +85,8 @@ def test_the_loss_is_the_cross_entropy_of_the_scores(encoder: Base, colours: str
     from experthub.hub.tasks.task import Task
 
     task = Task("x", card, tuple(examples))
-    loss = objective.loss(model, objective.batch([objective.row(task, e) for e in examples]))
+    batch = objective.collate([objective.encode(task, e) for e in examples])
+    loss = objective.compute_loss(model, batch)
     expected = []
     for example in examples:
         row = torch.tensor(scorer.scores(model, [scorer.question(task, example)])[0].values)
@@ -109,7 +110,7 @@ def test_an_expert_learns_labels_and_is_routed(folder: Path, colours: str) -> No
     assert found["protocol"]["score"] == "label-cosine"
     assert found["average"]["alone"]["delta_to_base"]["ci95"][0] > 0
     assert found["controls"]["best_individual"] == "colours@2"
-    shown = routing_map(hub.Recipe.of(recipe), [colours])
+    shown = map_routing(hub.Recipe.of(recipe), [colours])
     assert (shown["experts"], shown["layers"]) == (["colours", "other"], [0, 1])
     for row in shown["weights"]:
         # Where only one of them adapts a module, it has all of the weight there.

@@ -14,7 +14,7 @@ from experthub import hub
 from experthub.hub.bases.base import Base, load_tokenizer
 from experthub.hub.errors import HubError, UsageError
 from experthub.hub.evaluation import cache, evaluation
-from experthub.hub.evaluation.statistics import bootstrap, hierarchical, wilson
+from experthub.hub.evaluation.statistics import bootstrap, bootstrap_groups, wilson_interval
 from experthub.hub.readers.likelihood import Likelihood, choice_logprobs, encode
 from experthub.hub.tasks.task import Card, Example, example_id
 from experthub.hub.tasks.task_files import read_task, write_task
@@ -263,8 +263,8 @@ def test_recipes_of_different_bases_are_refused(
 
 def test_wilson_interval_of_a_textbook_case() -> None:
     """Newcombe 1998, table I: 15 of 148 gives 0.0624 to 0.1605."""
-    assert wilson(15, 148) == pytest.approx([0.0624, 0.1605], abs=5e-5)
-    assert wilson(0, 10)[0] == 0 and wilson(10, 10)[1] == pytest.approx(1)
+    assert wilson_interval(15, 148) == pytest.approx([0.0624, 0.1605], abs=5e-5)
+    assert wilson_interval(0, 10)[0] == 0 and wilson_interval(10, 10)[1] == pytest.approx(1)
 
 
 def test_intervals_cover_what_they_should() -> None:
@@ -272,14 +272,14 @@ def test_intervals_cover_what_they_should() -> None:
     random, n = numpy.random.default_rng(0), 300
     held = {"wilson": 0, "bootstrap": 0, "hierarchical": 0}
     for _ in range(n):
-        share = wilson(random.binomial(60, 0.3), 60)
+        share = wilson_interval(random.binomial(60, 0.3), 60)
         held["wilson"] += share[0] <= 0.3 <= share[1]
         low, high = bootstrap(random.normal(1, 2, 80).tolist(), resamples=1000)
         held["bootstrap"] += low <= 1 <= high
         # Twelve tasks drawn around 0.5, sixty examples each: the mean over all such tasks.
         shares = numpy.clip(random.normal(0.5, 0.15, 12), 0, 1)
         groups = [random.binomial(1, p, 60).tolist() for p in shares]
-        low, high = hierarchical(groups, resamples=1000)
+        low, high = bootstrap_groups(groups, resamples=1000)
         held["hierarchical"] += low <= 0.5 <= high
     assert 0.91 * n <= held["wilson"] <= 0.99 * n
     assert 0.90 * n <= held["bootstrap"] <= 0.99 * n
@@ -288,9 +288,9 @@ def test_intervals_cover_what_they_should() -> None:
 
 def test_a_hierarchical_interval_of_one_group_is_the_bootstrap() -> None:
     values = numpy.random.default_rng(1).normal(0, 1, 50).tolist()
-    assert hierarchical([values]) == pytest.approx(bootstrap(values), abs=0.02)
+    assert bootstrap_groups([values]) == pytest.approx(bootstrap(values), abs=0.02)
 
 
 def test_a_hierarchical_interval_knows_that_tasks_differ() -> None:
     """Two tasks, each known exactly: the spread is that between them."""
-    assert hierarchical([[0.0] * 50, [1.0] * 50]) == [0.0, 1.0]
+    assert bootstrap_groups([[0.0] * 50, [1.0] * 50]) == [0.0, 1.0]

@@ -62,7 +62,6 @@ def test_what_each_layer_may_import(path: Path) -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_house_rules(path: Path) -> None:
     text = path.read_text()
-    assert len(text.splitlines()) <= 320, "too long: find the second purpose in it"
     if path.name != "atomic.py" and path.parts[-2] != "remotes":
         assert not {"write_text", "write_bytes"} & {
             node.func.attr
@@ -73,8 +72,6 @@ def test_house_rules(path: Path) -> None:
         if isinstance(node, ast.ExceptHandler):
             caught = ast.unparse(node.type) if node.type else ""
             assert caught not in ("", "Exception"), "name what is caught"
-        if isinstance(node, ast.FunctionDef):
-            assert (node.end_lineno or 0) - node.lineno < 65, f"{node.name} is too long"
         assert not isinstance(node, ast.Assert), "assert is for tests"
 
 

@@ -20,10 +20,13 @@ PATHS = {
 }
 SOURCES = [pytest.param(p, id=str(p.relative_to(ROOT))) for p in PATHS.values()]
 MAX_FILE, MAX_FUNCTION = 300, 60  # lines
-# Modules of hub that light commands import, and that load torch, through merge or routing, or
-# libraries of remotes, only when they are used.  Modules of cli defer everything: a command imports
-# what it needs itself.
-DEFERRED: dict[str, set[str]] = {}
+# Modules of hub that light commands import, and what loads torch, which they import when it is used.
+# Modules of cli defer everything: a command imports what it needs itself.
+DEFERRED = {
+    "hub.kinds.lora": {"hub.formats.safetensors_reader", "merge"},
+    "hub.kinds.task_vector": {"merge"},
+    "hub.recipes.method": {"merge", "routing"},
+}
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
@@ -151,7 +154,7 @@ ABOUT_METHODS = {
     "hub/evaluation/controls.py": {"best_individual"},
     "hub/formats/skills.py": {"poly", "mhr"},
     "hub/selection/clusters.py": {"arrow"},
-    "hub/selection/written.py": {"phatgoose", "arrow"},
+    "hub/selection/recipe_writing.py": {"phatgoose", "arrow"},
     "hub/training/inventory.py": {"mhr"},
 }
 

@@ -20,7 +20,7 @@ from experthub.hub.materials.task_data import TaskData
 from experthub.hub.readers.likelihood import choice_logprobs, encode
 from experthub.hub.readers.reader_for import reader_for
 from experthub.hub.readers.similarity import Similarity
-from experthub.hub.recipes.examples import chosen
+from experthub.hub.recipes.examples import choose_examples
 from experthub.hub.recipes.lock import plan_of
 from experthub.hub.recipes.recipe import DataUse
 from experthub.hub.states.run_state import PROGRESS, run_folder, state_folder
@@ -107,6 +107,29 @@ def test_every_method_composes_and_composes_the_same_again(
         changed = {n for n, p in base.named_parameters() if not torch.equal(p, weights(first)[n])}
         # Nothing depends on the encoder's pooler: its coefficient stays where it was.
         assert changed | {"pooler.dense.weight"} >= set(first.plan.parameters) >= changed
+
+
+@pytest.mark.parametrize("method", LEARNED)
+def test_what_learns_does_so_without_gradients_around_it(
+    method: str, values: dict[str, Any]
+) -> None:
+    whole = hub.compose(recipe(values, method))
+    shutil.rmtree(run_folder(whole.plan), ignore_errors=True)
+    with torch.no_grad():
+        again = hub.compose(recipe(values, method))
+    assert same(weights(whole), weights(again))
+
+
+def test_one_expert_may_stand_twice(values: dict[str, Any]) -> None:
+    first = values["experts"][0]
+    value = recipe(values) | {"experts": [first, {"expert": first, "as": "again"}]}
+    assert hub.compose(value).state.values.shape[0] == 2
+    path = written(value)
+    assert run_hub("coefficients", path, "--name", "mine").code == 0
+    again = {k: v for k, v in value.items() if k != "data"} | {"coefficients": "mine"}
+    assert same(weights(hub.compose(value)), weights(hub.compose(again)))
+    with pytest.raises(UsageError, match="made for e1, again, not for e2 as it is now"):
+        hub.compose(again | {"experts": values["experts"]})
 
 
 def test_what_was_learned_is_not_learned_again(
@@ -262,7 +285,7 @@ class TestReading:
     def data(self, values: dict[str, Any], **options: Any) -> TaskData:
         base = read(Path(values["base"]), "base")
         model = load_model(base, "float32", None)
-        found = chosen(DataUse(tasks=values["data"]["tasks"], **options))
+        found = choose_examples(DataUse(tasks=values["data"]["tasks"], **options))
         return TaskData(model, reader_for(base, None), found, bool(options.get("labels")))
 
     def test_equals_the_scorer(self, values: dict[str, Any]) -> None:
@@ -308,7 +331,7 @@ class TestReading:
 
     def test_shots_are_of_each_class(self, values: dict[str, Any]) -> None:
         use = DataUse(tasks=values["data"]["tasks"], labels=True, shots=3)
-        for one in chosen(use):
+        for one in choose_examples(use):
             assert isinstance(one, Chosen) and sorted(one.labels) == [0, 0, 0, 1, 1, 1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -73,6 +74,9 @@ def test_routers_share_the_packed_experts(recipe: dict[str, Any], home: Path, al
         hub.compose({**recipe, "route": {"method": "phatgoose", "top_k": top_k}})
     names = [path.name.partition("-")[0] for path in folders(home)]
     assert names == ["experts", "router", "router"]
+    index = json.loads((folders(home)[1] / "index.json").read_bytes())
+    # Not by the private module, which may be renamed.
+    assert index["parts"][0]["settings"]["class"] == ["experthub.routing", "TopK"]
     hub.compose({**recipe, "experts": recipe["experts"][:2], "route": {"method": "arrow"}})
     assert len(folders(home)) == 5
     half = {**recipe, "dtype": "bfloat16", "route": {"method": "arrow"}}

@@ -14,11 +14,10 @@ import transformers
 from conftest import logits, make_expert, run_hub, tiny_bert
 from experthub import hub
 from experthub.hub.errors import UsageError
-from experthub.hub.materials.learned import learned
-from experthub.hub.materials.router_state import stored_router
+from experthub.hub.recipes.plan import Plan
 from experthub.hub.recipes.resolution import resolve
 from experthub.hub.session import Session
-from experthub.hub.store.store import Store
+from experthub.hub.states.states import load_state, store_state
 from experthub.hub.tasks.task import Card, Example, example_id
 from experthub.hub.tasks.task_files import read_task, write_task
 from torch import Tensor
@@ -66,6 +65,12 @@ def routed(pool: dict[str, Any], method: str, **options: Any) -> hub.Composition
     return hub.compose({**pool["recipe"], "route": route, **more})
 
 
+def stored(plan: Plan) -> tuple[Any, Any]:
+    """The description and the state of a plan's router, by way of the store."""
+    session = Session()
+    return load_state(plan, store_state(plan, session), session)
+
+
 def of_expert(pool: dict[str, Any], number: int, rows: list[list[int]] = ROWS) -> Tensor:
     """The logits of one expert alone."""
     recipe = {**pool["recipe"], "experts": [f"expert-{number}"], "route": {"method": "uniform"}}
@@ -82,7 +87,7 @@ def test_a_batch_of_several_tasks(pool: dict[str, Any]) -> None:
         found = logits(composition.model, ROWS)
         torch.testing.assert_close(found, of_expert(pool, 1), atol=1e-4, rtol=1e-4)
     three = composition.tasks(["a", "b", "c"])
-    with pytest.raises(UsageError, match="3 tasks were said for a batch of 2"), three:
+    with pytest.raises(UsageError, match="3 tasks were named for a batch of 2 rows"), three:
         logits(composition.model, ROWS)
     mean = logits(routed(pool, "uniform").model, ROWS)
     torch.testing.assert_close(logits(composition.model, ROWS), mean, atol=1e-4, rtol=1e-4)
@@ -206,7 +211,7 @@ def test_average_activation_is_the_mean_of_real_inputs(pool: dict[str, Any]) -> 
     route = {"method": "average_activation", "examples": 5}
     recipe = hub.Recipe.of({**pool["recipe"], "route": route})
     plan = resolve(recipe)
-    _, state = stored_router(learned(plan, Session()), Store())
+    _, state = stored(plan)
     found = state.tensors["1.model.layers.0.self_attn.q_proj"]
     task = read_task(pool["tasks"][1])
     one = {**pool["recipe"], "experts": ["expert-1"], "route": {"method": "uniform"}}
@@ -251,7 +256,7 @@ def test_xlora_weighs_by_the_hidden_states_of_the_base(pool: dict[str, Any]) -> 
     """Every token's weights are those of a classifier over what the base alone would see."""
     data = {"tasks": pool["tasks"][:2], "labels": True, "limit": 10}
     composition = routed(pool, "xlora", data=data, steps=12, lr=0.05, depth=2, size=16)
-    record, state = stored_router(learned(composition.plan, Session()), Store())
+    record, state = stored(composition.plan)
     assert len(record.history) == 12 and record.history[-1] < record.history[0]
     base = transformers.AutoModelForCausalLM.from_pretrained(pool["recipe"]["base"])
     ids = torch.tensor(ROWS)
@@ -312,7 +317,7 @@ def test_what_a_router_was_made_of_is_kept_named_and_checked(
     changed = {**named, "experts": ["expert-0", "expert-1"]}
     with pytest.raises(UsageError, match="in another order or for more experts"):
         hub.compose(changed)
-    with pytest.raises(UsageError, match="was made with examples 10, and the recipe says 11"):
+    with pytest.raises(UsageError, match="was made with examples: 10, and the recipe sets 11"):
         hub.compose({**named, "route": {**recipe["route"], "examples": 11}})
     with pytest.raises(UsageError, match="index@1 holds a router's state, and is no expert"):
         hub.compose({**recipe, "experts": ["index"]})

@@ -15,7 +15,7 @@ import pytest
 from conftest import tiny_bert
 from experthub import hub
 from experthub.hub.evaluation import evaluation
-from experthub.hub.evaluation.statistics import wilson
+from experthub.hub.evaluation.statistics import wilson_interval
 from experthub.hub.files import yaml_files
 from experthub.hub.registry.expert import Reference
 from experthub.hub.tasks.task import Card, Example, example_id
@@ -190,7 +190,7 @@ def test_the_tasks_are_those_that_the_trials_speak_for() -> None:
     assert len(set(unseen)) == len(unseen) >= 16 and not set(unseen) & set(proof["tasks"])
     for task in groups["far"]:
         found = bases[task.partition(":")[2]]
-        low, high = wilson(found["base"] * found["n"], found["n"])
+        low, high = wilson_interval(found["base"] * found["n"], found["n"])
         assert found["n"] >= 60 and not low <= found["chance"] <= high, task
 
 

@@ -55,7 +55,7 @@ def literal(skilled: SkilledLinear, x: Tensor, task: int) -> Tensor:
 @pytest.mark.parametrize("heads", [1, 2, 4])
 def test_rows_of_several_tasks_are_the_papers_formula(heads: int) -> None:
     skilled, x = module(heads), drawn(3, 5, I, seed=7)
-    skilled.rows.tasks = torch.tensor([1, 0, 1])
+    skilled.batch.tasks = torch.tensor([1, 0, 1])
     found = skilled(x)
     for row, task in enumerate([1, 0, 1]):
         torch.testing.assert_close(found[row], literal(skilled, x[row], task))
@@ -69,9 +69,9 @@ def test_rows_of_several_tasks_are_the_papers_formula(heads: int) -> None:
     mean = skills.fold("average")
     torch.testing.assert_close(mean.a, skilled.skill_a.mean(0))
     torch.testing.assert_close(mean.b, skilled.skill_b.mean(0))
-    skilled.rows.tasks = torch.tensor([1, 1, 1])  # one task takes a shorter way
+    skilled.batch.tasks = torch.tensor([1, 1, 1])  # one task takes a shorter way
     torch.testing.assert_close(skilled(x)[0], found[0])
-    skilled.rows.tasks = torch.tensor([0])
+    skilled.batch.tasks = torch.tensor([0])
     with pytest.raises(ValueError, match="expected the tasks of 3 rows"):
         skilled(x)
 
@@ -95,7 +95,7 @@ def test_equals_peft(heads: int, training: bool) -> None:
         layer.poly_lora_B["x"].copy_(b_HSRO)
         layer.poly_router["x"].module_logits.copy_(skilled.logits.flatten(1))
     skilled.scale = 1 / R
-    skilled.rows.tasks = torch.tensor([0, 1])
+    skilled.batch.tasks = torch.tensor([0, 1])
     x = drawn(2, 5, I, seed=7)
     torch.manual_seed(5)
     expected = layer(x, task_ids=torch.tensor([0, 1]))
@@ -293,16 +293,16 @@ def test_wrong_recipes(
 def test_wrong_commands(base_folder: Path, tasks: list[str], expert_folder: Any) -> None:
     start = ["train", "skills", "--base", base_folder, "--tasks", tasks[0], "--name", "x"]
     for more, words in (
-        (["--router", "moe"], "unknown choice 'moe'"),
+        (["--router", "moe"], "unknown --router 'moe'"),
         (["--router", "poly", "--heads", "2"], "poly has one head"),
         (["--heads", "5"], "heads that divide"),
-        (["--tasks", tasks[0]], "a task stands twice"),
+        (["--tasks", tasks[0]], f"the task {tasks[0]} is named twice"),
     ):
         ran = run_hub(*start, *more)
         assert ran.code == 2 and words in ran.err, ran.err
     run_hub("add", expert_folder(), "--name", "plain", "--base", base_folder)
     ran = run_hub("train", "adapt", "plain", "--task", tasks[0], "--name", "y")
-    assert ran.code == 2 and "plain@1 is no inventory of skills" in ran.err
+    assert ran.code == 2 and "plain@1 is a LoRA, not an inventory of skills" in ran.err
     lora = {"base": str(base_folder), "experts": ["plain"], "route": {"method": "poly"}}
     with pytest.raises(UsageError, match="poly is over one inventory of skills"):
         hub.compose(lora)

@@ -11,7 +11,7 @@ import torch
 import transformers
 from conftest import logits
 from experthub import hub
-from experthub.hub.materials.router_state import State
+from experthub.routing import State
 
 ROWS = [[5, 77, 130, 9, 200, 33, 41], [9, 33, 12, 50, 77, 1, 2]]
 
@@ -59,5 +59,5 @@ def test_equals_peft(
         "route": {**route, "top_k": top_k},
         "data": {"tasks": [tiny_task], "labels": True},
     }
-    ours = hub.compose(recipe, router=State({n: t.detach() for n, t in state.items()}))
+    ours = hub.compose(recipe, state=State({n: t.detach() for n, t in state.items()}))
     torch.testing.assert_close(logits(ours.model, ROWS), logits(theirs, ROWS), atol=1e-4, rtol=1e-4)

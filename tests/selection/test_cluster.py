@@ -149,8 +149,8 @@ def test_the_similarity_of_experts_is_that_of_their_dense_changes(pool: dict[str
     for row, literal in zip(found.similarity, expected, strict=True):
         assert row == pytest.approx(literal, abs=1e-6)
     assert found.groups == [[0, 1], [2, 3], [4]]
-    assert found.within([0, 1]) == pytest.approx(found.similarity[0][1])
-    assert found.within([4]) is None
+    assert found.mean_cosine([0, 1]) == pytest.approx(found.similarity[0][1])
+    assert found.mean_cosine([4]) is None
 
 
 def test_similarity_by_gates_is_that_of_standardised_gates(pool: dict[str, Any]) -> None:
@@ -213,7 +213,7 @@ def test_errors(pool: dict[str, Any], expert_folder: Make, tmp_path: Path) -> No
     tiny_bert(tmp_path / "encoder")
     encoder = ("--embedder", str(tmp_path / "encoder"))
     cases: list[tuple[tuple[str, ...], int, str]] = [
-        ((*base, "--k", "6"), 2, "5 experts make no 6 groups"),
+        ((*base, "--k", "6"), 2, "cannot form 6 groups from 5 experts"),
         ((*base, "--by", "weight"), 2, "unknown --by 'weight'"),
         ((*base, "--method", "arow"), 2, "did you mean"),
         ((*base, "--method", "linear"), 2, "there is no router 'linear'"),
@@ -233,7 +233,7 @@ def test_errors(pool: dict[str, Any], expert_folder: Make, tmp_path: Path) -> No
     bare = expert_folder(5, gates=False)
     with pytest.raises(HubError, match="has no gates"):
         cluster(["e0", str(bare)], base=pool["base"], k=1, by="gates")
-    with pytest.raises(UsageError, match="make no 0 groups"):
+    with pytest.raises(UsageError, match="cannot form 0 groups"):
         cluster(["e0"], base=pool["base"], k=0)
 
 

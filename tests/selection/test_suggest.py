@@ -295,10 +295,10 @@ def test_the_expert_of_the_task_comes_first(base_folder: Path, tmp_path: Path) -
         )
         place = found.references.index(f"{name}@2")
         for measure in ("gates", "embeddings"):
-            assert found.ranks(measure)[place] == 1, (name, measure)
+            assert found.compute_ranks(measure)[place] == 1, (name, measure)
         assert found.truth["logprob"][place] == max(found.truth["logprob"])
-        assert found.best(1) == [f"{name}@2"]
-        assert found.correlations()["gates"]["logprob"]["n"] == 3
+        assert found.select_best(1) == [f"{name}@2"]
+        assert found.compute_correlations()["gates"]["logprob"]["n"] == 3
 
 
 def test_rank_correlations_are_the_textbook_ones() -> None:
@@ -318,7 +318,7 @@ def test_written_recipes_compose(pool: dict[str, Any], method: str | None, tmp_p
     found = ranked(pool, pool["tasks"][0], by="gates", k=2)
     path = tmp_path / "new" / "recipe.yaml"
     plan = write_suggestion(found, 2, path, Session(), method)
-    assert [member.reference for member in plan.members] == found.best(2)
+    assert [member.reference for member in plan.members] == found.select_best(2)
     assert plan.recipe.method.method == (method or "phatgoose")
     composition = hub.compose(path)
     assert composition.plan.digest == plan.digest
@@ -391,13 +391,13 @@ def test_what_is_missing_is_left_out_or_refused(
     place = found.references.index("bare@1")
     assert found.scores["gates"][place] is None is found.scores["embeddings"][place]
     assert found.scores["prototypes"][place] is not None
-    assert found.rank_by == "prototypes" and len(found.best(4)) == 4
+    assert found.rank_by == "prototypes" and len(found.select_best(4)) == 4
     found = replace(found, rank_by="gates")
-    assert found.ranks("gates")[place] is None and place not in found.order
+    assert found.compute_ranks("gates")[place] is None and place not in found.order
     assert found.record()["experts"][-1]["expert"] == "bare@1"
-    with pytest.raises(UsageError, match="3 experts have a score"):
-        found.best(4)
-    assert len(found.best()) == 3
+    with pytest.raises(UsageError, match="only 3 experts have a score"):
+        found.select_best(4)
+    assert len(found.select_best()) == 3
     with pytest.raises(HubError, match="has no gate for"):
         write_suggestion(
             ranked(pool, pool["tasks"][0], by="prototypes"),
@@ -432,7 +432,7 @@ def test_a_dense_expert_has_neither_gates_nor_a_prototype(
     )
     assert found.scores["gates"][0] is None is found.scores["prototypes"][0]
     assert found.scores["gates"][1] is not None and None not in found.scores["tmi"]
-    assert found.best(2) == ["dense@1", "expert-1@1"]
+    assert found.select_best(2) == ["dense@1", "expert-1@1"]
     assert write_suggestion(found, 2, "recipe.yaml", Session()).recipe.method.method == "linear"
     with torch.no_grad():
         model = hub.compose("recipe.yaml").model
@@ -447,15 +447,15 @@ def test_errors(pool: dict[str, Any], tmp_path: Path) -> None:
     left = left_with(untested, {"train"})
     cases: list[tuple[list[str], int, str]] = [
         (["--task", "made:nowhere", *base], 4, "there is no task made:nowhere"),
-        (["--task", task, "--base", str(lonely)], 4, "no registry knows an expert of"),
-        (["--task", task, *base, "--k", "4"], 2, "there are 3 experts"),
+        (["--task", task, "--base", str(lonely)], 4, "no registry has an expert of"),
+        (["--task", task, *base, "--k", "4"], 2, "there are only 3 experts"),
         (["--task", task, *base, "--by", "tmi"], 2, "--labels"),
         (["--task", task, *base, "--rank-by", "tmi"], 2, "--labels"),
         (["--task", task, *base, "--by", "gates", "--rank-by", "prototypes"], 2, "--by gates"),
-        (["--task", task, *base, "--rank-by", "all"], 2, "no measure"),
+        (["--task", task, *base, "--rank-by", "all"], 2, "needs one measure, not all"),
         (["--task", task, *base, "--by", "gate"], 2, "unknown measure 'gate'"),
         (["--task", task, *base, "--method", "phatgose"], 2, "did you mean"),
-        (["--task", task], 2, "say --base"),
+        (["--task", task], 2, "pass a base with --base"),
         (["--task", task, "nobody"], 4, "nobody"),
         (["--task", task, *base, "--embedder", pool["base"]], 2, "is no sentence encoder"),
         (["--task", task, "--base", "nobody"], 4, "no registry knows a base 'nobody'"),
@@ -489,8 +489,8 @@ def test_the_base_is_that_of_the_experts_by_any_of_its_names(
     ]
     file = tmp_path / "registry.yaml"
     file.write_text(json.dumps({"version": 1, "bases": bases, "experts": experts}))
-    layers = hub.Registry.read(file)
-    options: dict[str, Any] = {"by": "prototypes", "examples": 4, "registry": layers}
+    session = Session(hub.Registry.read(file))
+    options: dict[str, Any] = {"by": "prototypes", "examples": 4, "session": session}
     for base in ("tiny", "org/tiny"):
         all_of = suggest(pool["tasks"][0], base=base, **options)
         assert all_of.references == ["one@1", "two@1"]
@@ -508,7 +508,7 @@ def test_experts_whose_tasks_show_nothing_have_no_embedding(pool: dict[str, Any]
     session = Session(report=lambda what, done, size: said.append(what))
     found = ranked(pool, pool["tasks"][2], session=session)
     assert [score is None for score in found.scores["embeddings"]] == [True, True, False]
-    assert None not in found.scores["gates"] and found.best() == ["expert-2@1"]
+    assert None not in found.scores["gates"] and found.select_best() == ["expert-2@1"]
     for words in ("has no train examples", "line 1: "):
         assert any("note:" in what and words in what for what in said), (words, said)
 

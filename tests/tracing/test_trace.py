@@ -14,10 +14,10 @@ from experthub import hub
 from experthub.hub.bases.base import Base, load_model, load_tokenizer
 from experthub.hub.composition.generation import generate_ids
 from experthub.hub.errors import UsageError
-from experthub.hub.evaluation.routing_map import routing_map
+from experthub.hub.evaluation.routing_map import map_routing
 from experthub.hub.tasks.task import Card, Example, example_id
 from experthub.hub.tasks.task_files import write_task
-from experthub.hub.tracing.tokens import pieces
+from experthub.hub.tracing.tokens import build_tokens
 from experthub.routing import record_routing
 from safetensors.torch import load_file
 from test_kinds import LABELS, MADE, png
@@ -286,7 +286,7 @@ def test_an_encoder_without_its_pooler(tmp_path: Path) -> None:
     assert len(ran.json["tokens"]) == len("firedeep sea") and len(ran.json["modules"]) == 8
     long = run_hub("trace", path, "-p", "x" * 300, "--json")
     assert len(long.json["tokens"]) == 256
-    assert long.lines("note: of prompt 1") == ["note: of prompt 1, 256 tokens are read at most"]
+    assert long.lines("note: at most") == ["note: at most 256 tokens of prompt 1 are read"]
     ran = run_hub("trace", path, "-p", "x", "--generate", "2")
     assert ran.code == 2 and "cannot generate" in ran.err
     ran = run_hub("trace", path, "-p", "ab", "--module", "pooler.*")
@@ -343,10 +343,10 @@ def test_a_merge_is_refused_before_it_is_loaded(folders: list[Path], base_folder
     path.write_text(path.read_text().replace("route: {method: phatgoose}", "merge: {method: ties}"))
     ran = run_hub("trace", path, "--prompt", "x")
     assert (ran.code, ran.out) == (2, "")
-    assert ran.lines("error") == ["error: ties: a merge routes nothing"]
+    assert ran.lines("error") == ["error: ties: a merge has no routing to trace"]
     assert ran.lines("hint") and "loading" not in ran.err
     with pytest.raises(UsageError, match="ties: a merge routes"):
-        routing_map(path, [])
+        map_routing(path, [])
 
 
 @pytest.mark.parametrize(
@@ -356,8 +356,11 @@ def test_a_merge_is_refused_before_it_is_loaded(folders: list[Path], base_folder
         (("-p", "x", "--task", "local:parity"), "--prompt and --task exclude each other"),
         (("-p", ""), "prompt 1 is empty"),
         (("-p", "x", "-p", "x" * 513), "prompt 2 has 513 tokens"),
-        (("-p", "x" * 500, "--generate", "20"), "prompt 1 has 520 tokens with those to be written"),
-        (("-p", "x", "--module", "nothing"), "no routed module is called 'nothing'"),
+        (
+            ("-p", "x" * 500, "--generate", "20"),
+            "prompt 1 has 520 tokens, including those to generate",
+        ),
+        (("-p", "x", "--module", "nothing"), "no routed module matches 'nothing'"),
         (("-p", "x", "--module", "(q"), "is not a regular expression"),
         (("-p", "x", "--module", "(.*)*(.*)*(.*)*(.*)*(.*)*x!"), "matching takes too long"),
         (("-p", "x", "--open"), "--open shows the page that --html writes"),
@@ -380,10 +383,10 @@ def test_the_pieces_are_the_text(text: str, base: Base) -> None:
     """Also where a token is a part of a character: the one that ends it has all of it."""
     tokenizer = load_tokenizer(base)
     ids = tokenizer(text)["input_ids"]
-    found = pieces(tokenizer, ids[:2], ids[2:], 0)
+    found = build_tokens(tokenizer, ids[:2], ids[2:], 0)
     assert len(found) == len(text.encode())
     assert "".join(token.text for token in found) == text
     if "\ufffd" not in text:
         assert [token.text for token in found if token.text] == list(text)
-    cut = pieces(tokenizer, tokenizer("a🌧")["input_ids"][:-1], [], 0)
+    cut = build_tokens(tokenizer, tokenizer("a🌧")["input_ids"][:-1], [], 0)
     assert [token.text for token in cut] == ["a", "", "", "\ufffd"]

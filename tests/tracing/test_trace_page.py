@@ -15,7 +15,7 @@ import torch
 from conftest import run_hub
 from experthub import hub
 from experthub.hub.composition.composition import Composition
-from experthub.hub.tracing.page import DIGITS, TEMPLATE, packed, page
+from experthub.hub.tracing.page import DIGITS, TEMPLATE, pack_weights, render_page
 from torch import Tensor
 
 Make = Callable[..., Path]
@@ -88,7 +88,7 @@ def composition(recipe: Path) -> Composition:
 
 def test_the_page_holds_the_trace(composition: Composition) -> None:
     found = hub.trace(composition, ["one", "two"], new_tokens=2)
-    read = Read(page(found))
+    read = Read(render_page(found))
     assert read.open == [] and len(read.scripts) == 2
     trace, record = read.trace, found.record()
     for name in ("composition", "base", "methods", "experts", "layers"):
@@ -104,8 +104,8 @@ def test_the_page_holds_the_trace(composition: Composition) -> None:
 @pytest.mark.parametrize("text", HOSTILE)
 def test_a_hostile_prompt_is_text(text: str, composition: Composition) -> None:
     """The page has the tags of one with a harmless prompt, and its data is what was said."""
-    read = Read(page(hub.trace(composition, [text])))
-    assert read.tags == Read(page(hub.trace(composition, ["harmless"]))).tags
+    read = Read(render_page(hub.trace(composition, [text])))
+    assert read.tags == Read(render_page(hub.trace(composition, ["harmless"]))).tags
     assert "".join(token[0] for token in read.trace["tokens"]) == text
     assert "<" not in read.scripts[0]
 
@@ -125,7 +125,7 @@ def test_nothing_is_loaded() -> None:
 def test_packed_weights_are_thousandths() -> None:
     rows = [[0, 1.0, 0, 0.0004], [0, 1.0, 0, 0.0004], [0.25, 0.25, 0.2504, 0.2496], [0, 0, 0, 0]]
     rows += [[-1, 9.0, 0, 0]]
-    text = packed(torch.tensor(rows))
+    text = pack_weights(torch.tensor(rows))
     assert text == "ABPo,=,AAD6ABD6ACD6ADD6,,AB__"
     assert unpacked(text, 4)[:4] == [[0, 1000, 0, 0]] * 2 + [[250] * 4, [0] * 4]
     assert unpacked(text, 4)[4] == [0, 4095, 0, 0]
@@ -134,7 +134,7 @@ def test_packed_weights_are_thousandths() -> None:
 def test_hundreds_of_experts_are_packed() -> None:
     torch.manual_seed(0)
     weights: Tensor = torch.zeros(20, 900).scatter(1, torch.randint(900, (20, 3)), 1 / 3)
-    read = torch.tensor(unpacked(packed(weights), 900))
+    read = torch.tensor(unpacked(pack_weights(weights), 900))
     assert torch.equal(read, (weights * 1000).round().int())
 
 
@@ -143,8 +143,8 @@ def test_the_size_is_that_of_the_weights_that_are_not_zero() -> None:
     torch.manual_seed(0)
     values, experts = torch.randn(512, 16).topk(2)
     weights = torch.zeros(512, 16).scatter(1, experts, values.softmax(-1))
-    assert 210 * len(packed(weights)) < 1_050_000
-    assert 210 * len(packed(torch.full((512, 16), 1 / 16))) < 250_000
+    assert 210 * len(pack_weights(weights)) < 1_050_000
+    assert 210 * len(pack_weights(torch.full((512, 16), 1 / 16))) < 250_000
 
 
 def test_the_command_writes_and_opens_it(

@@ -242,7 +242,7 @@ def test_loss_is_the_mean_cross_entropy_of_the_answers(base_model: Any, base: An
         picked = [logprobs[t - 1, ids[t]] for t in range(len(item.prompt), len(ids))]
         expected.append(-torch.stack(picked).mean())
     answers = Answers(tokenizer)
-    loss = answers.loss(base_model, answers.batch(rows))
+    loss = answers.compute_loss(base_model, answers.collate(rows))
     torch.testing.assert_close(loss, torch.stack(expected).mean(), atol=1e-5, rtol=1e-5)
 
 

@@ -433,10 +433,10 @@ def test_partial_of_something_else(index: Index) -> None:
 PULL = """
 import sys
 from experthub.hub.bases.base_sources import find
-from experthub.hub.registry.registry import Registry
+from experthub.hub.session import Session
 print("ready", flush=True)
 sys.stdin.readline()
-print(find("tiny", Registry.read()).fingerprint)
+print(find("tiny", Session()).fingerprint)
 """
 
 
