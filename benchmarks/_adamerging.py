@@ -23,7 +23,15 @@ from statistics import median
 from typing import Any
 
 import torch
-from experthub.merge import Delta, Dense, Fit, LowRank, Materials, TaskVector, learn_coefficients
+from experthub.merge import (
+    Delta,
+    Dense,
+    Fit,
+    LowRank,
+    MergeMaterials,
+    TaskVector,
+    learn_coefficients,
+)
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -149,7 +157,7 @@ def fitted(
         "entropy", "layer", start=INITIAL, steps=steps, lr=RATE, batch_size=INPUTS, halves=halves
     )
     given = loras(problem) if what == "lora" else vectors(problem)
-    materials = Materials(given, torch.ones(len(given)), inputs, **ports)
+    materials = MergeMaterials(given, torch.ones(len(given)), inputs, **ports)
     return learn_coefficients(materials, fit)
 
 

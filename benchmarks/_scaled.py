@@ -17,8 +17,8 @@ import torch
 from _answers import answer
 from _bench import BASE, timed
 from experthub.hub import Plan, Recipe, Registry, Session, Store, compose, resolve
-from experthub.hub.bases.base import load_model
 from experthub.hub.bases.base_sources import find
+from experthub.hub.bases.loading import load_model
 from experthub.hub.composition.bank import Bank
 from experthub.routing import RoutedLinear
 from torch import Tensor

@@ -17,8 +17,8 @@ from typing import Any
 from _bench import Times, arguments, finish, ratio, run_rounds, spread, surroundings
 from _peer import HERE, Peer, environment
 from _unlabelled import EXPERTS, INPUTS, TASKS, TOKENS, write
-from experthub.hub.bases.base import load_model
 from experthub.hub.bases.base_sources import find
+from experthub.hub.bases.loading import load_model
 from experthub.hub.session import Session
 from safetensors.torch import load_file
 

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from _bench import BASE, THREADS, Times, arguments, finish, run_rounds, surroundings, timed
 from _peer import OFFLINE, Peer, environment
-from experthub.hub.bases.base import load_model, load_tokenizer
 from experthub.hub.bases.base_sources import find
+from experthub.hub.bases.loading import load_model, load_tokenizer
 from experthub.hub.readers.likelihood import choice_logprobs, encode
 from experthub.hub.session import Session
 from experthub.hub.tasks.task_files import read_task

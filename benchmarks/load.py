@@ -27,8 +27,9 @@ from _bench import (
 )
 from _peer import peft
 from experthub.hub import Recipe, Registry, compose, resolve
-from experthub.hub.bases.base import load_model, weight_files
 from experthub.hub.bases.base_sources import find
+from experthub.hub.bases.fingerprint import list_weight_files
+from experthub.hub.bases.loading import load_model
 from experthub.hub.session import Session
 
 METHODS = {
@@ -90,7 +91,7 @@ def main() -> None:
 
         shapes = [found.shapes[name] for name in resolved().parameters]
         changed = sum(outputs * inputs for outputs, inputs in shapes)
-        base_files = weight_files(found.folder)
+        base_files = list_weight_files(found.folder)
         files = [path for place in experts for path in place.glob("*.safetensors")]
         cases: dict[str, Callable[[], float]] = {
             "bare load": timed(bare),

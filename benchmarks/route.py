@@ -29,8 +29,8 @@ from _bench import (
 )
 from _peer import Peer, peft
 from experthub.hub import Plan, Recipe, Registry, compose, resolve
-from experthub.hub.bases.base import load_model
 from experthub.hub.bases.base_sources import find
+from experthub.hub.bases.loading import load_model
 from experthub.hub.session import Session
 from torch import Tensor
 

@@ -123,7 +123,7 @@ def folders_of(store: Store, registry: Registry, count: int, place: Path) -> lis
     Returns:
         The folders of the experts.
     """
-    known = {expert.name: expert.digest for expert in registry.experts()}
+    known = {expert.name: expert.digest for expert in registry.list_experts()}
     found = [place / f"expert-{number}" for number in range(count)]
     for folder in found:
         store.copy_out(known[folder.name], folder)

@@ -23,8 +23,8 @@ from _bench import (
     surroundings,
     timed,
 )
-from experthub.hub.bases.base import load_model
 from experthub.hub.bases.base_sources import find
+from experthub.hub.bases.loading import load_model
 from experthub.hub.session import Session
 from experthub.merge import LowRank
 from experthub.routing import BatchTasks, ExpertStack, RoutedLinear, SkilledLinear, make_gate

@@ -1,4 +1,4 @@
-"""Values that a shell completes: names of experts, bases, tasks and methods, found without torch."""
+"""Completion in a shell: names of experts, bases, tasks and methods, found without torch."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def list_experts(ctx: typer.Context, incomplete: str) -> list[str]:
     """
     known = _read_registry(ctx)
     if "@" in incomplete:
-        return [e.reference for e in known.experts()] if known else []
-    return sorted({e.name for e in known.experts()} | set(known.bases())) if known else []
+        return [e.reference for e in known.list_experts()] if known else []
+    return sorted({e.name for e in known.list_experts()} | set(known.list_bases())) if known else []
 
 
 def list_bases(ctx: typer.Context) -> list[str]:
@@ -36,7 +36,7 @@ def list_bases(ctx: typer.Context) -> list[str]:
         The names.
     """
     known = _read_registry(ctx)
-    return list(known.bases()) if known else []
+    return list(known.list_bases()) if known else []
 
 
 def _read_registry(ctx: typer.Context) -> Registry | None:

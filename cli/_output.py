@@ -1,4 +1,4 @@
-"""Output of commands: tables and JSON on standard output, progress and messages on standard error."""
+"""Output of commands: results on standard output, progress and messages on standard error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as on
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only names, one per line.")]
 RegistryOption = Annotated[
     Path | None,
-    typer.Option("--registry", metavar="FILE", help="Search this registry before all others."),
+    typer.Option("--registry", metavar="FILE", help="Search this registry file before all others."),
 ]
 DeviceOption = Annotated[
     str | None,
@@ -28,7 +28,9 @@ DeviceOption = Annotated[
 ]
 LockedOption = Annotated[
     bool,
-    typer.Option("--locked", help="Use the lock, and fail if the recipe or a registry has changed."),
+    typer.Option(
+        "--locked", help="Use the lock, and fail if the recipe or a registry has changed."
+    ),
 ]
 FrozenOption = Annotated[
     bool, typer.Option("--frozen", help="Use the lock without reading any registry.")
@@ -94,18 +96,17 @@ def print_lines(lines: Sequence[str]) -> None:
     sys.stdout.write("".join(f"{line}\n" for line in lines))
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table that is as wide as its cells.
 
     Args:
         columns: The headers; a leading `>` aligns the column on the right.
         rows: The cells, row by row.
-        title: A title above the table.
     """
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title or None, box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         right = column.startswith(">")
         table.add_column(column.removeprefix(">"), justify="right" if right else "left")
@@ -127,7 +128,7 @@ def print_fields(fields: dict[str, str]) -> None:
 
 
 def format_megabytes(size: int) -> str:
-    """Format a number of bytes in format_megabytes.
+    """Format a number of bytes in megabytes.
 
     Args:
         size: The number of bytes.
@@ -177,7 +178,9 @@ def show_progress() -> Iterator[Report]:
                 for old in tasks.values():
                     bars.update(old, visible=False)
                 tasks[what] = bars.add_task(what, total=size or None, count="")
-            bars.update(tasks[what], completed=done, total=size or None, count=_format_count(done, size))
+            bars.update(
+                tasks[what], completed=done, total=size or None, count=_format_count(done, size)
+            )
 
         yield show
 

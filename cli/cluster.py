@@ -45,15 +45,17 @@ def cluster(
     method: Annotated[str, typer.Option(help="The router between the groups.")] = "arrow",
     force: ForceOption = False,
     plot: Annotated[
-        Path | None, typer.Option("--plot", help="Draw the similarities as a heat map in this PNG file.")
+        Path | None,
+        typer.Option("--plot", help="Draw the similarities as a heat map in this PNG file."),
     ] = None,
     embedder: EmbedderOption = "all-minilm-l6-v2",
     json: JsonOption = False,
     registry: RegistryOption = None,
 ) -> None:
-    """Group similar experts, and write a recipe that routes between the merged groups.
+    """Group similar experts.
 
-    The table shows the groups and the cosines between all experts. --out writes the recipe.
+    The tables show the groups and the cosines between all experts. --out writes a recipe that
+    merges each group and routes between the groups.
 
     Examples: hub cluster --base smollm2-135m-instruct --k 4 --out recipe.yaml;
     hub cluster sentiment intent-recognition question-typing --k 2 --by gates --plot alike.png;

@@ -52,7 +52,7 @@ def coefficients(
     from experthub.hub.recipes.lock import plan_of
     from experthub.hub.registry.entries import check_name
     from experthub.hub.states.states import load_state, store_state
-    from experthub.hub.transfer.describe import register_found
+    from experthub.hub.transfer.describe import register_state
 
     if name is not None:
         check_name(name)
@@ -66,7 +66,7 @@ def coefficients(
         content = plan.found or store_state(plan, session)
     record, found = load_state(plan, content, session)
     if name is not None:
-        say(f"registered {register_found(content, name, session).reference}")
+        say(f"registered {register_state(content, name, session).reference}")
     if plot is not None:
         from experthub.hub.evaluation.plots import plot_coefficients
 

@@ -13,8 +13,8 @@ from experthub.cli._output import (
     JsonOption,
     LockedOption,
     RegistryOption,
-    format_megabytes,
     choose_pins,
+    format_megabytes,
     print_fields,
     print_json,
     print_table,
@@ -38,7 +38,9 @@ def compose(
     ] = False,
     format: Annotated[
         str,
-        typer.Option("--format", help="The format of --out: hf (a whole model) or peft (one LoRA)."),
+        typer.Option(
+            "--format", help="The format of --out: hf (a whole model) or peft (one LoRA)."
+        ),
     ] = "hf",
     locked: LockedOption = False,
     frozen: FrozenOption = False,
@@ -46,10 +48,10 @@ def compose(
     device: DeviceOption = None,
     registry: RegistryOption = None,
 ) -> None:
-    """Show the plan of a recipe, or write the composed model with --out.
+    """Show the plan of a recipe, or write its model.
 
     The plan lists the base, the experts, the method, the changed weights and the memory that
-    composing needs. It is made from the headers of files; no weight is read.
+    composing needs. Without --out, only the headers of files are read.
 
     Examples: hub compose recipe.yaml; hub compose recipe.yaml --out ./model;
     hub compose recipe.yaml --out ./adapter --format peft; hub compose recipe.yaml --locked --out ./model
@@ -71,9 +73,9 @@ def compose(
                     "or set merge: instead of route:",
                 )
             check_free(out)
-            from experthub.hub.composition.compose import compose as composed
+            from experthub.hub.composition.compose import compose as compose_model
 
-            composed(resolved, session=session).save(out, kind)
+            compose_model(resolved, session=session).save(out, kind)
     if json:
         print_json({"plan": resolved.record()} | ({"out": str(out)} if out and not plan else {}))
     else:
@@ -165,7 +167,7 @@ def generate(
     Examples: hub generate recipe.yaml --prompt "The capital of France is";
     hub generate recipe.yaml --prompt "Name three fruits." --chat
     """
-    from experthub.hub.composition.compose import compose as composed
+    from experthub.hub.composition.compose import compose as compose_model
     from experthub.hub.composition.generation import generate_text
     from experthub.hub.files.memory import reuse_memory
     from experthub.hub.recipes.lock import plan_of
@@ -173,7 +175,7 @@ def generate(
     reuse_memory()
     with open_session(registry, device) as session:
         plan = plan_of(recipe, choose_pins(locked, frozen), session=session)
-        composition = composed(plan, session=session)
+        composition = compose_model(plan, session=session)
         session.report("generating", 0, 0)
         text = generate_text(
             composition, prompt, max_new_tokens=max_new_tokens, temperature=temperature, chat=chat

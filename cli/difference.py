@@ -18,6 +18,13 @@ from experthub.cli._session import open_session
 if TYPE_CHECKING:
     from experthub.hub.finetunes.difference import Difference
 
+TaskOption = Annotated[
+    str | None,
+    typer.Option(
+        help="The task of the fine-tuning: suite:name.", autocompletion=_completion.list_tasks
+    ),
+]
+
 
 def diff(
     base: Annotated[
@@ -40,17 +47,17 @@ def diff(
         ),
     ] = None,
     sparse: Annotated[
-        float | None, typer.Option(help="Keep only this share of each tensor's entries, the largest.")
+        float | None,
+        typer.Option(help="Keep only this share of each tensor's entries, the largest."),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="The dtype: float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="The dtype: float32, bfloat16 or float16.")
+    ] = "float32",
     max_shard_size: Annotated[
         str,
         typer.Option(metavar="SIZE", help="The largest size of one file of a task vector."),
     ] = "5GB",
-    task: Annotated[
-        str | None,
-        typer.Option(help="The task of the fine-tuning: suite:name.", autocompletion=_completion.list_tasks),
-    ] = None,
+    task: TaskOption = None,
     description: Annotated[str, typer.Option(help="A description in one line.")] = "",
     version: Annotated[
         int | None, typer.Option(help="The version; the next one by default.", min=1)
@@ -58,19 +65,19 @@ def diff(
     json: JsonOption = False,
     registry: RegistryOption = None,
 ) -> None:
-    """Subtract a base from a fine-tuned model, and store the difference as an expert.
+    """Store fine-tuned minus base as an expert.
 
     The difference is a dense task vector, unless --rank, --energy or --sparse requests a smaller
-    form. The output states how far the stored difference is from the true one.
+    form. The output states the error of the stored difference.
 
     Examples: hub diff smollm2-135m-instruct ./tuned --name mine; hub diff ./base ./tuned --name mine --rank 16;
     hub diff ./base hf:someone/tuned --name theirs --sparse 0.1 --dtype bfloat16
     """
-    from experthub.hub.finetunes.difference import diff as make
-    from experthub.hub.transfer.remotes._http import parse_size
+    from experthub.hub.finetunes.difference import diff as subtract
+    from experthub.hub.transfer.remotes._limits import parse_size
 
     with open_session(registry) as session:
-        made = make(
+        made = subtract(
             base,
             finetuned,
             name,

@@ -55,13 +55,17 @@ ControlsOption = Annotated[
     ),
 ]
 CacheOption = Annotated[
-    bool, typer.Option("--cache/--no-cache", help="Reuse the scores of earlier runs, and keep new ones.")
+    bool,
+    typer.Option("--cache/--no-cache", help="Reuse the scores of earlier runs, and keep new ones."),
 ]
-OutOption = Annotated[Path | None, typer.Option("--out", help="Write the result to this JSON file.")]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", help="Write the result to this JSON file.")
+]
 SamplesOption = Annotated[
     Path | None,
     typer.Option(
-        "--samples", help="Write the scores of every example to this file, one JSON record per line."
+        "--samples",
+        help="Write the scores of every example to this file, one JSON record per line.",
     ),
 ]
 PlotsOption = Annotated[
@@ -77,7 +81,10 @@ def eval_(
     tasks: TasksOption = None,
     split: Annotated[
         str,
-        typer.Option(help="The split: train, validation, test or all.", autocompletion=_completion.list_splits),
+        typer.Option(
+            help="The split: train, validation, test or all.",
+            autocompletion=_completion.list_splits,
+        ),
     ] = "test",
     limit: Annotated[
         int | None, typer.Option(help="The largest number of examples per task.", min=1)

@@ -37,7 +37,7 @@ def list_(
 
     known = Registry.read(registry)
     if bases:
-        entries = known.bases()
+        entries = known.list_bases()
         if json:
             print_json(
                 {"bases": [{"name": n} | e.model_dump(mode="json") for n, e in entries.items()]}
@@ -50,7 +50,7 @@ def list_(
                 [[n, e.license or "", e.sources[0]] for n, e in entries.items()],
             )
         return
-    experts = known.experts()
+    experts = known.list_experts()
     if json:
         print_json({"experts": [_make_record(e) for e in experts]})
     elif quiet:
@@ -65,9 +65,10 @@ def search(
     quiet: QuietOption = False,
     registry: RegistryOption = None,
 ) -> None:
-    """Find experts by words in their names, tags, tasks, bases and descriptions.
+    """Find experts by words.
 
-    The best match is listed first. Case does not matter.
+    The words are searched in names, tags, tasks, kinds, bases and descriptions, whatever their
+    case. The best match is listed first.
 
     Examples: hub search sentiment; hub search "multiple choice" commonsense; hub search minilm -q
     """
@@ -80,7 +81,7 @@ def search(
     if json:
         print_json({"experts": [_make_record(e) for e in found]})
     elif not found:
-        everything = {word for e in known.experts() for word in [e.name, *e.tags]}
+        everything = {word for e in known.list_experts() for word in [e.name, *e.tags]}
         raise NotFoundError(
             f"no expert matches {' and '.join(map(repr, words))}",
             suggest_name(words[0], everything) if len(words) == 1 else "try fewer words",
@@ -132,12 +133,12 @@ def show(
     from experthub.hub.registry.registry import Registry
 
     known = Registry.read(registry)
-    if name in known.bases():
-        entry = known.bases()[name]
+    if name in known.list_bases():
+        entry = known.list_bases()[name]
         record = {"name": name} | entry.model_dump(mode="json")
         print_json({"base": record}) if json else print_fields(_flatten(record))
         return
-    expert = known.expert(Reference.parse(name))
+    expert = known.find_expert(Reference.parse(name))
     if json:
         print_json({"expert": _make_record(expert)})
         return
@@ -185,7 +186,10 @@ def add(
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option(help="The task that it was trained on: suite:name.", autocompletion=_completion.list_tasks),
+        typer.Option(
+            help="The task that it was trained on: suite:name.",
+            autocompletion=_completion.list_tasks,
+        ),
     ] = None,
     description: Annotated[str | None, typer.Option(help="A description in one line.")] = None,
     json: JsonOption = False,
@@ -194,7 +198,9 @@ def add(
         typer.Option("--registry", metavar="FILE", help="Write the entry to this registry file."),
     ] = None,
 ) -> None:
-    """Check an expert's folder, copy it into the store, and register it under a name.
+    """Copy the folder of an expert into the store under a name.
+
+    All files are checked first. The entry is written to your own registry, or to --registry.
 
     Examples: hub add ./my-lora --name my-lora; hub add ./my-lora --name my-lora --task bigbench:snarks
     """

@@ -32,9 +32,9 @@ def lock(
     json: JsonOption = False,
     registry: RegistryOption = None,
 ) -> None:
-    """Pin the base and the experts of recipes by digest and source, in RECIPE.lock.yaml.
+    """Pin the base and the experts of recipes in lock files.
 
-    Experts that are pinned already keep their versions as long as the recipe allows it.
+    RECIPE.lock.yaml states the digest and the source of everything that the recipe names. Experts that are pinned already keep their versions as long as the recipe allows it.
 
     Examples: hub lock recipe.yaml; hub lock --check *.yaml; hub lock recipe.yaml --upgrade
     """
@@ -49,15 +49,19 @@ def lock(
 
 
 def update(
-    name: Annotated[str, typer.Argument(help="The expert.", autocompletion=_completion.list_experts)],
+    name: Annotated[
+        str, typer.Argument(help="The expert.", autocompletion=_completion.list_experts)
+    ],
     recipes: Annotated[
         list[Path] | None,
-        typer.Argument(help="The recipes; by default all in this folder whose locks pin the expert."),
+        typer.Argument(
+            help="The recipes; by default all in this folder whose locks pin the expert."
+        ),
     ] = None,
     json: JsonOption = False,
     registry: RegistryOption = None,
 ) -> None:
-    """Move one expert to its newest version in the locks of recipes.
+    """Move an expert to its newest version in lock files.
 
     Examples: hub update sentiment; hub update sentiment recipe.yaml
     """

@@ -42,6 +42,7 @@ class HubApp(typer.Typer):
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Run a command and exit; with HUB_DEBUG=1, errors keep their traceback."""
+
         def interrupt(*_: object) -> None:
             raise Interrupted
 
@@ -69,15 +70,13 @@ class HubApp(typer.Typer):
             )
             sys.exit(1)
         except Interrupted:
-            sys.stderr.write(
-                "error: interrupted\nhint: run the same command again to continue\n"
-            )
+            sys.stderr.write("error: interrupted\nhint: run the same command again to continue\n")
             sys.exit(130)
         finally:
             self.registered_commands, self.registered_groups = everything
 
     def _keep_only(self, word: str) -> None:
-        """Keep only the command that is called, because building all of them takes longer."""
+        """Keep only the called command; building all of them takes longer than most of them run."""
         commands = [
             c
             for c in self.registered_commands

@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 def methods(
     name: Annotated[
         str | None,
-        typer.Argument(help="A method to describe, with its options.", autocompletion=_completion.list_methods),
+        typer.Argument(
+            help="A method to describe, with its options.", autocompletion=_completion.list_methods
+        ),
     ] = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """List the merges and routers, or describe one of them with its options.
+    """List the merges and routers, or describe one of them.
 
     Examples: hub methods; hub methods phatgoose; hub methods --json
     """

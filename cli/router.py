@@ -44,7 +44,7 @@ def router(
     from experthub.hub.recipes.lock import plan_of
     from experthub.hub.registry.entries import check_name
     from experthub.hub.states.states import load_state, store_state
-    from experthub.hub.transfer.describe import register_found
+    from experthub.hub.transfer.describe import register_state
 
     if name is not None:
         check_name(name)
@@ -58,7 +58,7 @@ def router(
         content = plan.found or store_state(plan, session)
     record, state = load_state(plan, content, session)
     if name is not None:
-        say(f"registered {register_found(content, name, session).reference}")
+        say(f"registered {register_state(content, name, session).reference}")
     shapes = {tensor: list(values.shape) for tensor, values in sorted(state.tensors.items())}
     if json:
         described = record.model_dump(mode="json", by_alias=True)

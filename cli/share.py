@@ -1,4 +1,4 @@
-"""pull, push, export, import: experts on their way from one hub to another."""
+"""`hub pull`, `push`, `export` and `import`: move experts from one hub to another."""
 
 from __future__ import annotations
 
@@ -23,39 +23,43 @@ def pull(
     names: Annotated[
         list[str],
         typer.Argument(
-            help="Experts or bases; hf:org/name[@revision]; file:PLACE[#name@version].",
+            help="Experts or bases: a name, hf:org/name[@revision] or file:PLACE[#name@version].",
             autocompletion=_completion.list_experts,
         ),
     ],
     name: Annotated[
-        str | None, typer.Option("--name", help="What to call an expert that no registry knows.")
+        str | None, typer.Option("--name", help="The name for an expert that no registry knows.")
     ] = None,
     max_size: Annotated[
         str | None,
         typer.Option(
-            "--max-size", metavar="SIZE", help="Fetch nothing larger: 500MB, 2GiB, or bytes."
+            "--max-size",
+            metavar="SIZE",
+            help="Refuse larger downloads: 500MB, 2GiB or a number of bytes.",
         ),
     ] = None,
     json: JsonOption = False,
     registry: RegistryOption = None,
 ) -> None:
-    """Bring experts or bases here, verified.
+    """Fetch experts or bases, verify them, and store them.
+
+    What is stored already is not fetched again. An interrupted download continues.
 
     Examples: hub pull sentiment; hub pull smollm2-135m-instruct sentiment intent-recognition@1;
     hub pull hf:someone/boolq-lora@main --name boolq --max-size 500MB; hub pull file:/mnt/experts#intents@2
     """
     from experthub.hub.transfer.pull_by_name import pull_by_name
-    from experthub.hub.transfer.remotes._http import at_most, parse_size
+    from experthub.hub.transfer.remotes._limits import limit_download_size, parse_size
 
     pulled: list[dict[str, str]] = []
     if name and len(names) > 1:
         from experthub.hub.errors import UsageError
 
-        raise UsageError("--name is for one expert", "pull them one by one")
+        raise UsageError("--name is for one expert", "pull the experts one by one")
     limit = parse_size(max_size) if max_size else None
-    with open_session(registry) as session, at_most(limit):
+    with open_session(registry) as session, limit_download_size(limit):
         for wanted in names:
-            if wanted in session.registry.bases():
+            if wanted in session.registry.list_bases():
                 from experthub.hub.bases.base_sources import find
 
                 base = find(wanted, session)
@@ -70,31 +74,40 @@ def pull(
 
 
 def push(
-    name: Annotated[str, typer.Argument(help="An expert.", autocompletion=_completion.list_experts)],
-    target: Annotated[str, typer.Argument(help="Where to: hf:org/name[@branch], file:DIR.")],
+    name: Annotated[
+        str, typer.Argument(help="The expert.", autocompletion=_completion.list_experts)
+    ],
+    target: Annotated[
+        str, typer.Argument(help="The destination: hf:org/name[@branch] or file:DIR.")
+    ],
     private: Annotated[
-        bool, typer.Option("--private", help="If the repository is new, only for you.")
+        bool,
+        typer.Option("--private", help="Create the repository as private if it does not exist."),
     ] = False,
-    message: Annotated[str | None, typer.Option("--message", "-m", help="Of the commit.")] = None,
+    message: Annotated[
+        str | None, typer.Option("--message", "-m", help="The message of the commit.")
+    ] = None,
     tag: Annotated[str | None, typer.Option(help="A tag for the commit.")] = None,
     dry_run: DryRunOption = False,
     json: JsonOption = False,
     registry: RegistryOption = None,
 ) -> None:
-    """Publish an expert, as it is stored: in one commit of a repository, or in a shared folder.
+    """Publish an expert in a repository or a shared folder.
+
+    A repository of the Hugging Face Hub gets all files of the expert in one commit.
 
     Examples: hub push intents hf:me/intents --dry-run; hub push intents@2 hf:me/intents --tag v2;
     hub push intents file:/mnt/experts
     """
     from experthub.hub.registry.content import Content
     from experthub.hub.registry.expert import Reference
-    from experthub.hub.transfer.pull import pull as pulled
-    from experthub.hub.transfer.push import push as pushed
+    from experthub.hub.transfer.pull import pull as fetch_experts
+    from experthub.hub.transfer.push import push as push_expert
 
     with open_session(registry) as session:
-        expert = session.registry.expert(Reference.parse(name))
-        pulled(session, Content.of(expert))
-        done = pushed(
+        expert = session.registry.find_expert(Reference.parse(name))
+        fetch_experts(session, Content.from_expert(expert))
+        done = push_expert(
             expert,
             target,
             session,
@@ -107,49 +120,54 @@ def push(
         print_json({"pushed": vars(done) | {"expert": expert.reference, "digest": expert.digest}})
         return
     print_table(["file", ">bytes"], [[file, str(size)] for file, size in done.files.items()])
-    print_lines([done.source or "nothing was sent"])
+    print_lines([done.source or "dry run: nothing was sent"])
 
 
 def export(
     names: Annotated[
-        list[str], typer.Argument(help="Experts.", autocompletion=_completion.list_experts)
+        list[str], typer.Argument(help="The experts.", autocompletion=_completion.list_experts)
     ],
     target: Annotated[
-        Path, typer.Argument(help="A new archive FILE.tar; with --portable, a new folder.")
+        Path, typer.Argument(help="The new archive FILE.tar, or the new folder of --portable.")
     ],
     portable: Annotated[
         bool,
         typer.Option(
-            "--portable", help="One LoRA that peft, vLLM, SGLang and llama.cpp read alike."
+            "--portable",
+            help="Write one LoRA to a folder that peft, vLLM, SGLang and llama.cpp can load.",
         ),
     ] = False,
     json: JsonOption = False,
     registry: RegistryOption = None,
 ) -> None:
-    """Write experts to an archive for another hub, or one as a folder for other programs.
+    """Write experts to an archive, or a LoRA to a folder.
+
+    hub import reads an archive on another machine. --portable writes a folder for other programs.
 
     Examples: hub export intents sentiment@2 experts.tar; hub export intents --portable ./intents
     """
     from experthub.hub.errors import UsageError
     from experthub.hub.registry.content import Content
     from experthub.hub.registry.expert import Reference
-    from experthub.hub.transfer.pull import pull as pulled
+    from experthub.hub.transfer.pull import pull as fetch_experts
 
     if portable and len(names) > 1:
-        raise UsageError("--portable is for one expert", "write one folder for each")
+        raise UsageError("--portable is for one expert", "export the experts one by one")
     if not portable and target.suffix != ".tar":
-        raise UsageError(f"{target} is no name of an archive", "write names first, FILE.tar last")
+        raise UsageError(
+            f"{target} is not the name of an archive", "write the experts first and FILE.tar last"
+        )
     with open_session(registry) as session:
-        experts = [session.registry.expert(Reference.parse(name)) for name in names]
-        pulled(session, *map(Content.of, experts))
+        experts = [session.registry.find_expert(Reference.parse(name)) for name in names]
+        fetch_experts(session, *map(Content.from_expert, experts))
     if portable:
         from experthub.hub.composition.export import export_portable
 
         export_portable(experts[0], target, session)
     else:
-        from experthub.hub.transfer.oci_image import image, write_archive
+        from experthub.hub.transfer.oci_image import make_image, write_archive
 
-        write_archive([image(expert, session.store) for expert in experts], target)
+        write_archive([make_image(expert, session.store) for expert in experts], target)
     if json:
         listed = [{"name": e.reference, "digest": e.digest} for e in experts]
         print_json({"exported": listed, "out": str(target)})
@@ -159,21 +177,24 @@ def export(
 
 
 def import_(
-    file: Annotated[Path, typer.Argument(help="An archive that hub export wrote.")],
+    file: Annotated[Path, typer.Argument(help="The archive FILE.tar.")],
     json: JsonOption = False,
 ) -> None:
-    """Take the experts of an archive in, each file checked; nothing is unpacked by its own word.
+    """Import the experts of an archive that hub export wrote.
+
+    Every file is verified, and no path in the archive decides where a file is written.
 
     Examples: hub import experts.tar
     """
     from experthub.hub.errors import NotFoundError
 
     if not file.is_file():
-        raise NotFoundError(f"there is no archive {file}", "name what hub export wrote")
+        raise NotFoundError(f"there is no archive {file}", "name a file that hub export wrote")
     pull([f"file:{file}"], json=json)
 
 
 def register(app: typer.Typer) -> None:
+    """Add the commands `pull`, `push`, `export` and `import` to the application."""
     app.command()(pull)
     app.command()(push)
     app.command()(export)

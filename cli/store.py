@@ -1,4 +1,4 @@
-"""verify, rm, du, gc: what the hub keeps on disk."""
+"""`hub verify`, `rm`, `du` and `gc`: check, remove, measure and collect what the hub stores."""
 
 from __future__ import annotations
 
@@ -19,31 +19,34 @@ from experthub.cli._output import (
 )
 from experthub.cli._session import open_session
 
-YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")]
 
 
 def verify(
     repair: Annotated[
-        bool, typer.Option("--repair", help="Pull what is damaged again, from its sources.")
+        bool, typer.Option("--repair", help="Fetch damaged content again from its sources.")
     ] = False,
     json: JsonOption = False,
     registry: RegistryOption = None,
 ) -> None:
-    """Hash everything that is stored; end with 3 if something is damaged.
+    """Check all stored content against its digests.
+
+    Registry entries and locks are followed to the files that they name. The command exits with
+    code 3 if something is damaged.
 
     Examples: hub verify; hub verify --repair; hub verify --json
     """
-    from experthub.hub.maintenance.verification import check
-    from experthub.hub.maintenance.verification import verify as verified
+    from experthub.hub.maintenance.verification import raise_if_damaged
+    from experthub.hub.maintenance.verification import verify as verify_store
 
     with open_session() as session:
-        found = verified(session, registry, repair=repair)
+        found = verify_store(session, registry, repair=repair)
     if json:
         print_json({"verify": found.record()})
     else:
         lines = [f"{found.objects} objects, {format_megabytes(found.bytes)}"]
         rows = [
-            (sha256, f"{sha256[:12]}  {', '.join(users) or 'used by no entry'}")
+            (sha256, f"{sha256[:12]}  {', '.join(users) or 'not used by any entry'}")
             for sha256, users in found.damaged.items()
         ]
         rows += [(base, f"base {base}: {', '.join(files)}") for base, files in found.bases.items()]
@@ -55,33 +58,40 @@ def verify(
         for reference in found.incomplete:
             state = "repaired" if reference in found.repaired else "incomplete"
             lines.append(f"{state}  {reference}")
-        lines += [f"no object  {name}" for name in found.strangers]
+        lines += [f"not an object  {name}" for name in found.strangers]
         if found.absent:
             lines.append(f"not pulled  {', '.join(found.absent)}")
         if found.orphans:
-            lines.append(f"{len(found.orphans)} objects that no entry uses; hub gc deletes them")
+            lines.append(
+                f"{len(found.orphans)} objects are not used by any entry; hub gc deletes them"
+            )
         print_lines(lines)
-    check(found)
+    raise_if_damaged(found)
 
 
 def rm(
     name: Annotated[
         str,
-        typer.Argument(help="An expert: NAME, NAME@2.", autocompletion=_completion.list_experts),
+        typer.Argument(
+            help="The expert: NAME for all versions, or NAME@2.",
+            autocompletion=_completion.list_experts,
+        ),
     ],
     yes: YesOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Take an expert out of your registry; its content goes with the next hub gc.
+    """Remove an expert from your own registry.
+
+    Its files stay in the store until hub gc deletes them.
 
     Examples: hub rm intents; hub rm intents@1 --yes
     """
-    from experthub.hub.maintenance.collection import removable
+    from experthub.hub.maintenance.collection import find_removable
     from experthub.hub.registry.entries import remove
     from experthub.hub.registry.registry import Registry
 
     known = Registry.read()
-    mine = removable(name, known)
+    mine = find_removable(name, known)
     _confirm(f"remove {', '.join(e.reference for e in mine)}?", yes)
     remove(mine)
     if json:
@@ -91,45 +101,57 @@ def rm(
 
 
 def du(json: JsonOption = False, registry: RegistryOption = None) -> None:
-    """Say how much disk the hub takes, and what for.
+    """Show the disk space that the hub uses.
+
+    The sizes are listed by purpose and by expert. An expert's files can be shared with others.
 
     Examples: hub du; hub du --json
     """
-    from experthub.hub.maintenance.usage import usage
+    from experthub.hub.maintenance.usage import measure_usage
     from experthub.hub.registry.registry import Registry
     from experthub.hub.session import Session
 
-    found = usage(Session(Registry.read(registry)))
+    found = measure_usage(Session(Registry.read(registry)))
     if json:
         print_json(found)
         return
     rows = [
-        [f["folder"], format_megabytes(f["bytes"]), f["purpose"]] for f in found["folders"] if f["bytes"]
+        [f["folder"], format_megabytes(f["bytes"]), f["purpose"]]
+        for f in found["folders"]
+        if f["bytes"]
     ]
     print_table(
-        ["folder", ">size", "what for"],
-        [*rows, ["in all", format_megabytes(found["bytes"]), found["root"]]],
+        ["folder", ">size", "content"],
+        [*rows, ["total", format_megabytes(found["bytes"]), found["root"]]],
     )
     if found["experts"]:
         print_lines([""])
         print_table(
             ["expert", ">size", ">not shared"],
-            [[e["expert"], format_megabytes(e["bytes"]), format_megabytes(e["own"])] for e in found["experts"]],
+            [
+                [e["expert"], format_megabytes(e["bytes"]), format_megabytes(e["own"])]
+                for e in found["experts"]
+            ],
         )
 
 
 def gc(
     grace: Annotated[
-        float, typer.Option(help="Seconds that an unused object stays, before each step.", min=0.0)
+        float,
+        typer.Option(
+            help="The number of seconds that an unused object is kept before each step.", min=0.0
+        ),
     ] = 3600.0,
     dry_run: DryRunOption = False,
     yes: YesOption = False,
     json: JsonOption = False,
     registry: RegistryOption = None,
 ) -> None:
-    """Delete content that no registry, lock or running process needs, in two steps.
+    """Delete content that nothing needs, in two steps.
 
-    The first run moves it to the trash, from where any use brings it back; a later run deletes it.
+    Content is needed by registries, lock files and running processes. The first run moves all other
+    content to the trash, from which any use restores it. A later run deletes it.
+
     Examples: hub gc --dry-run; hub gc; hub gc --grace 0 --yes
     """
     from experthub.hub.maintenance.collection import collect
@@ -146,7 +168,11 @@ def gc(
     if json:
         print_json({"gc": vars(done) | {"dry_run": dry_run}})
         return
-    parts = {"to the trash": done.trashed, "deleted": done.deleted, "leftovers": done.leftovers}
+    parts = {
+        "moved to the trash": done.trashed,
+        "deleted": done.deleted,
+        "leftovers": done.leftovers,
+    }
     would = "would be " if dry_run else ""
     lines = [
         f"{would}{what}: {len(found)}, {format_megabytes(sum(found.values()))}"
@@ -156,18 +182,19 @@ def gc(
 
 
 def _confirm(question: str, yes: bool) -> None:
-    """Ask on a terminal; refuse to act unasked elsewhere."""
+    """Ask the user on a terminal, and refuse elsewhere."""
     from experthub.hub.errors import UsageError
 
     if yes:
         return
     if not sys.stdin.isatty():
-        raise UsageError(f"{question} nobody is there to ask", "say --yes")
+        raise UsageError(f"{question} there is no terminal to ask on", "pass --yes")
     say(f"{question} [y/N] ")
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        raise UsageError("nothing was done", "answer y, or say --yes")
+        raise UsageError("nothing was done", "pass --yes, or answer y")
 
 
 def register(app: typer.Typer) -> None:
+    """Add the commands `verify`, `rm`, `du` and `gc` to the application."""
     for command in (verify, rm, du, gc):
         app.command()(command)

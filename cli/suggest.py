@@ -1,13 +1,13 @@
-"""suggest: which experts to compose for a task."""
+"""`hub suggest`: rank experts for a task, and write a recipe with the best ones."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from experthub.cli import _completion
+from experthub.cli._arguments import split_names
 from experthub.cli._output import (
     DeviceOption,
     JsonOption,
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 NamesArgument = Annotated[
     list[str] | None,
     typer.Argument(
-        help="Experts; all of the base's by default.",
+        help="The experts; by default all experts of the base.",
         autocompletion=_completion.list_experts,
     ),
 ]
@@ -33,54 +33,77 @@ ExpertsOption = Annotated[
     list[str] | None,
     typer.Option(
         "--experts",
-        help="The same: repeated, or separated by commas or spaces.",
+        help="More experts. Repeat the option, or separate names by commas or spaces.",
         autocompletion=_completion.list_experts,
     ),
 ]
 BaseOption = Annotated[
     str | None,
-    typer.Option(help="The base: the experts' by default.", autocompletion=_completion.list_bases),
+    typer.Option(
+        help="The base; the base of the experts by default.", autocompletion=_completion.list_bases
+    ),
 ]
 TaskOption = Annotated[
-    str, typer.Option(help="The task: suite:name or a folder.", autocompletion=_completion.list_tasks)
+    str,
+    typer.Option(help="The task: suite:name, or a folder.", autocompletion=_completion.list_tasks),
 ]
-OutOption = Annotated[Path | None, typer.Option("--out", help="Write a recipe into this file.")]
-ForceOption = Annotated[bool, typer.Option("--force", help="Replace the file of --out.")]
+OutOption = Annotated[Path | None, typer.Option("--out", help="Write a recipe to this new file.")]
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Replace the file of --out if it exists.")
+]
 EmbedderOption = Annotated[
-    str, typer.Option(help="The sentence encoder for embeddings.", autocompletion=_completion.list_bases)
+    str,
+    typer.Option(help="The sentence encoder of embeddings.", autocompletion=_completion.list_bases),
 ]
-ByOption = Annotated[str, typer.Option(help="gates, prototypes, embeddings, tmi or all.")]
+ByOption = Annotated[
+    str, typer.Option(help="The measure: gates, prototypes, embeddings, tmi, or all of them.")
+]
 RankByOption = Annotated[
-    str | None, typer.Option(help="The measure that decides; the best of those there are.")
+    str | None,
+    typer.Option(help="The measure that orders the experts; the best available one by default."),
 ]
 CountOption = Annotated[
-    int | None, typer.Option("--k", help="Experts of the recipe: 5, or all if fewer.", min=1)
+    int | None,
+    typer.Option(
+        "--k", help="The number of experts in the recipe; 5 by default, or all if fewer.", min=1
+    ),
 ]
-ExamplesOption = Annotated[int, typer.Option(help="Examples that are read, at most.", min=1)]
+ExamplesOption = Annotated[
+    int, typer.Option(help="The largest number of examples that are read.", min=1)
+]
 LabelsOption = Annotated[
-    bool, typer.Option("--labels/--no-labels", help="Look at the right answers, for tmi.")
+    bool, typer.Option("--labels/--no-labels", help="Let tmi use the right answers.")
 ]
 RelativeOption = Annotated[
     bool,
     typer.Option(
         "--relative/--absolute",
-        help="Divide gates and prototypes by what an expert gets on the experts' own tasks.",
+        help="Divide gates and prototypes by the weight that an expert usually gets.",
     ),
 ]
 TruthOption = Annotated[
-    bool, typer.Option("--truth", help="Evaluate every expert alone, to judge the measures.")
+    bool,
+    typer.Option("--truth", help="Also evaluate every expert alone, to judge the measures."),
 ]
-SplitOption = Annotated[str, typer.Option(help="For --truth.", autocompletion=_completion.list_splits)]
-LimitOption = Annotated[int | None, typer.Option(help="Examples for --truth, at most.", min=1)]
+SplitOption = Annotated[
+    str,
+    typer.Option(
+        help="The split that --truth evaluates on.", autocompletion=_completion.list_splits
+    ),
+]
+LimitOption = Annotated[
+    int | None, typer.Option(help="The largest number of examples for --truth.", min=1)
+]
 MethodOption = Annotated[
     str | None,
     typer.Option(
-        help="Of the recipe; phatgoose, or arrow where gates are missing.",
+        help="The method of the recipe; by default phatgoose, arrow if gates are missing, or linear "
+        "if an expert is dense.",
         autocompletion=_completion.list_methods,
     ),
 ]
 
-RELATIVE = "; gates and prototypes relative to what an expert gets on the experts' own tasks"
+RELATIVE = "; gates and prototypes are divided by the weight that an expert usually gets"
 
 
 def suggest(
@@ -105,7 +128,10 @@ def suggest(
     device: DeviceOption = None,
     registry: RegistryOption = None,
 ) -> None:
-    """Rank experts for a task by a few of its examples, and write a recipe with the best.
+    """Rank experts for a task by a few of its examples.
+
+    The table shows the score and the rank of every expert by each measure. --out writes a recipe
+    with the best experts.
 
     Examples: hub suggest --task bigbench:implicatures --base smollm2-135m-instruct --k 3 --out recipe.yaml;
     hub suggest sentiment question-typing --task ./my-task --by gates;
@@ -122,7 +148,7 @@ def suggest(
     with open_session(registry, device) as session:
         found = suggest(
             task,
-            named(names, experts),
+            split_names(names, experts),
             base=base,
             by=parse_ranking_measure(by),
             rank_by=None if rank_by is None else parse_ranking_measure(rank_by),
@@ -148,14 +174,8 @@ def suggest(
         say(f"wrote {out}")
 
 
-def named(*given: list[str] | None) -> list[str]:
-    """The experts of an argument and an option, each of which may hold several."""
-    texts = [text for some in given for text in some or ()]
-    return [name for text in texts for name in re.split(r"[,\s]+", text) if name]
-
-
 def _print_suggestion(found: Suggestion) -> None:
-    """A row for each expert: its score and rank by each measure, and what it does alone."""
+    """Print a row for each expert: its scores and ranks by measure, and its result alone."""
     measures = list(found.scores)
     rows = []
     for row in found.record()["experts"]:
@@ -179,21 +199,23 @@ def _print_suggestion(found: Suggestion) -> None:
 
 
 def _print_correlations(found: Suggestion) -> None:
-    """How each measure ranks, against what every expert does alone."""
+    """Print how well each measure agrees with the results of the experts alone."""
     rows = []
     for measure, own in found.compute_correlations().items():
         for kind, judged in own.items():
-            ranks = [_signed(judged[name]) for name in ("spearman", "kendall")]
+            ranks = [_format_correlation(judged[name]) for name in ("spearman", "kendall")]
             values = [f"{judged[name]:.3f}" for name in ("first", "best", "mean")]
             rows.append([measure, kind, *ranks, str(judged["n"]), *values])
-    print_lines(["", f"against what each expert does alone on {found.n} examples:"])
-    columns = [">spearman", ">kendall", ">experts", ">of the first", ">of the best", ">mean"]
+    print_lines(["", f"compared with the results of each expert alone on {found.n} examples:"])
+    columns = [">spearman", ">kendall", ">experts", ">first ranked", ">best", ">mean"]
     print_table(["measure", "truth", *columns], rows)
 
 
-def _signed(value: float | None) -> str:
+def _format_correlation(value: float | None) -> str:
+    """Format a correlation with its sign."""
     return "-" if value is None else f"{value:+.2f}"
 
 
 def register(app: typer.Typer) -> None:
+    """Add the command `suggest` to the application."""
     app.command()(suggest)

@@ -1,4 +1,4 @@
-"""tasks: what recipes are measured on, and experts trained on."""
+"""`hub tasks`: list and import tasks."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def list_(json: JsonOption = False, quiet: QuietOption = False) -> None:
         )
         return
     if not tasks:
-        say("no tasks are imported; try: hub tasks import bigbench implicatures")
+        say("no task is imported yet; run hub tasks import bigbench implicatures to import one")
     print_table(
         ["task", "kind", ">examples", "source", "category"],
         [
@@ -57,17 +57,20 @@ def list_(json: JsonOption = False, quiet: QuietOption = False) -> None:
 @app.command("import")
 def import_(
     source: Annotated[
-        str, typer.Argument(help="bigbench, or a folder with card.yaml, or of such.")
+        str,
+        typer.Argument(help="bigbench, a folder with a card.yaml, or a folder of such folders."),
     ],
     names: Annotated[
-        list[str] | None, typer.Argument(help="BIG-bench's tasks; all by default.")
+        list[str] | None, typer.Argument(help="The tasks of BIG-bench; all by default.")
     ] = None,
     suite: Annotated[
-        str, typer.Option(help="The suite that a folder's tasks belong to.")
+        str, typer.Option(help="The suite that the tasks of a folder are put into.")
     ] = "local",
     json: JsonOption = False,
 ) -> None:
-    """Import tasks from BIG-bench, or from a folder.
+    """Import tasks from BIG-bench or from a folder.
+
+    A task of BIG-bench is omitted if none of its examples has exactly one right answer.
 
     Examples: hub tasks import bigbench implicatures snarks; hub tasks import ./my-task --suite mine
     """

@@ -1,4 +1,4 @@
-"""trace: which experts each token chose."""
+"""`hub trace`: show which experts each token chooses."""
 
 from __future__ import annotations
 
@@ -27,43 +27,54 @@ if TYPE_CHECKING:
     from experthub.hub.bases.base import Base
     from experthub.hub.tracing.trace import Trace
 
-COLUMNS = 8  # experts in the table by layer
+COLUMNS = 8  # The largest number of experts in the table of layers.
 
 PromptOption = Annotated[
-    list[str] | None, typer.Option("--prompt", "-p", help="A text to read; repeated for several.")
+    list[str] | None,
+    typer.Option("--prompt", "-p", help="A text to read; repeat the option for more texts."),
 ]
 TaskOption = Annotated[
     str | None,
     typer.Option(
         "--task",
         "-t",
-        help="Read a task's first examples in the place of prompts.",
+        help="Read the first examples of this task instead of prompts.",
         autocompletion=_completion.list_tasks,
     ),
 ]
 GenerateOption = Annotated[
-    int, typer.Option("--generate", help="Tokens to write after each prompt, traced too.", min=0)
+    int,
+    typer.Option(
+        "--generate", help="The number of tokens to generate and trace after each prompt.", min=0
+    ),
 ]
 ModuleOption = Annotated[
     str | None,
-    typer.Option("--module", metavar="REGEX", help="Only modules whose whole path this matches."),
+    typer.Option("--module", metavar="REGEX", help="Trace only modules whose whole path matches."),
 ]
-ChatOption = Annotated[bool, typer.Option("--chat", help="Put prompts into the chat template.")]
+ChatOption = Annotated[
+    bool, typer.Option("--chat", help="Format the prompts with the base's chat template.")
+]
 HtmlOption = Annotated[
-    Path | None, typer.Option("--html", metavar="FILE", help="Write a page that shows the trace.")
+    Path | None,
+    typer.Option("--html", metavar="FILE", help="Write an HTML page that shows the trace."),
 ]
-OpenOption = Annotated[bool, typer.Option("--open", help="Show the page in a browser.")]
+OpenOption = Annotated[bool, typer.Option("--open", help="Open the page of --html in a browser.")]
 
 
 def trace(
     recipe: RecipeArgument,
     prompts: PromptOption = None,
     task: TaskOption = None,
-    limit: Annotated[int, typer.Option(help="Examples of the task, at most.", min=1)] = 4,
+    limit: Annotated[
+        int, typer.Option(help="The largest number of examples of the task.", min=1)
+    ] = 4,
     generate: GenerateOption = 0,
     chat: ChatOption = False,
     module: ModuleOption = None,
-    top: Annotated[int, typer.Option(help="Experts shown for each token.", min=1)] = 3,
+    top: Annotated[
+        int, typer.Option(help="The number of experts shown for each token.", min=1)
+    ] = 3,
     html: HtmlOption = None,
     open_: OpenOption = False,
     locked: LockedOption = False,
@@ -72,13 +83,16 @@ def trace(
     device: DeviceOption = None,
     registry: RegistryOption = None,
 ) -> None:
-    """Show which experts of a route each token chose, by token, layer and module.
+    """Show which experts of a route each token chooses.
+
+    The first table has a row for each token, and the second one a row for each layer. --json and
+    --html also give the weights in every module.
 
     Examples: hub trace recipe.yaml --prompt "Where do penguins live?";
     hub trace recipe.yaml --prompt "Name three fruits." --chat --generate 16 --html trace.html --open;
     hub trace recipe.yaml --task bigbench:implicatures --limit 2 --module ".*q_proj" --json
     """
-    from experthub.hub.composition.compose import compose as composed
+    from experthub.hub.composition.compose import compose as compose_model
     from experthub.hub.errors import UsageError
     from experthub.hub.files.atomic import write_text
     from experthub.hub.files.memory import reuse_memory
@@ -86,19 +100,19 @@ def trace(
     from experthub.hub.recipes.lock import plan_of
     from experthub.hub.tracing.page import render_page
     from experthub.hub.tracing.trace import check_traceable
-    from experthub.hub.tracing.trace import trace as traced
+    from experthub.hub.tracing.trace import trace as trace_texts
 
     if open_ and html is None:
-        raise UsageError("--open shows the page that --html writes", "add --html trace.html")
+        raise UsageError("--open needs the page that --html writes", "add --html trace.html")
     if html is not None:
         check_file(html)
     reuse_memory()
     with open_session(registry, device) as session:
         plan = plan_of(recipe, choose_pins(locked, frozen), session=session)
         check_traceable(plan, module)
-        texts = _texts(plan.base, prompts or [], task, limit)
-        found = traced(
-            composed(plan, session=session),
+        texts = _choose_texts(plan.base, prompts or [], task, limit)
+        found = trace_texts(
+            compose_model(plan, session=session),
             texts,
             modules=module,
             new_tokens=generate,
@@ -107,7 +121,7 @@ def trace(
             session=session,
         )
     for name in found.left_out:
-        say(f"note: {name} does not read every token once, and is left out")
+        say(f"note: {name} does not read every token once, and is omitted")
     if html is not None:
         write_text(html, render_page(found))
         say(f"wrote {html}")
@@ -116,10 +130,11 @@ def trace(
     else:
         print_trace(found, top)
     if open_ and html is not None:
-        _show(html)
+        _open_page(html)
 
 
-def _texts(base: Base, prompts: list[str], task: str | None, limit: int) -> list[str]:
+def _choose_texts(base: Base, prompts: list[str], task: str | None, limit: int) -> list[str]:
+    """Return the prompts, or the first examples of the task."""
     from experthub.hub.errors import UsageError
     from experthub.hub.tracing.prompts import read_prompts
 
@@ -128,20 +143,26 @@ def _texts(base: Base, prompts: list[str], task: str | None, limit: int) -> list
             "there is no text to trace"
             if not prompts
             else "--prompt and --task exclude each other",
-            'write one with --prompt "...", or name a task with --task',
+            'pass a text with --prompt "...", or a task with --task',
         )
     return prompts if task is None else read_prompts(base, task, limit)
 
 
-def _show(html: Path) -> None:
+def _open_page(html: Path) -> None:
+    """Open a page in a browser."""
     import webbrowser
 
     if not webbrowser.open(html.resolve().as_uri()):
-        say(f"note: there is no browser here; open {html} in one")
+        say(f"note: no browser was found; open {html} in a browser")
 
 
 def print_trace(trace: Trace, top: int) -> None:
-    """A row for each token, with its largest experts; then a row for each layer."""
+    """Print a row for each token with its largest weights, and then a row for each layer.
+
+    Args:
+        trace: The trace.
+        top: The number of experts for each token.
+    """
     labels, several = trace.experts, trace.tokens[-1].prompt > 0
     k = min(top, len(labels))
     rows = []
@@ -161,6 +182,7 @@ def print_trace(trace: Trace, top: int) -> None:
 
 
 def _print_layers(trace: Trace) -> None:
+    """Print a row for each layer: mean weights and entropies."""
     layers, labels = trace.layers, trace.experts
     order = trace.means_TE.mean(0).argsort(descending=True, stable=True).tolist()
     shown, others = order[:COLUMNS], order[COLUMNS:]
@@ -180,13 +202,16 @@ def _print_layers(trace: Trace) -> None:
     print_lines(
         [
             "",
-            f"weights: mean over the modules ({len(trace.modules)}), by layer over the tokens "
-            f"({len(trace.tokens)}) too; +: written by the model",
-            "entropy: of a token's weights, in bits, mean over tokens and modules; in use: of the tokens' mean weights;",
-            f"share: of log2({len(labels)}) = {layers[0].most:.2f} bits, the largest there can be",
+            f"weights: the mean over {len(trace.modules)} modules, and for a layer also over "
+            f"{len(trace.tokens)} tokens; + marks generated tokens",
+            "entropy: the entropy of a token's weights in bits, mean over tokens and modules",
+            "in use: the entropy of the tokens' mean weights in bits, mean over modules",
+            f"share: the entropy divided by log2({len(labels)}) = {layers[0].most:.2f} bits, "
+            "its largest possible value",
         ]
     )
 
 
 def register(app: typer.Typer) -> None:
+    """Add the command `trace` to the application."""
     app.command()(trace)

@@ -1,9 +1,10 @@
-"""train: experts and their gates."""
+"""`hub train`: train LoRAs, whole models, gates and inventories of skills."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from experthub.cli import _completion
@@ -17,29 +18,29 @@ from experthub.cli._output import (
     say,
 )
 from experthub.cli._session import open_session
+from experthub.cli._train_options import (
+    BaseOption,
+    BatchOption,
+    ExamplesOption,
+    GranularityOption,
+    HeadsOption,
+    NameOption,
+    RateOption,
+    RelaxedOption,
+    RouterOption,
+    RouterRateOption,
+    SeedOption,
+    StepsOption,
+    TaskOption,
+    TasksOption,
+    TuneOption,
+)
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Train experts and gates.")
-
-BaseOption = Annotated[
-    str,
-    typer.Option(help="The base: a name, a folder, hf:org/name.", autocompletion=_completion.list_bases),
-]
-TaskOption = Annotated[
-    str, typer.Option(help="The task: suite:name or a folder.", autocompletion=_completion.list_tasks)
-]
-NameOption = Annotated[str, typer.Option("--name", help="What to call the expert.")]
-StepsOption = Annotated[int, typer.Option(help="Optimiser steps.", min=1)]
-ExamplesOption = Annotated[int, typer.Option(help="Training examples, at most.", min=1)]
-BatchOption = Annotated[int, typer.Option(help="Examples per step.", min=1)]
-RateOption = Annotated[float, typer.Option(help="Peak learning rate.", min=0.0)]
-RouterRateOption = Annotated[
-    float | None,
-    typer.Option(
-        help="Peak learning rate of the router; by default ten times --lr, 0.1 for --tune z.",
-        min=0.0,
-    ),
-]
-SeedOption = Annotated[int, typer.Option(help="Of initialisation and order.")]
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Train experts, their gates, and inventories of skills.",
+)
 
 
 @app.command()
@@ -47,7 +48,7 @@ def lora(
     base: BaseOption,
     task: TaskOption,
     name: NameOption,
-    rank: Annotated[int, typer.Option(help="Rank of every LoRA.", min=1)] = 4,
+    rank: Annotated[int, typer.Option(help="The rank of every LoRA.", min=1)] = 4,
     alpha: Annotated[
         float | None, typer.Option(help="LoRA's alpha; twice the rank by default.")
     ] = None,
@@ -60,7 +61,10 @@ def lora(
     device: DeviceOption = None,
     registry: RegistryOption = None,
 ) -> None:
-    """Train a LoRA expert on a task's training split; an interrupted run goes on.
+    """Train a LoRA on the training split of a task.
+
+    Every linear layer of the frozen base gets a LoRA. An interrupted run continues if the same
+    command is run again.
 
     Examples: hub train lora --base smollm2-135m-instruct --task bigbench:intent_recognition --name intents
     """
@@ -81,10 +85,11 @@ def full(
     task: TaskOption,
     name: NameOption,
     embeddings: Annotated[
-        bool, typer.Option("--embeddings", help="Train the embeddings too.")
+        bool, typer.Option("--embeddings", help="Train the embeddings, too.")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option("--out", help="A new folder for the fine-tuned model itself.")
+        Path | None,
+        typer.Option("--out", help="Also write the fine-tuned model to this new folder."),
     ] = None,
     steps: StepsOption = 100,
     examples: ExamplesOption = 480,
@@ -95,7 +100,10 @@ def full(
     device: DeviceOption = None,
     registry: RegistryOption = None,
 ) -> None:
-    """Fine-tune all of a base on a task; what changed is stored as a task vector.
+    """Fine-tune all parameters of a base on a task.
+
+    The change of the parameters is stored as a task vector. The embeddings stay frozen without
+    --embeddings. An interrupted run continues if the same command is run again.
 
     Examples: hub train full --base all-minilm-l6-v2 --task bigbench:intent_recognition --name intents-full;
     hub train full --base ./base --task mine:letters --name letters --out ./tuned
@@ -112,7 +120,7 @@ def full(
             base, task, name, settings, embeddings=embeddings, out=out, session=session
         )
     if not json:
-        say(f"loss {made.expert.training['loss']}")
+        say(_describe_loss(made.expert.training))
     print_difference(made, json)
 
 
@@ -121,7 +129,7 @@ def gate(
     name: Annotated[
         str,
         typer.Argument(
-            help="A stored expert that says its task.", autocompletion=_completion.list_experts
+            help="An expert whose task is recorded.", autocompletion=_completion.list_experts
         ),
     ],
     steps: StepsOption = 30,
@@ -131,8 +139,8 @@ def gate(
     start: Annotated[
         float,
         typer.Option(
-            help="Weight of the expert before, between 0 and 1; the paper's is 0.5, 0.1 suits experts "
-            "with hardly any loss."
+            help="The expert's weight before training, between 0 and 1. The paper uses 0.5; use 0.1 "
+            "if the loss is close to zero."
         ),
     ] = 0.5,
     seed: SeedOption = 0,
@@ -140,7 +148,9 @@ def gate(
     device: DeviceOption = None,
     registry: RegistryOption = None,
 ) -> None:
-    """Train an expert's PHATGOOSE gates; the result is its next version.
+    """Train the gates of an expert for the router PHATGOOSE.
+
+    The base and the expert are frozen. The expert with its gates becomes its next version.
 
     Examples: hub train gate intents; hub train gate intents@1 --steps 100 --start 0.1
     """
@@ -158,28 +168,15 @@ def gate(
 @app.command()
 def skills(
     base: BaseOption,
-    tasks: Annotated[
-        list[str],
-        typer.Option(
-            "--tasks",
-            help="A task, or @FILE with one a line; repeat it for more.",
-            autocompletion=_completion.list_tasks,
-        ),
-    ],
+    tasks: TasksOption,
     name: NameOption,
-    router: Annotated[
-        str, typer.Option(help="poly, mhr; shared: one skill; private: one for each task.")
-    ] = "mhr",
-    n_skills: Annotated[int, typer.Option("--skills", help="Skills of an inventory.", min=1)] = 8,
-    heads: Annotated[int, typer.Option(help="Heads of mhr; must divide all widths.", min=1)] = 1,
-    rank: Annotated[int, typer.Option(help="Rank of every skill.", min=1)] = 4,
+    router: RouterOption = "mhr",
+    n_skills: Annotated[int, typer.Option("--skills", help="The number of skills.", min=1)] = 8,
+    heads: HeadsOption = 1,
+    rank: Annotated[int, typer.Option(help="The rank of every skill.", min=1)] = 4,
     alpha: Annotated[float | None, typer.Option(help="LoRA's alpha; the rank by default.")] = None,
-    granularity: Annotated[
-        str, typer.Option(help="What has a router of its own: linear, layer or model.")
-    ] = "linear",
-    relaxed: Annotated[
-        bool, typer.Option("--relaxed/--sigmoid", help="Draw the gates in training.")
-    ] = False,
+    granularity: GranularityOption = "linear",
+    relaxed: RelaxedOption = False,
     steps: StepsOption = 300,
     examples: ExamplesOption = 480,
     batch_size: BatchOption = 16,
@@ -190,18 +187,20 @@ def skills(
     device: DeviceOption = None,
     registry: RegistryOption = None,
 ) -> None:
-    """Train an inventory of skills on several tasks, with a router by task (Poly, MHR).
+    """Train an inventory of skills on several tasks.
+
+    A router mixes the skills for each task, as in Poly and MHR. Every batch mixes tasks. An interrupted run continues if the same command is run again.
 
     Examples: hub train skills --base all-minilm-l6-v2 --tasks bigbench:ruin_names --tasks bigbench:intent_recognition --name inventory;
     hub train skills --base all-minilm-l6-v2 --tasks @tasks.txt --router mhr --skills 4 --heads 8 --name inventory
     """
     from experthub.hub.files.memory import reuse_memory
     from experthub.hub.training.fit import Settings
-    from experthub.hub.training.inventory import shape_of
+    from experthub.hub.training.inventory import parse_shape
     from experthub.hub.training.skills import train_skills
 
     reuse_memory()
-    shape = shape_of(router, n_skills, heads, rank, alpha, granularity, relaxed)
+    shape = parse_shape(router, n_skills, heads, rank, alpha, granularity, relaxed)
     settings = Settings(steps, examples, batch_size, lr, seed)
     with open_session(registry, device) as session:
         expert = train_skills(
@@ -219,14 +218,13 @@ def skills(
 @app.command()
 def adapt(
     skills: Annotated[
-        str, typer.Argument(help="A stored inventory.", autocompletion=_completion.list_experts)
+        str,
+        typer.Argument(help="The inventory of skills.", autocompletion=_completion.list_experts),
     ],
     task: TaskOption,
     name: NameOption,
-    tune: Annotated[
-        str, typer.Option(help="all; z: the router alone; mu: the average, as a plain LoRA.")
-    ] = "all",
-    shots: Annotated[int, typer.Option(help="Examples in all.", min=1)] = 16,
+    tune: TuneOption = "all",
+    shots: Annotated[int, typer.Option(help="The number of training examples.", min=1)] = 16,
     steps: StepsOption = 100,
     batch_size: BatchOption = 8,
     lr: RateOption = 2e-3,
@@ -236,24 +234,26 @@ def adapt(
     device: DeviceOption = None,
     registry: RegistryOption = None,
 ) -> None:
-    """Adapt an inventory of skills to a new task by a few examples (MHR, MHR-z, MHR-mu).
+    """Adapt an inventory of skills to a new task.
+
+    --tune all, z and mu correspond to MHR, MHR-z and MHR-mu of the paper. A few examples suffice.
 
     Examples: hub train adapt inventory --task bigbench:emoji_movie --name emojis;
     hub train adapt inventory --task bigbench:emoji_movie --tune z --shots 64 --name emojis-z
     """
     from experthub.hub.files.memory import reuse_memory
+    from experthub.hub.training.adaptation import adapt as adapt_skills
+    from experthub.hub.training.adaptation import parse_tune
     from experthub.hub.training.fit import Settings
-    from experthub.hub.training.skills import adapt as adapted
-    from experthub.hub.training.skills import tune_of
 
     reuse_memory()
     settings = Settings(steps, shots, min(batch_size, shots), lr, seed)
     with open_session(registry, device) as session:
-        expert = adapted(
+        expert = adapt_skills(
             skills,
             task,
             name,
-            tune_of(tune),
+            parse_tune(tune),
             settings,
             shots=shots,
             router_lr=router_lr,
@@ -263,8 +263,15 @@ def adapt(
 
 
 def _print(reference: str, digest: str, training: dict[str, object], json: bool) -> None:
+    """Print a trained expert, and its first and last loss."""
     if json:
         print_json({"expert": {"reference": reference, "digest": digest, "training": training}})
         return
-    say(f"loss {training['loss']}")
+    say(_describe_loss(training))
     print_lines([f"{reference}  {digest}"])
+
+
+def _describe_loss(training: Mapping[str, Any]) -> str:
+    """Describe the mean losses of the first and of the last steps."""
+    loss = training["loss"]
+    return f"loss: {loss['first']} at the start, {loss['last']} at the end"

@@ -51,8 +51,8 @@ CLI = """\
 `hub --help` lists the commands, and `hub COMMAND --help` describes one. `hub --version` prints the
 version; `hub --install-completion` installs completion for the shell.
 
-Data goes to standard output; progress and messages go to standard error. With `--json`, where a
-command has it, it prints one JSON document with `"schema": 1` at its top.
+Results go to standard output; progress and messages go to standard error. With `--json`, a command
+prints one JSON document whose first key is `"schema": 1`.
 
 | exit code | meaning |
 | --- | --- |
@@ -60,18 +60,19 @@ command has it, it prints one JSON document with `"schema": 1` at its top.
 | 1 | failed: no network, shapes or targets that do not fit, a file that cannot be written |
 | 2 | usage: a wrong option, reference, recipe or registry file |
 | 3 | integrity: a damaged or unsafe file, NaN, another base |
-| 4 | not found: an expert, base or task that no registry or folder has |
-| 5 | a remote refuses who asks |
-| 6 | conflict: the name is taken by other content, the folder is in use |
+| 4 | not found: an expert, base, task or file that does not exist |
+| 5 | access denied by a remote |
+| 6 | conflict: a name that is taken by other content, a folder that is in use, a stale lock |
 | 130 | interrupted |
 
-An error is one line, `error: ...`, and mostly a second one, `hint: ...`, that says what to do.
+An error is printed as one line `error: ...`. Most errors have a second line `hint: ...` that says what
+to do.
 
 | variable | meaning |
 | --- | --- |
-| `HUB_HOME` | where the hub keeps its store, registry, bases, tasks and runs; `~/.experthub` by default |
-| `HUB_OFFLINE` | anything but `0`: refuse every download before a socket is opened |
-| `HUB_DEBUG` | `1`: show where an error arose |
+| `HUB_HOME` | the folder of the store, registry, bases, tasks and runs; `~/.experthub` by default |
+| `HUB_OFFLINE` | if set to anything but `0`, every download is refused before a socket is opened |
+| `HUB_DEBUG` | if set to `1`, errors show their traceback |
 | `HF_TOKEN`, `HF_ENDPOINT` | as in `huggingface_hub`, for `hf:` sources |
 
 `pypi:` sources and BIG-bench come from the index that pip is configured to use.
@@ -79,7 +80,7 @@ An error is one line, `error: ...`, and mostly a second one, `hint: ...`, that s
 
 
 def methods_page() -> str:
-    """docs/methods.md: every method of this package."""
+    """Write docs/methods.md: every method of this package."""
     parts = [NOTE, METHODS, MERGES]
     parts += [_method(s) for s in merges.values() if _own(s)]
     parts += [ROUTERS]
@@ -88,7 +89,7 @@ def methods_page() -> str:
 
 
 def _own(strategy: Strategy) -> bool:
-    """Whether the method is this package's: others may be installed beside it."""
+    """Return true if the method belongs to this package; others may be installed beside it."""
     return strategy.call.__module__.startswith("experthub.")
 
 
@@ -138,7 +139,7 @@ def _literal(value: Any) -> str:
 
 
 def cli_page() -> str:
-    """docs/cli.md: every command with its help text."""
+    """Write docs/cli.md: every command with its help text."""
     root = typer.main.get_command(app)
     parts = [NOTE, CLI]
     parts += [_command(name, command) for name, command in _commands("hub", root)]
@@ -146,7 +147,7 @@ def cli_page() -> str:
 
 
 def _commands(name: str, command: Any) -> Iterator[tuple[str, Any]]:
-    """Full names and commands, groups opened, in the order of `hub --help`."""
+    """Yield full names and commands in the order of `hub --help`, with those of groups."""
     for child, inner in getattr(command, "commands", {}).items():
         if hasattr(inner, "commands"):
             yield from _commands(f"{name} {child}", inner)
@@ -177,7 +178,7 @@ def _command(name: str, command: Any) -> str:
 
 
 def _help(doc: str) -> tuple[str, list[str]]:
-    """A command's help text, and the commands after `Examples:` in it."""
+    """Split a help text into the description and the commands after `Examples:`."""
     text, _, examples = " ".join(doc.split()).partition(" Examples: ")
     return text, [line.strip() for line in examples.split(";") if line.strip()]
 
@@ -188,11 +189,11 @@ def _argument(parameter: Any) -> str:
 
 
 def _names(parameter: Any) -> str:
-    return ", ".join(f"`{name}`" for name in parameter.opts)
+    return ", ".join(f"`{name}`" for name in (*parameter.opts, *parameter.secondary_opts))
 
 
 def _type(hint: Any) -> str:
-    """A parameter's type with its range, off the annotation of the command's function."""
+    """Read a parameter's type and range from the annotation of the command's function."""
     extras: tuple[Any, ...] = ()
     if get_origin(hint) is Annotated:
         hint, *rest = get_args(hint)
@@ -210,8 +211,9 @@ def _type(hint: Any) -> str:
 def _default(parameter: Any) -> str:
     if parameter.required:
         return "required"
-    absent = parameter.default is None or parameter.default is False
-    return "" if absent else f"`{parameter.default}`"
+    if parameter.secondary_opts:
+        return f"`{(parameter.opts if parameter.default else parameter.secondary_opts)[0]}`"
+    return f"`{parameter.default}`" if parameter.default not in (None, False, "") else ""
 
 
 def _table(columns: list[str], rows: list[list[str]]) -> str:
@@ -220,7 +222,7 @@ def _table(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def pages() -> dict[Path, str]:
-    """Every generated page, by path."""
+    """Return every generated page by its path."""
     return {HERE / "methods.md": methods_page(), HERE / "cli.md": cli_page()}
 
 

@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from experthub.hub.session import Session
     from experthub.hub.store.store import Store
     from experthub.hub.tracing.trace import Trace, trace
+    from experthub.hub.training.adaptation import adapt
     from experthub.hub.training.fit import Settings
     from experthub.hub.training.full import train_full
     from experthub.hub.training.inventory import InventoryShape
-    from experthub.hub.training.skills import adapt, train_skills
+    from experthub.hub.training.skills import train_skills
     from experthub.hub.training.train import train_gate, train_lora
 
 _HOMES = {
@@ -43,7 +44,7 @@ _HOMES = {
     "Settings": "training.fit",
     "Store": "store.store",
     "Trace": "tracing.trace",
-    "adapt": "training.skills",
+    "adapt": "training.adaptation",
     "cluster": "selection.clusters",
     "compose": "composition.compose",
     "diff": "finetunes.difference",
@@ -88,7 +89,7 @@ __all__ = [
 ]
 
 
-if not TYPE_CHECKING:  # a type checker is to know the names above and no other
+if not TYPE_CHECKING:  # Type checkers then know the names above and no others.
 
     def __getattr__(name: str) -> Any:
         if name not in _HOMES:

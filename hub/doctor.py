@@ -21,7 +21,7 @@ from experthub.hub.registry.expert import Expert, Reference
 from experthub.hub.registry.registry import Registry
 from experthub.hub.store.store import Store
 from experthub.hub.transfer.remotes._hf_api import token_path
-from experthub.hub.transfer.remotes._http import is_offline
+from experthub.hub.transfer.remotes._limits import is_offline
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
@@ -218,18 +218,18 @@ def _check_registry(registry: Registry) -> Check:
         path = str(layer.path if layer.path.is_file() else layer.folder)
         experts, bases = len(layer.content.experts), len(layer.content.bases)
         layers.append({"path": path, "experts": experts, "bases": bases})
-    found = f"{len(registry.experts())} experts and {len(registry.bases())} bases in "
+    found = f"{len(registry.list_experts())} experts and {len(registry.list_bases())} bases in "
     found += ", ".join(f"{row['path']} ({row['experts']})" for row in layers)
     return Check("registry", "ok", found, details={"layers": layers})
 
 
 def _check_experts(registry: Registry) -> Check:
     """Check which experts are complete in the store, without hashing their files."""
-    experts, store = registry.experts(), Store()
+    experts, store = registry.list_experts(), Store()
     missing, damaged = [], []
     for expert in experts:
         try:
-            store.identity(expert.digest)
+            store.read_identity(expert.digest)
         except NotFoundError:
             missing.append(expert)
         except HubError as error:
@@ -257,8 +257,8 @@ def _has_source(expert: Expert) -> bool:
 
 def _check_bases(registry: Registry) -> Check:
     """Check which bases are here; only those that an expert needs can be missing."""
-    here = {name: is_here(name, registry) for name in registry.bases()}
-    needed = {registry.base(e.base)[0] for e in registry.experts() if registry.has_base(e.base)}
+    here = {name: is_here(name, registry) for name in registry.list_bases()}
+    needed = {registry.find_base(e.base)[0] for e in registry.list_experts() if registry.has_base(e.base)}
     missing = sorted(name for name in needed if not here[name])
     found = ", ".join(name if here[name] else f"{name} (not fetched)" for name in here) or "none"
     if not missing:

@@ -1,4 +1,4 @@
-"""Errors that a user sees: what is wrong, why, and what to do next."""
+"""Errors that a user sees: each says what is wrong and what to do next."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ from contextlib import contextmanager
 
 
 class HubError(Exception):
-    """An operation failed.
+    """A failed operation.
 
-    message: the thing and the reason.  hint: the next step.  code: the command's exit code.
+    Args:
+        message: What is wrong, with names, places and values.
+        hint: The next step: a sentence that starts with a verb, or an empty text.
+
+    Attributes:
+        code: The exit code of a command that ends with this error.
     """
 
     code = 1
@@ -21,41 +26,41 @@ class HubError(Exception):
 
 
 class UsageError(HubError):
-    """A wrong recipe, option or reference."""
+    """An error in a recipe, an option or a reference."""
 
     code = 2
 
 
 class IntegrityError(HubError):
-    """Damaged, unsafe or foreign content: nothing of it is used."""
+    """An error for damaged, unsafe or foreign content, none of which is used."""
 
     code = 3
 
 
 class NotFoundError(HubError):
-    """An expert, base or task that no registry or folder has."""
+    """An error for an expert, a base, a task or a file that does not exist."""
 
     code = 4
 
 
 class AuthError(HubError):
-    """A remote that refuses who asks."""
+    """An error for access that a remote denies."""
 
     code = 5
 
 
 class ConflictError(HubError):
-    """The name is taken by other content, or somebody else was faster."""
+    """An error for a name that other content has taken, or a lock file that is stale."""
 
     code = 6
 
 
 @contextmanager
 def explain_errors(what: str = "") -> Iterator[None]:
-    """Turn a ValueError of the algebra or of a method into a UsageError with context.
+    """Turn a ValueError of a method or of the algebra into a UsageError.
 
     Args:
-        what: What the error is about, for example the name of a module; it stands before the
+        what: The subject of the error, such as the path of a module, which is put before the
             message.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The surroundings of an operation: where names and content are found, where models run, and who is told."""
+"""The session of an operation: its registry, its store, its device and its progress callback."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from experthub.hub.store.store import Store
 class Session:
     """A registry, a store, a device and a progress callback, passed as one value.
 
-    The registry and the store are opened when they are first used, so that an operation that needs
-    neither fails for neither.
+    The registry and the store are opened when they are first used. An operation that does not use
+    them therefore does not fail if they are damaged.
 
     Args:
-        registry: Where names are looked up. The default is every layer of `Registry.read()`.
-        store: Where content is kept. The default is the store under `$HUB_HOME`.
+        registry: The registry in which names are looked up. The default has every layer of
+            `Registry.read()`.
+        store: The store of the experts' content. The default is the store under `$HUB_HOME`.
         device: The torch device that models run on. None means `cpu`.
         report: A callback for progress. The default ignores it.
 
@@ -41,12 +42,12 @@ class Session:
 
     @property
     def registry(self) -> Registry:
-        """Where names are looked up; read once, see `refresh`."""
+        """The registry in which names are looked up; it is read once, see `refresh`."""
         return self._registry()
 
     @property
     def store(self) -> Store:
-        """Where content is kept."""
+        """The store of the experts' content."""
         return self._store()
 
     def on(self, device: str | None) -> Session:
@@ -56,14 +57,14 @@ class Session:
             device: The torch device of the new session. None means `cpu`.
 
         Returns:
-            The new session. What one of the two opens is open for the other.
+            The new session. If one of the two opens the registry or the store, both use it.
         """
         other = copy(self)
         other.device = device
         return other
 
     def refresh(self) -> None:
-        """Read the default registry anew when it is next used, because an entry was written.
+        """Make the next use of the default registry read it again, because an entry was written.
 
         A registry that was passed by the caller stays as it is.
         """

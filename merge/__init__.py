@@ -15,7 +15,7 @@ from experthub.merge._fit_settings import Fit
 from experthub.merge._fitting import learn_coefficients
 from experthub.merge._inner_products import cosine_matrix, gram_matrix, inner_product
 from experthub.merge._linear_modules import is_linear, is_transposed, orient
-from experthub.merge._materials import Data, Materials, Minimizer, Progress
+from experthub.merge._materials import Data, MergeMaterials, Minimizer, Progress
 from experthub.merge._merges import MergeTraits, merges
 from experthub.merge._options import (
     ExamplesPerTask,
@@ -53,7 +53,7 @@ __all__ = [
     "Fit",
     "LateOption",
     "LowRank",
-    "Materials",
+    "MergeMaterials",
     "MergeTraits",
     "MethodError",
     "Minimizer",

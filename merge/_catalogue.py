@@ -140,7 +140,7 @@ class Strategy(Generic[Traits]):
             for name, option in self.options.items()
         }
 
-    def with_role(self, role: Role) -> list[str]:
+    def find_options(self, role: Role) -> list[str]:
         """Return the names of the options that have a role.
 
         Args:

@@ -13,7 +13,7 @@ import torch
 from experthub.merge._attached_experts import AttachedExperts
 from experthub.merge._coefficients import Coefficients, assign_blocks, make_generator
 from experthub.merge._fit_settings import LABELLED, Fit
-from experthub.merge._materials import Data, Materials, Progress
+from experthub.merge._materials import Data, MergeMaterials, Progress
 from experthub.merge._objectives import (
     choose_trusted,
     cross_entropy,
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 SAVE_EVERY = 20  # The number of steps between two saves of the run's state.
 
 
-def learn_coefficients(materials: Materials, fit: Fit) -> Coefficients:
+def learn_coefficients(materials: MergeMaterials, fit: Fit) -> Coefficients:
     """Find the coefficients that minimise an objective.
 
     Args:
@@ -96,7 +96,7 @@ class _Run:
     """A training run: the settings, and the state that changes at every step."""
 
     attached: AttachedExperts
-    materials: Materials
+    materials: MergeMaterials
     data: Data
     fit: Fit
     start: Coefficients

@@ -107,7 +107,7 @@ def _report_nothing(what: str, done: int, size: int) -> None:
 
 
 @dataclass(frozen=True)
-class Materials:
+class MergeMaterials:
     """The materials that a merge can use when it prepares its state.
 
     Args:

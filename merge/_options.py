@@ -29,7 +29,7 @@ class Range:
             return f"<= {self.high}"
         return f"from {self.low} to {self.high}"
 
-    def holds(self, value: float) -> bool:
+    def contains(self, value: float) -> bool:
         """Tell whether a value lies in the range.
 
         Args:
@@ -111,7 +111,7 @@ class Option:
         wrong = type(value) not in self.types or (self.choices and value not in self.choices)
         if wrong or (isinstance(value, list) and {type(item) for item in value} - {str}):
             raise ValueError(f"option {self.name!r}: expected {self.type_name}, found {value!r}")
-        if self.range and isinstance(value, int | float) and not self.range.holds(value):
+        if self.range and isinstance(value, int | float) and not self.range.contains(value):
             raise ValueError(f"option {self.name!r}: expected {self.range}, found {value!r}")
         return value
 

@@ -13,7 +13,7 @@ from experthub.merge._catalogue import Options
 from experthub.merge._coefficients import Coefficients, check_granularity, compose_vector
 from experthub.merge._fit_settings import Constraint, Fit
 from experthub.merge._fitting import learn_coefficients
-from experthub.merge._materials import Materials
+from experthub.merge._materials import MergeMaterials
 from experthub.merge._merges import merges
 from experthub.merge._options import Range, RecipeSeed, ShapesState
 from experthub.merge._task_vector import TaskVector, scale_vectors
@@ -21,7 +21,7 @@ from experthub.merge.ties import keep_agreeing, trim
 from torch import Tensor
 
 
-def _learn(materials: Materials, options: Options) -> Coefficients:
+def _learn(materials: MergeMaterials, options: Options) -> Coefficients:
     """Minimise the entropy of the merged model's predictions over the coefficients."""
     vectors = _select_entries(
         materials.vectors, materials.weights, options["plus_plus"], options["density"]

@@ -15,7 +15,7 @@ from experthub.merge._catalogue import Options
 from experthub.merge._coefficients import Coefficients, check_granularity, compose_vector
 from experthub.merge._fit_settings import Fit, Objective
 from experthub.merge._fitting import learn_coefficients
-from experthub.merge._materials import Materials
+from experthub.merge._materials import MergeMaterials
 from experthub.merge._merges import merges
 from experthub.merge._options import Range, RecipeSeed, ShapesState
 from experthub.merge._task_vector import TaskVector, scale_vectors
@@ -30,7 +30,7 @@ DEFAULTS: dict[str, tuple[Objective, int, float]] = {  # objective, steps, lr
 }
 
 
-def _learn(materials: Materials, options: Options) -> Coefficients:
+def _learn(materials: MergeMaterials, options: Options) -> Coefficients:
     """Minimise the objective of a setting over the coefficients."""
     setting = options["setting"]
     objective, steps, lr = DEFAULTS[setting]
@@ -57,7 +57,7 @@ def _learn(materials: Materials, options: Options) -> Coefficients:
     return replace(found, objective=setting)
 
 
-def _find_forgotten(materials: Materials, name: str | None) -> tuple[int, ...]:
+def _find_forgotten(materials: MergeMaterials, name: str | None) -> tuple[int, ...]:
     """Find the task to forget among the tasks of the data: the named one, or the first."""
     tasks = list(materials.given_data.tasks)
     if len(tasks) < 2:

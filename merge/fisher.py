@@ -13,7 +13,7 @@ from experthub.merge._attached_experts import AttachedExperts
 from experthub.merge._catalogue import Options
 from experthub.merge._coefficients import make_generator, zero_coefficients
 from experthub.merge._delta import Dense
-from experthub.merge._materials import Data, Materials, compute_logits
+from experthub.merge._materials import Data, MergeMaterials, compute_logits
 from experthub.merge._merges import merges
 from experthub.merge._objectives import log_probabilities
 from experthub.merge._options import Range, RecipeSeed
@@ -24,7 +24,7 @@ from torch import Tensor
 Information = list[dict[str, Tensor]]
 
 
-def _estimate(materials: Materials, options: Options) -> Information:
+def _estimate(materials: MergeMaterials, options: Options) -> Information:
     """Estimate the diagonal of each expert's Fisher information on the data of its own task."""
     data, vectors = materials.paired_data, materials.vectors
     sums: dict[str, Tensor] = {}

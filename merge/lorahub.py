@@ -15,7 +15,7 @@ from experthub.merge._catalogue import Options
 from experthub.merge._coefficients import Coefficients, Combine, compose_vector
 from experthub.merge._fit_settings import Fit
 from experthub.merge._fitting import learn_coefficients, start_coefficients
-from experthub.merge._materials import Data, Materials
+from experthub.merge._materials import Data, MergeMaterials
 from experthub.merge._merges import merges
 from experthub.merge._objectives import cross_entropy
 from experthub.merge._options import Range, RecipeSeed, ShapesState
@@ -23,7 +23,7 @@ from experthub.merge._task_vector import TaskVector, scale_vectors
 from torch import Tensor
 
 
-def _learn(materials: Materials, options: Options) -> Coefficients:
+def _learn(materials: MergeMaterials, options: Options) -> Coefficients:
     """Find one weight per expert, by a black-box search or by Adam."""
     bound = options["bound"]
     fit = Fit(
@@ -44,7 +44,7 @@ def _learn(materials: Materials, options: Options) -> Coefficients:
     return learn_coefficients(given, fit) if options["optimizer"] == "adam" else _search(given, fit)
 
 
-def _search(materials: Materials, fit: Fit) -> Coefficients:
+def _search(materials: MergeMaterials, fit: Fit) -> Coefficients:
     """Find the best weights with the black-box optimiser."""
     data, start = materials.given_data, start_coefficients(materials.vectors, fit)
     if data.labels is None or materials.minimize is None:

@@ -19,7 +19,7 @@ from experthub.merge._catalogue import Options
 from experthub.merge._coefficients import zero_coefficients
 from experthub.merge._delta import Dense
 from experthub.merge._linear_modules import is_plain_linear, is_transposed
-from experthub.merge._materials import Data, Materials, compute_logits
+from experthub.merge._materials import Data, MergeMaterials, compute_logits
 from experthub.merge._merges import merges
 from experthub.merge._options import Range
 from experthub.merge._task_vector import TaskVector, combine
@@ -41,7 +41,7 @@ class InputStatistics:
     transposed: frozenset[str]
 
 
-def _read_inputs(materials: Materials, options: Options) -> InputStatistics:
+def _read_inputs(materials: MergeMaterials, options: Options) -> InputStatistics:
     """Let every expert read the data of its own task."""
     data, vectors = materials.paired_data, materials.vectors
     linears = find_linear_weights(data.model, vectors)

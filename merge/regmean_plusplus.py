@@ -12,7 +12,7 @@ import torch
 from experthub.merge._attached_experts import AttachedExperts
 from experthub.merge._catalogue import Options
 from experthub.merge._coefficients import Coefficients, assign_blocks
-from experthub.merge._materials import Materials
+from experthub.merge._materials import MergeMaterials
 from experthub.merge._merges import merges
 from experthub.merge._options import Range
 from experthub.merge._task_vector import TaskVector
@@ -27,7 +27,7 @@ from experthub.merge.regmean import (
 from torch import Tensor
 
 
-def _read_inputs(materials: Materials, options: Options) -> InputStatistics:
+def _read_inputs(materials: MergeMaterials, options: Options) -> InputStatistics:
     """Let every expert read the data of its own task, layer by layer through the merged model."""
     data, vectors, weights = materials.paired_data, materials.vectors, materials.weights
     linears = find_linear_weights(data.model, vectors)

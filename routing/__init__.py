@@ -4,17 +4,10 @@ from experthub.routing._context import Context, ModelRouter
 from experthub.routing._expert_rows import ExpertRows
 from experthub.routing._group import Group
 from experthub.routing._packed import PackedExperts, group_modules, pack_experts
-from experthub.routing._pool import Batch, Embedder, Materials, Pool, Select, State
+from experthub.routing._pool import Batch, Embedder, Pool, RouterMaterials, Select, State
 from experthub.routing._recording import record_routing
 from experthub.routing._routed_linear import RoutedLinear, attach_experts
-from experthub.routing._router import (
-    ExpertStack,
-    Router,
-    TopK,
-    Weights,
-    standardised,
-    top_k_softmax,
-)
+from experthub.routing._router import ExpertStack, Router, TopK, Weights, standardise, top_k_softmax
 from experthub.routing._routers import RouterTraits, Routing, routers
 from experthub.routing._skilled_linear import BatchTasks, SkilledLinear
 from experthub.routing._skills import AVERAGE, MULTI_HEADED, SERVED_BY, Skills, check_heads
@@ -27,11 +20,11 @@ from experthub.routing.kernels.names import (
     KERNELS,
     RENAMED_KERNELS,
     Kernel,
-    current_kernel,
-    recorded_kernel,
+    find_recorded_name,
+    parse_kernel,
 )
 from experthub.routing.kernels.prefilter import MIN_PREFILTERED_EXPERTS, Prefilter
-from experthub.routing.kernels.reference import reference
+from experthub.routing.kernels.reference import compute_reference
 from experthub.routing.kernels.scores import compute_scores
 from experthub.routing.lora_retriever import lora_retriever
 from experthub.routing.mhr import mhr
@@ -59,13 +52,13 @@ __all__ = [
     "ExpertStack",
     "Group",
     "Kernel",
-    "Materials",
     "ModelRouter",
     "PackedExperts",
     "Pool",
     "Prefilter",
     "RoutedLinear",
     "Router",
+    "RouterMaterials",
     "RouterTraits",
     "Routing",
     "Select",
@@ -81,24 +74,24 @@ __all__ = [
     "best_individual",
     "build_index",
     "check_heads",
+    "compute_reference",
     "compute_scores",
-    "current_kernel",
     "describe_shape",
+    "find_recorded_name",
     "group_modules",
     "lora_retriever",
     "make_gate",
     "measure_kernels",
     "mhr",
     "pack_experts",
+    "parse_kernel",
     "phatgoose",
     "poly",
     "record_routing",
-    "recorded_kernel",
-    "reference",
     "retrieval",
     "routers",
     "smear",
-    "standardised",
+    "standardise",
     "subtract_general",
     "task",
     "top_k_softmax",

@@ -100,7 +100,11 @@ class PackedExperts:
         return PackedExperts.of(self.experts, self.ranks, a, b, self.router, probes, self.prefilter)
 
     def with_prefilter(self) -> PackedExperts:
-        """Return the same experts with a prefilter; without probes, themselves."""
+        """Add a prefilter if there is none.
+
+        Returns:
+            The same experts with a prefilter; without probes, the experts as they are.
+        """
         if self.prefilter is not None or self.probes is None:
             return self
         return replace(self, prefilter=Prefilter.of(self.probes, len(self.b)))

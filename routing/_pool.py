@@ -44,7 +44,7 @@ class Embedder(Protocol):
         ...
 
 
-class Materials(Protocol):
+class RouterMaterials(Protocol):
     """What a router may ask for when it prepares its state."""
 
     @property

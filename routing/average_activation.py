@@ -12,14 +12,14 @@ from typing import Annotated
 
 import torch
 from experthub.merge import ExamplesPerTask, Options, Range, ShapesState
-from experthub.routing._pool import Materials, State
+from experthub.routing._pool import RouterMaterials, State
 from experthub.routing._router import ExpertStack, Router
 from experthub.routing._routers import Routing, routers
 from experthub.routing.phatgoose import phatgoose
 from torch import Tensor
 
 
-def _average(materials: Materials, options: Options) -> State:
+def _average(materials: RouterMaterials, options: Options) -> State:
     """Average the inputs of every module over examples of each expert's own tasks."""
     means: dict[str, Tensor] = {}
     for e, label in enumerate(materials.labels):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 from experthub.merge import Options
-from experthub.routing._pool import Materials, Pool, Select, State, one_hot
+from experthub.routing._pool import Pool, RouterMaterials, Select, State, one_hot
 from experthub.routing._router import Weights
 from experthub.routing._routers import Routing, routers
 
 
-def _score(materials: Materials, options: Options) -> State:
+def _score(materials: RouterMaterials, options: Options) -> State:
     """Measure the accuracy of every expert alone on the recipe's data, averaged over its tasks."""
     scores, answers = [], materials.read_answers()
     for e, label in enumerate(materials.labels):

@@ -18,7 +18,7 @@ from typing import Annotated
 
 import torch
 from experthub.merge import Range
-from experthub.routing._router import ExpertStack, Router, TopK, Weights, standardised
+from experthub.routing._router import ExpertStack, Router, TopK, Weights, standardise
 from experthub.routing._routers import Routing, routers
 from torch import Tensor
 
@@ -52,7 +52,7 @@ def phatgoose(
     if stack.gates_EI is None:
         raise ValueError("phatgoose: expected a gate of every expert, found none")
     scale = temperature * math.sqrt(stack.width)
-    return TopK(standardised(stack.gates_EI) / scale, top_k, layer_norm=True)
+    return TopK(standardise(stack.gates_EI) / scale, top_k, layer_norm=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,12 +11,12 @@ from typing import Annotated
 
 import torch
 from experthub.merge import ExamplesPerTask, Options, Range, ShapesState
-from experthub.routing._pool import Batch, Materials, Pool, Select, State
+from experthub.routing._pool import Batch, Pool, RouterMaterials, Select, State
 from experthub.routing._router import Weights
 from experthub.routing._routers import Routing, routers
 
 
-def build_index(materials: Materials, options: Options) -> State:
+def build_index(materials: RouterMaterials, options: Options) -> State:
     """Embed examples of every expert's own tasks.
 
     Args:

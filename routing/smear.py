@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from experthub.merge import Range
-from experthub.routing._router import ExpertStack, Router, Weights, standardised
+from experthub.routing._router import ExpertStack, Router, Weights, standardise
 from experthub.routing._routers import Routing, routers
 from torch import Tensor
 
@@ -69,4 +69,4 @@ def smear(stack: ExpertStack, *, temperature: Annotated[float, Range(0.01, 100)]
     """
     if stack.gates_EI is None:
         raise ValueError("smear: expected a gate of every expert, found none")
-    return Smear(standardised(stack.gates_EI) / (temperature * math.sqrt(stack.width)))
+    return Smear(standardise(stack.gates_EI) / (temperature * math.sqrt(stack.width)))

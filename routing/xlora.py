@@ -14,13 +14,13 @@ from typing import Annotated
 
 import torch
 from experthub.merge import MethodError, Options, Range, RecipeSeed, ShapesState
-from experthub.routing._pool import Batch, Materials, Pool, Select, State
+from experthub.routing._pool import Batch, Pool, RouterMaterials, Select, State
 from experthub.routing._router import Weights
 from experthub.routing._routers import Routing, routers
 from torch import Tensor, nn
 
 
-def _start_classifier(materials: Materials, options: Options) -> dict[str, Tensor]:
+def _start_classifier(materials: RouterMaterials, options: Options) -> dict[str, Tensor]:
     """Make the classifier before training: small random weights, biases of zero."""
     depth, layerwise = options["depth"], options["layerwise"]
     outputs = len(materials.labels) * (materials.n_layers if layerwise else 1)
@@ -35,7 +35,7 @@ def _start_classifier(materials: Materials, options: Options) -> dict[str, Tenso
     return state
 
 
-def _train(materials: Materials, options: Options) -> State:
+def _train(materials: RouterMaterials, options: Options) -> State:
     """Train the classifier on the recipe's data by AdamW; the base and the experts are frozen."""
     start = _start_classifier(materials, options)
     tensors = {name: materials.place(t).requires_grad_() for name, t in start.items()}

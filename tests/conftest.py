@@ -22,6 +22,7 @@ import pytest
 import torch
 from experthub.hub.bases import base as bases
 from experthub.hub.bases.base import Base
+from experthub.hub.bases.loading import load_model
 from experthub.hub.tasks.task import Card, Example, example_id
 from experthub.hub.tasks.task_files import write_task
 from safetensors.torch import save_file
@@ -108,7 +109,7 @@ def base(base_folder: Path) -> Base:
 
 @pytest.fixture
 def base_model(base: Base) -> Any:
-    return bases.load_model(base, None, None)
+    return load_model(base, None, None)
 
 
 def make_expert(

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from experthub.hub import Registry
-from experthub.hub.bases.base import load_model, load_tokenizer
 from experthub.hub.bases.base_sources import find
+from experthub.hub.bases.loading import load_model, load_tokenizer
 from experthub.hub.readers.similarity import embed
 from experthub.hub.registry.expert import Reference
 from experthub.hub.session import Session
@@ -38,7 +38,7 @@ def trained_tasks(registry: Registry) -> list[str]:
         The tasks.
     """
     names = EXPERTS.read_text().split()
-    return [registry.expert(Reference.parse(name)).task or "" for name in names]
+    return [registry.find_expert(Reference.parse(name)).task or "" for name in names]
 
 
 def centres(references: list[str], session: Session) -> dict[str, Tensor]:

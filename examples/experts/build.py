@@ -151,7 +151,7 @@ def report(what: str, done: int, size: int) -> None:
 def known(reference: str) -> bool:
     """Return whether the registry has an expert of this name and version."""
     try:
-        hub.Registry.read().expert(Reference.parse(reference))
+        hub.Registry.read().find_expert(Reference.parse(reference))
     except NotFoundError:
         return False
     return True
@@ -247,7 +247,7 @@ def publish(starter: Starter) -> None:
             flush=True,
         )
         return
-    expert = hub.Registry.read().expert(Reference.parse(f"{starter.draft}@2"))
+    expert = hub.Registry.read().find_expert(Reference.parse(f"{starter.draft}@2"))
     folder = HERE / starter.name
     shutil.rmtree(folder, ignore_errors=True)
     store = hub.Store()
@@ -262,7 +262,7 @@ def publish(starter: Starter) -> None:
             "scores": [score],
         }
     )
-    write_description(folder, described, store.identity(expert.digest))
+    write_description(folder, described, store.read_identity(expert.digest))
     forget(starter.name)
     add_folder(folder, starter.name, Session(store=store), version=1, file=REGISTRY)
 

@@ -73,7 +73,7 @@ class Run:
     def _trained(self, task: str, what: str, settings: hub.Settings) -> str:
         name = f"{SUITE}-{self.proof['name']}-{what}-{self.seed}"
         try:
-            return hub.Registry.read().expert(Reference.parse(f"{name}@1")).reference
+            return hub.Registry.read().find_expert(Reference.parse(f"{name}@1")).reference
         except NotFoundError:
             say(f"training {name}")
         return hub.train_lora(self.proof["base"], task, name, settings).reference
@@ -97,7 +97,7 @@ class Run:
                 return usual
         settings = self._settings(GATE, **more)
         wanted = {**asdict(settings), "start": start}
-        for expert in hub.Registry.read().experts():
+        for expert in hub.Registry.read().list_experts():
             found = {"start": 0.5, **{**expert.training}.get("gate", {})}
             same = {key: found.get(key) for key in wanted} == wanted
             if same and expert.name == plain.partition("@")[0]:
@@ -113,7 +113,7 @@ class Run:
 
     def _given(self) -> list[Expert]:
         registry = hub.Registry.read()
-        return [registry.expert(Reference.parse(name)) for name in self.proof.get("experts", ())]
+        return [registry.find_expert(Reference.parse(name)) for name in self.proof.get("experts", ())]
 
     def _made(self, gate: str) -> list[Expert]:
         for task in self.tasks:

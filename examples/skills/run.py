@@ -69,7 +69,7 @@ class Run:
         """
         registry = hub.Registry.read()
         try:
-            return registry.expert(Reference.parse(name))
+            return registry.find_expert(Reference.parse(name))
         except NotFoundError:
             say(f"training {name}")
             expert: hub.Expert = make()

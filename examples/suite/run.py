@@ -72,7 +72,7 @@ class Run:
         """Return the expert of a task, and train it first if it does not exist."""
         name = f"suite-{short(task)}-{self.kind}-{self.seed}"
         try:
-            return hub.Registry.read().expert(Reference.parse(name)).reference
+            return hub.Registry.read().find_expert(Reference.parse(name)).reference
         except NotFoundError:
             say(f"training {name}")
         train = self.suite["train"]

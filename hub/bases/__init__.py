@@ -1,1 +1,1 @@
-"""Base models: where they come from, their identity, and loading them."""
+"""Base models: their sources, their identity, and loading them."""

@@ -1,4 +1,4 @@
-"""Weights that several modules of a model share."""
+"""Weights that the input and output embeddings of a model share."""
 
 from __future__ import annotations
 
@@ -12,11 +12,18 @@ from torch import nn
 
 
 def untie(model: Any, names: Collection[str], plan: Plan) -> Any:
-    """Give tied input and output embeddings weights of their own where their changes may differ.
+    """Separate tied input and output embeddings where their changes may differ.
 
-    names: of the parameters that will change.  A LoRA on one of the two changes that use of the
-    weight only, as peft applies it; a task vector changes the weight itself, unless it names the
-    output too.  Returns the configuration from before, if they were tied.
+    A LoRA on one of the two changes that use of the weight alone, as peft applies it. A task vector
+    changes the weight itself, unless it also names the output embedding.
+
+    Args:
+        model: A transformers model, which is changed in place.
+        names: The names of the parameters that will change.
+        plan: The plan whose experts change them.
+
+    Returns:
+        The model's configuration before the call; None if the embeddings were not tied.
     """
     outputs = model.get_output_embeddings()
     inputs = None if outputs is None else model.get_input_embeddings()
@@ -34,7 +41,12 @@ def untie(model: Any, names: Collection[str], plan: Plan) -> Any:
 
 
 def tie_again(model: Any, before: Any) -> None:
-    """Let input and output embeddings share their weights where both changed alike."""
+    """Tie input and output embeddings again if both changed alike.
+
+    Args:
+        model: The transformers model, which is changed in place.
+        before: The configuration that `untie` returned.
+    """
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
     if model.config is before or torch.equal(inputs.weight, outputs.weight):
         outputs.weight, model.config = inputs.weight, before

@@ -1,1 +1,1 @@
-"""From a plan to a composed model."""
+"""Composition: a plan and the state of its method become a model."""

@@ -1,4 +1,4 @@
-"""From a plan and the state of its method to a model."""
+"""Assembling a model from a plan and the state of its method."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from experthub.hub.bases.base import load_model
+from experthub.hub.bases.loading import load_model
 from experthub.hub.bases.tying import tie_again, untie
 from experthub.hub.composition.bank import find_bank
 from experthub.hub.composition.composition import Composition
 from experthub.hub.composition.routes import route
-from experthub.hub.composition.weights import Contents, task_vector
+from experthub.hub.composition.weights import Contents, load_task_vector
 from experthub.hub.errors import HubError, IntegrityError, UsageError, explain_errors
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.session import Session
@@ -30,20 +30,22 @@ def assemble(
     model: Any = None,
     device: str | None = None,
 ) -> Composition:
-    """Compose a plan.
+    """Compose the model of a plan.
 
     Args:
-        plan: What to compose.
+        plan: The plan.
         session: The store, the registry, the device and the progress callback.
         state: The state of the plan's method; None for a method without state.
         model: A base that is loaded already; see `compose`.
-        device: The device on which this model must be; None means any.
+        device: The device on which the loaded base must be; None means any.
 
     Returns:
         The composed model and its plan.
 
     Raises:
-        HubError: The experts do not fit the model, or their content is damaged.
+        UsageError: The loaded base has another dtype or is on another device.
+        IntegrityError: The content of an expert is damaged, or a merged weight overflows.
+        HubError: The experts do not fit the model.
     """
     banks = [find_bank(unit) for unit in plan.units]
     packed = all(bank is not None and bank.is_complete for bank in banks)
@@ -55,13 +57,13 @@ def assemble(
         if model is None:
             target = load_model(plan.base, plan.dtype, session.device)
         else:
-            target = _copy_checked(model, plan.dtype, device)
-        if not packed:  # a bank was checked when it was packed
+            target = _copy_model(model, plan.dtype, device)
+        if not packed:  # Packed experts were checked when they were packed.
             _check_orientation(target, plan)
         session.report(f"composing {len(plan.experts)} experts", 0, 0)
         merged: list[TaskVector] = []
         routes = []
-        # Weights are changed first, so that routed modules have them too.
+        # Merges come first, so that routed modules get the changed weights.
         units = sorted(zip(plan.units, banks, strict=True), key=lambda one: one[0].routed)
         for unit, bank in units:
             with torch.no_grad(), explain_errors(unit.recipe.method.method):
@@ -78,7 +80,7 @@ def assemble(
 def _merge(plan: Plan, contents: Contents, state: Any) -> TaskVector:
     """Merge the experts of a plan into one task vector, lazily."""
     method = plan.recipe.method
-    vectors = [task_vector(expert, plan, contents) for expert in plan.experts]
+    vectors = [load_task_vector(expert, plan, contents) for expert in plan.experts]
     weights = torch.tensor([expert.weight for expert in plan.experts])
     prepared = () if state is None else (state,)
     merged: TaskVector = method.strategy.call(vectors, weights, *prepared, **method.options)
@@ -93,23 +95,24 @@ def _unite(vectors: Sequence[TaskVector]) -> TaskVector:
     return TaskVector(vectors[0].base, load)
 
 
-def _copy_checked(model: Any, dtype: str, device: str | None) -> Any:
+def _copy_model(model: Any, dtype: str, device: str | None) -> Any:
     """Copy a model that the caller loaded, without its tensors; refuse another dtype or device."""
     wrong = str(model.dtype) != f"torch.{dtype}"
     if wrong or (device and model.device != torch.device(device)):
         raise UsageError(
-            f"the model given is {model.dtype} on {model.device}",
-            "load it with the dtype and on the device that are asked for",
+            f"the loaded base is {model.dtype} on {model.device}, and the composition needs "
+            f"{dtype} on {device or 'any device'}",
+            "load the base with that dtype and on that device, or leave out model=",
         )
     return _copy_modules(model).eval()
 
 
 def _copy_modules(module: Any, made: dict[int, Any] | None = None) -> Any:
-    """Copy the module tree; the copy shares every parameter and buffer with the original."""
+    """Copy a tree of modules; the copy shares every parameter and buffer with the original."""
     made = {} if made is None else made
     if id(module) not in made:
         clone = made[id(module)] = copy.copy(module)
-        # The module's own dicts (parameters, buffers, children, hooks) are its own to change.
+        # The copy gets its own dicts (parameters, buffers, children, hooks), which may be changed.
         own = {k: v.copy() if isinstance(v, dict) else v for k, v in vars(module).items()}
         own["_modules"] = {
             name: None if child is None else _copy_modules(child, made)
@@ -120,7 +123,10 @@ def _copy_modules(module: Any, made: dict[int, Any] | None = None) -> Any:
 
 
 def _check_orientation(model: Any, plan: Plan) -> None:
-    """Refuse a fan_in_fan_out that does not fit the module: a square weight shows no other sign."""
+    """Refuse a fan_in_fan_out that does not fit its module.
+
+    The shape of a square weight does not show in which orientation it is stored.
+    """
     modules, changed = dict(model.named_modules()), set(plan.parameters)
     for member in plan.members:
         for adapted in member.adapted:
@@ -131,23 +137,25 @@ def _check_orientation(model: Any, plan: Plan) -> None:
                 raise HubError(
                     f"{member.reference}: fan_in_fan_out is {adapted.transposed}, "
                     f"and {adapted.module} is a {type(module).__name__}",
-                    "correct it in adapter_config.json: true for Conv1D, false for Linear",
+                    "correct it in adapter_config.json: true for a Conv1D, false for a Linear",
                 )
 
 
 def _add(model: Any, merged: TaskVector, plan: Plan) -> None:
-    """Change a model's weights by a task vector."""
+    """Add a task vector to the weights of a model."""
     tied = untie(model, merged, plan)
     places = find_uses(model, merged)
     for name in merged:
-        # A new tensor, not a sum in place: the base's file stays mapped, and nobody else's changes.
+        # The sum is a new tensor: the base's weights are mapped from its file, and may be shared.
         changed = merged[name].add_to(model.get_parameter(name))
         parameter = nn.Parameter(changed, requires_grad=False)
         for module, leaf in places[name]:
             module.register_parameter(leaf, parameter)
-        # A sum is not finite if an entry is not.  It may also overflow over finite entries, so only
-        # then every entry is looked at.
+        # The sum over a tensor with an entry that is not finite is not finite either. It may also
+        # overflow over finite entries, so every entry is tested only in that case.
         if not math.isfinite(changed.sum()) and not bool(torch.isfinite(changed).all()):
-            raise IntegrityError(f"{name} overflows {plan.dtype}", "use smaller weights or float32")
+            raise IntegrityError(
+                f"{name} overflows {plan.dtype}", "use smaller weights, or set dtype: float32"
+            )
     if tied is not None:
         tie_again(model, tied)

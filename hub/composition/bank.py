@@ -1,8 +1,9 @@
-"""Banks: all experts of a composition, packed once into files that are mapped and not read.
+"""Banks: all experts of a composition, packed once into files that are mapped instead of read.
 
-Experts that no token chooses are never read.  A bank lies in `$HUB_HOME/banks`, under the digest of
-what decides its content.  It is a cache, and may be removed at any time: the experts themselves are
-in the store.  `hub gc` removes a bank that was not used for a week.
+Experts that no token chooses are never read from the disk. A bank lies in `$HUB_HOME/banks`, under
+a digest of everything that decides its content. It is a cache and may be removed at any time,
+because the experts themselves are in the store. `hub gc` removes a bank that was not used for a
+week.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from experthub.hub.errors import IntegrityError
 from experthub.hub.files.atomic import create_folder, hub_home
 from experthub.hub.files.digests import digest_of
 from experthub.hub.formats.mapped_tensors import MappedTensors, TensorsWriter
-from experthub.hub.recipes.plan import Plan, is_large
+from experthub.hub.recipes.plan import Plan
+from experthub.hub.recipes.planned_experts import is_large
 from experthub.merge import ShapesExperts
 from experthub.routing import (
     MIN_PREFILTERED_EXPERTS,
@@ -34,12 +36,12 @@ from experthub.routing import (
 )
 from torch import Tensor
 
-# Raise it when anything that a bank stores is laid out or named in another way, classes of routers
-# included: old banks are then not found, and made anew.
+# Increase this number when a bank stores anything in another layout or under another name, classes
+# of routers included. Banks of the old layout are then not found, and are written anew.
 LAYOUT = 6
-PROBES = "probes"  # of all modules of a group
+PROBES = "probes"  # The key of the probes of all modules of a group.
 
-# Modules that share an input, by name, and their experts.
+# The names of modules that share an input, and their packed experts.
 NamedGroup = tuple[list[str], PackedExperts]
 
 
@@ -48,8 +50,8 @@ class Bank:
     """The place of the packed experts of a plan.
 
     Attributes:
-        experts: A folder with the experts' factors, which several routers share.
-        routers: A folder with what one router made of the experts.
+        experts: The folder of the experts' factors, which several routers share.
+        routers: The folder of what one router computed from the experts.
     """
 
     experts: Path
@@ -66,8 +68,8 @@ class Bank:
             The bank.
         """
         content: list[Any] = [LAYOUT, plan.base.fingerprint, plan.contents]
-        shaping = plan.recipe.method.with_role(ShapesExperts)
-        if any(value is not None for value in shaping.values()):  # such options may name experts
+        shaping = plan.recipe.method.find_options(ShapesExperts)
+        if any(value is not None for value in shaping.values()):  # Such options may name experts.
             content += [shaping, [expert.label for expert in plan.experts]]
         key = digest_of([*content, list(plan.parameters), plan.dtype])[7:23]
         folder = hub_home() / "banks" / key
@@ -75,41 +77,43 @@ class Bank:
 
     @property
     def is_complete(self) -> bool:
-        """Whether both folders exist; each appears as a whole."""
+        """True if both folders exist; each appears as a whole."""
         return self.routers.is_dir() and self.experts.is_dir()
 
     def load_groups(
         self, pack: Callable[[], Iterator[NamedGroup]], context: Context
     ) -> Iterator[NamedGroup]:
-        """Load all groups of the bank, which is written first if it is not complete.
+        """Load all groups of the bank, and write them first if it is not complete.
 
         Args:
-            pack: Packs all groups anew, in the dtype of the composition, on the CPU and not fused.
+            pack: A function that packs all groups, in the dtype of the composition, on the CPU and
+                not fused.
             context: The context that routers of whole examples look at.
 
         Yields:
-            The modules of each group by name, and their experts, mapped.
+            The names of each group's modules, and their experts, whose tensors are mapped.
 
         Raises:
             IntegrityError: Files of the bank cannot be read.
         """
         while not self.is_complete:
-            with suppress(FileExistsError):  # another process was faster
+            with suppress(FileExistsError):  # Another process was faster.
                 self._write(pack())
         for folder in (self.experts, self.routers):
             with suppress(OSError):
-                os.utime(folder)  # hub gc removes what was not used for long
+                os.utime(folder)  # `hub gc` removes banks that were not used for long.
         try:
             experts, routers = MappedTensors(self.experts), MappedTensors(self.routers)
             for number in range(len(experts)):
                 yield _load_group(experts, routers, number, context)
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OSError) as error:
             raise IntegrityError(
-                f"the bank {self.experts.parent} is damaged: {error}", "remove that folder"
+                f"the bank {self.experts.parent} is damaged: {error}",
+                "remove that folder; the next composition writes it again",
             ) from None
 
     def _write(self, groups: Iterator[NamedGroup]) -> None:
-        """Write group after group, so that no more than one is in memory."""
+        """Write one group after the other, so that only one is in memory."""
         with ExitStack() as stack:
             there = self.experts.is_dir()
             folders = [stack.enter_context(create_folder(self.routers, replace=not there))]
@@ -117,9 +121,9 @@ class Bank:
                 folders.append(stack.enter_context(create_folder(self.experts)))
             files = [stack.enter_context(TensorsWriter(folder)) for folder in folders]
             for names, packed in groups:
-                files[0].put(*_router_record(packed))
+                files[0].put(*_describe_router(packed))
                 for file in files[1:]:
-                    file.put(*_experts_record(names, packed))
+                    file.put(*_describe_experts(names, packed))
 
 
 def find_bank(plan: Plan) -> Bank | None:
@@ -129,7 +133,7 @@ def find_bank(plan: Plan) -> Bank | None:
         plan: A plan, or one part of it.
 
     Returns:
-        The bank; None if there is no route, or if its experts are so few that a bank does not pay.
+        The bank; None if the plan has no route, or so few experts that a bank saves no time.
     """
     route = plan.recipe.route is not None and not plan.skilled
     return Bank.of(plan) if route and is_large(plan.members) else None
@@ -138,7 +142,7 @@ def find_bank(plan: Plan) -> Bank | None:
 def _load_group(
     experts: MappedTensors, routers: MappedTensors, number: int, context: Context
 ) -> NamedGroup:
-    """Load one group."""
+    """Load the group of a number."""
     settings, rows = experts[number]
     names = list(settings["modules"])
     router_settings, tensors = routers[number]
@@ -154,7 +158,7 @@ def _load_group(
     return names, PackedExperts.of(own, ranks, a, b, router, probes, prefilter)
 
 
-def _experts_record(
+def _describe_experts(
     names: list[str], packed: PackedExperts
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return a group's experts as plain values, and the rows of their factors."""
@@ -170,7 +174,7 @@ def _experts_record(
 
 
 def _encode_runs(numbers: Sequence[int], step: int) -> list[list[int]]:
-    """Encode numbers as runs, each its first and its length: a thousand are mostly one run."""
+    """Encode numbers as runs of equal steps, each as its first number and its length."""
     found: list[list[int]] = []
     for number in numbers:
         if found and number == found[-1][0] + step * found[-1][1]:
@@ -188,13 +192,13 @@ def _decode_runs(runs: tuple[tuple[int, int], ...], step: int) -> tuple[int, ...
 
 
 def _narrow(rows: Tensor) -> Tensor:
-    """Return the same numbers in bfloat16, in which most experts come, if it holds them exactly."""
+    """Convert rows to bfloat16 if it holds them exactly, which it does for most stored experts."""
     half = rows.bfloat16()
     return half if torch.equal(half.to(rows.dtype), rows) else rows
 
 
-def _router_record(packed: PackedExperts) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return a group's router as its class and plain values, and its tensors.
+def _describe_router(packed: PackedExperts) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return a group's router as its class with plain values, and as tensors.
 
     The probes of all modules are one tensor.
     """
@@ -206,13 +210,13 @@ def _router_record(packed: PackedExperts) -> tuple[dict[str, Any], dict[str, Ten
         if isinstance(router, TopK) and len(packed.experts) >= MIN_PREFILTERED_EXPERTS:
             tensors |= Prefilter.of(packed.probes, len(packed.b)).tensors
     plain = {n: v for n, v in values.items() if not isinstance(v, Tensor | Context)}
-    return {"class": _address_of(type(router)), "values": plain}, tensors
+    return {"class": _locate_class(type(router)), "values": plain}, tensors
 
 
-def _address_of(kind: type) -> list[str]:
-    """Return where a class is found again: in its package if that exports it.
+def _locate_class(kind: type) -> list[str]:
+    """Return the module and the name by which a class is found again.
 
-    Private modules may be renamed, and what a package exports keeps its name.
+    A package that exports the class is preferred, because private modules may be renamed.
     """
     package, name = kind.__module__.partition("._")[0], kind.__qualname__
     exported = getattr(sys.modules[package], name, None) is kind
@@ -220,7 +224,7 @@ def _address_of(kind: type) -> list[str]:
 
 
 def _load_router(settings: dict[str, Any], tensors: Mapping[str, Tensor], context: Context) -> Any:
-    """Make the router that was written: its class is loaded already, and nothing is imported."""
+    """Make the router that was written; its module is loaded already, so nothing is imported."""
     place, name = settings["class"]
     kind: Any = getattr(sys.modules[place], name)
     if not (isinstance(kind, type) and is_dataclass(kind)):

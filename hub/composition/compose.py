@@ -1,4 +1,4 @@
-"""Composing: a recipe becomes a model."""
+"""Composition of a model from a recipe."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def compose(
     """Compose a base with experts, by a merge or a router.
 
     Args:
-        recipe: A path, a mapping, a Recipe, or a Plan.
+        recipe: The path of a recipe, its content as a mapping, a `Recipe`, or a `Plan`.
         device: The torch device of the model. The default is the session's device, or else `cpu`.
         model: A base that is loaded already. The composition shares the weights that do not change,
             and the model itself is never changed.
@@ -38,13 +38,13 @@ def compose(
         The composed model and its plan.
 
     Raises:
-        HubError: Something is wrong with the recipe, its experts or its base.
+        HubError: The recipe, one of its experts or its base cannot be used; the class of the error
+            says how.
 
     Example:
-        from experthub import hub
-
-        composition = hub.compose("recipe.yaml", device="cuda")
-        composition.model.generate(...)
+        >>> from experthub import hub
+        >>> composition = hub.compose("recipe.yaml", device="cuda")  # doctest: +SKIP
+        >>> composition.model.generate(...)  # doctest: +SKIP
     """
     session = session or Session()
     if device is not None:

@@ -1,4 +1,4 @@
-"""A composed model, and the plan it was made from."""
+"""A composed model beside the plan that it was made from."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from experthub.merge import TaskVector
 
 @dataclass
 class Composition:
-    """A composed model and the plan it was made from.
+    """A composed model beside the plan that it was made from.
 
     Args:
         model: A transformers model, frozen, in eval mode.
-        plan: What it was made from.
+        plan: The plan that it was made from.
         merged: The task vector that was added to the base; None for a routed model.
         state: The state of the method: the coefficients of a learned merge, a router's tensors, or
             None for a method without state.
@@ -35,7 +35,7 @@ class Composition:
 
     @property
     def lock(self) -> dict[str, Any]:
-        """Everything the model is made of, pinned by digest."""
+        """The lock: everything that the model is made from, pinned by digest."""
         return self.plan.lock
 
     def detach(self) -> Any:
@@ -45,21 +45,28 @@ class Composition:
             The model, which is the base again.
 
         Raises:
-            UsageError: The recipe merges, so that weights have changed.
+            UsageError: The recipe has a merge, which has changed the weights.
         """
         if any(unit.recipe.route is None for unit in self.plan.units):
-            raise UsageError("the weights of a merge have changed", "load the base instead")
+            raise UsageError(
+                "the weights of a merge have changed and cannot be restored",
+                "load the base instead",
+            )
         for routes in self._routes:
             routes.undo(self.model)
         return self.model
 
     @contextmanager
     def tasks(self, names: Sequence[str] | str) -> Iterator[None]:
-        """Name the task of each row of the batches inside the block, for a router by task.
+        """Name the task of each row, for a router by task, in the batches inside the block.
 
         Args:
-            names: One name for each row, or one for all: the label of an expert in the recipe, or
-                the task that an expert was trained on.
+            names: One name for each row, or one for all rows. A name is the label of an expert in
+                the recipe, or the task that an expert was trained on.
+
+        Example:
+            >>> with composition.tasks("bigbench:implicatures"):  # doctest: +SKIP
+            ...     composition.model.generate(**batch)
         """
         watches = [routes.watch for routes in self._routes]
         before = [watch.tasks for watch in watches]
@@ -83,13 +90,16 @@ class Composition:
             The folder.
 
         Raises:
-            UsageError: The model is routed, which is not a set of weights, or the merge is not
-                low-rank and the format is `peft`.
+            UsageError: The model is routed, which is not a set of weights; or the format is `peft`,
+                and the merge is not low-rank.
             ConflictError: The folder is in use.
+
+        Example:
+            >>> composition.save("merged", format="peft")  # doctest: +SKIP
         """
         if self.merged is None:
             raise UsageError(
                 "a routed model is more than a set of weights",
-                "keep its recipe and compose it where it is used, or write merge: instead of route:",
+                "compose the recipe where the model is used, or write merge: instead of route:",
             )
         return save_model(self.model, self.plan, self.merged, Path(folder), format)

@@ -1,4 +1,4 @@
-"""Writing compositions and experts for other programs."""
+"""Export of compositions and experts to folders that other programs load."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from experthub.hub.bases.base import load_tokenizer, without_bars
+from experthub.hub.bases.loading import hide_progress_bars, load_tokenizer
 from experthub.hub.errors import UsageError
 from experthub.hub.files import yaml_files
 from experthub.hub.files.atomic import create_folder, write_json, write_text
@@ -31,10 +31,10 @@ def save_model(
 
     Args:
         model: The composed model.
-        plan: What it was made from.
+        plan: The plan that it was made from.
         merged: The task vector that was added to the base.
         folder: A new or empty folder.
-        format: `hf`, the whole model with its tokenizer; `peft`, one adapter.
+        format: `hf` writes the whole model with its tokenizer; `peft` writes one adapter.
 
     Returns:
         The folder.
@@ -48,7 +48,7 @@ def save_model(
         if format == "peft":
             _save_peft(plan, merged, draft)
         else:
-            with without_bars():
+            with hide_progress_bars():
                 model.save_pretrained(draft)
             if plan.base.has_tokenizer:
                 load_tokenizer(plan.base).save_pretrained(draft)
@@ -57,24 +57,25 @@ def save_model(
 
 
 def _save_peft(plan: Plan, merged: TaskVector, folder: Path) -> None:
-    """One LoRA in the portable profile."""
+    """Write the merged change as one LoRA of one rank."""
     deltas = {name: merged[name] for name in merged}
     how = {f"{a.module}.weight": a for m in plan.members for a in m.adapted}
     low = {n: d for n, d in deltas.items() if isinstance(d, LowRank) and n in how}
     if len(low) < len(deltas) or any(how[n].embedding for n in low):
         raise UsageError(
-            "the merge is not low-rank on linear modules", "save it with the format hf"
+            "the merge is not a low-rank change of linear modules, and the format peft needs one",
+            "use the format hf",
         )
     tensors: dict[str, Tensor] = {}
     for name, delta in low.items():
-        a, b = delta.a, delta.b * delta.scale
+        stored = LowRank(delta.a, delta.b * delta.scale)
         if how[name].transposed:
-            a, b = b.T, a.T
+            stored = stored.transpose()
         module = PREFIX + name.removesuffix(".weight")
-        tensors[f"{module}.lora_A.weight"] = a
-        tensors[f"{module}.lora_B.weight"] = b
+        tensors[f"{module}.lora_A.weight"] = stored.a
+        tensors[f"{module}.lora_B.weight"] = stored.b
     modules = [name.removesuffix(".weight") for name in low]
-    task_type = "CAUSAL_LM" if plan.base.causal else "FEATURE_EXTRACTION"
+    task_type = "CAUSAL_LM" if plan.base.is_causal else "FEATURE_EXTRACTION"
     transposed = any(how[n].transposed for n in low)
     write_portable(folder, tensors, modules, plan.base.name, task_type, transposed)
 
@@ -83,7 +84,7 @@ def export_portable(expert: Expert, folder: Path, session: Session) -> Path:
     """Write an expert as a folder that peft, vLLM, SGLang and llama.cpp can load.
 
     The LoRA has one rank and no patterns, and its scale is folded into B. The factors keep their
-    dtype where that is exact, and are float32 elsewhere. Gates are omitted.
+    dtype if that is exact, and are float32 otherwise. Gates are omitted.
 
     Args:
         expert: A LoRA in the store.
@@ -101,21 +102,21 @@ def export_portable(expert: Expert, folder: Path, session: Session) -> Path:
     kind = kinds[expert.kind]
     if not kind.peft:
         raise UsageError(
-            f"{expert.reference} is {kind.label}, and the profile is for LoRAs",
-            "compose it and save the model (hub compose --out), or hub diff --rank",
+            f"{expert.reference} is {kind.label}, and only LoRAs can be exported as adapters",
+            "write the model with hub compose --out, or make a LoRA with hub diff --rank",
         )
     check_free(folder)
-    config = store.file(expert.digest, ADAPTER_CONFIG)
+    config = store.verify_file(expert.digest, ADAPTER_CONFIG)
     adapted = read_adapter(config, store.locate(expert.digest, ADAPTER), expert.reference)
     stored = Tensors(store.read(expert.digest, ADAPTER))
-    exact = all(math.frexp(change.scale)[0] == 0.5 for change in adapted)  # a power of two
+    exact = all(math.frexp(change.scale)[0] == 0.5 for change in adapted)  # Powers of two.
     tensors: dict[str, Tensor] = {}
     for change in adapted:
         a, b = stored[change.a], stored[change.b]
         tensors[change.a], tensors[change.b] = (
             (a, b * change.scale) if exact else (a.float(), b.float() * change.scale)
         )
-    known = session.registry.bases().get(expert.base)
+    known = session.registry.list_bases().get(expert.base)
     base = known.aka[0] if known and known.aka else expert.base
     settings = read_json(config)
     with create_folder(folder) as draft:
@@ -138,12 +139,21 @@ def write_portable(
     task_type: str | None,
     transposed: bool,
 ) -> None:
-    """A LoRA of one rank, smaller ones padded with zeros; tensors: under PEFT's names."""
+    """Write the two files of a LoRA of one rank; smaller ranks are padded with zeros.
+
+    Args:
+        folder: An existing folder.
+        tensors: The factors A `[R, I]` and B `[O, R]`, under PEFT's names.
+        modules: The paths of the adapted modules.
+        base: The name of the base.
+        task_type: PEFT's name for what the base does, such as `CAUSAL_LM`.
+        transposed: Whether the modules store their weights as `[I, O]` (`fan_in_fan_out`).
+    """
     from safetensors.torch import save_file
 
     first = {name: 0 if "lora_A" in name or "embedding_A" in name else 1 for name in tensors}
     rank = max(tensor.shape[first[name]] for name, tensor in tensors.items())
-    padded = {name: _padded(tensor, rank, first[name]) for name, tensor in tensors.items()}
+    padded = {name: _pad(tensor, rank, first[name]) for name, tensor in tensors.items()}
     save_file(padded, folder / ADAPTER, metadata={"format": "pt"})
     config: dict[str, Any] = {
         "peft_type": "LORA",
@@ -161,7 +171,8 @@ def write_portable(
     write_json(folder / ADAPTER_CONFIG, config)
 
 
-def _padded(tensor: Tensor, rank: int, side: int) -> Tensor:
+def _pad(tensor: Tensor, rank: int, side: int) -> Tensor:
+    """Pad a tensor with zeros along one dimension, up to a rank."""
     missing = rank - tensor.shape[side]
     shape = list(tensor.shape)
     shape[side] = missing

@@ -1,10 +1,10 @@
-"""Telling a composed model's routers what it reads: hooks around its forward pass.
+"""Forward hooks that tell the routers of a composed model which rows it reads.
 
-Only for routers that choose for whole examples, or by more than a module's input.  What is known
-of a row is found when its first tokens are read, and stays with the row in the key/value cache:
-when rows of the cache are selected, repeated or reordered, it goes with them.
+Only routers that choose for whole examples, or by more than a module's input, need them. What a
+router decides for a row is computed when the first tokens of the row are read. It then stays with
+the row in the key/value cache, where rows may be selected, repeated or reordered.
 
-Shapes: B rows, S tokens.
+Shapes: B rows, S tokens, H hidden features.
 """
 
 from __future__ import annotations
@@ -18,12 +18,18 @@ from experthub.hub.errors import UsageError
 from experthub.routing import Context, Select
 from torch import Tensor, nn
 
+INPUTS = ("input_ids", "inputs_embeds", "pixel_values")  # The arguments that hold what is read.
+
 
 @dataclass
 class RowCache:
-    """A layer of a key/value cache that holds no keys, but what is known of each row.
+    """A layer of a key/value cache that holds what is known about each row, and no keys.
 
-    rows: `[B, ...]` by name.  base: the cache of the base's own pass, for routers that read that.
+    Its methods and its flags are those that transformers expects of a cache layer.
+
+    Args:
+        rows: Tensors `[B, ...]` by name.
+        base: The cache of the base's own forward pass, for routers that read hidden states.
     """
 
     rows: dict[Hashable, Tensor] = field(default_factory=dict)
@@ -35,44 +41,81 @@ class RowCache:
     is_initialized: bool = True
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply a function to the tensor of every name."""
         self.rows = {name: change(tensor) for name, tensor in self.rows.items()}
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only some rows.
+
+        Args:
+            indices: The positions of the rows `[n]`.
+        """
         self._change(lambda tensor: tensor[indices])
         if self.base is not None:
             self.base.batch_select_indices(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row.
+
+        Args:
+            repeats: The number of copies of each row.
+        """
         self._change(lambda tensor: tensor.repeat_interleave(repeats, 0))
         if self.base is not None:
             self.base.batch_repeat_interleave(repeats)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put the rows into another order, as a beam search does.
+
+        Args:
+            beam_idx: The position `[B]` of the row that comes to each place.
+        """
         self._change(lambda tensor: tensor.index_select(0, beam_idx))
         if self.base is not None:
             self.base.reorder_cache(beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens; what is known about a row does not depend on them.
+
+        Args:
+            tokens_to_remove: The number of tokens.
+        """
         if self.base is not None:
             self.base.crop(tokens_to_remove)
 
     def reset(self) -> None:
+        """Forget all rows."""
         self.rows = {}
         self.base = None
 
     def get_seq_length(self) -> int:
+        """Return the number of cached tokens.
+
+        Returns:
+            0, because this layer holds no keys.
+        """
         return 0
 
     def offload(self) -> None:
+        """Do nothing: there are no keys to move to the CPU."""
         pass
 
     def prefetch(self) -> None:
+        """Do nothing: there are no keys to move to the device."""
         pass
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows of one forward pass, as a router sees them; see `experthub.routing.Batch`."""
+    """The rows of one forward pass, which implement `experthub.routing.Batch`.
+
+    Args:
+        ids: The inputs `[B, S]`.
+        real: A mask `[B, S]` of the tokens that are not padding.
+        named: The tasks of the rows, or one for all; None if the caller named none.
+        read_texts: A function that decodes `ids` and `real` into texts.
+        read_hidden: A function that computes the base's last hidden states.
+    """
 
     ids: Tensor
     real: Tensor
@@ -84,18 +127,22 @@ class _Rows:
     def texts(self) -> list[str]:
         """The text of each row."""
         if self.read_texts is None:
-            raise UsageError("the router reads texts, and did not say so", "add needs=('texts',)")
+            raise UsageError(
+                "the router reads texts, which it was not registered for",
+                "add needs=('texts',) to its routers.register(...)",
+            )
         return self.read_texts(self.ids, self.real)
 
     @property
     def tasks(self) -> list[str]:
-        """The task of each row; empty texts if the caller named none."""
+        """The task of each row; an empty text if the caller named none."""
         rows, named = len(self.ids), self.named
         if named is None:
             return [""] * rows
         if len(named) not in (1, rows):
             raise UsageError(
-                f"{len(named)} tasks were named for a batch of {rows} rows", "name one for each row"
+                f"{len(named)} tasks were named for a batch of {rows} rows",
+                "name one task for each row, or one for all rows",
             )
         return list(named) * (rows if len(named) == 1 else 1)
 
@@ -105,7 +152,7 @@ class _Rows:
         return self.read_hidden()
 
     def place(self, tensor: Tensor) -> Tensor:
-        """Put a tensor on the device of the rows."""
+        """Move a tensor to the device of the rows."""
         return tensor.to(self.ids.device)
 
 
@@ -114,11 +161,11 @@ class Watch:
     """The forward hooks of one composition.
 
     Args:
-        context: What the routed modules of the composition know of the batch.
+        context: What the routed modules of the composition know about the batch.
         select: A router that decides for the whole model; None if all decide at their modules.
-        by_token: Whether `select` gives weights to every token of every forward pass. Otherwise it
-            gives weights to rows, once, when their first tokens are read.
-        read_texts: Turns token ids `[B, S]` and a mask of real tokens into texts.
+        by_token: Whether `select` returns weights for every token of every forward pass. Otherwise
+            it returns weights for rows, once, when their first tokens are read.
+        read_texts: A function that decodes token ids `[B, S]` and a mask of real tokens into texts.
         tasks: The tasks of the rows, as the caller named them.
     """
 
@@ -131,7 +178,7 @@ class Watch:
     _base: Any = None
 
     def attach(self, model: Any) -> None:
-        """Hook a transformers model, at the module that both it and its heads' users call.
+        """Hook a transformers model, at its base model, which every model with a head calls.
 
         Args:
             model: The composed model.
@@ -149,21 +196,20 @@ class Watch:
         self._handles.clear()
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Tell the routed modules which rows are read now."""
+        """Tell the routed modules which rows the model is about to read."""
         context = self.context
         if context.off:
             return
-        kept = _kept(kwargs.get("past_key_values"))
-        given = (
-            args[0]
-            if args
-            else next((kwargs[k] for k in INPUTS if kwargs.get(k) is not None), None)
-        )
+        kept = _find_row_cache(kwargs.get("past_key_values"))
+        named = (kwargs[name] for name in INPUTS if kwargs.get(name) is not None)
+        given = args[0] if args else next(named, None)
         if given is None:
-            raise UsageError("the model was called without inputs", f"give it {', '.join(INPUTS)}")
+            raise UsageError(
+                "the model was called without inputs", f"pass one of {', '.join(INPUTS)}"
+            )
         context.rows = len(given)
         context.tokens = given.shape[1] if given.ndim in (2, 3) else 0
-        context.real = _real(kwargs.get("attention_mask"), context.tokens)
+        context.real = _find_real_tokens(kwargs.get("attention_mask"), context.tokens)
         context.kept = kept.rows if kept else {}
         if self.select is None or (context.kept and not self.by_token):
             return
@@ -177,7 +223,9 @@ class Watch:
         )
         context.select(self.select(rows))
 
-    def _read_hidden(self, module: nn.Module, args: Any, kwargs: Any, kept: RowCache | None) -> Tensor:
+    def _read_hidden(
+        self, module: nn.Module, args: Any, kwargs: Any, kept: RowCache | None
+    ) -> Tensor:
         """Compute the base's last hidden states `[B, S, H]` of the tokens that are read now."""
         own = {k: v for k, v in kwargs.items() if not k.startswith("output_")}
         own["past_key_values"] = kept.base if kept else None
@@ -192,12 +240,12 @@ class Watch:
         return hidden
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """Keep what was found out about the rows in the key/value cache."""
+        """Store what is known about the rows in the key/value cache."""
         context = self.context
         if context.off:
             return
         cache = getattr(output, "past_key_values", None)
-        kept = _kept(cache)
+        kept = _find_row_cache(cache)
         if kept is None and cache is not None and cache.layers:
             kept = RowCache(is_sliding=bool(getattr(cache.layers[0], "is_sliding", False)))
             cache.layers.append(kept)
@@ -207,17 +255,14 @@ class Watch:
         context.rows, context.real, context.kept, self._base = None, None, {}, None
 
 
-INPUTS = ("input_ids", "inputs_embeds", "pixel_values")
-
-
-def _kept(cache: Any) -> RowCache | None:
-    """What a cache holds of its rows."""
+def _find_row_cache(cache: Any) -> RowCache | None:
+    """Find the layer of a key/value cache that holds what is known about its rows."""
     layers = getattr(cache, "layers", ())
     return next((layer for layer in layers if isinstance(layer, RowCache)), None)
 
 
-def _real(mask: Tensor | None, tokens: int) -> Tensor | None:
-    """Which of the tokens read now are no padding: the last columns of a mask of all so far."""
+def _find_real_tokens(mask: Tensor | None, tokens: int) -> Tensor | None:
+    """Return the mask of the tokens that are read now, from the mask of all tokens so far."""
     if mask is None or mask.ndim != 2 or not tokens:
         return None
     return mask[:, -tokens:].bool()

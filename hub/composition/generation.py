@@ -1,10 +1,10 @@
-"""Text from a composed model."""
+"""Generation of text with a composed model."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from experthub.hub.bases.base import load_tokenizer
+from experthub.hub.bases.loading import load_tokenizer
 from experthub.hub.composition.composition import Composition
 from experthub.hub.errors import UsageError
 
@@ -17,32 +17,65 @@ def generate_text(
     temperature: float = 0.0,
     chat: bool = False,
 ) -> str:
-    """What the model writes after a prompt.
+    """Generate the continuation of a prompt.
 
-    max_new_tokens: at least 1.  temperature: >= 0; 0 takes the likeliest token.  chat: put the
-    prompt into the tokenizer's chat template.  Raises UsageError for a model that cannot generate.
+    Args:
+        composition: A composed causal language model.
+        prompt: The text before the continuation.
+        max_new_tokens: The largest number of generated tokens, at least 1.
+        temperature: The temperature of sampling, >= 0. 0 always takes the most likely token.
+        chat: Put the prompt into the chat template of the tokenizer.
+
+    Returns:
+        The generated text, without the prompt and without special tokens.
+
+    Raises:
+        UsageError: The model cannot generate, the prompt is empty, or there is no chat template.
+        HubError: The base has no tokenizer.
     """
-    check_generates(composition)
+    check_can_generate(composition)
     tokenizer = load_tokenizer(composition.plan.base)
-    ids = tokenizer(in_chat(composition, tokenizer, prompt) if chat else prompt)["input_ids"]
+    ids = tokenizer(apply_chat_template(composition, tokenizer, prompt) if chat else prompt)[
+        "input_ids"
+    ]
     written = generate_ids(composition, tokenizer, ids, max_new_tokens, temperature)
     text: str = tokenizer.decode(written, skip_special_tokens=True)
     return text
 
 
-def check_generates(composition: Composition) -> None:
-    """Raise UsageError for a model that cannot generate."""
+def check_can_generate(composition: Composition) -> None:
+    """Refuse a model that cannot generate text.
+
+    Args:
+        composition: A composed model.
+
+    Raises:
+        UsageError: The model cannot generate.
+    """
     if not composition.model.can_generate():
         raise UsageError(
-            f"{composition.plan.base.name} is a {type(composition.model).__name__}, which cannot generate",
+            f"{composition.plan.base.name} is a {type(composition.model).__name__}, "
+            "which cannot generate text",
             "use a causal language model as the base",
         )
 
 
-def in_chat(composition: Composition, tokenizer: Any, prompt: str) -> str:
-    """The prompt in the tokenizer's chat template; UsageError when it has none."""
+def apply_chat_template(composition: Composition, tokenizer: Any, prompt: str) -> str:
+    """Put a prompt into the chat template of a tokenizer, as the message of a user.
+
+    Args:
+        composition: The composed model, whose base the error names.
+        tokenizer: The tokenizer of its base.
+        prompt: The text of the message.
+
+    Returns:
+        The text that the model reads.
+
+    Raises:
+        UsageError: The tokenizer has no chat template.
+    """
     if not tokenizer.chat_template:
-        raise UsageError(f"{composition.plan.base.name} has no chat template", "leave out --chat")
+        raise UsageError(f"{composition.plan.base.name} has no chat template", "remove --chat")
     text: str = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
     )
@@ -56,11 +89,27 @@ def generate_ids(
     max_new_tokens: int,
     temperature: float = 0.0,
 ) -> list[int]:
-    """The tokens that the model writes after others; UsageError when there are none."""
+    """Generate the tokens that follow other tokens.
+
+    Sampling is seeded with the recipe's seed.
+
+    Args:
+        composition: A composed causal language model.
+        tokenizer: The tokenizer of its base.
+        ids: The ids of the prompt's tokens.
+        max_new_tokens: The largest number of generated tokens, at least 1.
+        temperature: The temperature of sampling, >= 0. 0 always takes the most likely token.
+
+    Returns:
+        The ids of the generated tokens.
+
+    Raises:
+        UsageError: The prompt has no tokens.
+    """
     import torch
 
     if not ids:
-        raise UsageError("the prompt is empty", "write some text after --prompt")
+        raise UsageError("the prompt is empty", "pass a text with --prompt")
     torch.manual_seed(composition.plan.recipe.seed)
     sampling = (
         {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}

@@ -1,4 +1,4 @@
-"""The fastest routing kernels of this machine, measured once for each shape and kept."""
+"""The choice of the fastest routing kernels, which are measured once per shape and recorded."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from experthub.routing import (
     KERNELS,
     Group,
     ModelRouter,
-    current_kernel,
     describe_shape,
+    find_recorded_name,
     measure_kernels,
-    recorded_kernel,
+    parse_kernel,
 )
 
-PAIRS = [list(pair) for pair in product(map(recorded_kernel, KERNELS), repeat=2)]
+PAIRS = [list(pair) for pair in product(map(find_recorded_name, KERNELS), repeat=2)]
 
 
 def choose_kernels(groups: Iterable[Group]) -> None:
-    """Give each group the kernels that are the fastest for its shape.
+    """Set the fastest kernels for each group.
 
-    They are those that `kernels/measured.json` names; a shape that it does not have is measured now.
+    They are read from `kernels/measured.json`; a shape that is not recorded there is measured now.
     Kernels round differently, so a recipe gives the same bits again only with the same kernels.
-    Groups whose experts are chosen for whole rows keep their kernels: before a row is read there is
-    nothing to time.
+    Groups whose experts are chosen for whole rows keep their kernels, because there is nothing to
+    time before a row is read.
 
     Args:
         groups: The groups of a composed model, which are changed.
@@ -38,7 +38,7 @@ def choose_kernels(groups: Iterable[Group]) -> None:
     file = hub_home() / "kernels" / "measured.json"
     try:
         known = read_json(file) if file.is_file() else {}
-    except HubError:  # damaged: it is written anew
+    except HubError:  # A damaged record is written anew.
         known = {}
     machine = f"{platform.node()} torch {torch.__version__} {torch.get_num_threads()} threads"
     measured = False
@@ -48,9 +48,12 @@ def choose_kernels(groups: Iterable[Group]) -> None:
         key = f"{machine} {describe_shape(group)}"
         found = known.get(key)
         if found not in PAIRS:
-            found, measured = [recorded_kernel(kernel) for kernel in measure_kernels(group)], True
+            found, measured = (
+                [find_recorded_name(kernel) for kernel in measure_kernels(group)],
+                True,
+            )
             known[key] = found
-        few, many = map(current_kernel, found)
+        few, many = map(parse_kernel, found)
         group.kernels = replace(group.kernels, few=few, many=many)
     if measured:
         write_json(file, known)

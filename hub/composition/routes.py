@@ -1,4 +1,4 @@
-"""Putting routed experts beside the modules of a model."""
+"""Routes: replacing the modules of a model by routed ones, and putting them back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from experthub.hub.bases.base import load_tokenizer
+from experthub.hub.bases.loading import load_tokenizer
 from experthub.hub.composition.bank import Bank, NamedGroup
 from experthub.hub.composition.forward_hooks import Watch
 from experthub.hub.composition.kernels import choose_kernels
@@ -22,7 +22,7 @@ from experthub.hub.composition.skills import (
 from experthub.hub.composition.stacking import Stacking
 from experthub.hub.composition.weights import Contents
 from experthub.hub.errors import UsageError, explain_errors
-from experthub.hub.materials.embedder import Embedder
+from experthub.hub.materials.sentence_encoder import SentenceEncoder
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.session import Session
 from experthub.hub.store.store import Store
@@ -39,19 +39,20 @@ from experthub.routing import (
     State,
     Weights,
     attach_experts,
-    current_kernel,
+    parse_kernel,
 )
 from torch import Tensor, nn
 
 
 @dataclass
 class Routes:
-    """What routing changed in a model.
+    """The changes that a route made to a model.
 
     Args:
         originals: The modules that were replaced, by path.
         watch: The hooks around the forward pass.
-        folded: What was added to weights, of a route that is the same for every input.
+        folded: The task vector that was added to weights instead, for a route that is the same for
+            every input.
     """
 
     originals: dict[str, nn.Module] = field(default_factory=dict)
@@ -85,11 +86,12 @@ def route(
         plan: A plan with one route.
         contents: The experts' files; not used if the bank is complete.
         state: The router's state; None for a router without state.
-        bank: The place where the experts are packed, or will be. None means that they are not.
+        bank: The bank from which the packed experts are read, and into which they are written if it
+            is not complete. None packs them in memory.
         session: The store, the registry for an embedder, and the progress callback.
 
     Returns:
-        What was changed, so that it can be undone.
+        The changes, which can be undone.
 
     Raises:
         UsageError: The kernel or the router does not fit the model.
@@ -104,14 +106,14 @@ def route(
     select = _make_selection(plan, state, session)
     modules = dict(model.named_modules())
 
-    def stacked() -> Iterator[NamedGroup]:
-        # A bank keeps probes apart from the experts' factors, and is on the CPU.
+    def pack() -> Iterator[NamedGroup]:
+        # A bank stores probes apart from the experts' factors, and lies on the CPU.
         like = torch.empty(0, dtype=model.dtype) if bank else None
         stacking = Stacking(plan, modules, contents, state, select, context, like)
         return stacking.groups(session.report)
 
     groups = []
-    for names, packed in bank.load_groups(stacked, context) if bank else stacked():
+    for names, packed in bank.load_groups(pack, context) if bank else pack():
         bases = [modules[name] for name in names]
         with explain_errors(names[0]):
             linears = attach_experts(bases, packed, method.combine, kernel, context)
@@ -130,18 +132,18 @@ def route(
 def _check_kernel(model: Any, plan: Plan) -> Kernel | None:
     """Return the kernel that the recipe sets; None chooses the fastest."""
     method = plan.recipe.method
-    kernel = None if method.kernel == "auto" else current_kernel(method.kernel)
+    kernel = None if method.kernel == "auto" else parse_kernel(method.kernel)
     if kernel in FLOAT32_CPU_KERNELS and (plan.dtype != "float32" or model.device.type != "cpu"):
         raise UsageError(
             f"kernel: {method.kernel} is for float32 on a CPU, "
             f"and this is {plan.dtype} on {model.device}",
-            "leave kernel out: auto takes what there is",
+            "remove kernel:, or set kernel: auto",
         )
     return kernel
 
 
 def _route_skills(model: Any, plan: Plan, contents: Contents, store: Store) -> Routes:
-    """Fold an inventory of skills into the weights for one task, or put a LoRA of every task beside."""
+    """Fold an inventory of skills into the weights for one task, or route over all its tasks."""
     inventory = load_inventory(plan, contents, store)
     check_skills(plan, inventory.record)
     known = inventory.record.tasks
@@ -164,13 +166,13 @@ def _route_skills(model: Any, plan: Plan, contents: Contents, store: Store) -> R
 
 
 def _make_selection(plan: Plan, state: State, session: Session) -> Select | None:
-    """Make the router, if it decides once for the whole model; None for one that does not."""
+    """Make the router if it decides once for the whole model; return None for other routers."""
     method = plan.recipe.method
     if method.strategy.traits.routing.depth == "module":
         return None
 
-    def load_embedder(name: str) -> Embedder:
-        embedder = Embedder.load(name, session)
+    def load_embedder(name: str) -> SentenceEncoder:
+        embedder = SentenceEncoder.load(name, session)
         embedder.check(state.embedder)
         return embedder
 
@@ -182,21 +184,21 @@ def _make_selection(plan: Plan, state: State, session: Session) -> Select | None
     )
     select: Select = method.strategy.call(pool, **method.options)
 
-    def explained(batch: Batch) -> Weights:
+    def select_explained(batch: Batch) -> Weights:
         with explain_errors(method.method):
             return select(batch)
 
-    return explained
+    return select_explained
 
 
 def _attach(watch: Watch, model: Any, plan: Plan, select: Select | None) -> None:
-    """Hook the model for a router that needs to know more than the inputs of modules."""
+    """Hook the model for a router that needs more than the inputs of modules."""
     method = plan.recipe.method
-    if model.config.is_encoder_decoder or not (plan.base.causal or plan.base.encoder):
+    if model.config.is_encoder_decoder or not (plan.base.is_causal or plan.base.is_encoder):
         raise UsageError(
-            f"{method.method} chooses for whole examples, and {plan.base.name} is a "
-            f"{type(model).__name__}",
-            "use a language model or an encoder, or a router by token",
+            f"{method.method} chooses for whole examples of a language model or an encoder, and "
+            f"{plan.base.name} is a {type(model).__name__}",
+            "use another base, or a router that chooses for each token",
         )
     watch.select = select
     if select is not None:
@@ -207,7 +209,7 @@ def _attach(watch: Watch, model: Any, plan: Plan, select: Select | None) -> None
 
 
 def _make_decoder(plan: Plan) -> Any:
-    """Make the function that turns token ids and a mask of real tokens into texts."""
+    """Make a function that decodes token ids `[B, S]` where a mask of real tokens is true."""
     tokenizer = load_tokenizer(plan.base)
 
     def decode(ids_BS: Tensor, real_BS: Tensor) -> list[str]:

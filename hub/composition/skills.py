@@ -1,4 +1,4 @@
-"""Inventories of skills at load time: folded into the weights for one task, or beside them for several."""
+"""Inventories of skills in a model: folded into the weights for one task, or routed for several."""
 
 from __future__ import annotations
 
@@ -21,15 +21,22 @@ from torch import nn
 
 
 class Inventory:
-    """A stored inventory: its description, and the skills of every module."""
+    """A stored inventory: its description, and the skills of every module.
+
+    Args:
+        digest: The digest of the inventory.
+        store: The store that holds its files.
+        tensors: The tensors of the skills.
+    """
 
     def __init__(self, digest: str, store: Store, tensors: Tensors) -> None:
-        record, locate = store.file(digest, SKILLS_JSON), store.locate(digest, SKILLS)
+        record, locate = store.verify_file(digest, SKILLS_JSON), store.locate(digest, SKILLS)
         self.record, adapted = read_skills(record, locate)
         self.adapted = {a.module: a for a in adapted}
         self._tensors = tensors
 
     def __getitem__(self, module: str) -> Skills:
+        """Return the skills of a module by its path."""
         adapted, record = self.adapted[module], self.record
         logits = self._tensors[record.logits_of(module)].float()
         return Skills(
@@ -50,6 +57,9 @@ def load_inventory(plan: Plan, contents: Contents, store: Store) -> Inventory:
 
     Returns:
         The inventory.
+
+    Raises:
+        IntegrityError: A file of the inventory is damaged.
     """
     digest = plan.members[0].digest
     return Inventory(digest, store, Tensors(contents[digest, SKILLS]))
@@ -84,7 +94,7 @@ def fold_task(plan: Plan, inventory: Inventory, task: str) -> TaskVector:
     Args:
         plan: A plan with one route, over one inventory.
         inventory: The inventory.
-        task: A task that it knows, or `average`.
+        task: A task that the inventory knows, or `average`.
 
     Returns:
         The task vector.
@@ -103,7 +113,7 @@ def fold_into(model: Any, vector: TaskVector) -> dict[str, nn.Module]:
 
     Args:
         model: The transformers model, which is changed in place.
-        vector: Changes of linear weights.
+        vector: A task vector that changes the weights of linear modules.
 
     Returns:
         The original modules by path.
@@ -145,8 +155,8 @@ def select_task(record: SkillsRecord) -> Select:
         record: The description of the inventory.
 
     Returns:
-        A function from rows to weights over the stacks; tasks that the inventory does not know get
-        the average.
+        A function from rows to weights over the stacks of `stack_tasks`. Tasks that the inventory
+        does not know get the average.
     """
     places = {task: e for e, task in enumerate(record.tasks)}
 

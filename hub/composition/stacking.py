@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from experthub.hub.composition.bank import NamedGroup
-from experthub.hub.composition.weights import Contents, gates, task_vector
+from experthub.hub.composition.weights import Contents, load_gates, load_task_vector
 from experthub.hub.errors import HubError, explain_errors
 from experthub.hub.progress import Report
 from experthub.hub.recipes.plan import Plan, layer_of
@@ -73,9 +73,9 @@ class Stacking:
             HubError: A change is dense, or a module is not linear.
         """
         plan, contents = self.plan, self.contents
-        vectors = [task_vector(expert, plan, contents) for expert in plan.experts]
+        vectors = [load_task_vector(expert, plan, contents) for expert in plan.experts]
         gated = "gates" in plan.recipe.method.strategy.needs
-        own = [gates(expert, contents) for expert in plan.experts] if gated else None
+        own = [load_gates(expert, contents) for expert in plan.experts] if gated else None
         shared = group_by_input([name.removesuffix(".weight") for name in plan.parameters])
         for number, names in enumerate(shared, 1):
             report("stacking experts", number, len(shared))

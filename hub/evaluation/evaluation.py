@@ -8,7 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from experthub.hub.bases.base import Base, load_model, load_tokenizer
+from experthub.hub.bases.base import Base
+from experthub.hub.bases.loading import load_model, load_tokenizer
 from experthub.hub.composition.compose import compose
 from experthub.hub.composition.composition import Composition
 from experthub.hub.errors import HubError, UsageError
@@ -112,7 +113,7 @@ def evaluate(
         }
         columns, picked = pick_best_experts(singles, chosen)
         outcomes |= columns
-    protocol = MEASURES[score] if base.causal else evaluator.scorer.name
+    protocol = MEASURES[score] if base.is_causal else evaluator.scorer.name
     found = build_result(chosen, outcomes, split=split, score=protocol, seed=seed)
     found["recipes"] = {
         name: {"digest": plan.digest, "path": paths.get(name)} for name, plan in plans.items()
@@ -138,9 +139,9 @@ class _Evaluator:
     @cached_property
     def scorer(self) -> Scorer:
         """The scorer for this kind of base."""
-        if self.base.causal:
+        if self.base.is_causal:
             return Likelihood(load_tokenizer(self.base))
-        if self.base.encoder:
+        if self.base.is_encoder:
             return Similarity(lambda: self.model, load_tokenizer(self.base))
         return ReaderScorer(reader_for(self.base, self.device, lambda: self.model))
 

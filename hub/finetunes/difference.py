@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experthub.hub.bases.base import Base, linear_modules
+from experthub.hub.bases.base import Base
 from experthub.hub.bases.base_sources import find
+from experthub.hub.bases.loading import find_linear_modules
 from experthub.hub.errors import HubError
 from experthub.hub.files.atomic import create_folder
 from experthub.hub.finetunes import lora, vector
@@ -23,7 +24,7 @@ from experthub.hub.finetunes.two_models import (
 from experthub.hub.registry.entries import check_name
 from experthub.hub.registry.expert import Expert
 from experthub.hub.session import Session
-from experthub.hub.transfer.describe import checkpoint_folder, describe
+from experthub.hub.transfer.describe import create_checkpoint_folder, describe
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def diff(
         open_weights(after),
         name,
         form,
-        checkpoint_folder(name, {"base": before.fingerprint, **record, **form.record()}),
+        create_checkpoint_folder(name, {"base": before.fingerprint, **record, **form.record()}),
         session,
         record=record,
         task=task,
@@ -156,7 +157,7 @@ def store_difference(
             f"{tuned.name} has the same weights as {base.name}: nothing has changed",
             "name the base first, then the fine-tuned model",
         )
-    kinds = linear_modules(base) if form.low_rank else {}
+    kinds = find_linear_modules(base) if form.low_rank else {}
     with create_folder(run / "expert") as folder:
         if form.low_rank:
             error, more = lora.write(folder, base, untouched, tuned, changed, kinds, form, report)

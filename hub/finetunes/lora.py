@@ -66,9 +66,9 @@ def write(
                 )
             error.add(name, read, low.b.float() @ low.a.float())
             place = PREFIX + modules[name]
-            a, b = (low.b.T, low.a.T) if conv else (low.a, low.b)
-            tensors[f"{place}.lora_A.weight"] = a.contiguous()
-            tensors[f"{place}.lora_B.weight"] = b.contiguous()
+            stored = low.transpose() if conv else low
+            tensors[f"{place}.lora_A.weight"] = stored.a.contiguous()
+            tensors[f"{place}.lora_B.weight"] = stored.b.contiguous()
             ranks[modules[name]] = low.rank
         else:
             error.add(name, read, None)
@@ -104,7 +104,7 @@ def _make_config(base: Base, ranks: dict[str, int], conv: bool) -> dict[str, Any
     others = {module: r for module, r in sorted(ranks.items()) if r != rank}
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if base.causal else "FEATURE_EXTRACTION",
+        "task_type": "CAUSAL_LM" if base.is_causal else "FEATURE_EXTRACTION",
         "r": rank,
         "lora_alpha": rank,
         "rank_pattern": others,

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from experthub.hub.bases.base import Base, weight_files
+from experthub.hub.bases.base import Base
+from experthub.hub.bases.fingerprint import list_weight_files
 from experthub.hub.errors import HubError, IntegrityError
 from experthub.hub.files.spelling import suggest_name
 from experthub.hub.formats.safetensors_header import FLOATS, read_header
@@ -49,7 +50,7 @@ def open_weights(base: Base) -> StoredWeights:
     places: dict[str, Any] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     others: dict[str, tuple[int, ...]] = {}
-    for path in weight_files(base.folder):
+    for path in list_weight_files(base.folder):
         file = safe_open(path, framework="pt")
         for name, info in read_header(path).items():
             places[name] = file

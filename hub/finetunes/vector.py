@@ -13,7 +13,7 @@ from experthub.hub.errors import HubError
 from experthub.hub.files.atomic import write_json
 from experthub.hub.finetunes.form import Error, Form
 from experthub.hub.finetunes.two_models import Changed, StoredWeights, read_pair
-from experthub.hub.formats.safetensors_writer import SafetensorsLayout, safetensors_file
+from experthub.hub.formats.safetensors_writer import SafetensorsLayout, create_safetensors
 from experthub.hub.formats.task_vector import SHAPES, unpack_mask
 from experthub.hub.kinds.task_vector import SHARD, SHARD_INDEX, TASK_VECTOR
 from experthub.hub.progress import Report
@@ -63,7 +63,7 @@ def write(
     names = names if len(names) > 1 else [TASK_VECTOR]
     error, done = Error(), 0
     for file, layout, shard in zip(names, layouts, shards, strict=True):
-        with safetensors_file(folder / file, layout) as writer:
+        with create_safetensors(folder / file, layout) as writer:
             for change in shard:
                 name = change.pair.name
                 read = read_pair(change.pair, untouched, tuned)

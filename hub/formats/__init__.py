@@ -1,1 +1,1 @@
-"""Reading what experts are stored as, with every check, and without a tensor library."""
+"""File formats, one module each: reading with every check, and writing."""

@@ -7,40 +7,30 @@ from typing import Annotated, Any, Literal
 
 from experthub.hub.errors import IntegrityError
 from experthub.hub.files.yaml_files import Closed
-from experthub.hub.formats.records import Digest, read_record
+from experthub.hub.formats.records import Digest, StateExpert, read_record
 from experthub.hub.formats.safetensors_header import read_header
 from pydantic import Field
 
 TENSOR = "coefficients"
+HINT = "get both files again, or learn the coefficients again"
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class CoefficientExpert(Closed):
-    """One expert that coefficients were learned for.
-
-    Args:
-        expert: Its label in the recipe.
-        digest: The digest of its content, or of everything that a nested merge is made of.
-    """
-
-    expert: str
-    digest: Digest
-
-
 class CoefficientsRecord(Closed):
-    """`coefficients.json`, schema 1: how coefficients `[experts, blocks]` were learned.
+    """The content of `coefficients.json`, schema 1: how coefficients `[experts, blocks]` were learned.
 
     Args:
+        schema_: The version of the record, written as `schema`.
         method: The merge.
-        options: Its options.
-        granularity: What a block is.
+        options: The options of the merge.
+        granularity: What a block is, such as `layer`.
         combine: Whether outputs or parameters are combined.
-        experts: The experts, in the order of the first axis.
-        blocks: The blocks, in the order of the second axis.
+        experts: The experts, in the order of the first dimension.
+        blocks: The blocks, in the order of the second dimension.
         objective: The objective that was minimised.
-        data: The digest of the examples that they were learned on.
-        seed: The seed of the run.
-        history: The loss per step.
+        data: The digest of the examples that the coefficients were learned from.
+        seed: The seed.
+        history: The loss of each step.
     """
 
     schema_: Annotated[Literal[1], Field(alias="schema")] = 1
@@ -48,7 +38,7 @@ class CoefficientsRecord(Closed):
     options: dict[str, Any] = {}
     granularity: str
     combine: Literal["outputs", "parameters"] = "outputs"
-    experts: Annotated[list[CoefficientExpert], Field(min_length=1)]
+    experts: Annotated[list[StateExpert], Field(min_length=1)]
     blocks: Annotated[list[str], Field(min_length=1)]
     objective: str | None = None
     data: Digest | None = None
@@ -57,11 +47,11 @@ class CoefficientsRecord(Closed):
 
 
 def read_coefficients(record: Path, tensors: Path) -> CoefficientsRecord:
-    """Read the record of stored coefficients, and check the tensor's header against it.
+    """Read the record of stored coefficients, and check the header of the tensor against it.
 
     Args:
-        record: `coefficients.json`.
-        tensors: `coefficients.safetensors`.
+        record: The path of `coefficients.json`.
+        tensors: The path of `coefficients.safetensors`.
 
     Returns:
         The record.
@@ -69,9 +59,7 @@ def read_coefficients(record: Path, tensors: Path) -> CoefficientsRecord:
     Raises:
         IntegrityError: A file is missing or malformed, or the tensor has another shape.
     """
-    if not record.is_file():
-        raise IntegrityError(f"{tensors} has no {record.name} beside it", "get both files")
-    found = read_record(CoefficientsRecord, record, "learn them again")
+    found = read_record(CoefficientsRecord, record, tensors, HINT)
     header = read_header(tensors)
     info = header.get(TENSOR)
     wanted = (len(found.experts), len(found.blocks))
@@ -80,6 +68,6 @@ def read_coefficients(record: Path, tensors: Path) -> CoefficientsRecord:
         raise IntegrityError(
             f"{tensors}: expected one tensor {TENSOR!r} {list(wanted)}, "
             f"found { ({name: list(i.shape) for name, i in header.items()}) }",
-            "learn them again",
+            HINT,
         )
     return found

@@ -99,7 +99,7 @@ def check_config(config: dict[str, Any]) -> None:
                     "merge the adapter with peft and store it as a task vector",
                 )
         elif key == "auto_mapping":
-            _check_class(value)
+            _check_base_class(value)
         elif key not in HONOURED | HARMLESS:
             raise IntegrityError(
                 f"unknown key {key[:80]!r} in its configuration",
@@ -121,7 +121,7 @@ def check_config(config: dict[str, Any]) -> None:
         ) from None
 
 
-def _check_class(value: Any) -> None:
+def _check_base_class(value: Any) -> None:
     """Refuse a class that peft would import from elsewhere than transformers to load the base."""
     library = value.get("parent_library") if isinstance(value, dict) else value
     if library is not None and not re.fullmatch(r"transformers(\.\w+)*", str(library)):
@@ -130,7 +130,7 @@ def _check_class(value: Any) -> None:
         )
 
 
-def by_pattern(pattern: Any, module: str, default: Any) -> Any:
+def match_pattern(pattern: Any, module: str, default: Any) -> Any:
     """PEFT's rule: the first pattern that matches the end of the module's path."""
     for key, value in (pattern or {}).items():
         if re.match(rf"(.*\.)?({key})$", module):
@@ -138,15 +138,15 @@ def by_pattern(pattern: Any, module: str, default: Any) -> Any:
     return default
 
 
-def targeted(config: dict[str, Any], module: str) -> bool:
+def is_targeted(config: dict[str, Any], module: str) -> bool:
     """Whether PEFT's target_modules, exclude_modules and layers_to_transform choose the module."""
     exclude = config.get("exclude_modules")
-    if exclude and _named(exclude, module):
+    if exclude and _matches(exclude, module):
         return False
     target = config.get("target_modules")
     if target is None or target == "all-linear":
         return True
-    if not _named(target, module):
+    if not _matches(target, module):
         return False
     layers = config.get("layers_to_transform")
     if layers in (None, []) or isinstance(target, str) or module in target:
@@ -160,7 +160,7 @@ def targeted(config: dict[str, Any], module: str) -> bool:
     return False
 
 
-def _named(target: Any, module: str) -> bool:
+def _matches(target: Any, module: str) -> bool:
     if isinstance(target, str):
         return re.fullmatch(target, module) is not None
     return any(module == name or module.endswith(f".{name}") for name in target)

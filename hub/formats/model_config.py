@@ -28,7 +28,7 @@ def check_model(folder: Path) -> dict[str, Any]:
         )
     for name in CONFIGS:
         if (folder / name).is_file():
-            _check(read_json(folder / name), f"{folder / name}")
+            _check_config(read_json(folder / name), f"{folder / name}")
     config = read_json(folder / "config.json")
     names = config.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
@@ -38,7 +38,7 @@ def check_model(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _check(config: dict[str, Any], name: str) -> None:
+def _check_config(config: dict[str, Any], name: str) -> None:
     left: list[Any] = [config]
     while left:
         value = left.pop()

@@ -18,7 +18,7 @@ from experthub.hub.files.patterns import is_named
 from experthub.hub.files.spelling import suggest_name
 from experthub.hub.formats import tar
 from experthub.hub.formats.records import Digest
-from experthub.hub.registry.expert import NAME, expert_files
+from experthub.hub.registry.expert import NAME, list_file_patterns
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 MARK, INDEX = "oci-layout", "index.json"
@@ -89,14 +89,14 @@ class OciLayout:
     def read(cls, place: Path) -> OciLayout:
         """Read the index; IntegrityError for one that is damaged."""
         if place.is_file():
-            files = {n: Section(place, at, size) for n, (at, size) in tar.members(place).items()}
+            files = {n: Section(place, at, size) for n, (at, size) in tar.list_members(place).items()}
         else:
             blobs = (place / "blobs" / "sha256").glob("[0-9a-f]*")
             found = [p for p in (place / INDEX, *blobs) if p.is_file() and not p.is_symlink()]
             files = {
                 str(p.relative_to(place)): Section(p, 0, p.stat().st_size) for p in sorted(found)
             }
-        return cls(place, files, cls(place, files, ())._record(Index, INDEX).manifests)
+        return cls(place, files, cls(place, files, ())._read_record(Index, INDEX).manifests)
 
     @property
     def experts(self) -> dict[str, Descriptor]:
@@ -129,9 +129,9 @@ class OciLayout:
 
         Returns their sha256.
         """
-        manifest = self._record(Manifest, _blob(self.experts[reference]), self.experts[reference])
+        manifest = self._read_record(Manifest, _blob_path(self.experts[reference]), self.experts[reference])
         named: dict[str, Descriptor] = {}
-        wanted = expert_files()
+        wanted = list_file_patterns()
         for layer in manifest.layers:
             name = layer.annotations.get(FILE_NAME, "")
             if name in named:
@@ -140,13 +140,13 @@ class OciLayout:
                 named[name] = layer
         for name, layer in named.items():
             with open_atomically(folder / name) as file:
-                for chunk in self._chunks(layer):
+                for chunk in self._read_chunks(layer):
                     file.write(chunk)
         return {name: layer.digest.removeprefix("sha256:") for name, layer in named.items()}
 
-    def _chunks(self, wanted: Descriptor) -> Iterator[bytes]:
+    def _read_chunks(self, wanted: Descriptor) -> Iterator[bytes]:
         """The bytes of a blob; IntegrityError, at the end, when they are not those of its digest."""
-        section = self._section(_blob(wanted))
+        section = self._find_section(_blob_path(wanted))
         digest, left = hashlib.sha256(), section.size
         with section.path.open("rb") as file:
             file.seek(section.offset)
@@ -157,14 +157,14 @@ class OciLayout:
         if section.size != wanted.size or f"sha256:{digest.hexdigest()}" != wanted.digest:
             raise IntegrityError(f"{self.place}: blob {wanted.digest[7:19]} is damaged", HINT)
 
-    def _section(self, name: str) -> Section:
+    def _find_section(self, name: str) -> Section:
         if name not in self.files:
             raise IntegrityError(f"{self.place} has no {name}", HINT)
         return self.files[name]
 
-    def _record(self, kind: type[Known], name: str, wanted: Descriptor | None = None) -> Known:
+    def _read_record(self, kind: type[Known], name: str, wanted: Descriptor | None = None) -> Known:
         """A JSON file as what it is to be."""
-        section = self._section(name)
+        section = self._find_section(name)
         if section.size > MAX_JSON:
             raise IntegrityError(f"{self.place}: {name} has {section.size} bytes", HINT)
         if wanted is None:
@@ -172,7 +172,7 @@ class OciLayout:
                 file.seek(section.offset)
                 text = file.read(section.size)
         else:
-            text = b"".join(self._chunks(wanted))
+            text = b"".join(self._read_chunks(wanted))
         try:
             return kind.model_validate_json(text)
         except (ValidationError, RecursionError) as error:
@@ -180,5 +180,5 @@ class OciLayout:
             raise IntegrityError(f"{self.place}: {name} is damaged: {fact}", HINT) from None
 
 
-def _blob(descriptor: Descriptor) -> str:
+def _blob_path(descriptor: Descriptor) -> str:
     return "blobs/" + descriptor.digest.replace(":", "/")

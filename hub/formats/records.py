@@ -1,4 +1,4 @@
-"""Records in JSON files, validated by pydantic models."""
+"""Records: JSON files that are validated by pydantic models."""
 
 from __future__ import annotations
 
@@ -7,26 +7,42 @@ from typing import Annotated, Any, TypeVar
 
 from experthub.hub.errors import IntegrityError
 from experthub.hub.files.json_files import read_json
+from experthub.hub.files.yaml_files import Closed
 from pydantic import BaseModel, StringConstraints, ValidationError
 
 Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
 Record = TypeVar("Record", bound=BaseModel)
 
 
-def read_record(model: type[Record], path: Path, hint: str) -> Record:
-    """Read a JSON file as a record.
+class StateExpert(Closed):
+    """An expert that the state of a method was made for.
 
     Args:
-        model: The record's type.
-        path: The file.
-        hint: What to do about a file that does not validate.
+        expert: The label of the expert in the recipe.
+        digest: The digest of its content, or of everything that a nested merge is made of.
+    """
+
+    expert: str
+    digest: Digest
+
+
+def read_record(model: type[Record], path: Path, tensors: Path, hint: str) -> Record:
+    """Read the record that describes a file of tensors.
+
+    Args:
+        model: The class of the record.
+        path: The JSON file.
+        tensors: The file of tensors, for the error if there is no record.
+        hint: The hint of the errors.
 
     Returns:
         The record.
 
     Raises:
-        IntegrityError: The file is damaged, or a field of it does not validate.
+        IntegrityError: The file is missing or damaged, or a field is not valid.
     """
+    if not path.is_file():
+        raise IntegrityError(f"there is no {path.name} beside {tensors}", hint)
     return validate_record(model, read_json(path), path, hint)
 
 
@@ -34,16 +50,16 @@ def validate_record(model: type[Record], values: dict[str, Any], path: Path, hin
     """Validate plain values as a record.
 
     Args:
-        model: The record's type.
-        values: The values, by key.
-        path: The file that they came from, for the error.
-        hint: What to do about values that do not validate.
+        model: The class of the record.
+        values: The values by key.
+        path: The file that the values come from, for the error.
+        hint: The hint of the error.
 
     Returns:
         The record.
 
     Raises:
-        IntegrityError: A field does not validate; the error names the first one.
+        IntegrityError: A field is not valid. The error names the first one.
     """
     try:
         return model.model_validate(values)

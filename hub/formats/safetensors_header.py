@@ -63,23 +63,23 @@ def read_header(path: Path) -> Header:
     Raises IntegrityError for anything that is not exactly one well-formed file: a pickle, a cut
     or padded file, an oversized header, duplicate or odd names, unknown dtypes, holes.
     """
-    text, size = header_text(path)
+    text, size = read_header_text(path)
     try:
-        return parsed(text, size)
+        return parse_header(text, size)
     except ValueError as fact:
         raise IntegrityError(f"{path} is damaged: {fact}", HINT) from None
 
 
-def header_text(path: Path) -> tuple[bytes, int]:
+def read_header_text(path: Path) -> tuple[bytes, int]:
     """The header of a safetensors file as bytes, and the size of the file."""
     if not path.is_file():  # a pipe would be waited for, for ever
         raise IntegrityError(f"{path} is no file", HINT)
     size = path.stat().st_size
     with path.open("rb") as file:
-        return file.read(_header_length(file.read(8), size, str(path))), size
+        return file.read(_parse_length(file.read(8), size, str(path))), size
 
 
-def _header_length(start: bytes, size: int, name: str) -> int:
+def _parse_length(start: bytes, size: int, name: str) -> int:
     if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
         raise IntegrityError(f"{name} is a pickle, not safetensors", "only safetensors is read")
     length: int = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
@@ -89,7 +89,7 @@ def _header_length(start: bytes, size: int, name: str) -> int:
 
 
 @lru_cache(maxsize=64)
-def parsed(text: bytes, size: int) -> Header:
+def parse_header(text: bytes, size: int) -> Header:
     """The tensors that a header declares; ValueError when they are not exactly the file's bytes.
 
     Remembered by content: experts of one shape share one header.
@@ -97,13 +97,13 @@ def parsed(text: bytes, size: int) -> Header:
     length = len(text)
     try:
         fields = json.loads(
-            text.decode(), object_pairs_hook=_without_duplicates, parse_constant=_no_number
+            text.decode(), object_pairs_hook=_reject_duplicates, parse_constant=_reject_constant
         )
         if len(fields) - ("__metadata__" in fields) > MAX_TENSORS:
             raise ValueError(f"{len(fields)} tensors")
         _check_metadata(fields.get("__metadata__", {}))
         tensors = {
-            name: _tensor(name, f, 8 + length)
+            name: _parse_tensor(name, f, 8 + length)
             for name, f in fields.items()
             if name != "__metadata__"
         }
@@ -119,14 +119,14 @@ def parsed(text: bytes, size: int) -> Header:
     return MappingProxyType(tensors)
 
 
-def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def _reject_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     names = dict(pairs)
     if len(names) != len(pairs):
         raise ValueError("a name stands twice in the header")
     return names
 
 
-def _no_number(text: str) -> object:
+def _reject_constant(text: str) -> object:
     raise ValueError(f"{text} is not JSON")
 
 
@@ -138,7 +138,7 @@ def _check_metadata(metadata: dict[str, str]) -> None:
         f"{key}{value}".encode()  # UnicodeEncodeError, a ValueError, for half a surrogate pair
 
 
-def _tensor(name: str, fields: dict[str, Any], offset: int) -> TensorInfo:
+def _parse_tensor(name: str, fields: dict[str, Any], offset: int) -> TensorInfo:
     if not NAME.fullmatch(name):
         raise ValueError(f"odd tensor name {short(name)}")
     if set(fields) != {"dtype", "shape", "data_offsets"} or not isinstance(fields["shape"], list):
@@ -176,18 +176,18 @@ def check_finite(path: Path, tensors: Header) -> None:
             )
 
 
-def hashed_tensors(files: Iterable[Path]) -> list[tuple[str, str, tuple[int, ...], str]]:
+def hash_tensors(files: Iterable[Path]) -> list[tuple[str, str, tuple[int, ...], str]]:
     """(name, dtype, shape, sha256 of the bytes) of every tensor; several are hashed at a time."""
     places = [(file, name, info) for file in files for name, info in read_header(file).items()]
     with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
-        digests = pool.map(lambda place: _sha256_of_part(place[0], place[2]), places)
+        digests = pool.map(lambda place: _hash_tensor(place[0], place[2]), places)
         return [
             (name, info.dtype, info.shape, digest)
             for (_, name, info), digest in zip(places, digests, strict=True)
         ]
 
 
-def _sha256_of_part(path: Path, info: TensorInfo) -> str:
+def _hash_tensor(path: Path, info: TensorInfo) -> str:
     digest, left = hashlib.sha256(), info.bytes
     buffer = memoryview(bytearray(min(left, CHUNK)))
     with path.open("rb", buffering=0) as file:

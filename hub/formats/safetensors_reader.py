@@ -6,7 +6,7 @@ import math
 from mmap import mmap
 
 import torch
-from experthub.hub.formats.safetensors_header import parsed
+from experthub.hub.formats.safetensors_header import parse_header
 from torch import Tensor
 
 DTYPES = {
@@ -26,7 +26,7 @@ class Tensors:
 
     def __init__(self, data: mmap) -> None:
         self.data = data
-        self.header = parsed(data[8 : 8 + int.from_bytes(data[:8], "little")], len(data))
+        self.header = parse_header(data[8 : 8 + int.from_bytes(data[:8], "little")], len(data))
 
     def __getitem__(self, name: str) -> Tensor:
         info = self.header[name]

@@ -70,7 +70,7 @@ class Writer:
 
 
 @contextmanager
-def safetensors_file(path: Path, layout: SafetensorsLayout) -> Iterator[Writer]:
+def create_safetensors(path: Path, layout: SafetensorsLayout) -> Iterator[Writer]:
     """A safetensors file that appears when all its tensors were put into it."""
     header = layout.header
     with open_atomically(path) as file:

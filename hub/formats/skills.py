@@ -2,39 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from experthub.hub.errors import IntegrityError
+from experthub.hub.files.atomic import write_json
 from experthub.hub.files.yaml_files import Closed
 from experthub.hub.formats.adapter import Adapted
 from experthub.hub.formats.records import read_record
 from experthub.hub.formats.safetensors_header import FLOATS, Header, read_header
 from pydantic import Field
 
-AGAIN = "get both files again, or train the inventory again"
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HINT = "get both files again, or train the inventory again"
 MODEL = "model"
 
-
-# How an inventory was trained: by a router of these names, or without one, with one skill for all
-# tasks or with one for each.
+# `poly` and `mhr` train a router. `shared` has one skill for all tasks, `private` one per task.
 Training = Literal["poly", "mhr", "shared", "private"]
 Granularity = Literal["linear", "layer", "model"]
 
 
 class SkillsRecord(Closed):
-    """`skills.json`, schema 1: the shape of an inventory, and what it was trained on.
+    """The content of `skills.json`, schema 1: the shape of an inventory, and what it was trained on.
 
     Args:
-        router: `poly` or `mhr`; `shared` has one skill, and `private` one skill per task.
-        n_skills: The number of skills, at least 1.
-        n_heads: The number of heads, at least 1.
-        rank: The rank of each skill, at least 1.
+        schema_: The version of the record, written as `schema`.
+        router: The way in which the inventory was trained. `poly` and `mhr` train a router; `shared`
+            has one skill for all tasks, and `private` one skill per task.
+        n_skills: The number of skills S, at least 1.
+        n_heads: The number of heads H, at least 1.
+        rank: The rank R of each skill, at least 1.
         alpha: The scale of each skill times its rank.
-        tasks: The tasks, in the order of the logits' rows.
+        tasks: The tasks, in the order of the rows of the logits.
         target_modules: The modules that have skills.
         base: The name of the base.
-        granularity: What has logits of its own: each linear module, each layer, or the model.
+        granularity: What has logits of its own: each `linear` module, each `layer`, or the `model`.
     """
 
     schema_: Annotated[Literal[1], Field(alias="schema")] = 1
@@ -52,19 +57,19 @@ class SkillsRecord(Closed):
         """Return the name of the tensor that holds a module's logits.
 
         Args:
-            module: The module's name.
+            module: The path of the module.
 
         Returns:
-            The tensor's name.
+            The name of the tensor.
         """
-        return f"{place_of(module, self.granularity)}.logits"
+        return f"{find_logits_owner(module, self.granularity)}.logits"
 
 
-def place_of(module: str, granularity: str) -> str:
-    """Return what has the logits of a module.
+def find_logits_owner(module: str, granularity: str) -> str:
+    """Find the part of the model whose logits a module uses.
 
     Args:
-        module: The module's name.
+        module: The path of the module.
         granularity: `linear`, `layer` or `model`.
 
     Returns:
@@ -83,35 +88,33 @@ def read_skills(record: Path, tensors: Path) -> tuple[SkillsRecord, tuple[Adapte
     """Read the record of an inventory, and how it changes each module.
 
     Args:
-        record: `skills.json`.
-        tensors: `skills.safetensors`; only its header is read.
+        record: The path of `skills.json`.
+        tensors: The path of `skills.safetensors`. Only its header is read.
 
     Returns:
         The record, and one change per target module.
 
     Raises:
-        IntegrityError: A file is missing or malformed, or the tensors do not fit the record.
+        IntegrityError: A file is missing or malformed, or the tensors do not match the record.
     """
-    if not record.is_file():
-        raise IntegrityError(f"{tensors} has no {record.name} beside it", AGAIN)
-    found = read_record(SkillsRecord, record, AGAIN)
+    found = read_record(SkillsRecord, record, tensors, HINT)
     header = read_header(tensors)
-    adapted = tuple(_adapted(found, module, header, tensors) for module in found.target_modules)
+    adapted = tuple(_read_change(found, module, header, tensors) for module in found.target_modules)
     wanted = {n for a in adapted for n in (a.a, a.b, found.logits_of(a.module))}
     for name in sorted(wanted ^ set(header)):
-        what = "is missing" if name in wanted else "is of no target module"
-        raise IntegrityError(f"{tensors}: {name} {what}", AGAIN)
+        what = "is missing" if name in wanted else "belongs to no target module"
+        raise IntegrityError(f"{tensors}: {name} {what}", HINT)
     return found, adapted
 
 
-def _adapted(record: SkillsRecord, module: str, header: Header, tensors: Path) -> Adapted:
-    """Return how an inventory changes one module, after checking its tensors."""
+def _read_change(record: SkillsRecord, module: str, header: Header, tensors: Path) -> Adapted:
+    """Return how an inventory changes one module after checking its tensors."""
     a, b, logits = f"{module}.skill_a", f"{module}.skill_b", record.logits_of(module)
     for name in (a, b, logits):
         if name not in header:
-            raise IntegrityError(f"{tensors}: {name} is missing", AGAIN)
+            raise IntegrityError(f"{tensors}: {name} is missing", HINT)
         if header[name].dtype not in FLOATS:
-            raise IntegrityError(f"{tensors}: {name} is {header[name].dtype}", AGAIN)
+            raise IntegrityError(f"{tensors}: {name} is {header[name].dtype}", HINT)
     inputs = header[a].shape[-1] if header[a].shape else 0
     outputs = header[b].shape[1] if len(header[b].shape) == 3 else 0
     shapes = {
@@ -122,11 +125,37 @@ def _adapted(record: SkillsRecord, module: str, header: Header, tensors: Path) -
     for name, shape in shapes.items():
         if header[name].shape != shape:
             raise IntegrityError(
-                f"{tensors}: {name} is {list(header[name].shape)}, expected {list(shape)}", AGAIN
+                f"{tensors}: {name} is {list(header[name].shape)}, expected {list(shape)}", HINT
             )
     if inputs % record.n_heads or outputs % record.n_heads:
         raise IntegrityError(
-            f"{tensors}: {record.n_heads} heads do not divide {module} [{outputs}, {inputs}]", AGAIN
+            f"{tensors}: {record.n_heads} heads do not divide {module} [{outputs}, {inputs}]", HINT
         )
     scale = record.alpha / record.rank
     return Adapted(module, record.rank, scale, (outputs, inputs), a, b)
+
+
+def write_skills(
+    record: Path,
+    tensors: Path,
+    content: SkillsRecord,
+    skills: Mapping[str, tuple[Tensor, Tensor, Tensor]],
+) -> None:
+    """Write an inventory, its skills in bfloat16 and its logits in their own dtype.
+
+    Args:
+        record: The path of `skills.json`.
+        tensors: The path of `skills.safetensors`.
+        content: The content of `skills.json`.
+        skills: For each target module, the factors A `[S, R, I]` and B `[S, O, R]` and the logits
+            `[tasks, H, S]`. Modules that share logits pass the same tensor.
+    """
+    from safetensors.torch import save_file
+
+    stored = {}
+    for name, (a, b, logits) in skills.items():
+        stored[f"{name}.skill_a"] = a.detach().cpu().bfloat16().contiguous()
+        stored[f"{name}.skill_b"] = b.detach().cpu().bfloat16().contiguous()
+        stored[content.logits_of(name)] = logits.detach().cpu().clone()
+    save_file(stored, tensors, metadata={"format": "pt"})
+    write_json(record, content.model_dump(mode="json", by_alias=True))

@@ -12,7 +12,7 @@ FILE, FOLDER, COMMENTS = b"0\0", b"5", b"xg"  # by the kind that a header states
 HINT = "get the archive again, or write it again with hub export"
 
 
-def members(path: Path) -> dict[str, tuple[int, int]]:
+def list_members(path: Path) -> dict[str, tuple[int, int]]:
     """The plain files of an uncompressed archive: name -> offset and size of its bytes.
 
     Raises IntegrityError for anything but whole, plain files and folders: a link, a device, a name
@@ -28,7 +28,7 @@ def members(path: Path) -> dict[str, tuple[int, int]]:
             if header == bytes(BLOCK):
                 return found
             try:
-                name, kind, size = _header(header)
+                name, kind, size = _parse_header(header)
             except ValueError as fact:
                 raise IntegrityError(f"{path} is damaged at byte {offset}: {fact}", HINT) from None
             start = offset + BLOCK
@@ -43,20 +43,20 @@ def members(path: Path) -> dict[str, tuple[int, int]]:
                 raise IntegrityError(f"{path}: {name!r} is no plain file", HINT)
 
 
-def _header(block: bytes) -> tuple[str, bytes, int]:
+def _parse_header(block: bytes) -> tuple[str, bytes, int]:
     """Name, kind and size of a member; ValueError for what is no header."""
     if len(block) < BLOCK:
         raise ValueError("the archive is cut")
     if block[257:262] != b"ustar":
         raise ValueError("this is no tar archive, or a compressed one")
-    stated = _number(block[148:156])
+    stated = _parse_number(block[148:156])
     if stated != sum(block[:148]) + 8 * ord(" ") + sum(block[156:]):
         raise ValueError("a header with another checksum than it states")
     name = block[:100].partition(b"\0")[0].decode("ascii")
-    return name.removeprefix("./"), block[156:157], _number(block[124:136])
+    return name.removeprefix("./"), block[156:157], _parse_number(block[124:136])
 
 
-def _number(field: bytes) -> int:
+def _parse_number(field: bytes) -> int:
     """A number in octal digits, or, of large files, in base 256."""
     if field[:1] == b"\x80":
         return int.from_bytes(field[1:])

@@ -14,8 +14,8 @@ from experthub.hub.formats.safetensors_header import (
     FLOATS,
     Header,
     TensorInfo,
-    header_text,
     read_header,
+    read_header_text,
 )
 
 if TYPE_CHECKING:
@@ -62,34 +62,34 @@ def read_task_vector(files: Mapping[str, Path]) -> dict[str, StoredChange]:
         stored = _read_file(name, path)
         twice = sorted(found.keys() & stored.keys())
         if twice:
-            raise _wrong(path, f"{twice[0]} is there, and in {found[twice[0]].file} too")
+            raise malformed(path, f"{twice[0]} is there, and in {found[twice[0]].file} too")
         found |= stored
     return dict(sorted(found.items()))
 
 
 def _read_file(file: str, path: Path) -> dict[str, StoredChange]:
     """Read where one file holds changes."""
-    header, sparse = read_header(path), _sparse_shapes(path)
+    header, sparse = read_header(path), _read_sparse_shapes(path)
     masks = {n.removesuffix(".mask"): n for n, i in header.items() if i.dtype == "U8"}
     values = {f"{name}.values" for name in masks}
-    stored = {n: _sparse(file, path, header, n, mask, sparse) for n, mask in masks.items()}
+    stored = {n: _read_sparse(file, path, header, n, mask, sparse) for n, mask in masks.items()}
     for name, info in header.items():
         if name in values or info.dtype == "U8":
             continue
         if info.dtype not in FLOATS:
-            raise _wrong(path, f"tensor {name} is {info.dtype}, and a change is floats")
+            raise malformed(path, f"tensor {name} is {info.dtype}, and a change is floats")
         if name in stored:
-            raise _wrong(path, f"{name} is there twice, dense and as a mask")
+            raise malformed(path, f"{name} is there twice, dense and as a mask")
         stored[name] = StoredChange(file, info.shape, name)
     unused = sorted(set(sparse) - set(masks))
     if unused:
-        raise _wrong(path, f"its metadata has a shape for {unused[0]}, which has no mask")
+        raise malformed(path, f"its metadata has a shape for {unused[0]}, which has no mask")
     if not stored:
-        raise _wrong(path, "it changes nothing")
+        raise malformed(path, "it changes nothing")
     return stored
 
 
-def _sparse(
+def _read_sparse(
     file: str,
     path: Path,
     header: Header,
@@ -100,16 +100,16 @@ def _sparse(
     """Return the place of a sparse change, after checking the mask against the values."""
     values = header.get(f"{name}.values")
     if mask != f"{name}.mask" or values is None:
-        raise _wrong(path, f"tensor {mask} is U8, and neither a change nor a mask beside values")
+        raise malformed(path, f"tensor {mask} is U8, and neither a change nor a mask beside values")
     if name not in shapes:
-        raise _wrong(path, f"{mask} has no shape under {SHAPES} in the file's metadata")
+        raise malformed(path, f"{mask} has no shape under {SHAPES} in the file's metadata")
     count, bits = math.prod(shapes[name]), header[mask]
     if bits.shape != (-(-count // 8),):
-        raise _wrong(
+        raise malformed(
             path, f"{mask} is {list(bits.shape)}, and {count} entries need {-(-count // 8)}"
         )
     if values.dtype not in FLOATS or len(values.shape) != 1:
-        raise _wrong(
+        raise malformed(
             path, f"{name}.values is {values.dtype} {list(values.shape)}, not a row of floats"
         )
     return StoredChange(file, shapes[name], f"{name}.values", mask)
@@ -130,14 +130,14 @@ def check_masks(path: Path) -> None:
             if stored.mask is None:
                 continue
             info, ones, last = header[stored.mask], 0, b""
-            for last in _chunks(file, info):
+            for last in _read_chunks(file, info):
                 ones += int.from_bytes(last).bit_count()
             over = -math.prod(stored.shape) % 8
             if over and last[-1] >> (8 - over):
-                raise _wrong(path, f"{stored.mask} has bits set past its last entry")
+                raise malformed(path, f"{stored.mask} has bits set past its last entry")
             if (ones,) != header[stored.values].shape:
                 (count,) = header[stored.values].shape
-                raise _wrong(path, f"{stored.mask} has {ones} bits set for {count} values")
+                raise malformed(path, f"{stored.mask} has {ones} bits set for {count} values")
 
 
 def unpack_mask(mask: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -159,7 +159,7 @@ def unpack_mask(mask: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
     return found.view(shape)
 
 
-def _chunks(file: Any, info: TensorInfo) -> Iterator[bytes]:
+def _read_chunks(file: Any, info: TensorInfo) -> Iterator[bytes]:
     """Read the bytes of a tensor piece by piece."""
     file.seek(info.begin)
     left = info.bytes
@@ -169,20 +169,20 @@ def _chunks(file: Any, info: TensorInfo) -> Iterator[bytes]:
         yield chunk
 
 
-def _sparse_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+def _read_sparse_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Read the shapes of sparse parameters from the metadata; the header was checked before."""
-    metadata = json.loads(header_text(path)[0]).get("__metadata__", {})
+    metadata = json.loads(read_header_text(path)[0]).get("__metadata__", {})
     try:
         stated = json.loads(metadata.get(SHAPES, "{}"))
         shapes = {name: tuple(shape) for name, shape in stated.items()}
     except (ValueError, AttributeError, TypeError, RecursionError):
-        raise _wrong(path, f"{SHAPES} in its metadata is no JSON object of shapes") from None
+        raise malformed(path, f"{SHAPES} in its metadata is no JSON object of shapes") from None
     for name, shape in shapes.items():
         if not all(type(side) is int and 0 < side < 1 << 40 for side in shape):
-            raise _wrong(path, f"{SHAPES} in its metadata gives {name} the shape {list(shape)}")
+            raise malformed(path, f"{SHAPES} in its metadata gives {name} the shape {list(shape)}")
     return shapes
 
 
-def _wrong(path: Path, fact: str) -> IntegrityError:
+def malformed(path: Path, fact: str) -> IntegrityError:
     """Return the error for a malformed file."""
     return IntegrityError(f"{path}: {fact}", HINT)

@@ -75,10 +75,10 @@ class StoredExpert:
     files: Collection[str]
     base: BaseShapes
     locate: Callable[[str], Path]
-    verified: Callable[[str], Path]
+    verify: Callable[[str], Path]
     memo: dict[int, tuple[object, Any]]
 
-    def once(self, of: object, compute: Callable[[], Result]) -> Result:
+    def compute_once(self, of: object, compute: Callable[[], Result]) -> Result:
         """Compute something of an object that many experts share, once.
 
         The readers of headers return one object for equal headers, so a thousand experts of equal
@@ -96,7 +96,7 @@ class StoredExpert:
         found: Result = self.memo[id(of)][1]
         return found
 
-    def low_rank_shapes(self, adapted: tuple[Adapted, ...]) -> Shapes:
+    def check_low_rank(self, adapted: tuple[Adapted, ...]) -> Shapes:
         """Check low-rank changes against the base.
 
         Args:
@@ -113,9 +113,9 @@ class StoredExpert:
             check_shapes(adapted, self.base.shapes, self.name, self.base.name)
             return {f"{a.module}.weight": a.shape for a in adapted}
 
-        return self.once(adapted, compute)
+        return self.compute_once(adapted, compute)
 
-    def dense_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
+    def check_dense(self, shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
         """Check changes of whole parameters against the base.
 
         Args:
@@ -214,7 +214,7 @@ class Kinds(Mapping[str, ExpertKind]):
         for mark in kind.marks:
             if not re.fullmatch(FILE, mark):
                 raise ValueError(f"expected a file name that matches {FILE}, found {mark!r}")
-            other = _marked({mark}, self._kinds.values())
+            other = _find_marked({mark}, self._kinds.values())
             if other:
                 raise ValueError(f"the file {mark} marks the kind {other.name!r} already")
         self._kinds[kind.name] = kind
@@ -233,7 +233,7 @@ class Kinds(Mapping[str, ExpertKind]):
             IntegrityError: The folder holds no expert, or only a pickle.
         """
         names = {path.name for path in folder.iterdir()}
-        found = _marked(names, self._kinds.values()) or _marked(names, self.values())
+        found = _find_marked(names, self._kinds.values()) or _find_marked(names, self.values())
         if found:
             return found
         pickles = sorted(name for name in names if Path(name).suffix in PICKLES)
@@ -248,7 +248,7 @@ class Kinds(Mapping[str, ExpertKind]):
             "name the folder that peft's save_pretrained wrote",
         )
 
-    def _loaded(self) -> dict[str, ExpertKind]:
+    def _load_plugins(self) -> dict[str, ExpertKind]:
         if not self._plugins_loaded:
             self._plugins_loaded = True
             for point in entry_points(group=self.group):
@@ -256,16 +256,16 @@ class Kinds(Mapping[str, ExpertKind]):
         return self._kinds
 
     def __getitem__(self, name: str) -> ExpertKind:
-        return self._kinds.get(name) or self._loaded()[name]
+        return self._kinds.get(name) or self._load_plugins()[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._loaded())
+        return iter(self._load_plugins())
 
     def __len__(self) -> int:
-        return len(self._loaded())
+        return len(self._load_plugins())
 
 
-def _marked(names: set[str], known: Iterable[ExpertKind]) -> ExpertKind | None:
+def _find_marked(names: set[str], known: Iterable[ExpertKind]) -> ExpertKind | None:
     """Return the first kind that has one of these names as a mark."""
     return next((kind for kind in known if names.intersection(kind.marks)), None)
 

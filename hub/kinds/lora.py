@@ -35,13 +35,13 @@ def _check(folder: Path) -> list[str]:
 
 def _footprint(expert: StoredExpert) -> Footprint:
     """Read which modules an adapter changes, and which have a gate."""
-    config = expert.verified(ADAPTER_CONFIG)
+    config = expert.verify(ADAPTER_CONFIG)
     adapted = read_adapter(config, expert.locate(ADAPTER), expert.name)
-    shapes = expert.low_rank_shapes(adapted)
+    shapes = expert.check_low_rank(adapted)
     if GATES not in expert.files:
         return Footprint(shapes, adapted)
     gates = read_gates(expert.locate(GATES))
-    return Footprint(shapes, adapted, expert.once(gates, lambda: frozenset(gates)))
+    return Footprint(shapes, adapted, expert.compute_once(gates, lambda: frozenset(gates)))
 
 
 def _load(contents: Mapping[str, Any], footprint: Footprint, base: BaseShapes) -> Changes:
@@ -53,10 +53,9 @@ def _load(contents: Mapping[str, Any], footprint: Footprint, base: BaseShapes) -
 
     def change(adapted: Adapted) -> Delta:
         a, b = tensors[adapted.a].float(), tensors[adapted.b].float()
-        if adapted.transposed or adapted.embedding:
-            # PEFT's B A is the change of the module; Conv1D and embeddings store the transpose.
-            a, b = b.T.contiguous(), a.T.contiguous()
-        return LowRank(a, b, adapted.scale)
+        found = LowRank(a, b, adapted.scale)
+        # PEFT's B A is the change of the module; Conv1D and embeddings store the transpose.
+        return found.transpose() if adapted.transposed or adapted.embedding else found
 
     return {f"{a.module}.weight": partial(change, a) for a in footprint.adapted}
 

@@ -19,8 +19,8 @@ def _check(folder: Path) -> list[str]:
 
 def _footprint(expert: StoredExpert) -> Footprint:
     """Read which modules an inventory changes, and which tasks it knows."""
-    record, adapted = read_skills(expert.verified(SKILLS_JSON), expert.locate(SKILLS))
-    shapes = expert.low_rank_shapes(adapted)
+    record, adapted = read_skills(expert.verify(SKILLS_JSON), expert.locate(SKILLS))
+    shapes = expert.check_low_rank(adapted)
     return Footprint(shapes, adapted, skill_tasks=tuple(record.tasks))
 
 

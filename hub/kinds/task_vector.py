@@ -30,7 +30,7 @@ NUMBER = "[0-9]" * 5
 SHARDS = f"task_vector-{NUMBER}-of-{NUMBER}.safetensors"
 
 
-def files_in(folder: Path) -> dict[str, Path]:
+def find_files(folder: Path) -> dict[str, Path]:
     """Find the safetensors files of the task vector in a folder.
 
     Args:
@@ -72,7 +72,7 @@ def _wrong(path: Path, fact: str) -> IntegrityError:
 
 def _check(folder: Path) -> list[str]:
     """Check a task vector's files, and return their names."""
-    files = files_in(folder)
+    files = find_files(folder)
     read_task_vector(files)
     for path in files.values():
         check_masks(path)
@@ -83,7 +83,7 @@ def _footprint(expert: StoredExpert) -> Footprint:
     """Read which parameters a task vector changes."""
     names = sorted(name for name in expert.files if name.endswith(".safetensors"))
     stored = read_task_vector({name: expert.locate(name) for name in names})
-    return Footprint(expert.dense_shapes({name: one.shape for name, one in stored.items()}))
+    return Footprint(expert.check_dense({name: one.shape for name, one in stored.items()}))
 
 
 def _load(contents: Mapping[str, Any], footprint: Footprint, base: BaseShapes) -> Changes:

@@ -1,1 +1,1 @@
-"""Keeping the store: checked, repaired, counted, collected; who holds what in it."""
+"""Maintenance of what the hub stores: verification, repair, collection and disk usage."""

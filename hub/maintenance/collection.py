@@ -1,8 +1,8 @@
-"""Deleting what nothing needs any more: `hub gc`, in two phases, and `hub rm`.
+"""Garbage collection: delete content that nothing needs any more, in two steps.
 
-An object is needed by a registry's entry, by a lock file that was written here, or by a process
-that holds it.  One that nothing needs, and that has not been used for a while, first goes to the
-trash, from where any use brings it back; a later run deletes it.  In doubt it stays.
+A registry entry, a lock file or a running process may need an object. An object that nothing needs
+and that was not used for a while is moved to the trash, from which any use restores it. A later
+collection deletes it. If it is unknown what is needed, nothing is deleted.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from pathlib import Path
 from experthub.hub.errors import UsageError
 from experthub.hub.files.atomic import discard, find_drafts, remove
 from experthub.hub.files.file_locks import hold_lock, lock_if_unused
-from experthub.hub.maintenance.usage import size_of
+from experthub.hub.maintenance.usage import measure_size
 from experthub.hub.registry.expert import Expert, Reference
 from experthub.hub.registry.registry import Registry
-from experthub.hub.store.leases import COLLECTING, held
-from experthub.hub.store.roots import ARCHIVES, locked_digests
-from experthub.hub.store.store import TRASH, Store
+from experthub.hub.store.leases import COLLECTING, read_leases
+from experthub.hub.store.objects import TRASH
+from experthub.hub.store.roots import ARCHIVES, read_locked_digests
+from experthub.hub.store.store import Store
 
 GRACE = 3600.0
-STALE = 7 * 24 * 3600.0  # of a download that nobody goes on with, of a bank that nobody uses
+STALE = 7 * 24 * 3600.0  # The age in seconds at which unused downloads and banks are deleted.
 BANKS = "banks"
-# Where files and folders appear under their names, besides the tasks.
+# The folders in which drafts of files and folders may be left, besides those of the tasks.
 PLACES = (
     "objects/sha256/*",
     "registry/*",
@@ -45,9 +46,13 @@ PLACES = (
 
 @dataclass(frozen=True)
 class Collected:
-    """What a collection did, or would do.
+    """The result of a collection, or of a dry run.
 
-    trashed, deleted: sha256 -> bytes, of objects.  restored: sha256.  leftovers: file -> bytes.
+    Args:
+        trashed: The objects that were moved to the trash: sha256 -> bytes.
+        deleted: The objects that were deleted: sha256 -> bytes.
+        restored: The sha256 of the objects that were moved back from the trash.
+        leftovers: The deleted drafts, downloads and banks: path -> bytes.
     """
 
     trashed: dict[str, int]
@@ -56,18 +61,26 @@ class Collected:
     leftovers: dict[str, int]
 
 
-def needed(file: Path | None, store: Store) -> set[str]:
-    """The sha256 of every object that must stay.
+def find_needed(file: Path | None, store: Store) -> set[str]:
+    """Find the objects that must stay.
 
-    Raises HubError when something that names objects cannot be read.
+    Args:
+        file: A registry file besides the others.
+        store: The store.
+
+    Returns:
+        The sha256 of the objects.
+
+    Raises:
+        HubError: A registry or a lock file cannot be read.
     """
-    # Leases first: whoever ends meanwhile has entered what it took in before it ended.
-    keep = {*ARCHIVES, *held(store.root)}
+    # The leases are read first. A process that ends later has written its entries before it ended.
+    keep = {*ARCHIVES, *read_leases(store.root)}
     registry = Registry.read(file)
     digests = {e.digest for layer in registry.layers for e in layer.content.experts}
-    digests |= locked_digests(store.root)
+    digests |= read_locked_digests(store.root)
     for digest in digests:
-        identity = store.manifest(digest)
+        identity = store.find_identity(digest)
         if identity is not None:
             keep |= identity.objects
     return keep
@@ -76,15 +89,25 @@ def needed(file: Path | None, store: Store) -> set[str]:
 def collect(
     file: Path | None, store: Store, *, grace: float = GRACE, dry_run: bool = False
 ) -> Collected:
-    """Move what nothing needs to the trash, and delete what has been there for long enough.
+    """Move objects that nothing needs to the trash, and delete those that were there long enough.
 
-    file: a registry besides the others.  grace: seconds since an object was last taken in, and then in the trash, before it goes on;
-    at 0 both steps are taken at once.  dry_run: only say what would be done.
+    Args:
+        file: A registry file besides the others.
+        store: The store.
+        grace: The number of seconds that an unused object is kept before each of the two steps. At
+            0, both steps are taken at once.
+        dry_run: Only find out what would be done.
+
+    Returns:
+        What was moved, deleted and restored.
+
+    Raises:
+        HubError: A registry or a lock file cannot be read, so that it is unknown what is needed.
     """
     found = Collected({}, {}, [], {})
     with hold_lock(store.root / COLLECTING):
-        keep, now = needed(file, store), time.time()
-        for sha256, path in store.objects().items():
+        keep, now = find_needed(file, store), time.time()
+        for sha256, path in store.list_objects().items():
             with contextlib.suppress(FileNotFoundError):
                 stat = path.stat()
                 if sha256 not in keep and now - stat.st_mtime >= grace:
@@ -92,22 +115,22 @@ def collect(
                         _trash(path, store.root / TRASH / sha256)
                     found.trashed[sha256] = stat.st_size
         for path in sorted((store.root / TRASH).glob("*")):
-            with contextlib.suppress(FileNotFoundError):  # a use brought it back at this moment
-                _empty(path, keep, store, grace, dry_run, found)
+            with contextlib.suppress(FileNotFoundError):  # Another process restored it.
+                _process_trashed(path, keep, store, grace, dry_run, found)
         if dry_run and not grace:
             found.deleted.update(found.trashed)
-        for path in _leftovers(store.root):
+        for path in _find_leftovers(store.root):
             with contextlib.suppress(FileNotFoundError), lock_if_unused(path) as free:
                 if free:
-                    size = size_of(path) if path.is_dir() else path.stat().st_size
+                    size = measure_size(path) if path.is_dir() else path.stat().st_size
                     found.leftovers[str(path.relative_to(store.root))] = size
                     if not dry_run:
-                        _remove(path)
+                        _remove_leftover(path)
     return found
 
 
-def _remove(path: Path) -> None:
-    """Delete a leftover; a draft or a bank that it was the last of goes with it."""
+def _remove_leftover(path: Path) -> None:
+    """Delete a leftover, and its folder if that was a draft or held banks and is empty now."""
     if path.is_dir():
         discard(path)
     else:
@@ -118,16 +141,16 @@ def _remove(path: Path) -> None:
 
 
 def _trash(path: Path, target: Path) -> None:
-    """Its time in the trash starts now; killed in between, it only looks recently used."""
+    """Move an object to the trash, with the present time as the start of its time there."""
     target.parent.mkdir(exist_ok=True)
-    os.utime(path)
+    os.utime(path)  # If the process is killed here, the object only looks as if it was just used.
     path.rename(target)
 
 
-def _empty(
+def _process_trashed(
     path: Path, keep: set[str], store: Store, grace: float, dry_run: bool, found: Collected
 ) -> None:
-    """Put an object in the trash back if it is needed again; delete it if its time is over."""
+    """Restore an object in the trash that is needed again; delete it if its time is over."""
     stat = path.stat()
     if path.name in keep:
         if not dry_run:
@@ -139,8 +162,8 @@ def _empty(
         found.deleted[path.name] = stat.st_size
 
 
-def _leftovers(root: Path) -> Iterator[Path]:
-    """What killed processes left half-written, and downloads and banks that nobody uses."""
+def _find_leftovers(root: Path) -> Iterator[Path]:
+    """Find the drafts of killed processes, and downloads and banks that were not used for long."""
     places = [folder for pattern in PLACES for folder in sorted(root.glob(pattern))]
     places += [Path(place) for place, _, _ in os.walk(root / "tasks")]
     for folder in places:
@@ -153,13 +176,22 @@ def _leftovers(root: Path) -> Iterator[Path]:
                 yield path
 
 
-def removable(name: str, registry: Registry) -> list[Expert]:
-    """The versions of an expert, or the one named, in the user's own registry.
+def find_removable(name: str, registry: Registry) -> list[Expert]:
+    """Find the entries of an expert in the user's own registry.
 
-    Raises NotFoundError for an unknown one, UsageError for one that only another file knows.
+    Args:
+        name: A reference by name: all versions of `name`, or only `name@2`.
+        registry: The registry.
+
+    Returns:
+        The entries.
+
+    Raises:
+        NotFoundError: No registry has the expert.
+        UsageError: Only other registry files have the expert.
     """
     reference = Reference.parse(name)
-    known = registry.expert(reference)
+    known = registry.find_expert(reference)
     mine = [
         e
         for e in registry.user.content.experts
@@ -170,7 +202,7 @@ def removable(name: str, registry: Registry) -> list[Expert]:
     if not mine:
         layer = next(x for x in registry.layers if known in x.content.experts)
         raise UsageError(
-            f"{known.reference} is not in your own registry",
-            f"it is an entry of {layer.path}: remove it there",
+            f"{known.reference} is not in your own registry, but in {layer.path}",
+            f"remove the entry from {layer.path}",
         )
     return mine

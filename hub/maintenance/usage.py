@@ -1,4 +1,4 @@
-"""How much disk the hub takes, and what for."""
+"""Disk usage of the hub, by purpose and by expert."""
 
 from __future__ import annotations
 
@@ -11,41 +11,42 @@ from typing import Any
 from experthub.hub.session import Session
 
 PURPOSES = {
-    "objects": "experts, and the archives that tasks are read from",
-    "trash": "what hub gc deletes next",
-    "drafts": "what is being unpacked",
+    "objects": "experts, and the archives that tasks are imported from",
+    "trash": "objects that the next hub gc deletes",
+    "drafts": "experts that are being unpacked",
     "bases": "base models",
-    "hf": "what was fetched from model hubs",
-    "partial": "downloads that are not complete",
+    "hf": "files fetched from model hubs",
+    "partial": "incomplete downloads",
     "tasks": "tasks",
     "results": "scores of earlier evaluations",
-    "banks": "experts packed for composing many at once",
+    "banks": "packed experts of recipes with many experts",
     "runs": "training runs, learned coefficients, routers",
     "benchmarks": "environments of the benchmarks",
 }
 
 
-def usage(session: Session) -> dict[str, Any]:
-    """Measure the disk space by purpose and by expert.
+def measure_usage(session: Session) -> dict[str, Any]:
+    """Measure the disk space that the hub uses, by folder and by expert.
 
     Args:
         session: The registry and the store.
 
     Returns:
-        The bytes in total, per folder, and per stored expert: all of its files, and the files that
-        no other expert shares.
+        `root`, the root folder, and `bytes`, the total. `folders` lists the bytes and the purpose
+        of each folder. `experts` lists for each stored expert the bytes of all its files, and of
+        the files that no other expert has.
     """
     store = session.store
-    counted: set[tuple[int, int]] = set()  # what is an object, and in `hf` too, is one file
+    counted: set[tuple[int, int]] = set()  # A file in `hf` may be a hard link to an object.
     places = sorted(store.root.glob("*"), key=lambda path: (path.name != "objects", path.name))
-    sizes = {path.name: size_of(path, counted) for path in places if path.is_dir()}
+    sizes = {path.name: measure_size(path, counted) for path in places if path.is_dir()}
     folders = [
         {"folder": name, "bytes": size, "purpose": PURPOSES.get(name, "")}
         for name, size in sizes.items()
     ]
     manifests = {}
-    for expert in session.registry.experts():
-        identity = store.manifest(expert.digest)
+    for expert in session.registry.list_experts():
+        identity = store.find_identity(expert.digest)
         if identity is not None:
             manifests[expert.reference] = identity
     users: dict[str, set[str]] = {}
@@ -68,12 +69,21 @@ def usage(session: Session) -> dict[str, Any]:
     }
 
 
-def size_of(folder: Path, counted: set[tuple[int, int]] | None = None) -> int:
-    """The bytes of all files below a folder, links not followed; those counted already are left out."""
+def measure_size(folder: Path, counted: set[tuple[int, int]] | None = None) -> int:
+    """Sum the sizes of all files below a folder. Links are not followed.
+
+    Args:
+        folder: The folder.
+        counted: The device and inode of every file that was counted before. These files are
+            skipped, and the files of this folder are added.
+
+    Returns:
+        The sum in bytes.
+    """
     found, seen = 0, set() if counted is None else counted
     for place, _, names in os.walk(folder):
         for name in names:
-            with suppress(FileNotFoundError):  # gone at this moment
+            with suppress(FileNotFoundError):  # Another process removed it.
                 stat = Path(place, name).lstat()
                 if S_ISREG(stat.st_mode) and (stat.st_dev, stat.st_ino) not in seen:
                     seen.add((stat.st_dev, stat.st_ino))

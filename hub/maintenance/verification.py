@@ -1,4 +1,4 @@
-"""Checking everything that the hub keeps: every object hashed again, every entry followed."""
+"""Verification: hash every object again, and follow every entry to its files."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experthub.hub.bases.base_sources import damaged_files, fetch_again, folders_of
+from experthub.hub.bases.base_sources import fetch_again, list_damaged_files, list_package_folders
 from experthub.hub.errors import HubError, IntegrityError
 from experthub.hub.files.atomic import walk_files
 from experthub.hub.files.digests import sha256_of
-from experthub.hub.maintenance.kept import Kept, folders, texts
+from experthub.hub.maintenance.damage import DamagedItem, find_damaged_folders, find_damaged_texts
 from experthub.hub.recipes.lock_file import Lock
 from experthub.hub.registry.content import Content
 from experthub.hub.registry.registry import Registry
 from experthub.hub.session import Session
-from experthub.hub.store.roots import ARCHIVES, lock_files
+from experthub.hub.store.roots import ARCHIVES, list_lock_files
 from experthub.hub.store.store import Store
 from experthub.hub.transfer.pull import fetch
 
@@ -28,14 +29,21 @@ THREADS = 4
 
 @dataclass
 class Findings:
-    """What a check found.
+    """The result of a verification.
 
-    objects, bytes: checked.  damaged: objects whose content is not that of their name, with what
-    uses them.  incomplete: entries that were pulled and lack a file.  absent: entries that were
-    not pulled.  orphans: whole objects that no entry uses.  strangers: files that are no objects.
-    bases: damaged base models.  folders: damaged tasks, and folders that were fetched, with the
-    files in question.  texts: damaged entries and lock files.  repaired: what was damaged or
-    incomplete, and is whole again.  problems: why something could not be repaired.
+    Args:
+        objects: The number of objects that were hashed.
+        bytes: The sum of their sizes.
+        damaged: The damaged objects, each with the references of the experts that use it.
+        incomplete: The references of experts that were pulled and lack a file.
+        absent: The references of experts that were not pulled.
+        orphans: The intact objects that no entry uses.
+        strangers: The files in the folder of the objects that are not objects.
+        bases: The damaged bases, each with its damaged files.
+        folders: The damaged tasks, fetched folders and banks, each with its damaged files.
+        texts: The damaged registry entries and lock files.
+        repaired: The names from the fields above that were repaired.
+        problems: The reasons why repairs failed.
     """
 
     objects: int = 0
@@ -53,94 +61,99 @@ class Findings:
 
     @property
     def left(self) -> list[str]:
-        """What is damaged now."""
+        """The names of everything that is still damaged."""
         everything = [*self.damaged, *self.bases, *self.folders, *self.texts]
         return [name for name in everything if name not in self.repaired]
 
     @property
     def whole(self) -> bool:
-        """Whether everything that is here is what it should be, now."""
+        """Whether nothing is damaged any more."""
         return not self.left
 
     def record(self) -> dict[str, Any]:
+        """Return the findings as plain values.
+
+        Returns:
+            The fields by name, and `whole`.
+        """
         return asdict(self) | {"whole": self.whole}
 
 
 def verify(session: Session, file: Path | None = None, *, repair: bool = False) -> Findings:
-    """Hash everything that is kept, and follow every registry entry and every lock to its files.
+    """Hash everything that the hub stores, and follow every entry and every lock to its files.
 
     Args:
-        session: The store and the progress callback. The registries are read here, without the
+        session: The store and the progress callback. The registries are read anew, without the
             entries that cannot be read.
         file: A registry file besides the others.
-        repair: Fetch what is damaged or incomplete again, from the sources that entries and locks
-            name. What cannot be fetched stays as it is.
+        repair: Fetch damaged and missing content again from the sources that entries and locks name.
+            Content that cannot be fetched is left unchanged.
 
     Returns:
-        What was found, repaired and left.
+        What was found, what was repaired, and what is still damaged.
     """
     store, found = session.store, Findings()
     unreadable = _check_texts(store, found, repair)
     readable = Registry.read(file, without=unreadable)
     session = Session(readable, store, session.device, session.report)
-    wrong = _damaged_objects(session, found)
-    broken = _follow(_contents(session), wrong, store, found)
+    wrong = _hash_objects(session, found)
+    broken = _follow_contents(_collect_contents(session), wrong, store, found)
     _check_bases(session, found, repair)
     _check_folders(session, found, repair)
     if repair:
-        _repair(wrong, broken, session, found)
+        _repair_objects(wrong, broken, session, found)
     return found
 
 
 def _check_texts(store: Store, found: Findings, repair: bool) -> set[Path]:
-    """Read every entry, every lock file, and what says where they are; the paths that are damaged."""
+    """Check every entry and every lock file; return the paths of those that cannot be read."""
     unreadable = set()
-    for text in texts(store.root):
+    for text in find_damaged_texts(store.root):
         found.texts.append(text.name)
-        if not (repair and _repaired(text, found)):
+        if not (repair and _try_repair(text, found)):
             unreadable.add(text.path)
     return unreadable
 
 
 def _check_folders(session: Session, found: Findings, repair: bool) -> None:
-    """Hash the files of every task, and of every folder that was fetched from a model hub."""
-    for folder in folders(session.store.root, session.report):
+    """Hash the files of every task, fetched folder and bank."""
+    for folder in find_damaged_folders(session.store.root, session.report):
         found.folders[folder.name] = folder.wrong
         if repair:
-            _repaired(folder, found)
+            _try_repair(folder, found)
 
 
-def _repaired(kept: Kept, found: Findings) -> bool:
+def _try_repair(item: DamagedItem, found: Findings) -> bool:
+    """Repair an item, and tell whether that succeeded."""
     try:
-        kept.mend()
+        item.repair()
     except HubError as error:
-        found.problems.append(f"{kept.name}: {error.message}")
+        found.problems.append(f"{item.name}: {error.message}")
         return False
-    found.repaired.append(kept.name)
+    found.repaired.append(item.name)
     return True
 
 
-def _contents(session: Session) -> dict[str, Content]:
-    """Collect the contents that entries and locks name, by digest; the nearest entry counts."""
-
+def _collect_contents(session: Session) -> dict[str, Content]:
+    """Collect the contents that entries and locks name, by digest. The nearest entry wins."""
     known: dict[str, Content] = {}
-    for lock in lock_files(session.store.root):
-        with suppress(HubError):  # that it is damaged is said elsewhere
+    for lock in list_lock_files(session.store.root):
+        with suppress(HubError):  # `_check_texts` reports it.
             known |= {member.digest: member.content for member in Lock.read(lock).members}
     for layer in reversed(session.registry.layers):
-        known |= {expert.digest: Content.of(expert) for expert in layer.content.experts}
+        known |= {expert.digest: Content.from_expert(expert) for expert in layer.content.experts}
     return known
 
 
-def _follow(
+def _follow_contents(
     known: Mapping[str, Content], wrong: set[str], store: Store, found: Findings
 ) -> list[Content]:
-    """Follow contents to their objects; those that are not whole."""
+    """Follow contents to their objects, and return the contents with damaged or missing objects."""
     used: set[str] = set()
     broken: list[Content] = []
     for content in sorted(known.values(), key=lambda c: c.reference):
         own = content.digest.removeprefix("sha256:")
-        identity = None if own in wrong else store.manifest(content.digest)
+        identity = None if own in wrong else store.find_identity(content.digest)
         objects = identity.objects if identity else {own}
         used |= objects
         for sha256 in sorted(objects & wrong):
@@ -152,18 +165,18 @@ def _follow(
         elif not all(sha256 in store for sha256 in objects):
             found.incomplete.append(content.reference)
             broken.append(content)
-    found.orphans = sorted(set(store.objects()) - used - wrong - ARCHIVES)
+    found.orphans = sorted(set(store.list_objects()) - used - wrong - ARCHIVES)
     return broken
 
 
-def _damaged_objects(session: Session, found: Findings) -> set[str]:
+def _hash_objects(session: Session, found: Findings) -> set[str]:
     """Hash all objects, several at a time, and return the sha256 of the damaged ones."""
     store = session.store
-    objects = store.objects()
-    sizes = {sha256: _size(path) for sha256, path in objects.items()}
+    objects = store.list_objects()
+    sizes = {sha256: _measure_size(path) for sha256, path in objects.items()}
     total, done = sum(sizes.values()), 0
     with ThreadPoolExecutor(THREADS) as pool:
-        for sha256, now in zip(objects, pool.map(_hash, objects.values()), strict=True):
+        for sha256, now in zip(objects, pool.map(_hash_file, objects.values()), strict=True):
             done += sizes[sha256]
             session.report("hashing objects", done, total)
             if now != sha256 and objects[sha256].is_file():
@@ -175,15 +188,15 @@ def _damaged_objects(session: Session, found: Findings) -> set[str]:
     return set(found.damaged)
 
 
-def _size(path: Path) -> int:
-    """The bytes of a file; none when it was collected at this moment."""
+def _measure_size(path: Path) -> int:
+    """Return the size of a file in bytes, or 0 if another process moved it to the trash."""
     with suppress(FileNotFoundError):
         return path.stat().st_size
     return 0
 
 
-def _hash(path: Path) -> str | None:
-    """The sha256 of a file; None for one that cannot be read."""
+def _hash_file(path: Path) -> str | None:
+    """Return the sha256 of a file, or None if it cannot be read."""
     try:
         return sha256_of(path)
     except OSError:
@@ -192,50 +205,59 @@ def _hash(path: Path) -> str | None:
 
 def _check_bases(session: Session, found: Findings, repair: bool) -> None:
     """Hash the files of every base that was fetched."""
-    for name, entry in session.registry.bases().items():
-        for folder in folders_of(name, entry):
+    for name, entry in session.registry.list_bases().items():
+        for folder in list_package_folders(name, entry):
             session.report(f"hashing the base {name}", 0, 0)
-            wrong = damaged_files(folder, entry.fingerprint)
+            wrong = list_damaged_files(folder, entry.fingerprint)
             if not wrong:
                 continue
             found.bases[name] = wrong
             if repair:
-                try:
-                    fetch_again(name, entry, folder, session.report)
-                except HubError as error:
-                    found.problems.append(f"{name}: {error.message}")
-                else:
-                    found.repaired.append(name)
+                again = partial(fetch_again, name, entry, folder, session.report)
+                _try_repair(DamagedItem(folder, name, again), found)
 
 
-def _repair(wrong: set[str], broken: list[Content], session: Session, found: Findings) -> None:
-    """Replace damaged and missing objects with the content of their sources."""
+def _repair_objects(
+    wrong: set[str], broken: list[Content], session: Session, found: Findings
+) -> None:
+    """Replace damaged and missing objects with content from their sources."""
     store = session.store
     whole: set[str] = set()
     for content in broken:
         try:
             fetch(content, session, frozenset(wrong - whole))
-            whole |= store.identity(content.digest).objects
+            whole |= store.read_identity(content.digest).objects
             if content.reference in found.incomplete:
                 found.repaired.append(content.reference)
         except HubError as error:
             found.problems.append(f"{content.reference}: {error.message}")
-    for sha256 in sorted(wrong & ARCHIVES):  # an archive comes back when it is needed
+    for sha256 in sorted(wrong & ARCHIVES):  # It is downloaded again when it is needed.
         store.path(sha256).unlink(missing_ok=True)
     found.repaired += sorted(wrong & (whole | ARCHIVES))
     for sha256 in sorted(wrong - whole - ARCHIVES):
         if not found.damaged[sha256]:
-            found.problems.append(f"{sha256[:12]}: nothing says where it came from")
+            found.problems.append(f"{sha256[:12]}: its source is not known")
 
 
-def check(found: Findings) -> None:
-    """Raise IntegrityError when something here is not what it should be."""
+def raise_if_damaged(found: Findings) -> None:
+    """Raise an error if something is still damaged.
+
+    Args:
+        found: The result of a verification.
+
+    Raises:
+        IntegrityError: Something is damaged. The message names the first five items.
+    """
     if left := found.left:
         raise IntegrityError(
-            f"{len(left)} damaged: {', '.join(_short(name) for name in left[:5])}",
-            "; ".join(found.problems) or "run hub verify --repair",
+            f"{len(left)} damaged: {', '.join(_shorten(name) for name in left[:5])}"
+            + "".join(f"; {problem}" for problem in found.problems),
+            "fix these problems, and run hub verify --repair again"
+            if found.problems
+            else "run hub verify --repair",
         )
 
 
-def _short(name: str) -> str:
+def _shorten(name: str) -> str:
+    """Shorten a sha256 to 12 digits; return any other name unchanged."""
     return name[:12] if re.fullmatch("[0-9a-f]{64}", name) else name

@@ -1,1 +1,1 @@
-"""What methods may ask for when they prepare their state: data, texts, activations, logits."""
+"""Materials from which methods prepare their state: data, texts, activations, logits."""

@@ -22,7 +22,7 @@ def minimize(
         loss: The function to minimise.
         start: The first point.
         bound: The largest absolute value of a coordinate.
-        evaluations: How often the loss may be computed, at least 1.
+        evaluations: The largest number of evaluations of the loss, at least 1.
         seed: The seed of the search.
 
     Returns:
@@ -60,6 +60,6 @@ def minimize(
 def _search_line(
     loss: Callable[[Sequence[float]], float], bound: float, evaluations: int
 ) -> list[float]:
-    """Try even steps, zero among them: CMA-ES needs two dimensions."""
+    """Evaluate a grid that includes zero, because CMA-ES needs at least two dimensions."""
     points = torch.linspace(-bound, bound, max(evaluations - 1, 2)).tolist()
     return min(([x] for x in [0.0, *points]), key=loss)

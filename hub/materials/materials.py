@@ -7,15 +7,15 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from experthub.hub.materials.merge_materials import open_merge_materials
-from experthub.hub.materials.router_materials import RouterMaterials
+from experthub.hub.materials.router_materials import PlanMaterials
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.session import Session
 
 
 @contextmanager
-def _open_router_materials(plan: Plan, session: Session) -> Iterator[RouterMaterials]:
-    """Offer what a router may ask for."""
-    yield RouterMaterials(plan, session)
+def _open_router_materials(plan: Plan, session: Session) -> Iterator[PlanMaterials]:
+    """Offer the materials of a router."""
+    yield PlanMaterials(plan, session)
 
 
 KINDS: Mapping[str, Callable[[Plan, Session], AbstractContextManager[Any]]] = {
@@ -25,13 +25,13 @@ KINDS: Mapping[str, Callable[[Plan, Session], AbstractContextManager[Any]]] = {
 
 
 def open_materials(plan: Plan, session: Session) -> AbstractContextManager[Any]:
-    """Offer what a plan's method may ask for when it prepares its state.
+    """Offer the materials from which a plan's method prepares its state.
 
     Args:
         plan: A plan of one method.
         session: The store, the registry, the device and the progress callback.
 
     Returns:
-        A context manager whose value is `merge.Materials` or `routing.Materials`.
+        A context manager whose value is `merge.MergeMaterials` or `routing.RouterMaterials`.
     """
     return KINDS[plan.recipe.method.kind](plan, session)

@@ -1,4 +1,4 @@
-"""What a router may ask for when it prepares its state: texts, activations, logits, a trainable model.
+"""The materials from which a router prepares its state, read from a plan and its data.
 
 Shapes: N examples, C choices, T tokens, I inputs of a module, H hidden features.
 """
@@ -11,10 +11,10 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from experthub.hub.bases.base import load_model
+from experthub.hub.bases.loading import load_model
 from experthub.hub.composition.assembly import assemble
 from experthub.hub.errors import UsageError
-from experthub.hub.materials.embedder import Embedder
+from experthub.hub.materials.sentence_encoder import SentenceEncoder
 from experthub.hub.materials.task_data import TaskData
 from experthub.hub.readers.features import watch_inputs
 from experthub.hub.readers.reader import Reader, read_all
@@ -28,10 +28,17 @@ from experthub.routing import RoutedLinear, State, uniform
 from torch import Tensor
 
 
-class RouterMaterials:
-    """What a router may ask for; see `experthub.routing.Materials`.
+class PlanMaterials:
+    """The materials of a plan's router, which implement `experthub.routing.RouterMaterials`.
 
     Models are loaded and composed when they are first asked for.
+
+    Args:
+        plan: A plan with one route.
+        session: The store, the registry, the device and the progress callback.
+
+    Raises:
+        UsageError: The recipe has no data.
     """
 
     def __init__(self, plan: Plan, session: Session) -> None:
@@ -51,24 +58,26 @@ class RouterMaterials:
 
     @cached_property
     def _model(self) -> Any:
+        """The base in float32."""
         return load_model(self.plan.base, "float32", self.session.device)
 
     @cached_property
     def _reader(self) -> Reader:
+        """The reader of the base."""
         return reader_for(self.plan.base, self.session.device, lambda: self._model)
 
     def place(self, tensor: Tensor) -> Tensor:
-        """Put a tensor on the device of the model.
+        """Move a tensor to the device of the model.
 
         Args:
             tensor: Any tensor.
 
         Returns:
-            The tensor there.
+            The tensor on that device.
         """
         return tensor.to(self._model.device)
 
-    def load_embedder(self, name: str) -> Embedder:
+    def load_embedder(self, name: str) -> SentenceEncoder:
         """Load a sentence encoder.
 
         Args:
@@ -78,41 +87,42 @@ class RouterMaterials:
             The encoder.
 
         Raises:
-            UsageError: The base is no sentence encoder.
+            UsageError: The base is not a sentence encoder.
         """
-        return Embedder.load(name, self.session)
+        return SentenceEncoder.load(name, self.session)
 
     def read_texts(self, expert: int) -> list[str]:
-        """Return what the model will read of examples of an expert's own tasks.
+        """Return the texts of examples of an expert's own tasks.
 
         Args:
             expert: The position of the expert in the recipe.
 
         Returns:
-            Prompts for a language model, inputs for another base.
+            The prompts for a causal language model, and the inputs for another base.
         """
-        own = self._own_tasks(expert)
-        if self.plan.base.causal:
+        own = self._select_own_tasks(expert)
+        if self.plan.base.is_causal:
             return [one.task.prompt(example) for one in own for example in one.examples]
         return [example.input for one in own for example in one.examples]
 
     @torch.no_grad()
     def read_activations(self, expert: int, see: Callable[[str, Tensor], None]) -> None:
-        """Let one expert alone read examples of its own tasks.
+        """Run one expert alone on examples of its own tasks, and pass on its modules' inputs.
 
         Args:
             expert: The position of the expert in the recipe.
-            see: Called with the path of a routed module and its inputs `[T, I]`, without padding.
+            see: A function that is called with the path of a routed module and its inputs `[T, I]`,
+                without padding, for every batch.
         """
         model = self._compose_alone(expert)
         routed = {n: m for n, m in model.named_modules() if isinstance(m, RoutedLinear)}
         with watch_inputs(routed, self._reader, see):
-            for one in self._own_tasks(expert):
+            for one in self._select_own_tasks(expert):
                 self._read(model, one)
 
     @torch.no_grad()
     def read_logits(self, expert: int) -> list[Tensor]:
-        """Let one expert alone read the recipe's data.
+        """Compute the logits of one expert alone on the recipe's data.
 
         Args:
             expert: The position of the expert in the recipe.
@@ -124,15 +134,15 @@ class RouterMaterials:
         return [self._read(model, one) for one in self.given]
 
     def read_answers(self) -> list[Tensor]:
-        """Return the right choices `[N]` of the recipe's data.
+        """Return the right choices of the recipe's data.
 
         Returns:
-            One tensor for each task.
+            Positions among the choices `[N]` for each task.
         """
         return [torch.tensor(one.labels) for one in self.given]
 
     def compose(self, state: Mapping[str, Tensor]) -> TaskData:
-        """Compose the recipe with a state in the place of a prepared one.
+        """Compose the recipe with the given tensors as the router's state.
 
         Args:
             state: Tensors by name, on the model's device; gradients flow to them.
@@ -144,13 +154,13 @@ class RouterMaterials:
         composed = assemble(plan, self.session, State(state), model=self._model)
         return TaskData(composed.model, self._reader, self.given, labelled=True)
 
-    def _own_tasks(self, expert: int) -> Sequence[Chosen]:
+    def _select_own_tasks(self, expert: int) -> Sequence[Chosen]:
         """Return the examples of the tasks that an expert was trained on."""
         tasks = {member.task for member in self.plan.experts[expert].members}
         return [one for one in self.given if one.task.reference in tasks]
 
     def _compose_alone(self, expert: int) -> Any:
-        """Compose one expert, with the weight 1 and no router that chooses."""
+        """Compose the model of one expert alone, with the weight 1."""
         planned = self.plan.experts[expert]
         route = Method(kind="route", method=uniform.__name__)
         update = {"route": route, "data": None, "router": None}

@@ -1,4 +1,4 @@
-"""A recipe's data as a learned merge sees it.
+"""The data of a recipe, as methods that learn see it.
 
 Shapes: N inputs, C choices.
 """
@@ -15,10 +15,16 @@ from torch import Tensor
 
 
 class TaskData:
-    """Inputs of tasks, and a model that reads them; see `merge.Data`.
+    """Inputs of tasks and a model that reads them, which implement `experthub.merge.Data`.
 
-    Labels are handed over only where the recipe allows it and the method asks: nothing else of
-    the right answers is kept.
+    The labels are the only trace of the right answers, and are None unless the method needs them.
+
+    Args:
+        model: The model that computes logits.
+        reader: The reader of the base.
+        chosen: The tasks with the chosen examples.
+        labelled: Whether the method may see the labels.
+        held_out: Other examples of the same tasks, on which early stopping is decided.
     """
 
     def __init__(
@@ -42,10 +48,23 @@ class TaskData:
 
     @property
     def real(self) -> Tensor | None:
+        """A mask of the positions of the current batch that are not padding; None means all."""
         return self.reader.real
 
     def logits(self, rows: Sequence[Tensor], view: int = 0) -> list[Tensor]:
-        """All tasks in one go, like lengths together: padding is small, and one backward is enough."""
+        """Compute the logits of some inputs of each task.
+
+        All tasks are read together, sorted by length, so that there is little padding and one
+        backward pass is enough.
+
+        Args:
+            rows: One tensor of input numbers per task; it may be empty.
+            view: 0 reads the inputs as they are. Another number reads a random variation of them,
+                which depends on this number and on the input alone.
+
+        Returns:
+            Logits `[len(rows[t]), C]` per task `t`.
+        """
         picked = [
             own[i] if view == 0 else own[i].vary(view)
             for own, chosen in zip(self.rows, rows, strict=True)

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from experthub.hub.bases.base import Base, load_tokenizer
+from experthub.hub.bases.base import Base
+from experthub.hub.bases.loading import load_tokenizer
 from experthub.hub.errors import UsageError
 from experthub.hub.files.json_files import read_json
 from experthub.hub.readers.reader import Reader, pad, read_all
@@ -40,12 +41,12 @@ class Features:
             UsageError: The base is of another kind.
         """
         config = read_json(base.folder / "config.json")
-        if config.get("is_encoder_decoder") or not (base.causal or base.encoder):
+        if config.get("is_encoder_decoder") or not (base.is_causal or base.is_encoder):
             raise UsageError(
                 f"{base.name} is a {base.architecture}, which gives no features of a text's tokens",
                 "use a language model or a sentence encoder",
             )
-        self.causal, self.tokenizer = base.causal, load_tokenizer(base)
+        self.causal, self.tokenizer = base.is_causal, load_tokenizer(base)
         self.real: Tensor | None = None
 
     def question(self, task: Task, example: Example) -> Question:

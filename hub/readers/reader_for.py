@@ -6,7 +6,8 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from experthub.hub.bases.base import Base, load_model, load_tokenizer
+from experthub.hub.bases.base import Base
+from experthub.hub.bases.loading import load_model, load_tokenizer
 from experthub.hub.errors import UsageError
 from experthub.hub.files.json_files import read_json
 from experthub.hub.readers.images import Clip, ImageClassifier, Preparation
@@ -39,13 +40,13 @@ def reader_for(base: Base, device: str | None, loaded: Callable[[], Any] | None 
     if kind == "CLIPModel":
         side = int(config.get("vision_config", {}).get("image_size", 224))
         return Clip(Preparation.of(base.folder, side), load_tokenizer(base), loaded)
-    if base.causal:
+    if base.is_causal:
         return LanguageModel(load_tokenizer(base))
     if kind.endswith("ForConditionalGeneration") and config.get("is_encoder_decoder"):
         return Seq2Seq(load_tokenizer(base))
     if kind.endswith("ForSequenceClassification"):
         return TextClassifier(load_tokenizer(base), _labels(config))
-    if base.encoder:
+    if base.is_encoder:
         return Encoder(Similarity(loaded, load_tokenizer(base)))
     raise UsageError(
         f"{base.name} is a {kind}, which cannot score choices",

@@ -8,7 +8,7 @@ from functools import cached_property
 from experthub.hub.errors import HubError, UsageError, explain_errors
 from experthub.hub.files.patterns import limit_matching_time
 from experthub.hub.recipes.method import Method
-from experthub.hub.recipes.plan import Member, PlannedExpert
+from experthub.hub.recipes.planned_experts import Member, PlannedExpert
 from experthub.hub.recipes.recipe import Recipe
 from experthub.merge import Outline
 from experthub.routing import routers

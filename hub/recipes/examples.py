@@ -9,7 +9,7 @@ from typing import Any
 
 from experthub.hub.errors import HubError, UsageError
 from experthub.hub.files.digests import digest_of
-from experthub.hub.recipes.recipe import DataUse
+from experthub.hub.recipes.entries import DataUse
 from experthub.hub.tasks.task import Chosen, Example, Split, Task
 from experthub.hub.tasks.task_files import read_task
 

@@ -10,11 +10,12 @@ from typing import Literal
 from experthub.hub.errors import ConflictError, NotFoundError, UsageError
 from experthub.hub.files import yaml_files
 from experthub.hub.files.digests import digest_of
+from experthub.hub.recipes.entries import DataUse, ExpertUse
 from experthub.hub.recipes.examples import PlannedData
 from experthub.hub.recipes.lock_file import SUFFIX, Lock, LockedExpert, LockedTask, lock_path
 from experthub.hub.recipes.method import record_kernels
 from experthub.hub.recipes.plan import Plan
-from experthub.hub.recipes.recipe import DataUse, ExpertUse, Recipe
+from experthub.hub.recipes.recipe import Recipe
 from experthub.hub.recipes.resolution import find_content, resolve
 from experthub.hub.registry.content import Content
 from experthub.hub.registry.expert import Reference
@@ -157,7 +158,7 @@ def _as_known(content: Content, registry: Registry, path: Path) -> Content:
     reference = Reference.parse(content.reference)
     if not reference.name:
         return content
-    known = Content.of(registry.expert(reference))
+    known = Content.from_expert(registry.find_expert(reference))
     if known.digest != content.digest:
         raise ConflictError(
             f"{content.reference} is {known.digest[:19]} now, and the lock of {path} says "

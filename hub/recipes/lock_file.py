@@ -13,10 +13,10 @@ from experthub.hub.files.yaml_files import Closed
 from experthub.hub.formats.records import Digest
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.registry.content import Content
-from experthub.hub.registry.expert import absolute_source, relative_source
+from experthub.hub.registry.expert import make_source_absolute, make_source_relative
 from experthub.hub.registry.registry_file import HEX
-from experthub.hub.store.leases import lease
-from experthub.hub.store.roots import remember
+from experthub.hub.store.leases import hold_lease
+from experthub.hub.store.roots import remember_lock
 from pydantic import Field, StringConstraints
 
 SUFFIX = ".lock.yaml"
@@ -121,7 +121,7 @@ class Lock(Closed):
         if not path.is_file():
             raise NotFoundError(f"there is no lock {path}", "make it with hub lock")
         lock = yaml_files.validate(cls, yaml_files.read(path), "docs/recipes.md")
-        return lock._map_sources(lambda source: absolute_source(source, path.resolve().parent))
+        return lock._map_sources(lambda source: make_source_absolute(source, path.resolve().parent))
 
     @classmethod
     def of(cls, plan: Plan, recipe: str) -> Lock:
@@ -144,9 +144,9 @@ class Lock(Closed):
         Args:
             path: The file.
         """
-        near = self._map_sources(lambda source: relative_source(source, path.resolve().parent))
-        with lease(hub_home()):  # so that nothing is collected between the two
-            remember(path)
+        near = self._map_sources(lambda source: make_source_relative(source, path.resolve().parent))
+        with hold_lease(hub_home()):  # so that nothing is collected between the two
+            remember_lock(path)
             checksummed_text.write(path, yaml_files.dump(near.record()))
 
     def record(self) -> dict[str, Any]:

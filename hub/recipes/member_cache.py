@@ -21,7 +21,7 @@ from experthub.hub.files.json_files import read_json
 from experthub.hub.formats.adapter import Adapted
 from experthub.hub.kinds import Footprint, kinds
 from experthub.hub.kinds.lora import LORA
-from experthub.hub.recipes.plan import Member
+from experthub.hub.recipes.planned_experts import Member
 from experthub.hub.registry.content import Content
 
 VERSION = 1

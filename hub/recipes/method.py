@@ -34,7 +34,7 @@ class Method(Closed):
         """The catalogue's entry."""
         return _catalogue(self.kind)[self.method]
 
-    def with_role(self, role: Role) -> dict[str, Any]:
+    def find_options(self, role: Role) -> dict[str, Any]:
         """Return the options that have a role.
 
         Args:
@@ -43,21 +43,21 @@ class Method(Closed):
         Returns:
             Option name -> value.
         """
-        return {name: self.options.get(name) for name in self.strategy.with_role(role)}
+        return {name: self.options.get(name) for name in self.strategy.find_options(role)}
 
     @property
     def task(self) -> str | None:
         """The one task that the options fix for every input, if the method has such an option."""
         from experthub.merge import TaskName
 
-        return next(iter(self.with_role(TaskName).values()), None)
+        return next(iter(self.find_options(TaskName).values()), None)
 
     @property
     def examples_per_task(self) -> int | None:
         """The number of examples of each of the experts' own tasks that the method sees; None means all."""
         from experthub.merge import ExamplesPerTask
 
-        return next(iter(self.with_role(ExamplesPerTask).values()), None)
+        return next(iter(self.find_options(ExamplesPerTask).values()), None)
 
     def set_seed(self, seed: int) -> None:
         """Set the options that take the recipe's seed, unless the recipe sets them.
@@ -67,7 +67,7 @@ class Method(Closed):
         """
         from experthub.merge import RecipeSeed
 
-        for name in self.strategy.with_role(RecipeSeed):
+        for name in self.strategy.find_options(RecipeSeed):
             self.options.setdefault(name, seed)
 
     def record(self) -> dict[str, Any]:
@@ -81,7 +81,7 @@ class Method(Closed):
         """
         from experthub.merge import LateOption
 
-        late = self.strategy.with_role(LateOption)
+        late = self.strategy.find_options(LateOption)
         options = {
             name: value
             for name, value in self.options.items()
@@ -89,9 +89,9 @@ class Method(Closed):
         }
         mixing: dict[str, str] = {"combine": self.combine} if self.kind == "route" else {}
         if self.kernel != "auto":
-            from experthub.routing import recorded_kernel
+            from experthub.routing import find_recorded_name
 
-            mixing["kernel"] = recorded_kernel(self.kernel)
+            mixing["kernel"] = find_recorded_name(self.kernel)
         return {"method": self.method, **mixing, **options}
 
 
@@ -143,9 +143,9 @@ def record_kernels(recipe: Any) -> Any:
         return recipe
     found, route, parts = dict(recipe), recipe.get("route"), recipe.get("parts")
     if isinstance(route, dict) and isinstance(route.get("kernel"), str):
-        from experthub.routing import recorded_kernel
+        from experthub.routing import find_recorded_name
 
-        found["route"] = {**route, "kernel": recorded_kernel(route["kernel"])}
+        found["route"] = {**route, "kernel": find_recorded_name(route["kernel"])}
     if isinstance(parts, list):
         found["parts"] = [record_kernels(part) for part in parts]
     return found
@@ -203,6 +203,6 @@ def read_method(kind: Literal["merge", "route"], value: Any) -> Method | None:
     except ValueError as error:
         key = next((k for k in given if repr(k) in str(error)), "method")
         raise error_at(f"{name}: {error}", key, f"see hub methods {name}") from None
-    for seed in set(strategy.with_role(RecipeSeed)) - set(given):
+    for seed in set(strategy.find_options(RecipeSeed)) - set(given):
         del options[seed]  # the recipe's own seed is the default, and is not known here
     return Method(kind=kind, method=name, combine=combine, kernel=kernel, options=options)

@@ -3,130 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from experthub.hub.bases.base import Base
 from experthub.hub.files.digests import digest_of
-from experthub.hub.formats.adapter import Adapted
-from experthub.hub.kinds import Footprint, kinds
 from experthub.hub.recipes.examples import PlannedData
-from experthub.hub.recipes.method import Method
+from experthub.hub.recipes.planned_experts import Member, PlannedExpert
 from experthub.hub.recipes.recipe import Recipe
 from experthub.hub.registry.content import Content
-
-LARGE = 100_000_000  # bytes of experts, from which on mapping a bank is faster than stacking them
-
-
-@dataclass(frozen=True)
-class Member:
-    """A stored expert of a plan: its content, its kind, and what it changes of the base.
-
-    Attributes:
-        content: The content in the store.
-        kind: The name of its kind.
-        weight: Its factor within its expert.
-        size: The bytes of its files.
-        footprint: What it changes.
-    """
-
-    content: Content
-    kind: str
-    weight: float
-    size: int
-    footprint: Footprint
-
-    @property
-    def reference(self) -> str:
-        """The name by which the recipe calls the expert."""
-        return self.content.reference
-
-    @property
-    def digest(self) -> str:
-        """The digest of its content."""
-        return self.content.digest
-
-    @property
-    def task(self) -> str | None:
-        """The task that it was trained on, if it says so."""
-        return self.content.task
-
-    @property
-    def changes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every parameter that it changes."""
-        return self.footprint.shapes
-
-    @property
-    def adapted(self) -> tuple[Adapted, ...]:
-        """How it changes modules, for a low-rank change."""
-        return self.footprint.adapted
-
-    @property
-    def gated(self) -> frozenset[str]:
-        """The modules that have a gate."""
-        return self.footprint.gated
-
-    @property
-    def skill_tasks(self) -> tuple[str, ...]:
-        """The tasks that an inventory of skills knows."""
-        return self.footprint.skill_tasks
-
-
-def is_large(members: Sequence[Member]) -> bool:
-    """Tell whether a bank is faster than stacking these experts.
-
-    Args:
-        members: The stored experts of a plan.
-
-    Returns:
-        True if their files are large.
-    """
-    return sum(member.size for member in members) >= LARGE
-
-
-@dataclass(frozen=True)
-class PlannedExpert:
-    """An expert of the recipe: a stored one, or a merge of several.
-
-    Attributes:
-        label: Its name in reports.
-        weight: The factor of its change.
-        members: The stored experts that it is made of.
-        merge: The merge, if it is one.
-        rank: The rank that the merge is truncated to.
-    """
-
-    label: str
-    weight: float
-    members: tuple[Member, ...]
-    merge: Method | None = None
-    rank: int | None = None
-
-    @property
-    def changes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every parameter that the expert changes."""
-        return {name: shape for member in self.members for name, shape in member.changes.items()}
-
-    @property
-    def digest(self) -> str:
-        """The digest of the expert's content, or of everything that a merge is made of."""
-        return self.members[0].digest if self.merge is None else digest_of(self.content)
-
-    @property
-    def content(self) -> list[Any]:
-        """Everything that decides its weights."""
-        members = [(member.digest, member.weight) for member in self.members]
-        return [members, self.weight, self.rank, self.merge and self.merge.record()]
-
-    @property
-    def low_rank(self) -> bool:
-        """True if every change is low-rank."""
-        if self.rank is not None:
-            return True
-        dense = self.merge is not None and self.merge.strategy.traits.dense
-        return not dense and all(kinds[m.kind].low_rank for m in self.members)
 
 
 @dataclass(frozen=True)

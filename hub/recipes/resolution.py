@@ -14,17 +14,19 @@ from experthub.hub.errors import HubError, IntegrityError, UsageError
 from experthub.hub.files.patterns import limit_matching_time
 from experthub.hub.kinds import StoredExpert, kinds
 from experthub.hub.recipes.compatibility import check_apart, check_method
+from experthub.hub.recipes.entries import DataUse, ExpertUse, NestedMerge, members_of
 from experthub.hub.recipes.examples import PlannedData
 from experthub.hub.recipes.member_cache import MemberCache
-from experthub.hub.recipes.plan import Member, Plan, PlannedExpert, is_large
-from experthub.hub.recipes.recipe import DataUse, ExpertUse, NestedMerge, Recipe, members_of
+from experthub.hub.recipes.plan import Plan
+from experthub.hub.recipes.planned_experts import Member, PlannedExpert, is_large
+from experthub.hub.recipes.recipe import Recipe
 from experthub.hub.registry.content import Content
-from experthub.hub.registry.expert import Identity, Reference, absolute_source
+from experthub.hub.registry.expert import Identity, Reference, make_source_absolute
 from experthub.hub.session import Session
-from experthub.hub.store.folder import stated_in
+from experthub.hub.store.folder import read_description
 from experthub.hub.transfer.pull import pull
-from experthub.hub.transfer.sources import opened
-from experthub.routing import current_kernel
+from experthub.hub.transfer.sources import open_source
+from experthub.routing import parse_kernel
 
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "F32": 4, "BF16": 2, "F16": 2}
 
@@ -96,8 +98,8 @@ def _note_renamed(recipe: Recipe, session: Session) -> None:
     """Report kernels that the recipe calls by an earlier name."""
     spelled = {method.kernel for method in recipe.methods} - {"auto"}
     if spelled:
-        for name in sorted(spelled - {*map(current_kernel, spelled)}):
-            session.report(f"note: kernel: {name} is now called {current_kernel(name)}", 0, 0)
+        for name in sorted(spelled - {*map(parse_kernel, spelled)}):
+            session.report(f"note: kernel: {name} is now called {parse_kernel(name)}", 0, 0)
 
 
 def _check_found(content: Content, identity: Identity, recipe: Recipe) -> None:
@@ -145,11 +147,11 @@ def find_content(use: ExpertUse, session: Session) -> Content:
     """
     reference = Reference.parse(use.expert)
     if reference.name:
-        return Content.of(session.registry.expert(reference))
-    with opened(use.expert, Path.cwd(), session.report) as (folder, hashed):
+        return Content.from_expert(session.registry.find_expert(reference))
+    with open_source(use.expert, Path.cwd(), session.report) as (folder, hashed):
         digest, _ = session.store.add(folder, hashed=hashed)
-        task = stated_in(folder).get("task")
-    source = absolute_source(use.expert, Path.cwd())
+        task = read_description(folder).get("task")
+    source = make_source_absolute(use.expert, Path.cwd())
     return Content(use.expert, digest, (source,), task if isinstance(task, str) else None)
 
 
@@ -197,7 +199,7 @@ class _Stock:
             digests,
             self.base,
             locate=lambda name: self.session.store.path(digests[name]),
-            verified=lambda name: self.session.store.checked(digests[name]),
+            verify=lambda name: self.session.store.verify_object(digests[name]),
             memo=self.memo,
         )
         size = sum(info.size for info in identity.files.values())

@@ -1,4 +1,4 @@
-"""The content of an expert: its digest, and where it can be fetched from."""
+"""The content of an expert: its digest, and the sources to fetch it from."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from experthub.hub.registry.expert import Expert
 
 @dataclass(frozen=True)
 class Content:
-    """The content of an expert, and where to get it.
+    """A stored or fetchable expert, identified by its digest.
 
     Args:
-        reference: What messages and locks call the expert: `name@version`, or its source.
+        reference: The name in messages and locks: `name@version`, or the source of an expert that
+            no registry has.
         digest: The digest of the content.
-        sources: Where it can be fetched from, in the order in which they are tried.
-        task: The task that the expert was trained on.
+        sources: The sources, in the order in which they are tried.
+        task: The task that the expert was trained on, or None if it is unknown.
     """
 
     reference: str
@@ -24,13 +25,13 @@ class Content:
     task: str | None
 
     @classmethod
-    def of(cls, expert: Expert) -> Content:
-        """Return the content of a registry's entry.
+    def from_expert(cls, expert: Expert) -> Content:
+        """Return the content of a registry entry.
 
         Args:
             expert: The entry.
 
         Returns:
-            The content.
+            The content, with the sources and the task of the entry.
         """
         return cls(expert.reference, expert.digest, tuple(expert.sources), expert.task)

@@ -1,4 +1,4 @@
-"""Writing entries: registering experts, and removing them from the user's own registry."""
+"""Writing registry entries: register experts, and remove them from the user's own registry."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from experthub.hub.registry.layers import entry_path
 from experthub.hub.registry.registry_file import RegistryFile, format_file, read_file
 
 
-def _changing() -> AbstractContextManager[None]:
-    """Let one process at a time change registries."""
+def _lock_registries() -> AbstractContextManager[None]:
+    """Hold the lock that lets one process at a time change registries."""
     return hold_lock(hub_home() / "locks" / "registry")
 
 
 def register(expert: Expert, file: Path | None = None) -> Path:
-    """Write an entry. If it is there already, nothing changes.
+    """Write an entry to a registry file. An entry that is there already is not written again.
 
     Args:
         expert: The entry.
-        file: The registry file. The default is the user's own registry.
+        file: The registry file. The default is the entry's own file in the user's registry.
 
     Returns:
         The file that holds the entry.
 
     Raises:
-        ConflictError: The name and version have other content there.
-        UsageError: The file would be too long to be read.
+        ConflictError: The name and version are registered there with other content.
+        UsageError: The file would be too long to be read again.
     """
     path = file or entry_path(expert)
-    with _changing():
+    with _lock_registries():
         return _register(expert, path, checksummed_text.write if file is None else write_text)
 
 
 def _register(expert: Expert, path: Path, write: Callable[[Path, str], None]) -> Path:
-    """Write an entry into a file, beside the others in it."""
+    """Write an entry into a registry file, and keep the other entries."""
     content = read_file(path) if path.is_file() else RegistryFile(version=1)
     for known in content.experts:
         if known.reference == expert.reference:
@@ -56,17 +56,17 @@ def _register(expert: Expert, path: Path, write: Callable[[Path, str], None]) ->
 
 
 def add_source(expert: Expert, source: str) -> Expert:
-    """Record in the user's own registry one more source of an expert.
+    """Add a source to an expert's entry in the user's own registry.
 
     Args:
         expert: The entry.
-        source: The source.
+        source: The new source. It is tried after the known ones.
 
     Returns:
         The entry with all its sources.
 
     Raises:
-        ConflictError: The name and version have other content there.
+        ConflictError: The name and version are registered there with other content.
     """
     known = expert.model_copy(update={"sources": list(dict.fromkeys([*expert.sources, source]))})
     register(known)
@@ -74,12 +74,14 @@ def add_source(expert: Expert, source: str) -> Expert:
 
 
 def remove(experts: Sequence[Expert]) -> None:
-    """Remove experts from the user's own registry; their content stays until it is collected.
+    """Remove experts from the user's own registry.
+
+    Their content stays in the store until `hub gc` deletes it.
 
     Args:
         experts: The entries.
     """
-    with _changing():
+    with _lock_registries():
         for expert in experts:
             path = entry_path(expert)
             if path.is_file() and expert.digest in {e.digest for e in read_file(path).experts}:
@@ -89,13 +91,13 @@ def remove(experts: Sequence[Expert]) -> None:
 
 
 def check_writable(expert: Expert) -> None:
-    """Check that a registry with this entry can be read again.
+    """Check that an entry can be read again from the registry file that will hold it.
 
     Args:
         expert: The entry.
 
     Raises:
-        IntegrityError: The entry is too long or too deep.
+        IntegrityError: The entry is too long, or nested too deeply.
     """
     try:
         format_file(RegistryFile(version=1, experts=[expert]), entry_path(expert))
@@ -106,10 +108,10 @@ def check_writable(expert: Expert) -> None:
 
 
 def check_same_content(known: Expert, expert: Expert) -> None:
-    """Check that two entries of one name and version have the same content.
+    """Check that two entries with one name and version have the same content.
 
     Args:
-        known: The entry that is registered.
+        known: The registered entry.
         expert: The other entry.
 
     Raises:
@@ -117,26 +119,27 @@ def check_same_content(known: Expert, expert: Expert) -> None:
     """
     if known.digest != expert.digest:
         raise ConflictError(
-            f"{expert.reference} is {known.digest[:19]} already, and this is {expert.digest[:19]}",
-            f"give it a new version: --version {expert.version + 1}",
+            f"{expert.reference} is already registered as {known.digest[:19]}, "
+            f"but this content is {expert.digest[:19]}",
+            f"pass --version {expert.version + 1} to register a new version",
         )
 
 
-def next_version(name: str, experts: Iterable[Expert]) -> int:
-    """Return the version after the newest one of a name.
+def find_next_version(name: str, experts: Iterable[Expert]) -> int:
+    """Find the version that follows the newest version of a name.
 
     Args:
         name: The name.
         experts: The known entries.
 
     Returns:
-        The version, 1 for a new name.
+        The next version; 1 for a new name.
     """
     return max((e.version for e in experts if e.name == name), default=0) + 1
 
 
 def check_name(name: str) -> str:
-    """Check a name for an expert.
+    """Check the name of an expert.
 
     Args:
         name: The name.
@@ -145,8 +148,11 @@ def check_name(name: str) -> str:
         The same name.
 
     Raises:
-        UsageError: It has other characters than names may have, or too many.
+        UsageError: The name is too long, or has characters that are not allowed.
     """
     if not re.fullmatch(NAME, name):
-        raise UsageError(f"{name!r} is not a name", "use a-z, 0-9, '.', '_' and '-', at most 96")
+        raise UsageError(
+            f"{name!r} is not a name",
+            "use at most 96 of the characters a-z, 0-9, '.', '_' and '-'; start with a letter or digit",
+        )
     return name

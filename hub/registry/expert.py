@@ -1,4 +1,4 @@
-"""The records of experts: a registry's entry, the identity of the content, and references."""
+"""Records of experts: registry entries, the identity of content, and parsed references."""
 
 from __future__ import annotations
 
@@ -24,23 +24,25 @@ FileName = Annotated[str, StringConstraints(pattern=f"^{FILE}$")]
 DESCRIPTION = "expert.json"
 
 
-def _known_kind(name: str) -> str:
-    """Return the name of a kind that is registered, and refuse any other."""
+def _check_kind(name: str) -> str:
+    """Return the name of a registered kind; reject any other name."""
     if name not in kinds:
         context = {"name": short(name), "known": ", ".join(kinds)}
-        raise PydanticCustomError("unknown_kind", "unknown kind {name}, known: {known}", context)
+        raise PydanticCustomError(
+            "unknown_kind", "unknown kind {name}; known kinds: {known}", context
+        )
     return name
 
 
-KindName = Annotated[str, AfterValidator(_known_kind)]
+KindName = Annotated[str, AfterValidator(_check_kind)]
 
 
-def expert_files() -> tuple[str, ...]:
+def list_file_patterns() -> tuple[str, ...]:
     """List the names of the files that an expert of any kind may have.
 
     Returns:
-        Shell patterns. Folders that were fetched from a model hub are named after a hash of them
-        in this order, so it stays as it is.
+        Shell patterns. Folders that were fetched from a model hub are named after a hash of the
+        patterns in this order, so the order must not change.
     """
     changes = [name for kind in kinds.values() if kind.load for name in kind.files]
     others = [name for kind in kinds.values() if not kind.load for name in kind.files]
@@ -48,7 +50,17 @@ def expert_files() -> tuple[str, ...]:
 
 
 class Score(Closed):
-    """The scores of an expert and of its base on one split of one task."""
+    """The scores of an expert and of its base on one split of a task.
+
+    Args:
+        task: The task.
+        split: The split of the task.
+        metric: The metric of the scores.
+        n: The number of examples.
+        base: The score of the base.
+        expert: The score of the expert.
+        delta_ci95: The 95 % confidence interval of the difference between the two scores.
+    """
 
     task: str
     split: str
@@ -60,7 +72,27 @@ class Score(Closed):
 
 
 class Expert(Closed):
-    """A registry's entry: a name for a digest, the sources of the content, and a description."""
+    """A registry entry: it maps a name and a version to a digest, and says where the content is.
+
+    Args:
+        name: The name of the expert.
+        version: The version of the name, at least 1.
+        kind: The kind of expert, such as `lora`.
+        base: The name of the base that the expert was trained on.
+        sources: The sources of the content, in the order in which they are tried.
+        digest: The digest of the content: `sha256:` and 64 hexadecimal digits.
+        task: The task that the expert was trained on.
+        license: The licence of the expert.
+        description: One line about the expert.
+        tags: Words to search for.
+        training: The settings and results of the training.
+        scores: The scores on tasks.
+
+    Example:
+        >>> from experthub.hub import Expert
+        >>> Expert(name="mine", base="tiny", sources=["./mine"], digest="sha256:" + "0" * 64).reference
+        'mine@1'
+    """
 
     name: Name
     version: Annotated[int, Field(ge=1, lt=10**9)] = 1
@@ -77,19 +109,31 @@ class Expert(Closed):
 
     @property
     def reference(self) -> str:
-        """`name@version`."""
+        """The reference of this version: `name@version`."""
         return f"{self.name}@{self.version}"
 
 
 class FileInfo(Closed):
-    """The digest and the size of one file of an expert."""
+    """The checksum and the size of one file of an expert.
+
+    Args:
+        sha256: The sha256 of the file as 64 hexadecimal digits.
+        size: The size in bytes.
+    """
 
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
     size: Annotated[int, Field(ge=0)]
 
 
 class Identity(Closed):
-    """The identity of an expert's content; the digest of this record is the expert's digest."""
+    """The identity of an expert's content. The digest of this record is the expert's digest.
+
+    Args:
+        schema_: The version of the record, written as `schema`.
+        kind: The kind of expert.
+        base_fingerprint: The fingerprint of the base, or None if it is unknown.
+        files: The files by name.
+    """
 
     schema_: Annotated[Literal[1], Field(alias="schema")] = 1
     kind: KindName
@@ -100,18 +144,18 @@ class Identity(Closed):
         """Return the record as plain values.
 
         Returns:
-            The values, by key.
+            The values by key, as in `expert.json`.
         """
         return self.model_dump(mode="json", by_alias=True)
 
     @property
     def digest(self) -> str:
-        """`sha256:` and the SHA-256 of the record."""
+        """The digest of the expert: `sha256:` and the sha256 of this record as canonical JSON."""
         return digest_of(self.record())
 
     @property
     def objects(self) -> set[str]:
-        """The sha256 of every object that the store keeps for it, this record included."""
+        """The sha256 of every object that the store keeps for the expert, including this record."""
         return {self.digest.removeprefix("sha256:"), *(f.sha256 for f in self.files.values())}
 
 
@@ -120,12 +164,12 @@ class Reference:
     """A parsed reference to an expert or a base. Exactly one of name, folder and remote is set.
 
     Args:
-        text: The reference as it was written.
-        name: A name that a registry knows.
+        text: The reference as the user wrote it.
+        name: A name in a registry.
         version: The version of the name.
-        digest: The digest that the name means, or the beginning of it.
-        folder: A folder, or a file that holds experts.
-        remote: A remote source.
+        digest: The digest that the name refers to, or the first characters of it.
+        folder: The path of an expert's folder, of a shared folder, or of an archive.
+        remote: A remote source, such as `hf:org/name`.
         member: The `name@version` of one expert in a shared folder or archive.
     """
 
@@ -139,11 +183,11 @@ class Reference:
 
     @classmethod
     def parse(cls, text: str, folder: Path | None = None) -> Reference:
-        """Read `name`, `name@2`, `name@sha256:...`, `./x`, `/x`, `../x`, `file:DIR`, `hf:...`, ...
+        """Parse a reference: `name`, `name@2`, `name@sha256:...`, `./x`, `/x`, `file:DIR`, `hf:org/name`.
 
         Args:
             text: The reference.
-            folder: What relative paths are relative to. The default is the current folder.
+            folder: The folder that relative paths start from. The default is the current folder.
 
         Returns:
             The parsed reference.
@@ -152,7 +196,7 @@ class Reference:
             UsageError: The text is not a reference.
         """
         if "\0" in text:
-            raise UsageError(f"{text[:200]!r} is not a reference", "no file has such a name")
+            raise UsageError(f"{text[:200]!r} is not a reference", "remove the NUL characters")
         if text.startswith(("./", "../", "/")) or text in (".", ".."):
             return cls(text, folder=(folder or Path.cwd()) / text)
         if text.startswith("file:"):
@@ -167,38 +211,38 @@ class Reference:
         if not found:
             raise UsageError(
                 f"{text[:200]!r} is not a reference",
-                "write name, name@2, name@sha256:<8 or more digits>, ./folder or hf:org/name",
+                "write name, name@2, name@sha256:<at least 8 digits>, ./folder or hf:org/name",
             )
         name, version, digest = found.groups()
         return cls(text, name, int(version) if version else None, digest or "")
 
 
-def absolute_source(source: str, folder: Path) -> str:
-    """Make a source absolute, so that it means the same from every folder.
+def make_source_absolute(source: str, folder: Path) -> str:
+    """Make a source absolute, so that it refers to the same place from every folder.
 
     Args:
         source: The source.
-        folder: The folder that it is relative to.
+        folder: The folder that a relative source starts from.
 
     Returns:
-        The absolute source; remote sources and names stay as they are.
+        The absolute source. Remote sources and names are returned unchanged.
 
     Raises:
         UsageError: The source is not a reference.
     """
     reference = Reference.parse(source, folder)
-    return _written(reference.folder.resolve(), reference) if reference.folder else source
+    return _format_source(reference.folder.resolve(), reference) if reference.folder else source
 
 
-def relative_source(source: str, folder: Path) -> str:
-    """Make a source relative to a folder, if it is inside it, for a file in that folder.
+def make_source_relative(source: str, folder: Path) -> str:
+    """Make a source relative to a folder that contains it, for a file in that folder.
 
     Args:
         source: The source.
         folder: The folder.
 
     Returns:
-        The relative source, or the source itself if it is elsewhere.
+        The relative source. A source outside of the folder is returned unchanged.
 
     Raises:
         UsageError: The source is not a reference.
@@ -206,9 +250,9 @@ def relative_source(source: str, folder: Path) -> str:
     reference, near = Reference.parse(source), folder.resolve()
     place = reference.folder and reference.folder.resolve()
     inside = place is not None and place.is_relative_to(near)
-    return _written(place.relative_to(near), reference) if place and inside else source
+    return _format_source(place.relative_to(near), reference) if place and inside else source
 
 
-def _written(place: Path, reference: Reference) -> str:
-    """Return a folder as a source, with the member that the reference names."""
+def _format_source(place: Path, reference: Reference) -> str:
+    """Write a path as a source, with the member that the reference names."""
     return f"file:{place}" + (f"#{reference.member}" if reference.member else "")

@@ -1,4 +1,4 @@
-"""The layers that a registry consists of: single files, and the user's own registry."""
+"""The layers of a registry: single files, and the user's own registry."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from functools import cached_property
 from pathlib import Path
 
 from experthub.hub.files.atomic import hub_home, list_folder
-from experthub.hub.registry.expert import Expert, absolute_source
+from experthub.hub.registry.expert import Expert, make_source_absolute
 from experthub.hub.registry.registry_file import RegistryFile, read_file
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One registry file. Its relative sources are relative to its folder.
+    """One registry file. Relative sources in it start from its folder.
 
     Args:
-        path: The file.
-        content: The record in it.
+        path: The path of the file.
+        content: The validated content.
     """
 
     path: Path
@@ -27,11 +27,12 @@ class Layer:
 
     @property
     def folder(self) -> Path:
+        """The folder of the file, as an absolute path."""
         return self.path.resolve().parent
 
     @cached_property
     def by_name(self) -> dict[str, list[Expert]]:
-        """Expert name -> all its entries, in the order of the file."""
+        """The entries of each expert name, in the order of the file."""
         found: dict[str, list[Expert]] = {}
         for expert in self.content.experts:
             found.setdefault(expert.name, []).append(expert)
@@ -39,10 +40,10 @@ class Layer:
 
 
 def read_layer(path: Path) -> Layer:
-    """Read a registry file, and make the relative sources of its experts absolute.
+    """Read a registry file, and make the sources of its experts absolute.
 
     Args:
-        path: The file.
+        path: The path of the file.
 
     Returns:
         The layer.
@@ -51,14 +52,14 @@ def read_layer(path: Path) -> Layer:
         UsageError: The file is malformed.
     """
     layer = Layer(path, read_file(path))
-    experts = [_absolute(expert, layer.folder) for expert in layer.content.experts]
+    experts = [_make_sources_absolute(expert, layer.folder) for expert in layer.content.experts]
     return Layer(path, layer.content.model_copy(update={"experts": experts}))
 
 
-def _absolute(expert: Expert, folder: Path) -> Expert:
-    """Return an entry whose relative sources are made absolute."""
+def _make_sources_absolute(expert: Expert, folder: Path) -> Expert:
+    """Return an entry whose relative sources were made absolute."""
     return expert.model_copy(
-        update={"sources": [absolute_source(source, folder) for source in expert.sources]}
+        update={"sources": [make_source_absolute(source, folder) for source in expert.sources]}
     )
 
 
@@ -67,11 +68,11 @@ def user_folder() -> Path:
     return hub_home() / "registry"
 
 
-def user_layer(without: Set[Path]) -> Layer:
-    """Read the user's own registry, one small file per expert and version, as one layer.
+def read_user_layer(without: Set[Path]) -> Layer:
+    """Read the user's own registry as one layer. It has one small file per expert and version.
 
     Args:
-        without: Files that are left out.
+        without: The paths of files to skip.
 
     Returns:
         The layer.
@@ -81,33 +82,33 @@ def user_layer(without: Set[Path]) -> Layer:
     """
     folder = user_folder()
     experts: list[Expert] = []
-    for path in entry_files(folder):
+    for path in list_entry_files(folder):
         if path not in without:
-            with suppress(FileNotFoundError):  # It was removed at this moment.
+            with suppress(FileNotFoundError):  # Another process removed it.
                 experts += read_layer(path).content.experts
     return Layer(folder / "registry.yaml", RegistryFile(version=1, experts=experts))
 
 
-def entry_files(folder: Path) -> list[Path]:
-    """List the entries of the user's own registry; other processes may change them meanwhile.
+def list_entry_files(folder: Path) -> list[Path]:
+    """List the entry files of the user's own registry, which other processes may change meanwhile.
 
     Args:
         folder: The folder of the registry.
 
     Returns:
-        The paths of the entries.
+        The paths of the entry files.
     """
     names = (path for name in list_folder(folder) for path in list_folder(name))
     return [path for path in names if path.suffix == ".yaml"]
 
 
 def entry_path(expert: Expert) -> Path:
-    """Return where the user's own registry keeps an entry.
+    """Return the path of an entry's file in the user's own registry.
 
     Args:
         expert: The entry.
 
     Returns:
-        The path of its file.
+        The path, whether the file exists or not.
     """
     return user_folder() / expert.name / f"{expert.version}.yaml"

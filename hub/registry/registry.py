@@ -1,4 +1,4 @@
-"""Registries: names for digests, in layers of which the nearest wins."""
+"""Registries, which map names to digests. They have layers, and the nearest layer wins."""
 
 from __future__ import annotations
 
@@ -9,27 +9,33 @@ from pathlib import Path
 from experthub.hub.errors import HubError, NotFoundError
 from experthub.hub.files.spelling import suggest_name
 from experthub.hub.registry.expert import Expert, Reference
-from experthub.hub.registry.layers import Layer, read_layer, user_folder, user_layer
+from experthub.hub.registry.layers import Layer, read_layer, read_user_layer, user_folder
 from experthub.hub.registry.registry_file import BaseEntry
 
 
 @dataclass(frozen=True)
 class Registry:
-    """Layers of registry files; the first one that knows a name wins.
+    """Layers of registry files. The first layer that has a name decides what the name refers to.
 
     Args:
-        layers: The layers, the nearest first.
+        layers: The layers, the nearest one first.
+
+    Example:
+        >>> from experthub.hub import Registry
+        >>> names = [expert.name for expert in Registry.read().list_experts()]
     """
 
     layers: tuple[Layer, ...]
 
     @classmethod
     def read(cls, file: Path | None = None, without: Set[Path] = frozenset()) -> Registry:
-        """Read the layers: the file given, the project's, the user's own, and the starter registry.
+        """Read all layers: `file`, the project's registry, the user's own, and the starter registry.
+
+        The project's registry is the nearest `registry.yaml` in the current folder or above it.
 
         Args:
             file: A registry file that comes before all others.
-            without: Files of the user's own registry that are left out.
+            without: The paths of files in the user's own registry to skip.
 
         Returns:
             The registry.
@@ -39,25 +45,25 @@ class Registry:
             UsageError: A layer is malformed.
         """
         if file is not None and not file.is_file():
-            raise NotFoundError(f"there is no registry {file}", "name a registry.yaml")
+            raise NotFoundError(f"there is no registry {file}", "name an existing registry.yaml")
         here = Path.cwd()
         near = (folder / "registry.yaml" for folder in (here, *here.parents))
         project = next((path for path in near if path.is_file()), None)
         starter = Path(__file__).parents[1] / "registry.yaml"
         before = {path.resolve(): path for path in (file, project) if path}
         layers = [read_layer(path) for path in before.values()]
-        layers.append(user_layer(without))
+        layers.append(read_user_layer(without))
         if starter.is_file() and starter.resolve() not in before:
             layers.append(read_layer(starter))
         return cls(tuple(layers))
 
     @property
     def user(self) -> Layer:
-        """The user's own layer."""
+        """The layer of the user's own registry."""
         return next(layer for layer in self.layers if layer.folder == user_folder().resolve())
 
-    def experts(self) -> list[Expert]:
-        """List every expert that a name and a version can reach.
+    def list_experts(self) -> list[Expert]:
+        """List every expert that can be reached by a name and a version.
 
         Returns:
             The experts, sorted by name and version.
@@ -69,18 +75,20 @@ class Registry:
         return [found[key] for key in sorted(found)]
 
     def search(self, words: Iterable[str]) -> list[Expert]:
-        """Find the experts that have every word in a name, tag, task, base, kind or description.
+        """Find the experts in which every word occurs.
+
+        A word may occur in the name, a tag, the task, the base, the kind or the description.
 
         Args:
             words: The words; case does not count.
 
         Returns:
-            The experts, the best first. A word in a name counts most, then a word in a tag or a
-            task, then a word elsewhere.
+            The experts, the best match first. A word in a name counts most, then a word in a tag or a
+            task, then a word in another field.
         """
         wanted = [word.lower() for word in words]
         ranked = []
-        for expert in self.experts():
+        for expert in self.list_experts():
             fields = (
                 expert.name,
                 " ".join([*expert.tags, expert.task or ""]),
@@ -92,37 +100,40 @@ class Registry:
                 ranked.append((sum(place or 0 for place in places), expert))
         return [e for _, e in sorted(ranked, key=lambda r: (r[0], r[1].name, -r[1].version))]
 
-    def bases(self) -> dict[str, BaseEntry]:
+    def list_bases(self) -> dict[str, BaseEntry]:
         """List every base.
 
         Returns:
-            Name -> base, sorted by name.
+            The bases by name, sorted.
         """
         merged: dict[str, BaseEntry] = {}
         for layer in reversed(self.layers):
             merged |= layer.content.bases
         return dict(sorted(merged.items()))
 
-    def expert(self, reference: Reference) -> Expert:
-        """Find the expert that a reference means.
+    def find_expert(self, reference: Reference) -> Expert:
+        """Find the expert that a reference refers to.
 
         Args:
-            reference: A bare name means the newest version in the nearest layer that knows it.
-                `name@2` and `name@sha256:...` mean the nearest entry that fits.
+            reference: A reference by name. A bare name refers to the newest version in the nearest
+                layer that has the name. `name@2` and `name@sha256:...` refer to the nearest entry
+                that matches.
 
         Returns:
             The expert.
 
         Raises:
-            NotFoundError: No layer knows the name, the version or the digest.
-            HubError: Several experts have a digest that begins so.
+            NotFoundError: No layer has the name, the version or the digest.
+            HubError: Several experts match the beginning of the digest.
         """
         layers = [layer.by_name.get(reference.name, []) for layer in self.layers]
         entries = [expert for known in layers for expert in known]
         if not entries:
             name = reference.name or reference.text
-            close = suggest_name(name, {expert.name for expert in self.experts()})
-            raise NotFoundError(f"no registry knows an expert {name!r}", close or "run hub list")
+            close = suggest_name(name, {expert.name for expert in self.list_experts()})
+            raise NotFoundError(
+                f"no registry has an expert named {name!r}", close or "run hub list"
+            )
         if reference.version is None and not reference.digest:
             nearest = next(known for known in layers if known)
             return max(nearest, key=lambda e: e.version)
@@ -133,17 +144,18 @@ class Registry:
             or (reference.digest and e.digest.startswith(reference.digest))
         ]
         if not fitting:
-            known = ", ".join(sorted({e.reference for e in entries}))
-            raise NotFoundError(f"there is no {reference.text}", f"known: {known}")
+            known = " or ".join(sorted({e.reference for e in entries}))
+            raise NotFoundError(f"no registry has {reference.text}", f"use {known}")
         if reference.digest and len({e.digest for e in fitting}) > 1:
             raise HubError(
-                f"{reference.text!r} is ambiguous: " + ", ".join(e.reference for e in fitting),
+                f"{reference.text!r} matches several experts: "
+                + ", ".join(e.reference for e in fitting),
                 "write more digits of the digest",
             )
         return fitting[0]
 
     def has_base(self, name: str) -> bool:
-        """Tell whether a base has this name, or is also known by it.
+        """Tell whether a base has this name, or has it as another name.
 
         Args:
             name: The name.
@@ -151,39 +163,39 @@ class Registry:
         Returns:
             Whether there is such a base.
         """
-        return any(name == known or name in entry.aka for known, entry in self.bases().items())
+        return any(name == known or name in entry.aka for known, entry in self.list_bases().items())
 
-    def base(self, name: str) -> tuple[str, BaseEntry]:
-        """Find a base by its name, or by one of the names it is also known by.
+    def find_base(self, name: str) -> tuple[str, BaseEntry]:
+        """Find a base by its name, or by one of its other names.
 
         Args:
             name: The name.
 
         Returns:
-            The name in the registry, and the base.
+            The base's name in the registry, and its entry.
 
         Raises:
-            NotFoundError: No layer knows such a base.
+            NotFoundError: No layer has such a base.
         """
-        bases = self.bases()
+        bases = self.list_bases()
         if name in bases:
             return name, bases[name]
         for known, entry in bases.items():
             if name in entry.aka:
                 return known, entry
         raise NotFoundError(
-            f"no registry knows a base {name!r}",
+            f"no registry has a base named {name!r}",
             suggest_name(name, bases)
-            or "name a folder, hf:org/name, or a base of hub list --bases",
+            or "name a folder, hf:org/name, or a base that hub list --bases shows",
         )
 
-    def base_folder_of(self, name: str) -> Path:
-        """Find the folder that a base's relative sources are relative to.
+    def find_base_folder(self, name: str) -> Path:
+        """Find the folder that the relative sources of a base start from.
 
         Args:
             name: The base's name in the registry.
 
         Returns:
-            The folder of the layer that has the base.
+            The folder of the nearest layer that has the base.
         """
         return next(layer.folder for layer in self.layers if name in layer.content.bases)

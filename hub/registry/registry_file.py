@@ -1,4 +1,4 @@
-"""registry.yaml as a file: its records, how it is read, and the text that is written."""
+"""The file format of registries: its records, reading and formatting."""
 
 from __future__ import annotations
 
@@ -17,7 +17,15 @@ HEX = r"^[0-9a-f]{64}$"
 
 
 class BaseEntry(Closed):
-    """A base model: where to get it, and how to know that it is the one meant."""
+    """A registry entry of a base model: its sources, and the checksums that identify it.
+
+    Args:
+        sources: The sources, in the order in which they are tried.
+        sha256: The sha256 of the weights that a `pypi:` source must deliver.
+        fingerprint: The fingerprint of the base.
+        aka: Other names of the base, such as `org/name` on the Hugging Face Hub.
+        license: The licence of the base.
+    """
 
     sources: Annotated[list[str], Field(min_length=1)]
     sha256: Annotated[str, StringConstraints(pattern=HEX)] | None = None
@@ -27,7 +35,13 @@ class BaseEntry(Closed):
 
 
 class RegistryFile(Closed):
-    """registry.yaml, version 1."""
+    """The content of a `registry.yaml`, version 1.
+
+    Args:
+        version: The version of the format.
+        bases: The bases by name.
+        experts: The entries of experts.
+    """
 
     version: Literal[1]
     bases: dict[str, BaseEntry] = {}
@@ -35,7 +49,8 @@ class RegistryFile(Closed):
 
     @field_validator("bases")
     @classmethod
-    def _names(cls, bases: dict[str, BaseEntry]) -> dict[str, BaseEntry]:
+    def _check_names(cls, bases: dict[str, BaseEntry]) -> dict[str, BaseEntry]:
+        """Reject bases with a malformed name."""
         for name in bases:
             if not re.fullmatch(NAME, name):
                 raise ValueError(f"{name!r} is not a name")
@@ -46,38 +61,38 @@ def read_file(path: Path) -> RegistryFile:
     """Read a registry file.
 
     Args:
-        path: The file.
+        path: The path of the file.
 
     Returns:
-        The record.
+        The validated content.
 
     Raises:
-        UsageError: The file is not YAML, or a field of it does not validate.
+        UsageError: The file is not YAML, or a field is not valid.
     """
     return yaml_files.validate(RegistryFile, yaml_files.read(path), "docs/registry.md")
 
 
 def format_file(record: RegistryFile, path: Path) -> str:
-    """Format a registry file so that `read_file` can read it again.
+    """Format the content of a registry file so that `read_file` can read it again.
 
     Args:
-        record: The record.
-        path: Where the text will be written, for errors.
+        record: The content.
+        path: The path that the text will be written to; errors name it.
 
     Returns:
-        The text.
+        The YAML text.
 
     Raises:
-        UsageError: The text is too long or too deep to be read.
+        UsageError: The text would be too long, or nested too deeply, to be read again.
     """
     try:
         text = yaml_files.dump(record.model_dump(mode="json", exclude_unset=True))
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: cannot be written: {error}", "shorten the entry") from None
+        raise UsageError(f"cannot write {path}: {error}", "shorten the entry") from None
     if len(text.encode()) > yaml_files.MAX_BYTES:
         raise UsageError(
-            f"{path} would have more than {yaml_files.MAX_BYTES} bytes",
-            "shorten its descriptions, or use another file",
+            f"{path} would be longer than {yaml_files.MAX_BYTES} bytes",
+            "shorten the descriptions, or write to another registry file",
         )
     yaml_files.validate(RegistryFile, yaml_files.parse(text, str(path)))
     return text

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from experthub.hub.composition.stacking import change_of
-from experthub.hub.composition.weights import Contents, gates, task_vector
+from experthub.hub.composition.weights import Contents, load_gates, load_task_vector
 from experthub.hub.readers.features import Features, watch_inputs
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.session import Session
@@ -133,8 +133,8 @@ def _build_probes(
     """Build the probes by module and measure; a module gets none if no expert suits the measure."""
     found: dict[str, dict[str, Probe]] = {}
     with Contents(plan.members, store, gates="gates" in measures) as contents:
-        vectors = [task_vector(expert, plan, contents) for expert in plan.experts]
-        gates_of = [gates(e, contents) if "gates" in measures else {} for e in plan.experts]
+        vectors = [load_task_vector(expert, plan, contents) for expert in plan.experts]
+        gates_of = [load_gates(e, contents) if "gates" in measures else {} for e in plan.experts]
         low = [e for e, expert in enumerate(plan.experts) if expert.low_rank]
         for parameter in plan.parameters:
             name = parameter.removesuffix(".weight")

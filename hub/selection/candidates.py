@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from experthub.hub.errors import NotFoundError, UsageError
 from experthub.hub.kinds import kinds
-from experthub.hub.recipes.plan import Plan, PlannedExpert
+from experthub.hub.recipes.plan import Plan
+from experthub.hub.recipes.planned_experts import PlannedExpert
 from experthub.hub.recipes.recipe import Recipe
 from experthub.hub.recipes.resolution import resolve
 from experthub.hub.registry.expert import Expert, Reference
@@ -38,7 +39,7 @@ def plan_candidates(base: str | None, experts: Sequence[str], session: Session) 
     ]
     if not chosen:
         if not registry.has_base(base) and not _is_place(base):
-            registry.base(base)  # It raises an error that suggests a known base.
+            registry.find_base(base)  # It raises an error that suggests a known base.
         raise NotFoundError(
             f"no registry has an expert of {base}", "run hub list to see all experts"
         )
@@ -63,8 +64,8 @@ def isolate_expert(plan: Plan, expert: PlannedExpert) -> Plan:
 def _list_experts(base: str, registry: Registry) -> list[Expert]:
     """List the newest version of every expert of a base that can be merged or routed."""
     wanted = _canonicalise_base(base, registry)
-    names = dict.fromkeys(e.name for e in registry.experts())
-    newest = [registry.expert(Reference.parse(name)) for name in names]
+    names = dict.fromkeys(e.name for e in registry.list_experts())
+    newest = [registry.find_expert(Reference.parse(name)) for name in names]
     return [
         e for e in newest if _canonicalise_base(e.base, registry) == wanted and kinds[e.kind].load
     ]
@@ -72,14 +73,14 @@ def _list_experts(base: str, registry: Registry) -> list[Expert]:
 
 def _canonicalise_base(base: str, registry: Registry) -> str:
     """Replace an alias of a base by its registered name; return any other text unchanged."""
-    return registry.base(base)[0] if registry.has_base(base) else base
+    return registry.find_base(base)[0] if registry.has_base(base) else base
 
 
 def _add_version(text: str, registry: Registry) -> str:
     """Add the newest version to a bare name; return versioned names, digests and places unchanged."""
     reference = Reference.parse(text)
     bare = reference.name and reference.version is None and not reference.digest
-    return registry.expert(reference).reference if bare else text
+    return registry.find_expert(reference).reference if bare else text
 
 
 def _is_place(base: str) -> bool:
@@ -95,9 +96,9 @@ def _find_base(experts: Sequence[str], registry: Registry) -> str:
     """Find the one base of the named experts, or of all experts if none is named."""
     if experts:
         references = [Reference.parse(text) for text in experts]
-        known = [registry.expert(reference) for reference in references if reference.name]
+        known = [registry.find_expert(reference) for reference in references if reference.name]
     else:
-        known = [expert for expert in registry.experts() if kinds[expert.kind].load]
+        known = [expert for expert in registry.list_experts() if kinds[expert.kind].load]
     bases = sorted({_canonicalise_base(expert.base, registry) for expert in known})
     if len(bases) == 1:
         return bases[0]

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
-from experthub.hub.composition.weights import Contents, gates, task_vector
+from experthub.hub.composition.weights import Contents, load_gates, load_task_vector
 from experthub.hub.errors import HubError, NotFoundError, UsageError
-from experthub.hub.materials.embedder import Embedder
+from experthub.hub.materials.sentence_encoder import SentenceEncoder
 from experthub.hub.readers.features import Features
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.selection.candidates import plan_candidates
@@ -31,7 +31,7 @@ from experthub.hub.selection.recipe_writing import build_method_entry, write_rec
 from experthub.hub.session import Session
 from experthub.hub.store.store import Store
 from experthub.merge import cosine_matrix, gram_matrix
-from experthub.routing import standardised
+from experthub.routing import standardise
 from torch import Tensor
 
 By = Literal["weights", "gates", "embeddings"]
@@ -143,7 +143,9 @@ def cluster(
     if by == "weights":
         session.report("comparing weights", 0, 0)
         with Contents(plan.members, session.store, gates=False) as contents:
-            found = gram_matrix([task_vector(expert, plan, contents) for expert in plan.experts])
+            found = gram_matrix(
+                [load_task_vector(expert, plan, contents) for expert in plan.experts]
+            )
     else:
         rows_ED = (
             _stack_gates(plan, session.store)
@@ -233,7 +235,7 @@ def average_linkage(similarity_EE: Tensor, k: int) -> list[list[int]]:
 def _stack_gates(plan: Plan, store: Store) -> Tensor:
     """Stack the standardised gates of the experts `[E, D]`; a missing gate becomes zeros."""
     with Contents(plan.members, store, gates=True) as contents:
-        own = [gates(expert, contents) for expert in plan.experts]
+        own = [load_gates(expert, contents) for expert in plan.experts]
     for expert, found in zip(plan.experts, own, strict=True):
         if not found:
             raise HubError(
@@ -243,7 +245,7 @@ def _stack_gates(plan: Plan, store: Store) -> Tensor:
     widths = {name: len(gate) for found in own for name, gate in sorted(found.items())}
     rows = [
         [
-            standardised(found[name][None])[0] if name in found else torch.zeros(width)
+            standardise(found[name][None])[0] if name in found else torch.zeros(width)
             for name, width in widths.items()
         ]
         for found in own
@@ -253,7 +255,7 @@ def _stack_gates(plan: Plan, store: Store) -> Tensor:
 
 def _embed_experts(plan: Plan, embedder: str, session: Session) -> Tensor:
     """Compute the mean embedding of examples of every expert's own tasks `[E, D]`."""
-    features, embed = Features(plan.base), Embedder.load(embedder, session)
+    features, embed = Features(plan.base), SentenceEncoder.load(embedder, session)
     texts = read_own_texts(plan, lambda task: features.texts(task, EXAMPLES), session.report)
     found = embed_own_tasks(plan, embed, texts, session.report)
     for expert, embedding in zip(plan.experts, found, strict=True):

@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from experthub.hub.errors import HubError
 from experthub.hub.progress import Report
-from experthub.hub.recipes.plan import Plan, PlannedExpert
+from experthub.hub.recipes.plan import Plan
+from experthub.hub.recipes.planned_experts import PlannedExpert
 from experthub.hub.tasks.task import Task
 from experthub.hub.tasks.task_files import read_task
 from torch import Tensor

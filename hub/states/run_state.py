@@ -1,4 +1,4 @@
-"""Where a method's run keeps what an interruption must not lose."""
+"""The folder of a method's run, and the progress that survives an interruption."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def state_folder(plan: Plan) -> Path:
         plan: A plan of one method.
 
     Returns:
-        The folder; it exists once the state was made.
+        The folder, which exists once the state was made.
     """
     return run_folder(plan) / "found"
 
 
 def load_progress(plan: Plan) -> dict[str, Tensor] | None:
-    """Load what an interrupted run saved.
+    """Load the progress that an interrupted run saved.
 
     Args:
         plan: A plan of one method.
@@ -59,11 +59,11 @@ def load_progress(plan: Plan) -> dict[str, Tensor] | None:
         found: dict[str, Tensor] = load(path.read_bytes())
         return found
     except (OSError, ValueError, RuntimeError) as error:
-        raise IntegrityError(f"{path} is damaged: {error}", "remove it to begin again") from None
+        raise IntegrityError(f"{path} is damaged: {error}", "remove it to start the run again") from None
 
 
 def save_progress(plan: Plan, progress: Mapping[str, Tensor]) -> None:
-    """Save what a run goes on from after an interruption.
+    """Save the progress from which the next run continues.
 
     Args:
         plan: A plan of one method.

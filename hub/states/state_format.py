@@ -1,4 +1,4 @@
-"""How the state of a merge (coefficients) and of a router is stored as files."""
+"""The file formats of states: the coefficients of a merge, and the tensors of a router."""
 
 from __future__ import annotations
 
@@ -8,13 +8,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from experthub.hub.files.atomic import open_atomically, write_json
-from experthub.hub.formats.coefficients import (
-    TENSOR,
-    CoefficientExpert,
-    CoefficientsRecord,
-    read_coefficients,
-)
-from experthub.hub.formats.router import RoutedExpert, RouterRecord, read_router
+from experthub.hub.formats.coefficients import TENSOR, CoefficientsRecord, read_coefficients
+from experthub.hub.formats.records import StateExpert
+from experthub.hub.formats.router import RouterRecord, read_router
 from experthub.hub.kinds.coefficients import COEFFICIENTS, COEFFICIENTS_JSON
 from experthub.hub.kinds.router import ROUTER, ROUTER_JSON
 from experthub.hub.recipes.plan import Plan
@@ -26,7 +22,7 @@ from torch import Tensor
 
 
 class StateRecord(Protocol):
-    """The description of a stored state: what both formats say."""
+    """The description of a stored state, as far as both formats agree."""
 
     @property
     def method(self) -> str:
@@ -46,14 +42,14 @@ class StateRecord(Protocol):
 
 @dataclass(frozen=True)
 class StateFormat:
-    """The files of a state.
+    """The files in which the states of one kind of method are stored.
 
     Args:
-        kind: The kind of expert that the files are, and the recipe's key for a stored state.
+        kind: The name of the kind of expert, which is also the recipe's key for a stored state.
         tensors: The name of the file of tensors.
         description: The name of the file that describes them.
-        describe: Makes the description and the tensors of a state.
-        parse: Reads the description and the state from two files.
+        describe: A function of a plan and a state that returns the description and the tensors.
+        parse: A function of the two files that reads the description and the state.
     """
 
     kind: str
@@ -106,7 +102,7 @@ class StateFormat:
             IntegrityError: The files are damaged or do not fit each other.
         """
         names = (self.description, self.tensors)
-        record, tensors = (store.file(content.digest, name) for name in names)
+        record, tensors = (store.verify_file(content.digest, name) for name in names)
         return self.parse(record, tensors)
 
 
@@ -119,7 +115,7 @@ def _describe_coefficients(
         options=plan.recipe.method.options,
         granularity=found.granularity,
         combine=found.combine,
-        experts=[CoefficientExpert(expert=e.label, digest=e.digest) for e in plan.experts],
+        experts=[StateExpert(expert=e.label, digest=e.digest) for e in plan.experts],
         blocks=list(found.blocks),
         objective=found.objective,
         data=plan.data.digest if plan.data else None,
@@ -150,7 +146,7 @@ def _describe_router(plan: Plan, state: State) -> tuple[RouterRecord, dict[str, 
     record = RouterRecord(
         method=plan.recipe.method.method,
         options=plan.recipe.method.options,
-        experts=[RoutedExpert(expert=e.label, digest=e.digest) for e in plan.experts],
+        experts=[StateExpert(expert=e.label, digest=e.digest) for e in plan.experts],
         embedder=state.embedder,
         data=plan.data.digest if plan.data else None,
         history=list(state.history),

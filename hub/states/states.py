@@ -130,7 +130,7 @@ def _check_fits(found: StateRecord, plan: Plan, name: str) -> None:
             f"{name} was made for {found.method}, and the recipe names {method.method}",
             f"set method: {found.method}",
         )
-    for option, here in method.with_role(ShapesState).items():
+    for option, here in method.find_options(ShapesState).items():
         there = found.options.get(option)
         if there != here:
             raise UsageError(

@@ -1,1 +1,1 @@
-"""The content-addressed store of experts, and who uses what is in it."""
+"""The content-addressed store: the files of experts by digest, and what still needs them."""

@@ -1,4 +1,4 @@
-"""Reading an expert's folder: every file is checked, and the identity is computed."""
+"""Reading an expert's folder: check every file, and compute the identity."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ def read_folder(folder: Path, hashed: Mapping[str, str] = MappingProxyType({})) 
 
     Args:
         folder: The folder.
-        hashed: File name -> sha256, for files whose digest is known already.
+        hashed: The sha256 of files by name, for files that were hashed already.
 
     Returns:
-        The identity that expert.json declares, or one without a base.
+        The identity that `expert.json` states. Without that file, an identity without a base.
 
     Raises:
         NotFoundError: There is no such folder.
-        IntegrityError: The folder holds no expert of a known kind, a file is malformed, holds NaN
-            or infinity, or differs from expert.json.
+        IntegrityError: The folder holds no expert of a known kind. Or a file is malformed, holds NaN
+            or infinity, or differs from `expert.json`.
     """
     if not folder.is_dir():
         raise NotFoundError(
             f"there is no folder {folder}", "name the folder that holds the adapter"
         )
-    declared = _declared(folder)
+    declared = _read_declared(folder)
     kind = kinds.recognise(folder)
     names = kind.check(folder)
     for name in names:
@@ -53,20 +53,20 @@ def read_folder(folder: Path, hashed: Mapping[str, str] = MappingProxyType({})) 
         return identity
     if declared.files != files or declared.kind != kind.name:
         raise IntegrityError(
-            f"{folder}: its files are not those of its expert.json",
-            "a file was changed, damaged or lost; get the folder again, or remove expert.json",
+            f"{folder}: the files differ from those that its expert.json lists",
+            "get the folder again, or remove expert.json if you changed the files",
         )
     return declared
 
 
-def stated_in(folder: Path) -> dict[str, Any]:
-    """Read what the expert.json of a folder states.
+def read_description(folder: Path) -> dict[str, Any]:
+    """Read the `expert.json` of a folder.
 
     Args:
         folder: An expert's folder.
 
     Returns:
-        The fields of expert.json, not validated; none if there is no such file.
+        The fields, which are not validated. An empty mapping if there is no such file.
 
     Raises:
         IntegrityError: The file is damaged.
@@ -75,15 +75,15 @@ def stated_in(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _declared(folder: Path) -> Identity | None:
-    """Return the identity that a folder's expert.json states, if it has that file."""
+def _read_declared(folder: Path) -> Identity | None:
+    """Return the identity that a folder's `expert.json` states, or None without that file."""
     path = folder / DESCRIPTION
     if not path.is_file():
         return None
     try:
-        return Identity.model_validate(stated_in(folder).get("identity"))
+        return Identity.model_validate(read_description(folder).get("identity"))
     except ValidationError as error:
         raise IntegrityError(
-            f"{path}: no valid identity: {error.errors()[0]['msg']}",
-            "remove expert.json to read the adapter",
+            f"{path} has no valid identity: {error.errors()[0]['msg']}",
+            "remove expert.json to read the folder without it",
         ) from None

@@ -1,4 +1,4 @@
-"""Leases: what running processes need, so that a collection leaves it alone."""
+"""Leases list the objects that running processes need, so that a collection does not delete them."""
 
 from __future__ import annotations
 
@@ -19,48 +19,66 @@ LEASES, COLLECTING = "leases", "locks/collecting"
 
 @dataclass(frozen=True)
 class Lease:
-    """The file that says what this process needs; it stays open, and locked, until the process ends."""
+    """The file in which this process lists the objects that it needs.
+
+    The file stays open and locked until the process ends.
+
+    Args:
+        file: The open file.
+        held: The sha256 of the objects that the file lists.
+    """
 
     file: IO[bytes]
     held: set[str] = field(default_factory=set)
 
     @property
-    def here(self) -> bool:
+    def exists(self) -> bool:
+        """Whether the file was not deleted."""
         return bool(os.fstat(self.file.fileno()).st_nlink)
 
     def add(self, objects: set[str]) -> None:
-        """Need these objects, by sha256, too."""
+        """Add objects to the list.
+
+        Args:
+            objects: The sha256 of the objects.
+        """
         new = sorted(objects - self.held)
         self.file.write("".join(f"{sha256}\n" for sha256 in new).encode())
         self.file.flush()
         self.held.update(new)
 
 
-# One per store: this process's, by root folder.
-_mine: dict[Path, Lease] = {}
+# The leases of this process by the root folder of the store.
+_own_leases: dict[Path, Lease] = {}
 
 
 @contextmanager
-def lease(root: Path) -> Iterator[Lease]:
-    """This process's lease; while inside, nothing is collected.
+def hold_lease(root: Path) -> Iterator[Lease]:
+    """Open this process's lease. No collection runs during the block.
 
-    The first time, leases of dead processes are removed.
+    The first call also removes the leases of dead processes.
+
+    Args:
+        root: The root folder of the store.
+
+    Yields:
+        The lease, to which objects can be added.
     """
-    mine = _mine.get(root)
-    known = mine is not None and mine.here
-    with hold_lock(root / COLLECTING, shared=known):
-        mine = _mine.get(root)
-        if mine is None or not mine.here:
-            before = mine.held if mine else set()
-            for _ in held(root):
+    own = _own_leases.get(root)
+    with hold_lock(root / COLLECTING, shared=own is not None and own.exists):
+        own = _own_leases.get(root)
+        if own is None or not own.exists:
+            before = own.held if own else set()
+            for _ in read_leases(root):
                 pass
-            mine = _new(root)
-            mine.add(before)
-            _mine[root] = mine
-        yield mine
+            own = _create_lease(root)
+            own.add(before)
+            _own_leases[root] = own
+        yield own
 
 
-def _new(root: Path) -> Lease:
+def _create_lease(root: Path) -> Lease:
+    """Create and lock the lease file of this process."""
     folder = root / LEASES
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / f"{os.getpid()}-{secrets.token_hex(8)}").open("ab")
@@ -68,8 +86,17 @@ def _new(root: Path) -> Lease:
     return Lease(file)
 
 
-def held(root: Path) -> Iterator[str]:
-    """What living processes need; the leases of dead ones are removed.  Nobody may get one meanwhile."""
+def read_leases(root: Path) -> Iterator[str]:
+    """Yield the objects that living processes need, and remove the leases of dead processes.
+
+    The caller holds the lock `COLLECTING`, so that no process creates a lease meanwhile.
+
+    Args:
+        root: The root folder of the store.
+
+    Yields:
+        The sha256 of the objects.
+    """
     for path in sorted((root / LEASES).glob("*")):
         with suppress(FileNotFoundError), lock_if_unused(path) as dead:
             if dead:

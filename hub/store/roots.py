@@ -1,4 +1,8 @@
-"""What is needed besides the registries' entries: what lock files pin, and archives of tasks."""
+"""Roots of the collection besides registry entries: lock files, and the archives of tasks.
+
+The collection keeps what its roots need. The hub remembers the path of every lock file that it
+wrote, in a small file of its own.
+"""
 
 from __future__ import annotations
 
@@ -12,43 +16,75 @@ from experthub.hub.files.atomic import hub_home, write_text
 from experthub.hub.tasks import bigbench
 
 ROOTS = "roots"
-ARCHIVES = frozenset({bigbench.SHA256})  # of the store's objects, those that tasks are read from
+ARCHIVES = frozenset({bigbench.SHA256})  # The objects from which tasks are imported.
 
 
-def remember(lock: Path) -> None:
-    """Keep what a lock file pins, for as long as the file exists."""
+def remember_lock(lock: Path) -> None:
+    """Keep the content that a lock file pins for as long as the file exists.
+
+    Args:
+        lock: The lock file.
+    """
     content = f"{lock.resolve()}\n".encode()
-    place = hub_home() / ROOTS / root_name(content)
+    place = hub_home() / ROOTS / name_root(content)
     if not place.is_file() or place.read_bytes() != content:
         write_text(place, content.decode())
 
 
-def root_name(content: bytes) -> str:
-    """The name of the file that says where a lock file is, by what it says."""
+def name_root(content: bytes) -> str:
+    """Return the name of the file that remembers a lock file. It is a hash of the content.
+
+    Args:
+        content: The content of the file: the path of the lock file and a newline.
+
+    Returns:
+        The name, 32 hexadecimal digits.
+    """
     return hashlib.sha256(content.removesuffix(b"\n")).hexdigest()[:32]
 
 
-def root_files(root: Path) -> list[Path]:
-    """The files that say where lock files are."""
+def list_root_files(root: Path) -> list[Path]:
+    """List the files that remember lock files.
+
+    Args:
+        root: The root folder of the store.
+
+    Returns:
+        The paths of the files, sorted.
+    """
     return sorted((root / ROOTS).glob("[0-9a-f]*"))
 
 
-def lock_files(root: Path) -> list[Path]:
-    """The lock files that are remembered, and are there."""
-    places = [e.read_bytes() for e in root_files(root)]
+def list_lock_files(root: Path) -> list[Path]:
+    """List the remembered lock files that exist.
+
+    Args:
+        root: The root folder of the store.
+
+    Returns:
+        The paths of the lock files.
+    """
+    places = [e.read_bytes() for e in list_root_files(root)]
     named = [Path(os.fsdecode(place.removesuffix(b"\n"))) for place in places]
     return [lock for lock in named if "\0" not in str(lock) and lock.is_file()]
 
 
-def locked_digests(root: Path) -> set[str]:
-    """The digests that the lock files pin; those of files that are gone are forgotten.
+def read_locked_digests(root: Path) -> set[str]:
+    """Read the digests that lock files pin, and forget lock files that no longer exist.
 
-    Raises IntegrityError for a lock file that cannot be read: what it pins is not known.
+    Args:
+        root: The root folder of the store.
+
+    Returns:
+        The digests of the experts.
+
+    Raises:
+        IntegrityError: A lock file cannot be read, so that it is unknown what it pins.
     """
     found: set[str] = set()
-    for entry in root_files(root):
+    for entry in list_root_files(root):
         content = entry.read_bytes()
-        if root_name(content) != entry.name:
+        if name_root(content) != entry.name:
             raise IntegrityError(f"{entry} is damaged", "run hub verify --repair")
         lock = Path(content.decode().rstrip("\n"))
         if not lock.is_file():
@@ -56,22 +92,22 @@ def locked_digests(root: Path) -> set[str]:
             continue
         try:
             if not checksummed_text.is_whole(lock.read_bytes()):
-                raise IntegrityError("it is not as it was written")
-            found |= set(_digests(yaml_files.read(lock).value))
+                raise IntegrityError("its checksum does not match")
+            found |= set(_find_digests(yaml_files.read(lock).value))
         except HubError as error:
             raise IntegrityError(
                 f"cannot tell what {lock} pins: {error.message}",
-                "run hub verify --repair, or mend or remove it",
+                "run hub verify --repair, or correct or remove the file",
             ) from None
     return found
 
 
-def _digests(value: object) -> list[str]:
-    """Every expert's digest in a lock, whatever else the lock says."""
+def _find_digests(value: object) -> list[str]:
+    """Find every digest in a lock, whatever else the lock holds."""
     if isinstance(value, list):
-        return [digest for item in value for digest in _digests(item)]
+        return [digest for item in value for digest in _find_digests(item)]
     if not isinstance(value, dict):
         return []
     own = value.get("digest")
-    below = [digest for item in value.values() for digest in _digests(item)]
+    below = [digest for item in value.values() for digest in _find_digests(item)]
     return [own, *below] if isinstance(own, str) else below

@@ -1,140 +1,150 @@
-"""The content-addressed store: an object under its digest is complete, and never changes."""
+"""The store of experts: their files as objects, and the records that list the files."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Mapping, Set
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from mmap import ACCESS_COPY, mmap
 from pathlib import Path
 from types import MappingProxyType
 
 from experthub.hub.errors import IntegrityError, NotFoundError
-from experthub.hub.files.atomic import hub_home, open_atomically, sync_folder
+from experthub.hub.files.atomic import open_atomically
 from experthub.hub.files.digests import canonical_json, sha256_of
 from experthub.hub.files.json_files import read_json
-from experthub.hub.registry.expert import (
-    Identity,
-)
+from experthub.hub.registry.expert import Identity
 from experthub.hub.store.folder import read_folder
-from experthub.hub.store.leases import lease
+from experthub.hub.store.leases import hold_lease
+from experthub.hub.store.objects import ObjectStore, explain_damage, parse_sha256
 from pydantic import ValidationError
 
-MAX_SMALL = 8 << 20  # bytes of a JSON file
-CHUNK = 1 << 20
-TRASH = "trash"
+MAX_RECORD = 8 << 20  # bytes
 
 
 @dataclass(frozen=True)
-class Store:
-    """Objects by sha256 under a root folder; any number of processes may use one at a time.
+class Store(ObjectStore):
+    """Experts by digest below a root folder.
 
-    root: the folder; `$HUB_HOME` by default.
+    The files of an expert are objects, and so is the record that lists them, whose sha256 is the
+    expert's digest. Any number of processes may use one root folder at the same time.
+
+    Args:
+        root: The root folder. The default is `$HUB_HOME`.
+
+    Example:
+        >>> from experthub.hub import Store
+        >>> "0" * 64 in Store()
+        False
     """
 
-    root: Path = field(default_factory=hub_home)
+    def read_identity(self, digest: str) -> Identity:
+        """Read the identity of an expert whose files are all stored.
 
-    def path(self, sha256: str) -> Path:
-        """Where the object with these 64 hex digits is, or would be."""
-        return Path(self._place(sha256))
+        Args:
+            digest: The digest of the expert.
 
-    def _place(self, sha256: str) -> str:
-        """The same as text, which takes a tenth of the time: an expert has four, and a recipe thousands."""
-        return f"{self.root}/objects/sha256/{sha256[:2]}/{sha256[2:]}"
+        Returns:
+            The identity, which lists the files.
 
-    def __contains__(self, sha256: str) -> bool:
-        return self.path(sha256).is_file()
-
-    def objects(self) -> dict[str, Path]:
-        """Every object here, by sha256."""
-        found = (self.root / "objects" / "sha256").glob("[0-9a-f][0-9a-f]/*")
-        return {_sha256(p): p for p in sorted(found) if re.fullmatch("[0-9a-f]{62}", p.name)}
-
-    def put(self, source: Path, sha256: str, renew: bool = False, link: bool = False) -> Path:
-        """Copy a file in under its digest; IntegrityError when its content is another.
-
-        renew: in the place of a damaged one.  link: it is the hub's own, and was compared with the
-        digest: another name for it will do.
+        Raises:
+            NotFoundError: The expert or one of its files is not in the store.
+            IntegrityError: The record is damaged, or a file has another size.
         """
-        target = self.path(sha256)
-        if not renew and (self._here(target) or (link and _linked(source, target))):
-            return target
-        with source.open("rb") as data, open_atomically(target, 0o444) as file:
-            digest = hashlib.sha256()
-            while chunk := data.read(CHUNK):
-                digest.update(chunk)
-                file.write(chunk)
-            if digest.hexdigest() != sha256:
-                raise IntegrityError(
-                    f"{source} is damaged: sha256 {digest.hexdigest()[:12]}, expected {sha256[:12]}",
-                    "get it again from its source",
-                )
-        return target
-
-    def _here(self, path: Path) -> bool:
-        """Whether an object is here; one that waits to be deleted comes back."""
-        if path.is_file():
-            return True
-        try:
-            (self.root / TRASH / _sha256(path)).rename(path)
-        except OSError:
-            return False
-        return True
-
-    def identity(self, digest: str) -> Identity:
-        """The files of an expert, by its digest; NotFoundError when it is not here whole."""
-        identity = self.manifest(digest)
+        identity = self.find_identity(digest)
         if identity is None:
             raise NotFoundError(f"expert {digest[:19]} is not in the store", "run hub pull first")
         for name, info in identity.files.items():
-            size = self._size(info.sha256)
+            size = self._measure(info.sha256)
             if size is None:
                 raise NotFoundError(
                     f"{name} of expert {digest[:19]} is missing from the store",
                     "run hub pull again",
                 )
             if size != info.size:
-                raise _damaged(self.path(info.sha256))
+                raise explain_damage(self.path(info.sha256))
         return identity
 
-    def _size(self, sha256: str) -> int | None:
-        """Bytes of an object; None when it is not here."""
-        with suppress(FileNotFoundError):
-            return os.stat(self._place(sha256)).st_size  # noqa: PTH116
-        with suppress(FileNotFoundError):  # collected at this moment
-            path = self.path(sha256)
-            return path.stat().st_size if self._here(path) else None
-        return None
+    def find_identity(self, digest: str) -> Identity | None:
+        """Read the identity of an expert, even if its files are missing.
+
+        Args:
+            digest: The digest of the expert.
+
+        Returns:
+            The identity, or None if it is not in the store.
+
+        Raises:
+            IntegrityError: The record is damaged, or the object is not an expert.
+        """
+        sha256 = digest.removeprefix("sha256:")
+        try:
+            if self._measure(sha256) is None:
+                return None
+            path = self._format_path(sha256)
+            stat = os.stat(path)  # noqa: PTH116
+            return _read_record(path, digest, stat.st_size, stat.st_mtime_ns)
+        except FileNotFoundError:  # Another process moved it to the trash.
+            return None
 
     def locate(self, digest: str, name: str) -> Path:
-        """Where one file of an expert is; its size is checked, its bytes are not: for headers."""
-        info = self.identity(digest).files.get(name)
+        """Return the path of a file of an expert without verifying its bytes, to read its header.
+
+        Args:
+            digest: The digest of the expert.
+            name: The name of the file.
+
+        Returns:
+            The path. The size of the file was checked.
+
+        Raises:
+            NotFoundError: The expert or one of its files is not in the store.
+            IntegrityError: The expert has no such file, or a file has another size.
+        """
+        info = self.read_identity(digest).files.get(name)
         if info is None:
-            raise IntegrityError(f"expert {digest[:19]} has no {name}", "pull or add it again")
+            raise IntegrityError(
+                f"expert {digest[:19]} has no {name}", "pull the expert or add it again"
+            )
         return self.path(info.sha256)
 
-    def file(self, digest: str, name: str) -> Path:
-        """One file of an expert, its bytes checked against its digest."""
-        return self.checked(_sha256(self.locate(digest, name)))
+    def verify_file(self, digest: str, name: str) -> Path:
+        """Hash a file of an expert, and return its path.
 
-    def checked(self, sha256: str) -> Path:
-        """Where an object is, its bytes checked against its digest."""
-        path = self.path(sha256)
-        if sha256_of(path) != sha256:
-            raise _damaged(path)
-        return path
+        Args:
+            digest: The digest of the expert.
+            name: The name of the file.
+
+        Returns:
+            The path.
+
+        Raises:
+            NotFoundError: The expert or one of its files is not in the store.
+            IntegrityError: The expert has no such file, or the file is damaged.
+        """
+        return self.verify_object(parse_sha256(self.locate(digest, name)))
 
     def read(self, digest: str, name: str) -> mmap:
-        """The bytes of one file of an expert, checked and mapped into memory."""
+        """Map a file of an expert into memory, and hash it.
+
+        Args:
+            digest: The digest of the expert.
+            name: The name of the file.
+
+        Returns:
+            The bytes of the file. Writing to them does not change the file.
+
+        Raises:
+            NotFoundError: The expert or one of its files is not in the store.
+            IntegrityError: The expert has no such file, or the file is damaged.
+        """
         path = self.locate(digest, name)
         with path.open("rb") as file:
             data = mmap(file.fileno(), 0, access=ACCESS_COPY)
-        if hashlib.sha256(data).hexdigest() != _sha256(path):
-            raise _damaged(path)
+        if hashlib.sha256(data).hexdigest() != parse_sha256(path):
+            raise explain_damage(path)
         return data
 
     def add(
@@ -144,17 +154,27 @@ class Store:
         renew: Set[str] = frozenset(),
         hashed: Mapping[str, str] = MappingProxyType({}),
     ) -> tuple[str, Identity]:
-        """Take an expert's folder in: checked, copied, verified; nothing stays when it is refused.
+        """Check an expert's folder, and copy its files into the store.
 
-        expected: the digest it must have.  renew: sha256 of objects that are replaced though they
-        are here, because they are damaged.  hashed: the sha256 of files in a folder of the hub's
-        own, of which every byte was read just now.  Returns its digest and identity.
+        Args:
+            folder: The folder.
+            expected: The digest that the expert must have. The default accepts any digest.
+            renew: The sha256 of damaged objects, which are replaced.
+            hashed: The sha256 of files by name. Pass it only for files of the hub itself that were
+                hashed just now: they are not hashed again, and may be linked instead of copied.
+
+        Returns:
+            The digest and the identity of the expert.
+
+        Raises:
+            NotFoundError: There is no such folder.
+            IntegrityError: The folder holds no valid expert, or an expert with another digest.
         """
         identity = read_folder(folder, hashed)
         if expected and identity.digest != expected:
             raise IntegrityError(
                 f"{folder} is {identity.digest[:19]}, expected {expected[:19]}",
-                "the source has changed: add it as a new version, or get the original",
+                "add the changed content as a new version, or get the original content",
             )
         self.take(folder, identity, renew, hashed)
         return identity.digest, identity
@@ -166,80 +186,63 @@ class Store:
         renew: Set[str] = frozenset(),
         hashed: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """Take the files of a folder in, which `read_folder` found to be this identity's: see `add`."""
+        """Copy the files of a folder into the store after `read_folder` has checked them.
+
+        Args:
+            folder: The folder.
+            identity: The identity that `read_folder` returned.
+            renew: The sha256 of damaged objects, which are replaced.
+            hashed: The sha256 of files by name, as for `add`.
+
+        Raises:
+            IntegrityError: A file changed after `read_folder` had read it.
+        """
         self.hold(identity.digest, identity=identity)
         for name, info in identity.files.items():
             self.put(folder / name, info.sha256, info.sha256 in renew, link=name in hashed)
         path = self.path(identity.digest.removeprefix("sha256:"))
-        if _sha256(path) in renew or not self._here(path):
+        if parse_sha256(path) in renew or not self._restore(path):
             with open_atomically(path, 0o444) as file:
                 file.write(canonical_json(identity.record()))
 
     def hold(self, *digests: str, identity: Identity | None = None) -> None:
-        """Keep experts from being collected for as long as this process runs.
+        """Protect experts from collection for as long as this process runs.
 
-        identity: of one that is not here yet.
+        Args:
+            *digests: The digests of the experts.
+            identity: The identity of an expert that is not stored yet.
         """
-        with lease(self.root) as mine:
+        with hold_lease(self.root) as own:
             for digest in digests:
-                found = identity or self.manifest(digest)
+                found = identity or self.find_identity(digest)
                 files = found.files.values() if found else ()
-                mine.add({digest.removeprefix("sha256:"), *(file.sha256 for file in files)})
-
-    def manifest(self, digest: str) -> Identity | None:
-        """What an expert consists of, whether its files are here or not; None when it is not here."""
-        sha256 = digest.removeprefix("sha256:")
-        try:
-            if self._size(sha256) is None:
-                return None
-            stat = os.stat(self._place(sha256))  # noqa: PTH116
-            return _read_identity(self._place(sha256), digest, stat.st_size, stat.st_mtime_ns)
-        except FileNotFoundError:  # collected at this moment
-            return None
+                own.add({digest.removeprefix("sha256:"), *(file.sha256 for file in files)})
 
     def copy_out(self, digest: str, folder: Path) -> None:
-        """Write an expert's files, as stored, into a folder; never links, which could be written through."""
-        for name in self.identity(digest).files:
+        """Copy an expert's files to a folder. They are never linked: a link could be written to.
+
+        Args:
+            digest: The digest of the expert.
+            folder: The folder.
+
+        Raises:
+            NotFoundError: The expert or one of its files is not in the store.
+            IntegrityError: A file is damaged.
+        """
+        for name in self.read_identity(digest).files:
             with open_atomically(folder / name) as target:
                 target.write(self.read(digest, name))
 
 
 @lru_cache(maxsize=1 << 16)
-def _read_identity(place: str, digest: str, size: int, mtime: int) -> Identity:
-    """An identity from its object; size and mtime make a changed file another one."""
+def _read_record(place: str, digest: str, size: int, mtime: int) -> Identity:
+    """Read an identity from its object. A file of another size or time is read again."""
     path = Path(place)
-    if size > MAX_SMALL or "sha256:" + sha256_of(path) != digest:
-        raise _damaged(path)
+    if size > MAX_RECORD or "sha256:" + sha256_of(path) != digest:
+        raise explain_damage(path)
     try:
         return Identity.model_validate(read_json(path))
     except ValidationError:
         raise IntegrityError(
-            f"object {path.name[:12]} in the store is no expert", "correct the digest"
+            f"object {path.name[:12]} in the store is not an expert", "correct the digest"
         ) from None
-
-
-def _sha256(path: Path) -> str:
-    """The digest that an object's place states."""
-    return path.parent.name + path.name
-
-
-def _damaged(path: Path) -> IntegrityError:
-    return IntegrityError(
-        f"object {path.name[:12]} in the store is damaged",
-        "run hub verify --repair",
-    )
-
-
-def _linked(source: Path, target: Path) -> bool:
-    """Give a file that is on the disk another name, if the file system can."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        source.chmod(0o444)
-        os.utime(source)  # it is used now
-        os.link(source, target)
-    except FileExistsError:
-        return True
-    except OSError:
-        return False
-    sync_folder(target.parent)
-    return True

@@ -1,1 +1,1 @@
-"""Tasks: their format, splits and sources."""
+"""Tasks: their format, their splits and their sources."""

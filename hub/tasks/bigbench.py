@@ -61,7 +61,7 @@ def fetch_archive(session: Session) -> Path:
     """
     store = session.store
     if SHA256 in store:
-        return store.checked(SHA256)
+        return store.verify_object(SHA256)
     with hold_lock(hub_home() / "locks" / "bigbench"):
         if SHA256 not in store:
             ensure_space(store.root, 2 * SIZE)

@@ -23,7 +23,7 @@ def read_prompts(base: Base, reference: str, limit: int) -> list[str]:
     """
     task = read_task(reference)
     examples = task.split("all", limit)
-    return [task.prompt(e) if base.causal else e.input for e in examples]
+    return [task.prompt(e) if base.is_causal else e.input for e in examples]
 
 
 def tokenise_prompt(tokenizer: Any, base: Base, text: str, number: int) -> list[int]:
@@ -41,7 +41,7 @@ def tokenise_prompt(tokenizer: Any, base: Base, text: str, number: int) -> list[
     Raises:
         UsageError: The prompt has no tokens.
     """
-    cut = {} if base.causal else {"truncation": True, "max_length": MAX_TOKENS}
+    cut = {} if base.is_causal else {"truncation": True, "max_length": MAX_TOKENS}
     ids: list[int] = tokenizer(text, **cut)["input_ids"]
     if not ids:
         raise UsageError(f"prompt {number + 1} is empty", "pass some text after --prompt")

@@ -13,9 +13,13 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from experthub.hub.bases.base import load_tokenizer
+from experthub.hub.bases.loading import load_tokenizer
 from experthub.hub.composition.composition import Composition
-from experthub.hub.composition.generation import check_generates, generate_ids, in_chat
+from experthub.hub.composition.generation import (
+    apply_chat_template,
+    check_can_generate,
+    generate_ids,
+)
 from experthub.hub.errors import UsageError
 from experthub.hub.files.json_files import read_json
 from experthub.hub.files.patterns import check_pattern, limit_matching_time
@@ -152,16 +156,16 @@ def trace(
     plan, model = composition.plan, composition.model
     wanted = check_traceable(plan, modules)
     if new_tokens:
-        check_generates(composition)
+        check_can_generate(composition)
     tokenizer = load_tokenizer(plan.base)
     tokens: list[Token] = []
     parts: dict[str, list[Tensor]] = {name: [] for name in wanted}
     for number, prompt in enumerate(prompts):
         report("reading prompts", number, len(prompts))
-        text = in_chat(composition, tokenizer, prompt) if chat else prompt
+        text = apply_chat_template(composition, tokenizer, prompt) if chat else prompt
         ids = tokenise_prompt(tokenizer, plan.base, text, number)
         check_length(len(ids) + new_tokens, number, model, plan.base)
-        if not plan.base.causal and len(ids) == MAX_TOKENS:
+        if not plan.base.is_causal and len(ids) == MAX_TOKENS:
             report(f"note: at most {MAX_TOKENS} tokens of prompt {number + 1} are read", 0, 0)
         named = composition.tasks(tasks[number]) if tasks else nullcontext()
         with named, record_routing(model, len(plan.experts), set(wanted).__contains__) as found:
@@ -198,7 +202,7 @@ def check_traceable(plan: Plan, modules: str | None = None) -> list[str]:
     seen = {"vision_config", "image_size", "is_encoder_decoder"} & {
         k for k, v in config.items() if v
     }
-    if seen or not (base.causal or base.encoder or classifier):
+    if seen or not (base.is_causal or base.is_encoder or classifier):
         raise UsageError(
             f"{base.name} is a {base.architecture}, which does not read text alone, token by token",
             "use a causal language model, a text encoder or a text classifier as the base",

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from experthub.hub.bases.base import load_model, load_tokenizer, without_bars
 from experthub.hub.bases.base_sources import find
+from experthub.hub.bases.loading import hide_progress_bars, load_model, load_tokenizer
 from experthub.hub.errors import HubError
 from experthub.hub.files.atomic import create_folder
 from experthub.hub.files.path_checks import check_free
@@ -20,7 +20,7 @@ from experthub.hub.session import Session
 from experthub.hub.tasks.task_files import read_task
 from experthub.hub.training.fit import Settings, fit_task
 from experthub.hub.training.objectives import FROZEN, make_objective
-from experthub.hub.transfer.describe import checkpoint_folder
+from experthub.hub.transfer.describe import create_checkpoint_folder
 from torch import nn
 
 
@@ -73,7 +73,7 @@ def train_full(
     found = find(base, session)
     torch.manual_seed(settings.seed)
     model = load_model(found, "float32", session.device)
-    trained = _unfreeze(model, embeddings, found.causal)
+    trained = _unfreeze(model, embeddings, found.is_causal)
     stored = open_weights(found)
     unknown = sorted(set(trained) - set(stored.shapes))
     if unknown:
@@ -85,10 +85,10 @@ def train_full(
     objective = make_objective(found, session.device)
     record: dict[str, Any] = {"method": "full", **asdict(settings), "embeddings": embeddings}
     key = {"kind": "full", "base": found.fingerprint, "task": read.digest, **record}
-    run = checkpoint_folder(name, key)
+    run = create_checkpoint_folder(name, key)
     loss = fit_task(model, objective, read, settings, run, session.report)
     if out is not None:
-        with create_folder(out) as folder, without_bars():
+        with create_folder(out) as folder, hide_progress_bars():
             model.save_pretrained(folder)
             if found.has_tokenizer:
                 load_tokenizer(found).save_pretrained(folder)

@@ -18,7 +18,7 @@ from experthub.hub.composition.skills import Inventory
 from experthub.hub.errors import HubError, UsageError
 from experthub.hub.files.atomic import create_folder, write_json
 from experthub.hub.formats.adapter import PREFIX
-from experthub.hub.formats.skills import Granularity, SkillsRecord, Training, place_of
+from experthub.hub.formats.skills import Granularity, SkillsRecord, Training, find_logits_owner
 from experthub.hub.kinds.skills import SKILLS, SKILLS_JSON
 from experthub.hub.training.objectives import FROZEN
 from experthub.routing import AVERAGE, MULTI_HEADED, BatchTasks, SkilledLinear, check_heads
@@ -137,13 +137,13 @@ def find_linears(model: Any, base: Base) -> list[str]:
     Returns:
         The paths of the modules, in the model's order.
     """
-    head = model.get_output_embeddings() if base.causal else None
+    head = model.get_output_embeddings() if base.is_causal else None
     return [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
         and module is not head
-        and (base.causal or not name.startswith(FROZEN))
+        and (base.is_causal or not name.startswith(FROZEN))
     ]
 
 
@@ -212,7 +212,7 @@ def insert_skills(
     logits: dict[str, nn.Parameter] = {}
     skilled = {}
     for name, (a_SRI, b_SOR) in start.items():
-        place = place_of(name, record.granularity)
+        place = find_logits_owner(name, record.granularity)
         if place not in logits:
             logits[place] = nn.Parameter(_initialise_logits(record))
         base = model.get_submodule(name)
@@ -292,7 +292,7 @@ def save_lora(
         scaled = module.skill_b[0] * module.scale
         tensors[f"{PREFIX}{name}.lora_A.weight"] = module.skill_a[0].detach().cpu().bfloat16()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = scaled.detach().cpu().bfloat16()
-    task_type = "CAUSAL_LM" if base.causal else "FEATURE_EXTRACTION"
+    task_type = "CAUSAL_LM" if base.is_causal else "FEATURE_EXTRACTION"
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
         raise HubError("training diverged", "lower --lr")
     with create_folder(folder) as draft:

@@ -11,7 +11,8 @@ from functools import cache
 from typing import Any, Protocol
 
 import torch
-from experthub.hub.bases.base import Base, load_model, load_tokenizer
+from experthub.hub.bases.base import Base
+from experthub.hub.bases.loading import load_model, load_tokenizer
 from experthub.hub.readers.reader import Reader
 from experthub.hub.readers.reader_for import reader_for
 from experthub.hub.readers.similarity import MAX_TOKENS, SCALE, Similarity, pool
@@ -75,9 +76,9 @@ def make_objective(base: Base, device: str | None) -> Objective:
     Raises:
         UsageError: The model's architecture cannot score choices.
     """
-    if base.causal:
+    if base.is_causal:
         return Answers(load_tokenizer(base))
-    if base.encoder:
+    if base.is_encoder:
         loaded = cache(lambda: load_model(base, "float32", device))
         return Labels(Similarity(loaded, load_tokenizer(base)))
     return Choices(reader_for(base, device))

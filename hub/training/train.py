@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from experthub.hub.bases.base import load_model
 from experthub.hub.bases.base_sources import find
-from experthub.hub.composition.weights import Contents, task_vector
+from experthub.hub.bases.loading import load_model
+from experthub.hub.composition.weights import Contents, load_task_vector
 from experthub.hub.errors import UsageError
 from experthub.hub.files.atomic import create_folder
 from experthub.hub.kinds.lora import ADAPTER, GATES
@@ -23,7 +23,7 @@ from experthub.hub.store.store import Store
 from experthub.hub.tasks.task_files import read_task
 from experthub.hub.training.fit import Settings, fit_task
 from experthub.hub.training.objectives import FROZEN, make_objective
-from experthub.hub.transfer.describe import checkpoint_folder, describe
+from experthub.hub.transfer.describe import create_checkpoint_folder, describe
 from experthub.hub.transfer.pull import pull
 from experthub.merge import LowRank
 from experthub.routing import ExpertStack, RoutedLinear, make_gate, uniform
@@ -86,16 +86,16 @@ def train_lora(
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
-        task_type="CAUSAL_LM" if found.causal else "FEATURE_EXTRACTION",
+        task_type="CAUSAL_LM" if found.is_causal else "FEATURE_EXTRACTION",
         target_modules="all-linear",
         exclude_modules=None
-        if found.causal
+        if found.is_causal
         else [n for n, _ in model.named_modules() if n.startswith(FROZEN)],
     )
     adapted = get_peft_model(model, config)
     record = {**asdict(settings), "rank": rank, "alpha": config.lora_alpha}
     key = {"kind": "lora", "base": found.fingerprint, "task": read.digest, **record}
-    run = checkpoint_folder(name, key)
+    run = create_checkpoint_folder(name, key)
     loss = fit_task(adapted, objective, read, settings, run, session.report)
     with create_folder(run / "expert") as folder:
         written = adapted.peft_config["default"]
@@ -148,14 +148,14 @@ def train_gate(
     if not 0 < start < 1:
         raise UsageError(f"a gate cannot start at {start:g}", "choose a start between 0 and 1")
     session = session or Session()
-    expert = session.registry.expert(Reference.parse(name))
+    expert = session.registry.find_expert(Reference.parse(name))
     if expert.task is None:
         raise UsageError(
             f"the registry does not say which task {expert.reference} was trained on",
             "add the expert again with hub add --task",
         )
     read = read_task(expert.task)
-    pull(session, Content.of(expert))
+    pull(session, Content.from_expert(expert))
     found = find(expert.base, session)
     torch.manual_seed(settings.seed)
     model = load_model(found, "float32", session.device)
@@ -164,7 +164,7 @@ def train_gate(
     # The paper's start is not recorded, so that the folders of earlier runs keep their names.
     record = {**asdict(settings), **({} if start == 0.5 else {"start": start})}
     key = {"kind": "gate", "expert": expert.digest, "task": read.digest, **record}
-    run = checkpoint_folder(f"{expert.name}-gate", key)
+    run = create_checkpoint_folder(f"{expert.name}-gate", key)
     loss = fit_task(model, objective, read, settings, run, session.report)
     if loss["first"] < LEARNED and start >= 0.5:
         session.report(
@@ -215,7 +215,7 @@ def _insert_gates(
     )
     plan = resolve(recipe, session=session)
     with Contents(plan.members, session.store, gates=False) as contents:
-        vector = task_vector(plan.experts[0], plan, contents)
+        vector = load_task_vector(plan.experts[0], plan, contents)
     gated = {}
     for parameter in plan.parameters:
         module = parameter.removesuffix(".weight")

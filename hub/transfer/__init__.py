@@ -1,1 +1,1 @@
-"""Moving experts: from and to folders, archives and remote repositories."""
+"""Moving experts: to and from folders, archives and remote repositories."""

@@ -1,4 +1,4 @@
-"""Naming what is stored: expert.json in a folder, and the registry's entry."""
+"""Describing experts: `expert.json` in a folder, and the registry entry."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from experthub.hub.registry.content import Content
 from experthub.hub.registry.entries import (
     check_same_content,
     check_writable,
-    next_version,
+    find_next_version,
     register,
 )
-from experthub.hub.registry.expert import DESCRIPTION, Expert, Identity, relative_source
+from experthub.hub.registry.expert import DESCRIPTION, Expert, Identity, make_source_relative
 from experthub.hub.registry.registry import Registry
 from experthub.hub.session import Session
-from experthub.hub.store.folder import read_folder, stated_in
-from experthub.hub.transfer.sources import opened
+from experthub.hub.store.folder import read_description, read_folder
+from experthub.hub.transfer.sources import open_source
 
 
 def describe(
@@ -40,26 +40,26 @@ def describe(
     version: int | None = None,
     description: str = "",
 ) -> Expert:
-    """Describe a freshly trained folder in expert.json, store it, and register it.
+    """Write the `expert.json` of a newly trained expert, store the expert, and register it.
 
-    It becomes the next version of the name, unless a version has the same content.
+    The expert becomes the next version of the name, unless a version has the same content.
 
     Args:
         folder: The folder with the trained files.
         name: The name in the registry.
         base: The base that was trained.
         session: The registry and the store.
-        task: The task that it was trained on.
-        training: The settings and results that expert.json records.
-        like: The expert that training started from; its licence, description and tags are kept.
-        version: The version to register. The default is the next one of the name.
+        task: The task that the expert was trained on, or None.
+        training: The settings and results of the training, for `expert.json`.
+        like: The expert that the training started from. Its licence, description and tags are kept.
+        version: The version to register. The default is the next version of the name.
         description: One line about the expert, if `like` is not given.
 
     Returns:
         The expert as it is registered.
 
     Raises:
-        ConflictError: The name and version have other content.
+        ConflictError: The name and version are registered with other content.
     """
     registry = session.registry
     bare = read_folder(folder)
@@ -69,7 +69,7 @@ def describe(
         kept = like.model_dump(include={"license", "description", "tags"})
     expert = Expert(
         name=name,
-        version=version or next_version(name, registry.experts()),
+        version=version or find_next_version(name, registry.list_experts()),
         kind=identity.kind,
         base=base.name,
         digest=identity.digest,
@@ -80,10 +80,10 @@ def describe(
     )
     write_description(folder, expert, identity)
     session.store.add(folder, identity.digest)
-    known = [e for e in registry.experts() if (e.name, e.digest) == (name, identity.digest)]
+    known = [e for e in registry.list_experts() if (e.name, e.digest) == (name, identity.digest)]
     if version is None and known:
         return known[-1]
-    for other in registry.experts():
+    for other in registry.list_experts():
         if other.reference == expert.reference:
             check_same_content(other, expert)
     register(expert)
@@ -91,15 +91,15 @@ def describe(
     return expert
 
 
-def checkpoint_folder(name: str, key: dict[str, Any]) -> Path:
-    """Make the folder for the checkpoints of one training run.
+def create_checkpoint_folder(name: str, key: dict[str, Any]) -> Path:
+    """Create the folder for the checkpoints of one training run.
 
     Args:
         name: The name of the expert that is trained.
-        key: The settings, data and weights of the run. Another key has another folder.
+        key: The settings, the data and the weights of the run. Each key has its own folder.
 
     Returns:
-        The folder, which holds the checkpoints of an interrupted run if there was one.
+        The folder. It holds the checkpoints of an interrupted run with the same key.
     """
     digest = digest_of(key)
     folder = hub_home() / "runs" / f"{name}-{digest[7:19]}"
@@ -110,12 +110,26 @@ def checkpoint_folder(name: str, key: dict[str, Any]) -> Path:
 
 
 def write_description(folder: Path, expert: Expert, identity: Identity) -> None:
-    """Write expert.json: see `description`."""
-    write_text(folder / DESCRIPTION, description(expert, identity))
+    """Write the `expert.json` of a folder.
+
+    Args:
+        folder: The expert's folder.
+        expert: The registry entry.
+        identity: The identity of the content.
+    """
+    write_text(folder / DESCRIPTION, format_description(expert, identity))
 
 
-def description(expert: Expert, identity: Identity) -> str:
-    """The content of expert.json: what the registry says of the expert, and its identity."""
+def format_description(expert: Expert, identity: Identity) -> str:
+    """Format the content of an `expert.json`: the registry entry and the identity.
+
+    Args:
+        expert: The registry entry.
+        identity: The identity of the content.
+
+    Returns:
+        The JSON text, without the sources of the entry.
+    """
     record = expert.model_dump(mode="json", exclude={"sources", "digest"})
     return format_json({**record, "identity": identity.record()})
 
@@ -133,52 +147,52 @@ def add_folder(
     file: Path | None = None,
     hashed: Mapping[str, str] = MappingProxyType({}),
 ) -> Expert:
-    """Copy someone's folder into the store and register it under a name.
+    """Copy a folder that somebody wrote into the store, and register it under a name.
 
     Args:
         folder: The folder with the expert's files.
         name: The name in the registry.
         session: The registry and the store.
-        version: The version. The default is the next one of the name, or the present one if the
-            content is the same.
-        base: The base that it was trained on. The default is the one in its expert.json or
-            adapter_config.json, which need not be here.
-        task: The task that it was trained on. The default is the one in its expert.json.
-        description: One line about the expert. The default is the one in its expert.json.
+        version: The version. The default is the next version of the name, or the version that has the
+            same content.
+        base: The name of the base that the expert was trained on; it need not be registered. The
+            default is the name in `expert.json` or `adapter_config.json`.
+        task: The task that the expert was trained on. The default is the one in `expert.json`.
+        description: One line about the expert. The default is the one in `expert.json`.
         source: The source of the folder. The default is the folder itself.
-        file: The registry file to write. The default is the user's own registry.
-        hashed: The sha256 of files whose bytes were read just now, see `Store.add`.
+        file: The registry file to write to. The default is the user's own registry.
+        hashed: The sha256 of files by name, as for `Store.add`.
 
     Returns:
         The expert as it is registered.
 
     Raises:
-        IntegrityError: The files or the expert.json are malformed.
-        ConflictError: The name and version have other content.
+        IntegrityError: The files or `expert.json` are malformed.
+        ConflictError: The name and version are registered with other content.
     """
     registry, store = session.registry, session.store
     identity = read_folder(folder, hashed)
     digest = identity.digest
-    same = [e for e in registry.experts() if e.name == name and e.digest == digest]
+    same = [e for e in registry.list_experts() if e.name == name and e.digest == digest]
     if version is None and same and file is None:
         store.take(folder, identity, hashed=hashed)
         return same[-1]
-    stated = stated_in(folder)
+    stated = read_description(folder)
     own = stated.get("version") if stated.get("name") == name else None
     entry = {key: stated[key] for key in Expert.model_fields if key in stated}
     entry |= {
         "name": name,
-        "version": version or own or next_version(name, registry.experts()),
+        "version": version or own or find_next_version(name, registry.list_experts()),
         "kind": identity.kind,
-        "base": base or stated.get("base") or _base_name(folder, identity, registry),
-        "sources": [source or _source(folder, file)],
+        "base": base or stated.get("base") or _find_base_name(folder, identity, registry),
+        "sources": [source or _make_source(folder, file)],
         "digest": digest,
     }
     given = {"task": task, "description": description}
     entry |= {key: value for key, value in given.items() if value is not None}
     hint = "correct the field, or remove it"
     expert = validate_record(Expert, entry, folder / DESCRIPTION, hint)
-    for known in registry.experts():
+    for known in registry.list_experts():
         if known.reference == expert.reference:
             check_same_content(known, expert)
     check_writable(expert)
@@ -187,8 +201,8 @@ def add_folder(
     return expert
 
 
-def register_found(content: Content, name: str, session: Session) -> Expert:
-    """Register the coefficients or the router's state that a method found.
+def register_state(content: Content, name: str, session: Session) -> Expert:
+    """Register a stored state: learned coefficients or the state of a router.
 
     Args:
         content: The content in the store.
@@ -199,25 +213,25 @@ def register_found(content: Content, name: str, session: Session) -> Expert:
         The entry as it is registered.
 
     Raises:
-        ConflictError: The name and version have other content.
+        ConflictError: The name and version are registered with other content.
     """
     source = content.sources[0]
-    with opened(source, Path.cwd()) as (folder, hashed):
+    with open_source(source, Path.cwd()) as (folder, hashed):
         return add_folder(folder, name, session, source=source, hashed=hashed)
 
 
-def _source(folder: Path, file: Path | None) -> str:
-    """The folder as a source in a registry file; the user's own registry is no place near it."""
+def _make_source(folder: Path, file: Path | None) -> str:
+    """Return a folder as a source; relative if a registry file beside it will hold the source."""
     whole = f"file:{folder.resolve()}"
-    return relative_source(whole, file.resolve().parent) if file else whole
+    return make_source_relative(whole, file.resolve().parent) if file else whole
 
 
-def _base_name(folder: Path, identity: Identity, registry: Registry) -> str:
-    """Return the base that a folder's files name, under the registry's name if it has one."""
+def _find_base_name(folder: Path, identity: Identity, registry: Registry) -> str:
+    """Return the base that a folder's files name, under its name in the registry if it has one."""
     named = kinds[identity.kind].base_name(folder)
     if not named:
         return "unknown"
     try:
-        return registry.base(named)[0]
+        return registry.find_base(named)[0]
     except NotFoundError:
         return named

@@ -1,4 +1,4 @@
-"""The README of an expert's repository: what the Hub reads off it, and what a person wants to know."""
+"""The README of an expert's repository: metadata for the Hub, and a description for people."""
 
 from __future__ import annotations
 
@@ -11,12 +11,21 @@ from experthub.hub.registry.expert import Expert, Identity
 from experthub.hub.registry.registry import Registry
 
 
-def model_card(expert: Expert, identity: Identity, registry: Registry, repository: str) -> str:
-    """A model card: metadata, description, scores, training, files, and how to use it.
+def format_model_card(
+    expert: Expert, identity: Identity, registry: Registry, repository: str
+) -> str:
+    """Format a model card: metadata, description, scores, training and usage.
 
-    repository: where it will be, `org/name`.
+    Args:
+        expert: The expert.
+        identity: The identity of its content.
+        registry: The registry, which may have the base's name on the Hub.
+        repository: The repository of the card, `org/name`.
+
+    Returns:
+        Markdown with a YAML header.
     """
-    known = registry.bases().get(expert.base)
+    known = registry.list_bases().get(expert.base)
     base = known.aka[0] if known and known.aka else expert.base
     lora = kinds[expert.kind].peft
     metadata: dict[str, Any] = {
@@ -35,14 +44,15 @@ def model_card(expert: Expert, identity: Identity, registry: Registry, repositor
     parts = [
         f"---\n{yaml_files.dump(given)}---\n",
         f"# {expert.name}\n\n{expert.description}\n",
-        _facts(expert, identity, base),
-        _scores(expert),
-        _use(repository, base, lora),
+        _format_facts(expert, identity, base),
+        _format_scores(expert),
+        _format_usage(repository, base, lora),
     ]
     return "\n".join(part for part in parts if part)
 
 
-def _facts(expert: Expert, identity: Identity, base: str) -> str:
+def _format_facts(expert: Expert, identity: Identity, base: str) -> str:
+    """Format the table of facts."""
     rows = {
         "kind": expert.kind,
         "base": base,
@@ -57,7 +67,8 @@ def _facts(expert: Expert, identity: Identity, base: str) -> str:
     return "\n".join(["| | |", "| --- | --- |", *lines]) + "\n"
 
 
-def _scores(expert: Expert) -> str:
+def _format_scores(expert: Expert) -> str:
+    """Format the table of scores, if there are scores."""
     if not expert.scores:
         return ""
     head = [
@@ -72,7 +83,8 @@ def _scores(expert: Expert) -> str:
     return "\n".join([*head, *rows]) + "\n"
 
 
-def _use(repository: str, base: str, lora: bool) -> str:
+def _format_usage(repository: str, base: str, lora: bool) -> str:
+    """Format the section that shows how the expert is used."""
     text = f"""## Use
 
 ```yaml
@@ -81,12 +93,12 @@ experts: [hf:{repository}]
 merge: {{method: linear}}
 ```
 
-`hub compose recipe.yaml` composes it; `hub pull hf:{repository}` brings it here, checked.
+`hub compose recipe.yaml` composes it. `hub pull hf:{repository}` fetches and verifies it.
 """
     if not lora:
         return text
     return f"""{text}
-With peft, from the file `{ADAPTER}`:
+peft loads the file `{ADAPTER}`:
 
 ```python
 from peft import PeftModel

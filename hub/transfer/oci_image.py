@@ -1,7 +1,7 @@
-"""Experts as OCI images, after the CNCF ModelPack specification: in a shared folder or an archive.
+"""Experts as OCI images, by the ModelPack specification of the CNCF, in a folder or an archive.
 
-One expert, with one description, makes one manifest digest: nothing in it depends on time or place.
-https://github.com/modelpack/model-spec (v0.0.7)
+An expert with one description always gives the same manifest digest: nothing in it depends on the
+time or the place. https://github.com/modelpack/model-spec (v0.0.7)
 """
 
 from __future__ import annotations
@@ -29,22 +29,25 @@ from experthub.hub.formats.oci_layout import (
 )
 from experthub.hub.registry.expert import DESCRIPTION, Expert
 from experthub.hub.store.store import Store
-from experthub.hub.transfer.describe import description
+from experthub.hub.transfer.describe import format_description
 
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
 MODEL_TYPE = "application/vnd.cncf.model"
 CHUNK = 1 << 20
 
-Blob = Path | bytes  # a file of the store, or the bytes themselves
+Blob = Path | bytes  # The path of an object, or bytes.
 
 
 @dataclass(frozen=True)
 class Image:
-    """An expert as it is shared.
+    """An expert in the form in which it is shared.
 
-    files: the expert's own, by name.  blobs: these, the config and the manifest, by sha256.  entry:
-    its line in an index.
+    Args:
+        expert: The expert.
+        files: The expert's own files by name.
+        entry: The line for the index of a layout.
+        blobs: The files, the config and the manifest by sha256.
     """
 
     expert: Expert
@@ -53,17 +56,29 @@ class Image:
     blobs: dict[str, Blob]
 
 
-def image(expert: Expert, store: Store) -> Image:
-    """Package an expert that is in the store; its bytes are checked."""
+def make_image(expert: Expert, store: Store) -> Image:
+    """Package a stored expert.
+
+    Args:
+        expert: The expert.
+        store: The store.
+
+    Returns:
+        The image. The bytes of the files were verified.
+
+    Raises:
+        NotFoundError: The expert is not in the store.
+        IntegrityError: A file is damaged.
+    """
     blobs: dict[str, Blob] = {}
-    identity = store.identity(expert.digest)
-    files: dict[str, Blob] = {n: store.file(expert.digest, n) for n in identity.files}
-    files[DESCRIPTION] = description(expert, identity).encode()
+    identity = store.read_identity(expert.digest)
+    files: dict[str, Blob] = {n: store.verify_file(expert.digest, n) for n in identity.files}
+    files[DESCRIPTION] = format_description(expert, identity).encode()
     layers = []
     for name, content in files.items():
         kind = "weight" if name.endswith(".safetensors") else "weight.config"
         named = {FILE_NAME: name, "org.opencontainers.image.title": name}
-        layer = _descriptor(f"{MODEL_TYPE}.{kind}.v1.raw", content, blobs)
+        layer = _add_blob(f"{MODEL_TYPE}.{kind}.v1.raw", content, blobs)
         layers.append(layer | {"annotations": named})
     config = {
         "descriptor": {"name": expert.name, "version": str(expert.version)}
@@ -83,16 +98,17 @@ def image(expert: Expert, store: Store) -> Image:
         "schemaVersion": 2,
         "mediaType": MANIFEST_TYPE,
         "artifactType": f"{MODEL_TYPE}.manifest.v1+json",
-        "config": _descriptor(f"{MODEL_TYPE}.config.v1+json", canonical_json(config), blobs),
+        "config": _add_blob(f"{MODEL_TYPE}.config.v1+json", canonical_json(config), blobs),
         "layers": layers,
         "annotations": {key: value for key, value in stated.items() if value},
     }
-    entry = _descriptor(MANIFEST_TYPE, canonical_json(manifest), blobs)
+    entry = _add_blob(MANIFEST_TYPE, canonical_json(manifest), blobs)
     marks = {REFERENCE: expert.reference, EXPERT_DIGEST: expert.digest}
     return Image(expert, files, entry | {"annotations": marks}, blobs)
 
 
-def _descriptor(kind: str, content: Blob, blobs: dict[str, Blob]) -> dict[str, Any]:
+def _add_blob(kind: str, content: Blob, blobs: dict[str, Blob]) -> dict[str, Any]:
+    """Add a blob to the blobs of an image, and return its OCI descriptor."""
     if isinstance(content, Path):
         sha256, size = content.parent.name + content.name, content.stat().st_size
     else:
@@ -102,14 +118,23 @@ def _descriptor(kind: str, content: Blob, blobs: dict[str, Blob]) -> dict[str, A
 
 
 def write_folder(made: Image, folder: Path) -> None:
-    """Add an image to a shared folder: blobs first, the index last; a reader sees old or new.
+    """Add an image to a shared folder.
 
-    Raises ConflictError when the name and version have other content there, or when the folder is
-    something else.
+    The blobs are written first and the index last, so that a reader sees the old or the new content.
+
+    Args:
+        made: The image.
+        folder: A shared folder, an empty folder, or a path that does not exist.
+
+    Raises:
+        ConflictError: The folder is not a shared folder, or has other content under the name and
+            version.
     """
     own = {".lock", "blobs", MARK, INDEX}
     if folder.exists() and not own.issuperset(path.name for path in folder.iterdir()):
-        raise ConflictError(f"{folder} is in use, and is no shared folder", "name a new folder")
+        raise ConflictError(
+            f"{folder} holds other files, and is not a shared folder", "name a new folder"
+        )
     with hold_lock(folder / ".lock"):
         present = OciLayout.read(folder).entries if (folder / INDEX).is_file() else []
         entries = [made.entry]
@@ -118,33 +143,41 @@ def write_folder(made: Image, folder: Path) -> None:
                 entries.append(entry.model_dump(mode="json", exclude_unset=True))
             elif entry.annotations.get(EXPERT_DIGEST) != made.expert.digest:
                 raise ConflictError(
-                    f"{folder} has a {made.expert.reference} already, with other content",
-                    "give yours a new version, or push to another folder",
+                    f"{folder} already has {made.expert.reference} with other content",
+                    "register yours as a new version, or push to another folder",
                 )
-        for name, content in _files([made], entries).items():
+        for name, content in _list_files([made], entries).items():
             path = folder / name
-            if name == INDEX or not path.is_file() or path.stat().st_size != size_of(content):
-                with open_atomically(path) as file, _stream(content) as data:
+            if name == INDEX or not path.is_file() or path.stat().st_size != measure_blob(content):
+                with open_atomically(path) as file, _open_blob(content) as data:
                     shutil.copyfileobj(data, file, CHUNK)
 
 
 def write_archive(made: Sequence[Image], path: Path) -> None:
-    """Write images to a new tar archive; the same experts make the same bytes."""
+    """Write images to a new tar archive. The same experts always give the same bytes.
+
+    Args:
+        made: The images.
+        path: The path of the archive.
+
+    Raises:
+        ConflictError: The path exists.
+    """
     if path.exists():
-        raise ConflictError(f"{path} is there already", "name a new file, or remove it")
+        raise ConflictError(f"{path} exists already", "name a new file, or remove this one")
     with (
         open_atomically(path) as file,
         tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as archive,
     ):
-        for name, content in _files(made, [image.entry for image in made]).items():
+        for name, content in _list_files(made, [image.entry for image in made]).items():
             member = tarfile.TarInfo(name)
-            member.size, member.mode = size_of(content), 0o644
-            with _stream(content) as data:
+            member.size, member.mode = measure_blob(content), 0o644
+            with _open_blob(content) as data:
                 archive.addfile(member, data)
 
 
-def _files(made: Sequence[Image], entries: list[dict[str, Any]]) -> dict[str, Blob]:
-    """Everything that a layout consists of, in the order in which it is to be written."""
+def _list_files(made: Sequence[Image], entries: list[dict[str, Any]]) -> dict[str, Blob]:
+    """List the files of a layout by name, in the order in which they must be written."""
     blobs = {f"blobs/sha256/{k}": v for image in made for k, v in image.blobs.items()}
     index = {
         "schemaVersion": 2,
@@ -155,10 +188,18 @@ def _files(made: Sequence[Image], entries: list[dict[str, Any]]) -> dict[str, Bl
     return {**dict(sorted(blobs.items())), MARK: mark, INDEX: canonical_json(index)}
 
 
-def size_of(content: Blob) -> int:
-    """In bytes."""
+def measure_blob(content: Blob) -> int:
+    """Return the size of a blob.
+
+    Args:
+        content: The blob.
+
+    Returns:
+        The size in bytes.
+    """
     return len(content) if isinstance(content, bytes) else content.stat().st_size
 
 
-def _stream(content: Blob) -> IO[bytes]:
+def _open_blob(content: Blob) -> IO[bytes]:
+    """Open a blob for reading."""
     return io.BytesIO(content) if isinstance(content, bytes) else content.open("rb")

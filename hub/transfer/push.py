@@ -1,4 +1,4 @@
-"""Publishing experts: the bytes as they are stored, where others can pull them."""
+"""Pushing: publish the stored bytes of an expert where others can pull them."""
 
 from __future__ import annotations
 
@@ -7,20 +7,24 @@ from pathlib import Path
 
 from experthub.hub.errors import UsageError
 from experthub.hub.registry.entries import add_source
-from experthub.hub.registry.expert import DESCRIPTION, Expert, absolute_source
+from experthub.hub.registry.expert import DESCRIPTION, Expert, make_source_absolute
 from experthub.hub.session import Session
-from experthub.hub.transfer.describe import description
-from experthub.hub.transfer.model_card import model_card
-from experthub.hub.transfer.oci_image import Blob, image, size_of, write_folder
+from experthub.hub.transfer.describe import format_description
+from experthub.hub.transfer.model_card import format_model_card
+from experthub.hub.transfer.oci_image import Blob, make_image, measure_blob, write_folder
 from experthub.hub.transfer.remotes import hf_push
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """What was published.
+    """A published expert.
 
-    files: name -> bytes.  commit: of a repository, or the digest of the manifest in a folder; None
-    for a dry run.  source: where it can be pulled from now.
+    Args:
+        target: The target that the user named.
+        files: The size of each published file in bytes, by name.
+        commit: The commit of a repository, or the digest of the manifest in a shared folder. None for a
+            dry run.
+        source: The source from which the expert can be pulled now. None for a dry run.
     """
 
     target: str
@@ -39,12 +43,12 @@ def push(
     tag: str | None = None,
     dry_run: bool = False,
 ) -> Pushed:
-    """Publish an expert as one commit of a model repository, or into a shared folder.
+    """Publish an expert as one commit of a model repository, or in a shared folder.
 
     Args:
         expert: The expert, which is in the store.
-        target: `hf:org/name[@branch]` or `file:DIR`. The repository or the folder is created if it
-            does not exist.
+        target: `hf:org/name[@branch]` or `file:DIR`. A repository or folder that does not exist is
+            created.
         session: The registry, the store and the progress callback.
         private: Create the repository as private if it does not exist.
         message: The message of the commit.
@@ -55,20 +59,22 @@ def push(
         The published files, and the source from which they can be pulled.
 
     Raises:
-        UsageError: The target has another form, or an option does not suit it.
+        UsageError: The target has another form, or an option does not apply to it.
         AuthError: The token has no write permission.
         ConflictError: Somebody else pushed meanwhile, or the folder has other content under this
             name and version.
     """
     store = session.store
-    identity = store.identity(expert.digest)
+    identity = store.read_identity(expert.digest)
     session.report(f"pushing {expert.reference} to {target}", 0, 0)
     if target.startswith("file:"):
         if private or message or tag:
-            raise UsageError("--private, --message and --tag are for hf:", "leave them out")
-        place = absolute_source(target, Path.cwd()).removeprefix("file:")
-        made = image(expert, store)
-        files = {name: size_of(content) for name, content in made.files.items()}
+            raise UsageError(
+                "--private, --message and --tag apply only to hf: targets", "leave them out"
+            )
+        place = make_source_absolute(target, Path.cwd()).removeprefix("file:")
+        made = make_image(expert, store)
+        files = {name: measure_blob(content) for name, content in made.files.items()}
         if dry_run:
             return Pushed(target, files)
         write_folder(made, Path(place))
@@ -76,12 +82,12 @@ def push(
         add_source(expert, source)
         return Pushed(target, files, str(made.entry["digest"]), source)
 
-    repository = hf_push.target(target)
-    content: dict[str, Blob] = {n: store.file(expert.digest, n) for n in identity.files}
-    content[DESCRIPTION] = description(expert, identity).encode()
-    card = model_card(expert, identity, session.registry, repository.repository)
+    repository = hf_push.parse_target(target)
+    content: dict[str, Blob] = {n: store.verify_file(expert.digest, n) for n in identity.files}
+    content[DESCRIPTION] = format_description(expert, identity).encode()
+    card = format_model_card(expert, identity, session.registry, repository.repository)
     content["README.md"] = card.encode()
-    files = {name: size_of(data) for name, data in content.items()}
+    files = {name: measure_blob(data) for name, data in content.items()}
     if dry_run:
         return Pushed(target, files)
     message = message or f"Add {expert.reference}"

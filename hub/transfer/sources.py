@@ -1,4 +1,4 @@
-"""Where content comes from: a source's files, as a folder on this machine."""
+"""Sources: make the files that a source refers to available as a local folder."""
 
 from __future__ import annotations
 
@@ -10,22 +10,34 @@ from experthub.hub.errors import HubError
 from experthub.hub.files.atomic import hub_home, open_draft_folder
 from experthub.hub.formats.oci_layout import OciLayout, is_layout
 from experthub.hub.progress import Report, silent
-from experthub.hub.registry.expert import Reference, expert_files
+from experthub.hub.registry.expert import Reference, list_file_patterns
 from experthub.hub.transfer.remotes import hf
 
 
-def fetched(source: str, near: Path, patterns: tuple[str, ...], report: Report = silent) -> Path:
-    """The folder behind a source: itself, or where a repository of a model hub was fetched to.
+def fetch_source(
+    source: str, near: Path, patterns: tuple[str, ...], report: Report = silent
+) -> Path:
+    """Fetch a source.
 
-    near: what relative paths are relative to.  patterns: the files wanted of a repository.
+    Args:
+        source: A folder, or `hf:org/name[@revision]`.
+        near: The folder that a relative source starts from.
+        patterns: Shell patterns of the wanted files of a repository.
+        report: A progress callback.
+
+    Returns:
+        The folder itself, or the folder into which the repository was fetched.
+
+    Raises:
+        HubError: The source has another form, or cannot be fetched.
     """
-    return _fetched(source, near, patterns, report)[0]
+    return _fetch(source, near, patterns, report)[0]
 
 
-def _fetched(
+def _fetch(
     source: str, near: Path, patterns: tuple[str, ...], report: Report
 ) -> tuple[Path, dict[str, str]]:
-    """As `fetched`; what was not here before comes with the sha256 of its files."""
+    """Fetch a source; return its folder, and the sha256 of files that were downloaded now."""
     reference = Reference.parse(source, near)
     if reference.folder is not None:
         return reference.folder, {}
@@ -37,36 +49,49 @@ def _fetched(
             lambda done, size: report(f"fetching {source}", done, size),
             lambda text: report(f"note: {text}", 0, 0),
         )
-    raise HubError(f"nothing can be fetched from {source}", "use file:, hf:, or a folder")
+    raise HubError(f"cannot fetch {source}", "use a folder, file:PLACE or hf:org/name")
 
 
 @contextmanager
-def opened(
+def open_source(
     source: str, near: Path, report: Report = silent
 ) -> Iterator[tuple[Path, Mapping[str, str]]]:
-    """An expert's folder, for as long as the block lasts.
+    """Make an expert's files available as a folder during the block.
 
-    If the folder is the hub's own, also the sha256 of its files, all of whose bytes were read now.
+    Args:
+        source: A folder, `hf:org/name[@revision]`, or one expert of a shared folder or archive,
+            `file:PLACE#name@version`. The part after `#` may be omitted if there is one expert.
+        near: The folder that a relative source starts from.
+        report: A progress callback.
 
-    source: a folder, `hf:...`, or `file:PLACE#name@version`, one of several in a shared folder or
-    archive; the part behind # may be left out where there is only one.
+    Yields:
+        The folder. If the folder belongs to the hub: also the sha256 of its files by name, which
+        were hashed just now.
+
+    Raises:
+        HubError: The source cannot be fetched.
+        NotFoundError: There is no such expert in the shared folder or archive.
+        IntegrityError: The shared folder or archive is damaged.
     """
-    place, hashed = _fetched(source, near, expert_files(), report)
+    place, hashed = _fetch(source, near, list_file_patterns(), report)
     if source.startswith("hf:") and not hashed:
-        hashed = hf.checked(place)
+        hashed = hf.verify_fetched(place)
     if not is_layout(place):
-        with _named(source, place):
+        with _name_source_in_errors(source, place):
             yield place, hashed
         return
-    with open_draft_folder(hub_home() / "drafts" / "unpacked") as folder, _named(source, folder):
+    with (
+        open_draft_folder(hub_home() / "drafts" / "unpacked") as folder,
+        _name_source_in_errors(source, folder),
+    ):
         layout = OciLayout.read(place)
         member = layout.find(Reference.parse(source, near).member)
         yield folder, layout.unpack(member, folder)
 
 
 @contextmanager
-def _named(source: str, folder: Path) -> Iterator[None]:
-    """Errors about a folder of the hub's own name where it came from, which says more."""
+def _name_source_in_errors(source: str, folder: Path) -> Iterator[None]:
+    """Replace the path of a folder of the hub by its source in the errors of the block."""
     try:
         yield
     except HubError as error:

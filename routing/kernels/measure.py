@@ -1,4 +1,4 @@
-"""Which kernel is the fastest for a group of modules, on this machine."""
+"""Measuring: time the kernels for a group of modules, and find the fastest on this machine."""
 
 from __future__ import annotations
 

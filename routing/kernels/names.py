@@ -16,7 +16,7 @@ RENAMED_KERNELS: dict[str, Kernel] = {"copied": "gather", "screened": "prefilter
 _RECORDED: dict[str, str] = {new: old for old, new in RENAMED_KERNELS.items()}
 
 
-def current_kernel(name: str) -> Kernel:
+def parse_kernel(name: str) -> Kernel:
     """Return the kernel that a recipe or a record names.
 
     Args:
@@ -34,7 +34,7 @@ def current_kernel(name: str) -> Kernel:
     raise ValueError(f"expected a kernel among {', '.join(KERNELS)}, found {name!r}")
 
 
-def recorded_kernel(name: str) -> str:
+def find_recorded_name(name: str) -> str:
     """Return the name that digests, locks and measurements use for a kernel.
 
     Args:

@@ -12,7 +12,7 @@ from experthub.routing.kernels.scores import compute_scores
 from torch import Tensor
 
 
-def reference(
+def compute_reference(
     x_TI: Tensor, y_TO: Tensor, stack: ExpertStack, router: Router, combine: Combine
 ) -> Tensor:
     """Compute a routed module's outputs, one token and one expert at a time.

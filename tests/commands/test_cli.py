@@ -409,7 +409,7 @@ def test_eval_as_a_table(recipes: list[Path], tiny_task: str) -> None:
 
 
 def test_eval_says_in_words_what_it_shows() -> None:
-    from experthub.cli.evaluate import in_words
+    from experthub.cli.evaluate import explain_result
 
     def scores(value: float, low: float, high: float) -> dict[str, Any]:
         return {"delta_to_base": {"value": value, "ci95": [low, high]}}
@@ -423,11 +423,11 @@ def test_eval_says_in_words_what_it_shows() -> None:
         "comparisons": [pair],
         "controls": {"best_individual": "x@1"},
     }
-    assert in_words(result) == [
-        "a: not clearly other than the base (+0.000, 95 % -0.100..+0.100) on average; "
-        "clearly better on 1 and worse on 0 of 2 tasks",
-        "a: worse than b (-0.030, 95 % -0.050..-0.010) on average",
-        "best_individual is x@1",
+    assert explain_result(result) == [
+        "a: not clearly different from the base (+0.000, 95 % interval -0.100..+0.100) on average; "
+        "clearly better on 1 and clearly worse on 0 of 2 tasks",
+        "a: worse than b (-0.030, 95 % interval -0.050..-0.010) on average",
+        "best_individual: x@1",
     ]
 
 

@@ -53,7 +53,7 @@ def found(*words: str | Path) -> dict[str, dict[str, Any]]:
 
 def pull_all() -> str:
     """What fetches every base that an expert of the starter registry is for."""
-    return f"hub pull {' '.join(sorted({e.base for e in Registry.read().experts()}))}"
+    return f"hub pull {' '.join(sorted({e.base for e in Registry.read().list_experts()}))}"
 
 
 def statuses(checks: dict[str, dict[str, Any]]) -> set[str]:
@@ -66,7 +66,7 @@ def test_a_fresh_home(home: Path) -> None:
     assert list(checks) == NAMES
     assert {c["status"] for c in checks.values()} == {"ok", "warning"}
     assert statuses(checks) == {"experts", "bases", "completion"}
-    starter = Registry.read().experts()
+    starter = Registry.read().list_experts()
     assert checks["experts"]["found"].startswith(f"0 of {len(starter)} in the store")
     assert checks["experts"]["details"]["missing"] == [e.reference for e in starter]
     assert checks["bases"]["next"] == pull_all()
@@ -117,7 +117,7 @@ def test_experts_here_gone_and_lost(expert_folder: Make, base_folder: Path, home
     assert not ours & set(details["missing"]) and details["known"] == 3 + len(details["missing"])
 
     one, two, three = (
-        Registry.read().expert(doctor.Reference.parse(n)) for n in ("one", "two", "three")
+        Registry.read().find_expert(doctor.Reference.parse(n)) for n in ("one", "two", "three")
     )
     for expert in (one, two):
         Store().path(expert.digest[7:]).unlink()

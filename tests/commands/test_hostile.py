@@ -34,7 +34,7 @@ import pytest
 from conftest import Ran, make_expert, run_hub, snapshot
 from experthub.hub.errors import IntegrityError
 from experthub.hub.files import patterns
-from experthub.hub.transfer.remotes import _http
+from experthub.hub.transfer.remotes import _download, _http, _limits
 from hf_server import HfServer
 from hf_store import write
 from safetensors.torch import load_file, save_file
@@ -135,7 +135,7 @@ def test_other_files_are_left_out_and_named(
     publish(server, files | extra)
     ran = run_hub("pull", "hf:alice/x")
     assert ran.code == 0, ran.err
-    (note,) = ran.lines("note: hf:alice/x: left out ")
+    (note,) = ran.lines("note: hf:alice/x: omitted ")
     for name in (*others, "deep"):
         assert name in note
     assert not [name for name in usual if name in note]
@@ -342,7 +342,7 @@ def test_names_that_are_no_plain_file(beside: bool, published: HfServer, home: P
     before = snapshot(home.parent, "home", "server")
     if beside:
         ran = run_hub("pull", "hf:alice/x")
-        assert ran.code == 0 and "left out" in ran.err, ran.err
+        assert ran.code == 0 and "omitted" in ran.err, ran.err
     else:
         pull_refused(home, "has no safetensors")
     assert asked(published) <= {CONFIG, WEIGHTS, GATES}
@@ -374,7 +374,7 @@ COMMITS: list[Any] = ["../../x", "0" * 39, "0" * 41, "A" * 40, "0" * 40 + "\n", 
 @pytest.mark.parametrize("sha", COMMITS, ids=repr)
 def test_a_commit_that_is_none(sha: Any, published: HfServer, home: Path) -> None:
     published.fault(REVISION, json=lambda info: info | {"sha": sha})
-    pull_refused(home, "names no commit", 1)
+    pull_refused(home, "has no commit", 1)
     assert not (home / "hf").exists()
 
 
@@ -423,7 +423,7 @@ def test_sizes_and_digests_that_are_none(name: str, published: HfServer, home: P
         return [row | ROWS[name] if row["path"] == WEIGHTS else row for row in tree]
 
     published.fault(TREE, json=changed)
-    pull_refused(home, f"{WEIGHTS} has no usable size and digest")
+    pull_refused(home, f"{WEIGHTS} has no valid size and digest")
     assert not asked(published) and not list((home / "partial").glob("*"))
 
 
@@ -444,7 +444,7 @@ def test_headers_name_no_file(published: HfServer, home: Path) -> None:
 def test_a_digest_becomes_a_name_only_if_it_is_one(digest: str, tmp_path: Path) -> None:
     """As of an index of packages; nothing is asked of the server."""
     with pytest.raises(IntegrityError, match="has the digest"):
-        _http.download("http://127.0.0.1:9/x", digest, tmp_path / "a" / "b" / "c")
+        _download.download("http://127.0.0.1:9/x", digest, tmp_path / "a" / "b" / "c")
     assert not (tmp_path / "a").exists() and not (tmp_path / "x").exists()
 
 
@@ -456,7 +456,7 @@ SOURCES = [
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_sources_that_are_none(source: str, server: HfServer, home: Path) -> None:
-    refused(home, "pull", f"hf:{source}", code=2, error="is no source")
+    refused(home, "pull", f"hf:{source}", code=2, error="is not a source")
     assert not server.requests
 
 
@@ -465,7 +465,7 @@ def test_an_expert_that_calls_itself_a_path(
     name: str, server: HfServer, home: Path, files: dict[str, bytes]
 ) -> None:
     publish(server, files | {"expert.json": json.dumps({"name": name}).encode()})
-    pull_refused(home, "calls itself")
+    pull_refused(home, "names the expert")
 
 
 def described(folder: Path, **changes: Any) -> Path:
@@ -543,12 +543,12 @@ def test_as_much_as_the_user_allows(published: HfServer, files: dict[str, bytes]
     [("0", 0), ("500MB", 500_000_000), ("2 GiB", 2 << 30), ("1.5k", 1500), ("7b", 7)],
 )
 def test_sizes_in_words(text: str, size: int) -> None:
-    assert _http.parse_size(text) == size
+    assert _limits.parse_size(text) == size
 
 
 @pytest.mark.parametrize("size", ["x", "-1", "1XB", "1e9", "MB", "1 2", "inf", "9" * 30])
 def test_sizes_that_are_none(size: str, published: HfServer, home: Path) -> None:
-    pull_refused(home, "is no size", 2, "--max-size", size)
+    pull_refused(home, "is not a size", 2, "--max-size", size)
     assert not published.requests
 
 
@@ -562,7 +562,7 @@ def test_a_file_that_goes_on(name: str, more: int, published: HfServer, home: Pa
 
 def test_an_answer_without_an_end(published: HfServer, home: Path) -> None:
     published.fault(TREE, change=lambda _: b"[" + b" " * (17 << 20) + b"]")
-    pull_refused(home, "without an end")
+    pull_refused(home, "the answer is longer than")
 
 
 def test_a_list_without_an_end(published: HfServer, home: Path) -> None:
@@ -801,7 +801,7 @@ def test_a_list_that_goes_on_elsewhere(
     with HfServer(published.store.root) as other:
         onward = {"Link": f'<{other.url}/api/models/alice/x/tree/main>; rel="next"'}
         published.fault(TREE, headers=onward)
-        pull_refused(home, "goes on at another host")
+        pull_refused(home, "is on another host")
         assert not other.requests
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import make_expert, tiny_bert
 from experthub import hub
-from experthub.hub.bases.base import Base, load_model, load_tokenizer, read
+from experthub.hub.bases.base import Base, read
+from experthub.hub.bases.loading import load_model, load_tokenizer
 from experthub.hub.errors import UsageError
 from experthub.hub.evaluation.routing_map import map_routing
 from experthub.hub.formats.safetensors_header import read_header
@@ -101,7 +102,7 @@ def test_an_expert_learns_labels_and_is_routed(folder: Path, colours: str) -> No
     adapted = read_header(store.locate(expert.digest, "adapter_model.safetensors"))
     assert adapted and not [name for name in adapted if "pooler" in name]
     gated = hub.train_gate("colours", Settings(steps=5, lr=5e-3))
-    assert GATES in store.identity(gated.digest).files
+    assert GATES in store.read_identity(gated.digest).files
     other = str(make_expert(folder.parent / "other", folder, 2, targets=("query",), size=0.1))
     recipe = {"base": str(folder), "experts": ["colours", other], "route": {"method": "phatgoose"}}
     alone = {"base": str(folder), "experts": ["colours"], "merge": {"method": "linear"}}

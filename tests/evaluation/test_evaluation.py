@@ -11,7 +11,8 @@ import numpy
 import pytest
 import torch
 from experthub import hub
-from experthub.hub.bases.base import Base, load_tokenizer
+from experthub.hub.bases.base import Base
+from experthub.hub.bases.loading import load_tokenizer
 from experthub.hub.errors import HubError, UsageError
 from experthub.hub.evaluation import cache, evaluation
 from experthub.hub.evaluation.statistics import bootstrap, bootstrap_groups, wilson_interval

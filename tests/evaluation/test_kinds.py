@@ -14,7 +14,8 @@ import pytest
 import torch
 from conftest import tiny_bert, tiny_llama
 from experthub import hub
-from experthub.hub.bases.base import load_model, load_tokenizer, read
+from experthub.hub.bases.base import read
+from experthub.hub.bases.loading import load_model, load_tokenizer
 from experthub.hub.errors import UsageError
 from experthub.hub.readers.images import Preparation
 from experthub.hub.readers.reader_for import reader_for

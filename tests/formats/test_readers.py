@@ -35,19 +35,19 @@ from experthub.hub.formats.adapter import read_adapter
 from experthub.hub.formats.coefficients import read_coefficients
 from experthub.hub.formats.oci_layout import OciLayout
 from experthub.hub.formats.safetensors_header import read_header
-from experthub.hub.formats.tar import members
+from experthub.hub.formats.tar import list_members
 from experthub.hub.kinds.coefficients import COEFFICIENTS, COEFFICIENTS_JSON
-from experthub.hub.kinds.task_vector import SHARD, SHARD_INDEX, files_in
+from experthub.hub.kinds.task_vector import SHARD, SHARD_INDEX, find_files
 from experthub.hub.recipes.lock_file import Lock
 from experthub.hub.recipes.recipe import Recipe
 from experthub.hub.registry import registry
-from experthub.hub.registry.expert import Reference, absolute_source, expert_files
+from experthub.hub.registry.expert import Reference, list_file_patterns, make_source_absolute
 from experthub.hub.registry.registry import Registry
 from experthub.hub.session import Session
 from experthub.hub.store.folder import read_folder
 from experthub.hub.store.store import Store
 from experthub.hub.transfer import describe
-from experthub.hub.transfer.oci_image import image, write_archive
+from experthub.hub.transfer.oci_image import make_image, write_archive
 from experthub.hub.transfer.remotes import _http, hf
 from experthub.hub.transfer.remotes._hf_files import HfSource
 from hypothesis import HealthCheck, Phase, given, note, settings
@@ -331,8 +331,8 @@ def registry_file(folder: Path, patch: pytest.MonkeyPatch) -> Reader:
         known = Registry.read(path)
         return (
             known.search(["a"]),
-            known.bases(),
-            [known.expert(Reference.parse(e.name)) for e in known.experts()],
+            known.list_bases(),
+            [known.find_expert(Reference.parse(e.name)) for e in known.list_experts()],
         )
 
     return Reader(from_file(folder / "r.yaml", read), [dump(tree).encode()], [tree])
@@ -381,7 +381,7 @@ def identity(folder: Path, patch: pytest.MonkeyPatch) -> Reader:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
         try:
-            return store.manifest(f"sha256:{sha256}")
+            return store.find_identity(f"sha256:{sha256}")
         finally:
             path.unlink()
 
@@ -460,7 +460,7 @@ def shard_index(folder: Path, patch: pytest.MonkeyPatch) -> Reader:
     for name, file in places.items():
         (folder / file).write_bytes(save({name: torch.ones(2)}))
     trees = [{"metadata": {"total_size": 16}, "weight_map": places}]
-    return Reader(from_file(folder / SHARD_INDEX, lambda path: files_in(path.parent)), [], trees)
+    return Reader(from_file(folder / SHARD_INDEX, lambda path: find_files(path.parent)), [], trees)
 
 
 @reader
@@ -511,7 +511,7 @@ def shared(folder: Path) -> Path:
     (mine / "adapter_model.safetensors").write_bytes(ADAPTER)
     (mine / "adapter_config.json").write_bytes(as_json(CONFIGS[0]))
     expert = describe.add_folder(mine, "x", Session(Registry(()), store), base="b")
-    write_archive([image(expert, store)], folder / "x.tar")
+    write_archive([make_image(expert, store)], folder / "x.tar")
     return folder / "x.tar"
 
 
@@ -522,7 +522,7 @@ def unpacked(place: Path, folder: Path) -> object:
     target.mkdir()
     layout = OciLayout.read(place)
     found = {name: layout.unpack(layout.find(name), target) for name in layout.experts}
-    assert all(is_named(path.name, expert_files()) for path in target.iterdir())
+    assert all(is_named(path.name, list_file_patterns()) for path in target.iterdir())
     return found
 
 
@@ -538,7 +538,7 @@ def archive(folder: Path, patch: pytest.MonkeyPatch) -> Reader:
 def shared_index(folder: Path, patch: pytest.MonkeyPatch) -> Reader:
     """index.json of a shared folder."""
     place, path = folder / "shared", shared(folder)
-    for name, (start, size) in members(path).items():
+    for name, (start, size) in list_members(path).items():
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).write_bytes(path.read_bytes()[start : start + size])
     index = place / "index.json"
@@ -561,7 +561,7 @@ def model_config(folder: Path, patch: pytest.MonkeyPatch) -> Reader:
         (mine / "config.json").write_bytes(as_json(config) if listed else content)
         (mine / "model.safetensors.index.json").write_bytes(content if listed else as_json(index))
         base = bases.read(mine, "b")
-        return base.causal, base.encoder
+        return base.is_causal, base.is_encoder
 
     return Reader(read, [], [config, config, index])
 
@@ -575,7 +575,7 @@ def reference(folder: Path, patch: pytest.MonkeyPatch) -> Reader:
     def read(content: bytes) -> object:
         text = content.decode("utf-8", "surrogatepass" if len(content) % 2 else "surrogateescape")
         problems = []
-        for parse in (Reference.parse, lambda t: absolute_source(t, folder), HfSource.parse):
+        for parse in (Reference.parse, lambda t: make_source_absolute(t, folder), HfSource.parse):
             try:
                 parse(text)
             except HubError as error:
@@ -656,9 +656,9 @@ def hub_answers(folder: Path, patch: pytest.MonkeyPatch) -> Reader:
         else:
             answers["revision" if b'"sha"' in content else "tree"] = content
         try:
-            got, _ = hf.fetch("hf:a/b", home / "hf", expert_files())
+            got, _ = hf.fetch("hf:a/b", home / "hf", list_file_patterns())
             return {path.name for path in got.iterdir()} <= {
-                *expert_files(),
+                *list_file_patterns(),
                 MANIFEST,
             } or pytest.fail("more")
         finally:

@@ -15,7 +15,7 @@ from experthub import hub
 from experthub.hub.errors import IntegrityError, NotFoundError
 from experthub.hub.files.patterns import is_named
 from experthub.hub.kinds.task_vector import SHARD, SHARD_INDEX, TASK_VECTOR
-from experthub.hub.registry.expert import Reference, expert_files
+from experthub.hub.registry.expert import Reference, list_file_patterns
 from experthub.hub.registry.registry import Registry
 from experthub.hub.store.folder import read_folder
 from experthub.hub.store.store import Store
@@ -32,8 +32,8 @@ def tuned(tmp_path: Path, base_folder: Path) -> Path:
 
 
 def files_of(name: str) -> set[str]:
-    expert = Registry.read().expert(Reference.parse(name))
-    return set(Store().identity(expert.digest).files)
+    expert = Registry.read().find_expert(Reference.parse(name))
+    return set(Store().read_identity(expert.digest).files)
 
 
 def sharded(folder: Path) -> Path:
@@ -75,7 +75,7 @@ def test_several_files_hold_what_one_holds(
 def test_a_file_has_no_more_than_its_limit(tmp_path: Path, base_folder: Path, tuned: Path) -> None:
     """But for a tensor that alone has more; and transformers' index, entry by entry."""
     hub.diff(str(base_folder), str(tuned), "many", max_shard_size=LIMIT)
-    expert = Registry.read().expert(Reference.parse("many"))
+    expert = Registry.read().find_expert(Reference.parse("many"))
     Store().copy_out(expert.digest, tmp_path / "out")
     index = json.loads((tmp_path / "out" / SHARD_INDEX).read_text())
     size = 0
@@ -96,7 +96,7 @@ def test_it_travels(tmp_path: Path, base_folder: Path, tuned: Path, server: Any)
         assert code == 0, err
         ran = run_hub("pull", place, "--name", f"back-{place[:2]}", "--json")
         assert ran.code == 0, ran.err
-        back = Registry.read().expert(Reference.parse(f"back-{place[:2]}"))
+        back = Registry.read().find_expert(Reference.parse(f"back-{place[:2]}"))
         assert back.digest == made.expert.digest
     assert run_hub("export", "many", tmp_path / "many.tar").code == 0
     shutil.rmtree(Store().root / "objects")
@@ -175,11 +175,11 @@ def test_a_limit_is_a_size(base_folder: Path, tuned: Path) -> None:
     assert run_hub(*words, "much").code == 2
     assert run_hub(*words, "0").code == 2
     with pytest.raises(NotFoundError):
-        Registry.read().expert(Reference.parse("x"))
+        Registry.read().find_expert(Reference.parse("x"))
 
 
 @pytest.mark.parametrize(
     "name", ["task_vector-1-of-2.safetensors", "task_vector-/../x-of-00001.safetensors"]
 )
 def test_no_other_name_is_a_shard(name: str) -> None:
-    assert is_named(SHARD.format(3, 12), expert_files()) and not is_named(name, expert_files())
+    assert is_named(SHARD.format(3, 12), list_file_patterns()) and not is_named(name, list_file_patterns())

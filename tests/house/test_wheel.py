@@ -146,7 +146,7 @@ def train(base: str, task: str) -> hub.Expert:
 
 def names(registry: hub.Registry) -> list[str]:
     try:
-        return [expert.name for expert in registry.experts()]
+        return [expert.name for expert in registry.list_experts()]
     except hub.HubError as error:
         return [error.message, error.hint]
 '''
@@ -156,7 +156,7 @@ MISUSE = {
     'hub.compose("r.yaml", devise="cpu")': "call-arg",
     'hub.evaluate("r.yaml", ["a:b"], split="tset")': "arg-type",
     "hub.Recipe.read(3)": "arg-type",
-    "hub.Registry.read().experts()[0].nmae": "attr-defined",
+    "hub.Registry.read().list_experts()[0].nmae": "attr-defined",
     'hub.train_lora("b", "t", "n", 3)': "arg-type",
     "hub.Store().add(3)": "arg-type",
     'hub.HubError("m").code = "x"': "assignment",

@@ -12,7 +12,8 @@ import pytest
 import torch
 from conftest import logits, make_expert, run_hub, tiny_bert
 from experthub import hub
-from experthub.hub.bases.base import load_model, load_tokenizer, read
+from experthub.hub.bases.base import read
+from experthub.hub.bases.loading import load_model, load_tokenizer
 from experthub.hub.errors import ConflictError, UsageError
 from experthub.hub.files import yaml_files
 from experthub.hub.materials import merge_materials
@@ -20,9 +21,9 @@ from experthub.hub.materials.task_data import TaskData
 from experthub.hub.readers.likelihood import choice_logprobs, encode
 from experthub.hub.readers.reader_for import reader_for
 from experthub.hub.readers.similarity import Similarity
+from experthub.hub.recipes.entries import DataUse
 from experthub.hub.recipes.examples import choose_examples
 from experthub.hub.recipes.lock import plan_of
-from experthub.hub.recipes.recipe import DataUse
 from experthub.hub.states.run_state import PROGRESS, run_folder, state_folder
 from experthub.hub.tasks.task import Card, Chosen, Example, example_id
 from experthub.hub.tasks.task_files import read_task, tasks_folder, write_task
@@ -298,7 +299,7 @@ class TestReading:
             task = read_task(reference)
             examples = task.split("train", 9)
             for i, row in zip(picked.tolist(), logits_NC, strict=True):
-                if base.causal:
+                if base.is_causal:
                     choices = [" " + c for c in task.choices(examples[i])]
                     item = encode(tokenizer, task.prompt(examples[i]), choices)
                     sums = choice_logprobs(data.model, item)[0]

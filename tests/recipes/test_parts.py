@@ -91,7 +91,8 @@ def test_parts_are_planned_locked_and_told(recipe: dict[str, Any], home: Path) -
     Path("parts.yaml").write_text(json.dumps({**recipe, "parts": parts}))
     shown = run_hub("compose", "parts.yaml")
     assert shown.code == 0, shown.err
-    assert f"route phatgoose (top_k 1, temperature 1.0): 6 of {MLP}" in shown.out
+    said = f"route phatgoose (top_k 1, temperature 1.0): 6 weights that match {MLP}"
+    assert said in shown.out
     plan = run_hub("compose", "parts.yaml", "--json").json["plan"]
     assert [set(part) for part in plan["parts"]] == [{"targets", "route"}, {"targets", "merge"}]
     assert len(plan["parameters"]) == 14
@@ -112,7 +113,7 @@ def test_parts_are_planned_locked_and_told(recipe: dict[str, Any], home: Path) -
         ({"parts": [{"merge": {"method": "linear"}}]}, "targets"),
         (
             {"parts": [{"targets": MLP, "merge": {"method": "linear"}}], "targets": MLP},
-            "say targets in each of the parts",
+            "set targets in each of the parts",
         ),
         (
             {
@@ -128,12 +129,12 @@ def test_parts_are_planned_locked_and_told(recipe: dict[str, Any], home: Path) -
                     {"targets": MLP, "route": {"method": "uniform"}},
                 ]
             },
-            "model.layers.0.mlp.up_proj is of two parts",
+            "model.layers.0.mlp.up_proj belongs to two parts",
         ),
         ({"parts": [{"targets": "nothing", "merge": {"method": "linear"}}]}, "matches no module"),
         (
             {"parts": [{"targets": MLP, "route": {"method": "retrieval"}}]},
-            "a part learns nothing: retrieval",
+            "a part cannot learn: retrieval",
         ),
         (
             {"parts": [{"targets": MLP, "merge": {"method": "linaer"}}]},

@@ -61,7 +61,7 @@ def test_a_bank_gives_what_the_experts_give(
     def refuse(*_: Any) -> None:
         raise AssertionError("the experts are read again")
 
-    monkeypatch.setattr(stacking, "task_vector", refuse)
+    monkeypatch.setattr(stacking, "load_task_vector", refuse)
     again = hub.compose(whole)
     with made.tasks(["x"]), without.tasks(["x"]), again.tasks(["x"]):
         expected = logits(without.model)

@@ -95,7 +95,7 @@ def test_equals_the_closed_form(
     ]
     scales = [(3 + e % 3) / (1 + e % 5) for e in range(n)]
     composed = hub.compose(recipe(base_folder, folders, k)).model
-    from experthub.hub.bases.base import load_model
+    from experthub.hub.bases.loading import load_model
 
     expected_model = literal_model(load_model(base, None, None), folders, scales, k)
     batch = padded_batch()
@@ -127,7 +127,9 @@ def test_every_count_of_experts_and_k(base_folder: Path) -> None:
         stack = ExpertStack.of(deltas, n, {e: g for e, (*_, g) in enumerate(experts)})
         for k in range(1, n + 1):
             t = (1.0, 0.25, 4.0)[k % 3]
-            routed = RoutedLinear.from_stack(linear, stack, phatgoose(stack, top_k=k, temperature=t))
+            routed = RoutedLinear.from_stack(
+                linear, stack, phatgoose(stack, top_k=k, temperature=t)
+            )
             expected = Literal(linear, experts, k, t)(x)
             torch.testing.assert_close(routed(x), expected, atol=1e-4, rtol=1e-5)
 

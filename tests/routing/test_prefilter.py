@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from experthub.routing import Prefilter, TopK, compute_scores, standardised
+from experthub.routing import Prefilter, TopK, compute_scores, standardise
 from experthub.routing.kernels.prefilter import ByteProbes, HalfProbes
 from experthub.routing.kernels.scores import normalise_inputs
 from torch import Tensor
@@ -48,7 +48,7 @@ INPUTS = {
 def test_it_chooses_what_all_scores_would(
     tokens: int, of: str, given: str, top_k: int, absolute: bool, layer_norm: bool
 ) -> None:
-    probes = standardised(PROBES[of]) if layer_norm and of != "zero" else PROBES[of]
+    probes = standardise(PROBES[of]) if layer_norm and of != "zero" else PROBES[of]
     router = TopK(probes[:EXPERTS], top_k, layer_norm, absolute)
     x = INPUTS[given][:tokens]
     found = Prefilter.of(probes, MODULES).choose(x, probes, router, FIRST)

@@ -196,13 +196,13 @@ def test_smear_is_the_literal_merge_of_each_row(pool: dict[str, Any]) -> None:
     recipe = {**pool["recipe"], "route": {"method": "phatgoose", "top_k": 1}}
     other = hub.compose(recipe).model.model.layers[0].self_attn.q_proj
     group, n = other.group, other.number
-    gates = group.a.below[3 * n : 3 * n + 3]  # of q, standardised and scaled
+    gates = group.packed.probes[3 * n : 3 * n + 3]  # of q, standardised and scaled
     for row, length in ((0, 4), (1, 3)):
         tokens = torch.nn.functional.layer_norm(x[row, :length], (32,))
         w = (tokens @ gates.T).mean(0).softmax(-1)
-        stack = group.a.own[12 * n : 12 * n + 12].view(3, 4, 32)
+        stack = group.packed.a.own[12 * n : 12 * n + 12].view(3, 4, 32)
         a = torch.einsum("e,eri->ri", w, stack)
-        b = torch.einsum("e,ero->ro", w, group.b[n].own.view(3, 4, 32))
+        b = torch.einsum("e,ero->ro", w, group.packed.b[n].own.view(3, 4, 32))
         expected = x[row] @ module.weight.T + x[row] @ a.T @ b
         torch.testing.assert_close(y[row], expected, atol=1e-3, rtol=1e-3)
 
@@ -319,11 +319,11 @@ def test_what_a_router_was_made_of_is_kept_named_and_checked(
         hub.compose(changed)
     with pytest.raises(UsageError, match="was made with examples: 10, and the recipe sets 11"):
         hub.compose({**named, "route": {**recipe["route"], "examples": 11}})
-    with pytest.raises(UsageError, match="index@1 holds a router's state, and is no expert"):
+    with pytest.raises(UsageError, match="index@1 holds a router's state, which is not an expert"):
         hub.compose({**recipe, "experts": ["index"]})
-    with pytest.raises(UsageError, match="router: is no key of a merge"):
+    with pytest.raises(UsageError, match="router: does not belong to a merge"):
         hub.compose({**pool["recipe"], "merge": {"method": "linear"}, "router": "index"})
-    with pytest.raises(UsageError, match="looks at the experts' own tasks: remove data"):
+    with pytest.raises(UsageError, match="looks at the experts' own tasks; remove data"):
         hub.compose({**recipe, "data": {"tasks": pool["tasks"]}})
 
 

@@ -120,7 +120,7 @@ def test_a_run_holds_every_column_and_goes_on_where_it_stopped(
 
 
 def entry(reference: str) -> hub.Expert:
-    return hub.Registry.read().expert(Reference.parse(reference))
+    return hub.Registry.read().find_expert(Reference.parse(reference))
 
 
 def test_experts_that_are_there_are_taken_as_they_are(proof: dict[str, Any]) -> None:

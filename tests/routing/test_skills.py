@@ -183,7 +183,7 @@ def test_trained_adapted_and_composed(
     assert adapted["z"] == n_layers * heads * n_skills
     assert adapted["all"] - adapted["z"] == 3 * adapted["mu"]
     assert rates["z"] == 0.1 and rates["all"] == pytest.approx(10 * training["lr"])
-    expert_kinds = {n: hub.Registry.read().expert(_reference(n)).kind for n in ("new-z", "new-mu")}
+    expert_kinds = {n: hub.Registry.read().find_expert(_reference(n)).kind for n in ("new-z", "new-mu")}
     assert expert_kinds == {"new-z": "skills", "new-mu": "lora"}
     recipes = {
         "known": hub.Recipe.of(route(base, method="mhr", task=tasks[0])),
@@ -273,7 +273,7 @@ def test_an_interrupted_run_goes_on(base_folder: Path, tasks: list[str], home: P
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"route": {"method": "mhr", "task": "made:ab"}}, "an inventory of poly.*says mhr"),
+        ({"route": {"method": "mhr", "task": "made:ab"}}, "an inventory of poly.*sets method: mhr"),
         ({"route": {"method": "poly", "task": "made:aa"}}, "does not know the task 'made:aa'"),
         ({"route": {"method": "uniform"}}, "which uniform cannot use"),
         ({"route": None, "merge": {"method": "linear"}}, "which linear cannot use"),
@@ -316,7 +316,7 @@ def test_wrong_commands(base_folder: Path, tasks: list[str], expert_folder: Any)
         (lambda r, t: r.update(tasks=["a"]), "logits is \\["),
         (lambda r, t: r.update(more=1), "more"),
         (lambda r, t: t.pop("model.layers.0.mlp.up_proj.skill_b"), "is missing"),
-        (lambda r, t: t.update(extra=torch.zeros(1)), "extra is of no target module"),
+        (lambda r, t: t.update(extra=torch.zeros(1)), "extra belongs to no target module"),
         (
             lambda r, t: t["model.layers.1.mlp.up_proj.skill_a"].fill_(float("nan")),
             "holds NaN",
@@ -328,7 +328,7 @@ def test_damaged_inventories_are_refused(
 ) -> None:
     trained(base_folder, tasks)
     folder = tmp_path / "copy"
-    expert = hub.Registry.read().expert(_reference("many"))
+    expert = hub.Registry.read().find_expert(_reference("many"))
     folder.mkdir()
     hub.Store().copy_out(expert.digest, folder)
     (folder / "expert.json").unlink(missing_ok=True)

@@ -457,8 +457,8 @@ def test_errors(pool: dict[str, Any], tmp_path: Path) -> None:
         (["--task", task, *base, "--method", "phatgose"], 2, "did you mean"),
         (["--task", task], 2, "pass a base with --base"),
         (["--task", task, "nobody"], 4, "nobody"),
-        (["--task", task, *base, "--embedder", pool["base"]], 2, "is no sentence encoder"),
-        (["--task", task, "--base", "nobody"], 4, "no registry knows a base 'nobody'"),
+        (["--task", task, *base, "--embedder", pool["base"]], 2, "is not a sentence encoder"),
+        (["--task", task, "--base", "nobody"], 4, "no registry has a base named 'nobody'"),
         (["--task", task, *base, "--out", str(tmp_path), "--force"], 2, "is not a file"),
         (["--task", task, *base, "--out", f"{lonely}/config.json/x.yaml"], 2, "is not a folder"),
         (["--task", task, *base, "--truth", "--split", "all"], 2, "was trained on"),
@@ -481,7 +481,7 @@ def test_the_base_is_that_of_the_experts_by_any_of_its_names(
     pool: dict[str, Any], tmp_path: Path
 ) -> None:
     """One expert says what the base is also known as, one is a folder that says nothing."""
-    entry = hub.Registry.read().expert(Reference.parse("expert-0")).model_dump(mode="json")
+    entry = hub.Registry.read().find_expert(Reference.parse("expert-0")).model_dump(mode="json")
     bases = {"tiny": {"sources": [f"file:{pool['base']}"], "aka": ["org/tiny"]}}
     experts = [
         {**entry, "name": name, "base": base}

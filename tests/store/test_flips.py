@@ -17,10 +17,10 @@ import pytest
 import torch
 from conftest import run_hub, tiny_llama
 from experthub import hub
-from experthub.hub.bases import base as bases
+from experthub.hub.bases.fingerprint import compute_fingerprint
 from experthub.hub.files import checksummed_text, yaml_files
 from experthub.hub.files.digests import sha256_of
-from experthub.hub.maintenance import kept, verification
+from experthub.hub.maintenance import damage, verification
 from experthub.hub.store import roots
 from experthub.hub.store.store import Store
 from experthub.hub.tasks import bigbench
@@ -180,9 +180,9 @@ def test_every_bit_of_a_text(everything: Path, home: Path) -> None:
             content = bytearray(before)
             content[place // 8] ^= 1 << place % 8
             path.write_bytes(content)
-            found = list(kept.texts(home))
+            found = list(damage.find_damaged_texts(home))
             assert [text.path.resolve() for text in found] == [path.resolve()], place
-            found[0].mend()
+            found[0].repair()
             assert path.read_bytes() == before
     assert run_hub("verify").code == 0
 
@@ -194,7 +194,7 @@ def test_every_bit_of_a_manifest(everything: Path, home: Path) -> None:
             content = bytearray(before)
             content[place // 8] ^= 1 << place % 8
             path.write_bytes(content)
-            assert kept.damaged_in(path.parent) == [checksummed_text.MANIFEST], place
+            assert damage.find_damaged_files(path.parent) == [checksummed_text.MANIFEST], place
 
 
 def test_what_was_edited_counts_when_its_last_line_is_gone(everything: Path, home: Path) -> None:
@@ -252,7 +252,7 @@ def test_what_only_a_lock_needs_is_repaired(everything: Path, home: Path) -> Non
     run("rm", "lora", "--yes")
     run("rm", "theirs", "--yes")
     member = hub.Lock.read(Path(LOCK)).members[0]
-    path = Store().path(Store().identity(member.digest).files["adapter_model.safetensors"].sha256)
+    path = Store().path(Store().read_identity(member.digest).files["adapter_model.safetensors"].sha256)
     before = path.read_bytes()
     flip(path)
     assert run_hub("verify").code == 3
@@ -262,7 +262,7 @@ def test_what_only_a_lock_needs_is_repaired(everything: Path, home: Path) -> Non
 
 def test_a_damaged_fingerprint_is_computed_again(tmp_path: Path, home: Path) -> None:
     folder = tiny_llama(tmp_path / "base", seed=7)
-    fingerprint = bases.fingerprint(folder)
+    fingerprint = compute_fingerprint(folder)
     (cache,) = (home / "fingerprints").iterdir()
     before = cache.read_bytes()
     record = json.loads(before)
@@ -272,7 +272,7 @@ def test_a_damaged_fingerprint_is_computed_again(tmp_path: Path, home: Path) -> 
         b"{}",
     ):
         cache.write_bytes(changed)
-        assert bases.fingerprint(folder) == fingerprint and cache.read_bytes() == before
+        assert compute_fingerprint(folder) == fingerprint and cache.read_bytes() == before
 
 
 def test_a_draft_is_no_task(everything: Path, home: Path) -> None:

@@ -53,7 +53,7 @@ def case(
     # Imports and caches of this process, which its children begin with.
     for turn in (1, 2):
         run_hub(*made.prepare(turn))
-    leases._mine.clear()
+    leases._own_leases.clear()
     return made
 
 
@@ -138,4 +138,4 @@ def test_a_write_that_stops(
     nothing_left(home, temporary)
     assert verify(Session()).whole and run_hub("show", "e").code == 4
     assert killing.run(*words).code == 0
-    assert Store().identity(entry("e").digest)
+    assert Store().read_identity(entry("e").digest)

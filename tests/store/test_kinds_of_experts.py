@@ -15,11 +15,12 @@ import pytest
 import torch
 from conftest import run_hub
 from experthub import hub
-from experthub.hub.bases.base import Base, load_model
+from experthub.hub.bases.base import Base
+from experthub.hub.bases.loading import load_model
 from experthub.hub.errors import IntegrityError
 from experthub.hub.kinds import ExpertKind, kinds
 from experthub.hub.kinds.lora import ADAPTER, ADAPTER_CONFIG
-from experthub.hub.registry.expert import Identity, expert_files
+from experthub.hub.registry.expert import Identity, list_file_patterns
 from experthub.hub.store.folder import read_folder
 from pydantic import ValidationError
 from safetensors.torch import save_file
@@ -177,8 +178,8 @@ def test_an_unknown_kind_is_refused_by_name(
 
 def test_fetched_folders_keep_their_names() -> None:
     """Folders of model hubs are named after a hash of these names in this order."""
-    assert expert_files()[:2] == (ADAPTER_CONFIG, ADAPTER)
-    names = [name for name in expert_files() if "[" not in name]
+    assert list_file_patterns()[:2] == (ADAPTER_CONFIG, ADAPTER)
+    names = [name for name in list_file_patterns() if "[" not in name]
     assert names[2:] == [
         *("task_vector.safetensors", "task_vector.safetensors.index.json"),
         *("phatgoose_gates.safetensors", "coefficients.safetensors", "coefficients.json"),

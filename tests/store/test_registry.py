@@ -11,7 +11,7 @@ import pytest
 from conftest import at_once, run_hub, snapshot
 from experthub.hub.errors import ConflictError, HubError, NotFoundError, UsageError
 from experthub.hub.files import yaml_files
-from experthub.hub.registry.entries import check_name, next_version, register
+from experthub.hub.registry.entries import check_name, find_next_version, register
 from experthub.hub.registry.expert import Expert, Reference
 from experthub.hub.registry.registry import Registry
 from experthub.hub.session import Session
@@ -42,7 +42,7 @@ def write(path: Path, *experts: Mapping[str, Any], **bases: Any) -> Path:
 
 
 def find(text: str, file: Path | None = None) -> Expert:
-    return Registry.read(file).expert(Reference.parse(text))
+    return Registry.read(file).find_expert(Reference.parse(text))
 
 
 def user_file(home: Path, name: str = "x", version: int = 1) -> Path:
@@ -80,9 +80,9 @@ def test_a_parent_folders_registry_is_found(
 def test_layers_add_up(tmp_path: Path, home: Path) -> None:
     write(user_file(home, "mine"), entry("mine"))
     write(tmp_path / "work" / "registry.yaml", entry("ours"), tiny={"sources": ["file:b"]})
-    names = {e.name for e in Registry.read().experts()}
+    names = {e.name for e in Registry.read().list_experts()}
     assert {"mine", "ours"} <= names
-    bases = Registry.read().bases()
+    bases = Registry.read().list_bases()
     assert {"tiny", "smollm2-135m-instruct"} <= set(bases), "the starter registry is the last layer"
 
 
@@ -96,7 +96,7 @@ def test_versions(tmp_path: Path) -> None:
     assert find("x").version == 10, "the newest, by number"
     assert find("x@2").digest == digest("b")
     assert find("x@1").digest == digest("a")
-    with pytest.raises(NotFoundError, match="there is no x@3") as caught:
+    with pytest.raises(NotFoundError, match="no registry has x@3") as caught:
         find("x@3")
     assert {"x@1", "x@2", "x@10"} <= set(caught.value.hint.replace(",", "").split())
 
@@ -108,7 +108,7 @@ def test_a_bare_name_is_the_nearest_layers(tmp_path: Path, home: Path) -> None:
     assert find("x").reference == "x@1"
     assert find("x@3").digest == digest("c")
     assert find(f"x@{digest('c')[:15]}").version == 3
-    listed = [e.reference for e in Registry.read().experts() if e.name == "x"]
+    listed = [e.reference for e in Registry.read().list_experts() if e.name == "x"]
     assert listed == ["x@1", "x@3"]
 
 
@@ -123,7 +123,7 @@ def test_digest_prefixes(tmp_path: Path) -> None:
     )
     assert find(f"x@{common}0002").version == 2
     assert find(f"x@{common}0001").digest == f"{common}0001", "twice the same is not ambiguous"
-    with pytest.raises(HubError, match="ambiguous: x@1, x@2, x@3") as caught:
+    with pytest.raises(HubError, match="matches several experts: x@1, x@2, x@3") as caught:
         find(f"x@{common}")
     assert caught.value.code == 1
     with pytest.raises(NotFoundError):
@@ -170,7 +170,7 @@ def test_relative_sources_are_relative_to_the_registry(tmp_path: Path, expert_fo
             path.unlink()
     ran = run_hub("pull", "x", "--registry", file)
     assert ran.code == 0, ran.err
-    assert Store().identity(content).digest == content
+    assert Store().read_identity(content).digest == content
     assert find("x").sources[1] == f"file:{target}", "in the user's registry they are absolute"
 
 
@@ -183,7 +183,7 @@ def test_a_base_is_found_beside_its_registry(tmp_path: Path, base_folder: Path) 
     ran = run_hub("pull", "tiny", "--registry", file, "--json")
     assert ran.code == 0, ran.err
     assert ran.json["pulled"][0]["name"] == "tiny"
-    assert Registry.read(file).base("Org/Tiny")[0] == "tiny"
+    assert Registry.read(file).find_base("Org/Tiny")[0] == "tiny"
 
 
 def test_all_sources_fail(tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def test_the_same_version_with_other_content_is_a_conflict(home: Path, expert_fo
     assert run_hub("add", first, "--name", "x").code == 0
     before = snapshot(home / "registry")
     ran = run_hub("add", second, "--name", "x", "--version", "1")
-    assert ran.code == 6 and "x@1 is sha256:" in ran.err and "--version 2" in ran.err
+    assert ran.code == 6 and "x@1 is already registered as sha256:" in ran.err and "--version 2" in ran.err
     assert snapshot(home / "registry") == before
     with pytest.raises(ConflictError):
         register(Expert(**entry(mark="c")))
@@ -272,7 +272,7 @@ def test_adding_into_a_projects_registry(tmp_path: Path, home: Path, expert_fold
     assert written["experts"][1]["description"] == "one"
     assert written["bases"] == {"tiny": {"sources": ["file:b"]}}
     assert not (home / "registry").exists()
-    assert Registry.read(file).expert(Reference.parse("x")).sources == [f"file:{folder}"]
+    assert Registry.read(file).find_expert(Reference.parse("x")).sources == [f"file:{folder}"]
 
 
 def test_a_description_is_taken_over(base_folder: Path, expert_folder: Make) -> None:
@@ -308,8 +308,8 @@ def test_names() -> None:
     for name in ("A", "", "-a", "a" * 97, "a/b", "a@1", ".."):
         with pytest.raises(UsageError):
             check_name(name)
-    assert next_version("x", []) == 1
-    assert next_version("x", [Expert(**entry(version=4)), Expert(**entry("y", 9))]) == 5
+    assert find_next_version("x", []) == 1
+    assert find_next_version("x", [Expert(**entry(version=4)), Expert(**entry("y", 9))]) == 5
 
 
 ADD = """
@@ -328,8 +328,8 @@ print(add_folder(Path(folder), name, Session(),
 def test_two_processes_add_the_same_expert_at_once(expert_folder: Make) -> None:
     folder = expert_folder(1)
     assert at_once(ADD, (folder, "x", ""), (folder, "x", "")) == ["x@1", "x@1"]
-    assert [e.reference for e in Registry.read().experts() if e.name == "x"] == ["x@1"]
-    assert Store().identity(find("x").digest)
+    assert [e.reference for e in Registry.read().list_experts() if e.name == "x"] == ["x@1"]
+    assert Store().read_identity(find("x").digest)
 
 
 def test_three_processes_add_to_one_file_at_once(tmp_path: Path, expert_folder: Make) -> None:

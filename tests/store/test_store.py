@@ -152,7 +152,7 @@ def test_damaged_object_is_noticed_when_it_is_used(
         hub.compose(recipe)
     assert "hub verify --repair" in caught.value.hint
     with pytest.raises(IntegrityError, match="damaged"):
-        Store().file(digest, name)
+        Store().verify_file(digest, name)
     assert run_hub("verify", "--repair").code == 0, "the hint's way out"
     hub.compose(recipe)
 
@@ -163,14 +163,14 @@ def test_damaged_identity_is_noticed(home: Path, expert_folder: Make) -> None:
     path.chmod(0o644)
     path.write_text(path.read_text().replace('"lora"', '"task_vector"'))
     with pytest.raises(IntegrityError, match="damaged"):
-        Store().identity(digest)
+        Store().read_identity(digest)
 
 
 def test_an_object_that_is_no_identity(expert_folder: Make) -> None:
     """A registry may state any digest, also that of a configuration."""
     _, identity = Store().add(expert_folder(1))
     with pytest.raises(HubError) as caught:
-        Store().identity("sha256:" + identity.files["adapter_config.json"].sha256)
+        Store().read_identity("sha256:" + identity.files["adapter_config.json"].sha256)
     assert caught.value.code == 3
 
 
@@ -181,7 +181,7 @@ def test_lost_object_is_pulled_again(home: Path, expert_folder: Make) -> None:
     path = object_path(home, identity.files[ADAPTER].sha256)
     path.unlink()
     with pytest.raises(NotFoundError, match=f"{ADAPTER} .* missing"):
-        Store().identity(digest)
+        Store().read_identity(digest)
     assert run_hub("pull", "x").code == 0
     assert path.is_file()
 
@@ -211,7 +211,7 @@ def test_interrupted_put_leaves_nothing(
         Store().add(folder)
     assert snapshot(home) == before
     digest, _ = Store().add(folder)
-    assert Store().identity(digest).digest == digest
+    assert Store().read_identity(digest).digest == digest
 
 
 def test_expert_interrupted_between_its_files_is_not_there(
@@ -233,7 +233,7 @@ def test_expert_interrupted_between_its_files_is_not_there(
     for name, path in objects(home).items():
         assert hashlib.sha256(path.read_bytes()).hexdigest() == name
     with pytest.raises(NotFoundError):
-        Store().identity(digest_by_hand(folder))
+        Store().read_identity(digest_by_hand(folder))
     assert Store().add(folder)[0] == digest_by_hand(folder)
 
 
@@ -249,7 +249,7 @@ def test_file_that_changes_while_it_is_copied_is_refused(
         return identity
 
     monkeypatch.setattr(store, "read_folder", changed)
-    with pytest.raises(IntegrityError, match="is damaged: sha256"):
+    with pytest.raises(IntegrityError, match="is damaged: it has the sha256"):
         Store().add(folder)
     for name, path in objects(home).items():
         assert hashlib.sha256(path.read_bytes()).hexdigest() == name

@@ -55,7 +55,7 @@ class User:
         told = self.folder / "told.json"
         child = os.fork()
         if not child:
-            leases._mine.clear()
+            leases._own_leases.clear()
             ran = run_hub(*words)
             told.write_text(json.dumps([ran.code, ran.out, ran.err]))
             os._exit(0)
@@ -145,7 +145,7 @@ class User:
                 self.wrong.append(f"{name} is {found}, and not {digests}")
         for digest in {d for digests in self.mine.values() for d in digests} | {self.locked}:
             try:
-                assert not digest or store.identity(digest)
+                assert not digest or store.read_identity(digest)
             except HubError as error:
                 self.wrong.append(f"lost: {error.message}")
 
@@ -188,7 +188,7 @@ def test_users_of_one_store(folders: list[Path], base_folder: Path, home: Path) 
     run_hub("compose", users[0].recipe("plan.yaml", ["known-0"]))  # imports, for the children
     run_hub("verify")
     run_hub("gc", "--yes")
-    leases._mine.clear()
+    leases._own_leases.clear()
     until = time.time() + SECONDS
     context = killing.FORK
     with ProcessPoolExecutor(USERS, mp_context=context) as pool:
@@ -202,15 +202,15 @@ def test_users_of_one_store(folders: list[Path], base_folder: Path, home: Path) 
     found = verify(Session())
     assert found.whole and not found.incomplete and not found.strangers
     assert run_hub("gc", "--grace", "0", "--yes").code == 0
-    leases._mine.clear()
+    leases._own_leases.clear()
     for user in users:
         user.check()
         user.use_lock()
         assert not user.wrong
     known = {e.digest for layer in Registry.read().layers for e in layer.content.experts}
     known |= {user.locked for user in users if user.locked}
-    identities = [Store().manifest(digest) for digest in known]
+    identities = [Store().find_identity(digest) for digest in known]
     kept = {sha256 for identity in identities if identity for sha256 in identity.objects}
-    assert set(Store().objects()) == kept and not list((home / "trash").iterdir())
+    assert set(Store().list_objects()) == kept and not list((home / "trash").iterdir())
     assert not killing.left_behind(home, Path.cwd())
-    assert Registry.read().expert(Reference.parse("known-0"))
+    assert Registry.read().find_expert(Reference.parse("known-0"))

@@ -64,7 +64,7 @@ class Case:
 
 
 def entry(name: str) -> Expert:
-    return Registry.read().expert(Reference.parse(name))
+    return Registry.read().find_expert(Reference.parse(name))
 
 
 class Add(Case):
@@ -75,7 +75,7 @@ class Add(Case):
         return ("add", self.expert(), "--name", self.name)
 
     def done(self) -> None:
-        assert Store().identity(entry(self.name).digest)
+        assert Store().read_identity(entry(self.name).digest)
 
 
 class Pull(Case):
@@ -88,7 +88,7 @@ class Pull(Case):
         return ("pull", "e")
 
     def done(self) -> None:
-        assert Store().identity(self.digest).digest == self.digest
+        assert Store().read_identity(self.digest).digest == self.digest
         assert entry("e") in Registry.read().user.content.experts
 
 
@@ -150,11 +150,11 @@ class Collect(Case):
     def prepare(self, turn: int) -> Words:
         for folder in self.drop:
             Store().add(folder)
-        leases._mine.clear()  # this process needs nothing of it
+        leases._own_leases.clear()  # this process needs nothing of it
         return ("gc", "--grace", "0", "--yes")
 
     def done(self) -> None:
-        assert set(Store().objects()) == Store().identity(self.keep).objects
+        assert set(Store().list_objects()) == Store().read_identity(self.keep).objects
         assert not list((self.home / "trash").iterdir())
         assert not list((self.home / "leases").iterdir())
 
@@ -208,7 +208,7 @@ class Repair(Case):
             run_hub("add", self.expert(), "--name", name)
 
     def prepare(self, turn: int) -> Words:
-        objects = Store().objects()
+        objects = Store().list_objects()
         self.flipped = random.sample(sorted(objects), 3)
         for sha256 in self.flipped:
             flip(objects[sha256])
@@ -217,10 +217,10 @@ class Repair(Case):
     def killed(self) -> None:
         found = verify(Session())
         assert set(found.damaged) <= set(self.flipped)
-        assert len(Store().objects()) == 7, "a damaged object stays until it is replaced"
+        assert len(Store().list_objects()) == 7, "a damaged object stays until it is replaced"
 
     def done(self) -> None:
-        assert verify(Session()).whole and len(Store().objects()) == 7
+        assert verify(Session()).whole and len(Store().list_objects()) == 7
 
 
 CASES = {

@@ -64,7 +64,7 @@ def _count(step: Callable[[str], None]) -> None:
 
 def _child(words: tuple[Any, ...], ready: Any, begun: Any, steps: Any, stop: int) -> None:
     """The command, as a new process would run it."""
-    leases._mine.clear()  # the parent's
+    leases._own_leases.clear()  # the parent's
     sys.dont_write_bytecode = True
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
@@ -122,7 +122,7 @@ def run_full(told: Path, *words: Any, after: int = 1 << 30, limit: int = -1) -> 
     """
 
     def child() -> None:
-        leases._mine.clear()
+        leases._own_leases.clear()
         sys.dont_write_bytecode = True
         left = after
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from experthub.merge import Data, Materials, Strategy, TaskVector
+from experthub.merge import Data, MergeMaterials, Strategy, TaskVector
 from torch import Tensor, nn
 
 SHAPES = {"a.weight": (6, 5), "b.weight": (4, 6), "c.weight": (3, 3)}
@@ -70,9 +70,9 @@ learner = make_data  # until test_conformance uses the name
 
 def make_materials(
     given: Sequence[TaskVector], data: Data | None = None, **surroundings: Any
-) -> Materials:
+) -> MergeMaterials:
     """Offer experts of weight 1, data and a random search; `surroundings` are other fields."""
-    materials = Materials(given, torch.ones(len(given)), data, random_search)
+    materials = MergeMaterials(given, torch.ones(len(given)), data, random_search)
     return replace(materials, **surroundings)
 
 
@@ -80,11 +80,11 @@ def prepare_merge(
     strategy: Strategy[Any],
     given: Sequence[TaskVector],
     weights: Tensor,
-    source: Data | Materials | None = None,
+    source: Data | MergeMaterials | None = None,
     **options: Any,
 ) -> Any:
     """Return the state of a merge; `source` is its data, or materials whose experts are replaced."""
-    materials = source if isinstance(source, Materials) else make_materials(given, source)
+    materials = source if isinstance(source, MergeMaterials) else make_materials(given, source)
     assert strategy.prepare is not None
     materials = replace(materials, vectors=given, weights=weights)
     return strategy.prepare(materials, strategy.bind(options))
@@ -94,7 +94,7 @@ def run_merge(
     strategy: Strategy[Any],
     given: Sequence[TaskVector],
     weights: Tensor,
-    source: Data | Materials | None = None,
+    source: Data | MergeMaterials | None = None,
     **options: Any,
 ) -> TaskVector:
     """Prepare the state of a merge, if it has one, and call the merge; see `prepare_merge`."""

@@ -85,8 +85,8 @@ class RoutedData:
 
 
 @dataclass
-class RouterMaterials:
-    """Everything that `experthub.routing.Materials` offers, on random numbers."""
+class RandomMaterials:
+    """Everything that `experthub.routing.RouterMaterials` offers, on random numbers."""
 
     strategy: Strategy[RouterTraits]
     options: Mapping[str, Any]
@@ -136,7 +136,7 @@ def prepare(strategy: Strategy[RouterTraits]) -> Mapping[str, Tensor]:
     if strategy.prepare is None:
         return {}
     options = bind(strategy)
-    state = strategy.prepare(RouterMaterials(strategy, options), options)
+    state = strategy.prepare(RandomMaterials(strategy, options), options)
     tensors: Mapping[str, Tensor] = state.tensors
     return tensors
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import LINEARS, logits, make_expert, run_hub, tiny_bert
 from experthub import hub
-from experthub.hub.bases.base import Base, load_model, load_tokenizer
+from experthub.hub.bases.base import Base
+from experthub.hub.bases.loading import load_model, load_tokenizer
 from experthub.hub.composition.generation import generate_ids
 from experthub.hub.errors import UsageError
 from experthub.hub.evaluation.routing_map import map_routing
@@ -281,7 +282,7 @@ def test_an_encoder_without_its_pooler(tmp_path: Path) -> None:
     ran = run_hub("trace", path, "-p", "fire", "-p", "deep sea", "--json")
     assert ran.json["left_out"] == ["pooler.dense"]
     assert ran.lines("note: ") == [
-        "note: pooler.dense does not read every token once, and is left out"
+        "note: pooler.dense does not read every token once, and is omitted"
     ]
     assert len(ran.json["tokens"]) == len("firedeep sea") and len(ran.json["modules"]) == 8
     long = run_hub("trace", path, "-p", "x" * 300, "--json")
@@ -334,7 +335,7 @@ def test_scores_of_images_come_without_a_routing_map(tmp_path: Path) -> None:
     path = recipe_of([expert], tmp_path / "base", "{method: uniform}")
     ran = run_hub("eval", path, "--tasks", task, "--split", "all", "--plots", "out")
     assert ran.code == 0 and "recipe" in ran.out, ran.err
-    assert len(ran.lines("no out/recipe-routing.png: ")) == 1
+    assert len(ran.lines("cannot draw out/recipe-routing.png: ")) == 1
     assert [file.name for file in Path("out").iterdir()] == ["table.png"]
 
 
@@ -345,7 +346,7 @@ def test_a_merge_is_refused_before_it_is_loaded(folders: list[Path], base_folder
     assert (ran.code, ran.out) == (2, "")
     assert ran.lines("error") == ["error: ties: a merge has no routing to trace"]
     assert ran.lines("hint") and "loading" not in ran.err
-    with pytest.raises(UsageError, match="ties: a merge routes"):
+    with pytest.raises(UsageError, match="ties: a merge has no routing"):
         map_routing(path, [])
 
 
@@ -363,7 +364,7 @@ def test_a_merge_is_refused_before_it_is_loaded(folders: list[Path], base_folder
         (("-p", "x", "--module", "nothing"), "no routed module matches 'nothing'"),
         (("-p", "x", "--module", "(q"), "is not a regular expression"),
         (("-p", "x", "--module", "(.*)*(.*)*(.*)*(.*)*(.*)*x!"), "matching takes too long"),
-        (("-p", "x", "--open"), "--open shows the page that --html writes"),
+        (("-p", "x", "--open"), "--open needs the page that --html writes"),
         (("-p", "x", "--html", "."), ". is not a file"),
         (("-p", "x", "--chat"), "has no chat template"),
         (("-p", "x", "--top", "0"), "invalid value for '--top'"),

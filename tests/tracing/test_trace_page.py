@@ -163,5 +163,5 @@ def test_the_command_writes_and_opens_it(
     assert file.read_text(encoding="utf-8") == first, "the same trace, the same page"
     monkeypatch.setattr(webbrowser, "open", lambda url: False)
     assert run_hub(*words, "--open").lines("note: ") == [
-        f"note: there is no browser here; open {file} in one"
+        f"note: no browser was found; open {file} in a browser"
     ]

@@ -14,6 +14,7 @@ import torch
 from conftest import Ran, logits, run_hub, tiny_bert, tiny_llama
 from experthub import hub
 from experthub.hub.bases import base as bases
+from experthub.hub.bases.loading import load_model
 from experthub.hub.errors import ConflictError, HubError, IntegrityError
 from experthub.hub.formats.safetensors_header import read_header
 from experthub.hub.formats.task_vector import SHAPES, read_task_vector
@@ -85,12 +86,12 @@ def outputs(model: Any) -> torch.Tensor:
 
 
 def loaded(folder: Path) -> Any:
-    return bases.load_model(bases.read(folder, str(folder)), "float32", None)
+    return load_model(bases.read(folder, str(folder)), "float32", None)
 
 
 def stored(name: str, file: str = VECTOR) -> Path:
-    digest = Registry.read().expert(Reference.parse(name)).digest
-    return hub.Store().file(digest, file)
+    digest = Registry.read().find_expert(Reference.parse(name)).digest
+    return hub.Store().verify_file(digest, file)
 
 
 def true_difference(base: Path, tuned: Path) -> dict[str, torch.Tensor]:
@@ -136,9 +137,9 @@ def test_it_is_registered_like_what_is_trained(base_folder: Path, tuned: Path, h
         *("--description", "Letters", "--version", "3", "--json"),
     )
     assert ran.code == 0, ran.err
-    expert = Registry.read().expert(Reference.parse("mine"))
+    expert = Registry.read().find_expert(Reference.parse("mine"))
     assert (expert.version, expert.task, expert.description) == (3, "mine:letters", "Letters")
-    identity = hub.Store().identity(expert.digest)
+    identity = hub.Store().read_identity(expert.digest)
     assert identity.base_fingerprint == bases.read(base_folder, "x").fingerprint
     training = expert.training
     assert (training["method"], training["finetuned"]) == ("diff", "tuned")

@@ -66,7 +66,7 @@ def test_an_expert_and_its_gate_learn(base_folder: Path, letters: str, home: Pat
     curve = json.loads(next((home / "runs").glob("letters-*/loss.json")).read_text())
     assert len(curve) == SETTINGS.steps
     store = hub.Store()
-    weights = load_file(store.file(expert.digest, "adapter_model.safetensors"))
+    weights = load_file(store.verify_file(expert.digest, "adapter_model.safetensors"))
     assert {t.dtype for t in weights.values()} == {torch.bfloat16}
     recipe = {"base": str(base_folder), "experts": ["letters@1"], "merge": {"method": "linear"}}
     result = hub.evaluate({"trained": hub.Recipe.of(recipe)}, [letters])
@@ -74,15 +74,15 @@ def test_an_expert_and_its_gate_learn(base_folder: Path, letters: str, home: Pat
 
     gated = train_gate("letters", Settings(steps=5, lr=5e-3))
     assert (gated.version, gated.task) == (2, letters)
-    gates = load_file(store.file(gated.digest, GATES))
+    gates = load_file(store.verify_file(gated.digest, GATES))
     adapted = {n.split(".lora_")[0].removeprefix("base_model.model.") for n in weights}
     assert {n.removesuffix(".gate") for n in gates} == adapted
     assert all(g.ndim == 1 and bool(g.abs().sum() > 0) for g in gates.values())
-    same = load_file(store.file(gated.digest, "adapter_model.safetensors"))
+    same = load_file(store.verify_file(gated.digest, "adapter_model.safetensors"))
     assert all(torch.equal(same[n], weights[n]) for n in weights)
     routed = {"base": str(base_folder), "experts": ["letters"], "route": {"method": "phatgoose"}}
     assert hub.compose(routed).plan.members[0].digest == gated.digest
-    assert Registry.read().expert(Reference.parse("letters@1")).digest == expert.digest
+    assert Registry.read().find_expert(Reference.parse("letters@1")).digest == expert.digest
 
 
 @pytest.mark.parametrize("learned", [0.0, 1e9])
@@ -191,7 +191,7 @@ def test_a_full_fine_tune_learns_and_is_kept_exactly(
     assert training["method"] == "full" and training["relative_error"] == 0
     assert training["loss"]["last"] < 0.5 * training["loss"]["first"]
     digest = ran.json["expert"]["digest"]
-    changed = load_file(hub.Store().file(digest, TASK_VECTOR))
+    changed = load_file(hub.Store().verify_file(digest, TASK_VECTOR))
     assert "model.norm.weight" in changed and not any("embed" in name for name in changed)
     merge = {"method": "task_arithmetic", "scale": 1.0}
     recipe = {"base": str(base_folder), "experts": ["letters"], "merge": merge}
@@ -203,18 +203,18 @@ def test_a_full_fine_tune_learns_and_is_kept_exactly(
     assert result["tasks"][0]["methods"]["full"]["delta_to_base"]["ci95"][0] > 0
     assert run_hub(*words, "--out", tmp_path / "tuned").code == 6, "the folder is in use"
     again = run_hub("diff", base_folder, tmp_path / "tuned", "--name", "again", "--json")
-    assert load_file(hub.Store().file(again.json["expert"]["digest"], TASK_VECTOR)).keys() == (
+    assert load_file(hub.Store().verify_file(again.json["expert"]["digest"], TASK_VECTOR)).keys() == (
         changed.keys()
     )
     short = Settings(steps=2, lr=1e-3)
     more = train_full(str(base_folder), letters, "more", short, embeddings=True).expert
-    assert "model.embed_tokens.weight" in load_file(hub.Store().file(more.digest, TASK_VECTOR))
+    assert "model.embed_tokens.weight" in load_file(hub.Store().verify_file(more.digest, TASK_VECTOR))
 
 
 def test_an_encoder_is_fine_tuned_but_for_its_pooler(letters: str, tmp_path: Path) -> None:
     base = tiny_bert(tmp_path / "bert")
     made = train_full(str(base), letters, "letters", Settings(steps=3, lr=1e-3))
-    changed = load_file(hub.Store().file(made.expert.digest, TASK_VECTOR))
+    changed = load_file(hub.Store().verify_file(made.expert.digest, TASK_VECTOR))
     assert not [n for n in changed if "pooler" in n or n.endswith("embeddings.weight")]
     assert {"embeddings.LayerNorm.weight", "encoder.layer.0.output.dense.bias"} <= set(changed)
 
@@ -228,7 +228,7 @@ def test_a_gate_needs_to_know_the_experts_task(base_folder: Path, expert_folder:
 
 
 def test_loss_is_the_mean_cross_entropy_of_the_answers(base_model: Any, base: Any) -> None:
-    from experthub.hub.bases.base import load_tokenizer
+    from experthub.hub.bases.loading import load_tokenizer
 
     tokenizer = load_tokenizer(base)
     pairs = [("short", " ab"), ("a longer prompt", " c"), ("mid", " long answer")]
@@ -248,7 +248,7 @@ def test_loss_is_the_mean_cross_entropy_of_the_answers(base_model: Any, base: An
 
 def test_a_session_knows_what_was_trained_in_it(base_folder: Path, letters: str) -> None:
     session, settings = Session(), Settings(steps=1)
-    session.registry.experts()  # reads them before there is the new one
+    session.registry.list_experts()  # reads them before there is the new one
     made = train_lora(str(base_folder), letters, "mine", settings, session=session)
-    assert session.registry.expert(Reference.parse("mine")) == made
+    assert session.registry.find_expert(Reference.parse("mine")) == made
     assert train_gate("mine", settings, session=session).version == 2

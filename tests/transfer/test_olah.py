@@ -55,9 +55,9 @@ class Published:
         """Whether a pull brought exactly its files, and left nothing half-done."""
         assert ran.code == 0, ran.err
         (entry,) = ran.json["pulled"]
-        names = Store().identity(entry["digest"]).files
+        names = Store().read_identity(entry["digest"]).files
         assert set(names) == set(self.files) - {"README.md"} and not partial(home)
-        return all(Store().file(entry["digest"], n).read_bytes() == self.files[n] for n in names)
+        return all(Store().verify_file(entry["digest"], n).read_bytes() == self.files[n] for n in names)
 
     def begun(self, home: Path) -> None:
         """An earlier pull of the weights stopped."""
@@ -73,7 +73,7 @@ def refused(ran: Ran, code: int, words: str) -> bool:
     """Whether a pull ended with one clear error, and brought nothing."""
     assert ran.code == code, ran.err
     assert len(ran.lines("error: ")) == len(ran.lines("hint: ")) == 1
-    assert not Store().objects() and not Registry.read().user.content.experts
+    assert not Store().list_objects() and not Registry.read().user.content.experts
     return ran.out == "" and words in ran.err and "Traceback" not in ran.err
 
 
@@ -121,7 +121,7 @@ def test_every_revision_of_a_git_repository(
         shutil.rmtree(home, ignore_errors=True)
         ran = run_hub("pull", published.source + revision, "--json")
         assert published.pulled(home, ran), revision
-        expert = Registry.read().expert(Reference.parse(published.name))
+        expert = Registry.read().find_expert(Reference.parse(published.name))
         assert expert.sources == [f"{published.source}@{expected}"]
 
 

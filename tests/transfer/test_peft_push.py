@@ -70,7 +70,7 @@ def at_the_hub(home: Path, pushed: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_same_logits(name: str, pushed: Path, base_folder: Path, base_model: Any) -> None:
     ran = run_hub("pull", f"hf:alice/{name}", "--json")
     assert ran.code == 0, ran.err
-    expert = Registry.read().expert(Reference.parse(name))
+    expert = Registry.read().find_expert(Reference.parse(name))
     assert ran.json["pulled"] == [{"name": f"{name}@1", "digest": expert.digest}]
     theirs = torch.load(pushed / f"{name}.pt", weights_only=True)
     recipe = {"base": str(base_folder), "experts": [name], "merge": {"method": "linear"}}

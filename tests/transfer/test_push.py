@@ -79,24 +79,24 @@ def forget(home: Path) -> None:
 def test_it_arrives_whole_and_the_same(
     server: HfServer, mine: str, pushed: str, home: Path
 ) -> None:
-    sent = {f.name: f.read_bytes() for f in map(Store().path, Store().objects())}
+    sent = {f.name: f.read_bytes() for f in map(Store().path, Store().list_objects())}
     forget(home)
     ran = run_hub("pull", "hf:alice/mine", "--json")
     assert ran.code == 0, ran.err
     assert ran.json["pulled"] == [{"name": "mine@1", "digest": mine}]
-    expert = Registry.read().expert(Reference.parse("mine"))
+    expert = Registry.read().find_expert(Reference.parse("mine"))
     assert expert.sources == [f"hf:alice/mine@{pushed}"]
     assert expert.task == "bigbench:snarks"
-    assert {f.name: f.read_bytes() for f in map(Store().path, Store().objects())} == sent
+    assert {f.name: f.read_bytes() for f in map(Store().path, Store().list_objects())} == sent
 
 
 def test_the_pushed_entry_knows_its_commit(mine: str, pushed: str, home: Path) -> None:
-    expert = Registry.read().expert(Reference.parse("mine"))
+    expert = Registry.read().find_expert(Reference.parse("mine"))
     assert expert.sources[-1] == f"hf:alice/mine@{pushed}"
     shutil.rmtree(expert.sources[0].removeprefix("file:"))
     shutil.rmtree(home / "objects")
     assert run_hub("pull", "mine").code == 0
-    assert Store().identity(mine).digest == mine
+    assert Store().read_identity(mine).digest == mine
 
 
 @pytest.mark.parametrize("revision", ["", "@main", "@v1", "@{commit}"])
@@ -106,7 +106,7 @@ def test_branches_tags_and_commits(
     forget(home)
     ran = run_hub("pull", "hf:alice/mine" + revision.format(commit=pushed), "--name", "x")
     assert ran.code == 0, ran.err
-    assert Registry.read().expert(Reference.parse("x")).digest == mine
+    assert Registry.read().find_expert(Reference.parse("x")).digest == mine
 
 
 def test_a_commit_that_is_here_needs_no_request(server: HfServer, pushed: str, home: Path) -> None:
@@ -232,7 +232,7 @@ def test_what_passes_is_tried_again(
     fault = server.fault(WEIGHTS, times=2, **how)
     ran = run_hub("pull", "hf:alice/mine")
     assert ran.code == 0, ran.err
-    assert fault.hits == 2 and Store().identity(mine)
+    assert fault.hits == 2 and Store().read_identity(mine)
 
 
 def test_a_pull_goes_on_where_it_stopped(
@@ -275,4 +275,4 @@ def test_two_pulls_at_once(server: HfServer, mine: str, pushed: str, home: Path)
         thread.start()
     for thread in threads:
         thread.join()
-    assert codes == [0, 0, 0] and Store().identity(mine)
+    assert codes == [0, 0, 0] and Store().read_identity(mine)

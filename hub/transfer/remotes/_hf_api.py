@@ -1,4 +1,4 @@
-"""What is asked of a model hub, as whom, and what its answers mean."""
+"""Requests to the API of the Hugging Face Hub: endpoint, token, answers and errors."""
 
 from __future__ import annotations
 
@@ -10,56 +10,86 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experthub.hub.errors import AuthError, HubError, IntegrityError, NotFoundError
-from experthub.hub.transfer.remotes._http import again
+from experthub.hub.transfer.remotes._http import wait_to_retry
 
 if TYPE_CHECKING:
     import httpx
 
-LONGEST = 16 << 20  # bytes of an answer that is no file
+MAX_ANSWER = 16 << 20  # bytes of an answer that is not a file
 
 
-def endpoint() -> str:
-    """Where the Hub is: `HF_ENDPOINT`, or huggingface.co."""
+def read_endpoint() -> str:
+    """Return the address of the Hub: `HF_ENDPOINT`, or huggingface.co."""
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
 def token_path() -> Path:
-    """Where the Hub's own tools keep the user's token."""
+    """Return the path of the file in which the Hub's own tools keep the user's token."""
     home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
     return Path(os.environ.get("HF_TOKEN_PATH") or Path(home) / "token")
 
 
-def token() -> str | None:
-    """The user's token: a variable or a file; AuthError for what cannot be one."""
+def read_token() -> str | None:
+    """Read the user's token from `HF_TOKEN` or from the token file.
+
+    Returns:
+        The token; None if the user has none.
+
+    Raises:
+        AuthError: The token has characters that no token has.
+    """
     path = token_path()
     stated = os.environ.get("HF_TOKEN", "").strip()
     if not stated and path.is_file():
         stated = path.read_text(encoding="utf-8", errors="replace").strip()
-    if not re.fullmatch(r"[!-~]*", stated):  # an error that quotes it would tell it
+    if not re.fullmatch(r"[!-~]*", stated):  # The error must not quote the token.
         raise AuthError(
-            "the token has a space, a control character or a letter that no token has",
+            "the token has a space, a control character or a letter that is not ASCII",
             "set HF_TOKEN again, or run hf auth login",
         )
     return stated or None
 
 
-def headers() -> dict[str, str]:
-    """What every request to the Hub carries; httpx drops the token on the way to another host."""
-    known = token()
+def make_headers() -> dict[str, str]:
+    """Make the headers of a request to the Hub. httpx drops the token if the host changes.
+
+    Returns:
+        The headers with the user's token; no headers without a token.
+
+    Raises:
+        AuthError: The token has characters that no token has.
+    """
+    known = read_token()
     return {"Authorization": f"Bearer {known}"} if known else {}
 
 
-def ask(session: httpx.Client, url: str, source: str) -> tuple[Any, str | None]:
-    """An answer of the Hub, and where the next page of it is; its errors in words."""
+def request_json(session: httpx.Client, url: str, source: str) -> tuple[Any, str | None]:
+    """Request JSON from the Hub.
+
+    Args:
+        session: The client.
+        url: The URL.
+        source: The source that the request is about, for errors.
+
+    Returns:
+        The answer, and the URL of its next page or None.
+
+    Raises:
+        AuthError: The repository is gated, or the token may not read it.
+        NotFoundError: The repository or the revision does not exist, or is private.
+        HubError: The Hub answered with another error, or not with JSON.
+        IntegrityError: The answer is too long, or its next page is on another host.
+    """
     for tries in count(1):
         with session.stream("GET", url) as answer:
             if answer.is_success:
-                return _json(_content(answer, source), source), _next(answer, url, source)
-        if not again(answer, tries):
+                content = _parse_json(_read_content(answer, source), source)
+                return content, _find_next_page(answer, url, source)
+        if not wait_to_retry(answer, tries):
             break
     code, status = answer.headers.get("X-Error-Code", ""), answer.status_code
     if code == "GatedRepo":
-        raise AuthError(f"{source} is gated", "ask for access and set HF_TOKEN")
+        raise AuthError(f"{source} is gated", "ask its owner for access, and set HF_TOKEN")
     if code in ("RepoNotFound", "RevisionNotFound") or status == 404:
         raise NotFoundError(
             f"{source} does not exist, or is private", "check the name, or set HF_TOKEN"
@@ -69,28 +99,34 @@ def ask(session: httpx.Client, url: str, source: str) -> tuple[Any, str | None]:
     raise HubError(f"{source} answered {status}", "try again later, or check HF_ENDPOINT")
 
 
-def _content(answer: httpx.Response, source: str) -> bytearray:
+def _read_content(answer: httpx.Response, source: str) -> bytearray:
+    """Read an answer of limited length."""
     content = bytearray()
     for chunk in answer.iter_bytes():
         content += chunk
-        if len(content) > LONGEST:
-            raise IntegrityError(f"{source}: an answer without an end", "check HF_ENDPOINT")
+        if len(content) > MAX_ANSWER:
+            raise IntegrityError(
+                f"{source}: the answer is longer than {MAX_ANSWER} bytes", "check HF_ENDPOINT"
+            )
     return content
 
 
-def _next(answer: httpx.Response, asked: str, source: str) -> str | None:
-    """The address of the next page, at the same host: the token is sent there as well."""
+def _find_next_page(answer: httpx.Response, asked: str, source: str) -> str | None:
+    """Return the URL of the next page. It must be on the same host, which gets the token, too."""
     link = answer.links.get("next", {}).get("url")
     if not link:
         return None
     url, here = answer.url.join(link), answer.url.join(asked)
     if (url.scheme, url.host, url.port) != (here.scheme, here.host, here.port):
-        raise IntegrityError(f"{source}: its list goes on at another host", "check HF_ENDPOINT")
+        raise IntegrityError(
+            f"{source}: the next page of its file list is on another host", "check HF_ENDPOINT"
+        )
     return str(url)
 
 
-def _json(content: bytearray, source: str) -> Any:
+def _parse_json(content: bytearray, source: str) -> Any:
+    """Parse an answer as JSON."""
     try:
         return json.loads(content)
     except (ValueError, RecursionError):
-        raise HubError(f"{source}: an answer that is no JSON", "check HF_ENDPOINT") from None
+        raise HubError(f"{source}: the answer is not JSON", "check HF_ENDPOINT") from None

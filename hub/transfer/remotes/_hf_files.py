@@ -1,4 +1,4 @@
-"""What a repository of a model hub holds, as the hub says, and every word of it checked."""
+"""The files of a repository as the Hugging Face Hub lists them. Every field of a list is checked."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from urllib.parse import quote
 
 from experthub.hub.errors import HubError, IntegrityError, UsageError
 from experthub.hub.files.patterns import is_named
-from experthub.hub.registry.expert import expert_files
-from experthub.hub.transfer.remotes._hf_api import ask, endpoint
-from experthub.hub.transfer.remotes._http import SHA256
+from experthub.hub.kinds.kind import PICKLES
+from experthub.hub.registry.expert import list_file_patterns
+from experthub.hub.transfer.remotes._download import SHA256
+from experthub.hub.transfer.remotes._hf_api import read_endpoint, request_json
 
 if TYPE_CHECKING:
     import httpx
 
 MODEL = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt")
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-USUAL = (".gitattributes", ".gitignore", "*.md", "LICENSE*")  # left out without a word
-SMALL = 8 << 20  # bytes of a file that is no large file of the repository
-LARGEST = 1 << 40
-ENTRIES, PAGES = 10_000, 100
+USUAL = (".gitattributes", ".gitignore", "*.md", "LICENSE*")  # These are omitted without a note.
+MAX_SMALL = 8 << 20  # bytes of a file that git stores itself
+MAX_LARGE = 1 << 40  # bytes of a file in the large file storage
+MAX_ENTRIES, MAX_PAGES = 10_000, 100
 COMMIT = re.compile(r"[0-9a-f]{40}")
 REPOSITORY = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}"
 REVISION = r"[A-Za-z0-9_][A-Za-z0-9_./-]{0,119}"
@@ -31,27 +31,58 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
 
 @dataclass(frozen=True)
 class HfSource:
-    """`hf:org/name[@revision]`; the revision is a branch, a tag or a commit, `main` by default."""
+    """A parsed source `hf:org/name[@revision]`.
+
+    Args:
+        repository: The repository, `org/name`.
+        revision: A branch, a tag or a commit.
+    """
 
     repository: str
     revision: str
 
     @classmethod
     def parse(cls, text: str) -> HfSource:
+        """Parse a source.
+
+        Args:
+            text: The source.
+
+        Returns:
+            The repository and the revision, which is `main` by default.
+
+        Raises:
+            UsageError: The text is not such a source.
+        """
         found = re.fullmatch(rf"hf:({REPOSITORY}(?:/{REPOSITORY})?)(?:@({REVISION}))?", text)
         if not found or ".." in text or "--" in found.group(1):
             raise UsageError(
-                f"{text[:200]!r} is no source", "write hf:org/name or hf:org/name@revision"
+                f"{text[:200]!r} is not a source", "write hf:org/name or hf:org/name@revision"
             )
         return cls(found.group(1), found.group(2) or "main")
 
-    def api(self, path: str) -> str:
-        return f"{endpoint()}/api/models/{self.repository}/{path}"
+    def api_url(self, path: str) -> str:
+        """Return a URL of the Hub's API.
+
+        Args:
+            path: The path below the repository.
+
+        Returns:
+            The URL.
+        """
+        return f"{read_endpoint()}/api/models/{self.repository}/{path}"
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of a repository: sha256 is known for large ones, blob is git's sha1 of the others."""
+    """A file of a repository.
+
+    Args:
+        name: The name.
+        size: The size in bytes.
+        blob: The sha1 of the file as a git blob.
+        sha256: The sha256 of a file in the large file storage; None for other files.
+    """
 
     name: str
     size: int
@@ -59,35 +90,49 @@ class RemoteFile:
     sha256: str | None
 
 
-def commit_of(session: httpx.Client, place: HfSource, source: str) -> str:
-    """The commit that a revision is now."""
-    url = place.api(f"revision/{quote(place.revision, safe='')}")
-    answer, _ = ask(session, url, source)
+def find_commit(session: httpx.Client, place: HfSource, source: str) -> str:
+    """Find the present commit of a revision.
+
+    Args:
+        session: The client.
+        place: The repository and the revision.
+        source: The source as the user wrote it, for errors.
+
+    Returns:
+        The commit, 40 hexadecimal digits.
+
+    Raises:
+        HubError: The request failed, or the answer has no commit.
+    """
+    url = place.api_url(f"revision/{quote(place.revision, safe='')}")
+    answer, _ = request_json(session, url, source)
     commit = answer.get("sha") if isinstance(answer, dict) else None
     if not isinstance(commit, str) or not COMMIT.fullmatch(commit):
-        raise HubError(f"{source}: the server names no commit", "check HF_ENDPOINT")
+        raise HubError(f"{source}: the server's answer has no commit", "check HF_ENDPOINT")
     return commit
 
 
-def _rows(
+def _list_rows(
     session: httpx.Client, place: HfSource, commit: str, source: str
 ) -> Iterator[dict[str, Any]]:
-    """What is at the top of a repository, as the Hub lists it, page by page."""
-    url: str | None = place.api(f"tree/{commit}?recursive=false&expand=false")
+    """Yield the entries at the top of a repository, page by page."""
+    url: str | None = place.api_url(f"tree/{commit}?recursive=false&expand=false")
     pages = count = 0
     while url:
-        rows, following = ask(session, url, source)
+        rows, following = request_json(session, url, source)
         pages += 1
         if not isinstance(rows, list):
-            raise HubError(f"{source}: its list of files is none", "check HF_ENDPOINT")
+            raise HubError(f"{source}: the server's answer is not a list", "check HF_ENDPOINT")
         count += len(rows)
-        if count > ENTRIES or pages > PAGES:
-            raise HubError(f"{source}: a list of more than {ENTRIES} files", "is it a model?")
+        if count > MAX_ENTRIES or pages > MAX_PAGES:
+            raise HubError(
+                f"{source} has more than {MAX_ENTRIES} files", "check that it is a model"
+            )
         yield from (row for row in rows if isinstance(row, dict))
         url = following
 
 
-def files_of(
+def list_files(
     session: httpx.Client,
     place: HfSource,
     commit: str,
@@ -95,51 +140,70 @@ def files_of(
     source: str,
     note: Callable[[str], None] = lambda _: None,
 ) -> list[RemoteFile]:
-    """The files at the top of a repository whose names are asked for, with their digests."""
+    """List the files at the top of a repository that match the patterns.
+
+    Args:
+        session: The client.
+        place: The repository.
+        commit: The commit.
+        patterns: Shell patterns of the wanted files.
+        source: The source as the user wrote it, for errors.
+        note: Receives a message about omitted files.
+
+    Returns:
+        The files with their digests.
+
+    Raises:
+        IntegrityError: There are no safetensors, two files differ only in case, or an entry has no
+            valid size and digest.
+        HubError: The request failed.
+    """
     files: dict[str, RemoteFile] = {}
     others = []
-    for row in _rows(session, place, commit, source):
+    for row in _list_rows(session, place, commit, source):
         name = str(row.get("path"))
         wanted = NAME.fullmatch(name) and is_named(name, patterns)
-        # An adapter beside a model: transformers would load it too.
+        # transformers would also load an adapter beside a model.
         if (
             row.get("type") != "file"
             or not wanted
-            or (patterns is MODEL and is_named(name, expert_files()))
+            or (patterns is MODEL and is_named(name, list_file_patterns()))
         ):
             others.append(name)
             continue
         if name.lower() in files:
             raise IntegrityError(f"{source} has two files {name!r}", "use another revision")
-        files[name.lower()] = _remote_file(name, row, source)
+        files[name.lower()] = _check_row(name, row, source)
     if not any(name.endswith(".safetensors") for name in files):
-        pickles = [_printable(name) for name in others if name.endswith(PICKLES)]
+        pickles = [_escape_name(name) for name in others if name.endswith(PICKLES)]
         only = f": only {pickles[0]}, and pickles are never read" if pickles else ""
-        raise IntegrityError(f"{source} has no safetensors{only}", "ask its owner to convert it")
+        raise IntegrityError(
+            f"{source} has no safetensors{only}", "ask its owner to convert the weights"
+        )
     others = [name for name in others if not is_named(name, USUAL)]
     if others:
         more = f" and {len(others) - 8} more" if len(others) > 8 else ""
-        note(f"{source}: left out {', '.join(map(_printable, sorted(others)[:8]))}{more}")
+        note(f"{source}: omitted {', '.join(map(_escape_name, sorted(others)[:8]))}{more}")
     return list(files.values())
 
 
-def _printable(name: str) -> str:
-    """A name that a server states, for a message: short, and without what moves a cursor."""
+def _escape_name(name: str) -> str:
+    """Shorten a name from a server, and escape characters that a terminal would interpret."""
     return ascii(name[:80])[1:-1]
 
 
-def _remote_file(name: str, row: dict[str, Any], source: str) -> RemoteFile:
-    """A row of the tree, checked: nothing that a server says becomes a path or a size unchecked."""
+def _check_row(name: str, row: dict[str, Any], source: str) -> RemoteFile:
+    """Check an entry of a list before its fields are used as a path or a size."""
     large = row.get("lfs")
     size = large.get("size") if isinstance(large, dict) else row.get("size")
     sha256 = str(large.get("oid", "")).removeprefix("sha256:") if isinstance(large, dict) else None
     blob = row.get("oid")
     wrong = (
         not isinstance(size, int)
-        or not 0 <= size <= (SMALL if sha256 is None else LARGEST)
+        or not 0 <= size <= (MAX_SMALL if sha256 is None else MAX_LARGE)
         or (sha256 is not None and not SHA256.fullmatch(sha256))
         or (sha256 is None and not (isinstance(blob, str) and COMMIT.fullmatch(blob)))
     )
     if wrong:
-        raise IntegrityError(f"{source}: {name} has no usable size and digest", "check HF_ENDPOINT")
+        raise IntegrityError(f"{source}: {name} has no valid size and digest", "check HF_ENDPOINT")
     return RemoteFile(name, int(size or 0), str(blob), sha256)

@@ -1,8 +1,8 @@
-"""Model repositories of the Hugging Face Hub, read with every byte checked.
+"""Model repositories of the Hugging Face Hub, downloaded with verification of every byte.
 
-The Hub's own client checks sizes, not digests, and begins again after a crash; so files are fetched
-here, ranged and resumable, against the digests that the repository's tree states: sha256 for large
-files, git's sha1 of a blob for the others.
+The Hub's own client checks sizes, not digests, and starts again after a crash. Files are therefore
+downloaded here, with continuation, against the digests that the repository lists: the sha256 of
+large files, and the sha1 of the git blob for the others.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -22,127 +22,166 @@ from experthub.hub.files.checksummed_text import MANIFEST, read_manifest, write_
 from experthub.hub.files.digests import sha256_of
 from experthub.hub.files.file_locks import hold_lock
 from experthub.hub.files.path_checks import ensure_space
-from experthub.hub.registry.expert import expert_files
-from experthub.hub.transfer.remotes._hf_api import endpoint, headers
+from experthub.hub.registry.expert import list_file_patterns
+from experthub.hub.transfer.remotes._download import download, fetch_small
+from experthub.hub.transfer.remotes._hf_api import make_headers, read_endpoint
 from experthub.hub.transfer.remotes._hf_files import (
     COMMIT,
     MODEL,
     HfSource,
     RemoteFile,
-    commit_of,
-    files_of,
+    find_commit,
+    list_files,
 )
-from experthub.hub.transfer.remotes._http import (
+from experthub.hub.transfer.remotes._http import open_client, redact_url
+from experthub.hub.transfer.remotes._limits import (
     Progress,
     check_online,
     check_size,
-    client,
-    download,
-    fetch_small,
+    ignore_progress,
     is_offline,
-    quiet,
-    shown,
 )
 
 if TYPE_CHECKING:
     import httpx
 
 AT_ONCE = 4
-FOLDER = re.compile(r"[0-9a-f]{40}-[0-9a-f]{8}")  # of a commit: what was asked for of it
+FOLDER = re.compile(r"[0-9a-f]{40}-[0-9a-f]{8}")  # The commit and the hash of the patterns.
 
 
 def fetch(
     source: str,
     folder: Path,
     patterns: tuple[str, ...] = MODEL,
-    progress: Progress = quiet,
+    progress: Progress = ignore_progress,
     note: Callable[[str], None] = lambda _: None,
 ) -> tuple[Path, dict[str, str]]:
-    """A folder with a repository's files at one commit; files of other names are left out.
+    """Fetch the files of a repository at one commit into a folder.
 
-    With it, if it was not here before, the sha256 of its files.  folder: where repositories are
-    kept, one folder per commit.  A commit that is there needs no request.  note: called with what
-    is left out.  Raises UsageError, NotFoundError, AuthError, and IntegrityError for more bytes
-    than are allowed, and for others than those of the digests.
+    Other files of the repository are omitted. A commit that was fetched before needs no request.
+
+    Args:
+        source: `hf:org/name[@revision]`.
+        folder: The folder of all repositories. Each commit gets a sub-folder.
+        patterns: Shell patterns of the wanted files.
+        progress: A progress callback.
+        note: Receives a message about omitted files.
+
+    Returns:
+        The sub-folder, and the sha256 of its files by name if they were downloaded now.
+
+    Raises:
+        UsageError: The source is malformed.
+        NotFoundError: The repository or the revision does not exist.
+        AuthError: The user may not read the repository.
+        IntegrityError: The files are larger than the user allows, or differ from their digests.
     """
     place = HfSource.parse(source)
-    held = kept(source, folder, patterns)
+    held = find_fetched(source, folder, patterns)
     if held and (is_offline() or COMMIT.fullmatch(place.revision)):
         return held, {}
     check_online(source)
     hashed: dict[str, str] = {}
-    with client(headers=headers()) as session:
-        commit = commit_of(session, place, source)
-        target = _target(place, commit, folder, patterns)
-        with _locked(target):
+    with open_client(headers=make_headers()) as session:
+        commit = find_commit(session, place, source)
+        target = _folder_of(place, commit, folder, patterns)
+        with _lock_repository(target):
             if not target.is_dir():
-                files = files_of(session, place, commit, patterns, source, note)
-                _check_room(files, _partial(target), source)
+                files = list_files(session, place, commit, patterns, source, note)
+                _check_room(files, _download_folder(target), source)
                 hashed = _fetch_all(session, place, commit, files, target, progress)
-    write_text(_remembered(place, folder), commit + "\n")
+    write_text(_revision_file(place, folder), commit + "\n")
     return target, hashed
 
 
-def checked(folder: Path) -> dict[str, str]:
-    """The sha256 of the files in a folder that `fetch` made; one that is not as it came is fetched again."""
+def verify_fetched(folder: Path) -> dict[str, str]:
+    """Hash the files in a folder that `fetch` made; fetch them again if they differ.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The sha256 of each file by name.
+    """
     hashed = {p.name: sha256_of(p) for p in folder.iterdir() if p.name != MANIFEST}
     came = read_manifest(folder)
     return hashed if came is None or came["files"] == hashed else fetch_again(folder)
 
 
-def kept(source: str, folder: Path, patterns: tuple[str, ...] = MODEL) -> Path | None:
-    """The folder that a source was fetched to before; of a branch or tag, as it was then."""
+def find_fetched(source: str, folder: Path, patterns: tuple[str, ...] = MODEL) -> Path | None:
+    """Find the folder into which a source was fetched before, without a request.
+
+    Args:
+        source: `hf:org/name[@revision]`.
+        folder: The folder of all repositories.
+        patterns: Shell patterns of the wanted files.
+
+    Returns:
+        The sub-folder, or None. A branch or tag refers to the commit that it had when it was fetched.
+    """
     place = HfSource.parse(source)
-    remembered, commit = _remembered(place, folder), place.revision
+    remembered, commit = _revision_file(place, folder), place.revision
     if remembered.is_file():
         commit = remembered.read_text(encoding="utf-8").strip()
-    found = _target(place, commit, folder, patterns)
+    found = _folder_of(place, commit, folder, patterns)
     return found if COMMIT.fullmatch(commit) and found.is_dir() else None
 
 
-def _target(place: HfSource, commit: str, folder: Path, patterns: tuple[str, ...]) -> Path:
-    """Where the files of one commit are kept; other files have another folder."""
-    return folder / place.repository.replace("/", "--") / f"{commit}-{_kind(patterns)}"
+def _folder_of(place: HfSource, commit: str, folder: Path, patterns: tuple[str, ...]) -> Path:
+    """Return the folder for the files of one commit; other patterns have another folder."""
+    return folder / place.repository.replace("/", "--") / f"{commit}-{_hash_patterns(patterns)}"
 
 
-def _kind(patterns: tuple[str, ...]) -> str:
-    """What stands in a folder's name for the files that were asked for."""
+def _hash_patterns(patterns: tuple[str, ...]) -> str:
+    """Return the part of a folder's name that stands for the wanted files."""
     return hashlib.sha256("\0".join(patterns).encode()).hexdigest()[:8]
 
 
-def _remembered(place: HfSource, folder: Path) -> Path:
-    """Which commit a branch or tag was when it was fetched last."""
+def _revision_file(place: HfSource, folder: Path) -> Path:
+    """Return the file that remembers the commit of a branch or tag at its last fetch."""
     names = (place.repository, "refs", place.revision)
     return folder.joinpath(*(name.replace("/", "--") for name in names))
 
 
 def fetch_again(folder: Path) -> dict[str, str]:
-    """Put a folder that `fetch` made in the place of itself, from its repository; its files' sha256."""
+    """Replace a damaged folder that `fetch` made.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The sha256 of each file by name.
+
+    Raises:
+        HubError: It is unknown which files the folder should have, or they cannot be fetched.
+    """
     commit, _, kind = folder.name.partition("-")
-    patterns = next((p for p in (MODEL, expert_files()) if _kind(p) == kind), None)
+    patterns = next((p for p in (MODEL, list_file_patterns()) if _hash_patterns(p) == kind), None)
     place = HfSource(folder.parent.name.replace("--", "/", 1), commit)
     source = f"hf:{place.repository}@{commit}"
     if patterns is None:
-        raise HubError(f"it is not known which files of {source} it has", "remove it")
+        raise HubError(
+            f"{folder} has the files of {source} that match unknown patterns", f"remove {folder}"
+        )
     check_online(source)
-    with client(headers=headers()) as session, _locked(folder):
-        files = files_of(session, place, commit, patterns, source)
-        return _fetch_all(session, place, commit, files, folder, quiet)
+    with open_client(headers=make_headers()) as session, _lock_repository(folder):
+        files = list_files(session, place, commit, patterns, source)
+        return _fetch_all(session, place, commit, files, folder, ignore_progress)
 
 
-def _partial(target: Path) -> Path:
-    """Where files are while they are fetched."""
+def _download_folder(target: Path) -> Path:
+    """Return the folder of incomplete downloads."""
     return target.parent.parent.parent / "partial"
 
 
-def _locked(target: Path) -> AbstractContextManager[None]:
-    """One process at a time fetches from a repository."""
+def _lock_repository(target: Path) -> AbstractContextManager[None]:
+    """Hold the lock that lets one process at a time fetch from a repository."""
     mine = target.parent
     return hold_lock(mine.parent.parent / "locks" / f"hf-{mine.name}")
 
 
 def _check_room(files: list[RemoteFile], partial: Path, source: str) -> None:
-    """Refuse more bytes than the user allows, or than there is room for, before the first."""
+    """Check that the user allows a download of this size, and that the disk has room for it."""
     size = sum(file.size for file in files)
     check_size(source, size)
     begun = (partial / str(file.sha256) for file in files)
@@ -159,7 +198,8 @@ def _fetch_all(
 ) -> dict[str, str]:
     """Fetch files, several at a time, into a folder that appears when all of them are there.
 
-    Until then it is a draft, and what is whole in it is not fetched again.  Returns their sha256.
+    The files are collected in a draft. Intact files in it are not fetched again. The function returns
+    the sha256 of each file by name.
     """
     done = dict.fromkeys((file.name for file in files), 0)
     size = sum(file.size for file in files)
@@ -167,26 +207,26 @@ def _fetch_all(
     draft.mkdir(parents=True, exist_ok=True)
 
     def fetch_one(file: RemoteFile) -> str:
-        def note(bytes_done: int, _: int) -> None:
+        def track(bytes_done: int, _: int) -> None:
             done[file.name] = bytes_done
             progress(sum(done.values()), size)
 
         path = draft / file.name
-        url = f"{endpoint()}/{place.repository}/resolve/{commit}/{quote(file.name)}"
+        url = f"{read_endpoint()}/{place.repository}/resolve/{commit}/{quote(file.name)}"
         if file.sha256 is None:
             content = fetch_small(session, url, file.size)
             if hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() != file.blob:
                 raise IntegrityError(
-                    f"{shown(url)} is not the file that its repository lists",
-                    "it was changed on its way or at its source; try again",
+                    f"{redact_url(url)} differs from the file that its repository lists",
+                    "try again: the file was changed at its source or during the transfer",
                 )
             path.write_bytes(content)
             found = hashlib.sha256(content).hexdigest()
-        elif path.is_file() and sha256_of(path) == file.sha256:
-            found = file.sha256
         else:
-            found = _move(url, file, _partial(target), path, note)
-        note(file.size, 0)
+            found = file.sha256
+            if not path.is_file() or sha256_of(path) != found:
+                _download_large(url, file, _download_folder(target), path, track)
+        track(file.size, 0)
         return found
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -201,16 +241,15 @@ def _fetch_all(
     return hashed
 
 
-def _move(url: str, file: RemoteFile, partial: Path, target: Path, note: Progress) -> str:
-    """Download a large file to where it belongs; its sha256.
-
-    Another process that wants the same content, of another repository, may take it away first.
-    """
-    sha256 = str(file.sha256)
+def _download_large(
+    url: str, file: RemoteFile, partial: Path, target: Path, progress: Progress
+) -> None:
+    """Download a large file to its place in the draft of a folder."""
     while True:
-        got = download(url, sha256, partial, note, headers=headers(), size=file.size)
-        try:
+        got = download(
+            url, str(file.sha256), partial, progress, headers=make_headers(), size=file.size
+        )
+        # Another process may have moved the same content of another repository away.
+        with suppress(FileNotFoundError):
             got.rename(target)
-        except FileNotFoundError:
-            continue
-        return sha256
+            return

@@ -1,4 +1,4 @@
-"""Files inside Python packages, through the index that pip is configured to use."""
+"""Files in Python packages, fetched from the package index that pip is configured to use."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from pathlib import Path
 from urllib.parse import urljoin
 
 from experthub.hub.errors import HubError, NotFoundError, UsageError
-from experthub.hub.transfer.remotes._http import (
-    Progress,
-    check_online,
-    client,
-    download,
-    quiet,
-    shown,
-)
+from experthub.hub.transfer.remotes._download import download
+from experthub.hub.transfer.remotes._http import open_client, redact_url
+from experthub.hub.transfer.remotes._limits import Progress, check_online, ignore_progress
 
 JSON_API = "application/vnd.pypi.simple.v1+json"
 
 
 @dataclass(frozen=True)
 class PypiSource:
-    """`pypi:package==version#path/inside/wheel`."""
+    """A parsed source `pypi:package==version#path/inside/wheel`.
+
+    Args:
+        package: The name of the package.
+        version: The version of the package.
+        member: The path of the file in the wheel.
+    """
 
     package: str
     version: str
@@ -34,18 +35,35 @@ class PypiSource:
 
     @classmethod
     def parse(cls, text: str) -> PypiSource:
+        """Parse a source.
+
+        Args:
+            text: The source.
+
+        Returns:
+            The package, its version and the path in its wheel.
+
+        Raises:
+            UsageError: The text is not such a source.
+        """
         found = re.fullmatch(r"pypi:([\w.-]+)==([\w.!+-]+)#(.+)", text)
         if not found or ".." in found.group(3).split("/") or found.group(3).startswith("/"):
             raise UsageError(
-                f"{text[:200]!r} is no source", "write pypi:package==version#path/in/wheel"
+                f"{text[:200]!r} is not a source", "write pypi:package==version#path/in/wheel"
             )
         return cls(*found.groups())
 
 
-def index_url() -> str:
-    """The index that pip uses here, its files, environment and default considered.
+def find_index_url() -> str:
+    """Find the package index that pip uses, by its files, environment and default.
 
-    pip's help is the one place that prints it; the wide terminal keeps the address on one line.
+    Only pip's help shows this. A wide terminal keeps the address on one line.
+
+    Returns:
+        The URL without a slash at the end.
+
+    Raises:
+        HubError: pip is missing, or its help does not show an index.
     """
     try:
         text = subprocess.run(
@@ -60,7 +78,9 @@ def index_url() -> str:
         text = ""
     found = re.search(r"--index-url <url>[^()]*\(default (\S+?)\)", text)
     if not found:
-        raise HubError("pip does not say which index it uses", "install pip: python -m ensurepip")
+        raise HubError(
+            "pip does not show which package index it uses", "install pip: python -m ensurepip"
+        )
     return found.group(1).rstrip("/")
 
 
@@ -69,18 +89,31 @@ def fetch(
     version: str,
     ending: str,
     folder: Path,
-    progress: Progress = quiet,
+    progress: Progress = ignore_progress,
     sha256: str | None = None,
 ) -> Path:
-    """Download a package's file to `folder/<sha256>`.
+    """Download a file of a package to `folder/<sha256>`.
 
-    ending: `.whl` or `.tar.gz`.  sha256: the digest that the file must have; the one that the
-    index states by default.
+    Args:
+        package: The name of the package.
+        version: The version.
+        ending: The end of the file's name: `.whl` or `.tar.gz`.
+        folder: The folder.
+        progress: A progress callback.
+        sha256: The sha256 that the file must have. The default is the one that the index states.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        HubError: The index does not answer, or states no sha256.
+        NotFoundError: The index does not have the file.
+        IntegrityError: The file has another sha256.
     """
     check_online(f"{package}=={version}")
-    with client() as session:
+    with open_client() as session:
         page = session.get(
-            f"{index_url()}/{package}/", headers={"Accept": f"{JSON_API}, text/html;q=0.5"}
+            f"{find_index_url()}/{package}/", headers={"Accept": f"{JSON_API}, text/html;q=0.5"}
         )
         page.raise_for_status()
         if JSON_API in page.headers.get("Content-Type", ""):
@@ -91,7 +124,8 @@ def fetch(
                 ]
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise HubError(
-                    f"{shown(page.url)} is no list of files: {error!r}", "check the index"
+                    f"{redact_url(page.url)} is not a list of files: {error!r}",
+                    "check the package index that pip uses",
                 ) from None
         else:
             links = re.findall(r'<a [^>]*href="([^"#]+)#sha256=(\w+)"[^>]*>([^<]+)</a>', page.text)
@@ -101,6 +135,8 @@ def fetch(
     for name, url, digest in files:
         if re.fullmatch(rf"{stem}-{re.escape(version)}(-.*)?{re.escape(ending)}", name, re.I):
             if not digest:
-                raise HubError(f"the index states no sha256 for {name}", "use another index")
+                raise HubError(f"the package index has no sha256 of {name}", "use another index")
             return download(urljoin(page_url, url), sha256 or digest, folder, progress)
-    raise NotFoundError(f"the index has no {ending} of {package}=={version}", "check the version")
+    raise NotFoundError(
+        f"the package index has no {ending} file of {package}=={version}", "check the version"
+    )

@@ -1,20 +1,20 @@
-"""The sentence encoder by which routers compare inputs with examples."""
+"""Sentence encoders, with which routers compare inputs with examples."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from experthub.hub.bases.base import load_model, load_tokenizer
 from experthub.hub.bases.base_sources import find
+from experthub.hub.bases.loading import load_model, load_tokenizer
 from experthub.hub.errors import IntegrityError, UsageError
 from experthub.hub.readers.similarity import embed
 from experthub.hub.session import Session
 from torch import Tensor
 
 
-class Embedder:
-    """A sentence encoder: it turns texts into unit embeddings `[N, D]`.
+class SentenceEncoder:
+    """A sentence encoder, called with N texts for their unit embeddings `[N, D]`.
 
     Args:
         model: The encoder.
@@ -26,7 +26,7 @@ class Embedder:
         self.model, self.tokenizer, self.fingerprint = model, tokenizer, fingerprint
 
     @classmethod
-    def load(cls, name: str, session: Session) -> Embedder:
+    def load(cls, name: str, session: Session) -> SentenceEncoder:
         """Load a sentence encoder.
 
         Args:
@@ -40,25 +40,28 @@ class Embedder:
             UsageError: The base is not a sentence encoder.
         """
         base = find(name, session)
-        if not base.encoder:
-            raise UsageError(f"embedder {name} is no sentence encoder", "use all-minilm-l6-v2")
+        if not base.is_encoder:
+            raise UsageError(
+                f"embedder {name} is not a sentence encoder", "use the encoder all-minilm-l6-v2"
+            )
         return cls(load_model(base, "float32", None), load_tokenizer(base), base.fingerprint)
 
     def check(self, fingerprint: str | None) -> None:
-        """Raise IntegrityError when an index was made by another encoder.
+        """Check that an index was made by this encoder.
 
         Args:
-            fingerprint: The fingerprint of the encoder that made the index; None if none did.
+            fingerprint: The fingerprint of the encoder that made the index; None if there is no index.
 
         Raises:
             IntegrityError: The index was made by another encoder.
         """
         if fingerprint not in (None, self.fingerprint):
             raise IntegrityError(
-                f"the index was embedded by {str(fingerprint)[:19]}, and embedder is now "
-                f"{self.fingerprint[:19]}",
-                "name the encoder that it was made with as embedder:, or make the index again",
+                f"the index was made by the sentence encoder {str(fingerprint)[:19]}, "
+                f"and embedder: names {self.fingerprint[:19]}",
+                "set embedder: to the encoder that made the index, or remove router: to make it again",
             )
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Return the unit embeddings `[N, D]` of texts."""
         return embed(self.model, self.tokenizer, texts)

@@ -1,0 +1,46 @@
+"""The conversion of GGUF files into model folders with safetensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from experthub.hub.errors import HubError
+
+
+def convert_gguf(weights: Path, target: Path) -> None:
+    """Convert a GGUF file into a model folder: configuration, tokenizer and float32 safetensors.
+
+    Args:
+        weights: The GGUF file.
+        target: The folder that the files are written into; it must exist.
+
+    Raises:
+        HubError: The package gguf is not installed.
+    """
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise HubError("the package gguf is not installed", "run pip install gguf") from None
+    from experthub.hub.bases.loading import hide_progress_bars
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(weights.parent),
+        "gguf_file": weights.name,
+    }
+    with hide_progress_bars():
+        model = AutoModelForCausalLM.from_pretrained(**place, dtype="float32")
+    AutoTokenizer.from_pretrained(**place).save_pretrained(target)
+    model.config.architectures = [type(model).__name__]
+    del model.config.quantization_config
+    model.config.save_pretrained(target)
+    tied = getattr(model, "_tied_weights_keys", None) or {}
+    keep = model.config.tie_word_embeddings
+    state = {
+        name: tensor.contiguous()
+        for name, tensor in model.state_dict().items()
+        if not (keep and name in tied)
+    }
+    save_file(state, target / "model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,75 @@
+"""Writing LoRA adapters in PEFT's format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from experthub.hub.files.atomic import write_json
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def write_adapter(
+    config: Path,
+    weights: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    base: str,
+    task_type: str | None,
+    transposed: bool,
+    pad: bool,
+) -> None:
+    """Write a LoRA whose alpha equals the rank, so that every scale is 1.
+
+    Args:
+        config: The path of `adapter_config.json`.
+        weights: The path of `adapter_model.safetensors`.
+        tensors: The factors A `[R, I]` and B `[O, R]` of every module under PEFT's names.
+        base: The name of the base.
+        task_type: PEFT's type of the task, such as `CAUSAL_LM`.
+        transposed: Whether the modules store their weights as `[I, O]` (Conv1D).
+        pad: Pad all factors with zeros to the largest rank. Otherwise modules with smaller ranks
+            are listed in the configuration, which some programs cannot read.
+    """
+    places = {name: _parse(name) for name in tensors}
+    ranks = {module: tensors[name].shape[side] for name, (module, side) in places.items()}
+    rank = max(ranks.values())
+    smaller = {module: r for module, r in sorted(ranks.items()) if r != rank}
+    # PEFT reads these names as regular expressions, in which a dot matches any character. No other
+    # module matches by that.
+    patterns = {} if pad else {"rank_pattern": smaller, "alpha_pattern": smaller}
+    stored = {n: _pad(t, rank, places[n][1]) if pad else t for n, t in tensors.items()}
+    save_file({n: t.contiguous() for n, t in stored.items()}, weights, metadata={"format": "pt"})
+    settings: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "r": rank,
+        "lora_alpha": rank,
+        **patterns,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+        "use_rslora": False,
+        "fan_in_fan_out": transposed,
+        "target_modules": sorted(ranks),
+        "base_model_name_or_path": base,
+    }
+    write_json(config, settings)
+
+
+def _parse(name: str) -> tuple[str, int]:
+    """Return the module that a factor belongs to, and the factor's dimension that is the rank."""
+    found = FACTOR.fullmatch(name)
+    if found is None:
+        raise ValueError(f"{name!r} is not the name of a factor of a LoRA")
+    return found[1], 0 if "A" in found.groups()[1:] else 1
+
+
+def _pad(tensor: Tensor, rank: int, side: int) -> Tensor:
+    """Pad one dimension of a factor with zeros."""
+    shape = list(tensor.shape)
+    shape[side] = rank - shape[side]
+    return torch.cat([tensor, tensor.new_zeros(shape)], side)
