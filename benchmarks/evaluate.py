@@ -195,7 +195,11 @@ def questions_of(reference: str) -> list[Question]:
     """Read the first examples of a task, in the order of their ids."""
     task = read_task(reference)
     return [
-        Question(task.prompt(example), tuple(task.choices(example)), task.answer(example) or 0)
+        Question(
+            task.format_prompt(example),
+            tuple(task.list_choices(example)),
+            task.find_answer(example) or 0,
+        )
         for example in task.split("all", EXAMPLES)
     ]
 

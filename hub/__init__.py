@@ -92,6 +92,7 @@ __all__ = [
 if not TYPE_CHECKING:  # Type checkers then know the names above and no others.
 
     def __getattr__(name: str) -> Any:
+        """Import a public name when it is first used."""
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = getattr(import_module(f"experthub.hub.{_HOMES[name]}"), name)

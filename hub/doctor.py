@@ -93,8 +93,7 @@ def _report_error(name: str, error: HubError | OSError) -> Check:
 
 def _check_python() -> Check:
     """Check the version of Python."""
-    version = platform.python_version()
-    wanted = metadata.metadata("experthub")["Requires-Python"]
+    version, wanted = platform.python_version(), metadata.metadata("experthub")["Requires-Python"]
     details = {"version": version, "requires": wanted}
     if SpecifierSet(wanted).contains(version, prereleases=True):
         return Check("python", "ok", version, details=details)
@@ -258,7 +257,9 @@ def _has_source(expert: Expert) -> bool:
 def _check_bases(registry: Registry) -> Check:
     """Check which bases are here; only those that an expert needs can be missing."""
     here = {name: is_here(name, registry) for name in registry.list_bases()}
-    needed = {registry.find_base(e.base)[0] for e in registry.list_experts() if registry.has_base(e.base)}
+    needed = {
+        registry.find_base(e.base)[0] for e in registry.list_experts() if registry.has_base(e.base)
+    }
     missing = sorted(name for name in needed if not here[name])
     found = ", ".join(name if here[name] else f"{name} (not fetched)" for name in here) or "none"
     if not missing:

@@ -18,7 +18,7 @@ OWN_TASK_MATERIALS = frozenset({"activations", "index", "texts"})
 
 
 class MethodError(ValueError):
-    """An option or an expert that a method cannot work with.
+    """An error for an option or an expert that a method cannot use.
 
     Args:
         message: What was expected, and what was found.
@@ -31,7 +31,7 @@ class MethodError(ValueError):
 
 
 class ExpertOutline(Protocol):
-    """An expert as it is known before its weights are read."""
+    """An expert before its weights are read."""
 
     @property
     def label(self) -> str:
@@ -55,10 +55,10 @@ class ExpertOutline(Protocol):
 
 @dataclass(frozen=True)
 class Outline:
-    """A recipe as it is known before weights are read: for checks that a method makes early.
+    """A recipe before weights are read, for checks that a method makes early.
 
     Args:
-        experts: The experts in the recipe's order.
+        experts: The experts, in the recipe's order.
         parameters: The names of the parameters that the method may change.
     """
 
@@ -66,8 +66,8 @@ class Outline:
     parameters: Sequence[str]
 
 
-def _never(options: Options) -> bool:
-    """Return False: no labels are needed, whatever the options."""
+def _need_no_labels(options: Options) -> bool:
+    """Return False, because a method without `needs_labels=` never reads labels."""
     return False
 
 
@@ -76,17 +76,19 @@ class Strategy(Generic[Traits]):
     """A method under its name in recipes.
 
     Args:
-        name: The name in recipes: that of the function.
+        name: The name in recipes, which is the function's name.
         call: The function.
         kind: The key of a recipe under which the method stands: `merge` or `route`.
         paper: A URL of the paper.
         options: The options by name.
         traits: The properties that only methods of this kind have.
         needs: The materials that the method needs besides the experts' weights, by name.
-        prepare: Makes the state of the method, `prepare(materials, options) -> state`.
-        keeps_state: Whether the state is worth storing; otherwise it is made anew each time.
-        needs_labels: Tells from the options whether the method looks at the labels of the data.
-        check: Raises MethodError for an outline and options that do not fit, before weights are read.
+        prepare: A function `prepare(materials, options) -> state` that makes the method's state.
+        keeps_state: Whether the state is stored; otherwise it is made anew each time.
+        needs_labels: A function of the options that returns whether the method reads the labels of
+            the data.
+        check: A function of an outline and the options that raises MethodError if they do not fit,
+            before weights are read.
     """
 
     name: str
@@ -98,7 +100,7 @@ class Strategy(Generic[Traits]):
     needs: tuple[str, ...] = ()
     prepare: Callable[[Any, Options], Any] | None = None
     keeps_state: bool = False
-    needs_labels: Callable[[Options], bool] = _never
+    needs_labels: Callable[[Options], bool] = _need_no_labels
     check: Callable[[Outline, Options], None] | None = None
 
     @property
@@ -108,7 +110,7 @@ class Strategy(Generic[Traits]):
 
     @property
     def needs_own_tasks(self) -> bool:
-        """True if the method looks at examples of the tasks that the experts were trained on."""
+        """True if the method reads examples of the tasks that the experts were trained on."""
         return not OWN_TASK_MATERIALS.isdisjoint(self.needs)
 
     @property
@@ -141,25 +143,25 @@ class Strategy(Generic[Traits]):
         }
 
     def find_options(self, role: Role) -> list[str]:
-        """Return the names of the options that have a role.
+        """Find the options that have a role.
 
         Args:
             role: For example `ShapesState`.
 
         Returns:
-            Names in the order of the signature.
+            Their names, in the order of the signature.
         """
         return [name for name, option in self.options.items() if role in option.roles]
 
 
 @dataclass(eq=False)
 class Catalogue(Mapping[str, Strategy[Traits]]):
-    """Strategies by name; methods of other packages enter through an entry-point group.
+    """A mapping from names to strategies; other packages add methods by an entry-point group.
 
     Args:
         kind: The key of a recipe under which these methods stand: `merge` or `route`.
         group: The entry-point group.
-        traits: Makes the traits of a method from the remaining arguments of `register`.
+        traits: A function that makes the traits of a method from the other arguments of `register`.
     """
 
     kind: str
@@ -175,22 +177,25 @@ class Catalogue(Mapping[str, Strategy[Traits]]):
         needs: tuple[str, ...] = (),
         prepare: Callable[[Any, Options], Any] | None = None,
         keeps_state: bool = True,
-        needs_labels: Callable[[Options], bool] = _never,
+        needs_labels: Callable[[Options], bool] = _need_no_labels,
         check: Callable[[Outline, Options], None] | None = None,
         **traits: Any,
     ) -> Callable[[Function], Function]:
-        """Enter the decorated function under its own name.
+        """Register the decorated function under its own name.
 
         Its keyword-only parameters are the options of the method.
 
         Args:
             paper: A URL of the paper.
             needs: The materials that the method needs besides the experts' weights, by name.
-            prepare: Makes the state of the method, `prepare(materials, options) -> state`.
+            prepare: A function `prepare(materials, options) -> state` that makes the method's state.
             keeps_state: Whether the state is stored, pinned in locks and found again.
-            needs_labels: Tells from the options whether the method looks at the labels of the data.
-            check: Raises MethodError for options and experts that do not fit, before weights are read.
-            **traits: The properties that only methods of this kind have, see `MergeTraits` and `Routing`.
+            needs_labels: A function of the options that returns whether the method reads the labels
+                of the data. By default it never does.
+            check: A function of an outline and the options that raises MethodError if they do not
+                fit, before weights are read.
+            **traits: The properties that only methods of this kind have, see `MergeTraits` and
+                `RouterTraits`.
 
         Returns:
             A decorator that returns the function unchanged.
@@ -200,6 +205,7 @@ class Catalogue(Mapping[str, Strategy[Traits]]):
         """
 
         def enter(function: Function) -> Function:
+            """Add the function to the catalogue."""
             name = function.__name__
             if name in self._strategies:
                 raise ValueError(f"the {self.kind} {name!r} is registered already")
@@ -220,7 +226,8 @@ class Catalogue(Mapping[str, Strategy[Traits]]):
 
         return enter
 
-    def _loaded(self) -> dict[str, Strategy[Traits]]:
+    def _load_plugins(self) -> dict[str, Strategy[Traits]]:
+        """Import the methods of other packages once, and return all strategies."""
         if not self._plugins_loaded:
             self._plugins_loaded = True
             for point in entry_points(group=self.group):
@@ -228,10 +235,10 @@ class Catalogue(Mapping[str, Strategy[Traits]]):
         return self._strategies
 
     def __getitem__(self, name: str) -> Strategy[Traits]:
-        return self._loaded()[name]
+        return self._load_plugins()[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._loaded()))
+        return iter(sorted(self._load_plugins()))
 
     def __len__(self) -> int:
-        return len(self._loaded())
+        return len(self._load_plugins())

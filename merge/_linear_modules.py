@@ -1,6 +1,6 @@
 """Linear modules: the one place that knows how they store their weights.
 
-A `torch.nn.Linear` stores `[O, I]`, a Conv1D of transformers (as in GPT-2) stores `[I, O]`.
+A `torch.nn.Linear` stores `[O, I]`. A Conv1D of transformers, as in GPT-2, stores `[I, O]`.
 
 Shapes: I inputs and O outputs of a module, R the rank of a change.
 """
@@ -12,10 +12,10 @@ from torch import nn
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Tell whether a module is a Conv1D, whose weight is stored `[I, O]`.
+    """Return whether a module is a Conv1D, whose weight is stored as `[I, O]`.
 
     Args:
-        module: Any module; the class is known by name, since transformers is not imported here.
+        module: Any module. Its class is compared by name, because transformers is not imported here.
 
     Returns:
         True for a Conv1D.
@@ -24,7 +24,7 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Tell whether a module computes `W x + b`, however its weight is stored.
+    """Return whether a module computes `W x + b`, however its weight is stored.
 
     Args:
         module: Any module.
@@ -36,10 +36,10 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Tell whether a module is a linear layer whose own `forward` computes the product.
+    """Return whether a module is a linear layer whose own `forward` computes the product.
 
-    Subclasses of `torch.nn.Linear` are left out: some are read by their owner without a call of
-    `forward`, so that a forward hook would never run.
+    Subclasses of `torch.nn.Linear` are excluded. Some owners read the weight of such a module
+    without a call of `forward`, so that a forward hook would never run.
 
     Args:
         module: Any module.

@@ -13,7 +13,7 @@ import torch
 from experthub.merge._task_vector import TaskVector
 from torch import Tensor, nn
 
-Progress = Mapping[str, Tensor]  # the state of an interrupted run
+Progress = Mapping[str, Tensor]  # The progress of an interrupted run: tensors by name.
 
 
 class Minimizer(Protocol):
@@ -27,7 +27,18 @@ class Minimizer(Protocol):
         evaluations: int,
         seed: int,
     ) -> Sequence[float]:
-        """Return the best point found, each coordinate between `-bound` and `bound`."""
+        """Search for the point of least loss.
+
+        Args:
+            loss: The function to minimise.
+            start: The first point.
+            bound: The largest absolute value of a coordinate.
+            evaluations: The largest number of evaluations of the loss, at least 1.
+            seed: The seed of the search.
+
+        Returns:
+            The best point that was evaluated.
+        """
         ...
 
 
@@ -61,7 +72,7 @@ class Data(Protocol):
 
     @property
     def real(self) -> Tensor | None:
-        """A mask `[n, T]` of the positions of the current batch that are not padding; None means all."""
+        """A mask `[n, T]` of the current batch that is false for padding; None means no padding."""
         ...
 
     def logits(self, rows: Sequence[Tensor], view: int = 0) -> list[Tensor]:
@@ -94,16 +105,16 @@ def compute_logits(data: Data, task: int, rows: Tensor) -> Tensor:
 
 
 def _load_nothing() -> Progress | None:
-    """Return None: there is no interrupted run."""
+    """Return None, because no run was interrupted."""
     return None
 
 
 def _save_nothing(progress: Progress) -> None:
-    """Ignore the state of a run."""
+    """Ignore the progress of a run."""
 
 
 def _report_nothing(what: str, done: int, size: int) -> None:
-    """Ignore progress."""
+    """Ignore a progress report."""
 
 
 @dataclass(frozen=True)
@@ -115,9 +126,9 @@ class MergeMaterials:
         weights: The experts' weights `[E]`.
         data: The data of the recipe, and the base that reads it.
         minimize: A black-box optimiser.
-        load: Returns what an interrupted run saved; None if there was none.
-        save: Stores the state of a run, from which the same call goes on after an interruption.
-        report: A progress callback: a description, the amount done, the total amount.
+        load: A function that returns the progress of an interrupted run; None if there was none.
+        save: A function that stores the progress of a run, from which the next run continues.
+        report: A progress callback, called with a description, the amount done and the total amount.
     """
 
     vectors: Sequence[TaskVector]
@@ -130,14 +141,14 @@ class MergeMaterials:
 
     @property
     def given_data(self) -> Data:
-        """The data; ValueError if there is none."""
+        """The data; a ValueError is raised if there is none."""
         if self.data is None:
             raise ValueError("expected data to learn from, found none")
         return self.data
 
     @property
     def paired_data(self) -> Data:
-        """The data, with one task for each expert; ValueError for another number of tasks."""
+        """The data, checked to have one task for each expert; a ValueError is raised otherwise."""
         data = self.given_data
         if len(data.tasks) != len(self.vectors):
             raise ValueError(

@@ -9,12 +9,12 @@ from experthub.merge._catalogue import Catalogue
 
 @dataclass(frozen=True)
 class MergeTraits:
-    """Properties of a merge that whoever runs it, and the conformance suite, must know.
+    """The properties of a merge that its caller and the conformance suite must know.
 
     Args:
-        order_dependent: Permuting the experts may change the result.
-        whole_model: One tensor of the result depends on all tensors of the experts.
-        dense: The result is dense even if all experts are low-rank.
+        order_dependent: Whether permuting the experts may change the result.
+        whole_model: Whether one tensor of the result depends on all tensors of the experts.
+        dense: Whether the result is dense even if all experts are low-rank.
     """
 
     order_dependent: bool = False

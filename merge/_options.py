@@ -1,4 +1,4 @@
-"""Options of methods: keyword-only parameters, with their types, ranges and roles."""
+"""Options of methods: keyword-only parameters with their types, ranges and roles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 @dataclass(frozen=True)
 class Range:
-    """The values that a number option accepts, for `Annotated[float, Range(0, 1)]`.
+    """The range of a numeric option, as in `Annotated[float, Range(0, 1)]`.
 
     Args:
         low: The smallest accepted value. None means no limit.
@@ -30,7 +30,7 @@ class Range:
         return f"from {self.low} to {self.high}"
 
     def contains(self, value: float) -> bool:
-        """Tell whether a value lies in the range.
+        """Return whether a value lies in the range.
 
         Args:
             value: The value of the option.
@@ -43,12 +43,12 @@ class Range:
 
 @dataclass(frozen=True)
 class Role:
-    """A role of an option besides its value, for `Annotated[int, ShapesState]`.
+    """A role of an option, as in `Annotated[int, ShapesState]`.
 
-    The hub, which runs methods, finds an option by its role and never by its name.
+    The hub, which runs methods, finds options by their roles and never by their names.
 
     Args:
-        meaning: What the role says about an option.
+        meaning: A sentence about an option with this role.
     """
 
     meaning: str
@@ -69,12 +69,12 @@ class Option:
     Args:
         name: The key in a recipe.
         types: The Python types of its values.
-        choices: The accepted texts, for an option of that kind.
+        choices: The accepted texts, if they are limited.
         range: The accepted numbers, if they are limited.
-        default: The value of a recipe that does not set the option.
+        default: The value for recipes that do not set the option.
         required: Whether every recipe must set the option.
         description: Its meaning, from the method's docstring.
-        roles: What whoever runs the method uses the option for.
+        roles: The roles by which the caller of the method finds the option.
     """
 
     name: str
@@ -95,13 +95,13 @@ class Option:
         return " | ".join(names.get(t, t.__name__) for t in self.types)
 
     def check(self, value: object) -> object:
-        """Check a value, and turn an int into a float where the option is one.
+        """Check a value, and convert an int to a float for a float option.
 
         Args:
             value: The value that a recipe sets.
 
         Returns:
-            The value in the option's type.
+            The value, in the option's type.
 
         Raises:
             ValueError: The value has another type, or is not among the choices or in the range.
@@ -153,7 +153,7 @@ def _read_option(name: str, hint: Any, parameter: inspect.Parameter, description
 
 
 def _read_descriptions(doc: str, names: Sequence[str]) -> dict[str, str]:
-    """Read `name: description` entries: they end at the next name or at a blank line."""
+    """Read `name: description` entries, which end at the next name or at a blank line."""
     found: dict[str, str] = {}
     start = rf"(?:^|\n|  )(?:({'|'.join(names)}): |(?=Raises ))"
     for paragraph in re.split(r"\n\s*\n", doc):

@@ -25,6 +25,7 @@ class TaskVector(Mapping[str, Delta]):
             digest of the experts' seeds.
 
     Example:
+        >>> from experthub.merge import Dense
         >>> change = Dense(torch.ones(2))
         >>> TaskVector("base", {"bias": lambda: change})["bias"].dense()
         tensor([1., 1.])
@@ -122,6 +123,7 @@ def combine(vectors: Sequence[TaskVector], weights: Tensor) -> TaskVector:
             finite.
 
     Example:
+        >>> from experthub.merge import Dense
         >>> one = TaskVector("base", {"bias": lambda: Dense(torch.ones(2))})
         >>> combine([one, one], torch.tensor([1.0, 0.5]))["bias"].dense()
         tensor([1.5000, 1.5000])
@@ -154,6 +156,7 @@ def map_tensors(
         As many task vectors, of the same bases, names and seeds.
 
     Example:
+        >>> from experthub.merge import Dense
         >>> one = TaskVector("base", {"bias": lambda: Dense(torch.ones(2))})
         >>> map_tensors(lambda delta: delta.scaled(2), [one])[0]["bias"].dense()
         tensor([2., 2.])

@@ -1,4 +1,4 @@
-"""One factor, A or B, of all experts of a module or of a group of modules, as one matrix.
+"""One matrix of a factor, A or B, of all experts of a module or of a group of modules.
 
 Shapes: E experts, r the largest rank, N rows of all experts, C columns.
 """
@@ -14,16 +14,16 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class ExpertRows:
-    """The rows `[r_e, C]` of each expert, one expert below the other.
+    """The rows `[r_e, C]` of each expert, with one expert below the other.
 
     Attributes:
-        matrix: The rows of all experts, then any others, then a row of zeros if ranks differ.
-        own: The rows of all experts `[N, C]`, a view.
-        rank: The largest rank, here or in what the rows are used with.
-        row_r: `0, ..., r - 1`.
-        by_expert: The same rows `[E, r, C]`, a view; empty if ranks differ.
-        places_Er: If ranks differ, the place of each row of an expert in `matrix`; the row of zeros
-            stands for rows that an expert lacks.
+        matrix: The rows of all experts, then other rows, then a row of zeros if ranks differ.
+        own: The rows of all experts `[N, C]`, a view of `matrix`.
+        rank: The largest rank r, here or in the matrix that these rows are used with.
+        row_r: The numbers `0, ..., r - 1`.
+        by_expert: The rows of all experts `[E, r, C]`, a view of `matrix`; empty if ranks differ.
+        places_Er: The place of each row of an expert in `matrix`, where the row of zeros stands for
+            rows that an expert lacks; None if all ranks are equal.
     """
 
     matrix: Tensor
@@ -46,12 +46,12 @@ class ExpertRows:
         """Join the rows of experts; a single part is not copied.
 
         Args:
-            parts: The rows in any number of tensors `[., C]`.  A single one may end with the row of
+            parts: The rows in any number of tensors `[., C]`. A single one may end with the row of
                 zeros that differing ranks need.
             ranks: The rank of each expert.
-            rank: The largest rank, here or in what the rows are used with.
+            rank: The largest rank, here or in the matrix that these rows are used with.
             below: Other rows `[., C]`, which are put below those of the experts.
-            like: Tensor whose dtype and device the result has; None keeps those of the parts.
+            like: A tensor whose dtype and device the result gets; None keeps those of the parts.
 
         Returns:
             The rows of all experts.
@@ -73,7 +73,7 @@ class ExpertRows:
     def _of_matrix(
         cls, matrix: Tensor, count: int, row_r: Tensor, places_Er: Tensor | None
     ) -> ExpertRows:
-        """Take the views, once: a slice costs microseconds, which count for one token."""
+        """Make the views once, because a slice costs microseconds, which matter for one token."""
         own, rank = matrix[:count], len(row_r)
         by_expert = (own if places_Er is None else own[:0]).view(-1, rank, matrix.shape[1])
         return cls(matrix, own, rank, row_r, by_expert, places_Er)
@@ -82,7 +82,7 @@ class ExpertRows:
         """Apply a function to each tensor, such as a move to another device.
 
         Args:
-            change: Function of one tensor, which keeps its shape.
+            change: A function of one tensor that keeps its shape.
 
         Returns:
             The changed rows.
@@ -94,11 +94,11 @@ class ExpertRows:
         """Copy the rows of some experts.
 
         Args:
-            experts_N: Places of experts `[N]`.
-            dtype: That of the result.
+            experts_N: The places of the experts `[N]`.
+            dtype: The dtype of the result.
 
         Returns:
-            `[N r, C]`.
+            The rows `[N r, C]`.
         """
         if self.places_Er is None:
             found = self.by_expert.index_select(0, experts_N).flatten(0, 1)
@@ -107,24 +107,24 @@ class ExpertRows:
         return found if found.dtype == dtype else found.to(dtype)
 
     def locate(self, experts_TK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return a matrix, and which of its rows are those of the chosen experts.
+        """Locate the rows of chosen experts in a matrix.
 
         Args:
-            experts_TK: Places of experts `[T, K]`.
-            dtype: That of the matrix.
+            experts_TK: The places of the chosen experts `[T, K]`.
+            dtype: The dtype of the matrix.
 
         Returns:
-            The matrix `[., C]` and the places `[T, K r]` in it.  The matrix is `own` if that has the
-            dtype and ranks are equal, and otherwise a copy of the rows of the chosen experts.
+            The matrix `[., C]`, and the places `[T, K r]` of the rows in it. The matrix is `own` if
+            that has the dtype and ranks are equal, and otherwise a copy of the chosen rows.
         """
         if self.places_Er is None and self.own.dtype == dtype:
-            return self.own, self._places_of(experts_TK)
+            return self.own, self._compute_places(experts_TK)
         n_experts = len(self.by_expert if self.places_Er is None else self.places_Er)
         some_E = torch.zeros(n_experts, dtype=torch.bool, device=experts_TK.device)
         some_E[experts_TK] = True
         rows = self.gather(some_E.nonzero().squeeze(1), dtype)
-        return rows, self._places_of((some_E.cumsum(0) - 1)[experts_TK])
+        return rows, self._compute_places((some_E.cumsum(0) - 1)[experts_TK])
 
-    def _places_of(self, experts_TK: Tensor) -> Tensor:
-        """Return the places `[T, K r]` of experts' rows in a matrix where each expert has r."""
+    def _compute_places(self, experts_TK: Tensor) -> Tensor:
+        """Compute the places `[T, K r]` of experts' rows in a matrix with r rows per expert."""
         return ((experts_TK * self.rank).unsqueeze(-1) + self.row_r).flatten(1)

@@ -1,10 +1,10 @@
 """A group: linear modules that read one input, such as q, k and v, with their experts.
 
-What depends on the input alone, `A x` of the experts and the weights, is computed once for all
+`A x` of the experts and the weights depend on the input alone. They are computed once for all
 modules, when the first of them is called.
 
-Shapes as in `_router.py`; G modules, N rows of A of all modules and experts, J those that a token
-uses in one module, k experts that a token chose in one module.
+Shapes as in `_router.py`; G modules, N rows of A of all modules and experts, J rows of A that a
+token uses in one module, k experts that a token chose in one module.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from experthub.routing.kernels.sampled import add_chosen, multiply_chosen
 from experthub.routing.kernels.scores import compute_inverse_deviation, compute_scores
 from torch import Tensor, nn
 
-FEW_ROWS = 80  # of A in one module, up to which reading all is the faster way
+FEW_ROWS = 80  # Rows of A in one module, up to which it is faster to read all of them.
 Multiply = Callable[[Tensor, ExpertRows, Tensor], Tensor]
 Add = Callable[[Tensor, Tensor, ExpertRows, Tensor], None]
-# How each kernel that reads the chosen experts alone multiplies with A, and adds the product with B.
+# The functions of each kernel that reads chosen experts only: it multiplies with A, then adds `B z`.
 SPARSE: dict[Kernel, tuple[Multiply, Add]] = {
     "gather": (multiply_gathered, add_gathered),
     "sampled": (multiply_chosen, add_chosen),
@@ -42,9 +42,9 @@ class KernelChoice:
     """The kernels of a group.
 
     Attributes:
-        few: For up to 16 tokens.
-        many: For more.
-        forced: For all inputs, if it is not None; the others then have no effect.
+        few: The kernel for up to 16 tokens.
+        many: The kernel for more tokens.
+        forced: The kernel for all inputs; None chooses between `few` and `many`.
     """
 
     few: Kernel = "gather"
@@ -53,10 +53,12 @@ class KernelChoice:
 
 
 class Mixed(NamedTuple):
-    """`A x` of the experts times their weights, by module.
+    """The products `A x` of the experts times their weights, by module.
 
-    z_G: For each module `[T, J]`.  experts_G: For each module the chosen experts `[T, k]`; None for
-    all.  add: How the product with B is added.
+    Attributes:
+        z_G: For each module, the weighted products `[T, J]`.
+        experts_G: For each module, the chosen experts `[T, k]`; None for all experts.
+        add: The function that adds the products with B.
     """
 
     z_G: Sequence[Tensor]
@@ -67,8 +69,8 @@ class Mixed(NamedTuple):
 class Group:
     """The experts of some modules, which compute and add their outputs.
 
-    It is no torch module: attributes of one are found several times slower, which counts for one
-    token.
+    A group is not a torch module, because looking up attributes of those is several times slower,
+    which matters for one token.
     """
 
     def __init__(
@@ -81,18 +83,18 @@ class Group:
         trained: nn.Parameter | None = None,
         context: Context | None = None,
     ) -> None:
-        """Check the experts and choose kernels.
+        """Check the experts, and choose kernels.
 
         Args:
             packed: The experts and their router.
-            dtype: That in which the experts are used, which is the base's.
+            dtype: The dtype in which the experts are used: that of the base.
             combine: `outputs` mixes `B_e A_e x`; `parameters` mixes the A and the B first.
             kernel: The kernel for all inputs; None chooses by the number of tokens.
             trained: Trainable probes in place of the router's.
-            context: What routers know of the batch.
+            context: The context that routers of whole examples look at.
 
         Raises:
-            ValueError: `combine` is `parameters` and ranks differ.
+            ValueError: `combine` is `parameters`, and ranks differ.
         """
         if combine == "parameters" and packed.a.places_Er is not None:
             raise ValueError("combine: parameters expects experts of one rank")
@@ -111,7 +113,7 @@ class Group:
         """Apply a function to each tensor, such as a move to another device.
 
         Args:
-            change: Function of one tensor, which keeps its shape.
+            change: A function of one tensor that keeps its shape.
         """
         self.packed, self._held = self.packed.map(change), None
 
@@ -124,7 +126,7 @@ class Group:
             module: The module's place in the group.
 
         Returns:
-            `y`.
+            The changed outputs `y`.
         """
         if self.context.off:
             return y
@@ -143,15 +145,15 @@ class Group:
             module: The module's place in the group.
 
         Returns:
-            `[..., E]`.
+            The weights `[..., E]`.
         """
         x_TI = x.reshape(-1, x.shape[-1])
-        weights = self._weights(self._scores(x_TI), x).dense(self.n_experts)
+        weights = self._weigh(self._compute_scores(x_TI), x).dense(self.n_experts)
         weights = weights.expand(len(x_TI), self.size, self.n_experts)[:, module]
         return weights.reshape(*x.shape[:-1], self.n_experts)
 
     def _mix_once(self, x: Tensor, module: int) -> Mixed:
-        """Keep what was mixed of an input until each module was called with the same tensor."""
+        """Keep the mixed products of an input until each module was called with the same tensor."""
         if self.size == 1:
             return self._mix(x)
         held = self._held
@@ -162,18 +164,18 @@ class Group:
         return held[1]
 
     def _mix(self, x: Tensor) -> Mixed:
-        """Compute `A x` times the weights, for all modules."""
+        """Compute `A x` times the weights for all modules."""
         packed, x_TI = self.packed, x.reshape(-1, x.shape[-1])
         kernel = self._choose_kernel(x_TI)
         if kernel == "all" and packed.joint is not None:
             both, count = x_TI @ packed.joint.T, len(packed.a.own)
-            scores = self._by_module(both[:, count:])
+            scores = self._view_by_module(both[:, count:])
             if packed.router.layer_norm:
                 scores = scores * compute_inverse_deviation(x_TI)[:, None, None]
-            return self._mix_all(both[:, :count], self._weights(scores, x))
-        weights = self._prefilter(x_TI) if kernel == "prefilter" else None
+            return self._mix_all(both[:, :count], self._weigh(scores, x))
+        weights = self._compute_prefiltered(x_TI) if kernel == "prefilter" else None
         if weights is None:
-            weights = self._weights(self._scores(x_TI), x)
+            weights = self._weigh(self._compute_scores(x_TI), x)
         experts = weights.experts
         if kernel == "all" or experts is None:
             return self._mix_all(x_TI @ packed.a.own.to(x_TI.dtype).T, weights)
@@ -198,26 +200,26 @@ class Group:
             return Mixed((z_TN,))
         return Mixed(z_TN.split_with_sizes([len(b.own) for b in packed.b], 1))
 
-    def _prefilter(self, x_TI: Tensor) -> Weights | None:
-        """Compute the weights with a prefilter; None where there is none."""
+    def _compute_prefiltered(self, x_TI: Tensor) -> Weights | None:
+        """Compute the weights with the prefilter; return None if there is none."""
         packed = self.packed
         probes, router = packed.probes, packed.router
         if packed.prefilter is None or probes is None or not isinstance(router, TopK):
             return None
         return packed.prefilter.choose(x_TI, probes, router, packed.first_G1)
 
-    def _scores(self, x_TI: Tensor) -> Tensor:
-        """Compute the probes' scores `[T, G, P]`."""
+    def _compute_scores(self, x_TI: Tensor) -> Tensor:
+        """Compute the scores `[T, G, P]` of the probes."""
         probes = self.packed.probes if self.trained is None else self.trained
-        return self._by_module(compute_scores(x_TI, probes, self.packed.router.layer_norm))
+        return self._view_by_module(compute_scores(x_TI, probes, self.packed.router.layer_norm))
 
-    def _by_module(self, scores: Tensor) -> Tensor:
+    def _view_by_module(self, scores: Tensor) -> Tensor:
         """View scores `[T, G P]` as `[T, G, P]`."""
         n_tokens, n_probes = scores.shape
         return scores.view(n_tokens, self.size, n_probes // self.size)
 
-    def _weights(self, scores: Tensor, x: Tensor) -> Weights:
-        """Compute the weights that the router gives for scores `[T, G, P]`."""
+    def _weigh(self, scores: Tensor, x: Tensor) -> Weights:
+        """Compute the router's weights from scores `[T, G, P]`."""
         router = self.packed.router
         if not router.pooled:
             return router.weights(scores)
@@ -226,13 +228,13 @@ class Group:
         return found.repeat_rows(self.context.infer_shape(leading)[1])
 
     def _choose_kernel(self, x_TI: Tensor) -> Kernel:
-        """Choose the kernel for these inputs."""
+        """Choose the kernel for some inputs."""
         kernels = self.kernels
         if kernels.forced is not None:
             return kernels.forced
         if torch.is_grad_enabled() and x_TI.requires_grad:
             return "all"
-        # Sampled and prefiltered products need this dtype and device, and no graph that is captured.
+        # Sampled and prefiltered products need float32 on a CPU, and cannot be compiled.
         plain = x_TI.dtype == torch.float32 and x_TI.device.type == "cpu"
         plain = plain and not torch.compiler.is_compiling()
         if x_TI.shape[0] <= FEW_TOKENS:

@@ -1,4 +1,4 @@
-"""The experts of modules that share an input, packed: what a bank stores and what kernels read.
+"""Packed experts of modules that share an input, as banks store them and kernels read them.
 
 Shapes as in `_router.py`; G modules, N rows of A of all modules and experts.
 """
@@ -22,21 +22,21 @@ Ranks = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True, eq=False)
 class PackedExperts:
-    """The experts of a group of modules, and what routes them.
+    """The experts of a group of modules with their router.
 
     Attributes:
-        experts: The experts that adapt the modules, by their place in the recipe.
-        ranks: The rank of each expert, by module.
+        experts: The experts that adapt the modules, as places in the recipe.
+        ranks: For each module, the rank of each expert.
         a: The rows of A of all modules and experts, module after module.
         b: The rows of B of each module, with scale and recipe weight folded in.
-        router: The router of the first module; the others differ in nothing but probes.
+        router: The router of the first module; the routers of the others differ only in probes.
         probes: The probes of all modules in float32, module after module; None for a router that
             does not look at the input.
-        joint: A and the probes as one matrix, of which both are views; None if they are apart.
+        joint: One matrix of which A and the probes are views; None if they are stored apart.
         prefilter: Coarse copies of the probes, if there are any.
-        owner_N: For each row of A its expert and module, if ranks differ: a place in `experts`, plus
-            the number of experts for each module before.
-        first_G1: The place of the first expert of each module, counting as `owner_N` does.
+        owner_N: The expert and the module of each row of A: a place in `experts`, plus the number of
+            experts for each module before. None if all ranks are equal.
+        first_G1: The place of the first expert of each module, counted as in `owner_N`.
     """
 
     experts: tuple[int, ...]
@@ -64,10 +64,9 @@ class PackedExperts:
         """Pack rows that are on one device.
 
         Args:
-            experts: The experts that adapt the modules, by their place in the recipe.
-            ranks: The rank of each expert, by module.
-            a: The rows of A of all modules; if it has rows below those of the experts, they are the
-                probes.
+            experts: The experts that adapt the modules, as places in the recipe.
+            ranks: For each module, the rank of each expert.
+            a: The rows of A of all modules; rows below those of the experts are the probes.
             b: The rows of B of each module.
             router: The router of the first module.
             probes: The probes of all modules, unless they are below the rows of A.
@@ -87,10 +86,10 @@ class PackedExperts:
         return cls(experts, ranks, a, b, router, probes, joint, prefilter, owner_N, first_G1)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> PackedExperts:
-        """Apply a function to each tensor but the prefilter's, such as a move to another device.
+        """Apply a function to each tensor except the prefilter's, such as a move to another device.
 
         Args:
-            change: Function of one tensor, which keeps its shape.
+            change: A function of one tensor that keeps its shape.
 
         Returns:
             The changed experts.
@@ -118,8 +117,8 @@ def pack_experts(
     Args:
         stacks: The experts of each module.
         routers: The router of each module.
-        like: Tensor whose dtype and device the factors get: a weight of the base.
-        fuse: Whether to put the probes below A where dtypes allow it, so that one product reads the
+        like: A tensor whose dtype and device the factors get, such as a weight of the base.
+        fuse: Whether to put the probes below A if dtypes allow it, so that one product reads the
             input for both.
 
     Returns:
@@ -128,10 +127,10 @@ def pack_experts(
     ranks = tuple(tuple(delta.rank for delta in stack.deltas.values()) for stack in stacks)
     rank = max(map(max, ranks))
     probes = [r.probes_PI.to(like.device) for r in routers if r.probes_PI is not None]
-    # In a narrower dtype the scores need a product of their own.
+    # Scores are computed in float32, so probes below a narrower A would be rounded.
     below = probes if fuse and like.dtype == torch.float32 else []
     parts = [delta.a for stack in stacks for delta in stack.deltas.values()]
-    # B first: that way A reuses memory, which is measurably faster.
+    # B is packed before A, because A then reuses memory, which is measurably faster.
     b = tuple(
         ExpertRows.of([stack.b_RO], own, rank, like=like)
         for stack, own in zip(stacks, ranks, strict=True)
@@ -146,8 +145,8 @@ def group_modules(
 ) -> list[list[int]]:
     """Decide which modules that share an input are packed together.
 
-    They form one group if the same experts adapt them, if their routers differ in nothing but
-    probes, and, where parameters are mixed, if all experts have one rank.
+    They form one group if the same experts adapt them and their routers differ only in probes. If
+    parameters are mixed, all experts must also have one rank.
 
     Args:
         stacks: The experts of each module.
@@ -155,7 +154,7 @@ def group_modules(
         combine: What is mixed: `outputs` or `parameters`.
 
     Returns:
-        The places of the modules: all in one group, or each alone.
+        The places of the modules in groups: all in one group, or each in a group of its own.
     """
     one = (
         len({stack.experts for stack in stacks}) == 1
@@ -179,18 +178,18 @@ def concatenate(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _differ_in_probes_only(routers: Sequence[Router]) -> bool:
-    """Compare the class and all fields but the probes."""
-    first, *others = ([type(router), *_settings(router)] for router in routers)
+    """Return whether routers have one class and are equal in all fields except the probes."""
+    first, *others = ([type(router), *_list_settings(router)] for router in routers)
     return all(len(first) == len(o) and all(map(_is_equal, first, o)) for o in others)
 
 
-def _settings(router: Any) -> list[Any]:
-    """Return the values of a router's fields but the probes."""
+def _list_settings(router: Any) -> list[Any]:
+    """List the values of a router's fields except the probes."""
     return [getattr(router, field.name) for field in fields(router) if field.name != "probes_PI"]
 
 
 def _is_equal(a: Any, b: Any) -> bool:
-    """Compare two values, tensors by their content."""
+    """Return whether two values are equal; tensors are compared by their content."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.shape == b.shape and torch.equal(a, b)
     return bool(a == b)

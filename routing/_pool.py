@@ -1,4 +1,4 @@
-"""What a router sees that decides once for the whole model, and what it prepares its state from.
+"""The inputs of routers that decide once for the whole model, and the materials of their states.
 
 Shapes: B rows of S tokens, H hidden features, D features of an embedding, T tokens, I inputs of a
 module, N inputs of a task, C choices, E experts.
@@ -18,11 +18,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """What a router was prepared into; it is stored, and pinned in lock files.
+    """The prepared state of a router, which is stored and pinned in lock files.
 
     Args:
         tensors: Tensors by name, float32 or int64.
-        embedder: The fingerprint of the sentence encoder that made an index, if one did.
+        embedder: The fingerprint of the sentence encoder that made the index, if there is one.
         history: The loss of every training step, if the router was trained.
     """
 
@@ -45,7 +45,7 @@ class Embedder(Protocol):
 
 
 class RouterMaterials(Protocol):
-    """What a router may ask for when it prepares its state."""
+    """The materials that a router can use when it prepares its state."""
 
     @property
     def labels(self) -> Sequence[str]:
@@ -63,11 +63,17 @@ class RouterMaterials(Protocol):
         ...
 
     def report(self, what: str, done: int, size: int) -> None:
-        """Report progress: a description, the amount done, the total amount."""
+        """Report progress.
+
+        Args:
+            what: A description of the operation.
+            done: The amount done.
+            size: The total amount; 0 if it is unknown.
+        """
         ...
 
     def load_embedder(self, name: str) -> Embedder:
-        """Load the sentence encoder of a name."""
+        """Load a sentence encoder by the name of its base."""
         ...
 
     def read_texts(self, expert: int) -> list[str]:
@@ -75,29 +81,28 @@ class RouterMaterials(Protocol):
         ...
 
     def read_activations(self, expert: int, see: Callable[[str, Tensor], None]) -> None:
-        """Let one expert alone read examples of its own tasks.
+        """Run one expert alone on examples of its own tasks, and pass on its modules' inputs.
 
         Args:
             expert: The position of the expert in the recipe.
-            see: Called with the path of a routed module and its inputs `[T, I]`, without padding,
-                for every batch.
+            see: A function that is called with the path of a routed module and its inputs `[T, I]`,
+                without padding, for every batch.
         """
         ...
 
     def read_logits(self, expert: int) -> list[Tensor]:
-        """Let one expert alone read the recipe's data; returns logits `[N, C]` for each task."""
+        """Return the logits `[N, C]` of one expert alone for each task of the recipe's data."""
         ...
 
     def read_answers(self) -> list[Tensor]:
-        """Return the right choices `[N]` of the recipe's data, for each task."""
+        """Return the right choices `[N]` for each task of the recipe's data."""
         ...
 
     def compose(self, state: Mapping[str, Tensor]) -> Data:
-        """Compose the recipe with a state in the place of a prepared one.
+        """Compose the recipe with the given tensors as the router's state.
 
         Args:
-            state: Tensors by name; they are put on the model's device by the caller's `place`, and
-                gradients flow to them.
+            state: Tensors by name, on the device of the model (see `place`). Gradients flow to them.
 
         Returns:
             The recipe's labelled data, read by the composed model.
@@ -105,7 +110,7 @@ class RouterMaterials(Protocol):
         ...
 
     def place(self, tensor: Tensor) -> Tensor:
-        """Put a tensor on the device of the model."""
+        """Move a tensor to the device of the model."""
         ...
 
 
@@ -119,38 +124,40 @@ class Batch(Protocol):
 
     @property
     def tasks(self) -> list[str]:
-        """The task of each row, as the caller named it; empty texts if nobody did."""
+        """The task of each row, as the caller named it; an empty text if the caller did not."""
         ...
 
     @property
     def hidden(self) -> Tensor:
-        """The last hidden states `[B, S, H]` that the base alone has of these tokens."""
+        """The last hidden states `[B, S, H]` that the base alone computes for these tokens."""
         ...
 
     def place(self, tensor: Tensor) -> Tensor:
-        """Put a tensor on the device of the rows."""
+        """Move a tensor to the device of the rows."""
         ...
 
 
-# Weights `[B, E]` or `[B, k]` of the rows over the recipe's experts, or `[E]` for every row alike;
-# of a router by token, `[B, S, L, E]` for L layers, or for all layers alike if L is 1.
+# A function from rows to weights over the recipe's experts: `[B, E]`, or `[B, k]` for k chosen ones,
+# or `[E]` for all rows alike. A router by token returns `[B, S, L, E]` for L layers; with L = 1 the
+# weights hold for all layers.
 Select = Callable[[Batch], Weights]
 
 
 def _load_no_embedder(name: str) -> Embedder:
-    """Refuse to load an encoder where there is none."""
+    """Refuse to load an encoder, because none is offered."""
     raise ValueError(f"expected an embedder {name!r}, found none here")
 
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """All experts of a recipe.
+    """All experts of a recipe, as a router of the whole model sees them.
 
     Args:
         labels: The experts' names in the recipe.
-        tasks: The tasks that each was trained on; none if the expert does not say.
+        tasks: The tasks that each expert was trained on; empty if they are unknown.
         state: The tensors that the router prepared.
-        load_embedder: Loads a sentence encoder by name; it refuses one that did not make the index.
+        load_embedder: A function that loads a sentence encoder by name. It refuses an encoder that
+            did not make the index.
     """
 
     labels: tuple[str, ...] = ()

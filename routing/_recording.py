@@ -1,4 +1,4 @@
-"""Recording of the weights that routed modules compute while a model runs."""
+"""Recording of the weights that routed modules compute in the forward passes of a model."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from torch import Tensor, nn
 def record_routing(
     model: nn.Module, n_experts: int, is_wanted: Callable[[str], bool] = lambda path: True
 ) -> Iterator[dict[str, list[Tensor]]]:
-    """Record the weights of routed modules for as long as the block lasts.
+    """Record the weights of routed modules inside the block.
 
     Args:
-        model: The composed model; its hooks are removed at the end.
+        model: The composed model. It gets forward hooks, which are removed at the end.
         n_experts: The number of experts E of the recipe.
-        is_wanted: Whether to record a module, by its path.
+        is_wanted: A function of a module's path that returns whether to record the module.
 
     Yields:
-        For each module path the weights `[T, E]` of each call's T inputs, in the order of the calls:
-        float32, on the CPU, zero where an expert does not adapt the module.  Calls that the base
-        answers without experts are not recorded.
+        Module path -> the weights `[T, E]` of the T inputs of each call, in the order of the calls.
+        They are float32, on the CPU, and zero for experts that do not adapt the module. Calls that
+        the base answers without experts are not recorded.
     """
     found: dict[str, list[Tensor]] = {}
     handles = []
 
     def watch(module: RoutedLinear, calls: list[Tensor]) -> Any:
-        """Hook one module."""
+        """Add a forward hook to one module."""
         places = torch.tensor(module.experts)
 
-        # After the module: what its kernel found out about a row is kept, and is not computed anew.
+        # The hook runs after the module, which keeps what it computed about a row.
         def after(_: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             """Record the weights of one call."""
             if module.group.context.off:

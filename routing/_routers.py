@@ -15,13 +15,13 @@ class Routing:
     """A description of what a router reads and returns, as in https://arxiv.org/abs/2408.07057.
 
     Args:
-        input: What has weights of its own: each `token`, each `example`, each `task`, or `nothing`
-            (every input gets the same weights).
-        depth: Who decides: every `module` by itself, by a function of its `ExpertStack`; or the
-            `model` once, by a function of the `Pool`.
-        sparse: Whether experts may get no weight at all, which saves their work.
-        combines: The ways of mixing that the router is defined for, the default first.
-        zero_shot: Whether the router serves tasks of which it has seen nothing.
+        input: The unit that gets weights of its own: each `token`, each `example`, each `task`, or
+            `nothing` (all inputs get the same weights).
+        depth: The level of the decision. `module` decides at every module, by a function of its
+            `ExpertStack`; `model` decides once, by a function of the `Pool`.
+        sparse: Whether an expert may get no weight at all, so that it is not computed.
+        combines: The ways of mixing that the router is defined for; the first one is the default.
+        zero_shot: Whether the router serves tasks that it has not seen.
     """
 
     input: Literal["token", "example", "task", "nothing"] = "token"
@@ -41,11 +41,12 @@ class Routing:
 
 @dataclass(frozen=True)
 class RouterTraits:
-    """Properties of a router that whoever runs it, and the conformance suite, must know.
+    """The properties of a router that its caller and the conformance suite must know.
 
     Args:
-        routing: What the router looks at and gives.
-        adapt: Changes the experts of a module before they are routed, `adapt(stack, options)`.
+        routing: A description of what the router reads and returns.
+        adapt: A function `adapt(stack, options)` that changes the experts of a module before they
+            are routed.
     """
 
     routing: Routing = Routing()

@@ -56,7 +56,7 @@ def centres(references: list[str], session: Session) -> dict[str, Tensor]:
     found = {}
     for reference in references:
         task = read_task(reference)
-        prompts = [task.prompt(example) for example in task.split("all", EXAMPLES)]
+        prompts = [task.format_prompt(example) for example in task.split("all", EXAMPLES)]
         mean = embed(model, tokenizer, prompts).mean(0)
         found[reference] = mean / mean.norm()
     return found

@@ -193,9 +193,9 @@ def constant(task: str) -> float:
     """
     found = read_task(task)
     examples = found.split("test", TEST_EXAMPLES)
-    if len({tuple(found.choices(example)) for example in examples}) > 1:
+    if len({tuple(found.list_choices(example)) for example in examples}) > 1:
         return 0.0
-    answers = [found.answer(example) for example in examples]
+    answers = [found.find_answer(example) for example in examples]
     return max(map(answers.count, answers)) / len(answers)
 
 

@@ -62,8 +62,8 @@ def described(reference: str, split: Split) -> dict[str, Any]:
     """
     task = read_task(reference)
     examples = task.split(split, EXAMPLES)
-    choices = [task.choices(example) for example in examples]
-    answers = Counter(c[task.answer(e) or 0] for c, e in zip(choices, examples, strict=True))
+    choices = [task.list_choices(example) for example in examples]
+    answers = Counter(c[task.find_answer(e) or 0] for c, e in zip(choices, examples, strict=True))
     shared = len(set(map(frozenset, choices))) == 1
     return {
         "source": task.card.source,

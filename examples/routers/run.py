@@ -113,7 +113,9 @@ class Run:
 
     def _given(self) -> list[Expert]:
         registry = hub.Registry.read()
-        return [registry.find_expert(Reference.parse(name)) for name in self.proof.get("experts", ())]
+        return [
+            registry.find_expert(Reference.parse(name)) for name in self.proof.get("experts", ())
+        ]
 
     def _made(self, gate: str) -> list[Expert]:
         for task in self.tasks:
@@ -256,8 +258,10 @@ def accuracies(result: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 def own_choices(task: Task, example: Example) -> Example:
     """Return an example that holds its own choices, so that tasks can be mixed."""
-    choices = task.choices(example)
-    return Example(id=example.id, input=example.input, choices=choices, answer=task.answer(example))
+    choices = task.list_choices(example)
+    return Example(
+        id=example.id, input=example.input, choices=choices, answer=task.find_answer(example)
+    )
 
 
 def held_out(reference: str) -> str:

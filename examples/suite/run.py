@@ -22,7 +22,7 @@ from experthub import hub
 from experthub.hub.errors import NotFoundError
 from experthub.hub.files import yaml_files
 from experthub.hub.files.atomic import write_json
-from experthub.hub.kinds.coefficients import COEFFICIENTS, COEFFICIENTS_JSON
+from experthub.hub.formats.coefficients import COEFFICIENTS, COEFFICIENTS_JSON
 from experthub.hub.registry.expert import Reference
 from experthub.hub.states.run_state import state_folder
 from experthub.hub.tasks.task import Example, example_id
@@ -230,9 +230,9 @@ def plain(reference: str) -> Callable[[Example], Example]:
     task = read_task(reference)
 
     def of(example: Example) -> Example:
-        choices = task.choices(example)
+        choices = task.list_choices(example)
         return Example(
-            id=example.id, input=example.input, choices=choices, answer=task.answer(example)
+            id=example.id, input=example.input, choices=choices, answer=task.find_answer(example)
         )
 
     return of

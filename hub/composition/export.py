@@ -6,17 +6,16 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from experthub.hub.bases.loading import hide_progress_bars, load_tokenizer
 from experthub.hub.errors import UsageError
 from experthub.hub.files import yaml_files
-from experthub.hub.files.atomic import create_folder, write_json, write_text
+from experthub.hub.files.atomic import create_folder, write_text
 from experthub.hub.files.json_files import read_json
 from experthub.hub.files.path_checks import check_free
-from experthub.hub.formats.adapter import PREFIX, read_adapter
+from experthub.hub.formats.adapter import ADAPTER, ADAPTER_CONFIG, PREFIX, read_adapter
+from experthub.hub.formats.adapter_writer import write_adapter
 from experthub.hub.formats.safetensors_reader import Tensors
 from experthub.hub.kinds import kinds
-from experthub.hub.kinds.lora import ADAPTER, ADAPTER_CONFIG
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.registry.expert import Expert
 from experthub.hub.session import Session
@@ -74,10 +73,14 @@ def _save_peft(plan: Plan, merged: TaskVector, folder: Path) -> None:
         module = PREFIX + name.removesuffix(".weight")
         tensors[f"{module}.lora_A.weight"] = stored.a
         tensors[f"{module}.lora_B.weight"] = stored.b
-    modules = [name.removesuffix(".weight") for name in low]
-    task_type = "CAUSAL_LM" if plan.base.is_causal else "FEATURE_EXTRACTION"
-    transposed = any(how[n].transposed for n in low)
-    write_portable(folder, tensors, modules, plan.base.name, task_type, transposed)
+    write_adapter(
+        folder,
+        tensors,
+        base=plan.base.name,
+        task_type="CAUSAL_LM" if plan.base.is_causal else "FEATURE_EXTRACTION",
+        transposed=any(how[n].transposed for n in low),
+        pad=True,
+    )
 
 
 def export_portable(expert: Expert, folder: Path, session: Session) -> Path:
@@ -120,60 +123,12 @@ def export_portable(expert: Expert, folder: Path, session: Session) -> Path:
     base = known.aka[0] if known and known.aka else expert.base
     settings = read_json(config)
     with create_folder(folder) as draft:
-        write_portable(
+        write_adapter(
             draft,
             tensors,
-            [change.module for change in adapted],
-            base,
-            settings.get("task_type"),
-            bool(settings.get("fan_in_fan_out")),
+            base=base,
+            task_type=settings.get("task_type"),
+            transposed=bool(settings.get("fan_in_fan_out")),
+            pad=True,
         )
     return folder
-
-
-def write_portable(
-    folder: Path,
-    tensors: dict[str, Tensor],
-    modules: list[str],
-    base: str,
-    task_type: str | None,
-    transposed: bool,
-) -> None:
-    """Write the two files of a LoRA of one rank; smaller ranks are padded with zeros.
-
-    Args:
-        folder: An existing folder.
-        tensors: The factors A `[R, I]` and B `[O, R]`, under PEFT's names.
-        modules: The paths of the adapted modules.
-        base: The name of the base.
-        task_type: PEFT's name for what the base does, such as `CAUSAL_LM`.
-        transposed: Whether the modules store their weights as `[I, O]` (`fan_in_fan_out`).
-    """
-    from safetensors.torch import save_file
-
-    first = {name: 0 if "lora_A" in name or "embedding_A" in name else 1 for name in tensors}
-    rank = max(tensor.shape[first[name]] for name, tensor in tensors.items())
-    padded = {name: _pad(tensor, rank, first[name]) for name, tensor in tensors.items()}
-    save_file(padded, folder / ADAPTER, metadata={"format": "pt"})
-    config: dict[str, Any] = {
-        "peft_type": "LORA",
-        "task_type": task_type,
-        "r": rank,
-        "lora_alpha": rank,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "inference_mode": True,
-        "use_rslora": False,
-        "fan_in_fan_out": transposed,
-        "target_modules": sorted(modules),
-        "base_model_name_or_path": base,
-    }
-    write_json(folder / ADAPTER_CONFIG, config)
-
-
-def _pad(tensor: Tensor, rank: int, side: int) -> Tensor:
-    """Pad a tensor with zeros along one dimension, up to a rank."""
-    missing = rank - tensor.shape[side]
-    shape = list(tensor.shape)
-    shape[side] = missing
-    return torch.cat([tensor, tensor.new_zeros(shape)], side).contiguous()

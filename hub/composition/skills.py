@@ -11,8 +11,7 @@ from experthub.hub.composition.weights import Contents
 from experthub.hub.errors import UsageError
 from experthub.hub.files.spelling import suggest_name
 from experthub.hub.formats.safetensors_reader import Tensors
-from experthub.hub.formats.skills import SkillsRecord, read_skills
-from experthub.hub.kinds.skills import SKILLS, SKILLS_JSON
+from experthub.hub.formats.skills import SKILLS, SKILLS_JSON, SkillsRecord, read_skills
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.store.store import Store
 from experthub.merge import LowRank, TaskVector

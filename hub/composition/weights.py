@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from experthub.hub.errors import UsageError
 from experthub.hub.files.patterns import is_named
+from experthub.hub.formats.adapter import GATES
 from experthub.hub.formats.safetensors_reader import Tensors
 from experthub.hub.kinds import kinds
-from experthub.hub.kinds.lora import GATES
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.recipes.planned_experts import Member, PlannedExpert
 from experthub.hub.store.store import Store

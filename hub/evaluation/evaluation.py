@@ -210,7 +210,7 @@ def _read_tasks(references: Sequence[str], split: Split, limit: int | None) -> l
     """Read the tasks with the requested examples, and refuse tasks without choices."""
     chosen = []
     for task in (read_task(reference) for reference in references):
-        if not task.ranked:
+        if not task.has_choices:
             raise UsageError(f"task {task.reference} has no choices to rank", "choose another task")
         chosen.append(Chosen(task, tuple(task.split(split, limit))))
     return chosen

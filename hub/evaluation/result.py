@@ -67,7 +67,7 @@ class Outcome:
                     f"the model returns NaN or infinity for task {task.reference}",
                     "set dtype: float32 in the recipe",
                 )
-            answer = task.answer(example) or 0
+            answer = task.find_answer(example) or 0
             rows.append(tuple(row.tolist()))
             right.append(float(int(row.argmax()) == answer))
             logprobs.append(
@@ -213,7 +213,7 @@ def list_samples(
             "id": example.id,
             "method": name,
             "scores": list(found[i].scores[k]),
-            "answer": one.task.answer(example),
+            "answer": one.task.find_answer(example),
             "right": bool(found[i].right[k]),
         }
         for i, one in enumerate(chosen)

@@ -19,7 +19,11 @@ DRAFT = re.compile(r"\..+\.[0-9a-f]{16}", re.S)  # the name of a file or folder 
 
 
 def hub_home() -> Path:
-    """Return the folder of the store, the registry and the tasks: `HUB_HOME` or `~/.experthub`."""
+    """Return the folder of the store, the registry and the tasks.
+
+    Returns:
+        `HUB_HOME`, or `~/.experthub` if this variable is not set.
+    """
     return Path(os.environ.get("HUB_HOME") or Path.home() / ".experthub")
 
 

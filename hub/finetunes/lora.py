@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from experthub.hub.bases.base import Base
 from experthub.hub.errors import HubError
-from experthub.hub.files.atomic import write_json
 from experthub.hub.finetunes.form import Error, Form
 from experthub.hub.finetunes.two_models import Changed, StoredWeights, read_pair
 from experthub.hub.formats.adapter import PREFIX
-from experthub.hub.kinds.lora import ADAPTER, ADAPTER_CONFIG
+from experthub.hub.formats.adapter_writer import write_adapter
 from experthub.hub.progress import Report
 from experthub.merge import Dense, LowRank, truncate
 from torch import Tensor
@@ -46,8 +45,6 @@ def write(
     Raises:
         HubError: No linear module has changed, or a change is too large for the dtype.
     """
-    from safetensors.torch import save_file
-
     modules = _find_modules(changed, kinds, base.name)
     conv = any(kinds[module] for module in modules.values())
     dtype: torch.dtype = getattr(torch, form.dtype)
@@ -67,14 +64,20 @@ def write(
             error.add(name, read, low.b.float() @ low.a.float())
             place = PREFIX + modules[name]
             stored = low.transpose() if conv else low
-            tensors[f"{place}.lora_A.weight"] = stored.a.contiguous()
-            tensors[f"{place}.lora_B.weight"] = stored.b.contiguous()
+            tensors[f"{place}.lora_A.weight"] = stored.a
+            tensors[f"{place}.lora_B.weight"] = stored.b
             ranks[modules[name]] = low.rank
         else:
             error.add(name, read, None)
         report("decomposing the difference", i + 1, len(changed))
-    save_file(tensors, folder / ADAPTER, metadata={"format": "pt"})
-    write_json(folder / ADAPTER_CONFIG, _make_config(base, ranks, conv))
+    write_adapter(
+        folder,
+        tensors,
+        base=base.name,
+        task_type="CAUSAL_LM" if base.is_causal else "FEATURE_EXTRACTION",
+        transposed=conv,
+        pad=False,
+    )
     mean = sum(ranks.values()) / len(ranks)
     spread = {"min": min(ranks.values()), "mean": round(mean, 1), "max": max(ranks.values())}
     return error, {"modules": len(ranks), "ranks": spread}
@@ -94,26 +97,3 @@ def _find_modules(changed: list[Changed], kinds: dict[str, bool], base: str) -> 
         )
     conv = any(kinds[weights[name]] for name in names)
     return {name: weights[name] for name in names if kinds[weights[name]] == conv}
-
-
-def _make_config(base: Base, ranks: dict[str, int], conv: bool) -> dict[str, Any]:
-    """Make PEFT's configuration; alpha equals the rank everywhere, so that every scale is 1."""
-    rank = max(ranks.values())
-    # peft reads these names as patterns in which a dot matches any character; no other module
-    # matches by that.
-    others = {module: r for module, r in sorted(ranks.items()) if r != rank}
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if base.is_causal else "FEATURE_EXTRACTION",
-        "r": rank,
-        "lora_alpha": rank,
-        "rank_pattern": others,
-        "alpha_pattern": others,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "inference_mode": True,
-        "use_rslora": False,
-        "fan_in_fan_out": conv,
-        "target_modules": sorted(ranks),
-        "base_model_name_or_path": base.name,
-    }

@@ -14,8 +14,7 @@ from experthub.hub.files.atomic import write_json
 from experthub.hub.finetunes.form import Error, Form
 from experthub.hub.finetunes.two_models import Changed, StoredWeights, read_pair
 from experthub.hub.formats.safetensors_writer import SafetensorsLayout, create_safetensors
-from experthub.hub.formats.task_vector import SHAPES, unpack_mask
-from experthub.hub.kinds.task_vector import SHARD, SHARD_INDEX, TASK_VECTOR
+from experthub.hub.formats.task_vector import SHAPES, SHARD, SHARD_INDEX, TASK_VECTOR, unpack_mask
 from experthub.hub.progress import Report
 from torch import Tensor
 

@@ -27,10 +27,11 @@ from experthub.hub.formats.safetensors_header import (
     read_header_text,
 )
 
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER = "adapter_model.safetensors"
+GATES = "phatgoose_gates.safetensors"
 PREFIX = "base_model.model."
-FACTOR = re.compile(
-    rf"{re.escape(PREFIX)}(.+)\.(?:lora_([AB])\.weight|lora_embedding_([AB]))"
-)
+FACTOR = re.compile(rf"{re.escape(PREFIX)}(.+)\.(?:lora_([AB])\.weight|lora_embedding_([AB]))")
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from experthub.hub.files.atomic import write_json
+from experthub.hub.formats.adapter import ADAPTER, ADAPTER_CONFIG, FACTOR
 from safetensors.torch import save_file
 from torch import Tensor
 
 
 def write_adapter(
-    config: Path,
-    weights: Path,
+    folder: Path,
     tensors: Mapping[str, Tensor],
     *,
     base: str,
@@ -22,11 +22,10 @@ def write_adapter(
     transposed: bool,
     pad: bool,
 ) -> None:
-    """Write a LoRA whose alpha equals the rank, so that every scale is 1.
+    """Write the two files of a LoRA whose alpha equals the rank, so that every scale is 1.
 
     Args:
-        config: The path of `adapter_config.json`.
-        weights: The path of `adapter_model.safetensors`.
+        folder: An existing folder.
         tensors: The factors A `[R, I]` and B `[O, R]` of every module under PEFT's names.
         base: The name of the base.
         task_type: PEFT's type of the task, such as `CAUSAL_LM`.
@@ -42,7 +41,9 @@ def write_adapter(
     # module matches by that.
     patterns = {} if pad else {"rank_pattern": smaller, "alpha_pattern": smaller}
     stored = {n: _pad(t, rank, places[n][1]) if pad else t for n, t in tensors.items()}
-    save_file({n: t.contiguous() for n, t in stored.items()}, weights, metadata={"format": "pt"})
+    save_file(
+        {n: t.contiguous() for n, t in stored.items()}, folder / ADAPTER, metadata={"format": "pt"}
+    )
     settings: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -57,7 +58,7 @@ def write_adapter(
         "target_modules": sorted(ranks),
         "base_model_name_or_path": base,
     }
-    write_json(config, settings)
+    write_json(folder / ADAPTER_CONFIG, settings)
 
 
 def _parse(name: str) -> tuple[str, int]:

@@ -11,13 +11,17 @@ from experthub.hub.formats.records import Digest, StateExpert, read_record
 from experthub.hub.formats.safetensors_header import read_header
 from pydantic import Field
 
+COEFFICIENTS = "coefficients.safetensors"
+COEFFICIENTS_JSON = "coefficients.json"
 TENSOR = "coefficients"
 HINT = "get both files again, or learn the coefficients again"
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class CoefficientsRecord(Closed):
-    """The content of `coefficients.json`, schema 1: how coefficients `[experts, blocks]` were learned.
+    """The content of `coefficients.json`, schema 1.
+
+    It describes how coefficients `[experts, blocks]` were learned.
 
     Args:
         schema_: The version of the record, written as `schema`.

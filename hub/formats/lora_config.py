@@ -1,4 +1,4 @@
-"""adapter_config.json of a LoRA: the keys that are honoured, those that are refused, and peft's rules."""
+"""The `adapter_config.json` of a LoRA: its allowed keys, and the rules of PEFT."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from experthub.hub.files.patterns import check_pattern
 from experthub.hub.files.spelling import suggest_name
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-# Keys of a LoRA configuration that change nothing, or whose meaning is honoured below.
+# Keys that are read: by this module, or by `adapter`.
 HONOURED = {
     "peft_type",
     "r",
@@ -25,6 +25,7 @@ HONOURED = {
     "layers_to_transform",
     "layers_pattern",
 }
+# Keys that do not change the function that the adapter computes.
 HARMLESS = {
     "task_type",
     "peft_version",
@@ -41,7 +42,7 @@ HARMLESS = {
     "loftq_config",
     "ensure_weight_tying",
 }
-# Keys that change the function, with the values under which they do not.
+# Keys that change the function, with the values that do not change it.
 REFUSED: dict[str, tuple[Any, ...]] = {
     "use_dora": (False,),
     "bias": ("none",),
@@ -62,14 +63,13 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 }
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", None)
 
-
 Pattern = Annotated[str, AfterValidator(check_pattern)]
 Rank = Annotated[int, Field(gt=0, lt=1e6)]
 Alpha = Annotated[float, Field(gt=0, lt=1e6)]
 
 
-class _Lora(BaseModel):
-    """The types of the keys that are honoured."""
+class _HonouredKeys(BaseModel):
+    """The types of the keys that are read."""
 
     model_config = ConfigDict(strict=True)
 
@@ -86,17 +86,26 @@ class _Lora(BaseModel):
 
 
 def check_config(config: dict[str, Any]) -> None:
-    """Refuse, by name, whatever would silently change the function that the adapter computes."""
+    """Reject a configuration that asks for more than a plain low-rank change.
+
+    Args:
+        config: The content of `adapter_config.json`.
+
+    Raises:
+        IntegrityError: A key is unknown, has a wrong type, or would change the function that the
+            adapter computes. The message names the key.
+    """
     if config.get("peft_type") != "LORA":
         raise IntegrityError(
-            f"peft_type is {short(config.get('peft_type'))}", "only LORA adapters are experts"
+            f"peft_type is {short(config.get('peft_type'))}",
+            "use a LoRA adapter, with peft_type LORA",
         )
     for key, value in config.items():
         if key in REFUSED:
             if value not in REFUSED[key]:
                 raise IntegrityError(
                     f"{key} is {short(value)}, which is more than a low-rank change",
-                    "merge the adapter with peft and store it as a task vector",
+                    "merge the adapter with peft, and store the difference as a task vector",
                 )
         elif key == "auto_mapping":
             _check_base_class(value)
@@ -108,30 +117,43 @@ def check_config(config: dict[str, Any]) -> None:
     if config.get("init_lora_weights") not in PLAIN_INITS:
         raise IntegrityError(
             f"init_lora_weights is {short(config['init_lora_weights'])}, which changes the base",
-            "save it with peft's path_initial_model_for_weight_conversion",
+            "save the adapter with peft's path_initial_model_for_weight_conversion",
         )
     if config.get("ensure_weight_tying"):
-        raise IntegrityError("ensure_weight_tying is set", "train without it")
+        raise IntegrityError(
+            "ensure_weight_tying is set in its configuration", "train without ensure_weight_tying"
+        )
     try:
-        _Lora.model_validate(config)
+        _HonouredKeys.model_validate(config)
     except ValidationError as error:
         key = str(error.errors()[0]["loc"][0])
         raise IntegrityError(
-            f"{key} is {short(config[key])}", f"expected: {error.errors()[0]['msg']}"
+            f"{key} is {short(config[key])}: {error.errors()[0]['msg']}",
+            f"correct {key} in adapter_config.json",
         ) from None
 
 
 def _check_base_class(value: Any) -> None:
-    """Refuse a class that peft would import from elsewhere than transformers to load the base."""
+    """Reject a class of the base that PEFT would import from elsewhere than transformers."""
     library = value.get("parent_library") if isinstance(value, dict) else value
     if library is not None and not re.fullmatch(r"transformers(\.\w+)*", str(library)):
         raise IntegrityError(
-            f"auto_mapping names code: {short(library)}", "only classes of transformers are bases"
+            f"auto_mapping names code: {short(library)}",
+            "use a base whose class is in transformers",
         )
 
 
 def match_pattern(pattern: Any, module: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the end of the module's path."""
+    """Look up the value for a module by PEFT's rule: the first pattern that matches its path's end.
+
+    Args:
+        pattern: The values by regular expression, or None.
+        module: The path of the module.
+        default: The value for a module that no pattern matches.
+
+    Returns:
+        The value.
+    """
     for key, value in (pattern or {}).items():
         if re.match(rf"(.*\.)?({key})$", module):
             return value
@@ -139,7 +161,15 @@ def match_pattern(pattern: Any, module: str, default: Any) -> Any:
 
 
 def is_targeted(config: dict[str, Any], module: str) -> bool:
-    """Whether PEFT's target_modules, exclude_modules and layers_to_transform choose the module."""
+    """Tell whether PEFT's target_modules, exclude_modules and layers_to_transform select a module.
+
+    Args:
+        config: The content of `adapter_config.json`.
+        module: The path of the module.
+
+    Returns:
+        Whether the module is adapted.
+    """
     exclude = config.get("exclude_modules")
     if exclude and _matches(exclude, module):
         return False
@@ -161,6 +191,7 @@ def is_targeted(config: dict[str, Any], module: str) -> bool:
 
 
 def _matches(target: Any, module: str) -> bool:
+    """Tell whether a regular expression or a list of names selects a module."""
     if isinstance(target, str):
         return re.fullmatch(target, module) is not None
     return any(module == name or module.endswith(f".{name}") for name in target)

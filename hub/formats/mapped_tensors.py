@@ -1,8 +1,8 @@
-"""Tensors of many parts in one file that is mapped and not read: a part costs microseconds.
+"""Tensors of many parts in one memory-mapped file: a part is read in microseconds.
 
-A folder holds `tensors.bin`, in which each tensor begins at a multiple of 64 bytes, `index.json`, in
-which every part has its settings and where its tensors are, and a manifest of both, by which `hub
-verify` finds damage.  It is for what can be made again: what experts are exchanged in is safetensors.
+A folder holds `tensors.bin`, `index.json` and a manifest. The index has the settings of each part
+and the places of its tensors. `hub verify` finds damage by the manifest. The format is for caches;
+experts are exchanged as safetensors.
 """
 
 from __future__ import annotations
@@ -30,11 +30,15 @@ DTYPES = {
     "I8": torch.int8,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-ALIGNED = 64  # bytes
+ALIGNED = 64  # Every tensor starts at a multiple of this number of bytes.
 
 
 class TensorsWriter:
-    """Writes such a folder part after part; the file and its index appear at the end, or neither."""
+    """A writer of such a folder. The files appear when the block ends without an error.
+
+    Args:
+        folder: The folder.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.end, self.sha256 = folder, 0, hashlib.sha256()
@@ -53,7 +57,12 @@ class TensorsWriter:
             checksummed_text.write_manifest(self.folder, files)
 
     def put(self, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Add a part: plain values, and tensors under their names."""
+        """Write a part.
+
+        Args:
+            settings: Plain values.
+            tensors: The tensors by name.
+        """
         places: dict[str, Any] = {}
         for name, tensor in tensors.items():
             self._write(b"\0" * (-self.end % ALIGNED))
@@ -63,36 +72,42 @@ class TensorsWriter:
         self.parts.append({"settings": dict(settings), "tensors": places})
 
     def _write(self, data: bytes | memoryview) -> None:
+        """Append bytes to the file."""
         self.file.write(data)
         self.sha256.update(data)
         self.end += len(data)
 
 
 class MappedTensors:
-    """The parts of such a folder, which stay readable when it is removed.
+    """The parts of such a folder. They stay readable if the folder is removed.
 
-    Raises LookupError, TypeError, ValueError, AttributeError, RuntimeError or OSError when damaged.
+    Opening or reading a damaged folder raises LookupError, TypeError, ValueError, AttributeError,
+    RuntimeError or OSError.
+
+    Args:
+        folder: The folder.
     """
 
     def __init__(self, folder: Path) -> None:
         path = folder / DATA
         self.parts = json.loads((folder / INDEX).read_bytes())["parts"]
-        # A private mapping: what is written to a tensor by mistake never reaches the file.
+        # A private mapping: writing to a tensor never changes the file.
         self.data: Any = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
 
     def __len__(self) -> int:
         return len(self.parts)
 
     def __getitem__(self, number: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """A part's settings and tensors."""
+        """Return the settings and the tensors of a part."""
         part = self.parts[number]
         places = part["tensors"].items()
         return part["settings"], {name: self._tensor(*place) for name, place in places}
 
     def _tensor(self, dtype: str, shape: list[int], start: int) -> Tensor:
+        """Return a tensor as a view of the file."""
         kind = DTYPES[dtype]
         if start % ALIGNED or start + math.prod(shape) * kind.itemsize > self.data.nbytes():
-            raise ValueError(f"a tensor at {start} is outside of the file")
+            raise ValueError(f"a tensor at byte {start} lies outside of the file")
         empty: Any = torch.empty(0, dtype=kind)
         tensor: Tensor = empty.set_(self.data, start // kind.itemsize, shape)
         return tensor

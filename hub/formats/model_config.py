@@ -1,4 +1,4 @@
-"""The configuration of a base: what would let transformers run or load something else is refused."""
+"""Checks of a base's configuration: it must not make transformers run or load anything else."""
 
 from __future__ import annotations
 
@@ -9,22 +9,31 @@ from typing import Any
 
 from experthub.hub.errors import IntegrityError
 from experthub.hub.files.json_files import read_json
-from experthub.hub.kinds.lora import ADAPTER_CONFIG
+from experthub.hub.formats.adapter import ADAPTER_CONFIG
 
 CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json")
 
 
 def check_model(folder: Path) -> dict[str, Any]:
-    """A model folder's config.json; IntegrityError when its files name code or other weights.
+    """Check the configuration files of a model folder.
 
-    Refused are `auto_map` (classes in Python files), attention kernels of a model hub, weights
-    under another name than the fingerprinted one, and an adapter beside the model.
+    It rejects `auto_map` (classes in Python files), attention kernels of a model hub, weights under
+    another name than the fingerprinted one, and an adapter beside the model.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The content of `config.json`.
+
+    Raises:
+        IntegrityError: A file names code or other weights, or is malformed.
     """
-    # Transformers would load an adapter beside the model as well, and it has no fingerprint.
+    # transformers would also load an adapter beside the model, and an adapter has no fingerprint.
     if (folder / ADAPTER_CONFIG).exists():
         raise IntegrityError(
-            f"{folder} holds a model and {ADAPTER_CONFIG}, which would be loaded too",
-            "put the adapter into a folder of its own, and add it as an expert",
+            f"{folder} holds a model and {ADAPTER_CONFIG}, which transformers would load, too",
+            "move the adapter to a folder of its own, and add it as an expert",
         )
     for name in CONFIGS:
         if (folder / name).is_file():
@@ -33,12 +42,14 @@ def check_model(folder: Path) -> dict[str, Any]:
     names = config.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
         raise IntegrityError(
-            f"{folder / 'config.json'}: architectures is {short(names)}", "name one class"
+            f"{folder / 'config.json'}: architectures is {short(names)}",
+            "write a list with the name of one class",
         )
     return config
 
 
 def _check_config(config: dict[str, Any], name: str) -> None:
+    """Reject a configuration in which any key names code or other weights."""
     left: list[Any] = [config]
     while left:
         value = left.pop()
@@ -52,6 +63,6 @@ def _check_config(config: dict[str, Any], name: str) -> None:
             if kernel or named or re.fullmatch(r"_\w*_implementation_internal", key):
                 raise IntegrityError(
                     f"{name}: {key} is {short(inner)}, which names code or other weights",
-                    "only what transformers itself has is used; remove the key if it has the model",
+                    "remove the key if transformers itself has the model; other code is never run",
                 )
             left.append(inner)

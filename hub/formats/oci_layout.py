@@ -1,4 +1,4 @@
-"""Shared folders and archives of experts: OCI image layouts, with blobs by digest.
+"""OCI image layouts: shared folders and archives of experts, with blobs by digest.
 
 OCI Image Layout 1.0: https://github.com/opencontainers/image-spec/blob/main/image-layout.md
 """
@@ -27,17 +27,24 @@ FILE_NAME = "org.cncf.model.filepath"
 EXPERT_DIGEST = "dev.experthub.expert.digest"
 MAX_JSON = 8 << 20
 CHUNK = 1 << 20
-HINT = "get it again, or write it again with hub push or hub export"
+HINT = "get the folder or archive again, or write it again with hub push or hub export"
 
 
 class Record(BaseModel):
-    """A record of the OCI formats, which anybody may extend: unknown keys are left alone."""
+    """A record of the OCI formats. Anybody may extend them, so unknown keys are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
 
 
 class Descriptor(Record):
-    """A blob, by content."""
+    """A reference to a blob.
+
+    Args:
+        mediaType: The media type.
+        digest: The digest of the blob.
+        size: The size in bytes.
+        annotations: Texts by key.
+    """
 
     mediaType: str
     digest: Digest
@@ -46,14 +53,25 @@ class Descriptor(Record):
 
 
 class Index(Record):
-    """index.json."""
+    """The content of `index.json`.
+
+    Args:
+        schemaVersion: The version of the format.
+        manifests: The manifests of all images.
+    """
 
     schemaVersion: Literal[2]
     manifests: list[Descriptor]
 
 
 class Manifest(Record):
-    """What one expert consists of."""
+    """The manifest of one image.
+
+    Args:
+        schemaVersion: The version of the format.
+        config: The configuration of the image.
+        layers: The files of the image.
+    """
 
     schemaVersion: Literal[2]
     config: Descriptor
@@ -65,7 +83,13 @@ Known = TypeVar("Known", bound=Record)
 
 @dataclass(frozen=True)
 class Section:
-    """Some bytes of a file."""
+    """A part of a file.
+
+    Args:
+        path: The path of the file.
+        offset: The first byte.
+        size: The number of bytes.
+    """
 
     path: Path
     offset: int
@@ -73,13 +97,26 @@ class Section:
 
 
 def is_layout(place: Path) -> bool:
-    """Whether a place holds experts by digest: a file, or a folder with the mark of a layout."""
+    """Tell whether a path is a shared folder or an archive.
+
+    Args:
+        place: The path.
+
+    Returns:
+        True for a file, and for a folder with the mark of a layout.
+    """
     return place.is_file() or (place / MARK).is_file()
 
 
 @dataclass(frozen=True)
 class OciLayout:
-    """A shared folder or archive: its files by name, and what its index lists."""
+    """A shared folder or archive.
+
+    Args:
+        place: The path of the folder or the archive.
+        files: The files by name, with their places.
+        entries: The images that the index lists.
+    """
 
     place: Path
     files: Mapping[str, Section]
@@ -87,9 +124,21 @@ class OciLayout:
 
     @classmethod
     def read(cls, place: Path) -> OciLayout:
-        """Read the index; IntegrityError for one that is damaged."""
+        """Read the index of a shared folder or archive.
+
+        Args:
+            place: The path.
+
+        Returns:
+            The layout.
+
+        Raises:
+            IntegrityError: The index or the archive is damaged.
+        """
         if place.is_file():
-            files = {n: Section(place, at, size) for n, (at, size) in tar.list_members(place).items()}
+            files = {
+                n: Section(place, at, size) for n, (at, size) in tar.list_members(place).items()
+            }
         else:
             blobs = (place / "blobs" / "sha256").glob("[0-9a-f]*")
             found = [p for p in (place / INDEX, *blobs) if p.is_file() and not p.is_symlink()]
@@ -100,7 +149,7 @@ class OciLayout:
 
     @property
     def experts(self) -> dict[str, Descriptor]:
-        """The experts, by `name@version`; images of anything else are left out."""
+        """The entries of the experts by `name@version`. Images of other things are skipped."""
         found = {e.annotations.get(REFERENCE, ""): e for e in self.entries}
         return {
             name: entry
@@ -109,27 +158,51 @@ class OciLayout:
         }
 
     def find(self, member: str) -> str:
-        """The `name@version` that is meant; with no name, the only one there is."""
+        """Find an expert.
+
+        Args:
+            member: Its `name@version`. An empty text refers to the only expert.
+
+        Returns:
+            The `name@version`.
+
+        Raises:
+            UsageError: The text is empty, and there are several experts or none.
+            NotFoundError: There is no such expert.
+        """
         if member in self.experts:
             return member
         if not member and len(self.experts) == 1:
             return next(iter(self.experts))
-        known = ", ".join(sorted(self.experts)) or "none"
+        absent = "push an expert to it with hub push"
         if not member:
+            known = ", ".join(sorted(self.experts)) or "none"
             raise UsageError(
                 f"{self.place} holds {len(self.experts)} experts: {known}",
-                f"name one: file:{self.place}#name@version",
+                f"name one: file:{self.place}#name@version" if self.experts else absent,
             )
         raise NotFoundError(
-            f"{self.place} has no {member}", suggest_name(member, self.experts) or f"known: {known}"
+            f"{self.place} has no {member}", suggest_name(member, self.experts) or absent
         )
 
     def unpack(self, reference: str, folder: Path) -> dict[str, str]:
-        """Write one expert's files into a folder, each checked; files of other names are left out.
+        """Write the files of one expert to a folder, and verify each of them.
 
-        Returns their sha256.
+        Files with other names than experts have are skipped.
+
+        Args:
+            reference: The `name@version` of the expert.
+            folder: The folder.
+
+        Returns:
+            The sha256 of each file by name.
+
+        Raises:
+            IntegrityError: A blob is missing or damaged, or two files have one name.
         """
-        manifest = self._read_record(Manifest, _blob_path(self.experts[reference]), self.experts[reference])
+        manifest = self._read_record(
+            Manifest, _blob_path(self.experts[reference]), self.experts[reference]
+        )
         named: dict[str, Descriptor] = {}
         wanted = list_file_patterns()
         for layer in manifest.layers:
@@ -145,7 +218,7 @@ class OciLayout:
         return {name: layer.digest.removeprefix("sha256:") for name, layer in named.items()}
 
     def _read_chunks(self, wanted: Descriptor) -> Iterator[bytes]:
-        """The bytes of a blob; IntegrityError, at the end, when they are not those of its digest."""
+        """Yield the bytes of a blob; raise an error at the end if its digest differs."""
         section = self._find_section(_blob_path(wanted))
         digest, left = hashlib.sha256(), section.size
         with section.path.open("rb") as file:
@@ -158,15 +231,18 @@ class OciLayout:
             raise IntegrityError(f"{self.place}: blob {wanted.digest[7:19]} is damaged", HINT)
 
     def _find_section(self, name: str) -> Section:
+        """Find the place of a file."""
         if name not in self.files:
             raise IntegrityError(f"{self.place} has no {name}", HINT)
         return self.files[name]
 
     def _read_record(self, kind: type[Known], name: str, wanted: Descriptor | None = None) -> Known:
-        """A JSON file as what it is to be."""
+        """Read a JSON file as a record."""
         section = self._find_section(name)
         if section.size > MAX_JSON:
-            raise IntegrityError(f"{self.place}: {name} has {section.size} bytes", HINT)
+            raise IntegrityError(
+                f"{self.place}: {name} has {section.size} bytes, more than {MAX_JSON}", HINT
+            )
         if wanted is None:
             with section.path.open("rb") as file:
                 file.seek(section.offset)
@@ -176,9 +252,14 @@ class OciLayout:
         try:
             return kind.model_validate_json(text)
         except (ValidationError, RecursionError) as error:
-            fact = error.errors()[0]["msg"] if isinstance(error, ValidationError) else "too deep"
+            fact = (
+                error.errors()[0]["msg"]
+                if isinstance(error, ValidationError)
+                else "it is nested too deeply"
+            )
             raise IntegrityError(f"{self.place}: {name} is damaged: {fact}", HINT) from None
 
 
 def _blob_path(descriptor: Descriptor) -> str:
+    """Return the name of the file that holds a blob."""
     return "blobs/" + descriptor.digest.replace(":", "/")

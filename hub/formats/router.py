@@ -11,6 +11,8 @@ from experthub.hub.formats.records import Digest, StateExpert, read_record
 from experthub.hub.formats.safetensors_header import read_header
 from pydantic import Field
 
+ROUTER = "router.safetensors"
+ROUTER_JSON = "router.json"
 DTYPES = ("F32", "I64")
 HINT = "get both files again, or make the state again with hub router"
 

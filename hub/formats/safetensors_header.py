@@ -1,6 +1,6 @@
 """Reading safetensors headers, with checks that the format's own reader does not make.
 
-No tensor library is needed: names, dtypes, shapes and finiteness are read off the bytes.
+No tensor library is needed: names, dtypes, shapes and finiteness are read from the bytes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NAME = re.compile(r"[A-Za-z0-9_.\-]{1,1000}")
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
 SIZES["BOOL"] = 1
 FLOATS = ("F64", "F32", "F16", "BF16")
-# The bits of the exponent: all of them set means infinity or NaN.
+# The bits of the exponent. A number whose exponent bits are all set is infinity or NaN.
 EXPONENTS = {
     "F64": ("<u8", 0x7FF0_0000_0000_0000),
     "F32": ("<u4", 0x7F80_0000),
@@ -42,7 +42,14 @@ HINT = "get the file again from its source, or save it again with safetensors"
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor as its file declares it; begin and end count bytes from the start of the file."""
+    """The declaration of a tensor in a header.
+
+    Args:
+        dtype: The dtype, such as `F32`.
+        shape: The shape.
+        begin: The first byte of the tensor, counted from the start of the file.
+        end: The byte after the last one.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -51,6 +58,7 @@ class TensorInfo:
 
     @property
     def bytes(self) -> int:
+        """The size of the tensor in bytes."""
         return self.end - self.begin
 
 
@@ -58,10 +66,17 @@ Header = Mapping[str, TensorInfo]
 
 
 def read_header(path: Path) -> Header:
-    """The tensors of a safetensors file, by name.
+    """Read the header of a safetensors file.
 
-    Raises IntegrityError for anything that is not exactly one well-formed file: a pickle, a cut
-    or padded file, an oversized header, duplicate or odd names, unknown dtypes, holes.
+    Args:
+        path: The path of the file.
+
+    Returns:
+        The declarations of the tensors by name.
+
+    Raises:
+        IntegrityError: The file is not exactly one well-formed file. Examples are a pickle, a cut
+            or padded file, an oversized header, duplicate or invalid names, unknown dtypes, gaps.
     """
     text, size = read_header_text(path)
     try:
@@ -71,28 +86,51 @@ def read_header(path: Path) -> Header:
 
 
 def read_header_text(path: Path) -> tuple[bytes, int]:
-    """The header of a safetensors file as bytes, and the size of the file."""
-    if not path.is_file():  # a pipe would be waited for, for ever
-        raise IntegrityError(f"{path} is no file", HINT)
+    """Read the bytes of a header.
+
+    Args:
+        path: The path of the safetensors file.
+
+    Returns:
+        The header as bytes, and the size of the file.
+
+    Raises:
+        IntegrityError: The path is not a file, the file is a pickle, or the header is too long.
+    """
+    if not path.is_file():  # Reading from a pipe could block forever.
+        raise IntegrityError(f"{path} is not a file", HINT)
     size = path.stat().st_size
     with path.open("rb") as file:
         return file.read(_parse_length(file.read(8), size, str(path))), size
 
 
 def _parse_length(start: bytes, size: int, name: str) -> int:
+    """Parse the length of a header from the first 8 bytes of a file."""
     if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-        raise IntegrityError(f"{name} is a pickle, not safetensors", "only safetensors is read")
+        raise IntegrityError(
+            f"{name} is a pickle, not safetensors", "save the weights again as safetensors"
+        )
     length: int = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
     if not 2 <= length <= min(MAX_HEADER, size - 8):
-        raise IntegrityError(f"{name} is damaged: header of {length} bytes in {size}", HINT)
+        raise IntegrityError(
+            f"{name} is damaged: header of {length} bytes in a file of {size}", HINT
+        )
     return length
 
 
 @lru_cache(maxsize=64)
 def parse_header(text: bytes, size: int) -> Header:
-    """The tensors that a header declares; ValueError when they are not exactly the file's bytes.
+    """Parse a header. The result is cached: experts of equal shapes have equal headers.
 
-    Remembered by content: experts of one shape share one header.
+    Args:
+        text: The bytes of the header.
+        size: The size of the file in bytes.
+
+    Returns:
+        The declarations of the tensors by name.
+
+    Raises:
+        ValueError: The header is malformed, or its tensors are not exactly the bytes of the file.
     """
     length = len(text)
     try:
@@ -100,7 +138,7 @@ def parse_header(text: bytes, size: int) -> Header:
             text.decode(), object_pairs_hook=_reject_duplicates, parse_constant=_reject_constant
         )
         if len(fields) - ("__metadata__" in fields) > MAX_TENSORS:
-            raise ValueError(f"{len(fields)} tensors")
+            raise ValueError(f"{len(fields)} tensors, at most {MAX_TENSORS} are allowed")
         _check_metadata(fields.get("__metadata__", {}))
         tensors = {
             name: _parse_tensor(name, f, 8 + length)
@@ -112,35 +150,38 @@ def parse_header(text: bytes, size: int) -> Header:
     end = 8 + length
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if info.begin != end:
-            raise ValueError(f"tensor {name} does not follow the last")
+            raise ValueError(f"tensor {name} does not follow the previous one")
         end = info.end
     if end != size:
-        raise ValueError(f"{end} bytes declared, {size} found")
+        raise ValueError(f"the header declares {end} bytes, and the file has {size}")
     return MappingProxyType(tensors)
 
 
 def _reject_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Make a mapping from the pairs of a JSON object; reject duplicate keys."""
     names = dict(pairs)
     if len(names) != len(pairs):
-        raise ValueError("a name stands twice in the header")
+        raise ValueError("a name occurs twice in the header")
     return names
 
 
 def _reject_constant(text: str) -> object:
+    """Reject NaN and Infinity, which are not JSON."""
     raise ValueError(f"{text} is not JSON")
 
 
 def _check_metadata(metadata: dict[str, str]) -> None:
-    """Raise ValueError, or what a wrong type leads to, for anything but texts under texts."""
+    """Reject metadata that are not texts by key, with ValueError or the error of a wrong type."""
     for key, value in metadata.items():
         if not isinstance(value, str):
             raise ValueError(f"metadata {short(key)} is not text")
-        f"{key}{value}".encode()  # UnicodeEncodeError, a ValueError, for half a surrogate pair
+        f"{key}{value}".encode()  # Half a surrogate pair raises UnicodeEncodeError, a ValueError.
 
 
 def _parse_tensor(name: str, fields: dict[str, Any], offset: int) -> TensorInfo:
+    """Parse the declaration of one tensor."""
     if not NAME.fullmatch(name):
-        raise ValueError(f"odd tensor name {short(name)}")
+        raise ValueError(f"invalid tensor name {short(name)}")
     if set(fields) != {"dtype", "shape", "data_offsets"} or not isinstance(fields["shape"], list):
         raise ValueError(f"tensor {name} is {short(fields)}")
     dtype, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
@@ -152,7 +193,7 @@ def _parse_tensor(name: str, fields: dict[str, Any], offset: int) -> TensorInfo:
             raise ValueError(f"tensor {name} has the shape {short(shape)} at {begin}..{end}")
     for side in shape:
         most *= side or 1
-        if most >= 1 << 62:  # at once: a product of a million sides takes minutes
+        if most >= 1 << 62:  # Checked early: a product of a million sides takes minutes.
             raise ValueError(f"tensor {name} has the shape {short(shape)}, which overflows")
     if end - begin != math.prod(shape) * SIZES[dtype]:
         raise ValueError(f"tensor {name} has {end - begin} bytes for {dtype} {short(shape)}")
@@ -160,7 +201,15 @@ def _parse_tensor(name: str, fields: dict[str, Any], offset: int) -> TensorInfo:
 
 
 def check_finite(path: Path, tensors: Header) -> None:
-    """Raise IntegrityError for the first tensor that holds NaN or infinity."""
+    """Check that no tensor of a file holds NaN or infinity.
+
+    Args:
+        path: The path of the safetensors file.
+        tensors: The header of the file.
+
+    Raises:
+        IntegrityError: A tensor holds NaN or infinity. The message names the first one.
+    """
     import numpy
 
     for name, info in tensors.items():
@@ -172,12 +221,22 @@ def check_finite(path: Path, tensors: Header) -> None:
         if bool(((bits & mask) == mask).any()):
             raise IntegrityError(
                 f"{path}: tensor {name} holds NaN or infinity",
-                "such weights break every composition; train or export the expert again",
+                "train or export the expert again: such weights break every composition",
             )
 
 
 def hash_tensors(files: Iterable[Path]) -> list[tuple[str, str, tuple[int, ...], str]]:
-    """(name, dtype, shape, sha256 of the bytes) of every tensor; several are hashed at a time."""
+    """Hash every tensor of safetensors files, several at a time.
+
+    Args:
+        files: The paths of the files.
+
+    Returns:
+        The name, the dtype, the shape and the sha256 of the bytes of each tensor.
+
+    Raises:
+        IntegrityError: A file is malformed.
+    """
     places = [(file, name, info) for file in files for name, info in read_header(file).items()]
     with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
         digests = pool.map(lambda place: _hash_tensor(place[0], place[2]), places)
@@ -188,6 +247,7 @@ def hash_tensors(files: Iterable[Path]) -> list[tuple[str, str, tuple[int, ...],
 
 
 def _hash_tensor(path: Path, info: TensorInfo) -> str:
+    """Hash the bytes of one tensor."""
     digest, left = hashlib.sha256(), info.bytes
     buffer = memoryview(bytearray(min(left, CHUNK)))
     with path.open("rb", buffering=0) as file:

@@ -1,4 +1,4 @@
-"""Reading the tensors of a safetensors file whose bytes are in memory."""
+"""Reading tensors from the bytes of a safetensors file."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ DTYPES = {
 
 
 class Tensors:
-    """The float tensors of one safetensors file, each a view of the file's bytes.
+    """The float tensors of one safetensors file. Each is a view of the file's bytes.
 
     Args:
         data: The whole file, mapped into memory.
+
+    Raises:
+        ValueError: The header is malformed.
     """
 
     def __init__(self, data: mmap) -> None:
@@ -29,6 +32,7 @@ class Tensors:
         self.header = parse_header(data[8 : 8 + int.from_bytes(data[:8], "little")], len(data))
 
     def __getitem__(self, name: str) -> Tensor:
+        """Return a tensor by name."""
         info = self.header[name]
         dtype, count = DTYPES[info.dtype], math.prod(info.shape)
         flat = torch.frombuffer(self.data, dtype=dtype, count=count, offset=info.begin)

@@ -1,4 +1,4 @@
-"""Writing a safetensors file of any size tensor by tensor: its header first, nothing kept."""
+"""Writing a safetensors file of any size tensor by tensor, with the header first."""
 
 from __future__ import annotations
 
@@ -17,10 +17,14 @@ from experthub.hub.formats.safetensors_header import SIZES
 
 @dataclass(frozen=True)
 class SafetensorsLayout:
-    """What a file will hold: tensor name -> dtype and shape, and its metadata.
+    """The planned content of a file.
 
-    Tensors of wide numbers are first, so that each starts at a multiple of its numbers' size:
-    torch maps no others.
+    Tensors with wide numbers come first, so that each tensor starts at a multiple of the size of
+    its numbers. torch cannot map other tensors.
+
+    Args:
+        tensors: The dtype, such as `F32`, and the shape of each tensor by name.
+        metadata: Texts by key.
     """
 
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
@@ -28,6 +32,7 @@ class SafetensorsLayout:
 
     @property
     def header(self) -> bytes:
+        """The header as JSON, padded with spaces to a multiple of 8 bytes."""
         fields: dict[str, object] = {"__metadata__": dict(self.metadata)}
         for name, (begin, end) in self.places.items():
             dtype, shape = self.tensors[name]
@@ -37,7 +42,7 @@ class SafetensorsLayout:
 
     @property
     def places(self) -> dict[str, tuple[int, int]]:
-        """Where each tensor's bytes begin and end, after the header."""
+        """The first byte of each tensor and the byte after its last, counted from the header."""
         places, end = {}, 0
         for name, (dtype, shape) in sorted(
             self.tensors.items(), key=lambda item: (-SIZES[item[1][0]], item[0])
@@ -48,30 +53,52 @@ class SafetensorsLayout:
 
     @property
     def bytes(self) -> int:
-        """Of all tensors."""
+        """The number of bytes of all tensors."""
         return max((end for _, end in self.places.values()), default=0)
 
 
 @dataclass(frozen=True)
 class Writer:
-    """An open file that takes its tensors' bytes in any order."""
+    """An open file that takes the bytes of its tensors in any order.
+
+    Args:
+        file: The file.
+        start: The first byte after the header.
+        places: The place of each tensor after the header.
+    """
 
     file: IO[bytes]
     start: int
     places: Mapping[str, tuple[int, int]]
 
     def put(self, name: str, data: memoryview | bytes) -> None:
-        """Write one tensor; ValueError when it has another size than was announced."""
+        """Write one tensor.
+
+        Args:
+            name: The name of the tensor.
+            data: Its bytes.
+
+        Raises:
+            ValueError: The header declares another size.
+        """
         begin, end = self.places[name]
         if len(data) != end - begin:
-            raise ValueError(f"{name} has {len(data)} bytes, {end - begin} were announced")
+            raise ValueError(f"{name} has {len(data)} bytes, and the header declares {end - begin}")
         self.file.seek(self.start + begin)
         self.file.write(data)
 
 
 @contextmanager
 def create_safetensors(path: Path, layout: SafetensorsLayout) -> Iterator[Writer]:
-    """A safetensors file that appears when all its tensors were put into it."""
+    """Create a safetensors file that appears after the block, when all its tensors were written.
+
+    Args:
+        path: The path of the file.
+        layout: The planned content.
+
+    Yields:
+        The open file.
+    """
     header = layout.header
     with open_atomically(path) as file:
         file.write(struct.pack("<Q", len(header)))

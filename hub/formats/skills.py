@@ -17,6 +17,8 @@ from pydantic import Field
 if TYPE_CHECKING:
     from torch import Tensor
 
+SKILLS = "skills.safetensors"
+SKILLS_JSON = "skills.json"
 HINT = "get both files again, or train the inventory again"
 MODEL = "model"
 
@@ -26,12 +28,12 @@ Granularity = Literal["linear", "layer", "model"]
 
 
 class SkillsRecord(Closed):
-    """The content of `skills.json`, schema 1: the shape of an inventory, and what it was trained on.
+    """The content of `skills.json`, schema 1: the shape of an inventory, and its training.
 
     Args:
         schema_: The version of the record, written as `schema`.
-        router: The way in which the inventory was trained. `poly` and `mhr` train a router; `shared`
-            has one skill for all tasks, and `private` one skill per task.
+        router: The way in which the inventory was trained. `poly` and `mhr` train a router;
+            `shared` has one skill for all tasks, and `private` one skill per task.
         n_skills: The number of skills S, at least 1.
         n_heads: The number of heads H, at least 1.
         rank: The rank R of each skill, at least 1.
@@ -136,17 +138,13 @@ def _read_change(record: SkillsRecord, module: str, header: Header, tensors: Pat
 
 
 def write_skills(
-    record: Path,
-    tensors: Path,
-    content: SkillsRecord,
-    skills: Mapping[str, tuple[Tensor, Tensor, Tensor]],
+    folder: Path, record: SkillsRecord, skills: Mapping[str, tuple[Tensor, Tensor, Tensor]]
 ) -> None:
-    """Write an inventory, its skills in bfloat16 and its logits in their own dtype.
+    """Write the two files of an inventory: the skills in bfloat16, the logits in their own dtype.
 
     Args:
-        record: The path of `skills.json`.
-        tensors: The path of `skills.safetensors`.
-        content: The content of `skills.json`.
+        folder: An existing folder.
+        record: The content of `skills.json`.
         skills: For each target module, the factors A `[S, R, I]` and B `[S, O, R]` and the logits
             `[tasks, H, S]`. Modules that share logits pass the same tensor.
     """
@@ -156,6 +154,6 @@ def write_skills(
     for name, (a, b, logits) in skills.items():
         stored[f"{name}.skill_a"] = a.detach().cpu().bfloat16().contiguous()
         stored[f"{name}.skill_b"] = b.detach().cpu().bfloat16().contiguous()
-        stored[content.logits_of(name)] = logits.detach().cpu().clone()
-    save_file(stored, tensors, metadata={"format": "pt"})
-    write_json(record, content.model_dump(mode="json", by_alias=True))
+        stored[record.logits_of(name)] = logits.detach().cpu().clone()
+    save_file(stored, folder / SKILLS, metadata={"format": "pt"})
+    write_json(folder / SKILLS_JSON, record.model_dump(mode="json", by_alias=True))

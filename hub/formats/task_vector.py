@@ -1,4 +1,4 @@
-"""The files of a task vector: dense tensors, and sparse ones as a bit mask beside the values."""
+"""The files of a task vector: dense tensors, and sparse ones as a bit mask with values."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 from typing import TYPE_CHECKING, Any
 
 from experthub.hub.errors import IntegrityError
+from experthub.hub.files.json_files import read_json
 from experthub.hub.formats.safetensors_header import (
     FLOATS,
     Header,
@@ -21,7 +23,12 @@ from experthub.hub.formats.safetensors_header import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-SHAPES = "hub.shapes"  # metadata: the shapes of sparse parameters, as JSON
+TASK_VECTOR = "task_vector.safetensors"
+SHARD = "task_vector-{:05d}-of-{:05d}.safetensors"
+SHARD_INDEX = "task_vector.safetensors.index.json"
+NUMBER = "[0-9]" * 5
+SHARDS = f"task_vector-{NUMBER}-of-{NUMBER}.safetensors"
+SHAPES = "hub.shapes"  # The key of the metadata that has the shapes of sparse parameters as JSON.
 CHUNK = 1 << 20
 HINT = "write it again with hub diff, or get it again from its source"
 
@@ -32,9 +39,11 @@ class StoredChange:
 
     Args:
         file: The name of the file.
-        shape: The parameter's shape.
-        values: The tensor with the change, or with its entries that are not zero if there is a mask.
-        mask: The tensor of bits, one per entry of the parameter.
+        shape: The shape of the parameter.
+        values: The name of the tensor that holds the change. With a mask, it holds only the entries
+            that are not zero.
+        mask: The name of the tensor of bits, one per entry of the parameter. None for a dense
+            change.
     """
 
     file: str
@@ -43,26 +52,63 @@ class StoredChange:
     mask: str | None = None
 
 
-def read_task_vector(files: Mapping[str, Path]) -> dict[str, StoredChange]:
-    """Read where a task vector's files hold the change of each parameter.
-
-    Only headers are read; `check_masks` reads the masks.
+def find_files(folder: Path) -> dict[str, Path]:
+    """Find the safetensors files of the task vector in a folder.
 
     Args:
-        files: File name -> path.
+        folder: A folder with one file, or with several files and their index.
 
     Returns:
-        Parameter name -> the place of its change, sorted by name.
+        The paths by file name.
 
     Raises:
-        IntegrityError: The files hold anything else than changes, or one change twice.
+        IntegrityError: The index does not match the files `task_vector-00001-of-0000N` exactly.
+    """
+    index = folder / SHARD_INDEX
+    if not index.is_file():
+        return {TASK_VECTOR: folder / TASK_VECTOR}
+    if (folder / TASK_VECTOR).exists():
+        raise _malformed(index, f"{TASK_VECTOR} stands beside it, and only one of them may exist")
+    places = read_json(index).get("weight_map")
+    if not places or not isinstance(places, dict):
+        raise _malformed(index, "its weight_map does not map tensors to files")
+    names = sorted(set(map(str, places.values())))
+    if names != [SHARD.format(i + 1, len(names)) for i in range(len(names))]:
+        raise _malformed(
+            index, f"its weight_map names {short(names)}, expected {SHARD.format(1, 1)} and so on"
+        )
+    files = {name: folder / name for name in names}
+    held = {tensor: name for name, path in files.items() for tensor in read_header(path)}
+    for tensor in sorted(held.keys() | places.keys()):
+        if held.get(tensor) != places.get(tensor):
+            raise _malformed(
+                index,
+                f"it has {short(tensor)} in {places.get(tensor, 'no file')}, "
+                f"but the tensor is in {held.get(tensor, 'no file')}",
+            )
+    return files
+
+
+def read_task_vector(files: Mapping[str, Path]) -> dict[str, StoredChange]:
+    """Read where the files of a task vector hold the change of each parameter.
+
+    Only headers are read. `check_masks` reads the masks.
+
+    Args:
+        files: The paths by file name.
+
+    Returns:
+        The place of each parameter's change, sorted by parameter.
+
+    Raises:
+        IntegrityError: The files hold other tensors, or one change twice.
     """
     found: dict[str, StoredChange] = {}
     for name, path in files.items():
         stored = _read_file(name, path)
         twice = sorted(found.keys() & stored.keys())
         if twice:
-            raise malformed(path, f"{twice[0]} is there, and in {found[twice[0]].file} too")
+            raise _malformed(path, f"it has {twice[0]}, and {found[twice[0]].file} has it, too")
         found |= stored
     return dict(sorted(found.items()))
 
@@ -77,15 +123,15 @@ def _read_file(file: str, path: Path) -> dict[str, StoredChange]:
         if name in values or info.dtype == "U8":
             continue
         if info.dtype not in FLOATS:
-            raise malformed(path, f"tensor {name} is {info.dtype}, and a change is floats")
+            raise _malformed(path, f"tensor {name} is {info.dtype}, and changes are floats")
         if name in stored:
-            raise malformed(path, f"{name} is there twice, dense and as a mask")
+            raise _malformed(path, f"it has {name} twice, dense and with a mask")
         stored[name] = StoredChange(file, info.shape, name)
     unused = sorted(set(sparse) - set(masks))
     if unused:
-        raise malformed(path, f"its metadata has a shape for {unused[0]}, which has no mask")
+        raise _malformed(path, f"its metadata has a shape for {unused[0]}, which has no mask")
     if not stored:
-        raise malformed(path, "it changes nothing")
+        raise _malformed(path, "it changes nothing")
     return stored
 
 
@@ -97,32 +143,32 @@ def _read_sparse(
     mask: str,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> StoredChange:
-    """Return the place of a sparse change, after checking the mask against the values."""
+    """Return the place of a sparse change after checking its mask against its values."""
     values = header.get(f"{name}.values")
     if mask != f"{name}.mask" or values is None:
-        raise malformed(path, f"tensor {mask} is U8, and neither a change nor a mask beside values")
+        raise _malformed(path, f"tensor {mask} is U8, but neither a change nor a mask with values")
     if name not in shapes:
-        raise malformed(path, f"{mask} has no shape under {SHAPES} in the file's metadata")
+        raise _malformed(path, f"its metadata has no shape of {mask} under {SHAPES}")
     count, bits = math.prod(shapes[name]), header[mask]
     if bits.shape != (-(-count // 8),):
-        raise malformed(
+        raise _malformed(
             path, f"{mask} is {list(bits.shape)}, and {count} entries need {-(-count // 8)}"
         )
     if values.dtype not in FLOATS or len(values.shape) != 1:
-        raise malformed(
-            path, f"{name}.values is {values.dtype} {list(values.shape)}, not a row of floats"
+        raise _malformed(
+            path, f"{name}.values is {values.dtype} {list(values.shape)}, not a vector of floats"
         )
     return StoredChange(file, shapes[name], f"{name}.values", mask)
 
 
 def check_masks(path: Path) -> None:
-    """Check that every mask of a file has as many bits set as there are values.
+    """Check that every mask of a file has as many set bits as there are values.
 
     Args:
-        path: The file.
+        path: The path of the file.
 
     Raises:
-        IntegrityError: A mask has another number of bits, or bits after its last entry.
+        IntegrityError: A mask has another number of set bits, or set bits after its last entry.
     """
     header = read_header(path)
     with path.open("rb") as file:
@@ -134,10 +180,10 @@ def check_masks(path: Path) -> None:
                 ones += int.from_bytes(last).bit_count()
             over = -math.prod(stored.shape) % 8
             if over and last[-1] >> (8 - over):
-                raise malformed(path, f"{stored.mask} has bits set past its last entry")
+                raise _malformed(path, f"{stored.mask} has bits set past its last entry")
             if (ones,) != header[stored.values].shape:
                 (count,) = header[stored.values].shape
-                raise malformed(path, f"{stored.mask} has {ones} bits set for {count} values")
+                raise _malformed(path, f"{stored.mask} has {ones} bits set for {count} values")
 
 
 def unpack_mask(mask: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -145,11 +191,11 @@ def unpack_mask(mask: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
 
     Args:
         mask: One bit per entry of the parameter, the lowest bit of each byte first, uint8.
-        values: The entries whose bit is set, in their order.
-        shape: The parameter's shape.
+        values: The entries whose bit is set, in order.
+        shape: The shape of the parameter.
 
     Returns:
-        A tensor of this shape that holds the values, and zeros elsewhere.
+        A tensor of this shape with the values, and zeros elsewhere.
     """
     import torch
 
@@ -160,7 +206,7 @@ def unpack_mask(mask: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _read_chunks(file: Any, info: TensorInfo) -> Iterator[bytes]:
-    """Read the bytes of a tensor piece by piece."""
+    """Yield the bytes of a tensor piece by piece."""
     file.seek(info.begin)
     left = info.bytes
     while left:
@@ -170,19 +216,19 @@ def _read_chunks(file: Any, info: TensorInfo) -> Iterator[bytes]:
 
 
 def _read_sparse_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Read the shapes of sparse parameters from the metadata; the header was checked before."""
+    """Read the shapes of sparse parameters from the metadata of a checked header."""
     metadata = json.loads(read_header_text(path)[0]).get("__metadata__", {})
     try:
         stated = json.loads(metadata.get(SHAPES, "{}"))
         shapes = {name: tuple(shape) for name, shape in stated.items()}
     except (ValueError, AttributeError, TypeError, RecursionError):
-        raise malformed(path, f"{SHAPES} in its metadata is no JSON object of shapes") from None
+        raise _malformed(path, f"{SHAPES} in its metadata is not a JSON object of shapes") from None
     for name, shape in shapes.items():
         if not all(type(side) is int and 0 < side < 1 << 40 for side in shape):
-            raise malformed(path, f"{SHAPES} in its metadata gives {name} the shape {list(shape)}")
+            raise _malformed(path, f"{SHAPES} in its metadata gives {name} the shape {list(shape)}")
     return shapes
 
 
-def malformed(path: Path, fact: str) -> IntegrityError:
+def _malformed(path: Path, fact: str) -> IntegrityError:
     """Return the error for a malformed file."""
     return IntegrityError(f"{path}: {fact}", HINT)

@@ -1,7 +1,7 @@
-"""Kinds of experts, one file each.
+"""Kinds of experts, one module each.
 
-A kind is registered when its module is imported. A folder is recognised as the first kind of which
-it has a file, so the order of the imports counts.
+A kind is registered when its module is imported. A folder belongs to the first kind of which it has
+a mark, so the order of the imports matters.
 """
 
 # isort: off

@@ -1,4 +1,4 @@
-"""The type of a kind of experts, and the catalogue in which every kind is registered."""
+"""The type of a kind of experts, and the catalogue of all kinds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 
 
 class BaseShapes(Protocol):
-    """What a kind may know of a base: names and shapes, and no weights."""
+    """The properties of a base that a kind can use: names and shapes, but no weights."""
 
     @property
     def name(self) -> str:
@@ -32,24 +32,24 @@ class BaseShapes(Protocol):
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every parameter."""
+        """The shape of each parameter."""
         ...
 
     @property
     def tied(self) -> Mapping[str, str]:
-        """Each parameter that is not stored, with the one whose weights it shares."""
+        """The parameters that are not stored, each with the one whose weights it shares."""
         ...
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What an expert changes of its base, read from the headers of its files.
+    """The changes that an expert makes to its base, as read from the headers of its files.
 
     Args:
-        shapes: Parameter name -> shape, of every parameter that the expert changes.
-        adapted: How the modules are changed, for a low-rank change.
+        shapes: The shape of each parameter that the expert changes.
+        adapted: The changes of modules, for a low-rank expert.
         gated: The modules that have a gate.
-        skill_tasks: The tasks that an inventory of skills knows.
+        skill_tasks: The tasks of an inventory of skills.
     """
 
     shapes: Shapes
@@ -60,15 +60,16 @@ class Footprint:
 
 @dataclass(frozen=True)
 class StoredExpert:
-    """A stored expert beside the base that it is checked against.
+    """A stored expert together with the base that it is checked against.
 
     Args:
-        name: What errors call the expert.
+        name: The name of the expert in errors.
         files: The names of its files.
         base: The base.
-        locate: File name -> where the file is; its bytes are not checked, so read headers only.
-        verified: File name -> where the file is, its bytes checked against its digest.
-        memo: What `once` has computed for experts of this base.
+        locate: A function that returns the path of a file. The bytes are not verified, so use it
+            only to read headers.
+        verify: A function that hashes a file and returns its path.
+        memo: The results of `compute_once` for this base.
     """
 
     name: str
@@ -79,13 +80,13 @@ class StoredExpert:
     memo: dict[int, tuple[object, Any]]
 
     def compute_once(self, of: object, compute: Callable[[], Result]) -> Result:
-        """Compute something of an object that many experts share, once.
+        """Compute a function of an object once, if many experts share the object.
 
         The readers of headers return one object for equal headers, so a thousand experts of equal
         shapes are checked once.
 
         Args:
-            of: The shared object; it is compared by identity.
+            of: The shared object. It is compared by identity.
             compute: A function that returns the result.
 
         Returns:
@@ -100,10 +101,10 @@ class StoredExpert:
         """Check low-rank changes against the base.
 
         Args:
-            adapted: How the modules are changed.
+            adapted: The changes of modules.
 
         Returns:
-            Parameter name -> shape.
+            The shape of each parameter that the expert changes.
 
         Raises:
             HubError: The base lacks a module, or its weight has another shape.
@@ -119,10 +120,10 @@ class StoredExpert:
         """Check changes of whole parameters against the base.
 
         Args:
-            shapes: Parameter name -> shape of its change.
+            shapes: The shape of the change of each parameter.
 
         Returns:
-            The same shapes, and those of the parameters that share a changed weight.
+            The same shapes, and the shapes of parameters that share a changed weight.
 
         Raises:
             HubError: The base lacks a parameter, or it has another shape.
@@ -132,11 +133,14 @@ class StoredExpert:
             if stored in shapes:
                 found.setdefault(use, shapes[stored])
         for name, shape in found.items():
-            if self.base.shapes.get(name) != shape:
+            own = self.base.shapes.get(name)
+            if own != shape:
                 raise HubError(
-                    f"{self.name}: changes {name} {list(shape)}, where {self.base.name} has "
-                    f"{list(self.base.shapes.get(name, ())) or 'nothing'}",
-                    suggest_name(name, self.base.shapes),
+                    f"{self.name} changes {name} {list(shape)}, but {self.base.name} has "
+                    + ("no such parameter" if own is None else f"{list(own)}"),
+                    suggest_name(name, self.base.shapes)
+                    if own is None
+                    else "use the base that the expert was trained on",
                 )
         return found
 
@@ -146,26 +150,26 @@ Changes = Mapping[str, Callable[[], "Delta"]]
 
 @dataclass(frozen=True)
 class ExpertKind:
-    """A kind of experts: its files, the checks of them, and what they change of a base.
+    """A kind of experts: its files, their checks, and how they change a base.
 
     Args:
         name: The name in registries and in `expert.json`.
-        label: What messages call one of this kind, with an article: `a LoRA`.
-        marks: File names; a folder that has one of them holds an expert of this kind.
-        files: The names of all its files, as shell patterns; gates are accepted for every kind.
-        check: A function of a folder that checks the files of this kind in it, and returns their
-            names. It raises IntegrityError for anything that cannot be loaded later.
-        key: The key of a recipe that names one of this kind.
-        footprint: A function that reads what a stored expert changes, from headers alone. None for
-            a kind that is not listed under `experts:`.
-        load: A function of the opened files by name, the footprint and the base. It returns
-            parameter name -> a function that makes the change of that parameter. None for a kind
-            that is not one change of the weights.
-        mapped: The files that `load` reads whole; it is given their bytes as an `mmap`.
-        opened: Shell patterns of larger files that `load` opens; it is given their paths.
+        label: The name of one such expert in messages, with an article: `a LoRA`.
+        marks: File names. A folder with one of them holds an expert of this kind.
+        files: The names of all its files, as shell patterns. Every kind may also have gates.
+        check: A function that checks the files of this kind in a folder and returns their names. It
+            raises IntegrityError for files that could not be loaded later.
+        key: The key of a recipe that names one such expert.
+        footprint: A function that reads from headers what a stored expert changes. None for a kind
+            that is not listed under `experts:`.
+        load: A function of the opened files by name, the footprint and the base. It returns for
+            each parameter a function that makes its change. None for a kind that is not one change
+            of the weights.
+        mapped: The files that `load` reads as a whole. It gets their bytes as an `mmap`.
+        opened: Shell patterns of larger files. `load` gets their paths, and opens them itself.
         low_rank: Whether every change is low-rank.
-        peft: Whether the files are those of an adapter that peft loads.
-        base_name: A function of a folder that returns the name of the base its files state.
+        peft: Whether the files are an adapter that peft loads.
+        base_name: A function that returns the name of the base that the files in a folder state.
     """
 
     name: str
@@ -184,10 +188,10 @@ class ExpertKind:
 
 
 class Kinds(Mapping[str, ExpertKind]):
-    """Name -> kind of experts, in the order in which a folder is recognised.
+    """The catalogue of kinds by name, in the order in which a folder is recognised.
 
-    Kinds of other packages enter by the entry-point group `experthub.kinds`, after the built-in
-    ones. They are imported when a name or a folder is of no kind that is known so far.
+    Other packages add kinds by the entry-point group `experthub.kinds`. They come after the
+    built-in ones. They are imported when a name or a folder belongs to no known kind.
     """
 
     group = "experthub.kinds"
@@ -197,7 +201,7 @@ class Kinds(Mapping[str, ExpertKind]):
         self._plugins_loaded = False
 
     def register(self, kind: ExpertKind) -> ExpertKind:
-        """Enter a kind under its name.
+        """Add a kind to the catalogue.
 
         Args:
             kind: The kind.
@@ -206,8 +210,8 @@ class Kinds(Mapping[str, ExpertKind]):
             The same kind.
 
         Raises:
-            ValueError: The name or a mark belongs to another kind, or a mark is not a file name
-                that a store accepts.
+            ValueError: Another kind has the name or a mark, or a mark is not a file name that a
+                store accepts.
         """
         if kind.name in self._kinds:
             raise ValueError(f"the kind {kind.name!r} is registered already")
@@ -240,7 +244,7 @@ class Kinds(Mapping[str, ExpertKind]):
         if pickles:
             raise IntegrityError(
                 f"{folder} holds {pickles[0]}, a pickle, and no safetensors",
-                "save it again with safe_serialization=True; pickles can run code when read",
+                "save it again with safe_serialization=True: reading a pickle can run code",
             )
         wanted = " and no ".join(kind.marks[0] for kind in self.values() if kind.load)
         raise IntegrityError(
@@ -249,6 +253,7 @@ class Kinds(Mapping[str, ExpertKind]):
         )
 
     def _load_plugins(self) -> dict[str, ExpertKind]:
+        """Import the kinds of other packages once, and return all kinds."""
         if not self._plugins_loaded:
             self._plugins_loaded = True
             for point in entry_points(group=self.group):

@@ -1,4 +1,4 @@
-"""LoRA adapters in PEFT's format, with PHATGOOSE gates beside them or without."""
+"""The kind of LoRA adapters in PEFT's format, with or without PHATGOOSE gates."""
 
 from __future__ import annotations
 
@@ -9,22 +9,26 @@ from typing import TYPE_CHECKING, Any
 
 from experthub.hub.errors import IntegrityError
 from experthub.hub.files.json_files import read_json
-from experthub.hub.formats.adapter import Adapted, check_gates, read_adapter, read_gates
+from experthub.hub.formats.adapter import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    GATES,
+    Adapted,
+    check_gates,
+    read_adapter,
+    read_gates,
+)
 from experthub.hub.kinds.kind import BaseShapes, Changes, ExpertKind, Footprint, StoredExpert, kinds
 
 if TYPE_CHECKING:
     from experthub.merge import Delta
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER = "adapter_model.safetensors"
-GATES = "phatgoose_gates.safetensors"
-
 
 def _check(folder: Path) -> list[str]:
-    """Check an adapter and its gates, and return their files' names."""
+    """Check an adapter and its gates; return the names of their files."""
     if not (folder / ADAPTER_CONFIG).is_file():
         raise IntegrityError(
-            f"{folder} has no {ADAPTER_CONFIG}", "peft writes it beside the weights"
+            f"{folder} has no {ADAPTER_CONFIG}", "copy the file that peft wrote beside the weights"
         )
     adapted = read_adapter(folder / ADAPTER_CONFIG, folder / ADAPTER, str(folder))
     if not (folder / GATES).is_file():
@@ -34,7 +38,7 @@ def _check(folder: Path) -> list[str]:
 
 
 def _footprint(expert: StoredExpert) -> Footprint:
-    """Read which modules an adapter changes, and which have a gate."""
+    """Read which modules an adapter changes, and which modules have a gate."""
     config = expert.verify(ADAPTER_CONFIG)
     adapted = read_adapter(config, expert.locate(ADAPTER), expert.name)
     shapes = expert.check_low_rank(adapted)
@@ -45,7 +49,7 @@ def _footprint(expert: StoredExpert) -> Footprint:
 
 
 def _load(contents: Mapping[str, Any], footprint: Footprint, base: BaseShapes) -> Changes:
-    """Return a function for each adapted weight that makes its low-rank change, in float32."""
+    """Return for each adapted weight a function that makes its low-rank change in float32."""
     from experthub.hub.formats.safetensors_reader import Tensors
     from experthub.merge import LowRank
 
@@ -54,14 +58,14 @@ def _load(contents: Mapping[str, Any], footprint: Footprint, base: BaseShapes) -
     def change(adapted: Adapted) -> Delta:
         a, b = tensors[adapted.a].float(), tensors[adapted.b].float()
         found = LowRank(a, b, adapted.scale)
-        # PEFT's B A is the change of the module; Conv1D and embeddings store the transpose.
+        # B A is the change of the module. Conv1D and embeddings store its transpose.
         return found.transpose() if adapted.transposed or adapted.embedding else found
 
     return {f"{a.module}.weight": partial(change, a) for a in footprint.adapted}
 
 
 def _base_name(folder: Path) -> str | None:
-    """Return the base that an adapter's configuration names."""
+    """Return the name of the base in an adapter's configuration."""
     named = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     return str(named) if named else None
 

@@ -1,24 +1,21 @@
-"""Inventories of skills (Poly, MHR): several low-rank changes per module, mixed per task."""
+"""The kind of inventories of skills (Poly, MHR), which mix several LoRAs per task."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from experthub.hub.formats.skills import read_skills
+from experthub.hub.formats.skills import SKILLS, SKILLS_JSON, read_skills
 from experthub.hub.kinds.kind import ExpertKind, Footprint, StoredExpert, kinds
-
-SKILLS = "skills.safetensors"
-SKILLS_JSON = "skills.json"
 
 
 def _check(folder: Path) -> list[str]:
-    """Check an inventory's record and tensors, and return their files' names."""
+    """Check the record and the tensors of an inventory; return the names of their files."""
     read_skills(folder / SKILLS_JSON, folder / SKILLS)
     return [SKILLS, SKILLS_JSON]
 
 
 def _footprint(expert: StoredExpert) -> Footprint:
-    """Read which modules an inventory changes, and which tasks it knows."""
+    """Read which modules an inventory changes, and which tasks it has."""
     record, adapted = read_skills(expert.verify(SKILLS_JSON), expert.locate(SKILLS))
     shapes = expert.check_low_rank(adapted)
     return Footprint(shapes, adapted, skill_tasks=tuple(record.tasks))

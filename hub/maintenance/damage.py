@@ -1,4 +1,4 @@
-"""Damaged registry entries, lock files, tasks, fetched folders and banks, and how to repair them."""
+"""Damaged registry entries, lock files, tasks, fetched folders and banks, and their repair."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class DamagedItem:
 
 
 def find_damaged_texts(root: Path) -> Iterator[DamagedItem]:
-    """Find the damaged text files: registry entries, lock files, and files that remember lock files.
+    """Find the damaged registry entries, lock files, and files that remember lock files.
 
     A file that is repaired during the iteration is used for the rest of it.
 

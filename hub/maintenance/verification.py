@@ -67,7 +67,7 @@ class Findings:
 
     @property
     def whole(self) -> bool:
-        """Whether nothing is damaged any more."""
+        """True if nothing is damaged any more."""
         return not self.left
 
     def record(self) -> dict[str, Any]:
@@ -86,8 +86,8 @@ def verify(session: Session, file: Path | None = None, *, repair: bool = False) 
         session: The store and the progress callback. The registries are read anew, without the
             entries that cannot be read.
         file: A registry file besides the others.
-        repair: Fetch damaged and missing content again from the sources that entries and locks name.
-            Content that cannot be fetched is left unchanged.
+        repair: Fetch damaged and missing content again from the sources that entries and locks
+            name. Content that cannot be fetched is left unchanged.
 
     Returns:
         What was found, what was repaired, and what is still damaged.

@@ -102,7 +102,7 @@ class PlanMaterials:
         """
         own = self._select_own_tasks(expert)
         if self.plan.base.is_causal:
-            return [one.task.prompt(example) for one in own for example in one.examples]
+            return [one.task.format_prompt(example) for one in own for example in one.examples]
         return [example.input for one in own for example in one.examples]
 
     @torch.no_grad()
@@ -178,5 +178,5 @@ class PlanMaterials:
     def _read(self, model: Any, one: Chosen) -> Tensor:
         """Compute the logits `[N, C]` of a task's examples."""
         rows = [self._reader.row(self._reader.question(one.task, e)) for e in one.examples]
-        width = max(len(one.task.choices(example)) for example in one.examples)
+        width = max(len(one.task.list_choices(example)) for example in one.examples)
         return read_all(self._reader, model, rows, width)

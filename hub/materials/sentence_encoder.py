@@ -50,7 +50,7 @@ class SentenceEncoder:
         """Check that an index was made by this encoder.
 
         Args:
-            fingerprint: The fingerprint of the encoder that made the index; None if there is no index.
+            fingerprint: The fingerprint of the encoder that made the index; None without an index.
 
         Raises:
             IntegrityError: The index was made by another encoder.
@@ -59,7 +59,7 @@ class SentenceEncoder:
             raise IntegrityError(
                 f"the index was made by the sentence encoder {str(fingerprint)[:19]}, "
                 f"and embedder: names {self.fingerprint[:19]}",
-                "set embedder: to the encoder that made the index, or remove router: to make it again",
+                "name the encoder that made the index, or remove router: to make the index again",
             )
 
     def __call__(self, texts: Sequence[str]) -> Tensor:

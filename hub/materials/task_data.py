@@ -43,7 +43,7 @@ class TaskData:
         self.sizes = [len(rows) for rows in self.rows]
         self.labels = [torch.tensor(one.labels) for one in chosen] if labelled else None
         self.widths = [
-            max(len(one.task.choices(example)) for example in one.examples) for one in chosen
+            max(len(one.task.list_choices(example)) for example in one.examples) for one in chosen
         ]
 
     @property

@@ -59,7 +59,7 @@ class Features:
         Returns:
             The prompt for a language model, or the input for an encoder, without choices.
         """
-        return Question(task.prompt(example) if self.causal else example.input, ())
+        return Question(task.format_prompt(example) if self.causal else example.input, ())
 
     def texts(self, task: Task, limit: int) -> list[str]:
         """Return the texts of the first examples of a task's training split.

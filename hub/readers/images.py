@@ -141,7 +141,7 @@ class ImageClassifier:
         Returns:
             The example's image and the task's choices.
         """
-        return Question(example.input, tuple(task.choices(example)))
+        return Question(example.input, tuple(task.list_choices(example)))
 
     def row(self, question: Question) -> ImageRow:
         """Prepare a question for the model.
@@ -200,7 +200,7 @@ class Clip:
         Returns:
             The example's image and the task's choices.
         """
-        return Question(example.input, tuple(task.choices(example)))
+        return Question(example.input, tuple(task.list_choices(example)))
 
     def row(self, question: Question) -> ImageRow:
         """Prepare a question for the model.

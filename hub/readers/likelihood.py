@@ -34,7 +34,9 @@ class Likelihood:
         Returns:
             The prompt, and the choices after a space.
         """
-        return Question(task.prompt(example), tuple(" " + c for c in task.choices(example)))
+        return Question(
+            task.format_prompt(example), tuple(" " + c for c in task.list_choices(example))
+        )
 
     def scores(self, model: Any, questions: Sequence[Question]) -> list[Scores]:
         """Score the choices of questions.

@@ -46,7 +46,7 @@ class Similarity:
         Returns:
             The example's input and the task's choices.
         """
-        return Question(example.input, tuple(task.choices(example)))
+        return Question(example.input, tuple(task.list_choices(example)))
 
     def scores(self, model: Any, questions: Sequence[Question]) -> list[Scores]:
         """Score the choices of questions.

@@ -67,7 +67,9 @@ class LanguageModel:
         Returns:
             The prompt, and the choices after a space.
         """
-        return Question(task.prompt(example), tuple(" " + c for c in task.choices(example)))
+        return Question(
+            task.format_prompt(example), tuple(" " + c for c in task.list_choices(example))
+        )
 
     def row(self, question: Question) -> Text:
         """Prepare a question for the model.
@@ -127,7 +129,7 @@ class Seq2Seq:
         Returns:
             The prompt and the choices.
         """
-        return Question(task.prompt(example), tuple(task.choices(example)))
+        return Question(task.format_prompt(example), tuple(task.list_choices(example)))
 
     def row(self, question: Question) -> Text:
         """Prepare a question for the model.
@@ -244,7 +246,7 @@ class TextClassifier:
         Returns:
             The example's input and the task's choices.
         """
-        return Question(example.input, tuple(task.choices(example)))
+        return Question(example.input, tuple(task.list_choices(example)))
 
     def row(self, question: Question) -> Text:
         """Prepare a question for the model.

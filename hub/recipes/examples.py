@@ -106,8 +106,8 @@ def choose_few(task: Task, shots: int) -> list[Example]:
     examples = task.split("train")
     by_class: dict[str, list[Example]] = {}
     for example in examples:
-        answer = task.answer(example)
-        choices = task.choices(example)
+        answer = task.find_answer(example)
+        choices = task.list_choices(example)
         by_class.setdefault("" if answer is None else choices[answer], []).append(example)
     if task.card.labels is None and len(by_class) > len(examples) // 2:
         return list(examples[:shots])  # each example has choices of its own
@@ -117,7 +117,7 @@ def choose_few(task: Task, shots: int) -> list[Example]:
 
 def _choose(task: Task, use: DataUse, split: Split) -> Chosen:
     """Choose the examples of one task."""
-    if not task.ranked:
+    if not task.has_choices:
         raise UsageError(
             f"task {task.reference} has no choices, and learning compares those",
             "choose another task",
@@ -130,10 +130,13 @@ def _choose(task: Task, use: DataUse, split: Split) -> Chosen:
 
 def _choose_shots(task: Task, examples: Sequence[Example], shots: int) -> list[Example]:
     """Choose the first examples of each class, or as many in all if choices differ by example."""
-    if task.card.labels is None and len({tuple(sorted(task.choices(e))) for e in examples}) > 1:
-        return list(examples[: shots * len(task.choices(examples[0]))])
+    if (
+        task.card.labels is None
+        and len({tuple(sorted(task.list_choices(e))) for e in examples}) > 1
+    ):
+        return list(examples[: shots * len(task.list_choices(examples[0]))])
     found: dict[str, list[Example]] = {}
     for example in examples:
-        answer = task.choices(example)[task.answer(example) or 0]
+        answer = task.list_choices(example)[task.find_answer(example) or 0]
         found.setdefault(answer, []).append(example)
     return [example for group in found.values() for example in group[:shots]]

@@ -153,6 +153,6 @@ def check_name(name: str) -> str:
     if not re.fullmatch(NAME, name):
         raise UsageError(
             f"{name!r} is not a name",
-            "use at most 96 of the characters a-z, 0-9, '.', '_' and '-'; start with a letter or digit",
+            "use a-z, 0-9, '.', '_' and '-', at most 96; start with a letter or a digit",
         )
     return name

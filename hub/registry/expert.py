@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 from experthub.hub.errors import UsageError
 from experthub.hub.files.digests import digest_of
 from experthub.hub.files.yaml_files import Closed
+from experthub.hub.formats.adapter import GATES
 from experthub.hub.formats.records import Digest
 from experthub.hub.kinds import kinds
 from experthub.hub.kinds.kind import FILE
-from experthub.hub.kinds.lora import GATES
 from pydantic import AfterValidator, Field, StringConstraints
 from pydantic_core import PydanticCustomError
 
@@ -90,7 +90,8 @@ class Expert(Closed):
 
     Example:
         >>> from experthub.hub import Expert
-        >>> Expert(name="mine", base="tiny", sources=["./mine"], digest="sha256:" + "0" * 64).reference
+        >>> digest = "sha256:" + "0" * 64
+        >>> Expert(name="mine", base="tiny", sources=["./mine"], digest=digest).reference
         'mine@1'
     """
 
@@ -183,10 +184,11 @@ class Reference:
 
     @classmethod
     def parse(cls, text: str, folder: Path | None = None) -> Reference:
-        """Parse a reference: `name`, `name@2`, `name@sha256:...`, `./x`, `/x`, `file:DIR`, `hf:org/name`.
+        """Parse a reference.
 
         Args:
-            text: The reference.
+            text: The reference: `name`, `name@2`, `name@sha256:...`, `./x`, `/x`, `file:PLACE`,
+                `file:PLACE#name@2`, or a remote source such as `hf:org/name`.
             folder: The folder that relative paths start from. The default is the current folder.
 
         Returns:

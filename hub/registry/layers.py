@@ -64,7 +64,11 @@ def _make_sources_absolute(expert: Expert, folder: Path) -> Expert:
 
 
 def user_folder() -> Path:
-    """Return the folder of the user's own registry."""
+    """Return the folder of the user's own registry.
+
+    Returns:
+        The path of the folder, whether it exists or not.
+    """
     return hub_home() / "registry"
 
 

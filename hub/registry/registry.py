@@ -29,7 +29,7 @@ class Registry:
 
     @classmethod
     def read(cls, file: Path | None = None, without: Set[Path] = frozenset()) -> Registry:
-        """Read all layers: `file`, the project's registry, the user's own, and the starter registry.
+        """Read all layers: `file`, the project's registry, the user's own and the starter registry.
 
         The project's registry is the nearest `registry.yaml` in the current folder or above it.
 
@@ -83,8 +83,8 @@ class Registry:
             words: The words; case does not count.
 
         Returns:
-            The experts, the best match first. A word in a name counts most, then a word in a tag or a
-            task, then a word in another field.
+            The experts, the best match first. A word in a name counts most, then a word in a tag or
+            a task, then a word in another field.
         """
         wanted = [word.lower() for word in words]
         ranked = []

@@ -212,7 +212,7 @@ class _Inputs:
 
 def _read_answers(task: Task, examples: int) -> list[str]:
     """Read the right answers of the examples, which are the classes of a task."""
-    return [task.right_answer(example) for example in task.split("train", examples)]
+    return [task.format_answer(example) for example in task.split("train", examples)]
 
 
 def _build_single(plan: Plan, reference: str) -> Recipe:

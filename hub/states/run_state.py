@@ -59,7 +59,9 @@ def load_progress(plan: Plan) -> dict[str, Tensor] | None:
         found: dict[str, Tensor] = load(path.read_bytes())
         return found
     except (OSError, ValueError, RuntimeError) as error:
-        raise IntegrityError(f"{path} is damaged: {error}", "remove it to start the run again") from None
+        raise IntegrityError(
+            f"{path} is damaged: {error}", "remove it to start the run again"
+        ) from None
 
 
 def save_progress(plan: Plan, progress: Mapping[str, Tensor]) -> None:

@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from experthub.hub.files.atomic import open_atomically, write_json
-from experthub.hub.formats.coefficients import TENSOR, CoefficientsRecord, read_coefficients
+from experthub.hub.formats.coefficients import (
+    COEFFICIENTS,
+    COEFFICIENTS_JSON,
+    TENSOR,
+    CoefficientsRecord,
+    read_coefficients,
+)
 from experthub.hub.formats.records import StateExpert
-from experthub.hub.formats.router import RouterRecord, read_router
-from experthub.hub.kinds.coefficients import COEFFICIENTS, COEFFICIENTS_JSON
-from experthub.hub.kinds.router import ROUTER, ROUTER_JSON
+from experthub.hub.formats.router import ROUTER, ROUTER_JSON, RouterRecord, read_router
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.registry.content import Content
 from experthub.hub.store.store import Store

@@ -27,7 +27,7 @@ def resolve_state(plan: Plan, session: Session) -> Any:
 
     Args:
         plan: A plan.
-        session: The surroundings in which a state is made.
+        session: The store, the registry, the device and the progress callback.
 
     Returns:
         The state; None for a method without state, and for a plan with parts, which have none.
@@ -75,7 +75,7 @@ def store_state(plan: Plan, session: Session) -> Content:
 
     Args:
         plan: A plan whose method keeps its state.
-        session: The surroundings in which a state is made.
+        session: The store, the registry, the device and the progress callback.
 
     Returns:
         The state as content of the store.

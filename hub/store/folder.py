@@ -28,8 +28,8 @@ def read_folder(folder: Path, hashed: Mapping[str, str] = MappingProxyType({})) 
 
     Raises:
         NotFoundError: There is no such folder.
-        IntegrityError: The folder holds no expert of a known kind. Or a file is malformed, holds NaN
-            or infinity, or differs from `expert.json`.
+        IntegrityError: The folder holds no expert of a known kind. Or a file is malformed, holds
+            NaN or infinity, or differs from `expert.json`.
     """
     if not folder.is_dir():
         raise NotFoundError(

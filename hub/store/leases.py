@@ -1,4 +1,4 @@
-"""Leases list the objects that running processes need, so that a collection does not delete them."""
+"""Leases list the objects that running processes need, so that no collection deletes them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Lease:
 
     @property
     def exists(self) -> bool:
-        """Whether the file was not deleted."""
+        """True unless the file was deleted."""
         return bool(os.fstat(self.file.fileno()).st_nlink)
 
     def add(self, objects: set[str]) -> None:

@@ -20,7 +20,7 @@ from experthub.hub.progress import Report, silent
 from experthub.hub.session import Session
 from experthub.hub.store.store import Store
 from experthub.hub.tasks.task import Card, Example, example_id
-from experthub.hub.tasks.task_files import write_task
+from experthub.hub.tasks.task_files import tasks_folder, write_task
 from experthub.hub.transfer.remotes import pypi
 
 VERSION = "1.0.0"
@@ -97,7 +97,7 @@ def import_tasks(names: list[str], session: Session) -> tuple[list[str], list[st
 
 
 def import_again(name: str, store: Store) -> None:
-    """Replace a damaged task from the archive.
+    """Replace a damaged task with that of the archive.
 
     Args:
         name: The name of the task in BIG-bench.
@@ -107,11 +107,13 @@ def import_again(name: str, store: Store) -> None:
         NotFoundError: BIG-bench has no such task.
         IntegrityError: The archive gives other files than those that were imported before.
     """
-    for found, load, _ in _tasks(fetch_archive(Session(store=store))):
+    for found, load, _ in _iterate_tasks(fetch_archive(Session(store=store))):
         if found == name:
             write_task("bigbench", *convert(name, load()), renew=True)
             return
-    raise NotFoundError(f"BIG-bench has no task {name!r}", "remove the task")
+    raise NotFoundError(
+        f"BIG-bench has no task {name!r}", f"remove the folder {tasks_folder() / 'bigbench' / name}"
+    )
 
 
 def import_archive(
@@ -122,7 +124,7 @@ def import_archive(
     Args:
         path: The archive.
         names: The names of tasks, as for `import_tasks`.
-        report: Receives the progress.
+        report: A progress callback.
 
     Returns:
         The references of the imported tasks, and the omitted names with the reasons.
@@ -135,7 +137,7 @@ def import_archive(
     left_out: list[str] = []
     known: list[str] = []
     found: set[str] = set()
-    for name, load, at in _tasks(path):
+    for name, load, at in _iterate_tasks(path):
         known.append(name)
         report("reading BIG-bench", at, size)
         chosen = [
@@ -156,8 +158,8 @@ def import_archive(
     return done, left_out
 
 
-def _tasks(path: Path) -> Iterator[tuple[str, Callable[[], dict[str, Any]], int]]:
-    """Yield name, loader and position of every task.json, in one pass over the archive."""
+def _iterate_tasks(path: Path) -> Iterator[tuple[str, Callable[[], dict[str, Any]], int]]:
+    """Yield the name, a loader and the position of every task.json, in one pass over the archive."""
     with path.open("rb") as raw, tarfile.open(fileobj=raw, mode="r|gz") as tar:
         for member in tar:
             found = re.search(r"/benchmark_tasks/(.+)/task\.json$", member.name)
@@ -184,10 +186,10 @@ def convert(name: str, content: dict[str, Any]) -> tuple[Card, list[Example]]:
         HubError: No example has one right answer.
     """
     raw = [e for e in content.get("examples") or () if isinstance(e.get("input"), str)]
-    labels = _labels(raw)
-    examples = [e for e in (_example(item, labels) for item in raw) if e is not None]
+    labels = _find_labels(raw)
+    examples = [e for e in (_convert_example(item, labels) for item in raw) if e is not None]
     if not examples:
-        raise HubError("no example has exactly one right answer")
+        raise HubError("no example has exactly one right answer", "choose another task")
     scored = any(e.get("target_scores") for e in raw)
     listed = content.get("append_choices_to_input", True) and scored
     prefix = content.get("task_prefix", "")
@@ -216,18 +218,18 @@ def convert(name: str, content: dict[str, Any]) -> tuple[Card, list[Example]]:
     return card, examples
 
 
-def _labels(raw: list[dict[str, Any]]) -> list[str] | None:
+def _find_labels(raw: list[dict[str, Any]]) -> list[str] | None:
     """Return the sorted answers that all examples share, or None if they differ."""
     scored = [e["target_scores"] for e in raw if e.get("target_scores")]
     if scored:
         first = set(scored[0])
         same = all(set(s) == first for s in scored) and len(first) <= MAX_LABELS
         return sorted(c.strip() for c in first) if same else None
-    targets = {t for e in raw for t in _targets(e)}
+    targets = {t for e in raw for t in _list_targets(e)}
     return sorted(targets) if 2 <= len(targets) <= MAX_LABELS else None
 
 
-def _targets(item: dict[str, Any]) -> list[str]:
+def _list_targets(item: dict[str, Any]) -> list[str]:
     """Return the accepted free answers of an item, which has one text or a list of texts."""
     target = item.get("target")
     return [
@@ -235,7 +237,7 @@ def _targets(item: dict[str, Any]) -> list[str]:
     ]
 
 
-def _example(item: dict[str, Any], labels: list[str] | None) -> Example | None:
+def _convert_example(item: dict[str, Any], labels: list[str] | None) -> Example | None:
     """Convert an item to an example, or return None if it has no single right answer."""
     text = item["input"].strip()
     if item.get("target_scores"):
@@ -253,7 +255,7 @@ def _example(item: dict[str, Any], labels: list[str] | None) -> Example | None:
             choices=choices,
             answer=choices.index(right[0]),
         )
-    targets = _targets(item)
+    targets = _list_targets(item)
     if not targets or not text:
         return None
     if labels:

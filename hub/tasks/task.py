@@ -41,9 +41,10 @@ class Card(Closed):
     labels: list[str] | None = None
 
     @model_validator(mode="after")
-    def _has_input(self) -> Card:
+    def _check_template(self) -> Card:
+        """Reject a template without a place for the input."""
         if "{input}" not in self.template:
-            raise ValueError("the template has no {input}")
+            raise ValueError("the template does not contain {input}")
         return self
 
 
@@ -65,7 +66,8 @@ class Example(Closed):
     targets: Annotated[list[str], Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
-    def _one_kind(self) -> Example:
+    def _check_answer(self) -> Example:
+        """Reject an example without exactly one kind of answer."""
         if (self.choices is None) == (self.targets is None):
             raise ValueError("expected either choices with an answer, or targets")
         if self.choices is not None and not 0 <= (-1 if self.answer is None else self.answer) < len(
@@ -96,7 +98,13 @@ def example_id(text: str, choices: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Task:
-    """A task: its reference, its card, and its examples sorted by id."""
+    """A task with its examples.
+
+    Args:
+        reference: `suite:name`, or the folder of the task.
+        card: The description.
+        examples: The examples, sorted by id.
+    """
 
     reference: str
     card: Card
@@ -114,7 +122,7 @@ class Task:
 
         Args:
             name: The name of the split.
-            limit: The largest number of examples; the first ones by id are taken.
+            limit: The largest number of examples; the first ones by id are used. None means all.
 
         Returns:
             The examples, sorted by id.
@@ -133,7 +141,7 @@ class Task:
             )
         return chosen[:limit]
 
-    def prompt(self, example: Example) -> str:
+    def format_prompt(self, example: Example) -> str:
         """Fill an example into the template.
 
         Args:
@@ -147,11 +155,11 @@ class Task:
         return template.replace("{input}", example.input).replace("\0", listed)
 
     @property
-    def ranked(self) -> bool:
-        """Whether every example has choices to rank: its own, or the card's labels."""
-        return all(self.choices(e) and self.answer(e) is not None for e in self.examples)
+    def has_choices(self) -> bool:
+        """True if every example has choices that can be ranked, its own or the card's labels."""
+        return all(self.list_choices(e) and self.find_answer(e) is not None for e in self.examples)
 
-    def choices(self, example: Example) -> list[str]:
+    def list_choices(self, example: Example) -> list[str]:
         """Return the possible answers of an example.
 
         Args:
@@ -162,7 +170,7 @@ class Task:
         """
         return example.choices or self.card.labels or []
 
-    def answer(self, example: Example) -> int | None:
+    def find_answer(self, example: Example) -> int | None:
         """Find the right answer among the choices of an example.
 
         Args:
@@ -176,8 +184,8 @@ class Task:
         labels, targets = self.card.labels or [], example.targets or []
         return labels.index(targets[0]) if targets and targets[0] in labels else None
 
-    def right_answer(self, example: Example) -> str:
-        """Return the text that should follow the prompt.
+    def format_answer(self, example: Example) -> str:
+        """Format the right answer as the text that follows the prompt.
 
         Args:
             example: An example of this task.
@@ -192,7 +200,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A task and some of its examples."""
+    """A task with some of its examples.
+
+    Args:
+        task: The task.
+        examples: The chosen examples.
+    """
 
     task: Task
     examples: tuple[Example, ...]
@@ -200,7 +213,7 @@ class Chosen:
     @property
     def labels(self) -> list[int]:
         """The positions of the right answers among the choices."""
-        return [self.task.answer(example) or 0 for example in self.examples]
+        return [self.task.find_answer(example) or 0 for example in self.examples]
 
 
 def parse_split(text: str) -> Split:

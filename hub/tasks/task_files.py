@@ -18,14 +18,18 @@ CARD, EXAMPLES = "card.yaml", "examples.jsonl"
 
 
 def tasks_folder() -> Path:
-    """Return the folder of the imported tasks."""
+    """Return the folder of the imported tasks.
+
+    Returns:
+        `$HUB_HOME/tasks`, whether it exists or not.
+    """
     return hub_home() / "tasks"
 
 
-def _folder_of(suite: str, name: str) -> Path:
-    """Return the folder of an imported task; reject names that lead outside of it."""
+def _locate_task(suite: str, name: str) -> Path:
+    """Return the folder of an imported task; reject names that lead out of the tasks' folder."""
     if {"", ".", ".."} & {*suite.split("/"), *name.split("/")}:
-        raise UsageError(f"'{suite}:{name}' is not a task", "write suite:name or a folder")
+        raise UsageError(f"'{suite}:{name}' is not a task", "write suite:name, or name a folder")
     return tasks_folder() / suite / name
 
 
@@ -45,7 +49,7 @@ def read_task(reference: str) -> Task:
     """
     suite, colon, name = reference.partition(":")
     if colon and not reference.startswith(("/", ".")):
-        folder = _folder_of(suite, name)
+        folder = _locate_task(suite, name)
         if not (folder / CARD).is_file():
             hint = f"run hub tasks import {suite} {name}" if suite == "bigbench" else ""
             known = [n for s, _, n in (r.partition(":") for r in list_references()) if s == suite]
@@ -100,7 +104,11 @@ def read_folder(folder: Path, reference: str) -> Task:
 
 
 def list_references() -> list[str]:
-    """List the references of all imported tasks."""
+    """List the references of all imported tasks.
+
+    Returns:
+        `suite:name` of each task, sorted.
+    """
     root = tasks_folder()
     folders = [p.parent.relative_to(root) for p in walk_files(root) if p.name == CARD]
     return sorted(f"{f.parts[0]}:{'/'.join(f.parts[1:])}" for f in folders if len(f.parts) > 1)
@@ -131,7 +139,7 @@ def write_task(
         IntegrityError: With `renew`, the new files are not those that were imported before.
     """
     reference = f"{suite}:{card.name}"
-    target = _folder_of(suite, card.name)
+    target = _locate_task(suite, card.name)
     task = Task(
         reference, card, tuple(sorted({e.id: e for e in examples}.values(), key=lambda e: e.id))
     )
@@ -151,14 +159,15 @@ def write_task(
         before = checksummed_text.read_manifest(target)
         if before and before["files"] != files:
             raise IntegrityError(
-                f"the source of {reference} has changed", "remove the task and import it again"
+                f"the source of {reference} has changed",
+                f"remove {target} and import the task again",
             )
         checksummed_text.write_manifest(draft, files, str(source.resolve()) if source else None)
     return reference
 
 
 def import_again(reference: str, source: Path) -> None:
-    """Replace a damaged task from the folder that it was imported from.
+    """Replace a damaged task with the folder that it was imported from.
 
     Args:
         reference: The reference of the task.
@@ -169,7 +178,7 @@ def import_again(reference: str, source: Path) -> None:
         IntegrityError: The folder has other content than before.
     """
     if not (source / CARD).is_file():
-        raise NotFoundError(f"its source {source} is gone", "import it from another folder")
+        raise NotFoundError(f"its source {source} is gone", "import the task from another folder")
     task = read_folder(source, reference)
     write_task(reference.partition(":")[0], task.card, task.examples, source, renew=True)
 

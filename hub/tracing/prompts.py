@@ -23,7 +23,7 @@ def read_prompts(base: Base, reference: str, limit: int) -> list[str]:
     """
     task = read_task(reference)
     examples = task.split("all", limit)
-    return [task.prompt(e) if base.is_causal else e.input for e in examples]
+    return [task.format_prompt(e) if base.is_causal else e.input for e in examples]
 
 
 def tokenise_prompt(tokenizer: Any, base: Base, text: str, number: int) -> list[int]:

@@ -11,9 +11,9 @@ from experthub.hub.bases.loading import load_model
 from experthub.hub.composition.skills import Inventory
 from experthub.hub.errors import UsageError
 from experthub.hub.formats.safetensors_reader import Tensors
-from experthub.hub.formats.skills import SkillsRecord
+from experthub.hub.formats.skills import SKILLS, SkillsRecord
 from experthub.hub.kinds import kinds
-from experthub.hub.kinds.skills import INVENTORY, SKILLS
+from experthub.hub.kinds.skills import INVENTORY
 from experthub.hub.recipes.examples import choose_few
 from experthub.hub.registry.content import Content
 from experthub.hub.registry.entries import check_name

@@ -13,13 +13,18 @@ from typing import Any, cast, get_args
 
 import torch
 from experthub.hub.bases.base import Base
-from experthub.hub.composition.export import write_portable
 from experthub.hub.composition.skills import Inventory
 from experthub.hub.errors import HubError, UsageError
-from experthub.hub.files.atomic import create_folder, write_json
+from experthub.hub.files.atomic import create_folder
 from experthub.hub.formats.adapter import PREFIX
-from experthub.hub.formats.skills import Granularity, SkillsRecord, Training, find_logits_owner
-from experthub.hub.kinds.skills import SKILLS, SKILLS_JSON
+from experthub.hub.formats.adapter_writer import write_adapter
+from experthub.hub.formats.skills import (
+    Granularity,
+    SkillsRecord,
+    Training,
+    find_logits_owner,
+    write_skills,
+)
 from experthub.hub.training.objectives import FROZEN
 from experthub.routing import AVERAGE, MULTI_HEADED, BatchTasks, SkilledLinear, check_heads
 from torch import Tensor, nn
@@ -259,16 +264,9 @@ def save_skills(folder: Path, record: SkillsRecord, skilled: dict[str, SkilledLi
         record: The description of the inventory.
         skilled: The trained modules by path.
     """
-    from safetensors.torch import save_file
-
-    tensors = {}
-    for name, module in skilled.items():
-        tensors[f"{name}.skill_a"] = module.skill_a.detach().cpu().bfloat16().contiguous()
-        tensors[f"{name}.skill_b"] = module.skill_b.detach().cpu().bfloat16().contiguous()
-        tensors[record.logits_of(name)] = module.logits.detach().cpu().clone()
+    skills = {name: (m.skill_a, m.skill_b, m.logits) for name, m in skilled.items()}
     with create_folder(folder) as draft:
-        save_file(tensors, draft / SKILLS, metadata={"format": "pt"})
-        write_json(draft / SKILLS_JSON, record.model_dump(mode="json", by_alias=True))
+        write_skills(draft, record, skills)
 
 
 def save_lora(
@@ -292,8 +290,10 @@ def save_lora(
         scaled = module.skill_b[0] * module.scale
         tensors[f"{PREFIX}{name}.lora_A.weight"] = module.skill_a[0].detach().cpu().bfloat16()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = scaled.detach().cpu().bfloat16()
-    task_type = "CAUSAL_LM" if base.is_causal else "FEATURE_EXTRACTION"
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
         raise HubError("training diverged", "lower --lr")
+    task_type = "CAUSAL_LM" if base.is_causal else "FEATURE_EXTRACTION"
     with create_folder(folder) as draft:
-        write_portable(draft, tensors, record.target_modules, base.name, task_type, False)
+        write_adapter(
+            draft, tensors, base=base.name, task_type=task_type, transposed=False, pad=True
+        )

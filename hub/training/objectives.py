@@ -104,8 +104,8 @@ class Answers:
         Returns:
             The token ids of the prompt and the answer, and the position at which the answer starts.
         """
-        prompt = task.prompt(example)
-        ids = self.tokenizer(prompt + task.right_answer(example))["input_ids"]
+        prompt = task.format_prompt(example)
+        ids = self.tokenizer(prompt + task.format_answer(example))["input_ids"]
         return ids, len(self.tokenizer(prompt)["input_ids"])
 
     def collate(self, rows: Sequence[tuple[list[int], int]]) -> dict[str, Tensor]:
@@ -176,7 +176,7 @@ class Labels:
         tokens = self.similarity.tokenizer(question.text, truncation=True, max_length=MAX_TOKENS)[
             "input_ids"
         ]
-        return tokens, self.similarity.heads(question.choices), task.answer(example) or 0
+        return tokens, self.similarity.heads(question.choices), task.find_answer(example) or 0
 
     def collate(self, rows: Sequence[tuple[list[int], Tensor, int]]) -> dict[str, Tensor]:
         """Pad the token ids and the choices.
@@ -236,7 +236,7 @@ class Choices:
         Returns:
             The input as the model reads it, and the index of the right choice.
         """
-        return self.reader.row(self.reader.question(task, example)), task.answer(example) or 0
+        return self.reader.row(self.reader.question(task, example)), task.find_answer(example) or 0
 
     def collate(self, rows: Sequence[tuple[Any, int]]) -> dict[str, Any]:
         """Separate the inputs from the answers.

@@ -12,7 +12,7 @@ from experthub.hub.bases.loading import load_model
 from experthub.hub.composition.weights import Contents, load_task_vector
 from experthub.hub.errors import UsageError
 from experthub.hub.files.atomic import create_folder
-from experthub.hub.kinds.lora import ADAPTER, GATES
+from experthub.hub.formats.adapter import ADAPTER, GATES
 from experthub.hub.recipes.recipe import Recipe
 from experthub.hub.recipes.resolution import resolve
 from experthub.hub.registry.content import Content

@@ -153,8 +153,8 @@ def add_folder(
         folder: The folder with the expert's files.
         name: The name in the registry.
         session: The registry and the store.
-        version: The version. The default is the next version of the name, or the version that has the
-            same content.
+        version: The version. The default is the next version of the name, or the version that has
+            the same content.
         base: The name of the base that the expert was trained on; it need not be registered. The
             default is the name in `expert.json` or `adapter_config.json`.
         task: The task that the expert was trained on. The default is the one in `expert.json`.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from experthub.hub.files import yaml_files
+from experthub.hub.formats.adapter import ADAPTER
 from experthub.hub.kinds import kinds
-from experthub.hub.kinds.lora import ADAPTER
 from experthub.hub.registry.expert import Expert, Identity
 from experthub.hub.registry.registry import Registry
 

@@ -120,7 +120,7 @@ def _add_blob(kind: str, content: Blob, blobs: dict[str, Blob]) -> dict[str, Any
 def write_folder(made: Image, folder: Path) -> None:
     """Add an image to a shared folder.
 
-    The blobs are written first and the index last, so that a reader sees the old or the new content.
+    The blobs are written first and the index last, so that readers see the old or the new content.
 
     Args:
         made: The image.

@@ -22,8 +22,8 @@ class Pushed:
     Args:
         target: The target that the user named.
         files: The size of each published file in bytes, by name.
-        commit: The commit of a repository, or the digest of the manifest in a shared folder. None for a
-            dry run.
+        commit: The commit of a repository, or the digest of the manifest in a shared folder. None
+            for a dry run.
         source: The source from which the expert can be pulled now. None for a dry run.
     """
 

@@ -15,14 +15,14 @@ def weigh_all(z_TN: Tensor, weights: Tensor, packed: PackedExperts, combine: Com
     """Multiply `A x` of all experts by the experts' weights.
 
     Args:
-        z_TN: `A x` `[T, N]`.
-        weights: `[E]`, or `[T, G, E]` with G either 1 or the number of modules.
+        z_TN: The products `A x` `[T, N]`.
+        weights: The weights `[E]`, or `[T, G, E]` with G either 1 or the number of modules.
         packed: The experts.
-        combine: What is mixed.  For `parameters`, `A x` is mixed first, and each expert's B gets
-            that mixture.
+        combine: What is mixed, `outputs` or `parameters`. For `parameters`, `A x` is mixed first,
+            and the B of each expert gets that mixture.
 
     Returns:
-        `[T, N]`.
+        The weighted products `[T, N]`.
     """
     n_modules, n_experts, rank = len(packed.b), len(packed.experts), packed.a.rank
     w = weights.expand(*weights.shape[:-2], n_modules, n_experts).flatten(-2).to(z_TN.dtype)
@@ -41,7 +41,7 @@ def add_all(y_TO: Tensor, z_TJ: Tensor, b_JO: Tensor) -> None:
 
     Args:
         y_TO: Outputs of the base `[T, O]`, which are changed.
-        z_TJ: `[T, J]` as `weigh_all` returns it.
+        z_TJ: The weighted products `[T, J]` of the module, as `weigh_all` returns them.
         b_JO: The rows of B `[J, O]`, in any float dtype.
     """
     y_TO.addmm_(z_TJ, b_JO.to(y_TO.dtype))

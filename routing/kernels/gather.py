@@ -1,6 +1,6 @@
 """The kernel `gather`: copy the rows of A and B of the experts that each token chose.
 
-It suits few tokens: it copies rows for every token.
+It suits few tokens, because it copies rows for every token.
 
 Shapes: T tokens, I inputs and O outputs of a module, k experts per token and module, K experts per
 token in all modules of a group, J rows of A or B per token.
@@ -12,7 +12,7 @@ import torch
 from experthub.routing._expert_rows import ExpertRows
 from torch import Tensor
 
-FEW_TOKENS = 16  # up to which copies for every token may be the faster way
+FEW_TOKENS = 16  # The number of tokens up to which copies for every token may be faster.
 
 
 def multiply_own_rows(x_TI: Tensor, rows: Tensor) -> Tensor:
@@ -20,10 +20,10 @@ def multiply_own_rows(x_TI: Tensor, rows: Tensor) -> Tensor:
 
     Args:
         x_TI: Inputs `[T, I]`.
-        rows: `[T J, I]`, the J rows of the first token first.
+        rows: The rows `[T J, I]`, token after token.
 
     Returns:
-        `[T, J, 1]`.
+        The products `[T, J, 1]`.
     """
     (n_tokens, width), count = x_TI.shape, rows.shape[0]
     own = rows.view(n_tokens, count // max(n_tokens, 1), width)
@@ -36,10 +36,10 @@ def multiply_gathered(x_TI: Tensor, a: ExpertRows, experts_TK: Tensor) -> Tensor
     Args:
         x_TI: Inputs `[T, I]`.
         a: The rows of A.
-        experts_TK: The chosen experts `[T, K]`, by their place in `a`.
+        experts_TK: The chosen experts `[T, K]`, as places in `a`.
 
     Returns:
-        `[T, J, 1]`.
+        The products `[T, J, 1]`.
     """
     return multiply_own_rows(x_TI, a.gather(experts_TK.reshape(-1), x_TI.dtype))
 
@@ -49,9 +49,9 @@ def add_gathered(y_TO: Tensor, z_TJ: Tensor, b: ExpertRows, experts_Tk: Tensor) 
 
     Args:
         y_TO: Outputs of the base `[T, O]`, which are changed.
-        z_TJ: Weighted `A x` `[T, J]`.
+        z_TJ: The weighted products `A x` `[T, J]`.
         b: The rows of B of one module.
-        experts_Tk: The chosen experts `[T, k]`, by their place in `b`.
+        experts_Tk: The chosen experts `[T, k]`, as places in `b`.
     """
     rows = b.gather(experts_Tk.reshape(-1), z_TJ.dtype)
     if y_TO.shape[0] == 1:

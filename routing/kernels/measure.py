@@ -9,22 +9,23 @@ import torch
 from experthub.routing._group import Group, KernelChoice
 from experthub.routing.kernels.names import Kernel
 
-FEW, MANY = 1, 256  # tokens that are timed
+FEW, MANY = 1, 256  # The numbers of tokens that are timed.
 ROUNDS = 5
-# Numbers, more than a cache holds: from one token to the next a model reads all of its weights.
+# More numbers than a cache holds. Between two tokens a model reads all of its weights, so those of a
+# group are no longer in the cache when they are read again.
 COLD = 1 << 24
-# Rows of A in one module: below LEAST all are read, above MOST never.
+# Rows of A in one module: with fewer than LEAST all are read, and with more than MOST never all.
 LEAST, MOST = 24, 1024
 
 
 def describe_shape(group: Group) -> str:
-    """Describe what the time of a group's kernels depends on, besides the machine.
+    """Describe a group by everything that the time of its kernels depends on, except the machine.
 
     Args:
         group: A group of modules.
 
     Returns:
-        The key under which measurements are kept.
+        The key under which measurements are recorded.
     """
     a = group.packed.a
     outputs = "+".join(str(b.matrix.shape[1]) for b in group.packed.b)
@@ -37,13 +38,13 @@ def describe_shape(group: Group) -> str:
 
 
 def measure_kernels(group: Group) -> tuple[Kernel, Kernel]:
-    """Find the fastest kernels of a group, timed with random inputs.
+    """Find the fastest kernels of a group by timing them with random inputs.
 
     Args:
         group: A group of modules.
 
     Returns:
-        The kernel for few tokens, and that for many.
+        The kernel for few tokens, and the kernel for many.
     """
     a, plain = group.packed.a, group.dtype == torch.float32
     rows = group.n_experts * a.rank
@@ -63,7 +64,7 @@ def measure_kernels(group: Group) -> tuple[Kernel, Kernel]:
 
 @torch.no_grad()
 def _find_fastest(group: Group, tokens: int, kernels: Sequence[Kernel]) -> Kernel:
-    """Time kernels in turn, so that a slow moment of the machine meets them all."""
+    """Time kernels in turns, so that a slow moment of the machine affects all of them."""
     if len(kernels) == 1:
         return kernels[0]
     random = torch.Generator().manual_seed(0)

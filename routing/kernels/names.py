@@ -1,4 +1,4 @@
-"""Names of the kernels, in recipes and in records."""
+"""The names of the kernels, in recipes and in records."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ KERNELS: tuple[Kernel, ...] = get_args(Kernel)
 # Kernels that need float32 on a CPU.
 FLOAT32_CPU_KERNELS: tuple[Kernel, ...] = ("sampled", "prefilter")
 
-# Earlier names.  Recipes may still use them.  Digests, locks and measurements always use them, so that
-# these do not change with a name.
+# Earlier names, which recipes may still use. Digests, locks and measurements always use them, so
+# that renaming a kernel does not change them.
 RENAMED_KERNELS: dict[str, Kernel] = {"copied": "gather", "screened": "prefilter"}
 _RECORDED: dict[str, str] = {new: old for old, new in RENAMED_KERNELS.items()}
 
 
 def parse_kernel(name: str) -> Kernel:
-    """Return the kernel that a recipe or a record names.
+    """Parse the name of a kernel in a recipe or a record.
 
     Args:
-        name: A kernel's present or earlier name.
+        name: The present or an earlier name of a kernel.
 
     Returns:
-        Its present name.
+        The kernel's present name.
 
     Raises:
         ValueError: No kernel has or had that name.
@@ -35,12 +35,12 @@ def parse_kernel(name: str) -> Kernel:
 
 
 def find_recorded_name(name: str) -> str:
-    """Return the name that digests, locks and measurements use for a kernel.
+    """Find the name that digests, locks and measurements use for a kernel.
 
     Args:
-        name: A kernel's present or earlier name, or `auto`.
+        name: The present or an earlier name of a kernel, or `auto`.
 
     Returns:
-        Its earliest name.
+        The kernel's earliest name.
     """
     return _RECORDED.get(name, name)

@@ -1,14 +1,14 @@
-"""The kernel `prefilter`: the exact top k of many probes, with coarse probes that exclude most of them.
+"""The kernel `prefilter`: the exact top k of many probes, after coarse probes excluded most of them.
 
 For many tokens the coarse probes are in bfloat16: half the bytes and, on processors that multiply
-it, half the time.  For few tokens, whose time is that of reading the probes, they are in 8 bits: a
-quarter of the bytes.  The scores of the candidates that are left are computed from the probes
-themselves.  The choice is the same: for an input x and a probe v, rounded to x' and v',
+it, half the time. For few tokens, where reading the probes takes the time, they are in 8 bits: a
+quarter of the bytes. The scores of the remaining candidates are computed with the exact probes. The
+result is the exact top k, because for an input x and a probe v, rounded to x' and v',
 
     |x . v - x' . v'| <= |x - x'| |v| + |x'| |v - v'|
 
-by Cauchy and Schwarz, and the error of floating point is added.  A token whose k-th exact score is
-not above all that this bound leaves possible reads all probes.
+by Cauchy and Schwarz. The error of floating point is added to this bound. If an excluded probe could
+still reach the k-th exact score of a token, all probes of that token are scored exactly.
 
 Shapes: T tokens, I inputs of a module, G modules, P probes of one module, k experts per token.
 """
@@ -26,9 +26,9 @@ from experthub.routing.kernels.sampled import multiply_sampled
 from experthub.routing.kernels.scores import normalise_inputs
 from torch import Tensor
 
-MIN_PREFILTERED_EXPERTS = 256  # from which on a prefilter may be the faster way
+MIN_PREFILTERED_EXPERTS = 256  # The number of experts from which a prefilter may be faster.
 FLOAT, HALF = torch.finfo(torch.float32), torch.finfo(torch.bfloat16)
-FINE = 254  # fine steps in one step of 8 bits, which keep what the first rounding of an input loses
+FINE = 254  # Fine steps in one step of 8 bits; they hold the rounding error of an input.
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,11 +36,12 @@ class HalfProbes:
     """Probes in bfloat16.
 
     Attributes:
-        candidates: Probes per token that are scored exactly; in practice enough for nearly all tokens.
-        relative: Relative error of the scores, besides the bound.
+        candidates: The number of probes per token that are scored exactly. It is enough for nearly
+            all tokens in practice.
+        relative: A relative error of the scores that the bound does not include.
         rows: The rounded probes `[G P, I]`.
-        norm_G: The largest norm of a module's probes.
-        lost_G: The largest norm of what rounding loses of a module's probes, and the error of
+        norm_G: For each module, the largest norm of its probes.
+        lost_G: For each module, the largest norm of its probes' rounding errors, plus the error of
             floating point in their products with an input of norm 1.
     """
 
@@ -55,8 +56,8 @@ class HalfProbes:
         """Round probes to bfloat16.
 
         Args:
-            probes: Those of all modules `[G P, I]` in float32.
-            n_modules: G.
+            probes: The probes of all modules `[G P, I]` in float32.
+            n_modules: The number of modules G.
 
         Returns:
             The coarse probes.
@@ -71,7 +72,7 @@ class HalfProbes:
             x_TI: Inputs `[T, I]` in float32.
 
         Returns:
-            The scores `[T, G P]`, and how far they may be from the exact ones `[T, G]`.
+            The scores `[T, G P]`, and a bound `[T, G]` on their distance from the exact scores.
         """
         near = x_TI.bfloat16()
         wide = near.float()
@@ -83,17 +84,17 @@ class HalfProbes:
 class ByteProbes:
     """Probes in 8 bits, `rows` times `scale_P`.
 
-    An input becomes two rows of 8 bits, the second for what the first loses.  That costs no time, as
-    the probes are read once, and the error is that of the probes alone.  Sums of such products are
-    exact.
+    An input becomes two rows of 8 bits, where the second holds the rounding error of the first. This
+    takes no time, because the probes are read once, and only the error of the probes remains. Sums
+    of such products are exact.
 
     Attributes:
-        candidates: Probes per token that are scored exactly.
-        relative: Relative error of the scores, besides the bound: none.
+        candidates: The number of probes per token that are scored exactly.
+        relative: A relative error of the scores that the bound does not include: none.
         rows: The rounded probes `[G P, I]`.
-        scale_P: What each of them is multiplied by.
-        norm_G: As in `HalfProbes`.
-        lost_G: As in `HalfProbes`.
+        scale_P: The factor of each rounded probe.
+        norm_G: For each module, the largest norm of its probes.
+        lost_G: For each module, the largest norm of its probes' rounding errors, as in `HalfProbes`.
     """
 
     candidates: ClassVar[int] = 24
@@ -108,8 +109,8 @@ class ByteProbes:
         """Round probes to 8 bits.
 
         Args:
-            probes: Those of all modules `[G P, I]` in float32.
-            n_modules: G.
+            probes: The probes of all modules `[G P, I]` in float32.
+            n_modules: The number of modules G.
 
         Returns:
             The coarse probes.
@@ -126,14 +127,14 @@ class ByteProbes:
             x_TI: Inputs `[T, I]` in float32.
 
         Returns:
-            The scores `[T, G P]`, and how far they may be from the exact ones `[T, G]`.
+            The scores `[T, G P]`, and a bound `[T, G]` on their distance from the exact scores.
         """
         scale_T1 = compute_norm(x_TI, float("inf")).clamp_(min=FLOAT.tiny).div_(127)
         steps = x_TI / scale_T1
         first = steps.round()
         both = torch.cat([first, (steps - first).mul_(FINE)]).round_().to(torch.int8)
         found, rest = torch._int_mm(both, self.rows.T).float().chunk(2)
-        # Half a fine step is lost of each entry, and a little in finding the steps.
+        # Each entry loses up to half a fine step, and a little more when the steps are computed.
         lost = 0.51 / FINE * x_TI.shape[1] ** 0.5
         error = compute_norm(x_TI) * self.lost_G + scale_T1 * lost * self.norm_G
         return found.add_(rest, alpha=1 / FINE) * (scale_T1 * self.scale_P), error
@@ -141,18 +142,23 @@ class ByteProbes:
 
 @dataclass(frozen=True, eq=False)
 class Prefilter:
-    """Coarse copies of the probes of some modules, in bfloat16 and in 8 bits."""
+    """Coarse copies of the probes of some modules, in bfloat16 and in 8 bits.
+
+    Args:
+        halves: The probes in bfloat16, for many tokens.
+        bytes: The probes in 8 bits, for few tokens.
+    """
 
     halves: HalfProbes
     bytes: ByteProbes
 
     @classmethod
     def of(cls, probes: Tensor, n_modules: int) -> Prefilter:
-        """Round probes.
+        """Round probes to both precisions.
 
         Args:
-            probes: Those of all modules `[G P, I]` in float32.
-            n_modules: G.
+            probes: The probes of all modules `[G P, I]` in float32.
+            n_modules: The number of modules G.
 
         Returns:
             The prefilter.
@@ -161,10 +167,10 @@ class Prefilter:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Prefilter | None:
-        """Take a prefilter out of named tensors.
+        """Make a prefilter from named tensors.
 
         Args:
-            tensors: What `tensors` returned, among others.
+            tensors: The tensors that the property `tensors` returned, among others.
 
         Returns:
             The prefilter; None if the tensors contain none.
@@ -187,16 +193,16 @@ class Prefilter:
         }
 
     def choose(self, x_TI: Tensor, probes: Tensor, router: TopK, first_G1: Tensor) -> Weights:
-        """Return the weights that the router computes from the scores of all probes.
+        """Compute the weights that the router gives for the scores of all probes.
 
         Args:
             x_TI: Inputs `[T, I]`.
             probes: The exact probes of all modules `[G P, I]` in float32.
             router: The router.
-            first_G1: The place of each module's first probe.
+            first_G1: The place of the first probe of each module.
 
         Returns:
-            The weights; the experts of a token may be in any order.
+            The weights. The experts of a token may be in any order.
         """
         x = normalise_inputs(x_TI, router.layer_norm)
         n_tokens, n_modules = x.shape[0], first_G1.shape[0]
@@ -217,7 +223,7 @@ class Prefilter:
             exact = multiply_sampled(x, probes, wanted)
         values, own = router.rank_scores(exact.view(places.shape)).topk(router.top_k, dim=-1)
         experts = places.gather(-1, own)
-        others = best[..., count].float()  # no probe that is not a candidate has a better one
+        others = best[..., count].float()  # The best coarse score of the excluded probes.
         if coarse.relative:
             error = error + others.abs() * coarse.relative
         doubtful_TG = values[..., -1] <= others + error
@@ -232,18 +238,18 @@ def compute_norm(rows: Tensor, order: float = 2) -> Tensor:
     """Compute the norm of each row.
 
     Args:
-        rows: `[., C]`.
-        order: Order of the norm.
+        rows: The rows `[., C]`.
+        order: The order of the norm.
 
     Returns:
-        `[., 1]`.
+        The norms `[., 1]`.
     """
     found: Tensor = torch.linalg.vector_norm(rows, order, -1, keepdim=True)
     return found
 
 
 def _compute_norms(probes: Tensor, near: Tensor, n_modules: int) -> tuple[Tensor, Tensor]:
-    """Compute `norm_G` and `lost_G` of probes and of what they are rounded to."""
+    """Compute `norm_G` and `lost_G` from probes and their rounded values."""
     norm_G, lost_G = (
         compute_norm(rows).view(n_modules, -1).amax(1) for rows in (probes, probes - near)
     )

@@ -1,4 +1,4 @@
-"""The literal definition of routing, which every kernel is tested against.
+"""The definition of routing as plain loops, against which every kernel is tested.
 
 Shapes: T tokens, I inputs and O outputs of a module.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 def compute_reference(
     x_TI: Tensor, y_TO: Tensor, stack: ExpertStack, router: Router, combine: Combine
 ) -> Tensor:
-    """Compute a routed module's outputs, one token and one expert at a time.
+    """Compute the outputs of a routed module, one token and one expert at a time.
 
     Args:
         x_TI: Inputs `[T, I]`.
@@ -25,7 +25,7 @@ def compute_reference(
         combine: `outputs` mixes `B_e A_e x`; `parameters` mixes the A and the B first.
 
     Returns:
-        `[T, O]`.
+        The outputs of the routed module `[T, O]`.
     """
     out = y_TO.clone()
     n_experts = len(stack.experts)

@@ -1,6 +1,6 @@
 """The kernel `sampled`: a sampled dense-dense product with A, and a weighted sum of rows of B.
 
-It suits many tokens: it copies no row for a token.  It needs float32 on a CPU.
+It suits many tokens, because it copies no rows for a token. It needs float32 on a CPU.
 
 Shapes: T tokens, I inputs and O outputs of a module, k experts per token and module, K experts per
 token in all modules of a group, J rows of A or B per token.
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 @cache
 def _silence_csr_warning() -> None:
-    """Make the process's first CSR tensor: torch warns once that its layout is in beta."""
+    """Make one CSR tensor silently: at the first one, torch warns that the layout is in beta."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         none = torch.zeros(0, dtype=torch.long)
@@ -26,15 +26,15 @@ def _silence_csr_warning() -> None:
 
 
 def multiply_sampled(x_TI: Tensor, rows: Tensor, places_TJ: Tensor) -> Tensor:
-    """Multiply each token with some rows of a matrix: a sampled dense-dense product.
+    """Multiply each token with some rows of a matrix, as a sampled dense-dense product.
 
     Args:
         x_TI: Inputs `[T, I]` in float32.
         rows: A matrix `[., I]` in float32.
-        places_TJ: The wanted rows `[T, J]`.
+        places_TJ: The places of each token's rows in the matrix `[T, J]`.
 
     Returns:
-        `[T, J]`.
+        The products `[T, J]`.
     """
     _silence_csr_warning()
     n_tokens, width = places_TJ.shape
@@ -55,10 +55,10 @@ def multiply_chosen(x_TI: Tensor, a: ExpertRows, experts_TK: Tensor) -> Tensor:
     Args:
         x_TI: Inputs `[T, I]` in float32.
         a: The rows of A.
-        experts_TK: The chosen experts `[T, K]`, by their place in `a`.
+        experts_TK: The chosen experts `[T, K]`, as places in `a`.
 
     Returns:
-        `[T, J]`.
+        The products `[T, J]`.
     """
     return multiply_sampled(x_TI, *a.locate(experts_TK, x_TI.dtype))
 
@@ -68,9 +68,9 @@ def add_chosen(y_TO: Tensor, z_TJ: Tensor, b: ExpertRows, experts_Tk: Tensor) ->
 
     Args:
         y_TO: Outputs of the base `[T, O]`, which are changed.
-        z_TJ: Weighted `A x` `[T, J]`.
+        z_TJ: The weighted products `A x` `[T, J]`.
         b: The rows of B of one module.
-        experts_Tk: The chosen experts `[T, k]`, by their place in `b`.
+        experts_Tk: The chosen experts `[T, k]`, as places in `b`.
     """
     rows, places = b.locate(experts_Tk, z_TJ.dtype)
     y_TO.add_(nn.functional.embedding_bag(places, rows, per_sample_weights=z_TJ, mode="sum"))

@@ -18,7 +18,7 @@ def normalise_inputs(x_TI: Tensor, layer_norm: bool) -> Tensor:
         layer_norm: Whether to standardise each input.
 
     Returns:
-        `[T, I]` in float32.
+        The inputs `[T, I]` in float32.
     """
     wide = x_TI.float()
     return nn.functional.layer_norm(wide, wide.shape[1:], eps=EPS) if layer_norm else wide
@@ -47,8 +47,8 @@ def compute_inverse_deviation(x_TI: Tensor) -> Tensor:
         x_TI: Inputs `[T, I]`.
 
     Returns:
-        `[T]`.
+        The factors `[T]`.
     """
-    # A norm is vectorised on CPUs, and a variance is not.
+    # Torch vectorises a norm on CPUs, but not a variance.
     norm_T: Tensor = torch.linalg.vector_norm(x_TI - x_TI.mean(-1, keepdim=True), dim=-1)
     return (norm_T.square() / x_TI.shape[1] + EPS).rsqrt()

@@ -171,12 +171,18 @@ def unknown_method(place: Place) -> Words:
     return ["compose", place.recipe("x", way="merge:\n  method: liner")]
 
 
-@case(2, "line 3: unknown merge method 'phatgoose'", "is a route: write it under 'route:'")
+@case(
+    2,
+    "line 3: unknown merge method 'phatgoose'",
+    "write it under 'route:', because phatgoose is a route",
+)
 def router_under_merge(place: Place) -> Words:
     return ["compose", place.recipe("x", way="merge: {method: phatgoose}")]
 
 
-@case(2, "line 3: unknown route method 'linear'", "is a merge: write it under 'merge:'")
+@case(
+    2, "line 3: unknown route method 'linear'", "write it under 'merge:', because linear is a merge"
+)
 def merge_under_route(place: Place) -> Words:
     return ["compose", place.recipe("x", way="route: {method: linear}")]
 
@@ -399,7 +405,7 @@ def shapes_that_do_not_fit(place: Place) -> Words:
     return ["compose", place.recipe(place.stored(targets=("q_proj",)), base=other)]
 
 
-@case(1, r"changes model.norm.weight \[31\], where .* has \[32\]")
+@case(1, r"changes model.norm.weight \[31\], but .* has \[32\]", "trained on")
 def task_vector_that_does_not_fit(place: Place) -> Words:
     folder = place.work / "vector"
     folder.mkdir()
@@ -408,7 +414,7 @@ def task_vector_that_does_not_fit(place: Place) -> Words:
     return ["compose", place.recipe(folder)]
 
 
-@case(1, "targets '.*nothing' matches no module", "they change model.layers")
+@case(1, "targets '.*nothing' matches no module", "that they change: model.layers")
 def targets_that_match_nothing(place: Place) -> Words:
     return ["compose", place.recipe(place.stored(), more="targets: '.*nothing'")]
 

@@ -576,8 +576,8 @@ def test_a_plan_does_not_load_a_model(
         raise AssertionError("weights were loaded")
 
     path = recipe("mean", base_folder, "merge: {method: linear}", "one", "two")
-    monkeypatch.setattr("experthub.hub.composition.composition.load_model", loaded)
-    monkeypatch.setattr("experthub.hub.composition.composition.task_vector", loaded)
+    monkeypatch.setattr("experthub.hub.composition.assembly.load_model", loaded)
+    monkeypatch.setattr("experthub.hub.composition.assembly.load_task_vector", loaded)
     assert run_hub("compose", path).code == 0
     with pytest.raises(AssertionError, match="were loaded"):
         run_hub("compose", path, "--out", "out")

@@ -14,8 +14,8 @@ from experthub.hub.bases.base import Base, read
 from experthub.hub.bases.loading import load_model, load_tokenizer
 from experthub.hub.errors import UsageError
 from experthub.hub.evaluation.routing_map import map_routing
+from experthub.hub.formats.adapter import GATES
 from experthub.hub.formats.safetensors_header import read_header
-from experthub.hub.kinds.lora import GATES
 from experthub.hub.readers.scorer import Question
 from experthub.hub.readers.similarity import SCALE, Similarity, pool
 from experthub.hub.tasks.task import Card, Example, example_id

@@ -112,7 +112,7 @@ def test_accuracy_and_logprob_by_every_measure(
     by_base = [row for row in found["samples"] if row["method"] == "base"]
     assert [row["id"] for row in by_base] == [e.id for e in examples]
     for example, row in zip(examples, by_base, strict=True):
-        prompt, choices = task.prompt(example), task.choices(example)
+        prompt, choices = task.format_prompt(example), task.list_choices(example)
         values = [naive(base_model, tokenizer, prompt, f" {c}") for c in choices]
         if measure == "byte":
             values = [v / len(c.encode()) for v, c in zip(values, choices, strict=True)]

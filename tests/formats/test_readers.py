@@ -32,12 +32,11 @@ from experthub.hub.files.checksummed_text import MANIFEST
 from experthub.hub.files.patterns import is_named
 from experthub.hub.files.yaml_files import dump
 from experthub.hub.formats.adapter import read_adapter
-from experthub.hub.formats.coefficients import read_coefficients
+from experthub.hub.formats.coefficients import COEFFICIENTS, COEFFICIENTS_JSON, read_coefficients
 from experthub.hub.formats.oci_layout import OciLayout
 from experthub.hub.formats.safetensors_header import read_header
 from experthub.hub.formats.tar import list_members
-from experthub.hub.kinds.coefficients import COEFFICIENTS, COEFFICIENTS_JSON
-from experthub.hub.kinds.task_vector import SHARD, SHARD_INDEX, find_files
+from experthub.hub.formats.task_vector import SHARD, SHARD_INDEX, find_files
 from experthub.hub.recipes.lock_file import Lock
 from experthub.hub.recipes.recipe import Recipe
 from experthub.hub.registry import registry

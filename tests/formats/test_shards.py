@@ -14,7 +14,7 @@ from conftest import run_hub
 from experthub import hub
 from experthub.hub.errors import IntegrityError, NotFoundError
 from experthub.hub.files.patterns import is_named
-from experthub.hub.kinds.task_vector import SHARD, SHARD_INDEX, TASK_VECTOR
+from experthub.hub.formats.task_vector import SHARD, SHARD_INDEX, TASK_VECTOR
 from experthub.hub.registry.expert import Reference, list_file_patterns
 from experthub.hub.registry.registry import Registry
 from experthub.hub.store.folder import read_folder
@@ -134,9 +134,12 @@ def with_nan(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        (without_a_file, "00002-of-00002.safetensors is no file"),
-        (with_another_tensor, "it has 'extra' in no file, and it is in task_vector-00002"),
-        (with_one_missing, "in task_vector-00002-of-00002.safetensors, and it is in none"),
+        (without_a_file, "00002-of-00002.safetensors is not a file"),
+        (with_another_tensor, "it has 'extra' in no file, but the tensor is in task_vector-00002"),
+        (
+            with_one_missing,
+            "in task_vector-00002-of-00002.safetensors, but the tensor is in no file",
+        ),
         (with_both, "stands beside it"),
         (with_nan, "NaN"),
         (named({}), "weight_map"),
@@ -166,7 +169,7 @@ def test_a_parameter_in_two_files_is_refused(tmp_path: Path) -> None:
     save_file(sparse, folder / SHARD.format(2, 2), metadata=shapes)
     second = dict.fromkeys(sparse, SHARD.format(2, 2))
     write_index(folder, {NORM: SHARD.format(1, 2)} | second)
-    with pytest.raises(IntegrityError, match="is there, and in task_vector-00001"):
+    with pytest.raises(IntegrityError, match="and task_vector-00001-of-.* has it, too"):
         read_folder(folder)
 
 
@@ -182,4 +185,6 @@ def test_a_limit_is_a_size(base_folder: Path, tuned: Path) -> None:
     "name", ["task_vector-1-of-2.safetensors", "task_vector-/../x-of-00001.safetensors"]
 )
 def test_no_other_name_is_a_shard(name: str) -> None:
-    assert is_named(SHARD.format(3, 12), list_file_patterns()) and not is_named(name, list_file_patterns())
+    assert is_named(SHARD.format(3, 12), list_file_patterns()) and not is_named(
+        name, list_file_patterns()
+    )

@@ -300,8 +300,8 @@ class TestReading:
             examples = task.split("train", 9)
             for i, row in zip(picked.tolist(), logits_NC, strict=True):
                 if base.is_causal:
-                    choices = [" " + c for c in task.choices(examples[i])]
-                    item = encode(tokenizer, task.prompt(examples[i]), choices)
+                    choices = [" " + c for c in task.list_choices(examples[i])]
+                    item = encode(tokenizer, task.format_prompt(examples[i]), choices)
                     sums = choice_logprobs(data.model, item)[0]
                     wanted = [s / len(c) for s, c in zip(sums, item[0].choices, strict=True)]
                 else:
@@ -344,8 +344,8 @@ def wrong(values: dict[str, Any], match: str, **changes: Any) -> None:
 def test_recipes_that_say_too_little_or_too_much(values: dict[str, Any]) -> None:
     ada = {"method": "adamerging"}
     linear = {"method": "linear"}
-    wrong(values, "adamerging learns from examples: say data", data=None, merge=ada)
-    wrong(values, "linear learns nothing: remove data", merge=linear)
+    wrong(values, "adamerging learns from examples; set data", data=None, merge=ada)
+    wrong(values, "linear learns nothing; remove data", merge=linear)
     wrong(values, "linear learns nothing", data=None, coefficients="x", merge=linear)
     wrong(values, "exclude each other", coefficients="x", merge=ada)
     wrong(
@@ -355,14 +355,14 @@ def test_recipes_that_say_too_little_or_too_much(values: dict[str, Any]) -> None
         coefficients="x",
         merge={"method": "regmean"},
     )
-    wrong(values, "atlas needs right answers here: say labels: true", merge={"method": "atlas"})
+    wrong(values, "atlas needs right answers here; set labels: true", merge={"method": "atlas"})
     wrong(values, "needs labels: true", data=values["data"] | {"shots": 4}, merge=ada)
-    wrong(values, "a task stands twice", data={"tasks": ["x:y", "x:y"]}, merge=ada)
+    wrong(values, "a task is named twice", data={"tasks": ["x:y", "x:y"]}, merge=ada)
     wrong(values, "unknown key 'split_'", data=values["data"] | {"split_": 1}, merge=ada)
     nested = {"merge": ada, "experts": values["experts"]}
     wrong(
         values,
-        "a merge inside of another learns nothing",
+        "a merge inside of another cannot learn",
         experts=[nested],
         data=None,
         merge=linear,
@@ -388,7 +388,7 @@ def test_coefficients_that_do_not_fit(values: dict[str, Any]) -> None:
         experts=values["experts"][::-1],
     )
     refused("is an expert", coefficients=values["experts"][0])
-    with pytest.raises(UsageError, match="holds learned coefficients, and is no expert"):
+    with pytest.raises(UsageError, match="holds learned coefficients, which is not an expert"):
         hub.compose({"base": values["base"], "experts": ["mine"], "merge": {"method": "linear"}})
 
 

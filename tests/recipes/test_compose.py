@@ -191,7 +191,10 @@ def test_dtype_of_the_composition(base_folder: Path, expert_folder: Make) -> Non
     )
     routed = hub.compose({**recipe, "route": {"method": "phatgoose"}}).model
     assert logits(routed).dtype == torch.bfloat16
-    assert routed.get_submodule("model.layers.0.mlp.up_proj").group.packed.probes.dtype == torch.float32
+    assert (
+        routed.get_submodule("model.layers.0.mlp.up_proj").group.packed.probes.dtype
+        == torch.float32
+    )
 
 
 def test_nested_merge_with_and_without_rank(base_folder: Path, expert_folder: Make) -> None:

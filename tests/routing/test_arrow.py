@@ -13,7 +13,7 @@ from conftest import logits
 from experthub import hub
 from experthub.hub import trace
 from experthub.hub.errors import HubError, UsageError
-from experthub.hub.recipes import plan
+from experthub.hub.recipes import planned_experts
 from experthub.merge import LowRank
 from experthub.routing import ExpertStack, Kernel, RoutedLinear, arrow, subtract_general
 from safetensors.torch import load_file, save_file
@@ -92,7 +92,8 @@ def test_equals_peft(top_k: int, temperature: float, general: tuple[int, ...]) -
     router = arrow(stack, top_k=top_k, temperature=temperature)
     for kernel in KERNELS:
         routed = RoutedLinear.from_stack(base, stack, router, kernel=kernel)
-        torch.testing.assert_close(routed(x), base(x) + added, atol=1e-5, rtol=1e-5)
+        # Processors of other vector widths round the sums in another order.
+        torch.testing.assert_close(routed(x), base(x) + added, atol=5e-5, rtol=1e-5)
 
 
 def test_general_experts_are_no_candidates_and_keep_the_others_places() -> None:
@@ -192,7 +193,7 @@ def test_a_recipe_subtracts_what_peft_would_write(
     plain["experts"][0]["weight"] = 0.5
     expected = logits(hub.compose(plain).model)
     torch.testing.assert_close(logits(hub.compose(whole).model), expected, atol=1e-5, rtol=1e-5)
-    monkeypatch.setattr(plan, "LARGE", 1)
+    monkeypatch.setattr(planned_experts, "LARGE", 1)
     hub.compose(recipe(base_folder, order, combine=combine))  # another bank, of all five
     for _ in range(2):
         found = logits(hub.compose(whole).model)

@@ -18,7 +18,7 @@ from experthub import hub
 from experthub.hub.composition import bank, stacking
 from experthub.hub.errors import IntegrityError
 from experthub.hub.formats.mapped_tensors import TensorsWriter
-from experthub.hub.recipes import plan
+from experthub.hub.recipes import planned_experts
 from safetensors.torch import load_file, save_file
 
 ROUTES: list[dict[str, Any]] = [
@@ -39,7 +39,7 @@ def recipe(base_folder: Path, expert_folder: Callable[..., Path]) -> dict[str, A
 
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(plan, "LARGE", 1)
+    monkeypatch.setattr(planned_experts, "LARGE", 1)
     yield
 
 
@@ -54,7 +54,7 @@ def test_a_bank_gives_what_the_experts_give(
     whole = {**recipe, "route": route}
     without = hub.compose(whole)
     assert not folders(home)
-    monkeypatch.setattr(plan, "LARGE", 1)
+    monkeypatch.setattr(planned_experts, "LARGE", 1)
     made = hub.compose(whole)
     assert len(folders(home)) == 2
 
@@ -192,9 +192,9 @@ def test_halves_stay_halves_and_gates_are_prefiltered(
         )
         assert all(g.prefilter.bytes.rows.dtype == torch.int8 for g in groups)
         assert all(g.probes.dtype == torch.float32 for g in groups)
-        monkeypatch.setattr(plan, "LARGE", 1 << 60)
+        monkeypatch.setattr(planned_experts, "LARGE", 1 << 60)
         stacked = hub.compose({**whole, "route": {**route, "kernel": "all"}})
-        monkeypatch.setattr(plan, "LARGE", 1)
+        monkeypatch.setattr(planned_experts, "LARGE", 1)
         torch.testing.assert_close(
             logits(packed.model), logits(stacked.model), atol=1e-4, rtol=1e-4
         )

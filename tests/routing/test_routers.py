@@ -221,11 +221,11 @@ def test_average_activation_is_the_mean_of_real_inputs(pool: dict[str, Any]) -> 
     module = model.model.layers[0].self_attn.q_proj
     handle = module.register_forward_hook(lambda m, i, o: rows.append(i[0][0]))
     for example in task.split("train", 5):
-        prompt = tokenizer(task.prompt(example))["input_ids"]
+        prompt = tokenizer(task.format_prompt(example))["input_ids"]
         with torch.no_grad():
             model(input_ids=torch.tensor([prompt]))
-            for choice in task.choices(example):
-                whole = tokenizer(task.prompt(example) + " " + choice)["input_ids"]
+            for choice in task.list_choices(example):
+                whole = tokenizer(task.format_prompt(example) + " " + choice)["input_ids"]
                 before = len(rows)
                 model(input_ids=torch.tensor([whole[:-1]]))
                 rows[before] = rows[before][len(prompt) :]

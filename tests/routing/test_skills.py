@@ -183,7 +183,9 @@ def test_trained_adapted_and_composed(
     assert adapted["z"] == n_layers * heads * n_skills
     assert adapted["all"] - adapted["z"] == 3 * adapted["mu"]
     assert rates["z"] == 0.1 and rates["all"] == pytest.approx(10 * training["lr"])
-    expert_kinds = {n: hub.Registry.read().find_expert(_reference(n)).kind for n in ("new-z", "new-mu")}
+    expert_kinds = {
+        n: hub.Registry.read().find_expert(_reference(n)).kind for n in ("new-z", "new-mu")
+    }
     assert expert_kinds == {"new-z": "skills", "new-mu": "lora"}
     recipes = {
         "known": hub.Recipe.of(route(base, method="mhr", task=tasks[0])),

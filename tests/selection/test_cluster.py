@@ -12,7 +12,7 @@ import torch
 from conftest import make_expert, run_hub, tiny_bert
 from experthub import hub
 from experthub.hub.errors import HubError, UsageError
-from experthub.hub.kinds.lora import ADAPTER, GATES
+from experthub.hub.formats.adapter import ADAPTER, GATES
 from experthub.hub.selection.clusters import average_linkage, cluster, write_clusters
 from experthub.hub.session import Session
 from experthub.hub.tasks.task import Card, Example, example_id

@@ -18,7 +18,7 @@ from experthub import hub
 from experthub.hub.errors import HubError, UsageError
 from experthub.hub.evaluation.statistics import kendall, spearman
 from experthub.hub.files.atomic import hub_home
-from experthub.hub.kinds.lora import ADAPTER, GATES
+from experthub.hub.formats.adapter import ADAPTER, GATES
 from experthub.hub.registry.expert import Reference
 from experthub.hub.selection.measuring import suggest
 from experthub.hub.selection.suggestion import Suggestion, write_suggestion
@@ -83,7 +83,7 @@ def ranked(pool: dict[str, Any], task: str, **options: Any) -> Suggestion:
 
 def texts_of(task: str, count: int) -> list[str]:
     read = read_task(task)
-    return [read.prompt(example) for example in read.split("train", count)]
+    return [read.format_prompt(example) for example in read.split("train", count)]
 
 
 def inputs_of(folder: str, texts: list[str]) -> dict[str, torch.Tensor]:
@@ -250,10 +250,10 @@ def test_tmi_is_the_entropy_of_composed_features(pool: dict[str, Any]) -> None:
         rows = []
         with torch.no_grad():
             for example in examples:
-                ids = tokenizer(task.prompt(example), return_tensors="pt")["input_ids"]
+                ids = tokenizer(task.format_prompt(example), return_tensors="pt")["input_ids"]
                 states = model(input_ids=ids, output_hidden_states=True).hidden_states
                 rows.append(states[-1][0, -1].tolist())
-        labels = [task.right_answer(example) for example in examples]
+        labels = [task.format_answer(example) for example in examples]
         assert score == pytest.approx(literal_entropy(rows, labels, 3), rel=1e-3)
 
 

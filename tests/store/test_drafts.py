@@ -17,7 +17,9 @@ def test_a_lease_grows_only_by_what_is_new(home: Path, expert_folder: Make) -> N
     digests = [Store().add(expert_folder(seed))[0] for seed in (1, 2)]
     (lease,) = (home / "leases").iterdir()
     lines = lease.read_text().split()
-    assert sorted(lines) == sorted(Store().list_objects()), "the configuration, which both have, is once"
+    assert sorted(lines) == sorted(Store().list_objects()), (
+        "the configuration, which both have, is once"
+    )
     Store().hold(digests[0])
     assert lease.read_text().split() == lines
     lease.unlink()

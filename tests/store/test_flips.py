@@ -252,7 +252,9 @@ def test_what_only_a_lock_needs_is_repaired(everything: Path, home: Path) -> Non
     run("rm", "lora", "--yes")
     run("rm", "theirs", "--yes")
     member = hub.Lock.read(Path(LOCK)).members[0]
-    path = Store().path(Store().read_identity(member.digest).files["adapter_model.safetensors"].sha256)
+    path = Store().path(
+        Store().read_identity(member.digest).files["adapter_model.safetensors"].sha256
+    )
     before = path.read_bytes()
     flip(path)
     assert run_hub("verify").code == 3

@@ -18,8 +18,8 @@ from experthub import hub
 from experthub.hub.bases.base import Base
 from experthub.hub.bases.loading import load_model
 from experthub.hub.errors import IntegrityError
+from experthub.hub.formats.adapter import ADAPTER, ADAPTER_CONFIG
 from experthub.hub.kinds import ExpertKind, kinds
-from experthub.hub.kinds.lora import ADAPTER, ADAPTER_CONFIG
 from experthub.hub.registry.expert import Identity, list_file_patterns
 from experthub.hub.store.folder import read_folder
 from pydantic import ValidationError
@@ -118,7 +118,7 @@ def test_its_own_checks_and_the_hubs(catalogue: Path, base: Base, tmp_path: Path
         read_folder(shift(tmp_path / "nan", x=torch.tensor([float("nan")])))
     recipe = {"base": str(base.folder), "merge": {"method": "linear"}}
     wide = shift(tmp_path / "wide", **{LAST.replace(".", "__"): torch.ones(33)})
-    with pytest.raises(hub.HubError, match=r"wide: changes model.norm.weight \[33\], .* \[32\]"):
+    with pytest.raises(hub.HubError, match=r"wide changes model.norm.weight \[33\], .* \[32\]"):
         hub.resolve(hub.Recipe.of(recipe | {"experts": [str(wide)]}))
     two_shifts(tmp_path)
     route = {"base": str(base.folder), "route": {"method": "uniform"}}

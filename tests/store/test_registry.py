@@ -247,7 +247,11 @@ def test_the_same_version_with_other_content_is_a_conflict(home: Path, expert_fo
     assert run_hub("add", first, "--name", "x").code == 0
     before = snapshot(home / "registry")
     ran = run_hub("add", second, "--name", "x", "--version", "1")
-    assert ran.code == 6 and "x@1 is already registered as sha256:" in ran.err and "--version 2" in ran.err
+    assert (
+        ran.code == 6
+        and "x@1 is already registered as sha256:" in ran.err
+        and "--version 2" in ran.err
+    )
     assert snapshot(home / "registry") == before
     with pytest.raises(ConflictError):
         register(Expert(**entry(mark="c")))

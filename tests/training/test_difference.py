@@ -407,13 +407,13 @@ def damaged(file: Path, kind: str) -> None:
         ("count", "3 bits set for 2 values"),
         ("length", r"w.mask is \[3\]"),
         ("padding", "past its last entry"),
-        ("twice", "is there twice"),
+        ("twice", "twice, dense and with a mask"),
         ("alone", "neither a change nor a mask"),
         ("integers", "v is I64"),
         ("values", "w.values is I32"),
         ("shapes", "no shape"),
         ("extra", "which has no mask"),
-        ("text", "no JSON object"),
+        ("text", "not a JSON object"),
         ("huge", "gives w the shape"),
         ("nan", "NaN"),
     ],
@@ -430,7 +430,7 @@ def test_a_sparse_vector_of_another_shape_is_refused(tmp_path: Path, base_folder
     mask, values = torch.tensor([3], dtype=torch.uint8), torch.ones(2)
     tensors = {f"{NORM}.mask": mask, f"{NORM}.values": values}
     save_file(tensors, tmp_path / VECTOR, metadata={SHAPES: json.dumps({NORM: [8]})})
-    with pytest.raises(HubError, match=r"changes model.norm.weight \[8\], where"):
+    with pytest.raises(HubError, match=r"changes model.norm.weight \[8\], but"):
         composed(base_folder, str(tmp_path))
 
 

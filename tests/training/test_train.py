@@ -17,8 +17,8 @@ from conftest import run_hub, tiny_bert
 from experthub import hub
 from experthub.hub.errors import UsageError
 from experthub.hub.files.atomic import hub_home
-from experthub.hub.kinds.lora import GATES
-from experthub.hub.kinds.task_vector import TASK_VECTOR
+from experthub.hub.formats.adapter import GATES
+from experthub.hub.formats.task_vector import TASK_VECTOR
 from experthub.hub.readers.likelihood import encode
 from experthub.hub.registry.expert import Reference
 from experthub.hub.registry.registry import Registry
@@ -203,12 +203,14 @@ def test_a_full_fine_tune_learns_and_is_kept_exactly(
     assert result["tasks"][0]["methods"]["full"]["delta_to_base"]["ci95"][0] > 0
     assert run_hub(*words, "--out", tmp_path / "tuned").code == 6, "the folder is in use"
     again = run_hub("diff", base_folder, tmp_path / "tuned", "--name", "again", "--json")
-    assert load_file(hub.Store().verify_file(again.json["expert"]["digest"], TASK_VECTOR)).keys() == (
-        changed.keys()
-    )
+    assert load_file(
+        hub.Store().verify_file(again.json["expert"]["digest"], TASK_VECTOR)
+    ).keys() == (changed.keys())
     short = Settings(steps=2, lr=1e-3)
     more = train_full(str(base_folder), letters, "more", short, embeddings=True).expert
-    assert "model.embed_tokens.weight" in load_file(hub.Store().verify_file(more.digest, TASK_VECTOR))
+    assert "model.embed_tokens.weight" in load_file(
+        hub.Store().verify_file(more.digest, TASK_VECTOR)
+    )
 
 
 def test_an_encoder_is_fine_tuned_but_for_its_pooler(letters: str, tmp_path: Path) -> None:

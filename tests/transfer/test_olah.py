@@ -57,7 +57,9 @@ class Published:
         (entry,) = ran.json["pulled"]
         names = Store().read_identity(entry["digest"]).files
         assert set(names) == set(self.files) - {"README.md"} and not partial(home)
-        return all(Store().verify_file(entry["digest"], n).read_bytes() == self.files[n] for n in names)
+        return all(
+            Store().verify_file(entry["digest"], n).read_bytes() == self.files[n] for n in names
+        )
 
     def begun(self, home: Path) -> None:
         """An earlier pull of the weights stopped."""

@@ -334,7 +334,7 @@ def test_answers_that_are_none(status: int, code: int, index: Index) -> None:
 def test_version_that_the_index_lacks(index: Index) -> None:
     index.serve()
     register(f"pypi:tiny-base==2.0#{MEMBER}")
-    refused(4, "no .whl of tiny-base==2.0")
+    refused(4, "no .whl file of tiny-base==2.0")
     register(f"pypi:tiny-base==1#{MEMBER}")
     refused(4, "no .whl of tiny-base==1")
 
@@ -726,7 +726,7 @@ def test_examples_without_one_right_answer_are_left_out(tmp_path: Path) -> None:
 def test_prompts_are_big_benchs_own(settings: dict[str, Any], expected: str) -> None:
     card, examples = convert("simple", scored(4, **settings))
     assert card.template == expected.replace(". \n", ".\n")
-    prompt = Task("x", card, tuple(examples)).prompt(examples[0])
+    prompt = Task("x", card, tuple(examples)).format_prompt(examples[0])
     assert examples[0].input in prompt
     assert ("right 0" in prompt) is ("{choices}" in expected)
 

@@ -67,7 +67,9 @@ def pulled(home: Path, files: dict[str, bytes]) -> bool:
     assert not [*(home / "partial").iterdir()] and not [*home.glob("hf/*/.*")]
     found = verify(Session())
     assert found.whole and not found.incomplete and not found.strangers
-    return all(Store().verify_file(entry["digest"], name).read_bytes() == files[name] for name in files)
+    return all(
+        Store().verify_file(entry["digest"], name).read_bytes() == files[name] for name in files
+    )
 
 
 def sent(server: HfServer, name: str) -> int:

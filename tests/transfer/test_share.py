@@ -16,7 +16,7 @@ import torch
 from conftest import at_once, logits, make_expert, run_hub, snapshot
 from experthub import hub
 from experthub.hub.formats import tar
-from experthub.hub.kinds.lora import GATES
+from experthub.hub.formats.adapter import GATES
 from experthub.hub.registry.expert import (
     Expert,
     Reference,

@@ -60,7 +60,7 @@ def download(
     check_online(redact_url(url))
     if not SHA256.fullmatch(sha256):  # It becomes the name of a file.
         raise IntegrityError(
-            f"{redact_url(url)} has the malformed digest {sha256[:80]!r}", "use another source"
+            f"{redact_url(url)} has the invalid digest {sha256[:80]!r}", "use another source"
         )
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / sha256

@@ -19,12 +19,20 @@ MAX_ANSWER = 16 << 20  # bytes of an answer that is not a file
 
 
 def read_endpoint() -> str:
-    """Return the address of the Hub: `HF_ENDPOINT`, or huggingface.co."""
+    """Read the address of the Hub from `HF_ENDPOINT`.
+
+    Returns:
+        The URL without a slash at the end; huggingface.co by default.
+    """
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
 def token_path() -> Path:
-    """Return the path of the file in which the Hub's own tools keep the user's token."""
+    """Return the path of the file in which the Hub's own tools keep the user's token.
+
+    Returns:
+        The path, whether the file exists or not.
+    """
     home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
     return Path(os.environ.get("HF_TOKEN_PATH") or Path(home) / "token")
 

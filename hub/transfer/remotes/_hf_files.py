@@ -1,4 +1,4 @@
-"""The files of a repository as the Hugging Face Hub lists them. Every field of a list is checked."""
+"""The files of a repository as the Hugging Face Hub lists them. Every field is checked."""
 
 from __future__ import annotations
 

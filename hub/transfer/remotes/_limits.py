@@ -20,11 +20,20 @@ Progress = Callable[[int, int], None]
 
 
 def ignore_progress(done: int, size: int) -> None:
-    """Ignore a progress report."""
+    """Ignore a progress report.
+
+    Args:
+        done: The number of bytes done.
+        size: The total number of bytes; 0 if it is unknown.
+    """
 
 
 def is_offline() -> bool:
-    """Tell whether `HUB_OFFLINE` forbids to open a socket."""
+    """Tell whether `HUB_OFFLINE` forbids to open a socket.
+
+    Returns:
+        Whether the variable is set to anything but `0`.
+    """
     return os.environ.get("HUB_OFFLINE", "") not in ("", "0")
 
 

@@ -117,7 +117,7 @@ def find_fetched(source: str, folder: Path, patterns: tuple[str, ...] = MODEL) -
         patterns: Shell patterns of the wanted files.
 
     Returns:
-        The sub-folder, or None. A branch or tag refers to the commit that it had when it was fetched.
+        The sub-folder, or None. A branch or tag refers to the commit of its last fetch.
     """
     place = HfSource.parse(source)
     remembered, commit = _revision_file(place, folder), place.revision
@@ -198,8 +198,8 @@ def _fetch_all(
 ) -> dict[str, str]:
     """Fetch files, several at a time, into a folder that appears when all of them are there.
 
-    The files are collected in a draft. Intact files in it are not fetched again. The function returns
-    the sha256 of each file by name.
+    The files are collected in a draft. Intact files in it are not fetched again. The function
+    returns the sha256 of each file by name.
     """
     done = dict.fromkeys((file.name for file in files), 0)
     size = sum(file.size for file in files)

@@ -102,7 +102,7 @@ def push(
 
 
 def _list_transport_errors() -> tuple[type[Exception], ...]:
-    """List the errors that the client raises if no answer arrives; versions use several packages."""
+    """List the errors of the client if no answer arrives; its versions use several packages."""
     found: list[type[Exception]] = [OSError]
     for package in ("httpx", "httpx2"):
         with suppress(ImportError):
