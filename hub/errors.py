@@ -57,18 +57,20 @@ class ConflictError(HubError):
 
 @contextmanager
 def explain_errors(what: str = "") -> Iterator[None]:
-    """Turn a ValueError of a method or of the algebra into a UsageError.
+    """Turn a ValueError of a method or of the algebra into a HubError.
 
     Args:
         what: The subject of the error, such as the path of a module, which is put before the
             message.
 
     Raises:
-        UsageError: The block raised a ValueError. Its hint is kept if it has one (`MethodError`).
+        HubError: The block raised a MethodFailure.
+        UsageError: The block raised another ValueError. The hint of a MethodError is kept.
     """
     try:
         yield
     except ValueError as error:
         message = f"{what}: {error}" if what else str(error)
         hint = getattr(error, "hint", "") or "change the recipe's weights or options"
-        raise UsageError(message, hint) from None
+        kind = UsageError if getattr(error, "is_usage", True) else HubError
+        raise kind(message, hint) from None

@@ -25,9 +25,20 @@ class MethodError(ValueError):
         hint: The next step: a sentence that starts with a verb.
     """
 
+    is_usage = True
+
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
         self.hint = hint
+
+
+class MethodFailure(MethodError):
+    """An error although the options are right: shapes do not fit, or training diverges.
+
+    Commands end with exit code 1 instead of 2.
+    """
+
+    is_usage = False
 
 
 class ExpertOutline(Protocol):

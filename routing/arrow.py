@@ -22,6 +22,7 @@ from experthub.merge import (
     LateOption,
     LowRank,
     MethodError,
+    MethodFailure,
     Options,
     Outline,
     Range,
@@ -117,17 +118,17 @@ def _check_parameter(
     """Refuse a parameter that the general experts and the others do not change alike."""
     module = parameter.removesuffix(".weight")
     if all(expert.rank_of(parameter) is None for expert in others):
-        raise MethodError(f"only general experts adapt {module}", "leave it out with targets:")
+        raise MethodFailure(f"only general experts adapt {module}", "leave it out with targets:")
     for expert in general:
         if expert.rank_of(parameter) is None:
-            raise MethodError(
+            raise MethodFailure(
                 f"the general expert {expert.label} does not adapt {module}, and others do",
                 "leave the module out with targets:, or use another general expert",
             )
     found = {e.rank_of(parameter): e.label for e in (*general, *others) if e.rank_of(parameter)}
     if len(found) > 1:
         ranks = sorted((rank or 0, label) for rank, label in found.items())
-        raise MethodError(
+        raise MethodFailure(
             f"gks needs one rank, and {module} has "
             + ", ".join(f"{rank} ({label})" for rank, label in ranks),
             "leave out with targets: what differs",

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import torch
-from experthub.merge import MethodError, Options, Range, RecipeSeed, ShapesState
+from experthub.merge import MethodFailure, Options, Range, RecipeSeed, ShapesState
 from experthub.routing._pool import Batch, Pool, RouterMaterials, Select, State
 from experthub.routing._router import Weights
 from experthub.routing._routers import Routing, routers
@@ -57,7 +57,7 @@ def _train(materials: RouterMaterials, options: Options) -> State:
             ]
             loss = torch.stack(losses).sum() / len(picked)
         if not bool(torch.isfinite(loss)):
-            raise MethodError(f"training the router diverged at step {step}", "lower lr")
+            raise MethodFailure(f"training the router diverged at step {step}", "lower lr")
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

@@ -169,7 +169,7 @@ def test_a_parameter_in_two_files_is_refused(tmp_path: Path) -> None:
     save_file(sparse, folder / SHARD.format(2, 2), metadata=shapes)
     second = dict.fromkeys(sparse, SHARD.format(2, 2))
     write_index(folder, {NORM: SHARD.format(1, 2)} | second)
-    with pytest.raises(IntegrityError, match="and task_vector-00001-of-.* has it, too"):
+    with pytest.raises(IntegrityError, match=r"and task_vector-00001-of-.* has it, too"):
         read_folder(folder)
 
 

@@ -244,8 +244,9 @@ def test_general_experts_that_cannot_be_taken_off(
     folders = {name: expert_folder(e) for e, name in enumerate(("one", "two", "three"))}
     whole = recipe(base_folder, folders | {"plain": expert_folder(3, **made)}, **route)
     whole["experts"][3] |= {key: last[key] for key in ("as", "weight") if key in last}
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=words) as found:
         hub.compose(whole)
+    assert found.type is error  # the exit code follows from it
 
 
 def test_what_only_general_experts_adapt_and_merges(base_folder: Path, expert_folder: Make) -> None:

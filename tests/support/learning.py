@@ -65,9 +65,6 @@ def make_data(dtype: torch.dtype = torch.float32, count: int = 2, **options: Any
     return data
 
 
-learner = make_data  # until test_conformance uses the name
-
-
 def make_materials(
     given: Sequence[TaskVector], data: Data | None = None, **surroundings: Any
 ) -> MergeMaterials:

@@ -336,7 +336,7 @@ def test_version_that_the_index_lacks(index: Index) -> None:
     register(f"pypi:tiny-base==2.0#{MEMBER}")
     refused(4, "no .whl file of tiny-base==2.0")
     register(f"pypi:tiny-base==1#{MEMBER}")
-    refused(4, "no .whl of tiny-base==1")
+    refused(4, "no .whl file of tiny-base==1")
 
 
 def test_index_without_digests(index: Index) -> None:
