@@ -98,11 +98,9 @@ class RowCache:
 
     def offload(self) -> None:
         """Do nothing: there are no keys to move to the CPU."""
-        pass
 
     def prefetch(self) -> None:
         """Do nothing: there are no keys to move to the device."""
-        pass
 
 
 @dataclass(frozen=True)
