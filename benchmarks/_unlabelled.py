@@ -120,7 +120,7 @@ class Problem:
 
 
 def features(model: Callable[..., Any], batch: Batch) -> Tensor:
-    """Compute the mean of the last hidden states over the tokens that are no padding.
+    """Compute the mean of the last hidden states over the tokens that are not padding.
 
     Args:
         model: The encoder.

@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from experthub.hub.errors import HubError, UsageError
 from experthub.hub.files.json_files import read_json
-from experthub.hub.readers.reader import pad, select_columns, split_by_row
+from experthub.hub.readers.reader import ReadsInput, pad, select_columns, split_by_row
 from experthub.hub.readers.scorer import Question
 from experthub.hub.readers.text import find_columns
-from experthub.hub.tasks.task import Example, Task
 from torch import Tensor
 
 MAX_PIXELS = 1 << 24
@@ -122,7 +121,7 @@ class Preparation:
         return (pixels - mean[:, None, None]) / deviation[:, None, None]
 
 
-class ImageClassifier:
+class ImageClassifier(ReadsInput):
     """A reader for image classifiers: the outputs of the frozen head for a question's choices."""
 
     name = "classifier-logits"
@@ -130,18 +129,6 @@ class ImageClassifier:
 
     def __init__(self, preparation: Preparation, labels: dict[str, int]) -> None:
         self.preparation, self.labels = preparation, labels
-
-    def question(self, task: Task, example: Example) -> Question:
-        """Build the question of an example.
-
-        Args:
-            task: The task of the example.
-            example: The example.
-
-        Returns:
-            The example's image and the task's choices.
-        """
-        return Question(example.input, tuple(task.list_choices(example)))
 
     def row(self, question: Question) -> ImageRow:
         """Prepare a question for the model.
@@ -170,7 +157,7 @@ class ImageClassifier:
         return select_columns(logits_NL.float(), [row.choices for row in rows])
 
 
-class Clip:
+class Clip(ReadsInput):
     """A reader for CLIP: the scaled cosines with the frozen embeddings of the choices.
 
     Radford et al., https://arxiv.org/abs/2103.00020, section 3.1.2.
@@ -189,18 +176,6 @@ class Clip:
         """
         self.preparation, self.tokenizer, self.base = preparation, tokenizer, base
         self._heads: dict[str, Tensor] = {}
-
-    def question(self, task: Task, example: Example) -> Question:
-        """Build the question of an example.
-
-        Args:
-            task: The task of the example.
-            example: The example.
-
-        Returns:
-            The example's image and the task's choices.
-        """
-        return Question(example.input, tuple(task.list_choices(example)))
 
     def row(self, question: Question) -> ImageRow:
         """Prepare a question for the model.

@@ -84,6 +84,22 @@ class Reader(Protocol):
         ...
 
 
+class ReadsInput:
+    """A part of the readers that read the input of an example as it is, without a prompt."""
+
+    def question(self, task: Task, example: Example) -> Question:
+        """Build the question of an example.
+
+        Args:
+            task: The task of the example.
+            example: The example.
+
+        Returns:
+            The example's input and the task's choices.
+        """
+        return Question(example.input, tuple(task.list_choices(example)))
+
+
 class ReaderScorer:
     """A scorer that uses the logits of a reader, without gradients."""
 

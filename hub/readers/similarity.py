@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from experthub.hub.readers.reader import ReadsInput
 from experthub.hub.readers.scorer import Question, Scores
-from experthub.hub.tasks.task import Example, Task
 from torch import Tensor
 
 SCALE = 20.0  # Factor of the cosine, as in the training of sentence-transformers.
@@ -21,7 +21,7 @@ MAX_TOKENS = 256
 BATCH = 32
 
 
-class Similarity:
+class Similarity(ReadsInput):
     """A scorer by `20 cos(embedding of the input, the base's embedding of the choice)`."""
 
     name = "label-cosine"
@@ -35,18 +35,6 @@ class Similarity:
         """
         self.base, self.tokenizer = base, tokenizer
         self._heads: dict[str, Tensor] = {}
-
-    def question(self, task: Task, example: Example) -> Question:
-        """Build the question of an example.
-
-        Args:
-            task: The task of the example.
-            example: The example.
-
-        Returns:
-            The example's input and the task's choices.
-        """
-        return Question(example.input, tuple(task.list_choices(example)))
 
     def scores(self, model: Any, questions: Sequence[Question]) -> list[Scores]:
         """Score the choices of questions.

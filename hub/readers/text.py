@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from experthub.hub.errors import UsageError
 from experthub.hub.readers.likelihood import Encoded, choice_sums, encode
-from experthub.hub.readers.reader import pad, select_columns, split_by_row
+from experthub.hub.readers.reader import ReadsInput, pad, select_columns, split_by_row
 from experthub.hub.readers.scorer import Question
 from experthub.hub.readers.similarity import MAX_TOKENS, SCALE, Similarity, pool
 from experthub.hub.tasks.task import Example, Task
@@ -227,7 +227,7 @@ class Encoder:
         return split_by_row(SCALE * (heads_CD * text_ND[owner]).sum(1), counts)
 
 
-class TextClassifier:
+class TextClassifier(ReadsInput):
     """A reader for text classifiers: the outputs of the frozen head for a question's choices."""
 
     name = "classifier-logits"
@@ -235,18 +235,6 @@ class TextClassifier:
     def __init__(self, tokenizer: Any, labels: dict[str, int]) -> None:
         self.tokenizer, self.labels = tokenizer, labels
         self.real: Tensor | None = None
-
-    def question(self, task: Task, example: Example) -> Question:
-        """Build the question of an example.
-
-        Args:
-            task: The task of the example.
-            example: The example.
-
-        Returns:
-            The example's input and the task's choices.
-        """
-        return Question(example.input, tuple(task.list_choices(example)))
 
     def row(self, question: Question) -> Text:
         """Prepare a question for the model.

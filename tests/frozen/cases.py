@@ -122,7 +122,7 @@ def run_hub(*words: str) -> tuple[int, str, str]:
 
 @dataclass
 class Found:
-    """What a recipe or a command gives.
+    """A result of a recipe or a command.
 
     always: values that hold on every machine.  here: values that depend on bits.  tensors: outputs,
     of which every machine gives nearly the same.  lock: the text of the lock file.  exact: whether

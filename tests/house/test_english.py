@@ -225,7 +225,7 @@ def test_first_lines_are_sentences(path: Path) -> None:
 
 
 def wrong_docstrings(found: Definition) -> Iterator[str]:
-    """What a public function's docstring says otherwise than its signature."""
+    """List the differences between a public function's docstring and its signature."""
     node, doc = found.node, found.doc
     if not doc:
         yield "has no docstring"

@@ -1,4 +1,4 @@
-"""What every merge and every router must hold, over the whole catalogues."""
+"""Every merge and every router of the catalogues passes the same checks."""
 
 from __future__ import annotations
 
@@ -341,7 +341,7 @@ class TestRoutersOfTheModel:
         return found
 
     def routed(self, strategy: Strategy[Any], experts: ExpertStack, x: Tensor) -> Tensor:
-        """What a module makes of inputs `[B, S, I]`, whose experts were chosen for the rows."""
+        """Run a module on inputs `[B, S, I]`, whose experts were chosen for the rows."""
         rows = some_rows()
         context = Context(rows=len(x), tokens=x.shape[1])
         context.select(self.select(strategy, rows[slice(0, len(x))]))

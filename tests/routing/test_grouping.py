@@ -1,4 +1,4 @@
-"""Which modules that share an input are packed together."""
+"""Modules that share an input are packed together."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ def prepare(strategy: Strategy[RouterTraits]) -> Mapping[str, Tensor]:
 
 
 def with_state(strategy: Strategy[RouterTraits], stack: ExpertStack) -> dict[str, Any]:
-    """What a router finds in its stack besides the experts."""
+    """Make the tensors that a router finds in its stack besides the experts."""
     state = prepare(strategy)
     labels = tuple(f"e{e}" for e in range(stack.n_experts))
     return {"module": MODULE, "labels": labels, "state": state}
