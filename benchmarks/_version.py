@@ -1,18 +1,18 @@
-"""Time one version of the project in its own process; `versions.py` runs it in two checkouts.
+"""Run the cases of one version of the project on demand; `versions.py` starts one for each version.
 
-The script uses the public API alone, so that one file serves several versions.  It prints one JSON
-object: case -> seconds, the best of a few repetitions.
+The script uses the public API alone, so that one file serves several versions.  It reads the name of
+a case from each line of its input, runs the case once, and prints its seconds.
 
-Usage: python _version.py FOLDER ROUND
+Usage: python _version.py FOLDER
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,96 +20,75 @@ from typing import Any
 import torch
 
 EXPERTS, THREADS = 16, 2
-TASK = ["red", "blue", "green", "grey"]
 
 
-def best(call: Callable[[], Any], repeats: int) -> float:
-    """Return the least time of several calls, in seconds.
-
-    Args:
-        call: The call to time.
-        repeats: How often it is called, after one call that does not count.
-
-    Returns:
-        Seconds.
-    """
-    call()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def measure(folder: Path, number: int) -> dict[str, float]:
-    """Time every case once.
+def make_cases(folder: Path) -> dict[str, Callable[[], Any]]:
+    """Prepare every case.
 
     Args:
-        folder: A folder with `base/`, `expert-*/` and `vector-*/`, see `versions.py`.
-        number: The number of the round; it is the seed of what is trained, so that no result of
-            another round is found again.
+        folder: A folder with `base/`, `expert-*/`, `vector-*/` and `task/`, see `versions.py`.
 
     Returns:
-        Case -> seconds.
+        Name of a case -> a call that does its work once.
     """
     from experthub import hub
 
+    base, task = str(folder / "base"), str(folder / "task")
     experts = [str(folder / f"expert-{i}") for i in range(EXPERTS)]
     vectors = [str(folder / f"vector-{i}") for i in range(4)]
-    recipe: dict[str, Any] = {"base": str(folder / "base"), "experts": experts}
+    recipe: dict[str, Any] = {"base": base, "experts": experts}
     route = recipe | {"route": {"method": "phatgoose", "top_k": 2, "kernel": "sampled"}}
     gather = recipe | {"route": {"method": "phatgoose", "top_k": 2, "kernel": "copied"}}
     linear = recipe | {"merge": {"method": "linear"}}
     ties = recipe | {"experts": vectors, "merge": {"method": "ties"}}
-    found = {
-        "compose, routed": best(lambda: hub.compose(route), 3),
-        "compose, linear of LoRAs": best(lambda: hub.compose(linear), 3),
-        "compose, TIES of task vectors": best(lambda: hub.compose(ties), 2),
-    }
     many, one = torch.randint(5, 200, (1, 512)), torch.randint(5, 200, (1, 1))
-    with torch.no_grad():
-        model = hub.compose(route).model
-        found["forward, 512 tokens"] = best(lambda: model(input_ids=many), 5)
-        few = hub.compose(gather).model
-        cache = few(input_ids=many[:, :64], use_cache=True).past_key_values
+    routed, few, merged = (hub.compose(r).model for r in (route, gather, linear))
+    cache = few(input_ids=many[:, :64], use_cache=True).past_key_values
+    seeds = count()  # a new seed for each run, so that nothing learned before is found again
 
-        def step() -> None:
+    def decode() -> None:
+        for _ in range(10):
             few(input_ids=one, past_key_values=cache, use_cache=True)
             cache.crop(-1)
 
-        found["decode, one token"] = best(step, 40)
-        first = hub.compose(linear).model
-        found["forward of a merge, 512 tokens"] = best(lambda: first(input_ids=many), 5)
-    task = str(folder / "task")
-    data = {"tasks": [task], "limit": 16}
+    def learn() -> None:
+        options = {"method": "adamerging", "granularity": "task", "steps": 6, "batch_size": 8}
+        data = {"tasks": [task], "limit": 16}
+        few = {"experts": experts[:4], "seed": next(seeds), "data": data, "merge": options}
+        hub.compose(recipe | few)
 
-    def learn(steps: int) -> float:
-        options = {"method": "adamerging", "granularity": "task", "steps": steps, "batch_size": 8}
-        start = time.perf_counter()
-        few = recipe | {"experts": experts[:4], "seed": 1000 * number + steps}
-        hub.compose(few | {"merge": options, "data": data})
-        return time.perf_counter() - start
+    def train() -> None:
+        seed = next(seeds)
+        settings = hub.Settings(steps=10, batch_size=4, seed=seed)
+        hub.train_lora(base, task, f"trained-{seed}", settings)
 
-    def train(steps: int) -> float:
-        settings = hub.Settings(steps=steps, batch_size=4, seed=1000 * number + steps)
-        start = time.perf_counter()
-        hub.train_lora(str(folder / "base"), task, f"trained-{number}-{steps}", settings)
-        return time.perf_counter() - start
-
-    learn(1), train(1)
-    found["AdaMerging, a step"] = (learn(6) - learn(2)) / 4
-    found["training a LoRA, a step"] = (train(12) - train(2)) / 10
-    return found
+    return {
+        "compose, routed": lambda: hub.compose(route),
+        "compose, linear of LoRAs": lambda: hub.compose(linear),
+        "compose, TIES of task vectors": lambda: hub.compose(ties),
+        "forward of a route, 512 tokens": lambda: routed(input_ids=many),
+        "forward of a merge, 512 tokens": lambda: merged(input_ids=many),
+        "decode with a route, 10 tokens": decode,
+        "compose, AdaMerging of 6 steps": learn,
+        "train a LoRA, 10 steps": train,
+    }
 
 
 def main() -> None:
-    """Measure in a store of its own, and print the result."""
+    """Run in a store of its own until the input ends."""
     torch.set_num_threads(THREADS)
+    folder = Path(sys.argv[1]).resolve()
     with TemporaryDirectory() as home:
         os.environ["HUB_HOME"], os.environ["HUB_OFFLINE"] = home, "1"
         os.chdir(home)
-        print(json.dumps(measure(Path(sys.argv[1]), int(sys.argv[2]))))
+        with torch.no_grad():
+            cases = make_cases(folder)
+        for line in sys.stdin:
+            name = line.strip()
+            with torch.set_grad_enabled("forward" not in name and "decode" not in name):
+                start = time.perf_counter()
+                cases[name]()
+                print(time.perf_counter() - start, flush=True)
 
 
 if __name__ == "__main__":

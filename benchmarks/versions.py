@@ -1,7 +1,8 @@
 """Compare two versions of the project on the same work in one run.
 
-Every round runs each version once, in its own process with its own virtual environment, so that a
-slow moment of the machine meets both.  The result is the ratio of the medians.
+Each version has a process and a virtual environment of its own.  The two run a case by turns, so that
+a slow moment of the machine meets both, and every round starts new processes.  The result is the
+median of the ratios of the pairs.
 
 Usage: python versions.py OLD_CHECKOUT [--new CHECKOUT] [--rounds N] [--json FILE]
 
@@ -16,6 +17,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 from statistics import median
 from tempfile import TemporaryDirectory
 
@@ -27,6 +29,16 @@ from safetensors.torch import save_file
 HERE = Path(__file__).resolve().parent
 WIDTH, INNER, LAYERS, HEADS, RANK = 576, 1536, 6, 9, 8
 WORDS = ["red", "blue", "green", "grey"]
+PAIRS = {  # case -> pairs per round; the cases are those of `_version.py`
+    "compose, routed": 10,
+    "compose, linear of LoRAs": 10,
+    "compose, TIES of task vectors": 4,
+    "forward of a route, 512 tokens": 20,
+    "forward of a merge, 512 tokens": 20,
+    "decode with a route, 10 tokens": 20,
+    "compose, AdaMerging of 6 steps": 5,
+    "train a LoRA, 10 steps": 5,
+}
 
 
 def make_inputs(folder: Path) -> None:
@@ -117,24 +129,59 @@ def _write_task(folder: Path) -> None:
     (folder / "card.yaml").write_text(json.dumps(card))  # JSON is valid YAML
 
 
-def run_once(checkout: Path, folder: Path, number: int) -> dict[str, float]:
-    """Measure one version in its own process.
+class Version:
+    """A process that runs the cases of one checkout, one at a time.
 
     Args:
         checkout: A checkout with `.venv/bin/python`.
         folder: The inputs, see `make_inputs`.
-        number: The number of the round.
-
-    Returns:
-        Case -> seconds.
     """
-    command = [checkout / ".venv" / "bin" / "python", HERE / "_version.py", folder, str(number)]
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        sys.exit(f"{checkout}: {done.stderr[-2000:]}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+
+    def __init__(self, checkout: Path, folder: Path) -> None:
+        python = checkout.resolve() / ".venv" / "bin" / "python"
+        command = [python, "-W", "ignore", HERE / "_version.py", folder]
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        self.checkout = checkout
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def run(self, case: str) -> float:
+        """Run a case once, and return its seconds."""
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(case + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            sys.exit(f"{self.checkout}: the process ended while it ran {case!r}")
+        return float(answer)
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.communicate()
+
+
+def run_round(old: Version, new: Version, ratios: dict[str, list[float]]) -> None:
+    """Run every case in both versions by turns, and add the ratios of the pairs.
+
+    Args:
+        old: The version to compare with.
+        new: The other version.
+        ratios: Case -> seconds of the new version by those of the old; the ratios are appended.
+    """
+    for case, pairs in PAIRS.items():
+        old.run(case), new.run(case)  # warms up
+        for number in range(pairs):
+            first, second = (old, new) if number % 2 else (new, old)
+            seconds = {first: first.run(case), second: second.run(case)}
+            ratios.setdefault(case, []).append(seconds[new] / seconds[old])
+
+
+def find_interval(values: list[float]) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of the median of some values."""
+    random = Random(0)
+    medians = sorted(median(random.choices(values, k=len(values))) for _ in range(2000))
+    return medians[50], medians[-51]
 
 
 def main() -> None:
@@ -142,28 +189,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("old", type=Path, help="the checkout to compare with")
     parser.add_argument("--new", type=Path, default=HERE.parent, help="the other checkout")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds, each with both versions")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds, each with new processes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the ratios to this file")
     options = parser.parse_args()
-    times: dict[str, dict[str, list[float]]] = {"old": {}, "new": {}}
+    ratios: dict[str, list[float]] = {}
     with TemporaryDirectory() as temporary:
         make_inputs(Path(temporary))
-        for number in range(options.rounds + 1):
-            sides = ("old", "new") if number % 2 else ("new", "old")
-            for side in sides:
-                found = run_once(getattr(options, side).resolve(), Path(temporary), number)
-                for case, seconds in found.items() if number else ():  # the first warms up
-                    times[side].setdefault(case, []).append(seconds)
-            print(f"round {number} of {options.rounds}", file=sys.stderr)
-    print("| case | old, ms | new, ms | new / old | least new / least old |")
-    print("| --- | --: | --: | --: | --: |")
-    for case, old in times["old"].items():
-        new = times["new"][case]
-        ratio, least = median(new) / median(old), min(new) / min(old)
-        middle = f"{1000 * median(old):.2f} | {1000 * median(new):.2f} | {ratio:.3f}"
-        print(f"| {case} | {middle} | {least:.3f} |")
+        for number in range(options.rounds):
+            old, new = (Version(c, Path(temporary)) for c in (options.old, options.new))
+            run_round(old, new, ratios)
+            old.close(), new.close()
+            print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
+    print("| case | pairs | new / old | 95 % |")
+    print("| --- | --: | --: | --- |")
+    for case, values in ratios.items():
+        low, high = find_interval(values)
+        print(f"| {case} | {len(values)} | {median(values):.3f} | {low:.3f}-{high:.3f} |")
     if options.json:
-        options.json.write_text(json.dumps(times, indent=2) + "\n")
+        options.json.write_text(json.dumps(ratios, indent=2) + "\n")
 
 
 if __name__ == "__main__":
