@@ -47,7 +47,7 @@ def load_tokenizer(base: Base) -> Any:
         The tokenizer, as transformers loads it.
 
     Raises:
-        HubError: The base has no tokenizer.
+        HubError: The base has no tokenizer, or transformers cannot load it.
     """
     if not base.has_tokenizer:
         raise HubError(
@@ -57,7 +57,8 @@ def load_tokenizer(base: Base) -> Any:
         )
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(base.folder, **LOCAL)
+    with _explain_loading_errors(base):
+        return AutoTokenizer.from_pretrained(base.folder, **LOCAL)
 
 
 def find_linear_modules(base: Base) -> dict[str, bool]:
@@ -135,7 +136,7 @@ def _explain_loading_errors(base: Base) -> Iterator[None]:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise HubError(
             f"base {base.name}: transformers cannot load it: {reason}",
-            "check its config.json; code that comes with a model is never run",
+            f"check the files in {base.folder}; code that comes with a model is never run",
         ) from None
 
 

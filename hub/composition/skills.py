@@ -83,7 +83,8 @@ def check_skills(plan: Plan, record: SkillsRecord) -> None:
             f"set method: {served_by}",
         )
     if plan.task not in (None, AVERAGE, *record.tasks):
-        hint = suggest_name(str(plan.task), [AVERAGE, *record.tasks])
+        known = [AVERAGE, *record.tasks]
+        hint = suggest_name(str(plan.task), known) or "name a task that the inventory has"
         raise UsageError(f"{expert.label} does not know the task {plan.task!r}", hint)
 
 

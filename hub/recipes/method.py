@@ -175,7 +175,7 @@ def read_method(kind: Literal["merge", "route"], value: Any) -> Method | None:
     name = given.pop("method")
     if name not in catalogue:
         other = _catalogue("route" if kind == "merge" else "merge")
-        hint = suggest_name(name, catalogue)
+        hint = suggest_name(name, catalogue) or "run hub methods"
         if name in other:
             hint = f"write it under '{other.kind}:', because {name} is a {other.kind}"
         raise error_at(f"unknown {kind} method {name!r}", "method", hint)

@@ -102,7 +102,7 @@ class Recipe(Closed):
                 raise ValueError(f"{name} learns nothing; remove data and {key}")
         elif self.stored and (given or not strategy.keeps_state):
             why = f"data and {key} exclude each other"
-            raise ValueError(why if given else f"{name} has no {key} to store")
+            raise ValueError(why if given else f"{name} keeps no state; remove {key}:")
         elif strategy.needs_data and not given and not self.stored:
             raise ValueError(
                 f"{name} learns from examples; set data: {{tasks: [...]}}"

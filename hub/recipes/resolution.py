@@ -227,10 +227,10 @@ def _find_targets(
         with limit_matching_time():
             chosen = [n for n in names if re.fullmatch(recipe.targets, n.rpartition(".")[0])]
     except TimeoutError as error:
-        raise UsageError(f"targets {recipe.targets!r}: {error}", "write it simpler") from None
+        raise UsageError(f"targets {recipe.targets!r}: {error}", "simplify the pattern") from None
     if not chosen:
         raise HubError(
             f"targets {recipe.targets!r} matches no module that the experts change",
-            f"match one of the modules that they change: {names[0].rpartition('.')[0]} and {len(names) - 1} more",
+            f"match a module that they change, such as {names[0].rpartition('.')[0]}",
         )
     return tuple(chosen)

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from experthub.hub.errors import ConflictError
-from experthub.hub.files.atomic import open_atomically
-from experthub.hub.files.digests import canonical_json
+from experthub.hub.files.atomic import DRAFT, list_folder, open_atomically
+from experthub.hub.files.digests import CHUNK, canonical_json
 from experthub.hub.files.file_locks import hold_lock
 from experthub.hub.formats.oci_layout import (
     EXPERT_DIGEST,
@@ -28,13 +28,13 @@ from experthub.hub.formats.oci_layout import (
     OciLayout,
 )
 from experthub.hub.registry.expert import DESCRIPTION, Expert
+from experthub.hub.store.objects import parse_sha256
 from experthub.hub.store.store import Store
 from experthub.hub.transfer.describe import format_description
 
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
 MODEL_TYPE = "application/vnd.cncf.model"
-CHUNK = 1 << 20
 
 Blob = Path | bytes  # The path of an object, or bytes.
 
@@ -110,7 +110,7 @@ def make_image(expert: Expert, store: Store) -> Image:
 def _add_blob(kind: str, content: Blob, blobs: dict[str, Blob]) -> dict[str, Any]:
     """Add a blob to the blobs of an image, and return its OCI descriptor."""
     if isinstance(content, Path):
-        sha256, size = content.parent.name + content.name, content.stat().st_size
+        sha256, size = parse_sha256(content), content.stat().st_size
     else:
         sha256, size = hashlib.sha256(content).hexdigest(), len(content)
     blobs[sha256] = content
@@ -131,7 +131,9 @@ def write_folder(made: Image, folder: Path) -> None:
             version.
     """
     own = {".lock", "blobs", MARK, INDEX}
-    if folder.exists() and not own.issuperset(path.name for path in folder.iterdir()):
+    # Another push may be writing a draft, or a killed one may have left it.
+    names = {path.name for path in list_folder(folder) if not DRAFT.fullmatch(path.name)}
+    if names - own:
         raise ConflictError(
             f"{folder} holds other files, and is not a shared folder", "name a new folder"
         )
