@@ -183,4 +183,4 @@ def _reimport_task(reference: str, folder: Path) -> None:
     elif reference.startswith("bigbench:"):
         bigbench.import_again(reference.partition(":")[2], Store())
     else:
-        raise HubError("its source is not known")
+        raise HubError("its source is not known; remove the folder, and import the task again")

@@ -216,12 +216,12 @@ def find_recipes_with(name: str, folder: Path) -> list[Path]:
     Raises:
         UsageError: No lock pins the expert.
     """
-    found = []
+    found: list[Path] = []
     for held in sorted(folder.glob(f"*{SUFFIX}")):
-        recipe = held.with_name(held.name.removesuffix(SUFFIX) + ".yaml")
         names = {Reference.parse(m.expert).name for m in Lock.read(held).members}
-        if recipe.is_file() and name in names:
-            found.append(recipe)
+        stem = held.name.removesuffix(SUFFIX)
+        recipes = [held.with_name(stem + suffix) for suffix in (".yaml", ".yml")]
+        found += [recipe for recipe in recipes if name in names and recipe.is_file()][:1]
     if not found:
-        raise UsageError(f"no lock in {folder} pins {name}", "name the recipe")
+        raise UsageError(f"no lock in {folder} pins {name}", f"run hub update {name} RECIPE")
     return found
