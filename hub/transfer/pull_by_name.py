@@ -48,11 +48,12 @@ def pull_by_name(name: str, session: Session, *, as_name: str | None = None) -> 
                 f"name one expert: file:{reference.folder}#name@version",
             )
         return [_take_in(source, session, as_name) for source in sources]
+    expert = session.registry.find_expert(reference)
     if as_name:
         raise UsageError(f"{name} is registered, and --name is for other experts", "remove --name")
-    expert = session.registry.find_expert(reference)
     pull(session, Content.from_expert(expert))
     register(expert)
+    session.refresh()
     return [expert]
 
 
@@ -78,10 +79,14 @@ def _take_in(source: str, session: Session, as_name: str | None) -> Expert:
                 f"the expert.json of {source} names the expert {named[:80]!r}, which is not a name",
                 "choose a name with --name",
             )
-        place = source.partition("@")[0].rpartition("/")[2]
-        own = re.sub(r"[^a-z0-9._-]+", "-", place.lower())
+        reference = Reference.parse(source)
+        place = reference.member or reference.remote
+        place = place.partition("@")[0] if place else str(reference.folder)
+        own = re.sub(r"[^a-z0-9._-]+", "-", place.rpartition("/")[2].lower())
         if source.startswith("hf:"):
             source = f"{source.partition('@')[0]}@{folder.name[:40]}"  # The present commit.
         name = check_name(as_name or named or own)
         expert = add_folder(folder, name, session, source=source, hashed=hashed)
-    return add_source(expert, source)
+    known = add_source(expert, source)
+    session.refresh()
+    return known

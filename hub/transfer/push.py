@@ -80,6 +80,7 @@ def push(
         write_folder(made, Path(place))
         source = f"file:{place}#{expert.reference}"
         add_source(expert, source)
+        session.refresh()
         return Pushed(target, files, str(made.entry["digest"]), source)
 
     repository = hf_push.parse_target(target)
@@ -94,4 +95,5 @@ def push(
     commit = hf_push.push(repository, content, message, private=private, tag=tag)
     source = f"hf:{repository.repository}@{commit}"
     add_source(expert, source)
+    session.refresh()
     return Pushed(target, files, commit, source)
