@@ -12,6 +12,7 @@ from experthub.hub.bases.fingerprint import compute_fingerprint
 from experthub.hub.bases.gguf import convert_gguf
 from experthub.hub.errors import HubError, IntegrityError, NotFoundError, UsageError
 from experthub.hub.files.atomic import create_folder, hub_home, open_atomically, write_json
+from experthub.hub.files.checksummed_text import find_changed_files
 from experthub.hub.files.digests import sha256_of
 from experthub.hub.files.file_locks import hold_lock
 from experthub.hub.files.json_files import read_json
@@ -170,14 +171,9 @@ def list_damaged_files(folder: Path, expected: str | None) -> list[str]:
     manifest = folder / DIGESTS
     if manifest.is_file():
         try:
-            digests = read_json(manifest)
+            return find_changed_files(folder, read_json(manifest))
         except HubError:
             return [DIGESTS]
-        return [
-            name
-            for name, sha256 in digests.items()
-            if not (folder / name).is_file() or sha256_of(folder / name) != sha256
-        ]
     try:
         wrong = expected and compute_fingerprint(folder, fresh=True) != expected
     except HubError:

@@ -7,9 +7,9 @@ from reprlib import repr as short
 from typing import Annotated, Any
 
 from experthub.hub.errors import IntegrityError
-from experthub.hub.files.patterns import check_pattern
 from experthub.hub.files.spelling import suggest_name
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from experthub.hub.formats.records import Pattern
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 # Keys that are read: by this module, or by `adapter`.
 HONOURED = {
@@ -63,7 +63,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 }
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", None)
 
-Pattern = Annotated[str, AfterValidator(check_pattern)]
 Rank = Annotated[int, Field(gt=0, lt=1e6)]
 Alpha = Annotated[float, Field(gt=0, lt=1e6)]
 

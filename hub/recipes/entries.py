@@ -6,12 +6,11 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 from experthub.hub.errors import HubError
-from experthub.hub.files.patterns import check_pattern
 from experthub.hub.files.yaml_files import Closed
+from experthub.hub.formats.records import Finite, Pattern
 from experthub.hub.recipes.method import Method, error_at, read_method
 from experthub.hub.registry.expert import Name, Reference
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
     Discriminator,
     Field,
@@ -19,8 +18,6 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-
-Weight = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class ExpertUse(Closed):
@@ -33,7 +30,7 @@ class ExpertUse(Closed):
     """
 
     expert: str
-    weight: Weight = 1.0
+    weight: Finite = 1.0
     as_: Annotated[Name | None, Field(alias="as")] = None
 
     @field_validator("expert")
@@ -47,7 +44,6 @@ class ExpertUse(Closed):
         return text
 
 
-Pattern = Annotated[str, AfterValidator(check_pattern)]
 # The None stands outside of the validator that reads a method, so that errors keep their place.
 Merge = Annotated[Method | None, BeforeValidator(partial(read_method, "merge"))]
 Route = Annotated[Method | None, BeforeValidator(partial(read_method, "route"))]
@@ -68,7 +64,7 @@ class NestedMerge(Closed):
     experts: Annotated[list[ExpertUse], Field(min_length=1)]
     rank: Annotated[int, Field(ge=1)] | None = None
     as_: Annotated[Name | None, Field(alias="as")] = None
-    weight: Weight = 1.0
+    weight: Finite = 1.0
 
     @field_validator("experts", mode="before")
     @classmethod

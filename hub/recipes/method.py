@@ -26,7 +26,7 @@ class Method(Closed):
     kind: Literal["merge", "route"]
     method: str
     combine: Literal["outputs", "parameters"] = "outputs"
-    kernel: str = "auto"  # as the recipe spells it
+    kernel: str = "auto"
     options: dict[str, Any] = {}
 
     @property

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from experthub.hub.errors import NotFoundError
 from experthub.hub.files import yaml_files
 from experthub.hub.files.yaml_files import Closed, Document
+from experthub.hub.formats.records import Pattern
 from experthub.hub.recipes.entries import (
     ONE_WAY,
     DataUse,
@@ -15,7 +16,6 @@ from experthub.hub.recipes.entries import (
     Merge,
     NestedMerge,
     Part,
-    Pattern,
     Route,
     Use,
     as_uses,
@@ -29,6 +29,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
+STATE_KEYS = ("coefficients", "router")  # The keys of the states of a merge and of a route.
 
 
 class Recipe(Closed):
@@ -92,7 +94,8 @@ class Recipe(Closed):
     def _check_data(self, method: Method) -> None:
         """Require data and labels for a method that needs them, and refuse them for others."""
         strategy, name = method.strategy, method.method
-        given, (key, other) = self.data is not None, self._keys
+        given, key = self.data is not None, self.state_key
+        (other,) = {*STATE_KEYS} - {key}
         if getattr(self, other):
             raise ValueError(f"{other}: does not belong to a {method.kind}; use {key}:")
         if strategy.needs_own_tasks and given:
@@ -112,15 +115,14 @@ class Recipe(Closed):
             raise ValueError(f"{method.method} needs right answers here; set labels: true in data")
 
     @property
-    def _keys(self) -> tuple[str, str]:
-        """The key of the method's stored state, and that of the other kind of method."""
-        keys = "coefficients", "router"
-        return keys if self.route is None else (keys[1], keys[0])
+    def state_key(self) -> str:
+        """The key that names a stored state of the method."""
+        return STATE_KEYS[self.route is not None]
 
     @property
     def stored(self) -> str | None:
         """A reference to the method's stored state, if the recipe names one."""
-        found: str | None = getattr(self, self._keys[0])
+        found: str | None = getattr(self, self.state_key)
         return found
 
     @property
@@ -193,7 +195,7 @@ class Recipe(Closed):
             "base": _absolute(recipe.base, near),
             "experts": [_located(use, near) for use in recipe.experts],
         }
-        for key in ("coefficients", "router"):
+        for key in STATE_KEYS:
             if getattr(recipe, key):
                 update[key] = _absolute(getattr(recipe, key), near)
         if recipe.data:

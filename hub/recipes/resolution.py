@@ -47,7 +47,7 @@ def resolve(
         session: The registry, the store and the progress callback. The default is `Session()`.
         pinned: The contents of the recipe's experts, in its order. By default they are looked up.
         data: The recipe's data as a lock records it. By default the tasks are read.
-        found: Coefficients or a router's state that the method found before; no data is needed then.
+        found: A stored state of the method. No data is needed with it.
         packed: Accept experts that are known but not in the store, because a bank may hold them.
             If there is no such bank, the caller pulls them.
 
@@ -79,7 +79,7 @@ def resolve(
     if recipe.stored and found is None:
         found = find_content(ExpertUse(expert=recipe.stored), session)
     if found is not None:
-        _check_found(found, pull(session, found)[0], recipe)
+        _check_state_kind(found, pull(session, found)[0], recipe)
     if data is None and recipe.stored is None:
         data = _plan_data(recipe, experts)
     reads = base.tensor_bytes + sum(m.size for e in experts for m in e.members)
@@ -95,21 +95,20 @@ def resolve(
 
 
 def _note_renamed(recipe: Recipe, session: Session) -> None:
-    """Report kernels that the recipe calls by an earlier name."""
+    """Report kernels for which the recipe uses an old name."""
     spelled = {method.kernel for method in recipe.methods} - {"auto"}
     if spelled:
         for name in sorted(spelled - {*map(parse_kernel, spelled)}):
             session.report(f"note: kernel: {name} is now called {parse_kernel(name)}", 0, 0)
 
 
-def _check_found(content: Content, identity: Identity, recipe: Recipe) -> None:
-    """Refuse content that does not stand under the recipe's key for what a method found."""
-    wanted = "coefficients" if recipe.route is None else "router"
-    kind = kinds[identity.kind]
+def _check_state_kind(content: Content, identity: Identity, recipe: Recipe) -> None:
+    """Check that a stored state has the kind that the recipe's method needs."""
+    wanted, kind = recipe.state_key, kinds[identity.kind]
     if kind.key != wanted:
         what = kind.label if kind.footprint is None else "an expert"
         raise UsageError(
-            f"{wanted}: {content.reference} is {what}", f"name what hub {wanted} stored"
+            f"{wanted}: {content.reference} is {what}", f"name a state that hub {wanted} stored"
         )
 
 

@@ -184,7 +184,7 @@ def _check_room(files: list[RemoteFile], partial: Path, source: str) -> None:
     """Check that the user allows a download of this size, and that the disk has room for it."""
     size = sum(file.size for file in files)
     check_size(source, size)
-    begun = (partial / str(file.sha256) for file in files)
+    begun = (partial / file.sha256 for file in files if file.sha256)
     ensure_space(partial, size - sum(path.stat().st_size for path in begun if path.is_file()))
 
 
