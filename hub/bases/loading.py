@@ -141,7 +141,7 @@ def _explain_loading_errors(base: Base) -> Iterator[None]:
 
 
 def _list_loading_errors() -> tuple[type[Exception], ...]:
-    """List what transformers raises for a configuration that it cannot make a model from."""
+    """List the errors that transformers raises if it cannot load a model."""
     strict: type[Exception] = import_module("huggingface_hub.errors").StrictDataclassError
     wrong = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError)
     return (*wrong, OSError, RuntimeError, TypeError, ValueError, strict)

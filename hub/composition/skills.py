@@ -37,7 +37,7 @@ class Inventory:
     def __getitem__(self, module: str) -> Skills:
         """Return the skills of a module by its path."""
         adapted, record = self.adapted[module], self.record
-        logits = self._tensors[record.logits_of(module)].float()
+        logits = self._tensors[record.name_logits(module)].float()
         return Skills(
             self._tensors[adapted.a].float(),
             self._tensors[adapted.b].float(),

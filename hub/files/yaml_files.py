@@ -225,10 +225,10 @@ def validate(model: type[Model], document: Document, guide: str = "docs/recipes.
     try:
         return model.model_validate(document.value)
     except ValidationError as error:
-        raise as_usage_error(error, document, guide) from None
+        raise convert_error(error, document, guide) from None
 
 
-def as_usage_error(error: ValidationError, document: Document, guide: str) -> UsageError:
+def convert_error(error: ValidationError, document: Document, guide: str) -> UsageError:
     """Convert an error of pydantic to an error with one sentence and a hint.
 
     Args:

@@ -15,7 +15,7 @@ from typing import Annotated, Literal, TypeVar
 from experthub.hub.errors import IntegrityError, NotFoundError, UsageError
 from experthub.hub.files.atomic import open_atomically
 from experthub.hub.files.digests import read_chunks
-from experthub.hub.files.patterns import is_named
+from experthub.hub.files.patterns import matches_any
 from experthub.hub.files.spelling import suggest_name
 from experthub.hub.formats import tar
 from experthub.hub.formats.records import Digest
@@ -209,7 +209,7 @@ class OciLayout:
             name = layer.annotations.get(FILE_NAME, "")
             if name in named:
                 raise IntegrityError(f"{self.place}: {reference} has two files {name!r}", HINT)
-            if is_named(name, wanted):
+            if matches_any(name, wanted):
                 named[name] = layer
         for name, layer in named.items():
             with open_atomically(folder / name) as file:

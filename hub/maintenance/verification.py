@@ -85,7 +85,7 @@ def verify(session: Session, file: Path | None = None, *, repair: bool = False) 
     Args:
         session: The store and the progress callback. The registries are read anew, without the
             entries that cannot be read.
-        file: A registry file besides the others.
+        file: An additional registry file, which comes before the others.
         repair: Fetch damaged and missing content again from the sources that entries and locks
             name. Content that cannot be fetched is left unchanged.
 

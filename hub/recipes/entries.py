@@ -70,10 +70,10 @@ class NestedMerge(Closed):
     @classmethod
     def _names(cls, value: Any) -> Any:
         """Accept bare references."""
-        return as_uses(value)
+        return parse_uses(value)
 
 
-def _use_kind(value: Any) -> str:
+def _find_tag(value: Any) -> str:
     """Tell a merge from an expert by its keys."""
     nested = isinstance(value, NestedMerge) or (isinstance(value, dict) and "merge" in value)
     return "<merge>" if nested else "<expert>"
@@ -81,7 +81,7 @@ def _use_kind(value: Any) -> str:
 
 Use = Annotated[
     Annotated[ExpertUse, Tag("<expert>")] | Annotated[NestedMerge, Tag("<merge>")],
-    Discriminator(_use_kind),
+    Discriminator(_find_tag),
 ]
 
 
@@ -128,7 +128,7 @@ class Part(Closed):
     @property
     def method(self) -> Method:
         """The merge or the router."""
-        return one_of(self.merge, self.route)
+        return choose_method(self.merge, self.route)
 
     @model_validator(mode="after")
     def _one_way(self) -> Part:
@@ -141,7 +141,7 @@ class Part(Closed):
 ONE_WAY = "expected exactly one of merge, route and parts"
 
 
-def one_of(*methods: Method | None) -> Method:
+def choose_method(*methods: Method | None) -> Method:
     """Return the one method that is set.
 
     Args:
@@ -159,7 +159,7 @@ def one_of(*methods: Method | None) -> Method:
     return given[0]
 
 
-def members_of(entry: ExpertUse | NestedMerge) -> list[ExpertUse]:
+def list_members(entry: ExpertUse | NestedMerge) -> list[ExpertUse]:
     """Return the experts that one entry of a recipe names.
 
     Args:
@@ -171,14 +171,14 @@ def members_of(entry: ExpertUse | NestedMerge) -> list[ExpertUse]:
     return [entry] if isinstance(entry, ExpertUse) else entry.experts
 
 
-def as_uses(value: Any) -> Any:
+def parse_uses(value: Any) -> Any:
     """Turn bare references into uses of these experts.
 
     Args:
         value: The value of `experts:` in a recipe.
 
     Returns:
-        The same list, with a mapping in the place of each bare reference.
+        The same list, with a mapping instead of each bare reference.
     """
     if not isinstance(value, list):
         return value

@@ -27,7 +27,7 @@ class PlannedData:
     digests: tuple[str, ...]
 
     @classmethod
-    def of(cls, use: DataUse) -> PlannedData:
+    def from_use(cls, use: DataUse) -> PlannedData:
         """Read the tasks, and check that the recipe's examples exist.
 
         Args:

@@ -101,7 +101,7 @@ class Plan:
     @property
     def layers(self) -> list[int]:
         """The layers that have something to change; -1 stands for modules outside of layers."""
-        return sorted({layer_of(name) for name in self.parameters})
+        return sorted({find_layer(name) for name in self.parameters})
 
     @property
     def keeps_state(self) -> bool:
@@ -157,7 +157,7 @@ def _record_methods(recipe: Recipe) -> dict[str, Any]:
     return {"parts": parts}
 
 
-def layer_of(name: str) -> int:
+def find_layer(name: str) -> int:
     """Find the layer of a module by the first number in its path.
 
     Args:

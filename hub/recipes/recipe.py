@@ -18,9 +18,9 @@ from experthub.hub.recipes.entries import (
     Part,
     Route,
     Use,
-    as_uses,
-    members_of,
-    one_of,
+    choose_method,
+    list_members,
+    parse_uses,
 )
 from experthub.hub.recipes.method import Method
 from experthub.hub.registry.expert import Reference, make_source_absolute
@@ -48,8 +48,8 @@ class Recipe(Closed):
         seed: The seed of methods that draw random numbers.
         allow_base_mismatch: Whether experts of another base are accepted.
         data: The data that a method learns from.
-        coefficients: Stored coefficients of a merge, in the place of data.
-        router: A stored state of a router, in the place of data.
+        coefficients: Stored coefficients of a merge, instead of data.
+        router: A stored state of a router, instead of data.
     """
 
     version: Literal[1] = 1
@@ -70,13 +70,13 @@ class Recipe(Closed):
     @classmethod
     def _uses(cls, value: Any) -> Any:
         """Accept bare references."""
-        return as_uses(value)
+        return parse_uses(value)
 
     @model_validator(mode="after")
     def _one_way(self) -> Recipe:
         """Refuse a recipe with several ways to combine its experts, or with none."""
         if self.parts is None:
-            one_of(self.merge, self.route)
+            choose_method(self.merge, self.route)
         elif self.merge or self.route:
             raise ValueError(ONE_WAY)
         elif self.targets:
@@ -128,7 +128,7 @@ class Recipe(Closed):
     @property
     def method(self) -> Method:
         """The method of a recipe without parts."""
-        return one_of(self.merge, self.route)
+        return choose_method(self.merge, self.route)
 
     @property
     def methods(self) -> list[Method]:
@@ -150,7 +150,7 @@ class Recipe(Closed):
     @property
     def uses(self) -> list[ExpertUse]:
         """The experts in order, those of nested merges included."""
-        return [use for entry in self.experts for use in members_of(entry)]
+        return [use for entry in self.experts for use in list_members(entry)]
 
     @classmethod
     def read(cls, path: Path | str) -> Recipe:
@@ -168,7 +168,9 @@ class Recipe(Closed):
         """
         path = Path(path)
         if not path.is_file():
-            raise NotFoundError(f"there is no recipe {path}", "see docs/recipes.md for a first one")
+            raise NotFoundError(
+                f"there is no recipe {path}", "check the path; docs/recipes.md shows a first recipe"
+            )
         document = yaml_files.read(path)
         return cls.of(document, path.resolve().parent)
 
@@ -184,7 +186,7 @@ class Recipe(Closed):
             The recipe.
 
         Raises:
-            UsageError: The values are no recipe.
+            UsageError: The values are not a recipe.
         """
         document = value if isinstance(value, Document) else Document(value, {}, "recipe")
         if not isinstance(document.value, dict):
@@ -192,29 +194,31 @@ class Recipe(Closed):
         recipe = yaml_files.validate(cls, document)
         near = folder or Path.cwd()
         update: dict[str, Any] = {
-            "base": _absolute(recipe.base, near),
-            "experts": [_located(use, near) for use in recipe.experts],
+            "base": _make_absolute(recipe.base, near),
+            "experts": [_make_use_absolute(use, near) for use in recipe.experts],
         }
         for key in STATE_KEYS:
             if getattr(recipe, key):
-                update[key] = _absolute(getattr(recipe, key), near)
+                update[key] = _make_absolute(getattr(recipe, key), near)
         if recipe.data:
-            tasks = [_absolute(task, near) for task in recipe.data.tasks]
+            tasks = [_make_absolute(task, near) for task in recipe.data.tasks]
             update["data"] = recipe.data.model_copy(update={"tasks": tasks})
         return recipe.model_copy(update=update)
 
 
-def _absolute(text: str, folder: Path) -> str:
-    """Make a relative folder absolute, and leave other references alone."""
+def _make_absolute(text: str, folder: Path) -> str:
+    """Make a relative folder absolute; return any other reference unchanged."""
     if text.startswith(("./", "../", "file:")) or text in (".", ".."):
         source = make_source_absolute(text, folder)
         return source if Reference.parse(source).member else source.removeprefix("file:")
     return text
 
 
-def _located(use: ExpertUse | NestedMerge, folder: Path) -> ExpertUse | NestedMerge:
+def _make_use_absolute(use: ExpertUse | NestedMerge, folder: Path) -> ExpertUse | NestedMerge:
     """Make the folders that an entry refers to absolute."""
     if isinstance(use, ExpertUse):
-        place = _absolute(use.expert, folder)
+        place = _make_absolute(use.expert, folder)
         return use if place == use.expert else use.model_copy(update={"expert": place})
-    return use.model_copy(update={"experts": [_located(one, folder) for one in use.experts]})
+    return use.model_copy(
+        update={"experts": [_make_use_absolute(one, folder) for one in use.experts]}
+    )

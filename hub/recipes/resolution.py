@@ -13,8 +13,8 @@ from experthub.hub.bases.base_sources import find
 from experthub.hub.errors import HubError, IntegrityError, UsageError
 from experthub.hub.files.patterns import limit_matching_time
 from experthub.hub.kinds import StoredExpert, kinds
-from experthub.hub.recipes.compatibility import check_apart, check_method
-from experthub.hub.recipes.entries import DataUse, ExpertUse, NestedMerge, members_of
+from experthub.hub.recipes.compatibility import check_disjoint, check_method
+from experthub.hub.recipes.entries import DataUse, ExpertUse, NestedMerge, list_members
 from experthub.hub.recipes.examples import PlannedData
 from experthub.hub.recipes.member_cache import MemberCache
 from experthub.hub.recipes.plan import Plan
@@ -64,17 +64,18 @@ def resolve(
     # Names are checked before anything is downloaded.
     contents = list(pinned or (find_content(use, session) for use in recipe.uses))
     base = find(recipe.base, session)
-    stock = _Stock(session, base, recipe.allow_base_mismatch)
+    reader = _ExpertReader(session, base, recipe.allow_base_mismatch)
     uses = zip(contents, recipe.uses, strict=True)
-    members = iter(stock.members([*uses], packed and recipe.route is not None))
+    members = iter(reader.read_members([*uses], packed and recipe.route is not None))
     experts = tuple(
-        _plan_expert(entry, [next(members) for _ in members_of(entry)]) for entry in recipe.experts
+        _plan_expert(entry, [next(members) for _ in list_members(entry)])
+        for entry in recipe.experts
     )
-    ways = [recipe.of_part(part) for part in recipe.parts] if recipe.parts else [recipe]
-    targets = [_find_targets(way, experts, base) for way in ways]
-    check_apart(ways, targets)
-    for way, parameters in zip(ways, targets, strict=True):
-        check_method(way, experts, parameters)
+    recipes = [recipe.of_part(part) for part in recipe.parts] if recipe.parts else [recipe]
+    targets = [_find_targets(one, experts, base) for one in recipes]
+    check_disjoint(recipes, targets)
+    for one, parameters in zip(recipes, targets, strict=True):
+        check_method(one, experts, parameters)
     dtype = recipe.dtype or {"BF16": "bfloat16", "F16": "float16"}.get(base.dtype, "float32")
     if recipe.stored and found is None:
         found = find_content(ExpertUse(expert=recipe.stored), session)
@@ -84,14 +85,14 @@ def resolve(
         data = _plan_data(recipe, experts)
     reads = base.tensor_bytes + sum(m.size for e in experts for m in e.members)
     memory = base.tensor_bytes * WIDTH[dtype] // WIDTH.get(base.dtype, 4)
-    if any(way.route for way in ways):
+    if any(one.route for one in recipes):
         memory += sum(m.size for e in experts for m in e.members)
     whole = tuple(sorted(name for own in targets for name in own))
     plan = Plan(recipe, base, experts, whole, dtype, reads, memory, data, found)
     if recipe.parts is None:
         return plan
-    pairs = zip(ways, targets, strict=True)
-    return replace(plan, parts=tuple(replace(plan, recipe=w, parameters=own) for w, own in pairs))
+    pairs = zip(recipes, targets, strict=True)
+    return replace(plan, parts=tuple(replace(plan, recipe=r, parameters=own) for r, own in pairs))
 
 
 def _note_renamed(recipe: Recipe, session: Session) -> None:
@@ -115,7 +116,7 @@ def _check_state_kind(content: Content, identity: Identity, recipe: Recipe) -> N
 def _plan_data(recipe: Recipe, experts: Sequence[PlannedExpert]) -> PlannedData | None:
     """Return the recipe's data, or the experts' own tasks for a method that looks at those."""
     if recipe.data:
-        return PlannedData.of(recipe.data)
+        return PlannedData.from_use(recipe.data)
     if recipe.parts or not recipe.method.strategy.needs_own_tasks:
         return None
     method = recipe.method
@@ -128,7 +129,7 @@ def _plan_data(recipe: Recipe, experts: Sequence[PlannedExpert]) -> PlannedData 
                 "add it again with --task, or name a router: that was made before",
             )
     tasks = list(dict.fromkeys(m.task for m in members if m.task))
-    return PlannedData.of(DataUse(tasks=tasks, limit=method.examples_per_task))
+    return PlannedData.from_use(DataUse(tasks=tasks, limit=method.examples_per_task))
 
 
 def find_content(use: ExpertUse, session: Session) -> Content:
@@ -155,29 +156,31 @@ def find_content(use: ExpertUse, session: Session) -> Content:
 
 
 @dataclass(frozen=True)
-class _Stock:
-    """Stored experts that are checked against a base; equal shapes are checked once."""
+class _ExpertReader:
+    """A reader of stored experts, which checks them against a base; equal shapes only once."""
 
     session: Session
     base: Base
     allow_mismatch: bool
     memo: dict[int, tuple[object, Any]] = field(default_factory=dict)
 
-    def members(self, named: Sequence[tuple[Content, ExpertUse]], packed: bool) -> list[Member]:
-        """Return all experts of a recipe, from the store, or from the cache if a bank may hold them."""
+    def read_members(
+        self, named: Sequence[tuple[Content, ExpertUse]], packed: bool
+    ) -> list[Member]:
+        """Read all experts of a recipe from the store, or from the cache if a bank may hold them."""
         contents = [content for content, _ in named]
-        cache = MemberCache.of(contents, self.base, self.allow_mismatch)
+        cache = MemberCache.for_composition(contents, self.base, self.allow_mismatch)
         weighed = [(content, use.weight) for content, use in named]
-        if packed and (known := cache.members(weighed)):
+        if packed and (known := cache.load_members(weighed)):
             return known
         identities = pull(self.session, *contents)
         pairs = zip(named, identities, strict=True)
-        found = [self.member(use, content, identity) for (content, use), identity in pairs]
+        found = [self.check_member(use, content, identity) for (content, use), identity in pairs]
         if packed and is_large(found):
             cache.write(found)
         return found
 
-    def member(self, use: ExpertUse, found: Content, identity: Identity) -> Member:
+    def check_member(self, use: ExpertUse, found: Content, identity: Identity) -> Member:
         """Check one expert as the recipe names it."""
         reference, other = found.reference, identity.base_fingerprint
         if other and other != self.base.fingerprint and not self.allow_mismatch:

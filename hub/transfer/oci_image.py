@@ -117,13 +117,13 @@ def _add_blob(kind: str, content: Blob, blobs: dict[str, Blob]) -> dict[str, Any
     return {"mediaType": kind, "digest": f"sha256:{sha256}", "size": size}
 
 
-def write_folder(made: Image, folder: Path) -> None:
+def write_folder(image: Image, folder: Path) -> None:
     """Add an image to a shared folder.
 
     The blobs are written first and the index last, so that readers see the old or the new content.
 
     Args:
-        made: The image.
+        image: The image.
         folder: A shared folder, an empty folder, or a path that does not exist.
 
     Raises:
@@ -139,27 +139,27 @@ def write_folder(made: Image, folder: Path) -> None:
         )
     with hold_lock(folder / ".lock"):
         present = OciLayout.read(folder).entries if (folder / INDEX).is_file() else []
-        entries = [made.entry]
+        entries = [image.entry]
         for entry in present:
-            if entry.annotations.get(REFERENCE) != made.expert.reference:
+            if entry.annotations.get(REFERENCE) != image.expert.reference:
                 entries.append(entry.model_dump(mode="json", exclude_unset=True))
-            elif entry.annotations.get(EXPERT_DIGEST) != made.expert.digest:
+            elif entry.annotations.get(EXPERT_DIGEST) != image.expert.digest:
                 raise ConflictError(
-                    f"{folder} already has {made.expert.reference} with other content",
+                    f"{folder} already has {image.expert.reference} with other content",
                     "register yours as a new version, or push to another folder",
                 )
-        for name, content in _list_files([made], entries).items():
+        for name, content in _list_files([image], entries).items():
             path = folder / name
             if name == INDEX or not path.is_file() or path.stat().st_size != measure_blob(content):
                 with open_atomically(path) as file, _open_blob(content) as data:
                     shutil.copyfileobj(data, file, CHUNK)
 
 
-def write_archive(made: Sequence[Image], path: Path) -> None:
+def write_archive(images: Sequence[Image], path: Path) -> None:
     """Write images to a new tar archive. The same experts always give the same bytes.
 
     Args:
-        made: The images.
+        images: The images.
         path: The path of the archive.
 
     Raises:
@@ -171,16 +171,16 @@ def write_archive(made: Sequence[Image], path: Path) -> None:
         open_atomically(path) as file,
         tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as archive,
     ):
-        for name, content in _list_files(made, [image.entry for image in made]).items():
+        for name, content in _list_files(images, [image.entry for image in images]).items():
             member = tarfile.TarInfo(name)
             member.size, member.mode = measure_blob(content), 0o644
             with _open_blob(content) as data:
                 archive.addfile(member, data)
 
 
-def _list_files(made: Sequence[Image], entries: list[dict[str, Any]]) -> dict[str, Blob]:
+def _list_files(images: Sequence[Image], entries: list[dict[str, Any]]) -> dict[str, Blob]:
     """List the files of a layout by name, in the order in which they must be written."""
-    blobs = {f"blobs/sha256/{k}": v for image in made for k, v in image.blobs.items()}
+    blobs = {f"blobs/sha256/{k}": v for image in images for k, v in image.blobs.items()}
     index = {
         "schemaVersion": 2,
         "mediaType": INDEX_TYPE,

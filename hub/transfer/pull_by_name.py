@@ -47,7 +47,7 @@ def pull_by_name(name: str, session: Session, *, as_name: str | None = None) -> 
                 f"{name} holds {len(sources)} experts, and --name names only one",
                 f"name one expert: file:{reference.folder}#name@version",
             )
-        return [_take_in(source, session, as_name) for source in sources]
+        return [_pull_unregistered(source, session, as_name) for source in sources]
     expert = session.registry.find_expert(reference)
     if as_name:
         raise UsageError(f"{name} is registered, and --name is for other experts", "remove --name")
@@ -70,7 +70,7 @@ def _list_members(reference: Reference) -> list[str]:
     return found
 
 
-def _take_in(source: str, session: Session, as_name: str | None) -> Expert:
+def _pull_unregistered(source: str, session: Session, as_name: str | None) -> Expert:
     """Store and register an expert that is not registered."""
     with open_source(source, Path.cwd(), session.report) as (folder, hashed):
         named = str(read_description(folder).get("name") or "")

@@ -306,7 +306,7 @@ def test_wrong_commands(base_folder: Path, tasks: list[str], expert_folder: Any)
     ran = run_hub("train", "adapt", "plain", "--task", tasks[0], "--name", "y")
     assert ran.code == 2 and "plain@1 is a LoRA, not an inventory of skills" in ran.err
     lora = {"base": str(base_folder), "experts": ["plain"], "route": {"method": "poly"}}
-    with pytest.raises(UsageError, match="poly is over one inventory of skills"):
+    with pytest.raises(UsageError, match="poly needs exactly one inventory of skills"):
         hub.compose(lora)
 
 
