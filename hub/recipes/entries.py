@@ -166,7 +166,7 @@ def list_members(entry: ExpertUse | NestedMerge) -> list[ExpertUse]:
         entry: An expert or a nested merge.
 
     Returns:
-        The expert itself, or those of the merge.
+        The expert itself, or the experts of the merge.
     """
     return [entry] if isinstance(entry, ExpertUse) else entry.experts
 

@@ -160,7 +160,7 @@ class Lock(Closed):
 
     @property
     def members(self) -> list[LockedExpert]:
-        """The experts in the recipe's order, those of nested merges included."""
+        """The experts in the recipe's order, including the experts of nested merges."""
         groups = [[e] if isinstance(e, LockedExpert) else e.experts for e in self.experts]
         return [member for group in groups for member in group]
 

@@ -204,5 +204,5 @@ def read_method(kind: Literal["merge", "route"], value: Any) -> Method | None:
         key = next((k for k in given if repr(k) in str(error)), "method")
         raise error_at(f"{name}: {error}", key, f"see hub methods {name}") from None
     for seed in set(strategy.find_options(RecipeSeed)) - set(given):
-        del options[seed]  # the recipe's own seed is the default, and is not known here
+        del options[seed]  # The default is the recipe's own seed, which `set_seed` sets later.
     return Method(kind=kind, method=name, combine=combine, kernel=kernel, options=options)

@@ -71,7 +71,7 @@ class Plan:
 
     @property
     def members(self) -> list[Member]:
-        """The stored experts, those of nested merges included."""
+        """The stored experts, including the experts of nested merges."""
         return [member for expert in self.experts for member in expert.members]
 
     @property
@@ -110,7 +110,7 @@ class Plan:
 
     @property
     def _options(self) -> dict[str, Any]:
-        """The keys of the recipe besides base and experts."""
+        """The keys of the recipe except base and experts."""
         return {
             "version": 1,
             **_record_methods(self.recipe),
@@ -150,7 +150,7 @@ class Plan:
 
 
 def _record_methods(recipe: Recipe) -> dict[str, Any]:
-    """Return the recipe's method, or those of its parts, as plain values."""
+    """Return the method of a recipe, or the methods of its parts, as plain values."""
     if recipe.parts is None:
         return {recipe.method.kind: recipe.method.record()}
     parts = [{"targets": p.targets, p.method.kind: p.method.record()} for p in recipe.parts]

@@ -44,7 +44,7 @@ class Recipe(Closed):
         route: The router, for weights that depend on the input.
         parts: Methods for disjoint sets of modules.
         targets: A regular expression; only modules whose path it matches as a whole are changed.
-        dtype: The dtype of the composed model. None means that of the base.
+        dtype: The dtype of the composed model. None means the dtype of the base.
         seed: The seed of methods that draw random numbers.
         allow_base_mismatch: Whether experts of another base are accepted.
         data: The data that a method learns from.
@@ -149,7 +149,7 @@ class Recipe(Closed):
 
     @property
     def uses(self) -> list[ExpertUse]:
-        """The experts in order, those of nested merges included."""
+        """The experts in order, including the experts of nested merges."""
         return [use for entry in self.experts for use in list_members(entry)]
 
     @classmethod

@@ -211,10 +211,16 @@ class _ExpertReader:
 def _plan_expert(entry: ExpertUse | NestedMerge, members: list[Member]) -> PlannedExpert:
     """Plan one entry of the recipe."""
     if isinstance(entry, ExpertUse):
-        label = entry.as_ or members[0].reference.split("@")[0].rstrip("/").rsplit("/", 1)[-1]
+        place = _remove_version(members[0].reference).rstrip("/")
+        label = entry.as_ or place.rpartition("/")[2]
         return PlannedExpert(label, entry.weight, tuple(members))
-    label = entry.as_ or "+".join(m.reference.split("@")[0] for m in members)
+    label = entry.as_ or "+".join(_remove_version(m.reference) for m in members)
     return PlannedExpert(label, entry.weight, tuple(members), entry.merge, entry.rank)
+
+
+def _remove_version(reference: str) -> str:
+    """Remove the version or the revision from a reference; an @ in a path belongs to the path."""
+    return reference if reference.startswith("/") else reference.partition("@")[0]
 
 
 def _find_targets(

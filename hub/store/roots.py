@@ -108,7 +108,7 @@ def read_locked_digests(root: Path) -> set[str]:
 
 
 def _find_digests(value: object) -> list[str]:
-    """Find every digest in a lock, whatever else the lock holds."""
+    """Find every digest in the values of a lock file; ignore all other values."""
     if isinstance(value, list):
         return [digest for item in value for digest in _find_digests(item)]
     if not isinstance(value, dict):

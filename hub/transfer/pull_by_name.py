@@ -73,20 +73,18 @@ def _list_members(reference: Reference) -> list[str]:
 def _pull_unregistered(source: str, session: Session, as_name: str | None) -> Expert:
     """Store and register an expert that is not registered."""
     with open_source(source, Path.cwd(), session.report) as (folder, hashed):
-        named = str(read_description(folder).get("name") or "")
-        if named and not as_name and not re.fullmatch(NAME, named):
-            raise IntegrityError(
-                f"the expert.json of {source} names the expert {named[:80]!r}, which is not a name",
+        stated, reference = read_description(folder).get("name"), Reference.parse(source)
+        place = (reference.member or reference.remote).partition("@")[0] or str(reference.folder)
+        own = re.sub(r"[^a-z0-9._-]+", "-", place.rpartition("/")[2].lower())
+        name = as_name or str(stated or own)
+        if not as_name and not re.fullmatch(NAME, name):
+            raise (IntegrityError if stated else UsageError)(
+                f"{source} names the expert {name[:80]!r}, which is not a name",
                 "choose a name with --name",
             )
-        reference = Reference.parse(source)
-        place = reference.member or reference.remote
-        place = place.partition("@")[0] if place else str(reference.folder)
-        own = re.sub(r"[^a-z0-9._-]+", "-", place.rpartition("/")[2].lower())
         if source.startswith("hf:"):
             source = f"{source.partition('@')[0]}@{folder.name[:40]}"  # The present commit.
-        name = check_name(as_name or named or own)
-        expert = add_folder(folder, name, session, source=source, hashed=hashed)
+        expert = add_folder(folder, check_name(name), session, source=source, hashed=hashed)
     known = add_source(expert, source)
     session.refresh()
     return known

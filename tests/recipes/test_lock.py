@@ -254,3 +254,10 @@ def test_a_lock_under_a_path_of_any_bytes(home: Path, tmp_path: Path) -> None:
     remember_lock(path)
     assert list_lock_files(home) == [path.resolve()]
     assert read_locked_digests(home) == {"sha256:ab"}
+
+
+def test_the_label_of_a_folder(project: list[Path]) -> None:
+    """An @ in the path belongs to the path."""
+    folder = Path(shutil.copytree(project[0], "a@b/mine"))
+    write_recipe("tiny", str(folder.absolute()), "one@1", "two")
+    assert [expert.label for expert in plan_of(RECIPE).experts] == ["mine", "one", "two"]

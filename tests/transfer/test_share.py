@@ -355,6 +355,9 @@ def test_the_default_name_of_a_folder(home: Path, expert_folder: Make) -> None:
     ran = run_hub("pull", f"file:{folder}", "--json")
     assert ran.code == 0, ran.err
     assert [e["name"] for e in ran.json["pulled"]] == ["mine-home@1"]
+    folder.rename("_")
+    ran = run_hub("pull", "file:_")
+    assert ran.code == 2 and "choose a name with --name" in ran.err
 
 
 def test_a_name_for_an_expert_that_nobody_knows(home: Path) -> None:
