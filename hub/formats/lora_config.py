@@ -7,7 +7,6 @@ from reprlib import repr as short
 from typing import Annotated, Any
 
 from experthub.hub.errors import IntegrityError
-from experthub.hub.files.spelling import suggest_name
 from experthub.hub.formats.records import Pattern
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -111,8 +110,8 @@ def check_config(config: dict[str, Any]) -> None:
         elif key not in HONOURED | HARMLESS:
             raise IntegrityError(
                 f"unknown key {key[:80]!r} in its configuration",
-                suggest_name(key, HONOURED | HARMLESS)
-                or "upgrade experthub, or remove the key if the adapter computes the same without it",
+                "correct the key, upgrade experthub if a newer peft wrote the key, or remove the key "
+                "if the adapter computes the same without it",
             )
     if config.get("init_lora_weights") not in PLAIN_INITS:
         raise IntegrityError(

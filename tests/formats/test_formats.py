@@ -256,17 +256,11 @@ def test_refused_even_when_the_configuration_denies_it(tmp_path: Path, base_fold
         adapted_modules(tmp_path / "x")
 
 
-@pytest.mark.parametrize(
-    ("key", "hint"),
-    [
-        ("lora_alhpa", "did you mean 'lora_alpha'?"),
-        ("new_in_peft_9", "upgrade experthub, or remove the key"),
-    ],
-)
-def test_an_unknown_key_has_a_hint_that_helps(key: str, hint: str) -> None:
+@pytest.mark.parametrize("key", ["usedora", "new_in_peft_9"])
+def test_the_hint_for_an_unknown_key_names_no_other_key(key: str) -> None:
     with pytest.raises(IntegrityError, match=f"unknown key '{key}'") as caught:
         check_config({"peft_type": "LORA", key: 1})
-    assert caught.value.hint.startswith(hint)
+    assert "did you mean" not in caught.value.hint and "upgrade experthub" in caught.value.hint
 
 
 def test_a_long_list_of_words_is_no_hint() -> None:

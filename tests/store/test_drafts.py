@@ -69,4 +69,5 @@ def test_a_folder_that_is_in_use_is_not_replaced(tmp_path: Path) -> None:
     ):
         (draft / "new").write_text("y")
     assert caught.value.filename == str(tmp_path / "folder")
-    assert [p.name for p in tmp_path.rglob("*")] == ["folder", "kept"]
+    assert [p.name for p in (tmp_path / "folder").iterdir()] == ["kept"]
+    assert not list(tmp_path.glob(".folder*")), "the draft is gone"
