@@ -132,7 +132,10 @@ def _explain_loading_errors(base: Base) -> Iterator[None]:
     try:
         with hide_progress_bars():
             yield
-    except _list_loading_errors() as error:
+    except Exception as error:
+        # The package tokenizers raises Exception itself.
+        if type(error) is not Exception and not isinstance(error, _list_loading_errors()):
+            raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise HubError(
             f"base {base.name}: transformers cannot load it: {reason}",

@@ -690,6 +690,14 @@ def text_from_a_base_with_a_damaged_tokenizer(place: Place) -> Words:
     return ["generate", place.recipe(place.stored(), base=broken), "--prompt", "x"]
 
 
+@case(1, "base .*broken.* transformers cannot load it: data did not match", "check the files in")
+def text_from_a_base_with_a_tokenizer_of_another_kind(place: Place) -> Words:
+    broken = tiny_llama(place.work / "broken")
+    other = {"version": "1.0", "added_tokens": [], "model": {"type": "X"}}
+    (broken / "tokenizer.json").write_text(json.dumps(other))
+    return ["generate", place.recipe(place.stored(), base=broken), "--prompt", "x"]
+
+
 @case(2, "the prompt is empty", "--prompt")
 def empty_prompt(place: Place) -> Words:
     return ["generate", place.recipe(place.stored()), "--prompt", ""]
