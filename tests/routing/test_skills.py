@@ -279,7 +279,7 @@ def test_an_interrupted_run_goes_on(base_folder: Path, tasks: list[str], home: P
         ({"route": {"method": "poly", "task": "made:aa"}}, "does not know the task 'made:aa'"),
         ({"route": {"method": "uniform"}}, "which uniform cannot use"),
         ({"route": None, "merge": {"method": "linear"}}, "which linear cannot use"),
-        ({"experts": ["many", "many"]}, "2 among 2 experts"),
+        ({"experts": ["many", "many"]}, "2 among its 2 experts"),
         ({"route": {"method": "poly", "combine": "outputs"}}, "poly cannot combine outputs"),
     ],
 )
