@@ -84,7 +84,9 @@ def search(
         everything = {word for e in known.list_experts() for word in [e.name, *e.tags]}
         raise NotFoundError(
             f"no expert matches {' and '.join(map(repr, words))}",
-            suggest_name(words[0], everything) if len(words) == 1 else "try fewer words",
+            (suggest_name(words[0], everything) or "run hub list")
+            if len(words) == 1
+            else "try fewer words",
         )
     elif quiet:
         print_lines([e.reference for e in found])

@@ -36,7 +36,8 @@ def methods(
     chosen = [s for s in known if name in (None, s.name)]
     if not chosen:
         raise NotFoundError(
-            f"there is no method {name!r}", suggest_name(str(name), [s.name for s in known])
+            f"there is no method {name!r}",
+            suggest_name(str(name), [s.name for s in known]) or "run hub methods",
         )
     if json:
         print_json({"methods": [make_record(s) for s in chosen]})

@@ -32,7 +32,7 @@ def verify(
     """Check all stored content against its digests.
 
     Registry entries and locks are followed to the files that they name. The command exits with
-    code 3 if something is damaged.
+    code 3 if something is damaged, or if --repair cannot repair an incomplete expert.
 
     Examples: hub verify; hub verify --repair; hub verify --json
     """

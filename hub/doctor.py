@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from experthub.hub.bases.base_sources import is_here
+from experthub.hub.bases.base_sources import is_available_locally
 from experthub.hub.errors import HubError, NotFoundError
 from experthub.hub.files.atomic import hub_home
 from experthub.hub.registry.expert import Expert, Reference
@@ -256,7 +256,7 @@ def _has_source(expert: Expert) -> bool:
 
 def _check_bases(registry: Registry) -> Check:
     """Check which bases are here; only those that an expert needs can be missing."""
-    here = {name: is_here(name, registry) for name in registry.list_bases()}
+    here = {name: is_available_locally(name, registry) for name in registry.list_bases()}
     needed = {
         registry.find_base(e.base)[0] for e in registry.list_experts() if registry.has_base(e.base)
     }

@@ -24,6 +24,10 @@ class HubError(Exception):
         self.message = message
         self.hint = hint
 
+    def __str__(self) -> str:
+        """Return the message, also if it was changed after the error was made."""
+        return self.message
+
 
 class UsageError(HubError):
     """An error in a recipe, an option or a reference."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from experthub.hub.bases.fingerprint import compute_fingerprint, list_weight_files
 from experthub.hub.errors import NotFoundError
@@ -30,8 +31,7 @@ class Base:
         dtype: The dtype that most tensors are stored in, as safetensors names it.
         sources: The sources from which the base can be fetched again.
         sha256: The sha256 of the source's file, if the registry records it.
-        tied: The name of each parameter that is not stored -> that of the one whose weights it
-            shares.
+        tied: Maps each parameter that is not stored to the parameter whose weights it shares.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Base:
     @property
     def architecture(self) -> str:
         """The class of transformers that config.json names; an empty text if it names none."""
-        return str((read_json(self.folder / "config.json").get("architectures") or [""])[0])
+        return _find_architecture(read_json(self.folder / "config.json"))
 
     @property
     def is_causal(self) -> bool:
@@ -64,6 +64,11 @@ class Base:
         """True for a bare encoder, whose output is its hidden states."""
         bare = self.architecture.endswith("Model") and self.architecture != "CLIPModel"
         return bare and not self.is_causal
+
+
+def _find_architecture(config: dict[str, Any]) -> str:
+    """Return the class that the content of config.json names; an empty text if it names none."""
+    return str((config.get("architectures") or [""])[0])
 
 
 def read(folder: Path, name: str) -> Base:
@@ -90,7 +95,7 @@ def read(folder: Path, name: str) -> Base:
     tensors = {n: info for file in files for n, info in read_header(file).items()}
     shapes = {n: info.shape for n, info in tensors.items()}
     tied: dict[str, str] = {}
-    causal = str((config.get("architectures") or [""])[0]).endswith(CAUSAL)
+    causal = _find_architecture(config).endswith(CAUSAL)
     if causal and config.get("tie_word_embeddings", False) and "lm_head.weight" not in shapes:
         embeddings = [n for n in shapes if n.endswith(EMBEDDINGS)]
         if len(embeddings) == 1:

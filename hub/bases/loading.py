@@ -47,7 +47,7 @@ def load_tokenizer(base: Base) -> Any:
         The tokenizer, as transformers loads it.
 
     Raises:
-        HubError: The base has no tokenizer.
+        HubError: The base has no tokenizer, or transformers cannot load it.
     """
     if not base.has_tokenizer:
         raise HubError(
@@ -57,7 +57,8 @@ def load_tokenizer(base: Base) -> Any:
         )
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(base.folder, **LOCAL)
+    with _explain_loading_errors(base):
+        return AutoTokenizer.from_pretrained(base.folder, **LOCAL)
 
 
 def find_linear_modules(base: Base) -> dict[str, bool]:
@@ -131,16 +132,19 @@ def _explain_loading_errors(base: Base) -> Iterator[None]:
     try:
         with hide_progress_bars():
             yield
-    except _list_loading_errors() as error:
+    except Exception as error:
+        # The package tokenizers raises Exception itself.
+        if type(error) is not Exception and not isinstance(error, _list_loading_errors()):
+            raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise HubError(
             f"base {base.name}: transformers cannot load it: {reason}",
-            "check its config.json; code that comes with a model is never run",
+            f"check the files in {base.folder}; code that comes with a model is never run",
         ) from None
 
 
 def _list_loading_errors() -> tuple[type[Exception], ...]:
-    """List what transformers raises for a configuration that it cannot make a model from."""
+    """List the errors that transformers raises if it cannot load a model."""
     strict: type[Exception] = import_module("huggingface_hub.errors").StrictDataclassError
     wrong = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError)
     return (*wrong, OSError, RuntimeError, TypeError, ValueError, strict)

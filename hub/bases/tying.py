@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Set
 from typing import Any
 
 import torch
-from experthub.hub.recipes.plan import Plan
 from torch import nn
 
 
-def untie(model: Any, names: Collection[str], plan: Plan) -> Any:
+def untie(model: Any, names: Collection[str], adapted: Set[str]) -> Any:
     """Separate tied input and output embeddings where their changes may differ.
 
-    A LoRA on one of the two changes that use of the weight alone, as peft applies it. A task vector
+    A LoRA on one of the two changes only that use of the weight, as peft applies it. A task vector
     changes the weight itself, unless it also names the output embedding.
 
     Args:
         model: A transformers model, which is changed in place.
         names: The names of the parameters that will change.
-        plan: The plan whose experts change them.
+        adapted: The names of the parameters that a LoRA changes.
 
     Returns:
         The model's configuration before the call; None if the embeddings were not tied.
@@ -32,7 +31,6 @@ def untie(model: Any, names: Collection[str], plan: Plan) -> Any:
     before = model.config
     tied = {name for name in names if model.get_parameter(name) is inputs.weight}
     first = next(name for name, p in model.named_parameters() if p is inputs.weight)
-    adapted = {f"{a.module}.weight" for member in plan.members for a in member.adapted}
     if tied - {first} or tied & adapted:
         outputs.weight = nn.Parameter(inputs.weight.detach().clone(), requires_grad=False)
         model.config = copy.deepcopy(model.config)

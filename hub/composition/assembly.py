@@ -143,7 +143,7 @@ def _check_orientation(model: Any, plan: Plan) -> None:
 
 def _add(model: Any, merged: TaskVector, plan: Plan) -> None:
     """Add a task vector to the weights of a model."""
-    tied = untie(model, merged, plan)
+    tied = untie(model, merged, plan.adapted)
     places = find_uses(model, merged)
     for name in merged:
         # The sum is a new tensor: the base's weights are mapped from its file, and may be shared.

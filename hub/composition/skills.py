@@ -37,7 +37,7 @@ class Inventory:
     def __getitem__(self, module: str) -> Skills:
         """Return the skills of a module by its path."""
         adapted, record = self.adapted[module], self.record
-        logits = self._tensors[record.logits_of(module)].float()
+        logits = self._tensors[record.name_logits(module)].float()
         return Skills(
             self._tensors[adapted.a].float(),
             self._tensors[adapted.b].float(),
@@ -83,7 +83,8 @@ def check_skills(plan: Plan, record: SkillsRecord) -> None:
             f"set method: {served_by}",
         )
     if plan.task not in (None, AVERAGE, *record.tasks):
-        hint = suggest_name(str(plan.task), [AVERAGE, *record.tasks])
+        known = [AVERAGE, *record.tasks]
+        hint = suggest_name(str(plan.task), known) or "name a task that the inventory has"
         raise UsageError(f"{expert.label} does not know the task {plan.task!r}", hint)
 
 

@@ -11,7 +11,7 @@ from experthub.hub.composition.bank import NamedGroup
 from experthub.hub.composition.weights import Contents, load_gates, load_task_vector
 from experthub.hub.errors import HubError, explain_errors
 from experthub.hub.progress import Report
-from experthub.hub.recipes.plan import Plan, layer_of
+from experthub.hub.recipes.plan import Plan, find_layer
 from experthub.merge import LowRank, TaskVector, is_linear, orient
 from experthub.routing import (
     Context,
@@ -120,7 +120,7 @@ class Stacking:
                 router: Router = method.strategy.call(stack, **method.options)
                 return router
         by_layer = method.strategy.traits.routing.input == "token"
-        layer = plan.layers.index(layer_of(name)) if by_layer else None
+        layer = plan.layers.index(find_layer(name)) if by_layer else None
         return ModelRouter(self.context, stack.experts, stack.n_experts, layer)
 
 

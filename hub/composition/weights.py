@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from experthub.hub.errors import UsageError
-from experthub.hub.files.patterns import is_named
+from experthub.hub.files.patterns import matches_any
 from experthub.hub.formats.adapter import GATES
 from experthub.hub.formats.safetensors_reader import Tensors
 from experthub.hub.kinds import kinds
@@ -41,7 +41,7 @@ class Contents:
                 self._submit(store.read, member.digest, name)
             if kind.opened:
                 for name in sorted(store.read_identity(member.digest).files):
-                    if is_named(name, kind.opened):
+                    if matches_any(name, kind.opened):
                         self._submit(store.verify_file, member.digest, name)
             if gates and member.gated:
                 self._submit(store.read, member.digest, GATES)
@@ -70,7 +70,7 @@ class Contents:
         kind = kinds[member.kind]
         if kind.opened:
             names = [name for of, name in self._files if of == member.digest]
-            return {n: self[member.digest, n] for n in names if is_named(n, kind.opened)}
+            return {n: self[member.digest, n] for n in names if matches_any(n, kind.opened)}
         return {name: self[member.digest, name] for name in kind.mapped}
 
     def __enter__(self) -> Contents:

@@ -15,6 +15,7 @@ from typing import Any
 from experthub.hub.errors import HubError
 from experthub.hub.files import yaml_files
 from experthub.hub.files.atomic import write_text
+from experthub.hub.files.digests import sha256_of
 
 LINE = "# sha256 of the lines above; remove this line if you edit them: "
 SEAL = re.compile(re.escape(LINE.encode()) + rb"([0-9a-f]{64})\n")
@@ -82,6 +83,23 @@ def repair_bit(content: bytes, right: Callable[[bytes], bool] = is_sealed) -> by
             if right(bytes(found)):
                 return bytes(found)
     return None
+
+
+def find_changed_files(folder: Path, files: Mapping[str, str]) -> list[str]:
+    """Find the files of a folder that are missing or have another checksum.
+
+    Args:
+        folder: The folder.
+        files: The sha256 of each file by name.
+
+    Returns:
+        The names of the files.
+    """
+    return [
+        name
+        for name, sha256 in files.items()
+        if not (folder / name).is_file() or sha256_of(folder / name) != sha256
+    ]
 
 
 def write_manifest(folder: Path, files: Mapping[str, str], source: str | None = None) -> None:

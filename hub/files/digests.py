@@ -1,10 +1,31 @@
-"""Checksums of files and of plain values."""
+"""Checksums of files and of plain values, and reading in chunks."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
+
+CHUNK = 1 << 20  # bytes
+
+
+def read_chunks(file: BinaryIO, offset: int, size: int) -> Iterator[bytes]:
+    """Read a region of a file in chunks of at most `CHUNK` bytes.
+
+    Args:
+        file: The open file.
+        offset: The first byte of the region.
+        size: The number of bytes.
+
+    Yields:
+        The chunks; fewer bytes if the file ends before the region.
+    """
+    file.seek(offset)
+    while size and (chunk := file.read(min(size, CHUNK))):
+        size -= len(chunk)
+        yield chunk
 
 
 def sha256_of(path: Path) -> str:

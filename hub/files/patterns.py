@@ -65,7 +65,7 @@ def limit_matching_time() -> Iterator[None]:
         signal.signal(signal.SIGVTALRM, before)
 
 
-def is_named(name: str, patterns: Iterable[str]) -> bool:
+def matches_any(name: str, patterns: Iterable[str]) -> bool:
     """Tell whether a file name matches one of several shell patterns.
 
     Args:

@@ -13,7 +13,7 @@ from experthub.hub.files.spelling import suggest_name
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-MAX_BYTES = 1 << 20
+MAX_YAML_BYTES = 1 << 20
 MAX_DEPTH = 100
 MAX_DIGITS = 1000  # Python refuses to print numbers of more than some thousand digits.
 INTEGER = r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"
@@ -78,7 +78,7 @@ def read(path: Path) -> Document:
     """Read a YAML file.
 
     Args:
-        path: The file, of at most `MAX_BYTES` bytes.
+        path: The file, of at most `MAX_YAML_BYTES` bytes.
 
     Returns:
         The values and their lines.
@@ -87,9 +87,10 @@ def read(path: Path) -> Document:
         UsageError: The file is too large, is not UTF-8 or is not YAML, sets a key twice, or uses
             aliases, tags or merge keys.
     """
-    if path.stat().st_size > MAX_BYTES:
+    if path.stat().st_size > MAX_YAML_BYTES:
         raise UsageError(
-            f"{path} is larger than {MAX_BYTES} bytes", "check that it is a recipe or a registry"
+            f"{path} is larger than {MAX_YAML_BYTES} bytes",
+            "check that it is a recipe or a registry",
         )
     try:
         text = path.read_text(encoding="utf-8")
@@ -224,10 +225,10 @@ def validate(model: type[Model], document: Document, guide: str = "docs/recipes.
     try:
         return model.model_validate(document.value)
     except ValidationError as error:
-        raise as_usage_error(error, document, guide) from None
+        raise convert_error(error, document, guide) from None
 
 
-def as_usage_error(error: ValidationError, document: Document, guide: str) -> UsageError:
+def convert_error(error: ValidationError, document: Document, guide: str) -> UsageError:
     """Convert an error of pydantic to an error with one sentence and a hint.
 
     Args:

@@ -17,7 +17,6 @@ from typing import Any
 from experthub.hub.errors import HubError, IntegrityError
 from experthub.hub.files.json_files import read_json, read_small
 from experthub.hub.files.patterns import limit_matching_time
-from experthub.hub.files.spelling import suggest_name
 from experthub.hub.formats.lora_config import check_config, is_targeted, match_pattern
 from experthub.hub.formats.safetensors_header import (
     FLOATS,
@@ -183,7 +182,7 @@ def check_shapes(
         if shape is None:
             raise HubError(
                 f"{name} adapts {change.module}, which {base_name} does not have",
-                suggest_name(change.module, [n.removesuffix(".weight") for n in base]),
+                "use the base that the expert was trained on",
             )
         if tuple(shape) != change.shape:
             raise HubError(

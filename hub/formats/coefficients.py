@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from experthub.hub.errors import IntegrityError
 from experthub.hub.files.yaml_files import Closed
-from experthub.hub.formats.records import Digest, StateExpert, read_record
+from experthub.hub.formats.records import Digest, Finite, StateExpert, read_record
 from experthub.hub.formats.safetensors_header import read_header
 from pydantic import Field
 
@@ -15,7 +15,6 @@ COEFFICIENTS = "coefficients.safetensors"
 COEFFICIENTS_JSON = "coefficients.json"
 TENSOR = "coefficients"
 HINT = "get both files again, or learn the coefficients again"
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class CoefficientsRecord(Closed):

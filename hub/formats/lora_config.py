@@ -7,9 +7,8 @@ from reprlib import repr as short
 from typing import Annotated, Any
 
 from experthub.hub.errors import IntegrityError
-from experthub.hub.files.patterns import check_pattern
-from experthub.hub.files.spelling import suggest_name
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from experthub.hub.formats.records import Pattern
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 # Keys that are read: by this module, or by `adapter`.
 HONOURED = {
@@ -63,7 +62,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 }
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", None)
 
-Pattern = Annotated[str, AfterValidator(check_pattern)]
 Rank = Annotated[int, Field(gt=0, lt=1e6)]
 Alpha = Annotated[float, Field(gt=0, lt=1e6)]
 
@@ -112,7 +110,8 @@ def check_config(config: dict[str, Any]) -> None:
         elif key not in HONOURED | HARMLESS:
             raise IntegrityError(
                 f"unknown key {key[:80]!r} in its configuration",
-                suggest_name(key, HONOURED | set(REFUSED)),
+                "correct the key, upgrade experthub if a newer peft wrote the key, or remove the key "
+                "if the adapter computes the same without it",
             )
     if config.get("init_lora_weights") not in PLAIN_INITS:
         raise IntegrityError(

@@ -19,22 +19,16 @@ import torch
 from experthub.hub.files import checksummed_text
 from experthub.hub.files.atomic import open_atomically, write_json
 from experthub.hub.files.digests import sha256_of
+from experthub.hub.formats.safetensors_reader import DTYPES
 from torch import Tensor
 
 DATA, INDEX = "tensors.bin", "index.json"
-DTYPES = {
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I64": torch.int64,
-    "I8": torch.int8,
-}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ALIGNED = 64  # Every tensor starts at a multiple of this number of bytes.
 
 
 class TensorsWriter:
-    """A writer of such a folder. The files appear when the block ends without an error.
+    """A writer of a folder of mapped tensors. The files appear when the block ends without an error.
 
     Args:
         folder: The folder.
@@ -79,7 +73,7 @@ class TensorsWriter:
 
 
 class MappedTensors:
-    """The parts of such a folder. They stay readable if the folder is removed.
+    """The parts of a folder of mapped tensors, read by number. They stay readable if the folder is removed.
 
     Opening or reading a damaged folder raises LookupError, TypeError, ValueError, AttributeError,
     RuntimeError or OSError.

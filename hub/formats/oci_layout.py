@@ -14,7 +14,8 @@ from typing import Annotated, Literal, TypeVar
 
 from experthub.hub.errors import IntegrityError, NotFoundError, UsageError
 from experthub.hub.files.atomic import open_atomically
-from experthub.hub.files.patterns import is_named
+from experthub.hub.files.digests import read_chunks
+from experthub.hub.files.patterns import matches_any
 from experthub.hub.files.spelling import suggest_name
 from experthub.hub.formats import tar
 from experthub.hub.formats.records import Digest
@@ -26,7 +27,6 @@ REFERENCE = "org.opencontainers.image.ref.name"
 FILE_NAME = "org.cncf.model.filepath"
 EXPERT_DIGEST = "dev.experthub.expert.digest"
 MAX_JSON = 8 << 20
-CHUNK = 1 << 20
 HINT = "get the folder or archive again, or write it again with hub push or hub export"
 
 
@@ -209,7 +209,7 @@ class OciLayout:
             name = layer.annotations.get(FILE_NAME, "")
             if name in named:
                 raise IntegrityError(f"{self.place}: {reference} has two files {name!r}", HINT)
-            if is_named(name, wanted):
+            if matches_any(name, wanted):
                 named[name] = layer
         for name, layer in named.items():
             with open_atomically(folder / name) as file:
@@ -220,11 +220,9 @@ class OciLayout:
     def _read_chunks(self, wanted: Descriptor) -> Iterator[bytes]:
         """Yield the bytes of a blob; raise an error at the end if its digest differs."""
         section = self._find_section(_blob_path(wanted))
-        digest, left = hashlib.sha256(), section.size
+        digest = hashlib.sha256()
         with section.path.open("rb") as file:
-            file.seek(section.offset)
-            while left and (chunk := file.read(min(left, CHUNK))):
-                left -= len(chunk)
+            for chunk in read_chunks(file, section.offset, section.size):
                 digest.update(chunk)
                 yield chunk
         if section.size != wanted.size or f"sha256:{digest.hexdigest()}" != wanted.digest:

@@ -7,11 +7,15 @@ from typing import Annotated, Any, TypeVar
 
 from experthub.hub.errors import IntegrityError
 from experthub.hub.files.json_files import read_json
+from experthub.hub.files.patterns import check_pattern
 from experthub.hub.files.yaml_files import Closed
-from pydantic import BaseModel, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, StringConstraints, ValidationError
 
 Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
-Record = TypeVar("Record", bound=BaseModel)
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Pattern = Annotated[str, AfterValidator(check_pattern)]  # A regular expression.
+RecordType = TypeVar("RecordType", bound=BaseModel)
 
 
 class StateExpert(Closed):
@@ -26,7 +30,7 @@ class StateExpert(Closed):
     digest: Digest
 
 
-def read_record(model: type[Record], path: Path, tensors: Path, hint: str) -> Record:
+def read_record(model: type[RecordType], path: Path, tensors: Path, hint: str) -> RecordType:
     """Read the record that describes a file of tensors.
 
     Args:
@@ -46,7 +50,9 @@ def read_record(model: type[Record], path: Path, tensors: Path, hint: str) -> Re
     return validate_record(model, read_json(path), path, hint)
 
 
-def validate_record(model: type[Record], values: dict[str, Any], path: Path, hint: str) -> Record:
+def validate_record(
+    model: type[RecordType], values: dict[str, Any], path: Path, hint: str
+) -> RecordType:
     """Validate plain values as a record.
 
     Args:

@@ -7,13 +7,13 @@ from typing import Annotated, Any, Literal
 
 from experthub.hub.errors import IntegrityError
 from experthub.hub.files.yaml_files import Closed
-from experthub.hub.formats.records import Digest, StateExpert, read_record
+from experthub.hub.formats.records import Digest, Finite, StateExpert, read_record
 from experthub.hub.formats.safetensors_header import read_header
 from pydantic import Field
 
 ROUTER = "router.safetensors"
 ROUTER_JSON = "router.json"
-DTYPES = ("F32", "I64")
+ALLOWED_DTYPES = ("F32", "I64")
 HINT = "get both files again, or make the state again with hub router"
 
 
@@ -36,7 +36,7 @@ class RouterRecord(Closed):
     experts: Annotated[list[StateExpert], Field(min_length=1)]
     embedder: Digest | None = None
     data: Digest | None = None
-    history: list[Annotated[float, Field(allow_inf_nan=False)]] = []
+    history: list[Finite] = []
 
 
 def read_router(record: Path, tensors: Path) -> RouterRecord:
@@ -54,8 +54,8 @@ def read_router(record: Path, tensors: Path) -> RouterRecord:
     """
     found = read_record(RouterRecord, record, tensors, HINT)
     for name, info in read_header(tensors).items():
-        if info.dtype not in DTYPES:
+        if info.dtype not in ALLOWED_DTYPES:
             raise IntegrityError(
-                f"{tensors}: {name} is {info.dtype}, expected {' or '.join(DTYPES)}", HINT
+                f"{tensors}: {name} is {info.dtype}, expected {' or '.join(ALLOWED_DTYPES)}", HINT
             )
     return found

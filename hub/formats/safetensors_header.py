@@ -21,11 +21,11 @@ from types import MappingProxyType
 from typing import Any
 
 from experthub.hub.errors import IntegrityError
+from experthub.hub.files.digests import CHUNK
 
 MAX_HEADER = 8 << 20
 MAX_TENSORS = 100_000
 MAX_THREADS = 8
-CHUNK = 1 << 20
 NAME = re.compile(r"[A-Za-z0-9_.\-]{1,1000}")
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
 SIZES["BOOL"] = 1
@@ -37,6 +37,7 @@ EXPONENTS = {
     "F16": ("<u2", 0x7C00),
     "BF16": ("<u2", 0x7F80),
 }
+PICKLE_STARTS = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 HINT = "get the file again from its source, or save it again with safetensors"
 
 
@@ -106,16 +107,14 @@ def read_header_text(path: Path) -> tuple[bytes, int]:
 
 def _parse_length(start: bytes, size: int, name: str) -> int:
     """Parse the length of a header from the first 8 bytes of a file."""
-    if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+    length: int = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+    if 2 <= length <= min(MAX_HEADER, size - 8):  # This is checked first: 640 is b"\x80\x02...".
+        return length
+    if start[:2] in PICKLE_STARTS:
         raise IntegrityError(
             f"{name} is a pickle, not safetensors", "save the weights again as safetensors"
         )
-    length: int = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-    if not 2 <= length <= min(MAX_HEADER, size - 8):
-        raise IntegrityError(
-            f"{name} is damaged: header of {length} bytes in a file of {size}", HINT
-        )
-    return length
+    raise IntegrityError(f"{name} is damaged: header of {length} bytes in a file of {size}", HINT)
 
 
 @lru_cache(maxsize=64)

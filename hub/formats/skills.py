@@ -55,7 +55,7 @@ class SkillsRecord(Closed):
     base: str
     granularity: Granularity = "linear"
 
-    def logits_of(self, module: str) -> str:
+    def name_logits(self, module: str) -> str:
         """Return the name of the tensor that holds a module's logits.
 
         Args:
@@ -102,7 +102,7 @@ def read_skills(record: Path, tensors: Path) -> tuple[SkillsRecord, tuple[Adapte
     found = read_record(SkillsRecord, record, tensors, HINT)
     header = read_header(tensors)
     adapted = tuple(_read_change(found, module, header, tensors) for module in found.target_modules)
-    wanted = {n for a in adapted for n in (a.a, a.b, found.logits_of(a.module))}
+    wanted = {n for a in adapted for n in (a.a, a.b, found.name_logits(a.module))}
     for name in sorted(wanted ^ set(header)):
         what = "is missing" if name in wanted else "belongs to no target module"
         raise IntegrityError(f"{tensors}: {name} {what}", HINT)
@@ -111,7 +111,7 @@ def read_skills(record: Path, tensors: Path) -> tuple[SkillsRecord, tuple[Adapte
 
 def _read_change(record: SkillsRecord, module: str, header: Header, tensors: Path) -> Adapted:
     """Return how an inventory changes one module after checking its tensors."""
-    a, b, logits = f"{module}.skill_a", f"{module}.skill_b", record.logits_of(module)
+    a, b, logits = f"{module}.skill_a", f"{module}.skill_b", record.name_logits(module)
     for name in (a, b, logits):
         if name not in header:
             raise IntegrityError(f"{tensors}: {name} is missing", HINT)
@@ -154,6 +154,6 @@ def write_skills(
     for name, (a, b, logits) in skills.items():
         stored[f"{name}.skill_a"] = a.detach().cpu().bfloat16().contiguous()
         stored[f"{name}.skill_b"] = b.detach().cpu().bfloat16().contiguous()
-        stored[record.logits_of(name)] = logits.detach().cpu().clone()
+        stored[record.name_logits(name)] = logits.detach().cpu().clone()
     save_file(stored, folder / SKILLS, metadata={"format": "pt"})
     write_json(folder / SKILLS_JSON, record.model_dump(mode="json", by_alias=True))

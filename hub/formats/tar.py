@@ -1,4 +1,4 @@
-"""Reading tar archives by place: no name in an archive decides where a file is written."""
+"""Reading tar archives by offset: no name in an archive decides where a file is written."""
 
 from __future__ import annotations
 

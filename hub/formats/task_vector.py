@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from experthub.hub.errors import IntegrityError
+from experthub.hub.files.digests import read_chunks
 from experthub.hub.files.json_files import read_json
 from experthub.hub.formats.safetensors_header import (
     FLOATS,
     Header,
-    TensorInfo,
     read_header,
     read_header_text,
 )
@@ -29,7 +29,6 @@ SHARD_INDEX = "task_vector.safetensors.index.json"
 NUMBER = "[0-9]" * 5
 SHARDS = f"task_vector-{NUMBER}-of-{NUMBER}.safetensors"
 SHAPES = "hub.shapes"  # The key of the metadata that has the shapes of sparse parameters as JSON.
-CHUNK = 1 << 20
 HINT = "write it again with hub diff, or get it again from its source"
 
 
@@ -176,10 +175,10 @@ def check_masks(path: Path) -> None:
             if stored.mask is None:
                 continue
             info, ones, last = header[stored.mask], 0, b""
-            for last in _read_chunks(file, info):
+            for last in read_chunks(file, info.begin, info.bytes):
                 ones += int.from_bytes(last).bit_count()
             over = -math.prod(stored.shape) % 8
-            if over and last[-1] >> (8 - over):
+            if over and last and last[-1] >> (8 - over):
                 raise _malformed(path, f"{stored.mask} has bits set past its last entry")
             if (ones,) != header[stored.values].shape:
                 (count,) = header[stored.values].shape
@@ -203,16 +202,6 @@ def unpack_mask(mask: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
     found = torch.zeros(math.prod(shape), dtype=values.dtype)
     found[bits.flatten()[: len(found)].bool()] = values
     return found.view(shape)
-
-
-def _read_chunks(file: Any, info: TensorInfo) -> Iterator[bytes]:
-    """Yield the bytes of a tensor piece by piece."""
-    file.seek(info.begin)
-    left = info.bytes
-    while left:
-        chunk = file.read(min(left, CHUNK))
-        left -= len(chunk)
-        yield chunk
 
 
 def _read_sparse_shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from experthub.hub.errors import HubError, IntegrityError
-from experthub.hub.files.spelling import suggest_name
 from experthub.hub.formats.adapter import Adapted, check_shapes
 
 if TYPE_CHECKING:
@@ -138,9 +137,7 @@ class StoredExpert:
                 raise HubError(
                     f"{self.name} changes {name} {list(shape)}, but {self.base.name} has "
                     + ("no such parameter" if own is None else f"{list(own)}"),
-                    suggest_name(name, self.base.shapes)
-                    if own is None
-                    else "use the base that the expert was trained on",
+                    "use the base that the expert was trained on",
                 )
         return found
 

@@ -45,7 +45,7 @@ PLACES = (
 
 
 @dataclass(frozen=True)
-class Collected:
+class CollectionResult:
     """The result of a collection, or of a dry run.
 
     Args:
@@ -65,7 +65,7 @@ def find_needed(file: Path | None, store: Store) -> set[str]:
     """Find the objects that must stay.
 
     Args:
-        file: A registry file besides the others.
+        file: An additional registry file, which comes before the others.
         store: The store.
 
     Returns:
@@ -88,11 +88,11 @@ def find_needed(file: Path | None, store: Store) -> set[str]:
 
 def collect(
     file: Path | None, store: Store, *, grace: float = GRACE, dry_run: bool = False
-) -> Collected:
+) -> CollectionResult:
     """Move objects that nothing needs to the trash, and delete those that were there long enough.
 
     Args:
-        file: A registry file besides the others.
+        file: An additional registry file, which comes before the others.
         store: The store.
         grace: The number of seconds that an unused object is kept before each of the two steps. At
             0, both steps are taken at once.
@@ -104,7 +104,7 @@ def collect(
     Raises:
         HubError: A registry or a lock file cannot be read, so that it is unknown what is needed.
     """
-    found = Collected({}, {}, [], {})
+    found = CollectionResult({}, {}, [], {})
     with hold_lock(store.root / COLLECTING):
         keep, now = find_needed(file, store), time.time()
         for sha256, path in store.list_objects().items():
@@ -148,7 +148,7 @@ def _trash(path: Path, target: Path) -> None:
 
 
 def _process_trashed(
-    path: Path, keep: set[str], store: Store, grace: float, dry_run: bool, found: Collected
+    path: Path, keep: set[str], store: Store, grace: float, dry_run: bool, found: CollectionResult
 ) -> None:
     """Restore an object in the trash that is needed again; delete it if its time is over."""
     stat = path.stat()

@@ -10,7 +10,6 @@ from pathlib import Path
 from experthub.hub.errors import HubError
 from experthub.hub.files import checksummed_text, yaml_files
 from experthub.hub.files.atomic import discard, walk_files, write_text
-from experthub.hub.files.digests import sha256_of
 from experthub.hub.progress import Report
 from experthub.hub.recipes.lock_file import Lock
 from experthub.hub.registry.layers import list_entry_files
@@ -86,7 +85,7 @@ def _find_repair(path: Path, read: Callable[[Path], None]) -> Callable[[], objec
 
 
 def _repair_text(path: Path, content: bytes, is_right: Callable[[bytes], bool], why: str) -> None:
-    """Repair a text file in which one bit was flipped; raise an error with the reason elsewhere."""
+    """Repair a text file in which one bit was flipped; raise an error with the reason if that fails."""
     whole = checksummed_text.repair_bit(content, is_right)
     if whole is None:
         raise HubError(why, "correct the file, or remove it and create it again")
@@ -166,11 +165,7 @@ def find_damaged_files(folder: Path) -> list[str]:
     record = checksummed_text.read_manifest(folder)
     if record is None:
         return [checksummed_text.MANIFEST]
-    wrong = [
-        name
-        for name, sha256 in record["files"].items()
-        if not (folder / name).is_file() or sha256_of(folder / name) != sha256
-    ]
+    wrong = checksummed_text.find_changed_files(folder, record["files"])
     own = checksummed_text.is_sealed((folder / checksummed_text.MANIFEST).read_bytes())
     return wrong if own else [*wrong, checksummed_text.MANIFEST]
 
@@ -183,4 +178,4 @@ def _reimport_task(reference: str, folder: Path) -> None:
     elif reference.startswith("bigbench:"):
         bigbench.import_again(reference.partition(":")[2], Store())
     else:
-        raise HubError("its source is not known")
+        raise HubError("its source is not known; remove the folder, and import the task again")

@@ -12,7 +12,7 @@ from experthub.hub.session import Session
 
 PURPOSES = {
     "objects": "experts, and the archives that tasks are imported from",
-    "trash": "objects that the next hub gc deletes",
+    "trash": "unused objects, which a later hub gc deletes",
     "drafts": "experts that are being unpacked",
     "bases": "base models",
     "hf": "files fetched from model hubs",
@@ -22,6 +22,12 @@ PURPOSES = {
     "banks": "packed experts of recipes with many experts",
     "runs": "training runs, learned coefficients, routers",
     "benchmarks": "environments of the benchmarks",
+    "registry": "your own registry",
+    "roots": "paths of lock files",
+    "locks": "locks between processes",
+    "leases": "objects that running processes use",
+    "fingerprints": "cached fingerprints of bases",
+    "kernels": "measured kernels",
 }
 
 
@@ -44,13 +50,13 @@ def measure_usage(session: Session) -> dict[str, Any]:
         {"folder": name, "bytes": size, "purpose": PURPOSES.get(name, "")}
         for name, size in sizes.items()
     ]
-    manifests = {}
+    identities = {}
     for expert in session.registry.list_experts():
         identity = store.find_identity(expert.digest)
         if identity is not None:
-            manifests[expert.reference] = identity
+            identities[expert.reference] = identity
     users: dict[str, set[str]] = {}
-    for identity in manifests.values():
+    for identity in identities.values():
         for info in identity.files.values():
             users.setdefault(info.sha256, set()).add(identity.digest)
     experts = [
@@ -59,7 +65,7 @@ def measure_usage(session: Session) -> dict[str, Any]:
             "bytes": sum(info.size for info in identity.files.values()),
             "own": sum(i.size for i in identity.files.values() if len(users[i.sha256]) == 1),
         }
-        for reference, identity in manifests.items()
+        for reference, identity in identities.items()
     ]
     return {
         "root": str(store.root),

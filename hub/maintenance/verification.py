@@ -85,7 +85,7 @@ def verify(session: Session, file: Path | None = None, *, repair: bool = False) 
     Args:
         session: The store and the progress callback. The registries are read anew, without the
             entries that cannot be read.
-        file: A registry file besides the others.
+        file: An additional registry file, which comes before the others.
         repair: Fetch damaged and missing content again from the sources that entries and locks
             name. Content that cannot be fetched is left unchanged.
 
@@ -236,21 +236,27 @@ def _repair_objects(
     found.repaired += sorted(wrong & (whole | ARCHIVES))
     for sha256 in sorted(wrong - whole - ARCHIVES):
         if not found.damaged[sha256]:
-            found.problems.append(f"{sha256[:12]}: its source is not known")
+            found.problems.append(f"{sha256[:12]}: no entry uses it; run hub gc to delete it")
 
 
 def raise_if_damaged(found: Findings) -> None:
-    """Raise an error if something is still damaged.
+    """Raise an error if something is still damaged, or if a repair failed.
 
     Args:
         found: The result of a verification.
 
     Raises:
-        IntegrityError: Something is damaged. The message names the first five items.
+        IntegrityError: Something is damaged, or an incomplete expert could not be repaired. The
+            message names the first five items.
     """
-    if left := found.left:
+    left = found.left
+    if found.problems:  # Incomplete experts alone are no error, but a failed repair is one.
+        left += [name for name in found.incomplete if name not in found.repaired]
+    if left:
+        what = "item is" if len(left) == 1 else "items are"
         raise IntegrityError(
-            f"{len(left)} damaged: {', '.join(_shorten(name) for name in left[:5])}"
+            f"{len(left)} {what} damaged or incomplete: "
+            + ", ".join(_shorten(name) for name in left[:5])
             + "".join(f"; {problem}" for problem in found.problems),
             "fix these problems, and run hub verify --repair again"
             if found.problems

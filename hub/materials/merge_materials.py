@@ -66,7 +66,7 @@ def _read_data(plan: Plan, device: str | None) -> TaskData | None:
     # The base is loaded in float32 for every dtype of the composition, because gradients in half
     # precision lose too much.
     model = load_model(plan.base, "float32", device)
-    untie(model, plan.parameters, plan)
+    untie(model, plan.parameters, plan.adapted)
     # The rows are made first, because the reader computes parts of them with the unchanged model.
     reader = reader_for(plan.base, device, lambda: model)
     others = hold_out(use, given) if labelled else None

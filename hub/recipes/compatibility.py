@@ -14,31 +14,32 @@ from experthub.merge import Outline
 from experthub.routing import routers
 
 
-def check_apart(ways: Sequence[Recipe], targets: Sequence[tuple[str, ...]]) -> None:
-    """Refuse parts that name the same module.
+def check_disjoint(recipes: Sequence[Recipe], targets: Sequence[tuple[str, ...]]) -> None:
+    """Check that no two parts change the same module.
 
     Args:
-        ways: The recipe of each part.
+        recipes: The recipe of each part.
         targets: The parameters that each part changes.
 
     Raises:
         UsageError: A module belongs to two parts.
     """
     owner: dict[str, str | None] = {}
-    for way, names in zip(ways, targets, strict=True):
+    for recipe, names in zip(recipes, targets, strict=True):
         for name in names:
             if name in owner:
                 raise UsageError(
-                    f"{name.rpartition('.')[0]} belongs to two parts: {owner[name]} and {way.targets}",
+                    f"{name.rpartition('.')[0]} belongs to two parts: "
+                    f"{owner[name]} and {recipe.targets}",
                     "write patterns that do not overlap",
                 )
-            owner[name] = way.targets
+            owner[name] = recipe.targets
 
 
 def check_method(
     recipe: Recipe, experts: tuple[PlannedExpert, ...], parameters: tuple[str, ...]
 ) -> None:
-    """Refuse by name what the recipe's method cannot work with.
+    """Check that the recipe's method can work with its experts.
 
     Args:
         recipe: A recipe of one method.
@@ -50,7 +51,7 @@ def check_method(
         HubError: An expert lacks what the method needs, or changes what cannot be routed.
     """
     _check_skills(recipe, experts)
-    outline = Outline([_Outlined(expert) for expert in experts], parameters)
+    outline = Outline([_OutlinedExpert(expert) for expert in experts], parameters)
     if recipe.route is not None:
         _check_route(recipe.route, experts, outline)
     check, options = recipe.method.strategy.check, recipe.method.options
@@ -60,10 +61,10 @@ def check_method(
         with explain_errors(), limit_matching_time():
             check(outline, options)
     except TimeoutError as error:
-        raise UsageError(str(error), "write the pattern simpler, or use a name") from None
+        raise UsageError(str(error), "simplify the pattern, or use a name") from None
 
 
-class _Outlined:
+class _OutlinedExpert:
     """A planned expert, as a method sees it before weights are read."""
 
     def __init__(self, expert: PlannedExpert) -> None:
@@ -89,7 +90,7 @@ class _Outlined:
 def _check_route(route: Method, experts: tuple[PlannedExpert, ...], outline: Outline) -> None:
     """Refuse experts that cannot be routed, or that lack a gate."""
     wanted, needs = frozenset(outline.parameters), route.strategy.needs
-    complete: set[tuple[int, int]] = set()  # of the many experts that share their shapes
+    complete: set[tuple[int, int]] = set()  # Many experts share their shapes.
     for expert in experts:
         if not expert.low_rank:
             raise UsageError(
@@ -130,14 +131,14 @@ def _check_gates(member: Member, method: str, wanted: frozenset[str]) -> None:
 
 
 def _check_skills(recipe: Recipe, experts: tuple[PlannedExpert, ...]) -> None:
-    """Refuse a mixture: a router over skills takes one inventory of skills, and others take none."""
+    """Check that a router over skills has exactly one inventory, and that other methods have none."""
     inventories = [m.reference for e in experts for m in e.members if m.skill_tasks]
     needs = "skills" in recipe.method.strategy.needs
     if needs and (len(inventories) != 1 or len(experts) != 1):
         raise UsageError(
-            f"{recipe.method.method} is over one inventory of skills, and the recipe has "
-            f"{len(inventories)} among {len(experts)} experts",
-            "name one that hub train skills made, and nothing else",
+            f"{recipe.method.method} needs exactly one inventory of skills, but the recipe has "
+            f"{len(inventories)} among its {len(experts)} experts",
+            "list one inventory that hub train skills made under experts:, and no other expert",
         )
     if inventories and not needs:
         over = [name for name, s in routers.items() if "skills" in s.needs]

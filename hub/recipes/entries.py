@@ -6,12 +6,11 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 from experthub.hub.errors import HubError
-from experthub.hub.files.patterns import check_pattern
 from experthub.hub.files.yaml_files import Closed
+from experthub.hub.formats.records import Finite, Pattern
 from experthub.hub.recipes.method import Method, error_at, read_method
 from experthub.hub.registry.expert import Name, Reference
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
     Discriminator,
     Field,
@@ -19,8 +18,6 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-
-Weight = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class ExpertUse(Closed):
@@ -33,7 +30,7 @@ class ExpertUse(Closed):
     """
 
     expert: str
-    weight: Weight = 1.0
+    weight: Finite = 1.0
     as_: Annotated[Name | None, Field(alias="as")] = None
 
     @field_validator("expert")
@@ -47,7 +44,6 @@ class ExpertUse(Closed):
         return text
 
 
-Pattern = Annotated[str, AfterValidator(check_pattern)]
 # The None stands outside of the validator that reads a method, so that errors keep their place.
 Merge = Annotated[Method | None, BeforeValidator(partial(read_method, "merge"))]
 Route = Annotated[Method | None, BeforeValidator(partial(read_method, "route"))]
@@ -68,16 +64,16 @@ class NestedMerge(Closed):
     experts: Annotated[list[ExpertUse], Field(min_length=1)]
     rank: Annotated[int, Field(ge=1)] | None = None
     as_: Annotated[Name | None, Field(alias="as")] = None
-    weight: Weight = 1.0
+    weight: Finite = 1.0
 
     @field_validator("experts", mode="before")
     @classmethod
     def _names(cls, value: Any) -> Any:
         """Accept bare references."""
-        return as_uses(value)
+        return parse_uses(value)
 
 
-def _use_kind(value: Any) -> str:
+def _find_tag(value: Any) -> str:
     """Tell a merge from an expert by its keys."""
     nested = isinstance(value, NestedMerge) or (isinstance(value, dict) and "merge" in value)
     return "<merge>" if nested else "<expert>"
@@ -85,7 +81,7 @@ def _use_kind(value: Any) -> str:
 
 Use = Annotated[
     Annotated[ExpertUse, Tag("<expert>")] | Annotated[NestedMerge, Tag("<merge>")],
-    Discriminator(_use_kind),
+    Discriminator(_find_tag),
 ]
 
 
@@ -132,7 +128,7 @@ class Part(Closed):
     @property
     def method(self) -> Method:
         """The merge or the router."""
-        return one_of(self.merge, self.route)
+        return choose_method(self.merge, self.route)
 
     @model_validator(mode="after")
     def _one_way(self) -> Part:
@@ -145,7 +141,7 @@ class Part(Closed):
 ONE_WAY = "expected exactly one of merge, route and parts"
 
 
-def one_of(*methods: Method | None) -> Method:
+def choose_method(*methods: Method | None) -> Method:
     """Return the one method that is set.
 
     Args:
@@ -163,26 +159,26 @@ def one_of(*methods: Method | None) -> Method:
     return given[0]
 
 
-def members_of(entry: ExpertUse | NestedMerge) -> list[ExpertUse]:
+def list_members(entry: ExpertUse | NestedMerge) -> list[ExpertUse]:
     """Return the experts that one entry of a recipe names.
 
     Args:
         entry: An expert or a nested merge.
 
     Returns:
-        The expert itself, or those of the merge.
+        The expert itself, or the experts of the merge.
     """
     return [entry] if isinstance(entry, ExpertUse) else entry.experts
 
 
-def as_uses(value: Any) -> Any:
+def parse_uses(value: Any) -> Any:
     """Turn bare references into uses of these experts.
 
     Args:
         value: The value of `experts:` in a recipe.
 
     Returns:
-        The same list, with a mapping in the place of each bare reference.
+        The same list, with a mapping instead of each bare reference.
     """
     if not isinstance(value, list):
         return value

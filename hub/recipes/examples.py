@@ -27,7 +27,7 @@ class PlannedData:
     digests: tuple[str, ...]
 
     @classmethod
-    def of(cls, use: DataUse) -> PlannedData:
+    def from_use(cls, use: DataUse) -> PlannedData:
         """Read the tasks, and check that the recipe's examples exist.
 
         Args:
@@ -75,7 +75,7 @@ def choose_examples(use: DataUse) -> list[Chosen]:
 
 
 def hold_out(use: DataUse, given: Sequence[Chosen]) -> list[Chosen] | None:
-    """Choose labelled examples of the validation split, on which early stopping is decided.
+    """Choose labelled examples of the validation split, for early stopping.
 
     Args:
         use: The recipe's `data:`.
@@ -89,38 +89,44 @@ def hold_out(use: DataUse, given: Sequence[Chosen]) -> list[Chosen] | None:
         return None
     try:
         return [_choose(one.task, use, "validation") for one in given]
-    except HubError:  # a small task may have none
+    except HubError:  # A small task may have no such split.
         return None
 
 
-def choose_few(task: Task, shots: int) -> list[Example]:
-    """Choose a few examples of the training split, in turn of each class.
+def choose_few(task: Task, count: int) -> list[Example]:
+    """Choose a few examples of the training split, taking the classes in turn.
 
     Args:
         task: The task.
-        shots: The number of examples in all.
+        count: The number of examples in all.
 
     Returns:
         The examples.
     """
     examples = task.split("train")
-    by_class: dict[str, list[Example]] = {}
+    by_class = _group_by_answer(task, examples)
+    if task.card.labels is None and len(by_class) > len(examples) // 2:
+        return list(examples[:count])  # Each example has choices of its own.
+    turns = zip_longest(*by_class.values())
+    return [e for turn in turns for e in turn if e is not None][:count]
+
+
+def _group_by_answer(task: Task, examples: Sequence[Example]) -> dict[str, list[Example]]:
+    """Group examples by the text of their right answer; those without one under an empty text."""
+    found: dict[str, list[Example]] = {}
     for example in examples:
         answer = task.find_answer(example)
-        choices = task.list_choices(example)
-        by_class.setdefault("" if answer is None else choices[answer], []).append(example)
-    if task.card.labels is None and len(by_class) > len(examples) // 2:
-        return list(examples[:shots])  # each example has choices of its own
-    turns = zip_longest(*by_class.values())
-    return [e for turn in turns for e in turn if e is not None][:shots]
+        text = "" if answer is None else task.list_choices(example)[answer]
+        found.setdefault(text, []).append(example)
+    return found
 
 
 def _choose(task: Task, use: DataUse, split: Split) -> Chosen:
     """Choose the examples of one task."""
     if not task.has_choices:
         raise UsageError(
-            f"task {task.reference} has no choices, and learning compares those",
-            "choose another task",
+            f"task {task.reference} has no choices, but a method that learns needs them",
+            "use a task with choices",
         )
     examples = task.split(split)
     if use.shots is not None:
@@ -135,8 +141,5 @@ def _choose_shots(task: Task, examples: Sequence[Example], shots: int) -> list[E
         and len({tuple(sorted(task.list_choices(e))) for e in examples}) > 1
     ):
         return list(examples[: shots * len(task.list_choices(examples[0]))])
-    found: dict[str, list[Example]] = {}
-    for example in examples:
-        answer = task.list_choices(example)[task.find_answer(example) or 0]
-        found.setdefault(answer, []).append(example)
-    return [example for group in found.values() for example in group[:shots]]
+    groups = _group_by_answer(task, examples).values()
+    return [example for group in groups for example in group[:shots]]

@@ -1,4 +1,4 @@
-"""Lock files: what a recipe is made of, pinned by digest and source, so that it stays the same."""
+"""Lock files, which pin the base and the experts of a recipe by digest and source."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pydantic import ValidationError
 Pins = Literal["locked", "frozen"]
 
 
-def recipe_digest(path: Path) -> str:
+def compute_recipe_digest(path: Path) -> str:
     """Compute the digest of a recipe file's values.
 
     Args:
@@ -43,10 +43,10 @@ def recipe_digest(path: Path) -> str:
 
 
 def lock(path: Path, session: Session, *, update: Sequence[str] | None = ()) -> Lock:
-    """Make the lock that a recipe should have now, and bring what it pins into the store.
+    """Make the current lock of a recipe, and fetch everything that it pins into the store.
 
-    A method that learns does so now, unless it has learned before. An expert keeps the content that
-    the present lock records for it while its reference still allows that. No file is written.
+    A method that needs a state gets it now, unless a stored state fits. An expert keeps the content
+    that the present lock records for it while its reference still allows that. No file is written.
 
     Args:
         path: The recipe file.
@@ -62,24 +62,24 @@ def lock(path: Path, session: Session, *, update: Sequence[str] | None = ()) -> 
     recipe = Recipe.read(path)
     held = lock_path(path)
     known = Lock.read(held).members if held.is_file() else []
-    pinned = [_kept(use, known, update) or find_content(use, session) for use in recipe.uses]
+    pinned = [_find_pinned(use, known, update) or find_content(use, session) for use in recipe.uses]
     plan = resolve(recipe, session=session, pinned=pinned)
     if plan.keeps_state and plan.found is None:
         plan = replace(plan, found=store_state(plan, session))
-    return Lock.of(plan, recipe_digest(path))
+    return Lock.of(plan, compute_recipe_digest(path))
 
 
-def _kept(
+def _find_pinned(
     use: ExpertUse, known: Sequence[LockedExpert], update: Sequence[str] | None
 ) -> Content | None:
-    """Return the content that the present lock has for a use; None if it must be looked up."""
+    """Return the content that the lock pins for an entry, or None if it must be looked up."""
     if update is None or Reference.parse(use.expert).name in update:
         return None
-    return next((entry.content for entry in known if _allows(use, entry)), None)
+    return next((entry.content for entry in known if _can_refer_to(use, entry)), None)
 
 
-def _allows(use: ExpertUse, entry: LockedExpert) -> bool:
-    """Tell whether a recipe's reference can refer to what a lock holds."""
+def _can_refer_to(use: ExpertUse, entry: LockedExpert) -> bool:
+    """Tell whether a recipe's reference still refers to the pinned content."""
     wanted = Reference.parse(use.expert)
     if not wanted.name:
         return use.expert == entry.expert
@@ -118,22 +118,22 @@ def plan_of(
     if pins is None:
         return resolve(recipe, session=session)
     held = Lock.read(lock_path(path))
-    if held.recipe != recipe_digest(path):
+    if held.recipe != compute_recipe_digest(path):
         raise ConflictError(f"{path} has changed since it was locked", f"run hub lock {path}")
     contents = [member.content for member in held.members]
     if pins == "locked":
-        contents = [_as_known(content, session.registry, path) for content in contents]
+        contents = [_check_meaning(content, session.registry, path) for content in contents]
     else:
-        own = _registry_of(held, path, recipe)
+        own = _make_locked_registry(held, path, recipe)
         session = Session(own, session.store, session.device, session.report)
     data = None
     if held.data:
         use = recipe.data or DataUse.model_validate(held.data.use)
-        data = PlannedData(use, tuple(_digest_now(task, pins) for task in held.data.tasks))
+        data = PlannedData(use, tuple(_read_task_digest(task, pins) for task in held.data.tasks))
     kept = held.coefficients or held.router
     found = kept.content if kept else None
     if found and pins == "locked" and recipe.stored:
-        found = _as_known(found, session.registry, path)
+        found = _check_meaning(found, session.registry, path)
     plan = resolve(recipe, session=session, pinned=contents, data=data, found=found)
     if plan.digest != held.composition:
         raise ConflictError(
@@ -143,8 +143,11 @@ def plan_of(
     return plan
 
 
-def _digest_now(locked: LockedTask, pins: Pins) -> str:
-    """Return the digest of a task as it is here; the locked one for `frozen`, or if it is not here."""
+def _read_task_digest(locked: LockedTask, pins: Pins) -> str:
+    """Return the present digest of a task.
+
+    With `frozen`, or if the task is not installed, return the pinned digest.
+    """
     if pins == "frozen":
         return locked.digest
     try:
@@ -153,8 +156,8 @@ def _digest_now(locked: LockedTask, pins: Pins) -> str:
         return locked.digest
 
 
-def _as_known(content: Content, registry: Registry, path: Path) -> Content:
-    """Return the registries' entry for what a lock pins; refuse one of other content."""
+def _check_meaning(content: Content, registry: Registry, path: Path) -> Content:
+    """Return the registry's entry for pinned content; reject different content."""
     reference = Reference.parse(content.reference)
     if not reference.name:
         return content
@@ -168,8 +171,8 @@ def _as_known(content: Content, registry: Registry, path: Path) -> Content:
     return known
 
 
-def _registry_of(held: Lock, path: Path, recipe: Recipe) -> Registry:
-    """Make a registry that knows the locked base by its name in the recipe, and nothing else."""
+def _make_locked_registry(held: Lock, path: Path, recipe: Recipe) -> Registry:
+    """Make a registry that has only the pinned base, under its name in the recipe."""
     base = held.base
     if Reference.parse(recipe.base).folder or Reference.parse(recipe.base).remote:
         return Registry(())
@@ -216,12 +219,12 @@ def find_recipes_with(name: str, folder: Path) -> list[Path]:
     Raises:
         UsageError: No lock pins the expert.
     """
-    found = []
+    found: list[Path] = []
     for held in sorted(folder.glob(f"*{SUFFIX}")):
-        recipe = held.with_name(held.name.removesuffix(SUFFIX) + ".yaml")
         names = {Reference.parse(m.expert).name for m in Lock.read(held).members}
-        if recipe.is_file() and name in names:
-            found.append(recipe)
+        stem = held.name.removesuffix(SUFFIX)
+        recipes = [held.with_name(stem + suffix) for suffix in (".yaml", ".yml")]
+        found += [recipe for recipe in recipes if name in names and recipe.is_file()][:1]
     if not found:
-        raise UsageError(f"no lock in {folder} pins {name}", "name the recipe")
+        raise UsageError(f"no lock in {folder} pins {name}", f"run hub update {name} RECIPE")
     return found

@@ -10,14 +10,14 @@ from experthub.hub.errors import NotFoundError
 from experthub.hub.files import checksummed_text, yaml_files
 from experthub.hub.files.atomic import hub_home
 from experthub.hub.files.yaml_files import Closed
-from experthub.hub.formats.records import Digest
+from experthub.hub.formats.records import Digest, Sha256
 from experthub.hub.recipes.plan import Plan
+from experthub.hub.recipes.recipe import STATE_KEYS
 from experthub.hub.registry.content import Content
 from experthub.hub.registry.expert import make_source_absolute, make_source_relative
-from experthub.hub.registry.registry_file import HEX
 from experthub.hub.store.leases import hold_lease
 from experthub.hub.store.roots import remember_lock
-from pydantic import Field, StringConstraints
+from pydantic import Field
 
 SUFFIX = ".lock.yaml"
 
@@ -28,7 +28,7 @@ class LockedBase(Closed):
     name: str
     fingerprint: Digest
     sources: Annotated[list[str], Field(min_length=1)]
-    sha256: Annotated[str, StringConstraints(pattern=HEX)] | None = None
+    sha256: Sha256 | None = None
 
 
 class LockedExpert(Closed):
@@ -65,7 +65,7 @@ class LockedTask(Closed):
 
 
 class LockedData(Closed):
-    """The data in a lock that a method learned from; see `hub.recipes.recipe.DataUse`."""
+    """The data in a lock that a method learned from; see `hub.recipes.entries.DataUse`."""
 
     tasks: Annotated[list[LockedTask], Field(min_length=1)]
     split: str
@@ -145,7 +145,8 @@ class Lock(Closed):
             path: The file.
         """
         near = self._map_sources(lambda source: make_source_relative(source, path.resolve().parent))
-        with hold_lease(hub_home()):  # so that nothing is collected between the two
+        # A collection between the two writes could delete the content.
+        with hold_lease(hub_home()):
             remember_lock(path)
             checksummed_text.write(path, yaml_files.dump(near.record()))
 
@@ -159,7 +160,7 @@ class Lock(Closed):
 
     @property
     def members(self) -> list[LockedExpert]:
-        """The experts in the recipe's order, those of nested merges included."""
+        """The experts in the recipe's order, including the experts of nested merges."""
         groups = [[e] if isinstance(e, LockedExpert) else e.experts for e in self.experts]
         return [member for group in groups for member in group]
 
@@ -175,7 +176,7 @@ class Lock(Closed):
             "base": rewrite(self.base),
             "experts": list(map(rewrite, self.experts)),
         }
-        for key in ("coefficients", "router"):
+        for key in STATE_KEYS:
             if getattr(self, key):
                 update[key] = rewrite(getattr(self, key))
         return self.model_copy(update=update)

@@ -1,7 +1,7 @@
 """Sizes and shapes of many experts, cached so that a bank of them loads without their files.
 
-An expert never changes under its digest.  Looking at one in the store costs a dozen system calls; a
-cache hit costs none.
+An expert never changes under its digest. Reading an expert's record and sizes from the store costs a
+dozen system calls; a cache hit costs none.
 """
 
 from __future__ import annotations
@@ -38,14 +38,16 @@ class MemberCache:
     path: Path
 
     @classmethod
-    def of(cls, contents: Iterable[Content], base: Base, allow_mismatch: bool) -> MemberCache:
+    def for_composition(
+        cls, contents: Iterable[Content], base: Base, allow_mismatch: bool
+    ) -> MemberCache:
         """Return the cache of a composition.
 
         Args:
             contents: The contents of its experts, in order.
             base: The base.
-            allow_mismatch: Whether experts of another base are accepted; this is checked before the file is
-                written, and not again.
+            allow_mismatch: Whether experts of another base are accepted. This is checked before the
+                file is written, and not again.
 
         Returns:
             The cache, whether its file exists or not.
@@ -54,8 +56,8 @@ class MemberCache:
         key = digest_of([VERSION, base.fingerprint, allow_mismatch, digests])[7:23]
         return cls(hub_home() / "banks" / "members" / f"{key}.json")
 
-    def members(self, named: Sequence[tuple[Content, float]]) -> list[Member] | None:
-        """Return the members of a composition, as the cache knows them.
+    def load_members(self, named: Sequence[tuple[Content, float]]) -> list[Member] | None:
+        """Read the members of a composition from the cache.
 
         Args:
             named: The contents of the experts with their weights, in order.
@@ -66,7 +68,7 @@ class MemberCache:
         found = self._read()
         if found is None:
             return None
-        adapted = [_adapted(rows) for rows in found["adapted"]]
+        adapted = [_parse_adapted(rows) for rows in found["adapted"]]
         shapes = [{f"{a.module}.weight": a.shape for a in own} for own in adapted]
         gates = [frozenset(names) for names in found["gated"]]
         return [
@@ -77,10 +79,10 @@ class MemberCache:
         ]
 
     def write(self, members: Sequence[Member]) -> None:
-        """Write what is known of a composition's members, if all of them are LoRAs.
+        """Write the members of a composition to the cache, if all of them are LoRAs.
 
         Args:
-            members: The members, in the order of the contents that `of` was given.
+            members: The members, in the order of the contents that `for_composition` was given.
         """
         if not all(kinds[member.kind] is LORA for member in members):
             return
@@ -106,11 +108,11 @@ class MemberCache:
         except (HubError, OSError):
             return None
         with suppress(OSError):
-            os.utime(self.path)  # hub gc takes what was not used for long
+            os.utime(self.path)  # hub gc deletes files that were not used for a week.
         return found if check == digest_of(found) else None
 
 
-def _adapted(rows: list[list[Any]]) -> tuple[Adapted, ...]:
+def _parse_adapted(rows: list[list[Any]]) -> tuple[Adapted, ...]:
     """Return how an expert changes its modules, from the rows of the file."""
     return tuple(
         Adapted(module, rank, scale, (shape[0], shape[1]), *rest)

@@ -26,7 +26,7 @@ class Method(Closed):
     kind: Literal["merge", "route"]
     method: str
     combine: Literal["outputs", "parameters"] = "outputs"
-    kernel: str = "auto"  # as the recipe spells it
+    kernel: str = "auto"
     options: dict[str, Any] = {}
 
     @property
@@ -175,7 +175,7 @@ def read_method(kind: Literal["merge", "route"], value: Any) -> Method | None:
     name = given.pop("method")
     if name not in catalogue:
         other = _catalogue("route" if kind == "merge" else "merge")
-        hint = suggest_name(name, catalogue)
+        hint = suggest_name(name, catalogue) or "run hub methods"
         if name in other:
             hint = f"write it under '{other.kind}:', because {name} is a {other.kind}"
         raise error_at(f"unknown {kind} method {name!r}", "method", hint)
@@ -204,5 +204,5 @@ def read_method(kind: Literal["merge", "route"], value: Any) -> Method | None:
         key = next((k for k in given if repr(k) in str(error)), "method")
         raise error_at(f"{name}: {error}", key, f"see hub methods {name}") from None
     for seed in set(strategy.find_options(RecipeSeed)) - set(given):
-        del options[seed]  # the recipe's own seed is the default, and is not known here
+        del options[seed]  # The default is the recipe's own seed, which `set_seed` sets later.
     return Method(kind=kind, method=name, combine=combine, kernel=kernel, options=options)

@@ -55,12 +55,12 @@ class Plan:
 
     @property
     def skilled(self) -> bool:
-        """True if the route is over an inventory of skills."""
+        """True if a route mixes the skills of an inventory."""
         return any("skills" in method.strategy.needs for method in self.recipe.methods)
 
     @property
     def folds(self) -> bool:
-        """True if the route is for one task of an inventory, and so a plain LoRA."""
+        """True if the route uses one task only, so that it is composed as a plain LoRA."""
         known = len(self.members[0].skill_tasks) == 1
         return self.skilled and (known or self.task is not None)
 
@@ -71,8 +71,13 @@ class Plan:
 
     @property
     def members(self) -> list[Member]:
-        """The stored experts, those of nested merges included."""
+        """The stored experts, including the experts of nested merges."""
         return [member for expert in self.experts for member in expert.members]
+
+    @property
+    def adapted(self) -> set[str]:
+        """The names of the parameters that a LoRA changes."""
+        return {f"{a.module}.weight" for member in self.members for a in member.adapted}
 
     @cached_property
     def contents(self) -> list[Any]:
@@ -88,7 +93,7 @@ class Plan:
             "experts": self.contents,
         }
         if self.recipe.stored and self.found:
-            content[self._found_as] = self.found.digest
+            content[self.recipe.state_key] = self.found.digest
         elif self.data:
             content["data"] = self.data.digest
         return digest_of(content)
@@ -96,7 +101,7 @@ class Plan:
     @property
     def layers(self) -> list[int]:
         """The layers that have something to change; -1 stands for modules outside of layers."""
-        return sorted({layer_of(name) for name in self.parameters})
+        return sorted({find_layer(name) for name in self.parameters})
 
     @property
     def keeps_state(self) -> bool:
@@ -104,16 +109,11 @@ class Plan:
         return any(method.strategy.keeps_state for method in self.recipe.methods)
 
     @property
-    def _found_as(self) -> str:
-        """The key of the method's state."""
-        return "coefficients" if self.recipe.route is None else "router"
-
-    @property
     def _options(self) -> dict[str, Any]:
-        """The keys of the recipe besides base and experts."""
+        """The keys of the recipe except base and experts."""
         return {
             "version": 1,
-            **_ways(self.recipe),
+            **_record_methods(self.recipe),
             "targets": self.recipe.targets,
             "dtype": self.dtype,
             "seed": self.recipe.seed,
@@ -122,16 +122,16 @@ class Plan:
 
     @property
     def lock(self) -> dict[str, Any]:
-        """Everything the composition is made of, pinned: the content of a lock file."""
+        """The content of a lock file: everything in the composition, by digest."""
         base = {"name": self.base.name, "fingerprint": self.base.fingerprint}
         return {
             "version": 1,
             "composition": self.digest,
             "base": base | {"sources": list(self.base.sources), "sha256": self.base.sha256},
-            "experts": [_locked(expert) for expert in self.experts],
+            "experts": [_record_expert(expert) for expert in self.experts],
             **self._options,
             **({"data": self.data.record()} if self.data else {}),
-            **({self._found_as: _locked_content(self.found)} if self.found else {}),
+            **({self.recipe.state_key: _record_content(self.found)} if self.found else {}),
         }
 
     def record(self) -> dict[str, Any]:
@@ -149,15 +149,15 @@ class Plan:
         }
 
 
-def _ways(recipe: Recipe) -> dict[str, Any]:
-    """Return the recipe's method, or those of its parts, as plain values."""
+def _record_methods(recipe: Recipe) -> dict[str, Any]:
+    """Return the method of a recipe, or the methods of its parts, as plain values."""
     if recipe.parts is None:
         return {recipe.method.kind: recipe.method.record()}
-    ways = [{"targets": p.targets, p.method.kind: p.method.record()} for p in recipe.parts]
-    return {"parts": ways}
+    parts = [{"targets": p.targets, p.method.kind: p.method.record()} for p in recipe.parts]
+    return {"parts": parts}
 
 
-def layer_of(name: str) -> int:
+def find_layer(name: str) -> int:
     """Find the layer of a module by the first number in its path.
 
     Args:
@@ -170,7 +170,7 @@ def layer_of(name: str) -> int:
     return int(found[1]) if found else -1
 
 
-def _locked_content(content: Content) -> dict[str, Any]:
+def _record_content(content: Content) -> dict[str, Any]:
     """Return the entry of a lock for one content."""
     return {
         "expert": content.reference,
@@ -179,10 +179,10 @@ def _locked_content(content: Content) -> dict[str, Any]:
     }
 
 
-def _locked(expert: PlannedExpert) -> dict[str, Any]:
+def _record_expert(expert: PlannedExpert) -> dict[str, Any]:
     """Return the entry of a lock for one expert."""
     members = [
-        _locked_content(m.content) | ({"task": m.task} if m.task else {}) for m in expert.members
+        _record_content(m.content) | ({"task": m.task} if m.task else {}) for m in expert.members
     ]
     if expert.merge is None:
         return {**members[0], "as": expert.label, "weight": expert.weight}

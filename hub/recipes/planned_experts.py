@@ -1,4 +1,4 @@
-"""The experts of a plan: stored ones and merges of them, with what they change of the base."""
+"""The experts of a plan: stored ones and merges of them, and the parameters that they change."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from experthub.hub.kinds import Footprint, kinds
 from experthub.hub.recipes.method import Method
 from experthub.hub.registry.content import Content
 
-LARGE = 100_000_000  # bytes of experts, from which on mapping a bank is faster than stacking them
+# A bank is mapped if the experts have at least this many bytes: this is faster than stacking them.
+LARGE = 100_000_000
 
 
 @dataclass(frozen=True)
 class Member:
-    """A stored expert of a plan: its content, its kind, and what it changes of the base.
+    """A stored expert of a plan: its content, its kind, and the parameters that it changes.
 
     Attributes:
         content: The content in the store.
         kind: The name of its kind.
-        weight: Its factor within its expert.
+        weight: The factor of its change within the planned expert.
         size: The bytes of its files.
-        footprint: What it changes.
+        footprint: The changes that it makes.
     """
 
     content: Content
@@ -45,7 +46,7 @@ class Member:
 
     @property
     def task(self) -> str | None:
-        """The task that it was trained on, if it says so."""
+        """The task that it was trained on, or None if it is unknown."""
         return self.content.task
 
     @property

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from experthub.hub.errors import NotFoundError
 from experthub.hub.files import yaml_files
 from experthub.hub.files.yaml_files import Closed, Document
+from experthub.hub.formats.records import Pattern
 from experthub.hub.recipes.entries import (
     ONE_WAY,
     DataUse,
@@ -15,12 +16,11 @@ from experthub.hub.recipes.entries import (
     Merge,
     NestedMerge,
     Part,
-    Pattern,
     Route,
     Use,
-    as_uses,
-    members_of,
-    one_of,
+    choose_method,
+    list_members,
+    parse_uses,
 )
 from experthub.hub.recipes.method import Method
 from experthub.hub.registry.expert import Reference, make_source_absolute
@@ -29,6 +29,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
+STATE_KEYS = ("coefficients", "router")  # The keys of the states of a merge and of a route.
 
 
 class Recipe(Closed):
@@ -42,12 +44,12 @@ class Recipe(Closed):
         route: The router, for weights that depend on the input.
         parts: Methods for disjoint sets of modules.
         targets: A regular expression; only modules whose path it matches as a whole are changed.
-        dtype: The dtype of the composed model. None means that of the base.
+        dtype: The dtype of the composed model. None means the dtype of the base.
         seed: The seed of methods that draw random numbers.
         allow_base_mismatch: Whether experts of another base are accepted.
         data: The data that a method learns from.
-        coefficients: Stored coefficients of a merge, in the place of data.
-        router: A stored state of a router, in the place of data.
+        coefficients: Stored coefficients of a merge, instead of data.
+        router: A stored state of a router, instead of data.
     """
 
     version: Literal[1] = 1
@@ -68,13 +70,13 @@ class Recipe(Closed):
     @classmethod
     def _uses(cls, value: Any) -> Any:
         """Accept bare references."""
-        return as_uses(value)
+        return parse_uses(value)
 
     @model_validator(mode="after")
     def _one_way(self) -> Recipe:
         """Refuse a recipe with several ways to combine its experts, or with none."""
         if self.parts is None:
-            one_of(self.merge, self.route)
+            choose_method(self.merge, self.route)
         elif self.merge or self.route:
             raise ValueError(ONE_WAY)
         elif self.targets:
@@ -92,7 +94,8 @@ class Recipe(Closed):
     def _check_data(self, method: Method) -> None:
         """Require data and labels for a method that needs them, and refuse them for others."""
         strategy, name = method.strategy, method.method
-        given, (key, other) = self.data is not None, self._keys
+        given, key = self.data is not None, self.state_key
+        (other,) = {*STATE_KEYS} - {key}
         if getattr(self, other):
             raise ValueError(f"{other}: does not belong to a {method.kind}; use {key}:")
         if strategy.needs_own_tasks and given:
@@ -102,7 +105,7 @@ class Recipe(Closed):
                 raise ValueError(f"{name} learns nothing; remove data and {key}")
         elif self.stored and (given or not strategy.keeps_state):
             why = f"data and {key} exclude each other"
-            raise ValueError(why if given else f"{name} has no {key} to store")
+            raise ValueError(why if given else f"{name} keeps no state; remove {key}:")
         elif strategy.needs_data and not given and not self.stored:
             raise ValueError(
                 f"{name} learns from examples; set data: {{tasks: [...]}}"
@@ -112,21 +115,20 @@ class Recipe(Closed):
             raise ValueError(f"{method.method} needs right answers here; set labels: true in data")
 
     @property
-    def _keys(self) -> tuple[str, str]:
-        """The key of the method's stored state, and that of the other kind of method."""
-        keys = "coefficients", "router"
-        return keys if self.route is None else (keys[1], keys[0])
+    def state_key(self) -> str:
+        """The key that names a stored state of the method."""
+        return STATE_KEYS[self.route is not None]
 
     @property
     def stored(self) -> str | None:
         """A reference to the method's stored state, if the recipe names one."""
-        found: str | None = getattr(self, self._keys[0])
+        found: str | None = getattr(self, self.state_key)
         return found
 
     @property
     def method(self) -> Method:
         """The method of a recipe without parts."""
-        return one_of(self.merge, self.route)
+        return choose_method(self.merge, self.route)
 
     @property
     def methods(self) -> list[Method]:
@@ -147,8 +149,8 @@ class Recipe(Closed):
 
     @property
     def uses(self) -> list[ExpertUse]:
-        """The experts in order, those of nested merges included."""
-        return [use for entry in self.experts for use in members_of(entry)]
+        """The experts in order, including the experts of nested merges."""
+        return [use for entry in self.experts for use in list_members(entry)]
 
     @classmethod
     def read(cls, path: Path | str) -> Recipe:
@@ -166,7 +168,9 @@ class Recipe(Closed):
         """
         path = Path(path)
         if not path.is_file():
-            raise NotFoundError(f"there is no recipe {path}", "see docs/recipes.md for a first one")
+            raise NotFoundError(
+                f"there is no recipe {path}", "check the path; docs/recipes.md shows a first recipe"
+            )
         document = yaml_files.read(path)
         return cls.of(document, path.resolve().parent)
 
@@ -182,7 +186,7 @@ class Recipe(Closed):
             The recipe.
 
         Raises:
-            UsageError: The values are no recipe.
+            UsageError: The values are not a recipe.
         """
         document = value if isinstance(value, Document) else Document(value, {}, "recipe")
         if not isinstance(document.value, dict):
@@ -190,29 +194,31 @@ class Recipe(Closed):
         recipe = yaml_files.validate(cls, document)
         near = folder or Path.cwd()
         update: dict[str, Any] = {
-            "base": _absolute(recipe.base, near),
-            "experts": [_located(use, near) for use in recipe.experts],
+            "base": _make_absolute(recipe.base, near),
+            "experts": [_make_use_absolute(use, near) for use in recipe.experts],
         }
-        for key in ("coefficients", "router"):
+        for key in STATE_KEYS:
             if getattr(recipe, key):
-                update[key] = _absolute(getattr(recipe, key), near)
+                update[key] = _make_absolute(getattr(recipe, key), near)
         if recipe.data:
-            tasks = [_absolute(task, near) for task in recipe.data.tasks]
+            tasks = [_make_absolute(task, near) for task in recipe.data.tasks]
             update["data"] = recipe.data.model_copy(update={"tasks": tasks})
         return recipe.model_copy(update=update)
 
 
-def _absolute(text: str, folder: Path) -> str:
-    """Make a relative folder absolute, and leave other references alone."""
+def _make_absolute(text: str, folder: Path) -> str:
+    """Make a relative folder absolute; return any other reference unchanged."""
     if text.startswith(("./", "../", "file:")) or text in (".", ".."):
         source = make_source_absolute(text, folder)
         return source if Reference.parse(source).member else source.removeprefix("file:")
     return text
 
 
-def _located(use: ExpertUse | NestedMerge, folder: Path) -> ExpertUse | NestedMerge:
+def _make_use_absolute(use: ExpertUse | NestedMerge, folder: Path) -> ExpertUse | NestedMerge:
     """Make the folders that an entry refers to absolute."""
     if isinstance(use, ExpertUse):
-        place = _absolute(use.expert, folder)
+        place = _make_absolute(use.expert, folder)
         return use if place == use.expert else use.model_copy(update={"expert": place})
-    return use.model_copy(update={"experts": [_located(one, folder) for one in use.experts]})
+    return use.model_copy(
+        update={"experts": [_make_use_absolute(one, folder) for one in use.experts]}
+    )

@@ -13,8 +13,8 @@ from experthub.hub.bases.base_sources import find
 from experthub.hub.errors import HubError, IntegrityError, UsageError
 from experthub.hub.files.patterns import limit_matching_time
 from experthub.hub.kinds import StoredExpert, kinds
-from experthub.hub.recipes.compatibility import check_apart, check_method
-from experthub.hub.recipes.entries import DataUse, ExpertUse, NestedMerge, members_of
+from experthub.hub.recipes.compatibility import check_disjoint, check_method
+from experthub.hub.recipes.entries import DataUse, ExpertUse, NestedMerge, list_members
 from experthub.hub.recipes.examples import PlannedData
 from experthub.hub.recipes.member_cache import MemberCache
 from experthub.hub.recipes.plan import Plan
@@ -47,7 +47,7 @@ def resolve(
         session: The registry, the store and the progress callback. The default is `Session()`.
         pinned: The contents of the recipe's experts, in its order. By default they are looked up.
         data: The recipe's data as a lock records it. By default the tasks are read.
-        found: Coefficients or a router's state that the method found before; no data is needed then.
+        found: A stored state of the method. No data is needed with it.
         packed: Accept experts that are known but not in the store, because a bank may hold them.
             If there is no such bank, the caller pulls them.
 
@@ -64,59 +64,59 @@ def resolve(
     # Names are checked before anything is downloaded.
     contents = list(pinned or (find_content(use, session) for use in recipe.uses))
     base = find(recipe.base, session)
-    stock = _Stock(session, base, recipe.allow_base_mismatch)
+    reader = _ExpertReader(session, base, recipe.allow_base_mismatch)
     uses = zip(contents, recipe.uses, strict=True)
-    members = iter(stock.members([*uses], packed and recipe.route is not None))
+    members = iter(reader.read_members([*uses], packed and recipe.route is not None))
     experts = tuple(
-        _plan_expert(entry, [next(members) for _ in members_of(entry)]) for entry in recipe.experts
+        _plan_expert(entry, [next(members) for _ in list_members(entry)])
+        for entry in recipe.experts
     )
-    ways = [recipe.of_part(part) for part in recipe.parts] if recipe.parts else [recipe]
-    targets = [_find_targets(way, experts, base) for way in ways]
-    check_apart(ways, targets)
-    for way, parameters in zip(ways, targets, strict=True):
-        check_method(way, experts, parameters)
+    recipes = [recipe.of_part(part) for part in recipe.parts] if recipe.parts else [recipe]
+    targets = [_find_targets(one, experts, base) for one in recipes]
+    check_disjoint(recipes, targets)
+    for one, parameters in zip(recipes, targets, strict=True):
+        check_method(one, experts, parameters)
     dtype = recipe.dtype or {"BF16": "bfloat16", "F16": "float16"}.get(base.dtype, "float32")
     if recipe.stored and found is None:
         found = find_content(ExpertUse(expert=recipe.stored), session)
     if found is not None:
-        _check_found(found, pull(session, found)[0], recipe)
+        _check_state_kind(found, pull(session, found)[0], recipe)
     if data is None and recipe.stored is None:
         data = _plan_data(recipe, experts)
     reads = base.tensor_bytes + sum(m.size for e in experts for m in e.members)
     memory = base.tensor_bytes * WIDTH[dtype] // WIDTH.get(base.dtype, 4)
-    if any(way.route for way in ways):
+    if any(one.route for one in recipes):
         memory += sum(m.size for e in experts for m in e.members)
     whole = tuple(sorted(name for own in targets for name in own))
     plan = Plan(recipe, base, experts, whole, dtype, reads, memory, data, found)
     if recipe.parts is None:
         return plan
-    pairs = zip(ways, targets, strict=True)
-    return replace(plan, parts=tuple(replace(plan, recipe=w, parameters=own) for w, own in pairs))
+    pairs = zip(recipes, targets, strict=True)
+    return replace(plan, parts=tuple(replace(plan, recipe=r, parameters=own) for r, own in pairs))
 
 
 def _note_renamed(recipe: Recipe, session: Session) -> None:
-    """Report kernels that the recipe calls by an earlier name."""
+    """Report kernels for which the recipe uses an old name."""
     spelled = {method.kernel for method in recipe.methods} - {"auto"}
     if spelled:
         for name in sorted(spelled - {*map(parse_kernel, spelled)}):
             session.report(f"note: kernel: {name} is now called {parse_kernel(name)}", 0, 0)
 
 
-def _check_found(content: Content, identity: Identity, recipe: Recipe) -> None:
-    """Refuse content that does not stand under the recipe's key for what a method found."""
-    wanted = "coefficients" if recipe.route is None else "router"
-    kind = kinds[identity.kind]
+def _check_state_kind(content: Content, identity: Identity, recipe: Recipe) -> None:
+    """Check that a stored state has the kind that the recipe's method needs."""
+    wanted, kind = recipe.state_key, kinds[identity.kind]
     if kind.key != wanted:
         what = kind.label if kind.footprint is None else "an expert"
         raise UsageError(
-            f"{wanted}: {content.reference} is {what}", f"name what hub {wanted} stored"
+            f"{wanted}: {content.reference} is {what}", f"name a state that hub {wanted} stored"
         )
 
 
 def _plan_data(recipe: Recipe, experts: Sequence[PlannedExpert]) -> PlannedData | None:
     """Return the recipe's data, or the experts' own tasks for a method that looks at those."""
     if recipe.data:
-        return PlannedData.of(recipe.data)
+        return PlannedData.from_use(recipe.data)
     if recipe.parts or not recipe.method.strategy.needs_own_tasks:
         return None
     method = recipe.method
@@ -129,7 +129,7 @@ def _plan_data(recipe: Recipe, experts: Sequence[PlannedExpert]) -> PlannedData 
                 "add it again with --task, or name a router: that was made before",
             )
     tasks = list(dict.fromkeys(m.task for m in members if m.task))
-    return PlannedData.of(DataUse(tasks=tasks, limit=method.examples_per_task))
+    return PlannedData.from_use(DataUse(tasks=tasks, limit=method.examples_per_task))
 
 
 def find_content(use: ExpertUse, session: Session) -> Content:
@@ -156,29 +156,31 @@ def find_content(use: ExpertUse, session: Session) -> Content:
 
 
 @dataclass(frozen=True)
-class _Stock:
-    """Stored experts that are checked against a base; equal shapes are checked once."""
+class _ExpertReader:
+    """A reader of stored experts, which checks them against a base; equal shapes only once."""
 
     session: Session
     base: Base
     allow_mismatch: bool
     memo: dict[int, tuple[object, Any]] = field(default_factory=dict)
 
-    def members(self, named: Sequence[tuple[Content, ExpertUse]], packed: bool) -> list[Member]:
-        """Return all experts of a recipe, from the store, or from the cache if a bank may hold them."""
+    def read_members(
+        self, named: Sequence[tuple[Content, ExpertUse]], packed: bool
+    ) -> list[Member]:
+        """Read all experts of a recipe from the store, or from the cache if a bank may hold them."""
         contents = [content for content, _ in named]
-        cache = MemberCache.of(contents, self.base, self.allow_mismatch)
+        cache = MemberCache.for_composition(contents, self.base, self.allow_mismatch)
         weighed = [(content, use.weight) for content, use in named]
-        if packed and (known := cache.members(weighed)):
+        if packed and (known := cache.load_members(weighed)):
             return known
         identities = pull(self.session, *contents)
         pairs = zip(named, identities, strict=True)
-        found = [self.member(use, content, identity) for (content, use), identity in pairs]
+        found = [self.check_member(use, content, identity) for (content, use), identity in pairs]
         if packed and is_large(found):
             cache.write(found)
         return found
 
-    def member(self, use: ExpertUse, found: Content, identity: Identity) -> Member:
+    def check_member(self, use: ExpertUse, found: Content, identity: Identity) -> Member:
         """Check one expert as the recipe names it."""
         reference, other = found.reference, identity.base_fingerprint
         if other and other != self.base.fingerprint and not self.allow_mismatch:
@@ -209,10 +211,16 @@ class _Stock:
 def _plan_expert(entry: ExpertUse | NestedMerge, members: list[Member]) -> PlannedExpert:
     """Plan one entry of the recipe."""
     if isinstance(entry, ExpertUse):
-        label = entry.as_ or members[0].reference.split("@")[0].rstrip("/").rsplit("/", 1)[-1]
+        place = _remove_version(members[0].reference).rstrip("/")
+        label = entry.as_ or place.rpartition("/")[2]
         return PlannedExpert(label, entry.weight, tuple(members))
-    label = entry.as_ or "+".join(m.reference.split("@")[0] for m in members)
+    label = entry.as_ or "+".join(_remove_version(m.reference) for m in members)
     return PlannedExpert(label, entry.weight, tuple(members), entry.merge, entry.rank)
+
+
+def _remove_version(reference: str) -> str:
+    """Remove the version or the revision from a reference; an @ in a path belongs to the path."""
+    return reference if reference.startswith("/") else reference.partition("@")[0]
 
 
 def _find_targets(
@@ -227,10 +235,10 @@ def _find_targets(
         with limit_matching_time():
             chosen = [n for n in names if re.fullmatch(recipe.targets, n.rpartition(".")[0])]
     except TimeoutError as error:
-        raise UsageError(f"targets {recipe.targets!r}: {error}", "write it simpler") from None
+        raise UsageError(f"targets {recipe.targets!r}: {error}", "simplify the pattern") from None
     if not chosen:
         raise HubError(
             f"targets {recipe.targets!r} matches no module that the experts change",
-            f"match one of the modules that they change: {names[0].rpartition('.')[0]} and {len(names) - 1} more",
+            f"match a module that they change, such as {names[0].rpartition('.')[0]}",
         )
     return tuple(chosen)

@@ -43,11 +43,9 @@ def register(expert: Expert, file: Path | None = None) -> Path:
 def _register(expert: Expert, path: Path, write: Callable[[Path, str], None]) -> Path:
     """Write an entry into a registry file, and keep the other entries."""
     content = read_file(path) if path.is_file() else RegistryFile(version=1)
-    for known in content.experts:
-        if known.reference == expert.reference:
-            check_same_content(known, expert)
-            if known == expert:
-                return path
+    check_conflict(expert, content.experts)
+    if expert in content.experts:
+        return path
     others = [e for e in content.experts if e.reference != expert.reference]
     entries = sorted([*others, expert], key=lambda e: (e.name, e.version))
     record = RegistryFile(version=1, bases=content.bases, experts=entries)
@@ -107,22 +105,23 @@ def check_writable(expert: Expert) -> None:
         ) from None
 
 
-def check_same_content(known: Expert, expert: Expert) -> None:
-    """Check that two entries with one name and version have the same content.
+def check_conflict(expert: Expert, experts: Iterable[Expert]) -> None:
+    """Check that no known entry has the name and version of an expert and other content.
 
     Args:
-        known: The registered entry.
-        expert: The other entry.
+        expert: The expert.
+        experts: The known entries.
 
     Raises:
-        ConflictError: Their digests differ.
+        ConflictError: An entry with this name and version has another digest.
     """
-    if known.digest != expert.digest:
-        raise ConflictError(
-            f"{expert.reference} is already registered as {known.digest[:19]}, "
-            f"but this content is {expert.digest[:19]}",
-            f"pass --version {expert.version + 1} to register a new version",
-        )
+    for known in experts:
+        if known.reference == expert.reference and known.digest != expert.digest:
+            raise ConflictError(
+                f"{expert.reference} is already registered as {known.digest[:19]}, "
+                f"but this content is {expert.digest[:19]}",
+                f"pass --version {expert.version + 1} to register a new version",
+            )
 
 
 def find_next_version(name: str, experts: Iterable[Expert]) -> int:

@@ -12,7 +12,7 @@ from experthub.hub.errors import UsageError
 from experthub.hub.files.digests import digest_of
 from experthub.hub.files.yaml_files import Closed
 from experthub.hub.formats.adapter import GATES
-from experthub.hub.formats.records import Digest
+from experthub.hub.formats.records import Digest, Sha256
 from experthub.hub.kinds import kinds
 from experthub.hub.kinds.kind import FILE
 from pydantic import AfterValidator, Field, StringConstraints
@@ -122,7 +122,7 @@ class FileInfo(Closed):
         size: The size in bytes.
     """
 
-    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+    sha256: Sha256
     size: Annotated[int, Field(ge=0)]
 
 

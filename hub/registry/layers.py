@@ -102,8 +102,8 @@ def list_entry_files(folder: Path) -> list[Path]:
     Returns:
         The paths of the entry files.
     """
-    names = (path for name in list_folder(folder) for path in list_folder(name))
-    return [path for path in names if path.suffix == ".yaml"]
+    paths = (path for place in list_folder(folder) for path in list_folder(place))
+    return [path for path in paths if path.suffix == ".yaml"]
 
 
 def entry_path(expert: Expert) -> Path:

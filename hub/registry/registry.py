@@ -155,7 +155,7 @@ class Registry:
         return fitting[0]
 
     def has_base(self, name: str) -> bool:
-        """Tell whether a base has this name, or has it as another name.
+        """Tell whether a base has this name or alias.
 
         Args:
             name: The name.
@@ -163,7 +163,7 @@ class Registry:
         Returns:
             Whether there is such a base.
         """
-        return any(name == known or name in entry.aka for known, entry in self.list_bases().items())
+        return self._look_up_base(name) is not None
 
     def find_base(self, name: str) -> tuple[str, BaseEntry]:
         """Find a base by its name, or by one of its other names.
@@ -177,17 +177,19 @@ class Registry:
         Raises:
             NotFoundError: No layer has such a base.
         """
-        bases = self.list_bases()
-        if name in bases:
-            return name, bases[name]
-        for known, entry in bases.items():
-            if name in entry.aka:
-                return known, entry
+        if found := self._look_up_base(name):
+            return found
         raise NotFoundError(
             f"no registry has a base named {name!r}",
-            suggest_name(name, bases)
+            suggest_name(name, self.list_bases())
             or "name a folder, hf:org/name, or a base that hub list --bases shows",
         )
+
+    def _look_up_base(self, name: str) -> tuple[str, BaseEntry] | None:
+        """Return the base with this name, or else with this alias, or None."""
+        bases = self.list_bases()
+        names = [name] if name in bases else [k for k, entry in bases.items() if name in entry.aka]
+        return (names[0], bases[names[0]]) if names else None
 
     def find_base_folder(self, name: str) -> Path:
         """Find the folder that the relative sources of a base start from.

@@ -9,11 +9,9 @@ from typing import Annotated, Literal
 from experthub.hub.errors import UsageError
 from experthub.hub.files import yaml_files
 from experthub.hub.files.yaml_files import Closed
-from experthub.hub.formats.records import Digest
+from experthub.hub.formats.records import Digest, Sha256
 from experthub.hub.registry.expert import NAME, Expert
-from pydantic import Field, StringConstraints, field_validator
-
-HEX = r"^[0-9a-f]{64}$"
+from pydantic import Field, field_validator
 
 
 class BaseEntry(Closed):
@@ -28,7 +26,7 @@ class BaseEntry(Closed):
     """
 
     sources: Annotated[list[str], Field(min_length=1)]
-    sha256: Annotated[str, StringConstraints(pattern=HEX)] | None = None
+    sha256: Sha256 | None = None
     fingerprint: Digest | None = None
     aka: list[str] = []
     license: str | None = None
@@ -89,9 +87,9 @@ def format_file(record: RegistryFile, path: Path) -> str:
         text = yaml_files.dump(record.model_dump(mode="json", exclude_unset=True))
     except (ValueError, RecursionError) as error:
         raise UsageError(f"cannot write {path}: {error}", "shorten the entry") from None
-    if len(text.encode()) > yaml_files.MAX_BYTES:
+    if len(text.encode()) > yaml_files.MAX_YAML_BYTES:
         raise UsageError(
-            f"{path} would be longer than {yaml_files.MAX_BYTES} bytes",
+            f"{path} would be longer than {yaml_files.MAX_YAML_BYTES} bytes",
             "shorten the descriptions, or write to another registry file",
         )
     yaml_files.validate(RegistryFile, yaml_files.parse(text, str(path)))

@@ -63,7 +63,9 @@ def build_method_entry(method: str, routes_only: bool = False) -> dict[str, Any]
         return {"merge": {"method": method}}
     known = [*routers, *([] if routes_only else merges)]
     kind = "router" if routes_only else "method"
-    raise UsageError(f"there is no {kind} {method!r}", suggest_name(method, known))
+    raise UsageError(
+        f"there is no {kind} {method!r}", suggest_name(method, known) or "run hub methods"
+    )
 
 
 def write_recipe(

@@ -11,9 +11,8 @@ from pathlib import Path
 
 from experthub.hub.errors import IntegrityError
 from experthub.hub.files.atomic import hub_home, open_atomically, sync_folder
-from experthub.hub.files.digests import sha256_of
+from experthub.hub.files.digests import CHUNK, sha256_of
 
-CHUNK = 1 << 20
 TRASH = "trash"
 
 
@@ -151,7 +150,7 @@ def explain_damage(path: Path) -> IntegrityError:
         The error.
     """
     return IntegrityError(
-        f"object {path.name[:12]} in the store is damaged",
+        f"object {parse_sha256(path)[:12]} in the store is damaged",
         "run hub verify --repair",
     )
 

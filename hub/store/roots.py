@@ -12,7 +12,7 @@ from pathlib import Path
 
 from experthub.hub.errors import HubError, IntegrityError
 from experthub.hub.files import checksummed_text, yaml_files
-from experthub.hub.files.atomic import hub_home, write_text
+from experthub.hub.files.atomic import hub_home, open_atomically
 from experthub.hub.tasks import bigbench
 
 ROOTS = "roots"
@@ -25,10 +25,16 @@ def remember_lock(lock: Path) -> None:
     Args:
         lock: The lock file.
     """
-    content = f"{lock.resolve()}\n".encode()
+    content = os.fsencode(lock.resolve()) + b"\n"
     place = hub_home() / ROOTS / name_root(content)
     if not place.is_file() or place.read_bytes() != content:
-        write_text(place, content.decode())
+        with open_atomically(place) as file:
+            file.write(content)
+
+
+def _parse_path(content: bytes) -> Path:
+    """Return the path of the lock file that a file of `remember_lock` holds."""
+    return Path(os.fsdecode(content.removesuffix(b"\n")))
 
 
 def name_root(content: bytes) -> str:
@@ -64,8 +70,7 @@ def list_lock_files(root: Path) -> list[Path]:
     Returns:
         The paths of the lock files.
     """
-    places = [e.read_bytes() for e in list_root_files(root)]
-    named = [Path(os.fsdecode(place.removesuffix(b"\n"))) for place in places]
+    named = [_parse_path(file.read_bytes()) for file in list_root_files(root)]
     return [lock for lock in named if "\0" not in str(lock) and lock.is_file()]
 
 
@@ -86,7 +91,7 @@ def read_locked_digests(root: Path) -> set[str]:
         content = entry.read_bytes()
         if name_root(content) != entry.name:
             raise IntegrityError(f"{entry} is damaged", "run hub verify --repair")
-        lock = Path(content.decode().rstrip("\n"))
+        lock = _parse_path(content)
         if not lock.is_file():
             entry.unlink(missing_ok=True)
             continue
@@ -103,7 +108,7 @@ def read_locked_digests(root: Path) -> set[str]:
 
 
 def _find_digests(value: object) -> list[str]:
-    """Find every digest in a lock, whatever else the lock holds."""
+    """Find every digest in the values of a lock file; ignore all other values."""
     if isinstance(value, list):
         return [digest for item in value for digest in _find_digests(item)]
     if not isinstance(value, dict):

@@ -244,5 +244,5 @@ def _read_record(place: str, digest: str, size: int, mtime: int) -> Identity:
         return Identity.model_validate(read_json(path))
     except ValidationError:
         raise IntegrityError(
-            f"object {path.name[:12]} in the store is not an expert", "correct the digest"
+            f"object {parse_sha256(path)[:12]} in the store is not an expert", "correct the digest"
         ) from None

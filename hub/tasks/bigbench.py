@@ -153,7 +153,8 @@ def import_archive(
     missing = [n for n in names if n not in found]
     if missing:
         raise NotFoundError(
-            f"BIG-bench has no task {missing[0]!r}", suggest_name(missing[0], known)
+            f"BIG-bench has no task {missing[0]!r}",
+            suggest_name(missing[0], known) or "import all: hub tasks import bigbench",
         )
     return done, left_out
 

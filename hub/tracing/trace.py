@@ -24,7 +24,7 @@ from experthub.hub.errors import UsageError
 from experthub.hub.files.json_files import read_json
 from experthub.hub.files.patterns import check_pattern, limit_matching_time
 from experthub.hub.readers.similarity import MAX_TOKENS
-from experthub.hub.recipes.plan import Plan, layer_of
+from experthub.hub.recipes.plan import Plan, find_layer
 from experthub.hub.session import Session
 from experthub.hub.tracing.prompts import check_length, tokenise_prompt
 from experthub.hub.tracing.summary import LayerSummary, summarise_layers
@@ -262,7 +262,7 @@ def _assemble(
             "use a recipe that routes other modules",
         )
     modules = [
-        TracedModule(name, layer_of(name), model.get_submodule(name).experts) for name in whole
+        TracedModule(name, find_layer(name), model.get_submodule(name).experts) for name in whole
     ]
     left_out = tuple(name for name in parts if name not in whole)
     return Trace(

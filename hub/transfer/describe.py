@@ -16,7 +16,7 @@ from experthub.hub.formats.records import validate_record
 from experthub.hub.kinds import kinds
 from experthub.hub.registry.content import Content
 from experthub.hub.registry.entries import (
-    check_same_content,
+    check_conflict,
     check_writable,
     find_next_version,
     register,
@@ -61,7 +61,7 @@ def describe(
     Raises:
         ConflictError: The name and version are registered with other content.
     """
-    registry = session.registry
+    experts = session.registry.list_experts()
     bare = read_folder(folder)
     identity = bare.model_copy(update={"base_fingerprint": base.fingerprint})
     kept: dict[str, Any] = {"description": description}
@@ -69,7 +69,7 @@ def describe(
         kept = like.model_dump(include={"license", "description", "tags"})
     expert = Expert(
         name=name,
-        version=version or find_next_version(name, registry.list_experts()),
+        version=version or find_next_version(name, experts),
         kind=identity.kind,
         base=base.name,
         digest=identity.digest,
@@ -80,12 +80,10 @@ def describe(
     )
     write_description(folder, expert, identity)
     session.store.add(folder, identity.digest)
-    known = [e for e in registry.list_experts() if (e.name, e.digest) == (name, identity.digest)]
-    if version is None and known:
-        return known[-1]
-    for other in registry.list_experts():
-        if other.reference == expert.reference:
-            check_same_content(other, expert)
+    same = [e for e in experts if (e.name, e.digest) == (name, identity.digest)]
+    if version is None and same:
+        return same[-1]
+    check_conflict(expert, experts)
     register(expert)
     session.refresh()
     return expert
@@ -171,9 +169,10 @@ def add_folder(
         ConflictError: The name and version are registered with other content.
     """
     registry, store = session.registry, session.store
+    experts = registry.list_experts()
     identity = read_folder(folder, hashed)
     digest = identity.digest
-    same = [e for e in registry.list_experts() if e.name == name and e.digest == digest]
+    same = [e for e in experts if (e.name, e.digest) == (name, digest)]
     if version is None and same and file is None:
         store.take(folder, identity, hashed=hashed)
         return same[-1]
@@ -182,7 +181,7 @@ def add_folder(
     entry = {key: stated[key] for key in Expert.model_fields if key in stated}
     entry |= {
         "name": name,
-        "version": version or own or find_next_version(name, registry.list_experts()),
+        "version": version or own or find_next_version(name, experts),
         "kind": identity.kind,
         "base": base or stated.get("base") or _find_base_name(folder, identity, registry),
         "sources": [source or _make_source(folder, file)],
@@ -192,12 +191,11 @@ def add_folder(
     entry |= {key: value for key, value in given.items() if value is not None}
     hint = "correct the field, or remove it"
     expert = validate_record(Expert, entry, folder / DESCRIPTION, hint)
-    for known in registry.list_experts():
-        if known.reference == expert.reference:
-            check_same_content(known, expert)
+    check_conflict(expert, experts)
     check_writable(expert)
     store.take(folder, identity, hashed=hashed)
     register(expert, file)
+    session.refresh()
     return expert
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from experthub.hub.files import yaml_files
-from experthub.hub.formats.adapter import ADAPTER
-from experthub.hub.kinds import kinds
+from experthub.hub.formats.adapter import ADAPTER, GATES
+from experthub.hub.kinds import ExpertKind, kinds
 from experthub.hub.registry.expert import Expert, Identity
 from experthub.hub.registry.registry import Registry
 
@@ -27,16 +27,16 @@ def format_model_card(
     """
     known = registry.list_bases().get(expert.base)
     base = known.aka[0] if known and known.aka else expert.base
-    lora = kinds[expert.kind].peft
+    kind = kinds[expert.kind]
     metadata: dict[str, Any] = {
-        "library_name": "peft" if lora else "transformers",
+        "library_name": "peft" if kind.peft else "transformers" if kind.load else "experthub",
         "base_model": base,
-        "base_model_relation": "adapter" if lora else "finetune",
+        "base_model_relation": "adapter" if kind.peft else "finetune" if kind.load else None,
         "license": expert.license,
         "datasets": [expert.task.partition(":")[2].split("/")[0]] if expert.task else None,
         "tags": [
             "experthub",
-            *(["lora", f"base_model:adapter:{base}"] if lora else []),
+            *(["lora", f"base_model:adapter:{base}"] if kind.peft else []),
             *expert.tags,
         ],
     }
@@ -46,7 +46,7 @@ def format_model_card(
         f"# {expert.name}\n\n{expert.description}\n",
         _format_facts(expert, identity, base),
         _format_scores(expert),
-        _format_usage(repository, base, lora),
+        _format_usage(repository, base, kind),
     ]
     return "\n".join(part for part in parts if part)
 
@@ -59,7 +59,7 @@ def _format_facts(expert: Expert, identity: Identity, base: str) -> str:
         "trained on": expert.task,
         "digest": identity.digest,
         "base's fingerprint": identity.base_fingerprint,
-        "gates": "PHATGOOSE" if any("gates" in name for name in identity.files) else None,
+        "gates": "yes" if GATES in identity.files else None,
     }
     training = {k: v for k, v in expert.training.items() if not isinstance(v, dict)}
     rows["training"] = ", ".join(f"{k} {v}" for k, v in training.items()) or None
@@ -83,27 +83,35 @@ def _format_scores(expert: Expert) -> str:
     return "\n".join([*head, *rows]) + "\n"
 
 
-def _format_usage(repository: str, base: str, lora: bool) -> str:
-    """Format the section that shows how the expert is used."""
-    text = f"""## Use
+def _format_usage(repository: str, base: str, kind: ExpertKind) -> str:
+    """Format the section that shows how an expert of this kind is used."""
+    text = f"## Use\n\n`hub pull hf:{repository}` fetches and verifies it.\n"
+    if kind.key != "experts":
+        text += f"""
+A recipe names it under `{kind.key}:`, beside the experts that it was made for:
+
+```yaml
+{kind.key}: hf:{repository}
+```
+"""
+    if kind.load:
+        text += f"""
+`hub compose recipe.yaml` composes it with a recipe:
 
 ```yaml
 base: {base}
 experts: [hf:{repository}]
 merge: {{method: linear}}
 ```
-
-`hub compose recipe.yaml` composes it. `hub pull hf:{repository}` fetches and verifies it.
 """
-    if not lora:
-        return text
-    return f"""{text}
+    if kind.peft:
+        text += f"""
 peft loads the file `{ADAPTER}`:
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{repository}")
+model = PeftModel.from_pretrained(base, "{repository}")  # base: the model {base}
 ```
 """
+    return text

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from experthub.hub.errors import ConflictError
-from experthub.hub.files.atomic import open_atomically
-from experthub.hub.files.digests import canonical_json
+from experthub.hub.files.atomic import DRAFT, list_folder, open_atomically
+from experthub.hub.files.digests import CHUNK, canonical_json
 from experthub.hub.files.file_locks import hold_lock
 from experthub.hub.formats.oci_layout import (
     EXPERT_DIGEST,
@@ -28,13 +28,13 @@ from experthub.hub.formats.oci_layout import (
     OciLayout,
 )
 from experthub.hub.registry.expert import DESCRIPTION, Expert
+from experthub.hub.store.objects import parse_sha256
 from experthub.hub.store.store import Store
 from experthub.hub.transfer.describe import format_description
 
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
 MODEL_TYPE = "application/vnd.cncf.model"
-CHUNK = 1 << 20
 
 Blob = Path | bytes  # The path of an object, or bytes.
 
@@ -110,20 +110,20 @@ def make_image(expert: Expert, store: Store) -> Image:
 def _add_blob(kind: str, content: Blob, blobs: dict[str, Blob]) -> dict[str, Any]:
     """Add a blob to the blobs of an image, and return its OCI descriptor."""
     if isinstance(content, Path):
-        sha256, size = content.parent.name + content.name, content.stat().st_size
+        sha256, size = parse_sha256(content), content.stat().st_size
     else:
         sha256, size = hashlib.sha256(content).hexdigest(), len(content)
     blobs[sha256] = content
     return {"mediaType": kind, "digest": f"sha256:{sha256}", "size": size}
 
 
-def write_folder(made: Image, folder: Path) -> None:
+def write_folder(image: Image, folder: Path) -> None:
     """Add an image to a shared folder.
 
     The blobs are written first and the index last, so that readers see the old or the new content.
 
     Args:
-        made: The image.
+        image: The image.
         folder: A shared folder, an empty folder, or a path that does not exist.
 
     Raises:
@@ -131,33 +131,35 @@ def write_folder(made: Image, folder: Path) -> None:
             version.
     """
     own = {".lock", "blobs", MARK, INDEX}
-    if folder.exists() and not own.issuperset(path.name for path in folder.iterdir()):
+    # Another push may be writing a draft, or a killed one may have left it.
+    names = {path.name for path in list_folder(folder) if not DRAFT.fullmatch(path.name)}
+    if names - own:
         raise ConflictError(
             f"{folder} holds other files, and is not a shared folder", "name a new folder"
         )
     with hold_lock(folder / ".lock"):
         present = OciLayout.read(folder).entries if (folder / INDEX).is_file() else []
-        entries = [made.entry]
+        entries = [image.entry]
         for entry in present:
-            if entry.annotations.get(REFERENCE) != made.expert.reference:
+            if entry.annotations.get(REFERENCE) != image.expert.reference:
                 entries.append(entry.model_dump(mode="json", exclude_unset=True))
-            elif entry.annotations.get(EXPERT_DIGEST) != made.expert.digest:
+            elif entry.annotations.get(EXPERT_DIGEST) != image.expert.digest:
                 raise ConflictError(
-                    f"{folder} already has {made.expert.reference} with other content",
+                    f"{folder} already has {image.expert.reference} with other content",
                     "register yours as a new version, or push to another folder",
                 )
-        for name, content in _list_files([made], entries).items():
+        for name, content in _list_files([image], entries).items():
             path = folder / name
             if name == INDEX or not path.is_file() or path.stat().st_size != measure_blob(content):
                 with open_atomically(path) as file, _open_blob(content) as data:
                     shutil.copyfileobj(data, file, CHUNK)
 
 
-def write_archive(made: Sequence[Image], path: Path) -> None:
+def write_archive(images: Sequence[Image], path: Path) -> None:
     """Write images to a new tar archive. The same experts always give the same bytes.
 
     Args:
-        made: The images.
+        images: The images.
         path: The path of the archive.
 
     Raises:
@@ -169,16 +171,16 @@ def write_archive(made: Sequence[Image], path: Path) -> None:
         open_atomically(path) as file,
         tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as archive,
     ):
-        for name, content in _list_files(made, [image.entry for image in made]).items():
+        for name, content in _list_files(images, [image.entry for image in images]).items():
             member = tarfile.TarInfo(name)
             member.size, member.mode = measure_blob(content), 0o644
             with _open_blob(content) as data:
                 archive.addfile(member, data)
 
 
-def _list_files(made: Sequence[Image], entries: list[dict[str, Any]]) -> dict[str, Blob]:
+def _list_files(images: Sequence[Image], entries: list[dict[str, Any]]) -> dict[str, Blob]:
     """List the files of a layout by name, in the order in which they must be written."""
-    blobs = {f"blobs/sha256/{k}": v for image in made for k, v in image.blobs.items()}
+    blobs = {f"blobs/sha256/{k}": v for image in images for k, v in image.blobs.items()}
     index = {
         "schemaVersion": 2,
         "mediaType": INDEX_TYPE,

@@ -47,12 +47,13 @@ def pull_by_name(name: str, session: Session, *, as_name: str | None = None) -> 
                 f"{name} holds {len(sources)} experts, and --name names only one",
                 f"name one expert: file:{reference.folder}#name@version",
             )
-        return [_take_in(source, session, as_name) for source in sources]
+        return [_pull_unregistered(source, session, as_name) for source in sources]
+    expert = session.registry.find_expert(reference)
     if as_name:
         raise UsageError(f"{name} is registered, and --name is for other experts", "remove --name")
-    expert = session.registry.find_expert(reference)
     pull(session, Content.from_expert(expert))
     register(expert)
+    session.refresh()
     return [expert]
 
 
@@ -69,19 +70,21 @@ def _list_members(reference: Reference) -> list[str]:
     return found
 
 
-def _take_in(source: str, session: Session, as_name: str | None) -> Expert:
+def _pull_unregistered(source: str, session: Session, as_name: str | None) -> Expert:
     """Store and register an expert that is not registered."""
     with open_source(source, Path.cwd(), session.report) as (folder, hashed):
-        named = str(read_description(folder).get("name") or "")
-        if named and not as_name and not re.fullmatch(NAME, named):
-            raise IntegrityError(
-                f"the expert.json of {source} names the expert {named[:80]!r}, which is not a name",
+        stated, reference = read_description(folder).get("name"), Reference.parse(source)
+        place = (reference.member or reference.remote).partition("@")[0] or str(reference.folder)
+        own = re.sub(r"[^a-z0-9._-]+", "-", place.rpartition("/")[2].lower())
+        name = as_name or str(stated or own)
+        if not as_name and not re.fullmatch(NAME, name):
+            raise (IntegrityError if stated else UsageError)(
+                f"{source} names the expert {name[:80]!r}, which is not a name",
                 "choose a name with --name",
             )
-        place = source.partition("@")[0].rpartition("/")[2]
-        own = re.sub(r"[^a-z0-9._-]+", "-", place.lower())
         if source.startswith("hf:"):
             source = f"{source.partition('@')[0]}@{folder.name[:40]}"  # The present commit.
-        name = check_name(as_name or named or own)
-        expert = add_folder(folder, name, session, source=source, hashed=hashed)
-    return add_source(expert, source)
+        expert = add_folder(folder, check_name(name), session, source=source, hashed=hashed)
+    known = add_source(expert, source)
+    session.refresh()
+    return known

@@ -16,7 +16,7 @@ from experthub.hub.transfer.remotes import hf_push
 
 
 @dataclass(frozen=True)
-class Pushed:
+class PushResult:
     """A published expert.
 
     Args:
@@ -42,7 +42,7 @@ def push(
     message: str | None = None,
     tag: str | None = None,
     dry_run: bool = False,
-) -> Pushed:
+) -> PushResult:
     """Publish an expert as one commit of a model repository, or in a shared folder.
 
     Args:
@@ -73,14 +73,15 @@ def push(
                 "--private, --message and --tag apply only to hf: targets", "leave them out"
             )
         place = make_source_absolute(target, Path.cwd()).removeprefix("file:")
-        made = make_image(expert, store)
-        files = {name: measure_blob(content) for name, content in made.files.items()}
+        image = make_image(expert, store)
+        files = {name: measure_blob(content) for name, content in image.files.items()}
         if dry_run:
-            return Pushed(target, files)
-        write_folder(made, Path(place))
+            return PushResult(target, files)
+        write_folder(image, Path(place))
         source = f"file:{place}#{expert.reference}"
         add_source(expert, source)
-        return Pushed(target, files, str(made.entry["digest"]), source)
+        session.refresh()
+        return PushResult(target, files, str(image.entry["digest"]), source)
 
     repository = hf_push.parse_target(target)
     content: dict[str, Blob] = {n: store.verify_file(expert.digest, n) for n in identity.files}
@@ -89,9 +90,10 @@ def push(
     content["README.md"] = card.encode()
     files = {name: measure_blob(data) for name, data in content.items()}
     if dry_run:
-        return Pushed(target, files)
+        return PushResult(target, files)
     message = message or f"Add {expert.reference}"
     commit = hf_push.push(repository, content, message, private=private, tag=tag)
     source = f"hf:{repository.repository}@{commit}"
     add_source(expert, source)
-    return Pushed(target, files, commit, source)
+    session.refresh()
+    return PushResult(target, files, commit, source)

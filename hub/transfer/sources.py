@@ -17,7 +17,7 @@ from experthub.hub.transfer.remotes import hf
 def fetch_source(
     source: str, near: Path, patterns: tuple[str, ...], report: Report = silent
 ) -> Path:
-    """Fetch a source.
+    """Make the files of a source available as a folder.
 
     Args:
         source: A folder, or `hf:org/name[@revision]`.

@@ -414,12 +414,12 @@ def task_vector_that_does_not_fit(place: Place) -> Words:
     return ["compose", place.recipe(folder)]
 
 
-@case(1, "targets '.*nothing' matches no module", "that they change: model.layers")
+@case(1, "targets '.*nothing' matches no module", "that they change, such as model.layers")
 def targets_that_match_nothing(place: Place) -> Words:
     return ["compose", place.recipe(place.stored(), more="targets: '.*nothing'")]
 
 
-@case(1, "adapts model.layers.1.*, which .* does not have", "did you mean 'model.layers.0")
+@case(1, "adapts model.layers.1.*, which .* does not have", "the base that the expert was")
 def module_that_the_base_lacks(place: Place) -> Words:
     short = tiny_llama(place.work / "short", num_hidden_layers=1)
     return ["compose", place.recipe(place.stored(), base=short)]
@@ -681,6 +681,21 @@ def text_from_a_base_without_a_tokenizer(place: Place) -> Words:
     for path in bare.glob("token*"):
         path.unlink()
     return ["generate", place.recipe(place.stored(), base=bare), "--prompt", "x"]
+
+
+@case(1, "base .*broken.* transformers cannot load it", "check the files in")
+def text_from_a_base_with_a_damaged_tokenizer(place: Place) -> Words:
+    broken = tiny_llama(place.work / "broken")
+    (broken / "tokenizer.json").write_text("{")
+    return ["generate", place.recipe(place.stored(), base=broken), "--prompt", "x"]
+
+
+@case(1, "base .*broken.* transformers cannot load it: data did not match", "check the files in")
+def text_from_a_base_with_a_tokenizer_of_another_kind(place: Place) -> Words:
+    broken = tiny_llama(place.work / "broken")
+    other = {"version": "1.0", "added_tokens": [], "model": {"type": "X"}}
+    (broken / "tokenizer.json").write_text(json.dumps(other))
+    return ["generate", place.recipe(place.stored(), base=broken), "--prompt", "x"]
 
 
 @case(2, "the prompt is empty", "--prompt")

@@ -15,7 +15,10 @@ import torch
 from conftest import logits
 from experthub import hub
 from experthub.hub.errors import HubError, IntegrityError
+from experthub.hub.files.digests import read_chunks
+from experthub.hub.files.spelling import MAX_LISTED, suggest_name
 from experthub.hub.formats.adapter import Adapted, read_adapter
+from experthub.hub.formats.lora_config import check_config
 from experthub.hub.formats.router import RouterRecord
 from experthub.hub.formats.safetensors_header import check_finite, read_header
 from experthub.hub.formats.skills import SkillsRecord
@@ -253,6 +256,28 @@ def test_refused_even_when_the_configuration_denies_it(tmp_path: Path, base_fold
         adapted_modules(tmp_path / "x")
 
 
+@pytest.mark.parametrize("key", ["usedora", "new_in_peft_9"])
+def test_the_hint_for_an_unknown_key_names_no_other_key(key: str) -> None:
+    with pytest.raises(IntegrityError, match=f"unknown key '{key}'") as caught:
+        check_config({"peft_type": "LORA", key: 1})
+    assert "did you mean" not in caught.value.hint and "upgrade experthub" in caught.value.hint
+
+
+def test_a_long_list_of_words_is_no_hint() -> None:
+    words = [f"model.layers.{number}" for number in range(MAX_LISTED)]
+    assert suggest_name("x", words).startswith("use one of ")
+    assert suggest_name("x", [*words, "one.more"]) == ""
+    assert suggest_name("model.layer.3", [*words, "one.more"]) == "did you mean 'model.layers.3'?"
+
+
+def test_chunks_end_where_a_file_was_cut(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"0123456789")
+    with path.open("rb") as file:
+        assert b"".join(read_chunks(file, 2, 5)) == b"23456"
+        assert b"".join(read_chunks(file, 8, 1 << 30)) == b"89"
+
+
 # The header reader, against the safetensors library.
 
 CALM = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -300,6 +325,12 @@ def agree(content: bytes) -> bool:
 def test_valid_file_is_taken() -> None:
     assert agree(VALID)
     assert agree(with_header(HEADER))
+
+
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408, 19280, 640 + 65536])
+def test_a_length_that_starts_as_a_pickle_does(length: int) -> None:
+    """The first bytes of 640, little-endian, are those of a pickle of protocol 2."""
+    assert agree(with_header(json.dumps(HEADER).encode().ljust(length)))
 
 
 @settings(CALM, max_examples=150)

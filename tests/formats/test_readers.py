@@ -29,7 +29,7 @@ from experthub.hub.bases import base as bases
 from experthub.hub.errors import HubError
 from experthub.hub.files import patterns
 from experthub.hub.files.checksummed_text import MANIFEST
-from experthub.hub.files.patterns import is_named
+from experthub.hub.files.patterns import matches_any
 from experthub.hub.files.yaml_files import dump
 from experthub.hub.formats.adapter import read_adapter
 from experthub.hub.formats.coefficients import COEFFICIENTS, COEFFICIENTS_JSON, read_coefficients
@@ -521,7 +521,7 @@ def unpacked(place: Path, folder: Path) -> object:
     target.mkdir()
     layout = OciLayout.read(place)
     found = {name: layout.unpack(layout.find(name), target) for name in layout.experts}
-    assert all(is_named(path.name, list_file_patterns()) for path in target.iterdir())
+    assert all(matches_any(path.name, list_file_patterns()) for path in target.iterdir())
     return found
 
 

@@ -13,7 +13,7 @@ import torch
 from conftest import run_hub
 from experthub import hub
 from experthub.hub.errors import IntegrityError, NotFoundError
-from experthub.hub.files.patterns import is_named
+from experthub.hub.files.patterns import matches_any
 from experthub.hub.formats.task_vector import SHARD, SHARD_INDEX, TASK_VECTOR
 from experthub.hub.registry.expert import Reference, list_file_patterns
 from experthub.hub.registry.registry import Registry
@@ -185,6 +185,6 @@ def test_a_limit_is_a_size(base_folder: Path, tuned: Path) -> None:
     "name", ["task_vector-1-of-2.safetensors", "task_vector-/../x-of-00001.safetensors"]
 )
 def test_no_other_name_is_a_shard(name: str) -> None:
-    assert is_named(SHARD.format(3, 12), list_file_patterns()) and not is_named(
+    assert matches_any(SHARD.format(3, 12), list_file_patterns()) and not matches_any(
         name, list_file_patterns()
     )

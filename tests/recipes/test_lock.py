@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from experthub.hub.files import yaml_files
 from experthub.hub.recipes.lock import lock, plan_of
 from experthub.hub.recipes.lock_file import Lock, lock_path
 from experthub.hub.session import Session
+from experthub.hub.store.roots import list_lock_files, read_locked_digests, remember_lock
 
 Make = Callable[..., Path]
 RECIPE = Path("recipe.yaml")
@@ -231,3 +233,31 @@ def test_errors(project: list[Path]) -> None:
     assert ran.code == 2 and "recipe.lock.yaml, line" in ran.err and "'digst'" in ran.err
     with pytest.raises(UsageError):
         lock(Path("recipe.yaml"), Session())
+
+
+def test_update_finds_a_recipe_by_either_suffix(project: list[Path]) -> None:
+    RECIPE.rename("recipe.yml")
+    assert run_hub("lock", "recipe.yml").code == 0
+    newer(project[0])
+    ran = run_hub("update", "one")
+    assert ran.code == 0, ran.err
+    assert "one@2" in lock_path(RECIPE).read_text()
+    ran = run_hub("update", "three")
+    assert ran.code == 2 and "hint: run hub update three RECIPE" in ran.err
+
+
+def test_a_lock_under_a_path_of_any_bytes(home: Path, tmp_path: Path) -> None:
+    place = tmp_path / os.fsdecode(b"caf\xe9\n")
+    place.mkdir()
+    path = place / "x.lock.yaml"
+    path.write_text("experts: [{digest: sha256:ab}]\n")
+    remember_lock(path)
+    assert list_lock_files(home) == [path.resolve()]
+    assert read_locked_digests(home) == {"sha256:ab"}
+
+
+def test_the_label_of_a_folder(project: list[Path]) -> None:
+    """An @ in the path belongs to the path."""
+    folder = Path(shutil.copytree(project[0], "a@b/mine"))
+    write_recipe("tiny", str(folder.absolute()), "one@1", "two")
+    assert [expert.label for expert in plan_of(RECIPE).experts] == ["mine", "one", "two"]

@@ -13,7 +13,7 @@ import torch
 import yaml
 from experthub import hub
 from experthub.hub.errors import UsageError
-from experthub.hub.recipes.lock import recipe_digest
+from experthub.hub.recipes.lock import compute_recipe_digest
 from experthub.hub.recipes.recipe import Recipe
 from experthub.hub.recipes.resolution import resolve
 from experthub.hub.session import Session
@@ -91,7 +91,7 @@ def test_an_earlier_name_of_a_kernel_is_the_same_kernel(
             yaml.safe_dump({"base": str(base_folder), "experts": experts, "route": route})
         )
         plan = resolve(Recipe.read(path), session=session)
-        found[kernel] = plan.digest, plan.lock, recipe_digest(path)
+        found[kernel] = plan.digest, plan.lock, compute_recipe_digest(path)
     assert found["copied"] == found["gather"] != found["prefilter"] == found["screened"]
     assert [note for note in notes if note.startswith("note: kernel")] == [
         "note: kernel: copied is now called gather",

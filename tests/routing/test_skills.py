@@ -279,7 +279,7 @@ def test_an_interrupted_run_goes_on(base_folder: Path, tasks: list[str], home: P
         ({"route": {"method": "poly", "task": "made:aa"}}, "does not know the task 'made:aa'"),
         ({"route": {"method": "uniform"}}, "which uniform cannot use"),
         ({"route": None, "merge": {"method": "linear"}}, "which linear cannot use"),
-        ({"experts": ["many", "many"]}, "2 among 2 experts"),
+        ({"experts": ["many", "many"]}, "2 among its 2 experts"),
         ({"route": {"method": "poly", "combine": "outputs"}}, "poly cannot combine outputs"),
     ],
 )
@@ -306,7 +306,7 @@ def test_wrong_commands(base_folder: Path, tasks: list[str], expert_folder: Any)
     ran = run_hub("train", "adapt", "plain", "--task", tasks[0], "--name", "y")
     assert ran.code == 2 and "plain@1 is a LoRA, not an inventory of skills" in ran.err
     lora = {"base": str(base_folder), "experts": ["plain"], "route": {"method": "poly"}}
-    with pytest.raises(UsageError, match="poly is over one inventory of skills"):
+    with pytest.raises(UsageError, match="poly needs exactly one inventory of skills"):
         hub.compose(lora)
 
 

@@ -58,3 +58,16 @@ def test_a_file_system_without_unnamed_files(
         assert len(list(tmp_path.glob("*file*"))) == 2
         raise ValueError("stop")
     assert [p.name for p in tmp_path.glob("*file*")] == ["file"]
+
+
+def test_a_folder_that_is_in_use_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "kept").write_text("x")
+    with (
+        pytest.raises(FileExistsError, match="not empty") as caught,
+        atomic.create_folder(tmp_path / "folder") as draft,
+    ):
+        (draft / "new").write_text("y")
+    assert caught.value.filename == str(tmp_path / "folder")
+    assert [p.name for p in (tmp_path / "folder").iterdir()] == ["kept"]
+    assert not list(tmp_path.glob(".folder*")), "the draft is gone"

@@ -90,7 +90,7 @@ def test_what_cannot_be_repaired_stays_and_is_said(expert_folder: Make) -> None:
     shutil.rmtree(folder)
     ran = run_hub("verify", "--repair")
     assert ran.code == 3
-    assert "1 damaged" in ran.err and "one@1: cannot pull" in ran.err
+    assert "1 item is damaged" in ran.err and "one@1: cannot pull" in ran.err
     assert "damaged" in ran.out and "one@1" in ran.out
     assert path.read_bytes() == kept
 
@@ -108,6 +108,33 @@ def test_incomplete_absent_orphaned_and_strange(expert_folder: Make, home: Path)
     assert found.absent, "the starter experts are not here"
     ran = run_hub("verify", "--repair")
     assert ran.code == 0 and "repaired  one@1" in ran.out and path.is_file()
+
+
+def test_an_incomplete_expert_that_cannot_be_repaired_is_an_error(expert_folder: Make) -> None:
+    folder = expert_folder(1)
+    digest = added(folder, "one")
+    store = Store()
+    store.path(store.read_identity(digest).files["adapter_model.safetensors"].sha256).unlink()
+    shutil.rmtree(folder)
+    ran = run_hub("verify")
+    assert ran.code == 0 and "incomplete  one@1" in ran.out
+    ran = run_hub("verify", "--repair")
+    assert ran.code == 3 and "incomplete  one@1" in ran.out
+    assert "1 item is damaged or incomplete: one@1; one@1: cannot pull one@1" in ran.err
+    assert "hint: fix these problems, and run hub verify --repair again" in ran.err
+    assert run_hub("verify", "--repair", "--json").code == 3
+
+
+def test_a_damaged_object_that_no_entry_uses_is_left_to_gc(expert_folder: Make) -> None:
+    store = Store()
+    _, identity = store.add(expert_folder(1))
+    sha256 = identity.files["adapter_model.safetensors"].sha256
+    flip(store.path(sha256))
+    ran = run_hub("verify", "--repair")
+    assert ran.code == 3 and f"{sha256[:12]}: no entry uses it; run hub gc to delete it" in ran.err
+    age(store)
+    assert run_hub("gc", "--grace", "0", "--yes").code == 0
+    assert run_hub("verify").code == 0
 
 
 def test_a_damaged_base_is_found(home: Path, base_folder: Path) -> None:
@@ -275,6 +302,7 @@ def test_du(expert_folder: Make) -> None:
     one = next(e for e in found["experts"] if e["expert"] == "one@1")
     assert 0 < one["own"] < one["bytes"], "the configuration is shared"
     assert "objects" in run_hub("du").out
+    assert all(folder["purpose"] for folder in found["folders"])
 
 
 def test_search(expert_folder: Make) -> None:

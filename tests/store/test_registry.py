@@ -17,6 +17,7 @@ from experthub.hub.registry.registry import Registry
 from experthub.hub.session import Session
 from experthub.hub.store.store import Store
 from experthub.hub.transfer.describe import add_folder
+from experthub.hub.transfer.pull_by_name import pull_by_name
 
 Make = Callable[..., Path]
 
@@ -191,6 +192,16 @@ def test_all_sources_fail(tmp_path: Path) -> None:
     ran = run_hub("pull", "x")
     assert ran.code == 4
     assert "cannot pull x@1: there is no folder" in ran.err and "nowhere" in ran.err
+    with pytest.raises(HubError, match=r"^cannot pull x@1: there is no folder"):
+        pull_by_name("x", Session())
+
+
+def test_a_session_knows_what_it_registered(expert_folder: Make) -> None:
+    session = Session()
+    for version, seed in enumerate((1, 2), 1):
+        known = add_folder(expert_folder(seed), "x", session)
+        assert known.version == version
+        assert session.registry.find_expert(Reference.parse("x")) == known
 
 
 @pytest.mark.parametrize(

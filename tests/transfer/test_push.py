@@ -16,9 +16,10 @@ import pytest
 from conftest import run_hub
 from experthub import hub
 from experthub.hub.files import yaml_files
-from experthub.hub.registry.expert import Reference
+from experthub.hub.registry.expert import Identity, Reference
 from experthub.hub.registry.registry import Registry
 from experthub.hub.store.store import Store
+from experthub.hub.transfer.model_card import format_model_card
 from experthub.hub.transfer.remotes import _http
 from hf_server import HfServer
 
@@ -276,3 +277,26 @@ def test_two_pulls_at_once(server: HfServer, mine: str, pushed: str, home: Path)
     for thread in threads:
         thread.join()
     assert codes == [0, 0, 0] and Store().read_identity(mine)
+
+
+@pytest.mark.parametrize(
+    ("kind", "library", "relation", "words"),
+    [
+        ("lora", "peft", "adapter", ["experts: [hf:o/x]", "PeftModel"]),
+        ("task_vector", "transformers", "finetune", ["experts: [hf:o/x]"]),
+        ("skills", "experthub", None, []),
+        ("coefficients", "experthub", None, ["coefficients: hf:o/x"]),
+        ("router", "experthub", None, ["router: hf:o/x"]),
+    ],
+)
+def test_the_card_of_each_kind(
+    kind: str, library: str, relation: str | None, words: list[str]
+) -> None:
+    digest = "sha256:" + "0" * 64
+    expert = hub.Expert(name="x", kind=kind, base="tiny", sources=["./x"], digest=digest)
+    identity = Identity(kind=kind, base_fingerprint=None, files={})
+    text = format_model_card(expert, identity, Registry(()), "o/x")
+    front = yaml_files.parse(text.split("---\n")[1], "README.md").value
+    assert (front["library_name"], front.get("base_model_relation")) == (library, relation)
+    assert "hub pull hf:o/x" in text and all(word in text for word in words)
+    assert ("merge: {method: linear}" in text) == (kind in ("lora", "task_vector"))

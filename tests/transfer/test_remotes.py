@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 from conftest import at_once, run_hub, snapshot
 from experthub.hub.bases import base as bases
-from experthub.hub.bases.base_sources import is_here
+from experthub.hub.bases.base_sources import is_available_locally
 from experthub.hub.errors import HubError, NotFoundError
 from experthub.hub.registry.registry import Registry
 from experthub.hub.store.folder import read_folder
@@ -809,7 +809,7 @@ def test_a_base_of_a_model_hub_is_found(
     base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("registry.yaml").write_text("version: 1\nbases: {far: {sources: ['hf:alice/b@main']}}\n")
-    assert is_here("far", Registry.read()) is False
+    assert is_available_locally("far", Registry.read()) is False
     with HfServer(tmp_path / "server") as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         api = HfApi(endpoint=server.url, token="hf_write")
@@ -820,4 +820,4 @@ def test_a_base_of_a_model_hub_is_found(
             commit_message="a base",
         )
         assert run_hub("pull", "far").code == 0
-    assert is_here("far", Registry.read()) is True
+    assert is_available_locally("far", Registry.read()) is True

@@ -281,3 +281,13 @@ def test_without_links_files_are_copied(
     monkeypatch.setattr(store.os, "link", none)
     assert pulled(home, files)
     assert all(p.stat().st_nlink == 1 for p in Store().list_objects().values())
+
+
+@pytest.mark.parametrize("how", [{"status": 500}, {"status": 502}, {"lose": True}])
+def test_the_api_is_asked_again(
+    server: HfServer, home: Path, expert_folder: Make, how: dict[str, Any]
+) -> None:
+    contents = {p.name: p.read_bytes() for p in expert_folder(1).iterdir()}
+    filled(server, files=contents, name="alice/large")
+    fault = server.fault("/api/models/alice/large/", times=2, **how)
+    assert pulled(home, contents) and fault.hits == 2

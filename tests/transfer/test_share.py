@@ -346,3 +346,27 @@ def test_sources_with_a_name_behind_them(tmp_path: Path) -> None:
     assert make_source_relative(whole, tmp_path) == "file:a/b#c@2"
     assert Reference.parse("file:/runs/run#3").folder == Path("/runs/run#3")
     assert Reference.parse("file:/runs/run#3").member == ""
+
+
+def test_the_default_name_of_a_folder(home: Path, expert_folder: Make) -> None:
+    """An @ in the path belongs to the path."""
+    folder = Path("a@b") / "Mine@Home"
+    shutil.copytree(expert_folder(1), folder)
+    ran = run_hub("pull", f"file:{folder}", "--json")
+    assert ran.code == 0, ran.err
+    assert [e["name"] for e in ran.json["pulled"]] == ["mine-home@1"]
+    folder.rename("_")
+    ran = run_hub("pull", "file:_")
+    assert ran.code == 2 and "choose a name with --name" in ran.err
+
+
+def test_a_name_for_an_expert_that_nobody_knows(home: Path) -> None:
+    ran = run_hub("pull", "typo", "--name", "x")
+    assert ran.code == 4 and "no registry has an expert named 'typo'" in ran.err
+
+
+def test_what_a_killed_push_left_does_not_stop_the_next(two: dict[str, str]) -> None:
+    assert run_hub("push", "one", "file:shared").code == 0
+    (Path("shared") / ".index.json.0123456789abcdef").write_text("half")
+    ran = run_hub("push", "two", "file:shared")
+    assert ran.code == 0, ran.err

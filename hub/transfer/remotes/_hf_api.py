@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experthub.hub.errors import AuthError, HubError, IntegrityError, NotFoundError
-from experthub.hub.transfer.remotes._http import wait_to_retry
+from experthub.hub.transfer.remotes._http import retry
 
 if TYPE_CHECKING:
     import httpx
@@ -74,6 +73,8 @@ def make_headers() -> dict[str, str]:
 def request_json(session: httpx.Client, url: str, source: str) -> tuple[Any, str | None]:
     """Request JSON from the Hub.
 
+    The request is repeated a few times if the connection breaks or the Hub is busy.
+
     Args:
         session: The client.
         url: The URL.
@@ -88,13 +89,18 @@ def request_json(session: httpx.Client, url: str, source: str) -> tuple[Any, str
         HubError: The Hub answered with another error, or not with JSON.
         IntegrityError: The answer is too long, or its next page is on another host.
     """
-    for tries in count(1):
+    import httpx
+
+    def ask() -> tuple[httpx.Response, bytearray]:
         with session.stream("GET", url) as answer:
-            if answer.is_success:
-                content = _parse_json(_read_content(answer, source), source)
-                return content, _find_next_page(answer, url, source)
-        if not wait_to_retry(answer, tries):
-            break
+            answer.raise_for_status()
+            return answer, _read_content(answer, source)
+
+    try:
+        answer, content = retry(ask, lambda: 0)
+        return _parse_json(content, source), _find_next_page(answer, url, source)
+    except httpx.HTTPStatusError as error:
+        answer = error.response
     code, status = answer.headers.get("X-Error-Code", ""), answer.status_code
     if code == "GatedRepo":
         raise AuthError(f"{source} is gated", "ask its owner for access, and set HF_TOKEN")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from experthub.hub.errors import HubError, IntegrityError, UsageError
-from experthub.hub.files.patterns import is_named
+from experthub.hub.files.patterns import matches_any
 from experthub.hub.kinds.kind import PICKLES
 from experthub.hub.registry.expert import list_file_patterns
 from experthub.hub.transfer.remotes._download import SHA256
@@ -162,12 +162,12 @@ def list_files(
     others = []
     for row in _list_rows(session, place, commit, source):
         name = str(row.get("path"))
-        wanted = NAME.fullmatch(name) and is_named(name, patterns)
+        wanted = NAME.fullmatch(name) and matches_any(name, patterns)
         # transformers would also load an adapter beside a model.
         if (
             row.get("type") != "file"
             or not wanted
-            or (patterns is MODEL and is_named(name, list_file_patterns()))
+            or (patterns is MODEL and matches_any(name, list_file_patterns()))
         ):
             others.append(name)
             continue
@@ -180,7 +180,7 @@ def list_files(
         raise IntegrityError(
             f"{source} has no safetensors{only}", "ask its owner to convert the weights"
         )
-    others = [name for name in others if not is_named(name, USUAL)]
+    others = [name for name in others if not matches_any(name, USUAL)]
     if others:
         more = f" and {len(others) - 8} more" if len(others) > 8 else ""
         note(f"{source}: omitted {', '.join(map(_escape_name, sorted(others)[:8]))}{more}")

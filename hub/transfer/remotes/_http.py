@@ -85,22 +85,6 @@ def _explain_status(error: httpx.HTTPStatusError) -> HubError:
     return HubError(f"{url} answered {status}", "try again later")
 
 
-def wait_to_retry(answer: httpx.Response, tries: int) -> bool:
-    """Wait if a server is busy, and tell whether the request should be repeated.
-
-    Args:
-        answer: The server's answer.
-        tries: The number of tries so far.
-
-    Returns:
-        False if the server is not busy, or after the last try.
-    """
-    if answer.status_code not in (429, 503) or tries >= TRIES:
-        return False
-    time.sleep(max(WAIT * 2**tries, _read_retry_after(answer)))
-    return True
-
-
 def retry(call: Callable[[], Any], size: Callable[[], int]) -> Any:
     """Call a function again after errors that may pass: broken connections and busy servers.
 

@@ -29,7 +29,7 @@ def ignore_progress(done: int, size: int) -> None:
 
 
 def is_offline() -> bool:
-    """Tell whether `HUB_OFFLINE` forbids to open a socket.
+    """Tell whether `HUB_OFFLINE` forbids opening sockets.
 
     Returns:
         Whether the variable is set to anything but `0`.

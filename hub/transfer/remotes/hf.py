@@ -84,13 +84,13 @@ def fetch(
     hashed: dict[str, str] = {}
     with open_client(headers=make_headers()) as session:
         commit = find_commit(session, place, source)
-        target = _folder_of(place, commit, folder, patterns)
+        target = _locate_folder(place, commit, folder, patterns)
         with _lock_repository(target):
             if not target.is_dir():
                 files = list_files(session, place, commit, patterns, source, note)
                 _check_room(files, _download_folder(target), source)
                 hashed = _fetch_all(session, place, commit, files, target, progress)
-    write_text(_revision_file(place, folder), commit + "\n")
+    write_text(_locate_revision(place, folder), commit + "\n")
     return target, hashed
 
 
@@ -120,14 +120,14 @@ def find_fetched(source: str, folder: Path, patterns: tuple[str, ...] = MODEL) -
         The sub-folder, or None. A branch or tag refers to the commit of its last fetch.
     """
     place = HfSource.parse(source)
-    remembered, commit = _revision_file(place, folder), place.revision
+    remembered, commit = _locate_revision(place, folder), place.revision
     if remembered.is_file():
         commit = remembered.read_text(encoding="utf-8").strip()
-    found = _folder_of(place, commit, folder, patterns)
+    found = _locate_folder(place, commit, folder, patterns)
     return found if COMMIT.fullmatch(commit) and found.is_dir() else None
 
 
-def _folder_of(place: HfSource, commit: str, folder: Path, patterns: tuple[str, ...]) -> Path:
+def _locate_folder(place: HfSource, commit: str, folder: Path, patterns: tuple[str, ...]) -> Path:
     """Return the folder for the files of one commit; other patterns have another folder."""
     return folder / place.repository.replace("/", "--") / f"{commit}-{_hash_patterns(patterns)}"
 
@@ -137,7 +137,7 @@ def _hash_patterns(patterns: tuple[str, ...]) -> str:
     return hashlib.sha256("\0".join(patterns).encode()).hexdigest()[:8]
 
 
-def _revision_file(place: HfSource, folder: Path) -> Path:
+def _locate_revision(place: HfSource, folder: Path) -> Path:
     """Return the file that remembers the commit of a branch or tag at its last fetch."""
     names = (place.repository, "refs", place.revision)
     return folder.joinpath(*(name.replace("/", "--") for name in names))
@@ -184,7 +184,7 @@ def _check_room(files: list[RemoteFile], partial: Path, source: str) -> None:
     """Check that the user allows a download of this size, and that the disk has room for it."""
     size = sum(file.size for file in files)
     check_size(source, size)
-    begun = (partial / str(file.sha256) for file in files)
+    begun = (partial / file.sha256 for file in files if file.sha256)
     ensure_space(partial, size - sum(path.stat().st_size for path in begun if path.is_file()))
 
 
