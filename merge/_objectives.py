@@ -80,8 +80,8 @@ def fixmatch(
     Args:
         weak_BC: Logits `[B, C]` of the weak views; they get no gradient.
         strong_BC: Logits `[B, C]` of the strong views.
-        trusted_B: Which inputs `[B]` use the given pseudo-label. The others use the prediction for
-            the weak view if it is confident, and otherwise add zero.
+        trusted_B: The inputs that use the given pseudo-label, a mask `[B]`. The others use the
+            prediction for the weak view if it is confident, and otherwise add zero.
         pseudo_B: The given pseudo-labels `[B]`.
         confidence: The probability, from 0 to 1, from which a prediction is confident.
 
@@ -112,7 +112,7 @@ def choose_trusted(logits_NC: Tensor) -> tuple[Tensor, Tensor]:
     """
     sure_N, label_N = log_probabilities(logits_NC).max(-1)
     count = max(1, min(int(logits_NC.shape[0] / logits_NC.shape[1] / 10), 100))
-    chosen_N = torch.zeros(len(label_N), dtype=torch.bool)
+    chosen_N = torch.zeros_like(label_N, dtype=torch.bool)
     for label in sorted(set(label_N.tolist())):
         rows = (label_N == label).nonzero()[:, 0]
         chosen_N[rows[sure_N[rows].argsort(descending=True, stable=True)[:count]]] = True

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from experthub.merge._catalogue import MethodError
 from experthub.merge._delta import Delta, sum_deltas
 from torch import Tensor
 
@@ -74,8 +75,8 @@ def check_weights(vectors: Sequence[TaskVector], weights: Tensor) -> str:
         The fingerprint of the base.
 
     Raises:
-        ValueError: The bases differ, there is not one weight for each vector, or a weight is not
-            finite.
+        ValueError: The bases differ, the number of weights is not the number of vectors, or a
+            weight is not finite.
     """
     base = find_base(vectors)
     if tuple(weights.shape) != (len(vectors),):
@@ -83,6 +84,27 @@ def check_weights(vectors: Sequence[TaskVector], weights: Tensor) -> str:
     if not bool(torch.isfinite(weights).all()):
         raise ValueError(f"expected finite weights, found {weights.tolist()}")
     return base
+
+
+def normalize_weights(weights: Tensor) -> Tensor:
+    """Divide weights by their sum.
+
+    Args:
+        weights: The experts' weights `[E]`.
+
+    Returns:
+        Weights `[E]` that sum to 1.
+
+    Raises:
+        MethodError: The weights sum to zero.
+    """
+    total = weights.sum()
+    if abs(float(total)) < 1e-8:
+        raise MethodError(
+            f"expected weights with a sum other than 0, found {weights.tolist()}",
+            "change the weights so that they do not sum to zero",
+        )
+    return weights / total
 
 
 def unite_vectors(
@@ -119,8 +141,8 @@ def combine(vectors: Sequence[TaskVector], weights: Tensor) -> TaskVector:
         The task vector of the sum.
 
     Raises:
-        ValueError: The bases differ, there is not one weight for each vector, or a weight is not
-            finite.
+        ValueError: The bases differ, the number of weights is not the number of vectors, or a
+            weight is not finite.
 
     Example:
         >>> from experthub.merge import Dense

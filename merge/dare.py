@@ -38,7 +38,7 @@ def dare(
         weights: The experts' weights `[E]`.
         density: The probability that an entry is kept.
         scale: The factor of the whole sum.
-        rescale: How the kept entries are rescaled. `inverse_density` divides them by the density, as
+        rescale: The rescaling of the kept entries. `inverse_density` divides them by the density, as
             in the paper. `l1` restores the L1 norm of the tensor. `none` leaves them unchanged.
         seed: The seed of the masks.
 
@@ -46,8 +46,8 @@ def dare(
         The merged task vector; dense unless `density` is 1 and all experts are low-rank.
 
     Raises:
-        ValueError: The bases differ, there is not one weight for each vector, or a weight is not
-            finite.
+        ValueError: The bases differ, the number of weights is not the number of vectors, or a
+            weight is not finite.
     """
     if density < 1:
         vectors = [_drop_entries(vector, density, rescale, seed) for vector in vectors]

@@ -32,7 +32,7 @@ def _learn(materials: MergeMaterials, options: Options) -> Coefficients:
         start=0.0,
         steps=options["steps"],
         lr=options["lr"],
-        batch_size=max(materials.data.sizes) if materials.data else 1,
+        batch_size=max(materials.given_data.sizes),
         constraint="project",
         bounds=(-bound, bound),
         l1=options["l1"],
@@ -50,7 +50,8 @@ def _search(materials: MergeMaterials, fit: Fit) -> Coefficients:
     if data.labels is None or materials.minimize is None:
         raise ValueError("expected labels and an optimiser to search with, found none")
     history: list[float] = []
-    # The search asks for the same points again where it gets the same answers.
+    # Given the same losses, the search asks for the same points, so saved losses replay an
+    # interrupted run.
     known = (materials.load() or {}).get("history", torch.empty(0)).tolist()
     with torch.no_grad(), AttachedExperts(data.model, materials.vectors, start) as attached:
 

@@ -22,7 +22,7 @@ from experthub.merge._linear_modules import is_plain_linear, is_transposed
 from experthub.merge._materials import Data, MergeMaterials, compute_logits
 from experthub.merge._merges import merges
 from experthub.merge._options import Range
-from experthub.merge._task_vector import TaskVector, combine
+from experthub.merge._task_vector import TaskVector, combine, normalize_weights
 from torch import Tensor, nn
 
 Grams = dict[str, Tensor]  # parameter name -> [I, I]
@@ -147,7 +147,7 @@ def compute_grams(
         for start in range(0, data.sizes[task], batch_size):
             end = min(start + batch_size, data.sizes[task])
             compute_logits(data, task, torch.arange(start, end))
-    return {name: total / rows[name] for name, total in sums.items()}
+    return {name: (total / rows[name]).cpu() for name, total in sums.items()}
 
 
 def _real_rows(x: Tensor, real: Tensor | None) -> Tensor:
@@ -185,10 +185,7 @@ def solve_regression(
     Raises:
         ValueError: The weights sum to zero.
     """
-    total = weights.sum()
-    if abs(float(total)) < 1e-8:
-        raise ValueError(f"expected weights with a sum other than 0, found {weights.tolist()}")
-    mean = combine(vectors, weights / total)
+    mean = combine(vectors, normalize_weights(weights))
 
     def at(name: str) -> Dense:
         grams = [gram[name] for gram in inputs.grams]

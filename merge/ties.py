@@ -17,7 +17,7 @@ from experthub.merge._options import Range
 from experthub.merge._task_vector import TaskVector, check_weights, unite_vectors
 from torch import Tensor
 
-CHUNK = 1 << 18  # The number of entries that are processed at once.
+CHUNK_ENTRIES = 1 << 18  # The number of entries that are processed at once.
 # The bits of a magnitude, without the sign bit, split into digits: (shift, width), highest first.
 DIGITS = {
     torch.float32: ((16, 15), (0, 16)),
@@ -49,14 +49,14 @@ def ties(
         scale: The factor of the merged task vector.
         trim_scope: `model` trims a task vector as a whole, as in the paper; `tensor` trims each
             tensor by itself.
-        normalize: Whether sums are divided by `sum |w_e|`.
+        normalize: Divide sums by `sum |w_e|`.
 
     Returns:
         The merged task vector, dense.
 
     Raises:
-        ValueError: The bases differ, there is not one weight for each vector, or a weight is not
-            finite.
+        ValueError: The bases differ, the number of weights is not the number of vectors, or a
+            weight is not finite.
     """
     base = check_weights(vectors, weights)
     kept = keep_agreeing(trim(vectors, density, trim_scope), weights)
@@ -92,7 +92,7 @@ def _average(
 
 def _split_views(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
     """Split contiguous tensors into small views, so that temporary results stay in the CPU cache."""
-    return zip(*(torch.split(tensor.view(-1), CHUNK) for tensor in tensors), strict=True)
+    return zip(*(torch.split(tensor.view(-1), CHUNK_ENTRIES) for tensor in tensors), strict=True)
 
 
 def _copy_dense(delta: Delta) -> Tensor:
@@ -165,7 +165,7 @@ def find_threshold(
         for tensor in tensors():
             if tensor.dtype == torch.float64 != dtype:
                 return find_threshold(tensors, density, torch.float64)
-            for part in torch.split(tensor.flatten(), CHUNK):
+            for part in torch.split(tensor.flatten(), CHUNK_ENTRIES):
                 digits = part.abs().to(dtype).view(BITS[dtype]) >> shift
                 if rank:
                     digits = digits[digits >> width == prefix]
@@ -195,8 +195,8 @@ def keep_agreeing(vectors: Sequence[TaskVector], weights: Tensor | None = None) 
         The task vectors with zeros, dense.
 
     Raises:
-        ValueError: The bases differ, there is not one weight for each vector, or a weight is not
-            finite. Loading a name raises it if the shapes of its changes differ.
+        ValueError: The bases differ, the number of weights is not the number of vectors, or a
+            weight is not finite. Loading a name raises it if the shapes of its changes differ.
     """
     weights = torch.ones(len(vectors)) if weights is None else weights
     check_weights(vectors, weights)

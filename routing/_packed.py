@@ -69,7 +69,7 @@ class PackedExperts:
             a: The rows of A of all modules; rows below those of the experts are the probes.
             b: The rows of B of each module.
             router: The router of the first module.
-            probes: The probes of all modules, unless they are below the rows of A.
+            probes: The probes of all modules in float32; None if they are below the rows of A.
             prefilter: Coarse copies of the probes, if there are any.
 
         Returns:
@@ -80,13 +80,15 @@ class PackedExperts:
             sizes = torch.tensor([*chain(*ranks)])
             owner_N = torch.arange(len(sizes)).repeat_interleave(sizes).to(device)
         below = a.matrix[len(a.own) : len(a.matrix) - (a.places_Er is not None)]
-        if len(below):
+        if len(below) and probes is None:
             joint, probes = a.matrix[: len(a.own) + len(below)], below
         first_G1 = torch.arange(len(b), device=device)[:, None] * len(experts)
         return cls(experts, ranks, a, b, router, probes, joint, prefilter, owner_N, first_G1)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> PackedExperts:
         """Apply a function to each tensor except the prefilter's, such as a move to another device.
+
+        Probes stay in float32, because scores are computed in it.
 
         Args:
             change: A function of one tensor that keeps its shape.
@@ -95,7 +97,8 @@ class PackedExperts:
             The changed experts.
         """
         a, b = self.a.map(change), tuple(rows.map(change) for rows in self.b)
-        probes = None if self.probes is None or self.joint is not None else change(self.probes)
+        apart = self.joint is None or a.matrix.dtype != torch.float32
+        probes = self.probes.to(a.matrix.device) if self.probes is not None and apart else None
         return PackedExperts.of(self.experts, self.ranks, a, b, self.router, probes, self.prefilter)
 
     def with_prefilter(self) -> PackedExperts:

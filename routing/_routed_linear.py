@@ -62,7 +62,7 @@ class RoutedLinear(nn.Module):
             combine: `outputs` mixes `B_e A_e x`; `parameters` mixes the A and the B first.
             kernel: The kernel for all inputs; None chooses by the number of tokens.
             train_probes: Whether the router's probes become a trainable parameter.
-            context: What routers know of the batch.
+            context: The rows of the current batch, and decisions about whole rows.
 
         Returns:
             The routed module.
@@ -133,7 +133,7 @@ def attach_experts(
         packed: Their experts.
         combine: `outputs` mixes `B_e A_e x`; `parameters` mixes the A and the B first.
         kernel: The kernel for all inputs; None chooses by the number of tokens.
-        context: What the routers of the model know of the batch.
+        context: The rows of the current batch, and decisions about whole rows.
 
     Returns:
         The routed modules, in the order of the bases.

@@ -17,6 +17,8 @@ from experthub.merge import (
     Dense,
     Fit,
     LowRank,
+    MethodError,
+    MethodFailure,
     TaskVector,
     assign_blocks,
     compose_vector,
@@ -364,8 +366,12 @@ class TestLearning:
                 given.model.get_parameter(name).add_(strict[name].dense())
             kept = held_out.logits([torch.arange(n) for n in held_out.sizes])[0].argmax(-1)
         assert torch.equal(kept, held_out.answers[0])
-        with pytest.raises(ValueError, match="expected one of first, second, found 'third'"):
+        with pytest.raises(MethodError, match="the data has no task 'third'") as caught:
             run(setting="negation", forget="third")
+        assert caught.value.hint == "use one of first, second"
+        alone = TinyData(sizes=(8,), labelled=True, tasks=("first",))
+        with pytest.raises(MethodError, match="data: names only one"):
+            run_merge(merges["atlas"], vectors(), torch.ones(3), alone, setting="negation")
 
     def test_stored_coefficients_need_no_data(self) -> None:
         for name, options in (("adamerging", {"steps": 3}), ("atlas", {"steps": 3})):
@@ -413,8 +419,9 @@ class TestBadInput:
     def test_a_loss_that_is_not_finite(self) -> None:
         data = TinyData()
         data.x_tND[1][4] = float("nan")
-        with pytest.raises(ValueError, match="the loss is nan at step 1"):
+        with pytest.raises(MethodFailure, match="the loss is nan at step 1") as caught:
             learn_coefficients(make_materials(vectors(), data), fit(batch_size=64))
+        assert caught.value.hint == "set a lower lr"
 
     def test_experts_of_zeros_and_one_expert(self) -> None:
         found = learn_coefficients(make_materials(vectors(zero=True), TinyData()), fit())
@@ -599,6 +606,14 @@ class TestClosedForms:
             wanted = (f * given[0][name].dense() + g * given[1][name].dense()) / (f + g)
             torch.testing.assert_close(merged[name].dense(), wanted, rtol=1e-6, atol=1e-7)
 
+    def test_weights_that_sum_to_zero(self) -> None:
+        given, data, _ = self.given()
+        for name in ("regmean", "regmean_plusplus", "fisher"):
+            for weights in (torch.zeros(2, dtype=WIDE), torch.tensor([1.0, -1.0], dtype=WIDE)):
+                with pytest.raises(MethodError, match="a sum other than 0") as caught:
+                    run_merge(merges[name], given, weights, data)
+                assert caught.value.hint.startswith("change the weights")
+
     def test_one_task_for_each_expert(self) -> None:
         for name in ("regmean", "regmean_plusplus", "fisher"):
             with pytest.raises(ValueError, match="one task for each of the 3 experts"):
@@ -664,5 +679,30 @@ class TestLoraHub:
         given[0] = TaskVector("base", {**given[0].load, "a.weight": lambda: other})
         with pytest.raises(ValueError, match="one rank to sum their factors, found ranks 1, 2"):
             run_merge(merges["lorahub"], given, torch.ones(3), make_data())
-        with pytest.raises(ValueError, match="found dense ones"):
+        with pytest.raises(MethodError, match=r"a\.weight: expected low-rank changes") as caught:
             run_merge(merges["lorahub"], vectors("dense"), torch.ones(3), make_data())
+        assert caught.value.hint == "set combine: outputs"
+
+    @pytest.mark.parametrize("name", ["embed.weight", "a.bias"])
+    def test_factors_of_other_parameters_cannot_be_summed(self, name: str) -> None:
+        """The error comes while experts are attached, and the model is the base again."""
+        model = nn.ModuleDict({"a": nn.Linear(5, 6), "embed": nn.Embedding(7, 5)})
+        before = dict(model.named_parameters())
+        shape = model.get_parameter(name).shape
+        low = LowRank(torch.ones(1, 5), torch.ones(6, 1))
+        change = {"a.weight": lambda: low, name: lambda: Dense(torch.ones(shape))}
+        given = [TaskVector("base", change)]
+        start = start_coefficients(given, fit(granularity="task", combine="parameters"))
+        with pytest.raises(MethodError, match=f"{name}: expected low-rank changes"):
+            AttachedExperts(model, given, start)
+        assert dict(model.named_parameters()) == before
+        assert not model["a"]._forward_hooks and not model["embed"]._forward_hooks
+
+    def test_only_weights_that_are_replaced_can_be_fixed(self) -> None:
+        data = TinyData()
+        start = start_coefficients(vectors(), fit())
+        with (
+            AttachedExperts(data.model, vectors(), start) as attached,
+            pytest.raises(TypeError, match="attached with `take`"),
+        ):
+            attached.fix("a.weight", torch.ones(6, 5))

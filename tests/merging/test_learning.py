@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from experthub.hub.bases.loading import load_model, load_tokenizer
 from experthub.hub.errors import ConflictError, UsageError
 from experthub.hub.files import yaml_files
 from experthub.hub.materials import merge_materials
+from experthub.hub.materials.cma_es import minimize
 from experthub.hub.materials.task_data import TaskData
 from experthub.hub.readers.likelihood import choice_logprobs, encode
 from experthub.hub.readers.reader_for import reader_for
@@ -422,3 +423,16 @@ def test_damaged_coefficients_are_refused(values: dict[str, Any], home: Path) ->
     )
     ran = run_hub("compose", path, "--out", "model")
     assert ran.code == 3 and "expected one tensor" in ran.err and not Path("model").exists()
+
+
+@pytest.mark.parametrize("experts", [1, 2])
+@pytest.mark.parametrize("evaluations", [1, 2, 3, 7])
+def test_cma_es_keeps_its_number_of_evaluations(experts: int, evaluations: int) -> None:
+    points: list[list[float]] = []
+
+    def loss(point: Sequence[float]) -> float:
+        points.append(list(point))
+        return sum(x * x for x in point)
+
+    best = minimize(loss, [0.0] * experts, 1.5, evaluations, 0)
+    assert len(points) == evaluations and best == points[0] == [0.0] * experts

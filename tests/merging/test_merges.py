@@ -184,7 +184,7 @@ def test_threshold_is_the_sorted_one(
     if dtype == torch.float64:
         flat = flat * (1 + torch.rand(len(flat), dtype=dtype) * 1e-9)
     flat = flat[flat.isfinite()]
-    monkeypatch.setattr(sys.modules[find_threshold.__module__], "CHUNK", 64)
+    monkeypatch.setattr(sys.modules[find_threshold.__module__], "CHUNK_ENTRIES", 64)
     descending = flat.abs().sort(descending=True).values
     n = len(flat)
     for density in (1e-9, 0.1, 0.2, 0.5, 0.77, 1 - 1e-9, 1.0):

@@ -219,10 +219,10 @@ def test_what_general_experts_are_part_of(base_folder: Path, folders: dict[str, 
 
 
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], type[HubError], str]] = [
-    ({}, {"gks": ["plane"]}, UsageError, "gks names plane, and 0 experts"),
-    ({"as": "one"}, {"gks": ["one"]}, UsageError, "gks names one, and 2 experts"),
-    ({}, {"gks": ["one", "two", "three", "plain"]}, UsageError, "none is left to route to"),
-    ({"weight": 0.5}, {"gks": ["plain"]}, UsageError, "expert plain has a weight"),
+    ({}, {"gks": ["plane"]}, UsageError, "gks: the recipe has no expert named 'plane'"),
+    ({"as": "one"}, {"gks": ["one"]}, UsageError, "gks: the recipe has 2 experts named 'one'"),
+    ({}, {"gks": ["one", "two", "three", "plain"]}, UsageError, "so no expert is left to route to"),
+    ({"weight": 0.5}, {"gks": ["plain"]}, UsageError, "general expert plain has the weight 0.5"),
     ({"rank": 3}, {"gks": ["plain"]}, HubError, r"gks needs one rank, .* 3 \(plain\), 4 \(three\)"),
     ({"targets": ("q_proj",)}, {"gks": ["plain"]}, HubError, "plain does not adapt .*down_proj"),
     ({}, {"gks": "plain"}, UsageError, "option 'gks': expected list of str | null"),

@@ -95,7 +95,7 @@ def test_a_batch_of_several_tasks(pool: dict[str, Any]) -> None:
     plain = transformers.AutoModelForCausalLM.from_pretrained(pool["recipe"]["base"])
     assert torch.equal(logits(base, ROWS), logits(plain, ROWS))
     refusing = routed(pool, "task", unknown="refuse")
-    with pytest.raises(UsageError, match="no expert for the task ''"):
+    with pytest.raises(UsageError, match="no expert was trained on the task ''"):
         logits(refusing.model, ROWS)
 
 
