@@ -427,7 +427,7 @@ def test_eval_says_in_words_what_it_shows() -> None:
         "a: not clearly different from the base (+0.000, 95 % interval -0.100..+0.100) on average; "
         "clearly better on 1 and clearly worse on 0 of 2 tasks",
         "a: worse than b (-0.030, 95 % interval -0.050..-0.010) on average",
-        "best_individual: x@1",
+        "best_individual is the expert x@1",
     ]
 
 

@@ -353,7 +353,7 @@ def test_a_merge_is_refused_before_it_is_loaded(folders: list[Path], base_folder
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((), "there is no text to trace"),
+        ((), "no text to trace was given"),
         (("-p", "x", "--task", "local:parity"), "--prompt and --task exclude each other"),
         (("-p", ""), "prompt 1 is empty"),
         (("-p", "x", "-p", "x" * 513), "prompt 2 has 513 tokens"),
