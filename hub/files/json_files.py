@@ -8,7 +8,7 @@ from typing import Any
 
 from experthub.hub.errors import IntegrityError
 
-MAX_BYTES = 64 << 20  # The longest JSON files list the tensors of the largest models.
+MAX_JSON_BYTES = 64 << 20  # The longest JSON files list the tensors of the largest models.
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_small(path: Path) -> bytes:
-    """Read a file of at most `MAX_BYTES` bytes.
+    """Read a file of at most `MAX_JSON_BYTES` bytes.
 
     Args:
         path: The file.
@@ -48,8 +48,8 @@ def read_small(path: Path) -> bytes:
     Raises:
         IntegrityError: The file is larger.
     """
-    if path.stat().st_size > MAX_BYTES:
+    if path.stat().st_size > MAX_JSON_BYTES:
         raise IntegrityError(
-            f"{path} has more than {MAX_BYTES} bytes", "check that it is the right file"
+            f"{path} has more than {MAX_JSON_BYTES} bytes", "check that it is the right file"
         )
     return path.read_bytes()
