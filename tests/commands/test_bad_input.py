@@ -29,7 +29,7 @@ LINEAR = "merge: {method: linear}"
 
 @dataclass(frozen=True)
 class Place:
-    """Where a case is set up: an empty current folder, a base, and a maker of experts."""
+    """The surroundings of a case: an empty current folder, a base, and a maker of experts."""
 
     work: Path
     base: Path

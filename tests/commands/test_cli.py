@@ -132,7 +132,7 @@ def test_list_of_bases(base_folder: Path) -> None:
 
 
 def test_tables_print_words_as_they_are(expert_folder: Make) -> None:
-    """No markup, no emoji, and nothing cut off where there is no terminal."""
+    """Tables show no markup and no emoji, and cut nothing off without a terminal."""
     odd = "uses [/INST] and [bold]tags[/bold] :smile: " + "long " * 60 + "end"
     assert run_hub("add", expert_folder(1), "--name", "odd", "--description", odd).code == 0
     ran = run_hub("list")

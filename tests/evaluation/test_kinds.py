@@ -184,7 +184,7 @@ def test_an_expert_is_trained_merged_and_scored(folder: Path, task: str, kind: s
 
 @pytest.mark.parametrize("kind", [*MADE, *OTHERS])
 def test_what_learns_reads_what_is_composed(folder: Path, kind: str) -> None:
-    """With a change of every weight, tied ones included."""
+    """The expert changes every weight, tied ones included."""
     base = read(folder, "base")
     random = torch.Generator().manual_seed(5)
     changes = {n: 0.3 * torch.randn(s, generator=random) for n, s in base.shapes.items()}
@@ -231,7 +231,7 @@ def test_logits_do_not_depend_on_the_batch(folder: Path, kind: str) -> None:
 
 
 def test_seq2seq_is_the_likelihood_of_the_answer(tmp_path: Path) -> None:
-    """By transformers' own loss."""
+    """The reference is the loss that transformers computes."""
     torch.manual_seed(0)
     seq2seq(tmp_path / "base")
     base = read(tmp_path / "base", "base")

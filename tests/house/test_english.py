@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sources import ROOT, each_source
+import pytest
+from sources import ROOT, SOURCES, each_source
 
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 # A docstring that starts with one of these words is a fragment, and no sentence.
 FRAGMENTS = {
     "of",
@@ -211,7 +213,7 @@ def raised(node: ast.FunctionDef) -> set[str]:
     return found & set(RAISED)
 
 
-@each_source
+@pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=lambda p: str(p.relative_to(ROOT)))
 def test_first_lines_are_sentences(path: Path) -> None:
     for line, doc in all_docstrings(path):
         first = doc.split("\n\n")[0]

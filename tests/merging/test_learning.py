@@ -122,6 +122,13 @@ def test_what_learns_does_so_without_gradients_around_it(
     assert same(weights(whole), weights(again))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", LEARNED)
+def test_every_method_composes_on_a_gpu(method: str, values: dict[str, Any]) -> None:
+    made = hub.compose(recipe(values, method), device="cuda")
+    assert all(bool(torch.isfinite(p).all()) for p in weights(made).values())
+
+
 def test_one_expert_may_stand_twice(values: dict[str, Any]) -> None:
     first = values["experts"][0]
     value = recipe(values) | {"experts": [first, {"expert": first, "as": "again"}]}

@@ -178,7 +178,7 @@ VALUES = {
 def test_threshold_is_the_sorted_one(
     values: Callable[[], Tensor], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also over several tensors, and where they are looked at in parts."""
+    """It is exact over several tensors, and if they are read in parts."""
     torch.manual_seed(0)
     flat = values().to(dtype)
     if dtype == torch.float64:

@@ -53,7 +53,7 @@ def test_an_expert_of_zeros_has_no_direction() -> None:
 
 
 def peft_adds(x: Tensor, found: dict[int, LowRank], general: Collection[int], **config: Any) -> Any:
-    """What peft's layer adds for experts of which some are general."""
+    """Compute what peft's layer adds for experts of which some are general."""
     arrow_of_peft = pytest.importorskip("peft.tuners.lora.arrow")
     from peft import ArrowConfig
 
@@ -78,7 +78,7 @@ def peft_adds(x: Tensor, found: dict[int, LowRank], general: Collection[int], **
 @pytest.mark.parametrize("top_k", [1, 3, 5])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_equals_peft(top_k: int, temperature: float, general: tuple[int, ...]) -> None:
-    """Also with general experts: their mean factors are taken off the others'."""
+    """The mean factors of general experts are subtracted as in peft."""
     found = experts(5)
     for e in general:
         found[e] = LowRank(found[e].a / 4, found[e].b / 4, found[e].scale)

@@ -213,7 +213,7 @@ def age(paths: list[Path], days: float) -> None:
 
 
 def collected(home: Path, *options: str) -> list[Path]:
-    """What `hub gc` takes away as leftovers."""
+    """Return the leftovers that `hub gc` deletes."""
     ran = run_hub("gc", "--json", "--yes", *options)
     assert ran.code == 0, ran.err
     return sorted(home / name for name in ran.json["gc"]["leftovers"])

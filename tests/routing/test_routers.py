@@ -108,7 +108,7 @@ def ids_of(texts: list[str], folder: str, side: str = "right") -> Any:
 def test_experts_of_high_rank_are_chosen_for_whole_rows(
     base_folder: Path, expert_folder: Callable[..., Path]
 ) -> None:
-    """Of so many rows that a router by token has its kernels timed."""
+    """The experts have so many rows that the kernels of a router by token are timed."""
     experts = [str(expert_folder(seed, rank=16, size=0.1)) for seed in (1, 2)]
     recipe = {"base": str(base_folder), "experts": experts}
     composition = hub.compose({**recipe, "route": {"method": "task"}})
