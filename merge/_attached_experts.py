@@ -17,14 +17,14 @@ from experthub.merge._embedding_rows import EmbeddingRows
 from experthub.merge._linear_modules import is_plain_linear
 from experthub.merge._merged_parameters import (
     ChangedParameter,
-    LowRankBeside,
+    LowRankBranch,
     MergedParameter,
     Use,
 )
 from experthub.merge._task_vector import TaskVector
 from torch import Tensor, nn
 
-Part = MergedParameter | EmbeddingRows | LowRankBeside
+Part = MergedParameter | EmbeddingRows | LowRankBranch
 
 
 class AttachedExperts:
@@ -96,7 +96,7 @@ class AttachedExperts:
         """
         total = torch.zeros_like(self._values) if self._values.grad is None else self._values.grad
         for part in self._parts.values():
-            if not isinstance(part, LowRankBeside):
+            if not isinstance(part, LowRankBranch):
                 part.add_gradient(total)
         return total.detach()
 
@@ -147,7 +147,7 @@ def _attach_part(
         deltas = [vector[changed.name] for vector in changed.vectors]
         low = [delta for delta in deltas if isinstance(delta, LowRank)]
         if len(low) == len(deltas):
-            return LowRankBeside(module, low, changed.here, changed.block, like.combine)
+            return LowRankBranch(module, low, changed.here, changed.block, like.combine)
     if like.combine == "parameters":
         raise MethodError(
             f"{changed.name}: expected low-rank changes of linear modules to sum their factors, "

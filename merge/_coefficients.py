@@ -148,7 +148,7 @@ class Coefficients:
             raise ValueError("expected finite coefficients, found NaN or infinity")
 
 
-def zero_coefficients(experts: int) -> Coefficients:
+def make_zero_coefficients(experts: int) -> Coefficients:
     """Create zero coefficients `[E, 1]`: one for each expert as a whole.
 
     Args:
@@ -186,7 +186,7 @@ def compose_vector(vectors: Sequence[TaskVector], coefficients: Coefficients) ->
     if unknown:
         raise ValueError(f"expected a coefficient for each block, found none for {unknown[0]}")
 
-    def at(name: str) -> Delta:
+    def compute_change(name: str) -> Delta:
         here = [e for e, vector in enumerate(vectors) if name in vector.load]
         deltas = [vectors[e][name] for e in here]
         factors = [values[e][place[blocks[name]]] for e in here]
@@ -200,7 +200,7 @@ def compose_vector(vectors: Sequence[TaskVector], coefficients: Coefficients) ->
             [delta.scaled(factor) for delta, factor in zip(deltas, factors, strict=True)]
         )
 
-    return unite_vectors(base, vectors, at)
+    return unite_vectors(base, vectors, compute_change)
 
 
 def _sum_by_group(name: str, deltas: Sequence[Delta], factors_EK: Tensor, seed: int) -> Dense:

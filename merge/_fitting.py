@@ -42,7 +42,7 @@ def learn_coefficients(materials: MergeMaterials, fit: Fit) -> Coefficients:
         ValueError: Data or labels are missing, or a task has fewer than two choices.
         MethodFailure: The loss is not finite.
     """
-    start = start_coefficients(materials.vectors, fit)
+    start = make_start_coefficients(materials.vectors, fit)
     data = materials.given_data
     if not data.tasks or not all(data.sizes):
         raise ValueError("expected inputs of at least one task, found none")
@@ -52,7 +52,7 @@ def learn_coefficients(materials: MergeMaterials, fit: Fit) -> Coefficients:
         return _Run(attached, materials, data, fit, start).learn()
 
 
-def start_coefficients(vectors: Sequence[TaskVector], fit: Fit) -> Coefficients:
+def make_start_coefficients(vectors: Sequence[TaskVector], fit: Fit) -> Coefficients:
     """Create the coefficients before the first step.
 
     Args:

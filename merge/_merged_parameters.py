@@ -154,7 +154,7 @@ class MergedParameter:
         self._register(self.original)
 
 
-class LowRankBeside:
+class LowRankBranch:
     """Low-rank experts whose outputs a forward hook adds to the output of a linear module."""
 
     def __init__(

@@ -57,12 +57,14 @@ def dare(
 def _drop_entries(vector: TaskVector, density: float, rescale: str, seed: int) -> TaskVector:
     """Set entries of a task vector to zero at random and rescale the others, lazily."""
 
-    def at(name: str) -> Delta:
+    def compute_change(name: str) -> Delta:
         d = vector[name].dense()
         kept = torch.where(_draw_mask(d, density, f"{seed}\n{vector.seed}\n{name}"), d, 0)
         return Dense(kept * _compute_factor(d, kept, density, rescale))
 
-    return TaskVector(vector.base, {name: partial(at, name) for name in vector}, vector.seed)
+    return TaskVector(
+        vector.base, {name: partial(compute_change, name) for name in vector}, vector.seed
+    )
 
 
 def _draw_mask(like: Tensor, density: float, key: str) -> Tensor:

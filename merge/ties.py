@@ -60,8 +60,10 @@ def ties(
     """
     base = check_weights(vectors, weights)
     kept = keep_agreeing(trim(vectors, density, trim_scope), weights)
-    at = partial(_average, list(zip(kept, weights.tolist(), strict=True)), scale, normalize)
-    return unite_vectors(base, vectors, at)
+    compute_change = partial(
+        _average, list(zip(kept, weights.tolist(), strict=True)), scale, normalize
+    )
+    return unite_vectors(base, vectors, compute_change)
 
 
 def _average(
@@ -132,14 +134,16 @@ def _trim_vector(vector: TaskVector, density: float, trim_scope: str) -> TaskVec
     def find_limit(names: tuple[str, ...]) -> float:
         return find_threshold(lambda: (vector[name].dense() for name in names), density)
 
-    def at(name: str) -> Delta:
+    def compute_change(name: str) -> Delta:
         least = find_limit(tuple(vector) if trim_scope == "model" else (name,))
         d = _copy_dense(vector[name])
         for (part,) in _split_views(d):
             part.masked_fill_(part.abs() < least, 0)
         return Dense(d)
 
-    return TaskVector(vector.base, {name: partial(at, name) for name in vector}, vector.seed)
+    return TaskVector(
+        vector.base, {name: partial(compute_change, name) for name in vector}, vector.seed
+    )
 
 
 def find_threshold(
@@ -203,7 +207,7 @@ def keep_agreeing(vectors: Sequence[TaskVector], weights: Tensor | None = None) 
     pairs = list(zip(vectors, weights.tolist(), strict=True))
     elect = lru_cache(maxsize=1)(partial(_elect_signs, pairs))
 
-    def at(vector: TaskVector, weight: float, name: str) -> Delta:
+    def compute_change(vector: TaskVector, weight: float, name: str) -> Delta:
         signs, own = elect(name), (weight > 0) - (weight < 0)
         d = _copy_dense(vector[name])
         for part, sign in _split_views(d, signs):
@@ -211,7 +215,8 @@ def keep_agreeing(vectors: Sequence[TaskVector], weights: Tensor | None = None) 
         return Dense(d)
 
     return [
-        TaskVector(v.base, {name: partial(at, v, w, name) for name in v}, v.seed) for v, w in pairs
+        TaskVector(v.base, {name: partial(compute_change, v, w, name) for name in v}, v.seed)
+        for v, w in pairs
     ]
 
 

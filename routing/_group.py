@@ -127,7 +127,7 @@ class Group:
         Args:
             y: Outputs of the base `[..., O]`, which are changed.
             x: Inputs `[..., I]`.
-            module: The module's place in the group.
+            module: The module's position in the group.
 
         Returns:
             The changed outputs `y`.
@@ -146,7 +146,7 @@ class Group:
 
         Args:
             x: Inputs `[..., I]`.
-            module: The module's place in the group.
+            module: The module's position in the group.
 
         Returns:
             The weights `[..., E]`.

@@ -25,7 +25,7 @@ class PackedExperts:
     """The experts of a group of modules with their router.
 
     Attributes:
-        experts: The experts that adapt the modules, as places in the recipe.
+        experts: The experts that adapt the modules, as positions in the recipe.
         ranks: For each module, the rank of each expert.
         a: The rows of A of all modules and experts, module after module.
         b: The rows of B of each module, with scale and recipe weight folded in.
@@ -34,9 +34,9 @@ class PackedExperts:
             does not look at the input.
         joint: One matrix of which A and the probes are views; None if they are stored apart.
         prefilter: Coarse copies of the probes, if there are any.
-        owner_N: The expert and the module of each row of A: a place in `experts`, plus the number of
+        owner_N: The expert and the module of each row of A: a position in `experts`, plus the number of
             experts for each module before. None if all ranks are equal.
-        first_G1: The place of the first expert of each module, counted as in `owner_N`.
+        first_G1: The position of the first expert of each module, counted as in `owner_N`.
     """
 
     experts: tuple[int, ...]
@@ -64,7 +64,7 @@ class PackedExperts:
         """Pack rows that are on one device.
 
         Args:
-            experts: The experts that adapt the modules, as places in the recipe.
+            experts: The experts that adapt the modules, as positions in the recipe.
             ranks: For each module, the rank of each expert.
             a: The rows of A of all modules; rows below those of the experts are the probes.
             b: The rows of B of each module.
@@ -157,7 +157,7 @@ def group_modules(
         combine: What is mixed: `outputs` or `parameters`.
 
     Returns:
-        The places of the modules in groups: all in one group, or each in a group of its own.
+        The positions of the modules in groups: all in one group, or each in a group of its own.
     """
     one = (
         len({stack.experts for stack in stacks}) == 1

@@ -24,7 +24,7 @@ from experthub.hub.tasks.task import Card, Example, example_id
 from experthub.hub.tasks.task_files import write_task
 from experthub.hub.training.fit import Settings
 from experthub.merge import AttachedExperts, Dense, Fit, TaskVector
-from experthub.merge._fitting import start_coefficients
+from experthub.merge._fitting import make_start_coefficients
 from safetensors.torch import save_file
 
 LABELS = ["red", "green", "blue"]
@@ -198,7 +198,7 @@ def test_what_learns_reads_what_is_composed(folder: Path, kind: str) -> None:
         return reader.read(model, [reader.row(q) for q in questions])
 
     model = load_model(base, "float32", None)
-    start = start_coefficients(
+    start = make_start_coefficients(
         [vector], Fit("entropy", "task", start=0.5, steps=1, lr=1.0, batch_size=1)
     )
     with torch.no_grad(), AttachedExperts(model, [vector], start) as attached:

@@ -26,7 +26,7 @@ from experthub.merge import (
     merges,
 )
 from experthub.merge._coefficients import draw_groups, make_generator
-from experthub.merge._fitting import choose_rows, start_coefficients
+from experthub.merge._fitting import choose_rows, make_start_coefficients
 from experthub.merge._objectives import (
     choose_trusted,
     cross_entropy,
@@ -96,7 +96,7 @@ class TestGradients:
     def test_equals_autograd(self, form: str, granularity: str) -> None:
         given = [*wide("dense", 3)[:1], *wide()[1:]] if form == "mixed" else wide(form)
         data = TinyData(Tiny(WIDE))
-        start = start_coefficients(given, fit(granularity=granularity))
+        start = make_start_coefficients(given, fit(granularity=granularity))
         values = torch.rand(start.values.shape, dtype=WIDE, generator=torch.Generator())
         rows = [torch.arange(8), torch.arange(6)]
         with AttachedExperts(data.model, given, start) as attached:
@@ -112,7 +112,7 @@ class TestGradients:
     @pytest.mark.parametrize("form", ["low-rank", "dense"])
     def test_of_a_partition(self, form: str) -> None:
         given, data = wide(form), TinyData(Tiny(WIDE))
-        start = start_coefficients(given, fit(granularity="partition", groups=3))
+        start = make_start_coefficients(given, fit(granularity="partition", groups=3))
         values = torch.rand(start.values.shape, dtype=WIDE, generator=torch.Generator())
         assert values.shape == (3, 3, 3)
         with AttachedExperts(data.model, given, start) as attached:
@@ -137,7 +137,7 @@ class TestGradients:
 
     def test_of_summed_factors(self) -> None:
         given, data = wide(), TinyData(Tiny(WIDE))
-        start = start_coefficients(given, fit(granularity="task", combine="parameters"))
+        start = make_start_coefficients(given, fit(granularity="task", combine="parameters"))
         values = torch.rand(3, 1, dtype=WIDE, generator=torch.Generator())
         rows = [torch.arange(8), torch.arange(6)]
         with AttachedExperts(data.model, given, start) as attached:
@@ -178,7 +178,7 @@ class TestGradients:
             return Dense(changes[expert])
 
         given = [TaskVector("base", {"e.weight": partial(change, e)}) for e in range(2)]
-        start = start_coefficients(given, fit())
+        start = make_start_coefficients(given, fit())
         with AttachedExperts(model, given, start) as attached:
             batches = [([[1, 2, 2], [5, 1, 1]], [0, 1]), ([[1, 7, 2]], [0, 1]), ([[5, 7, 7]], [])]
             for ids, new in batches:
@@ -196,7 +196,7 @@ class TestGradients:
 
     def test_several_backward_passes_add_up(self) -> None:
         given, data = wide("dense"), TinyData(Tiny(WIDE))
-        start = start_coefficients(given, fit())
+        start = make_start_coefficients(given, fit())
         none = torch.arange(0)
         with AttachedExperts(data.model, given, start) as attached:
             attached.set(start.values)
@@ -224,7 +224,7 @@ class TestLearning:
         """AdaMerging written out with autograd and torch's Adam."""
         given, data = wide("dense"), TinyData(Tiny(WIDE))
         settings = fit(lr=0.2, steps=12, constraint=constraint)
-        start = start_coefficients(given, settings)
+        start = make_start_coefficients(given, settings)
         leaf = start.values.clone().requires_grad_()
         optimiser = torch.optim.Adam([leaf], lr=0.2)
         for step in range(12):
@@ -500,7 +500,7 @@ class TestGranularity:
     def test_blocks_are_in_the_order_of_their_numbers(self) -> None:
         names = [f"layers.{n}.mlp.weight" for n in (10, 2, 1)]
         vector = TaskVector("base", {n: (lambda: Dense(torch.ones(1, 1))) for n in names})
-        assert start_coefficients([vector], fit()).blocks == tuple(names[::-1])
+        assert make_start_coefficients([vector], fit()).blocks == tuple(names[::-1])
 
     def test_an_expression(self) -> None:
         found = list(assign_blocks(self.NAMES, r"(self_attn|mlp)").values())
@@ -692,7 +692,7 @@ class TestLoraHub:
         low = LowRank(torch.ones(1, 5), torch.ones(6, 1))
         change = {"a.weight": lambda: low, name: lambda: Dense(torch.ones(shape))}
         given = [TaskVector("base", change)]
-        start = start_coefficients(given, fit(granularity="task", combine="parameters"))
+        start = make_start_coefficients(given, fit(granularity="task", combine="parameters"))
         with pytest.raises(MethodError, match=f"{name}: expected low-rank changes"):
             AttachedExperts(model, given, start)
         assert dict(model.named_parameters()) == before
@@ -700,7 +700,7 @@ class TestLoraHub:
 
     def test_only_weights_that_are_replaced_can_be_fixed(self) -> None:
         data = TinyData()
-        start = start_coefficients(vectors(), fit())
+        start = make_start_coefficients(vectors(), fit())
         with (
             AttachedExperts(data.model, vectors(), start) as attached,
             pytest.raises(TypeError, match="attached with `take`"),

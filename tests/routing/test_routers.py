@@ -195,7 +195,7 @@ def test_smear_is_the_literal_merge_of_each_row(pool: dict[str, Any]) -> None:
     assert bool(y.isfinite().all())
     recipe = {**pool["recipe"], "route": {"method": "phatgoose", "top_k": 1}}
     other = hub.compose(recipe).model.model.layers[0].self_attn.q_proj
-    group, n = other.group, other.number
+    group, n = other.group, other.position
     gates = group.packed.probes[3 * n : 3 * n + 3]  # of q, standardised and scaled
     for row, length in ((0, 4), (1, 3)):
         tokens = torch.nn.functional.layer_norm(x[row, :length], (32,))
