@@ -31,6 +31,7 @@ def read_task_references(given: list[str]) -> list[str]:
 
     Raises:
         NotFoundError: A file does not exist.
+        UsageError: A file is not a text file in UTF-8.
     """
     named: list[str] = []
     for text in given:
@@ -40,9 +41,21 @@ def read_task_references(given: list[str]) -> list[str]:
                 from experthub.hub.errors import NotFoundError
 
                 raise NotFoundError(
-                    f"there is no file {path}", "name a text file with one task per line"
+                    f"{path} does not exist", "name a text file with one task per line"
                 )
-            named += [line.strip() for line in path.read_text().splitlines() if line.strip()]
+            named += [line.strip() for line in _read_text(path).splitlines() if line.strip()]
         else:
             named += split_names([text])
     return named
+
+
+def _read_text(path: Path) -> str:
+    """Read a text file in UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        from experthub.hub.errors import UsageError
+
+        raise UsageError(
+            f"{path} is not a text file in UTF-8", "name a text file with one task per line"
+        ) from None

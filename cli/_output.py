@@ -7,37 +7,12 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from experthub.hub.progress import Report
     from experthub.hub.recipes.lock import Pins
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only names, one per line.")]
-RegistryOption = Annotated[
-    Path | None,
-    typer.Option("--registry", metavar="FILE", help="Search this registry file before all others."),
-]
-DeviceOption = Annotated[
-    str | None,
-    typer.Option("--device", help="The device of the model: cpu, cuda, cuda:1 or mps."),
-]
-LockedOption = Annotated[
-    bool,
-    typer.Option(
-        "--locked", help="Use the lock, and fail if the recipe or a registry has changed."
-    ),
-]
-FrozenOption = Annotated[
-    bool, typer.Option("--frozen", help="Use the lock without reading any registry.")
-]
-DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="Show what would be done, and change nothing.")
-]
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -139,7 +114,7 @@ def format_megabytes(size: int) -> str:
     return f"{size / 1e6:.1f} MB"
 
 
-def say(message: str) -> None:
+def print_message(message: str) -> None:
     """Print a message for the user on standard error.
 
     Args:
@@ -197,7 +172,7 @@ class _ProgressLines:
         if what == self.what and (now - self.last < SECONDS_BETWEEN_LINES or not size):
             return
         self.what, self.last = what, now
-        say(f"{what} {_format_count(done, size)}".rstrip())
+        print_message(f"{what} {_format_count(done, size)}".rstrip())
 
 
 def _format_count(done: int, size: int) -> str:

@@ -6,16 +6,13 @@ from typing import Annotated
 
 import typer
 from experthub.cli import _completion
+from experthub.cli._options import TASKS_HELP
 
 BaseOption = Annotated[
     str,
     typer.Option(
         help="The base: a name, a folder or hf:org/name.", autocompletion=_completion.list_bases
     ),
-]
-TaskOption = Annotated[
-    str,
-    typer.Option(help="The task: suite:name, or a folder.", autocompletion=_completion.list_tasks),
 ]
 NameOption = Annotated[str, typer.Option("--name", help="The name of the new expert.")]
 StepsOption = Annotated[int, typer.Option(help="The number of optimiser steps.", min=1)]
@@ -27,7 +24,8 @@ RateOption = Annotated[float, typer.Option(help="The peak learning rate.", min=0
 RouterRateOption = Annotated[
     float | None,
     typer.Option(
-        help="The peak learning rate of the router; ten times --lr by default, and 0.1 for --tune z.",
+        help="The peak learning rate of the router; ten times --lr by default, and 0.1 for "
+        "--tune z.",
         min=0.0,
     ),
 ]
@@ -38,8 +36,7 @@ TasksOption = Annotated[
     list[str],
     typer.Option(
         "--tasks",
-        help="Tasks: suite:name, a folder, or @FILE with one task per line. "
-        "Repeat the option, or separate tasks by commas or spaces.",
+        help=TASKS_HELP,
         autocompletion=_completion.list_tasks,
     ),
 ]
@@ -58,7 +55,8 @@ HeadsOption = Annotated[
 GranularityOption = Annotated[
     str,
     typer.Option(
-        help="What has a router of its own: linear (each module), layer (each layer) or model."
+        help="The unit that has a router of its own: linear (each module), layer (each layer) or "
+        "model."
     ),
 ]
 RelaxedOption = Annotated[
@@ -71,7 +69,7 @@ RelaxedOption = Annotated[
 TuneOption = Annotated[
     str,
     typer.Option(
-        help="What is trained: all, z (only the router), or mu (the average of the skills, which "
-        "gives a plain LoRA)."
+        help="The parameters to train: all, z (only the router), or mu (the average of the skills, "
+        "which gives a plain LoRA)."
     ),
 ]

@@ -7,14 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from experthub.cli._arguments import split_names
-from experthub.cli._output import (
-    JsonOption,
-    RegistryOption,
-    print_json,
-    print_lines,
-    print_table,
-    say,
-)
+from experthub.cli._options import JsonOption, RegistryOption
+from experthub.cli._output import print_json, print_lines, print_message, print_table
 from experthub.cli._session import open_session
 from experthub.cli.suggest import (
     BaseOption,
@@ -35,7 +29,7 @@ def cluster(
     base: BaseOption = None,
     k: Annotated[int, typer.Option("--k", help="The number of groups.", min=1)] = 4,
     by: Annotated[
-        str, typer.Option(help="What is compared: weights, gates or embeddings.")
+        str, typer.Option(help="The measure of similarity: weights, gates or embeddings.")
     ] = "weights",
     rank: Annotated[
         int | None,
@@ -92,7 +86,7 @@ def cluster(
     else:
         _print(found)
     for path in filter(None, (out, plot)):
-        say(f"wrote {path}")
+        print_message(f"wrote {path}")
 
 
 def _print(found: Clusters) -> None:

@@ -6,19 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from experthub.cli._output import (
+from experthub.cli._options import (
     DeviceOption,
     FrozenOption,
     JsonOption,
     LockedOption,
     RegistryOption,
-    choose_pins,
-    print_fields,
-    print_json,
-    print_table,
-    say,
 )
-from experthub.cli._session import open_session
+from experthub.cli._output import choose_pins, print_fields, print_json, print_message, print_table
+from experthub.cli._states import find_state
 
 if TYPE_CHECKING:
     from experthub.hub.formats.coefficients import CoefficientsRecord
@@ -33,7 +29,11 @@ def coefficients(
     ] = None,
     name: Annotated[
         str | None,
-        typer.Option("--name", help="Register them, so that recipes can set coefficients: NAME."),
+        typer.Option(
+            "--name",
+            help="Register the coefficients under this name, so that recipes can set "
+            "coefficients: NAME.",
+        ),
     ] = None,
     locked: LockedOption = False,
     frozen: FrozenOption = False,
@@ -48,32 +48,19 @@ def coefficients(
     Examples: hub coefficients recipe.yaml; hub coefficients recipe.yaml --plot coefficients.png;
     hub coefficients recipe.yaml --name my-coefficients
     """
-    from experthub.hub.errors import UsageError
-    from experthub.hub.recipes.lock import plan_of
-    from experthub.hub.registry.entries import check_name
-    from experthub.hub.states.states import load_state, store_state
-    from experthub.hub.transfer.describe import register_state
+    from experthub.hub.files.path_checks import check_file
 
-    if name is not None:
-        check_name(name)
-    with open_session(registry, device) as session:
-        plan = plan_of(recipe, choose_pins(locked, frozen), session=session)
-        if plan.routed or not plan.keeps_state:
-            raise UsageError(
-                f"{plan.recipe.methods[0].method} does not learn coefficients",
-                "use a merge that learns coefficients; docs/learned.md lists them",
-            )
-        content = plan.found or store_state(plan, session)
-    record, found = load_state(plan, content, session)
-    if name is not None:
-        say(f"registered {register_state(content, name, session).reference}")
+    if plot is not None:
+        check_file(plot)
+    pins = choose_pins(locked, frozen)
+    content, record, found = find_state(recipe, name, pins, device, registry, routed=False)
     if plot is not None:
         from experthub.hub.evaluation.plots import plot_coefficients
 
         labels = [expert.expert for expert in record.experts]
         values = found.values.mean(2) if found.values.ndim == 3 else found.values
         plot_coefficients(values.tolist(), labels, record.blocks, recipe.stem, plot)
-        say(f"wrote {plot}")
+        print_message(f"wrote {plot}")
     if json:
         print_json(
             {

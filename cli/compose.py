@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from experthub.cli._output import (
+from experthub.cli._options import (
     DeviceOption,
     FrozenOption,
     JsonOption,
     LockedOption,
     RegistryOption,
+)
+from experthub.cli._output import (
     choose_pins,
     format_megabytes,
     print_fields,
     print_json,
+    print_message,
     print_table,
-    say,
 )
 from experthub.cli._session import open_session
 
@@ -63,6 +65,8 @@ def compose(
     if format not in ("hf", "peft"):
         raise UsageError(f"unknown format {format!r}", "use hf or peft")
     kind: Literal["hf", "peft"] = "peft" if format == "peft" else "hf"
+    if out is not None and not plan:
+        check_free(out)
     with open_session(registry, device) as session:
         resolved = plan_of(recipe, choose_pins(locked, frozen), session=session)
         if out is not None and not plan:
@@ -72,7 +76,6 @@ def compose(
                     "use the recipe with hub generate, hub eval or hub.compose, "
                     "or set merge: instead of route:",
                 )
-            check_free(out)
             from experthub.hub.composition.compose import compose as compose_model
 
             compose_model(resolved, session=session).save(out, kind)
@@ -81,7 +84,7 @@ def compose(
     else:
         _print_plan(resolved)
         if out is not None and not plan:
-            say(f"wrote {out}")
+            print_message(f"wrote {out}")
 
 
 def _print_plan(plan: Plan) -> None:
@@ -121,11 +124,11 @@ def _describe_methods(plan: Plan) -> dict[str, str]:
     for number, unit in enumerate(plan.units, 1):
         method = unit.recipe.method
         options = ", ".join(f"{k} {v}" for k, v in method.options.items())
-        said = method.method + (f" ({options})" if options else "")
+        text = method.method + (f" ({options})" if options else "")
         if plan.parts:
             count = len(unit.parameters)
-            said = f"{method.kind} {said}: {count} weights that match {unit.recipe.targets}"
-        found[f"part {number}" if plan.parts else method.kind] = said
+            text = f"{method.kind} {text}: {count} weights that match {unit.recipe.targets}"
+        found[f"part {number}" if plan.parts else method.kind] = text
     return found
 
 

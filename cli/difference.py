@@ -6,13 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from experthub.cli import _completion
-from experthub.cli._output import (
-    JsonOption,
-    RegistryOption,
-    print_fields,
-    print_json,
-    print_lines,
-)
+from experthub.cli._options import JsonOption, RegistryOption
+from experthub.cli._output import print_fields, print_json, print_lines
 from experthub.cli._session import open_session
 
 if TYPE_CHECKING:
@@ -38,7 +33,7 @@ def diff(
     ],
     name: Annotated[str, typer.Option("--name", help="The name of the new expert.")],
     rank: Annotated[
-        int | None, typer.Option(help="Store a LoRA of this rank; it holds only linear modules.")
+        int | None, typer.Option(help="Store a LoRA of this rank. It covers linear modules only.")
     ] = None,
     energy: Annotated[
         float | None,
@@ -48,7 +43,7 @@ def diff(
     ] = None,
     sparse: Annotated[
         float | None,
-        typer.Option(help="Keep only this share of each tensor's entries, the largest."),
+        typer.Option(help="Keep only the largest entries of each tensor: this share of them."),
     ] = None,
     dtype: Annotated[
         str, typer.Option(help="The dtype: float32, bfloat16 or float16.")
@@ -136,7 +131,7 @@ def print_difference(made: Difference, json: bool) -> None:
 
 
 def _join(names: tuple[str, ...]) -> str:
-    """Join the first three names, and say how many more there are."""
+    """Join the first three names, and count the others."""
     rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + rest
 

@@ -6,7 +6,8 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
-from experthub.cli._output import JsonOption, RegistryOption, print_json, print_lines
+from experthub.cli._options import JsonOption, RegistryOption
+from experthub.cli._output import print_json, print_lines
 
 
 def doctor(
@@ -17,7 +18,7 @@ def doctor(
     json: JsonOption = False,
     registry: RegistryOption = None,
 ) -> None:
-    """Check the environment, and say what is missing.
+    """Check the environment, and report what is missing.
 
     A warning means that some commands do not work here or have to fetch something first. The
     command exits with code 1 if there is a problem.

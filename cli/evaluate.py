@@ -10,18 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from experthub.cli import _completion
 from experthub.cli._arguments import read_task_references
-from experthub.cli._output import (
+from experthub.cli._options import (
+    TASKS_HELP,
     DeviceOption,
     FrozenOption,
     JsonOption,
     LockedOption,
     RegistryOption,
-    choose_pins,
-    print_json,
-    print_lines,
-    print_table,
-    say,
 )
+from experthub.cli._output import choose_pins, print_json, print_lines, print_message, print_table
 from experthub.cli._session import open_session
 
 if TYPE_CHECKING:
@@ -33,15 +30,14 @@ TasksOption = Annotated[
     typer.Option(
         "--tasks",
         "-t",
-        help="Tasks: suite:name, a folder, or @FILE with one task per line. "
-        "Repeat the option, or separate tasks by commas or spaces.",
+        help=TASKS_HELP,
         autocompletion=_completion.list_tasks,
     ),
 ]
 ScoreOption = Annotated[
     str,
     typer.Option(
-        help="How to score a choice from its tokens' log-probabilities: mean, sum, or byte "
+        help="The score of a choice, from its tokens' log-probabilities: mean, sum, or byte "
         "(the sum divided by the number of bytes).",
         autocompletion=_completion.list_measures,
     ),
@@ -117,6 +113,7 @@ def eval_(
     from experthub.hub.recipes.lock import plan_of
     from experthub.hub.tasks.task import parse_split
 
+    _check_outputs(out, samples, plots and plots / "table.png")
     reuse_memory()
     files, named = _separate(recipes, tasks or [])
     pins = choose_pins(locked, frozen)
@@ -134,10 +131,10 @@ def eval_(
             seed=seed,
             session=session,
         )
-    _write(result, out, samples)
-    if plots is not None:
-        plans = {Path(file).stem: plan_of(file, pins, session=session) for file in files}
-        _plot(result, plans, plots, session)
+        _write(result, out, samples)
+        if plots is not None:
+            plans = {Path(file).stem: plan_of(file, pins, session=session) for file in files}
+            _plot(result, plans, plots, session)
     if json:
         print_json(result)
     else:
@@ -155,9 +152,17 @@ def _separate(recipes: list[str], tasks: list[str]) -> tuple[list[str], list[str
         from experthub.hub.errors import UsageError
 
         raise UsageError(
-            "there is no task to evaluate on", "name tasks with --tasks; hub tasks list shows them"
+            "no tasks were given", "name tasks with --tasks; hub tasks list shows them"
         )
     return [r for r in recipes if r not in named], named
+
+
+def _check_outputs(*paths: Path | None) -> None:
+    """Refuse paths that cannot be written, before the evaluation begins."""
+    from experthub.hub.files.path_checks import check_file
+
+    for path in filter(None, paths):
+        check_file(path)
 
 
 def _write(result: dict[str, Any], out: Path | None, samples: Path | None) -> None:
@@ -167,10 +172,10 @@ def _write(result: dict[str, Any], out: Path | None, samples: Path | None) -> No
     if samples is not None:
         lines = (dumps(row, ensure_ascii=False) + "\n" for row in result.pop("samples"))
         write_text(samples, "".join(lines))
-        say(f"wrote {samples}")
+        print_message(f"wrote {samples}")
     if out is not None:
         write_json(out, result)
-        say(f"wrote {out}")
+        print_message(f"wrote {out}")
 
 
 def _plot(result: dict[str, Any], plans: dict[str, Plan], folder: Path, session: Session) -> None:
@@ -180,7 +185,7 @@ def _plot(result: dict[str, Any], plans: dict[str, Plan], folder: Path, session:
     from experthub.hub.evaluation.routing_map import map_routing
 
     plot_result(result, folder / "table.png")
-    say(f"wrote {folder / 'table.png'}")
+    print_message(f"wrote {folder / 'table.png'}")
     tasks = [row["task"] for row in result["tasks"]]
     for name, plan in plans.items():
         if plan.routed:
@@ -188,10 +193,10 @@ def _plot(result: dict[str, Any], plans: dict[str, Plan], folder: Path, session:
             try:
                 found = map_routing(plan, tasks, session=session)
             except UsageError as error:  # Some bases, such as CLIP, have scores but no map.
-                say(f"cannot draw {picture}: {error.message}")
+                print_message(f"cannot draw {picture}: {error.message}")
                 continue
             plot_routing(found, name, picture)
-            say(f"wrote {picture}")
+            print_message(f"wrote {picture}")
 
 
 def print_result(result: dict[str, Any]) -> None:
@@ -233,22 +238,22 @@ def explain_result(result: dict[str, Any]) -> list[str]:
     Returns:
         One line for each recipe and each comparison of recipes.
     """
-    said = []
+    lines = []
     for name in result["recipes"]:
         delta = result["average"][name]["delta_to_base"]
         tasks = [row["methods"][name]["delta_to_base"]["ci95"] for row in result["tasks"]]
         better, worse = sum(low > 0 for low, _ in tasks), sum(high < 0 for _, high in tasks)
-        said.append(
+        lines.append(
             f"{name}: {_judge(delta, 'the base')} on average; "
             f"clearly better on {better} and clearly worse on {worse} of {len(tasks)} tasks"
         )
-    said += [
+    lines += [
         f"{pair['recipe']}: {_judge(pair, pair['than'])} on average"
         for pair in result["comparisons"]
     ]
     if "controls" in result:
-        said.append(f"best_individual: {result['controls']['best_individual']}")
-    return said
+        lines.append(f"best_individual is the expert {result['controls']['best_individual']}")
+    return lines
 
 
 def _judge(delta: dict[str, Any], than: str) -> str:

@@ -7,15 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from experthub.cli import _completion
-from experthub.cli._output import (
-    JsonOption,
-    QuietOption,
-    RegistryOption,
-    print_fields,
-    print_json,
-    print_lines,
-    print_table,
-)
+from experthub.cli._options import JsonOption, QuietOption, RegistryOption
+from experthub.cli._output import print_fields, print_json, print_lines, print_table
 
 if TYPE_CHECKING:
     from experthub.hub.registry.expert import Expert
@@ -103,14 +96,14 @@ def _print_experts(experts: list[Expert]) -> None:
     print_table(["expert", "kind", "base", "trained on", "in store", "description"], rows)
 
 
-def _is_stored(expert: Any) -> bool:
-    """Return true if the store holds the expert."""
+def _is_stored(expert: Expert) -> bool:
+    """Return whether the store holds the expert."""
     from experthub.hub.store.store import Store
 
     return expert.digest.removeprefix("sha256:") in Store()
 
 
-def _make_record(expert: Any) -> dict[str, Any]:
+def _make_record(expert: Expert) -> dict[str, Any]:
     """Return the entry of an expert as plain values, and whether the store holds it."""
     record: dict[str, Any] = expert.model_dump(mode="json")
     return record | {"in_store": _is_stored(expert)}
@@ -138,7 +131,10 @@ def show(
     if name in known.list_bases():
         entry = known.list_bases()[name]
         record = {"name": name} | entry.model_dump(mode="json")
-        print_json({"base": record}) if json else print_fields(_flatten(record))
+        if json:
+            print_json({"base": record})
+        else:
+            print_fields(_flatten(record))
         return
     expert = known.find_expert(Reference.parse(name))
     if json:
@@ -166,11 +162,7 @@ def _flatten(record: dict[str, Any]) -> dict[str, str]:
         elif isinstance(value, dict):
             flat[key] = ", ".join(f"{k} {v}" for k, v in value.items() if not isinstance(v, dict))
         elif value is not None:
-            flat[key] = (
-                {True: "yes", False: "no"}.get(value, str(value))
-                if isinstance(value, bool)
-                else str(value)
-            )
+            flat[key] = ("yes" if value else "no") if isinstance(value, bool) else str(value)
     return flat
 
 
@@ -184,12 +176,12 @@ def add(
         int | None, typer.Option(help="The version; the next one by default.", min=1)
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="The base; the one that the folder names by default.")
+        str | None, typer.Option(help="The base; by default the one that the folder names.")
     ] = None,
     task: Annotated[
         str | None,
         typer.Option(
-            help="The task that it was trained on: suite:name.",
+            help="The task that the expert was trained on: suite:name.",
             autocompletion=_completion.list_tasks,
         ),
     ] = None,
@@ -220,7 +212,10 @@ def add(
         description=description,
         file=registry,
     )
-    print_json({"expert": _make_record(expert)}) if json else print_lines([expert.reference])
+    if json:
+        print_json({"expert": _make_record(expert)})
+    else:
+        print_lines([expert.reference])
 
 
 def register(app: typer.Typer) -> None:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from experthub.cli import _completion
-from experthub.cli._output import (
-    JsonOption,
-    RegistryOption,
-    print_json,
-    print_lines,
-    print_table,
-)
+from experthub.cli._options import JsonOption, RegistryOption
+from experthub.cli._output import print_json, print_lines, print_table
 from experthub.cli._session import open_session
 
 if TYPE_CHECKING:
@@ -34,7 +30,8 @@ def lock(
 ) -> None:
     """Pin the base and the experts of recipes in lock files.
 
-    RECIPE.lock.yaml states the digest and the source of everything that the recipe names. Experts that are pinned already keep their versions as long as the recipe allows it.
+    RECIPE.lock.yaml states the digest and the source of everything that the recipe names. Experts
+    that are pinned already keep their versions as long as the recipe allows it.
 
     Examples: hub lock recipe.yaml; hub lock --check *.yaml; hub lock recipe.yaml --upgrade
     """
@@ -74,9 +71,9 @@ def update(
 
 
 def _write(
-    recipes: list[Path], newest: list[str] | tuple[()] | None, registry: Path | None
+    recipes: list[Path], newest: Sequence[str] | None, registry: Path | None
 ) -> dict[Path, Lock]:
-    """Lock recipes, and write the locks only if all recipes can be locked."""
+    """Lock recipes with the newest versions of some experts, or of all if None; write all or none."""
     from experthub.hub.recipes.lock import lock
     from experthub.hub.recipes.lock_file import lock_path
 

@@ -34,7 +34,7 @@ CommandLineError: type[Any] = typer.BadParameter.mro()[1]
 
 
 class Interrupted(BaseException):
-    """The user pressed Ctrl-C."""
+    """The exception that is raised when the user presses Ctrl-C."""
 
 
 class HubApp(typer.Typer):
@@ -88,7 +88,7 @@ class HubApp(typer.Typer):
 
 
 def _explain_usage_error(error: Any) -> str:
-    """Write a wrong command line as error and hint; without any word, the help is the message."""
+    """Format a usage error as an error and a hint; a command without arguments gets its help."""
     text = str(error.format_message())
     if text.startswith("Usage:"):
         return f"{text}\n"

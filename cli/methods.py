@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from experthub.cli import _completion
-from experthub.cli._output import JsonOption, QuietOption, print_json, print_lines, print_table
+from experthub.cli._options import JsonOption, QuietOption
+from experthub.cli._output import print_json, print_lines, print_table
 
 if TYPE_CHECKING:
     from experthub.merge import Strategy
@@ -36,7 +37,7 @@ def methods(
     chosen = [s for s in known if name in (None, s.name)]
     if not chosen:
         raise NotFoundError(
-            f"there is no method {name!r}",
+            f"unknown method {name!r}",
             suggest_name(str(name), [s.name for s in known]) or "run hub methods",
         )
     if json:
@@ -58,7 +59,7 @@ def methods(
                     "",
                     f"paper: {strategy.paper}",
                     *([f"needs: {', '.join(strategy.needs)}"] if strategy.needs else []),
-                    *([f"gives: {strategy.traits.routing}"] if strategy.kind == "route" else []),
+                    *([f"routing: {strategy.traits.routing}"] if strategy.kind == "route" else []),
                 ]
             )
             if strategy.options:

@@ -6,26 +6,25 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from experthub.cli._output import (
+from experthub.cli._options import (
     DeviceOption,
     FrozenOption,
     JsonOption,
     LockedOption,
     RegistryOption,
-    choose_pins,
-    print_fields,
-    print_json,
-    print_table,
-    say,
 )
-from experthub.cli._session import open_session
+from experthub.cli._output import choose_pins, print_fields, print_json, print_table
+from experthub.cli._states import find_state
 
 
 def router(
     recipe: Annotated[Path, typer.Argument(help="A recipe whose router has a state.")],
     name: Annotated[
         str | None,
-        typer.Option("--name", help="Register it, so that recipes can set router: NAME."),
+        typer.Option(
+            "--name",
+            help="Register the state under this name, so that recipes can set router: NAME.",
+        ),
     ] = None,
     locked: LockedOption = False,
     frozen: FrozenOption = False,
@@ -40,25 +39,8 @@ def router(
 
     Examples: hub router retrieval.yaml; hub router retrieval.yaml --name examples
     """
-    from experthub.hub.errors import UsageError
-    from experthub.hub.recipes.lock import plan_of
-    from experthub.hub.registry.entries import check_name
-    from experthub.hub.states.states import load_state, store_state
-    from experthub.hub.transfer.describe import register_state
-
-    if name is not None:
-        check_name(name)
-    with open_session(registry, device) as session:
-        plan = plan_of(recipe, choose_pins(locked, frozen), session=session)
-        if not plan.routed or not plan.keeps_state:
-            raise UsageError(
-                f"{plan.recipe.methods[0].method} has no state: it needs only its experts",
-                "use a router with a state; docs/recipes.md lists them",
-            )
-        content = plan.found or store_state(plan, session)
-    record, state = load_state(plan, content, session)
-    if name is not None:
-        say(f"registered {register_state(content, name, session).reference}")
+    pins = choose_pins(locked, frozen)
+    content, record, state = find_state(recipe, name, pins, device, registry, routed=True)
     shapes = {tensor: list(values.shape) for tensor, values in sorted(state.tensors.items())}
     if json:
         described = record.model_dump(mode="json", by_alias=True)

@@ -7,15 +7,8 @@ from typing import Annotated
 
 import typer
 from experthub.cli import _completion
-from experthub.cli._output import (
-    DryRunOption,
-    JsonOption,
-    RegistryOption,
-    print_json,
-    print_lines,
-    print_table,
-    say,
-)
+from experthub.cli._options import DryRunOption, JsonOption, RegistryOption
+from experthub.cli._output import print_json, print_lines, print_message, print_table
 from experthub.cli._session import open_session
 
 
@@ -35,7 +28,7 @@ def pull(
         typer.Option(
             "--max-size",
             metavar="SIZE",
-            help="Refuse larger downloads: 500MB, 2GiB or a number of bytes.",
+            help="Refuse downloads above this size: 500MB, 2GiB or a number of bytes.",
         ),
     ] = None,
     json: JsonOption = False,
@@ -48,13 +41,12 @@ def pull(
     Examples: hub pull sentiment; hub pull smollm2-135m-instruct sentiment intent-recognition@1;
     hub pull hf:someone/boolq-lora@main --name boolq --max-size 500MB; hub pull file:/mnt/experts#intents@2
     """
+    from experthub.hub.errors import UsageError
     from experthub.hub.transfer.pull_by_name import pull_by_name
     from experthub.hub.transfer.remotes._limits import limit_download_size, parse_size
 
     pulled: list[dict[str, str]] = []
     if name and len(names) > 1:
-        from experthub.hub.errors import UsageError
-
         raise UsageError("--name is for one expert", "pull the experts one by one")
     limit = parse_size(max_size) if max_size else None
     with open_session(registry) as session, limit_download_size(limit):
@@ -62,6 +54,10 @@ def pull(
             if wanted in session.registry.list_bases():
                 from experthub.hub.bases.base_sources import find
 
+                if name:
+                    raise UsageError(
+                        f"{wanted} is a base, and --name is for experts", "remove --name"
+                    )
                 base = find(wanted, session)
                 pulled.append({"name": wanted, "digest": base.fingerprint})
             else:
@@ -173,7 +169,7 @@ def export(
         print_json({"exported": listed, "out": str(target)})
     else:
         print_lines([f"{e.reference}  {e.digest}" for e in experts])
-        say(f"wrote {target}")
+        print_message(f"wrote {target}")
 
 
 def import_(
@@ -189,7 +185,7 @@ def import_(
     from experthub.hub.errors import NotFoundError
 
     if not file.is_file():
-        raise NotFoundError(f"there is no archive {file}", "name a file that hub export wrote")
+        raise NotFoundError(f"{file} does not exist", "name a file that hub export wrote")
     pull([f"file:{file}"], json=json)
 
 

@@ -7,15 +7,13 @@ from typing import Annotated
 
 import typer
 from experthub.cli import _completion
+from experthub.cli._options import DryRunOption, JsonOption, RegistryOption
 from experthub.cli._output import (
-    DryRunOption,
-    JsonOption,
-    RegistryOption,
     format_megabytes,
     print_json,
     print_lines,
+    print_message,
     print_table,
-    say,
 )
 from experthub.cli._session import open_session
 
@@ -171,7 +169,7 @@ def gc(
     parts = {
         "moved to the trash": done.trashed,
         "deleted": done.deleted,
-        "leftovers": done.leftovers,
+        "deleted as leftovers of stopped processes": done.leftovers,
     }
     would = "would be " if dry_run else ""
     lines = [
@@ -188,8 +186,10 @@ def _confirm(question: str, yes: bool) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
-        raise UsageError(f"{question} there is no terminal to ask on", "pass --yes")
-    say(f"{question} [y/N] ")
+        raise UsageError(
+            f"cannot ask for confirmation without a terminal: {question}", "pass --yes"
+        )
+    print_message(f"{question} [y/N] ")
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise UsageError("nothing was done", "pass --yes, or answer y")
 

@@ -8,15 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from experthub.cli import _completion
 from experthub.cli._arguments import split_names
-from experthub.cli._output import (
-    DeviceOption,
-    JsonOption,
-    RegistryOption,
-    print_json,
-    print_lines,
-    print_table,
-    say,
-)
+from experthub.cli._options import DeviceOption, JsonOption, RegistryOption, TaskOption
+from experthub.cli._output import print_json, print_lines, print_message, print_table
 from experthub.cli._session import open_session
 
 if TYPE_CHECKING:
@@ -43,10 +36,6 @@ BaseOption = Annotated[
         help="The base; the base of the experts by default.", autocompletion=_completion.list_bases
     ),
 ]
-TaskOption = Annotated[
-    str,
-    typer.Option(help="The task: suite:name, or a folder.", autocompletion=_completion.list_tasks),
-]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Write a recipe to this new file.")]
 ForceOption = Annotated[
     bool, typer.Option("--force", help="Replace the file of --out if it exists.")
@@ -56,7 +45,7 @@ EmbedderOption = Annotated[
     typer.Option(help="The sentence encoder of embeddings.", autocompletion=_completion.list_bases),
 ]
 ByOption = Annotated[
-    str, typer.Option(help="The measure: gates, prototypes, embeddings, tmi, or all of them.")
+    str, typer.Option(help="The measure: gates, prototypes, embeddings, tmi or all.")
 ]
 RankByOption = Annotated[
     str | None,
@@ -65,7 +54,10 @@ RankByOption = Annotated[
 CountOption = Annotated[
     int | None,
     typer.Option(
-        "--k", help="The number of experts in the recipe; 5 by default, or all if fewer.", min=1
+        "--k",
+        help="The number of experts in the recipe. The default is 5, or all experts if there are "
+        "fewer.",
+        min=1,
     ),
 ]
 ExamplesOption = Annotated[
@@ -171,7 +163,7 @@ def suggest(
     else:
         _print_suggestion(found)
     if out:
-        say(f"wrote {out}")
+        print_message(f"wrote {out}")
 
 
 def _print_suggestion(found: Suggestion) -> None:

@@ -6,14 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from experthub.cli._output import (
-    JsonOption,
-    QuietOption,
-    print_json,
-    print_lines,
-    print_table,
-    say,
-)
+from experthub.cli._options import JsonOption, QuietOption
+from experthub.cli._output import print_json, print_lines, print_message, print_table
 from experthub.cli._session import open_session
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List and import tasks.")
@@ -44,7 +38,9 @@ def list_(json: JsonOption = False, quiet: QuietOption = False) -> None:
         )
         return
     if not tasks:
-        say("no task is imported yet; run hub tasks import bigbench implicatures to import one")
+        print_message(
+            "no task is imported yet; run hub tasks import bigbench implicatures to import one"
+        )
     print_table(
         ["task", "kind", ">examples", "source", "category"],
         [
@@ -64,8 +60,9 @@ def import_(
         list[str] | None, typer.Argument(help="The tasks of BIG-bench; all by default.")
     ] = None,
     suite: Annotated[
-        str, typer.Option(help="The suite that the tasks of a folder are put into.")
-    ] = "local",
+        str | None,
+        typer.Option(help="The suite that the tasks of a folder are put into; local by default."),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Import tasks from BIG-bench or from a folder.
@@ -74,16 +71,28 @@ def import_(
 
     Examples: hub tasks import bigbench implicatures snarks; hub tasks import ./my-task --suite mine
     """
+    from experthub.hub.errors import UsageError
+
     left_out: list[str] = []
     if source == "bigbench":
+        if suite is not None:
+            raise UsageError("--suite is for folders, and not for bigbench", "remove --suite")
         from experthub.hub.tasks.bigbench import import_tasks
 
         with open_session() as session:
             imported, left_out = import_tasks(names or [], session)
     else:
+        if names:
+            raise UsageError(
+                f"names of tasks are for bigbench, and {source} is a folder",
+                f"remove {' '.join(names)}",
+            )
         from experthub.hub.tasks.task_files import import_folder
 
-        imported = import_folder(Path(source), suite)
+        imported = import_folder(Path(source), suite or "local")
     for line in left_out:
-        say(f"left out {line}")
-    print_json({"imported": imported, "left_out": left_out}) if json else print_lines(imported)
+        print_message(f"left out {line}")
+    if json:
+        print_json({"imported": imported, "left_out": left_out})
+    else:
+        print_lines(imported)

@@ -8,18 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from experthub.cli import _completion
-from experthub.cli._output import (
+from experthub.cli._options import (
     DeviceOption,
     FrozenOption,
     JsonOption,
     LockedOption,
     RegistryOption,
-    choose_pins,
-    print_json,
-    print_lines,
-    print_table,
-    say,
 )
+from experthub.cli._output import choose_pins, print_json, print_lines, print_message, print_table
 from experthub.cli._session import open_session
 from experthub.cli.compose import RecipeArgument
 
@@ -121,10 +117,10 @@ def trace(
             session=session,
         )
     for name in found.left_out:
-        say(f"note: {name} does not read every token once, and is omitted")
+        print_message(f"note: {name} does not read every token once, and is omitted")
     if html is not None:
         write_text(html, render_page(found))
-        say(f"wrote {html}")
+        print_message(f"wrote {html}")
     if json:
         print_json(found.record(), compact=True)
     else:
@@ -140,7 +136,7 @@ def _choose_texts(base: Base, prompts: list[str], task: str | None, limit: int) 
 
     if bool(prompts) == (task is not None):
         raise UsageError(
-            "there is no text to trace"
+            "no text to trace was given"
             if not prompts
             else "--prompt and --task exclude each other",
             'pass a text with --prompt "...", or a task with --task',
@@ -153,7 +149,7 @@ def _open_page(html: Path) -> None:
     import webbrowser
 
     if not webbrowser.open(html.resolve().as_uri()):
-        say(f"note: no browser was found; open {html} in a browser")
+        print_message(f"note: no browser was found; open {html} in a browser")
 
 
 def print_trace(trace: Trace, top: int) -> None:

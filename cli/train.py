@@ -9,14 +9,8 @@ from typing import Annotated, Any
 import typer
 from experthub.cli import _completion
 from experthub.cli._arguments import read_task_references
-from experthub.cli._output import (
-    DeviceOption,
-    JsonOption,
-    RegistryOption,
-    print_json,
-    print_lines,
-    say,
-)
+from experthub.cli._options import DeviceOption, JsonOption, RegistryOption, TaskOption
+from experthub.cli._output import print_json, print_lines, print_message
 from experthub.cli._session import open_session
 from experthub.cli._train_options import (
     BaseOption,
@@ -31,7 +25,6 @@ from experthub.cli._train_options import (
     RouterRateOption,
     SeedOption,
     StepsOption,
-    TaskOption,
     TasksOption,
     TuneOption,
 )
@@ -120,7 +113,7 @@ def full(
             base, task, name, settings, embeddings=embeddings, out=out, session=session
         )
     if not json:
-        say(_describe_loss(made.expert.training))
+        print_message(_describe_loss(made.expert.training))
     print_difference(made, json)
 
 
@@ -181,7 +174,12 @@ def skills(
     examples: ExamplesOption = 480,
     batch_size: BatchOption = 16,
     lr: RateOption = 2e-3,
-    router_lr: RouterRateOption = None,
+    router_lr: Annotated[
+        float | None,
+        typer.Option(
+            help="The peak learning rate of the router; ten times --lr by default.", min=0.0
+        ),
+    ] = None,
     seed: SeedOption = 0,
     json: JsonOption = False,
     device: DeviceOption = None,
@@ -189,7 +187,8 @@ def skills(
 ) -> None:
     """Train an inventory of skills on several tasks.
 
-    A router mixes the skills for each task, as in Poly and MHR. Every batch mixes tasks. An interrupted run continues if the same command is run again.
+    A router mixes the skills for each task, as in Poly and MHR. Every batch mixes tasks. An
+    interrupted run continues if the same command is run again.
 
     Examples: hub train skills --base all-minilm-l6-v2 --tasks bigbench:ruin_names --tasks bigbench:intent_recognition --name inventory;
     hub train skills --base all-minilm-l6-v2 --tasks @tasks.txt --router mhr --skills 4 --heads 8 --name inventory
@@ -267,7 +266,7 @@ def _print(reference: str, digest: str, training: dict[str, object], json: bool)
     if json:
         print_json({"expert": {"reference": reference, "digest": digest, "training": training}})
         return
-    say(_describe_loss(training))
+    print_message(_describe_loss(training))
     print_lines([f"{reference}  {digest}"])
 
 

@@ -42,7 +42,7 @@ ROUTERS = """\
 
 A router computes weights of the experts that depend on the input. It stands under the key `route:`.
 In addition to its own options, a router has the key `combine`, which is `outputs` or `parameters`;
-see [combine](recipes.md#combine). The first one listed for a router is its default.
+see [combine](recipes.md#combine). The first value that is listed for a router is its default.
 """
 
 CLI = """\
@@ -73,7 +73,7 @@ to do.
 | `HUB_HOME` | the folder of the store, registry, bases, tasks and runs; `~/.experthub` by default |
 | `HUB_OFFLINE` | if set to anything but `0`, every download is refused before a socket is opened |
 | `HUB_DEBUG` | if set to `1`, errors show their traceback |
-| `HF_TOKEN`, `HF_ENDPOINT` | as in `huggingface_hub`, for `hf:` sources |
+| `HF_TOKEN`, `HF_ENDPOINT` | the token and the server for `hf:` sources, as in `huggingface_hub` |
 
 `pypi:` sources and BIG-bench come from the index that pip is configured to use.
 """
@@ -105,7 +105,7 @@ def _method(strategy: Strategy) -> str:
         f"- Needs: {needs}",
     ]
     if strategy.kind == "route":
-        lines.append(f"- Gives: {strategy.traits.routing}")
+        lines.append(f"- Routing: {strategy.traits.routing}")
     if strategy.kind == "merge" and strategy.traits.order_dependent:
         lines.append("- The order of the experts may change the result.")
     if strategy.kind == "merge" and strategy.traits.whole_model:

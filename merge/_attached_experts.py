@@ -10,18 +10,21 @@ from functools import partial
 from types import TracebackType
 
 import torch
-from experthub.merge._coefficients import (
-    Coefficients,
-    assign_blocks,
-    draw_groups,
-    mix_factors,
-)
+from experthub.merge._catalogue import MethodError
+from experthub.merge._coefficients import Coefficients, assign_blocks, draw_groups
 from experthub.merge._delta import LowRank
 from experthub.merge._embedding_rows import EmbeddingRows
 from experthub.merge._linear_modules import is_plain_linear
-from experthub.merge._merged_parameters import LowRankBeside, MergedParameter, Use
+from experthub.merge._merged_parameters import (
+    ChangedParameter,
+    LowRankBranch,
+    MergedParameter,
+    Use,
+)
 from experthub.merge._task_vector import TaskVector
 from torch import Tensor, nn
+
+Part = MergedParameter | EmbeddingRows | LowRankBranch
 
 
 class AttachedExperts:
@@ -57,38 +60,23 @@ class AttachedExperts:
                 changes are made dense.
 
         Raises:
-            ValueError: The coefficients sum factors, and changes are dense or have different ranks.
+            MethodError: The coefficients sum factors, and a change is not a low-rank change of a
+                linear module, or the ranks differ.
         """
-        self._parts: dict[str, MergedParameter | EmbeddingRows | LowRankBeside] = {}
+        self._parts: dict[str, Part] = {}
         names = list(dict.fromkeys(name for vector in vectors for name in vector))
         blocks = assign_blocks(names, like.granularity)
         place = {label: b for b, label in enumerate(like.blocks)}
         found = find_uses(model, names)
-        for name in names:
-            module, leaf = found[name][0]
-            here = [e for e, vector in enumerate(vectors) if name in vector.load]
-            block = place[blocks[name]]
-            plain = like.values.ndim == 2 and take is None
-            linear = leaf == "weight" and is_plain_linear(module)
-            deltas = [vectors[e][name] for e in here] if linear and plain else []
-            low = [delta for delta in deltas if isinstance(delta, LowRank)]
-            if low and len(low) == len(here):
-                self._parts[name] = LowRankBeside(module, low, here, block, like.combine)
-                continue
-            if like.combine == "parameters":
-                # The changes have no factors to sum; the call raises the error that says so.
-                mix_factors(deltas, [0.0] * len(deltas))
-            if plain and EmbeddingRows.is_looked_up_only(found[name]):
+        try:
+            for name in names:
+                here = [e for e, vector in enumerate(vectors) if name in vector.load]
                 own = [vectors[e] for e in here]
-                self._parts[name] = EmbeddingRows(found[name], own, name, here, block, halves)
-                continue
-            merged = MergedParameter(found[name], vectors, name, here, block, halves)
-            if like.values.ndim == 3:
-                groups = like.values.shape[2]
-                merged.split(draw_groups(name, merged.count, groups, like.seed), groups)
-            if take is not None:
-                merged.take = partial(take, name)
-            self._parts[name] = merged
+                changed = ChangedParameter(name, found[name], own, here, place[blocks[name]])
+                self._parts[name] = _attach_part(changed, like, halves, take)
+        except BaseException:
+            self._detach()
+            raise
 
     def set(self, values: Tensor) -> None:
         """Set the model's weights to those of some coefficients.
@@ -108,22 +96,26 @@ class AttachedExperts:
         """
         total = torch.zeros_like(self._values) if self._values.grad is None else self._values.grad
         for part in self._parts.values():
-            if not isinstance(part, LowRankBeside):
+            if not isinstance(part, LowRankBranch):
                 part.add_gradient(total)
         return total.detach()
 
     def fix(self, name: str, change: Tensor) -> None:
         """Add a change to a weight of the base; it takes effect with the next `set`.
 
-        The experts must be attached with `take`. The weight is restored on exit.
+        The weight is restored on exit.
 
         Args:
             name: The name of the parameter.
             change: The change, in the parameter's shape.
+
+        Raises:
+            TypeError: The experts are not attached with `take`.
         """
         part = self._parts[name]
-        if isinstance(part, MergedParameter):
-            part.base_P = part.base_P + change.reshape(-1).to(part.base_P)
+        if not isinstance(part, MergedParameter):
+            raise TypeError(f"{name}: expected experts that are attached with `take`")
+        part.base_P = part.base_P + change.reshape(-1).to(part.base_P)
 
     def __enter__(self) -> AttachedExperts:
         return self
@@ -134,8 +126,43 @@ class AttachedExperts:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._detach()
+
+    def _detach(self) -> None:
+        """Give the model the base's weights again."""
         for part in self._parts.values():
             part.detach()
+
+
+def _attach_part(
+    changed: ChangedParameter,
+    like: Coefficients,
+    halves: bool,
+    take: Callable[[str, Tensor], None] | None,
+) -> Part:
+    """Attach the changes of one parameter in the form that needs the least memory and time."""
+    module, leaf = changed.uses[0]
+    plain = like.values.ndim == 2 and take is None
+    if plain and leaf == "weight" and is_plain_linear(module):
+        deltas = [vector[changed.name] for vector in changed.vectors]
+        low = [delta for delta in deltas if isinstance(delta, LowRank)]
+        if len(low) == len(deltas):
+            return LowRankBranch(module, low, changed.here, changed.block, like.combine)
+    if like.combine == "parameters":
+        raise MethodError(
+            f"{changed.name}: expected low-rank changes of linear modules to sum their factors, "
+            "found another change",
+            "set combine: outputs",
+        )
+    if plain and EmbeddingRows.is_looked_up_only(changed.uses):
+        return EmbeddingRows(changed, halves)
+    merged = MergedParameter(changed, halves)
+    if like.values.ndim == 3:
+        groups = like.values.shape[2]
+        merged.split(draw_groups(changed.name, merged.count, groups, like.seed), groups)
+    if take is not None:
+        merged.take = partial(take, changed.name)
+    return merged
 
 
 def find_uses(model: nn.Module, names: Collection[str]) -> dict[str, list[Use]]:

@@ -76,6 +76,20 @@ class Outline:
     experts: Sequence[ExpertOutline]
     parameters: Sequence[str]
 
+    def describe_ranks(self, parameter: str) -> str | None:
+        """Describe the ranks of the experts' changes of a parameter if they differ.
+
+        Args:
+            parameter: The name of the parameter.
+
+        Returns:
+            Each rank with the name of an expert, such as `3 (plain), 4 (other)`; None if at most one
+            rank occurs.
+        """
+        found = {e.rank_of(parameter) or 0: e.label for e in self.experts if e.rank_of(parameter)}
+        text = ", ".join(f"{rank} ({label})" for rank, label in sorted(found.items()))
+        return text if len(found) > 1 else None
+
 
 def _need_no_labels(options: Options) -> bool:
     """Return False, because a method without `needs_labels=` never reads labels."""
@@ -240,9 +254,13 @@ class Catalogue(Mapping[str, Strategy[Traits]]):
     def _load_plugins(self) -> dict[str, Strategy[Traits]]:
         """Import the methods of other packages once, and return all strategies."""
         if not self._plugins_loaded:
-            self._plugins_loaded = True
-            for point in entry_points(group=self.group):
-                point.load()
+            self._plugins_loaded = True  # A method may read the catalogue while it is imported.
+            try:
+                for point in entry_points(group=self.group):
+                    point.load()
+            except BaseException:
+                self._plugins_loaded = False  # The next access raises the error, too.
+                raise
         return self._strategies
 
     def __getitem__(self, name: str) -> Strategy[Traits]:

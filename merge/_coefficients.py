@@ -27,7 +27,7 @@ def assign_blocks(names: Iterable[str], granularity: str) -> dict[str, str]:
 
     Args:
         names: The names of parameters.
-        granularity: What a block is:
+        granularity: The kind of block:
 
             - `task`: the whole model.
             - `layer` or `partition`: one parameter tensor, which the papers call a layer.
@@ -119,7 +119,7 @@ class Coefficients:
         values: The coefficients `[E, B]`, finite; `[E, B, K]` if the entries of every parameter are
             divided into K groups.
         blocks: The labels of the B blocks, in the order of `values`.
-        granularity: What a block is, as for `assign_blocks`.
+        granularity: The kind of block, as for `assign_blocks`.
         combine: `outputs` sums the changes. `parameters` sums the factors of low-rank changes,
             `(sum c s B)(sum c A)`.
         seed: The seed of the groups.
@@ -148,7 +148,7 @@ class Coefficients:
             raise ValueError("expected finite coefficients, found NaN or infinity")
 
 
-def zero_coefficients(experts: int) -> Coefficients:
+def make_zero_coefficients(experts: int) -> Coefficients:
     """Create zero coefficients `[E, 1]`: one for each expert as a whole.
 
     Args:
@@ -186,7 +186,7 @@ def compose_vector(vectors: Sequence[TaskVector], coefficients: Coefficients) ->
     if unknown:
         raise ValueError(f"expected a coefficient for each block, found none for {unknown[0]}")
 
-    def at(name: str) -> Delta:
+    def compute_change(name: str) -> Delta:
         here = [e for e, vector in enumerate(vectors) if name in vector.load]
         deltas = [vectors[e][name] for e in here]
         factors = [values[e][place[blocks[name]]] for e in here]
@@ -200,7 +200,7 @@ def compose_vector(vectors: Sequence[TaskVector], coefficients: Coefficients) ->
             [delta.scaled(factor) for delta, factor in zip(deltas, factors, strict=True)]
         )
 
-    return unite_vectors(base, vectors, at)
+    return unite_vectors(base, vectors, compute_change)
 
 
 def _sum_by_group(name: str, deltas: Sequence[Delta], factors_EK: Tensor, seed: int) -> Dense:
@@ -226,14 +226,15 @@ def mix_factors(deltas: Sequence[Delta], factors: Sequence[float] | Tensor) -> L
         A change of rank R.
 
     Raises:
-        ValueError: A change is dense, or the ranks differ.
+        MethodError: A change is dense, or the ranks differ.
     """
     low = [delta for delta in deltas if isinstance(delta, LowRank)]
     ranks = sorted({delta.rank for delta in low})
     if len(low) < len(deltas) or len(ranks) > 1:
-        raise ValueError(
+        raise MethodError(
             f"expected low-rank experts of one rank to sum their factors, "
-            f"found {'ranks ' + ', '.join(map(str, ranks)) if len(ranks) > 1 else 'dense ones'}"
+            f"found {'ranks ' + ', '.join(map(str, ranks)) if len(ranks) > 1 else 'dense ones'}",
+            "set combine: outputs",
         )
     pairs = list(zip(low, factors, strict=True))
     a = torch.stack([delta.a * factor for delta, factor in pairs]).sum(0)

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from experthub.merge._merged_parameters import Use
-from experthub.merge._task_vector import TaskVector
+from experthub.merge._merged_parameters import ChangedParameter, Use
 from torch import Tensor, nn
 
 
@@ -23,41 +22,32 @@ class EmbeddingRows:
     The rows of a batch are one leaf of the autograd graph.
     """
 
-    def __init__(
-        self,
-        uses: list[Use],
-        vectors: Sequence[TaskVector],
-        name: str,
-        here: list[int],
-        block: int,
-        halves: bool,
-    ) -> None:
+    def __init__(self, changed: ChangedParameter, halves: bool) -> None:
         """Add forward hooks to embeddings.
 
         Args:
-            uses: The embeddings that hold the parameter.
-            vectors: The task vectors of the experts that change the parameter.
-            name: The name of the parameter.
-            here: The positions of these experts among all experts.
-            block: The position of the parameter's block among the coefficients.
+            changed: The embedding's weight and the experts that change it.
             halves: Keep the changes as bfloat16.
         """
-        self.vectors, self.name, self.block = vectors, name, block
-        self.here = torch.tensor(here)
-        self.base_VO = getattr(*uses[0]).detach()
+        self.vectors, self.name, self.block = changed.vectors, changed.name, changed.block
+        self.here = torch.tensor(changed.here)
+        self.base_VO = getattr(*changed.uses[0]).detach()
         device = self.base_VO.device
         self.place_V = torch.full((len(self.base_VO),), -1, device=device)
         dtype = torch.bfloat16 if halves else self.base_VO.dtype
-        # The operating system allocates memory on the first write, so rows never read cost nothing.
-        self.stack_EVO = torch.empty(len(here), *self.base_VO.shape, dtype=dtype, device=device)
+        # The operating system allocates a page when it is first written, so rows that are never read
+        # use no memory.
+        self.stack_EVO = torch.empty(
+            len(self.here), *self.base_VO.shape, dtype=dtype, device=device
+        )
         self.seen = 0
-        self.factors = torch.zeros(len(here)).to(self.base_VO)
+        self.factors = torch.zeros(len(self.here)).to(self.base_VO)
         self.sums: Tensor | None = None
-        self._hooks = [module.register_forward_hook(self._forward) for module, _ in uses]
+        self._hooks = [module.register_forward_hook(self._forward) for module, _ in changed.uses]
 
     @staticmethod
-    def is_looked_up_only(uses: list[Use]) -> bool:
-        """Tell whether modules only look up rows of their parameter, without any other operation.
+    def is_looked_up_only(uses: Sequence[Use]) -> bool:
+        """Return whether modules only look up rows of their parameter, without any other operation.
 
         Args:
             uses: The modules that hold the parameter.
@@ -102,7 +92,8 @@ class EmbeddingRows:
         new = slice(self.seen, self.seen + len(rows))
         self.place_V[rows] = torch.arange(new.start, new.stop, device=rows.device)
         for tau_VO, vector in zip(self.stack_EVO, self.vectors, strict=True):
-            tau_VO[new] = vector[self.name].dense()[rows]
+            dense_VO = vector[self.name].dense()
+            tau_VO[new] = dense_VO[rows.to(dense_VO.device)].to(tau_VO)
         self.seen = new.stop
 
     def _take_gradient(self, at_U: Tensor, leaf: Tensor) -> None:

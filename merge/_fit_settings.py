@@ -19,7 +19,7 @@ class Fit:
     Args:
         objective: The loss. `negation` is the cross-entropy of the control tasks minus that of the
             tasks to forget; the others are in `_objectives`.
-        granularity: What shares a coefficient, as for `assign_blocks`.
+        granularity: The parameters that share a coefficient, as for `assign_blocks`.
         start: The first value of every coefficient.
         steps: The number of steps of the optimiser.
         lr: The learning rate.
@@ -28,18 +28,19 @@ class Fit:
         l2: The weight decay of AdamW. 0 uses Adam.
         l1: The factor of the mean absolute coefficient that is added to the loss.
         cosine: Whether the learning rate falls to 0 along a cosine.
-        constraint: How coefficients are kept within `bounds`. `project` moves them back after each
-            step. `clamp` clamps them where they are used; a coefficient outside has no gradient and
-            stays outside. `none` does nothing.
+        constraint: The way in which coefficients are kept within `bounds`. `project` moves them back
+            after each step. `clamp` clamps them where they are used; a coefficient outside has no
+            gradient and stays outside. `none` sets no limits.
         bounds: The smallest and the largest value of a coefficient.
-        patience: How many evaluations on held-out inputs may pass without an improvement before
-            learning stops. There is one after every twentieth of the steps. 0 evaluates none.
+        patience: The number of evaluations without an improvement after which learning stops. The
+            held-out inputs are evaluated about 20 times, and the best coefficients are kept. 0
+            turns this off and keeps the last coefficients.
         views: Variations of an input for `marginal_entropy`.
         confidence: The probability from which `fixmatch` uses a prediction as a label.
         forget: The positions of the tasks that `negation` forgets.
         keep: The share of the base's accuracy on the held-out inputs of the control tasks that
             `negation` must keep; other coefficients do not count.
-        combine: What is summed, as in `Coefficients`.
+        combine: `outputs` sums changes and `parameters` sums factors, as in `Coefficients`.
         halves: Keep dense changes as bfloat16 while learning, in half the memory.
         seed: The seed of the order of inputs and of the groups.
     """

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 from experthub.merge._attached_experts import AttachedExperts
+from experthub.merge._catalogue import MethodFailure
 from experthub.merge._coefficients import Coefficients, assign_blocks, make_generator
 from experthub.merge._fit_settings import LABELLED, Fit
 from experthub.merge._materials import Data, MergeMaterials, Progress
@@ -38,10 +39,10 @@ def learn_coefficients(materials: MergeMaterials, fit: Fit) -> Coefficients:
         The coefficients, with the loss of every step.
 
     Raises:
-        ValueError: Data or labels are missing, a task has fewer than two choices, or the loss is
-            not finite.
+        ValueError: Data or labels are missing, or a task has fewer than two choices.
+        MethodFailure: The loss is not finite.
     """
-    start = start_coefficients(materials.vectors, fit)
+    start = make_start_coefficients(materials.vectors, fit)
     data = materials.given_data
     if not data.tasks or not all(data.sizes):
         raise ValueError("expected inputs of at least one task, found none")
@@ -51,7 +52,7 @@ def learn_coefficients(materials: MergeMaterials, fit: Fit) -> Coefficients:
         return _Run(attached, materials, data, fit, start).learn()
 
 
-def start_coefficients(vectors: Sequence[TaskVector], fit: Fit) -> Coefficients:
+def make_start_coefficients(vectors: Sequence[TaskVector], fit: Fit) -> Coefficients:
     """Create the coefficients before the first step.
 
     Args:
@@ -149,7 +150,7 @@ class _Run:
         loss = self._compute_loss(self.data, step)
         value = float(loss.detach()) / len(self.data.sizes)
         if not math.isfinite(value):
-            raise ValueError(f"the loss is {value} at step {step + 1}: use a smaller lr")
+            raise MethodFailure(f"the loss is {value} at step {step + 1}", "set a lower lr")
         if loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]
         gradient = self.attached.gradient()

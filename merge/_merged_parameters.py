@@ -13,6 +13,7 @@ features.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -22,41 +23,48 @@ from experthub.merge._linear_modules import orient
 from experthub.merge._task_vector import TaskVector
 from torch import Tensor, nn
 
-CHUNK = 1 << 18  # The number of entries that are converted to the wider dtype at once.
+CHUNK_ENTRIES = 1 << 18  # The number of entries that are converted to the wider dtype at once.
 Use = tuple[nn.Module, str]  # A module, and the name of one of its parameters.
+
+
+@dataclass(frozen=True, eq=False)
+class ChangedParameter:
+    """A parameter of the base that experts change.
+
+    Args:
+        name: The name of the parameter.
+        uses: The modules that hold the parameter.
+        vectors: The task vectors of the experts that change it.
+        here: The positions of these experts among all experts.
+        block: The position of the parameter's block among the coefficients.
+    """
+
+    name: str
+    uses: Sequence[Use]
+    vectors: Sequence[TaskVector]
+    here: Sequence[int]
+    block: int
 
 
 class MergedParameter:
     """A merged parameter `W0 + sum_e c[e] tau_e` that is a leaf of the autograd graph."""
 
-    def __init__(
-        self,
-        uses: list[Use],
-        vectors: Sequence[TaskVector],
-        name: str,
-        here: list[int],
-        block: int,
-        halves: bool,
-    ) -> None:
+    def __init__(self, changed: ChangedParameter, halves: bool) -> None:
         """Replace a parameter of the base.
 
         Args:
-            uses: The modules that hold the parameter.
-            vectors: The task vectors of all experts.
-            name: The name of the parameter.
-            here: The positions of the experts that change the parameter.
-            block: The position of the parameter's block among the coefficients.
+            changed: The parameter and the experts that change it.
             halves: Keep the changes as bfloat16.
         """
-        self.uses, self.block = uses, block
-        self.here = torch.tensor(here)
-        self.original = getattr(*uses[0])
+        self.uses, self.block = changed.uses, changed.block
+        self.here = torch.tensor(changed.here)
+        self.original = getattr(*changed.uses[0])
         self.base_P = self.original.detach().reshape(-1)
         self.count = len(self.base_P)
-        dtype = torch.bfloat16 if halves else self.base_P.dtype
-        self.stack_EP = torch.empty(len(here), self.count, dtype=dtype, device=self.base_P.device)
-        for row, e in enumerate(here):
-            self.stack_EP[row] = vectors[e][name].dense().reshape(-1)
+        dtype, device = torch.bfloat16 if halves else self.base_P.dtype, self.base_P.device
+        self.stack_EP = torch.empty(len(self.here), self.count, dtype=dtype, device=device)
+        for row, vector in enumerate(changed.vectors):
+            self.stack_EP[row] = vector[changed.name].dense().reshape(-1)
         self.order_P: Tensor | None = None
         self.spans = [(0, self.count)]  # The entries of each group, as (start, end).
         self.weight = nn.Parameter(self.original.detach().clone())
@@ -98,8 +106,8 @@ class MergedParameter:
 
     def _add(self, base_P: Tensor, factors: Tensor, start: int, end: int, out_P: Tensor) -> None:
         """Compute `out = base + factors @ stack` for the entries from start to end."""
-        for s in range(start, end, CHUNK):
-            e = min(s + CHUNK, end)
+        for s in range(start, end, CHUNK_ENTRIES):
+            e = min(s + CHUNK_ENTRIES, end)
             tau_PE = self.stack_EP[:, s:e].to(base_P.dtype).T
             torch.addmv(base_P[s:e], tau_PE, factors, out=out_P[s:e])
 
@@ -121,8 +129,8 @@ class MergedParameter:
     def _multiply(self, flat_P: Tensor, start: int, end: int) -> Tensor:
         """Compute the inner product `[E]` of a gradient and each change, from start to end."""
         found = torch.zeros(len(self.here), dtype=torch.float64, device=flat_P.device)
-        for s in range(start, end, CHUNK):
-            e = min(s + CHUNK, end)
+        for s in range(start, end, CHUNK_ENTRIES):
+            e = min(s + CHUNK_ENTRIES, end)
             found += torch.mv(self.stack_EP[:, s:e].to(flat_P.dtype), flat_P[s:e])
         return found
 
@@ -146,11 +154,11 @@ class MergedParameter:
         self._register(self.original)
 
 
-class LowRankBeside:
+class LowRankBranch:
     """Low-rank experts whose outputs a forward hook adds to the output of a linear module."""
 
     def __init__(
-        self, module: nn.Module, low: list[LowRank], here: list[int], block: int, combine: str
+        self, module: nn.Module, low: list[LowRank], here: Sequence[int], block: int, combine: str
     ) -> None:
         """Add a forward hook to a linear module.
 
@@ -160,11 +168,16 @@ class LowRankBeside:
             here: The positions of these experts among all experts.
             block: The position of the module's block among the coefficients.
             combine: `outputs` sums the changes; `parameters` sums their factors.
+
+        Raises:
+            MethodError: `combine` is `parameters`, and the ranks differ.
         """
         weight: Tensor = module.get_parameter("weight")
         oriented = [orient(delta, module) for delta in low]
         fitted = [LowRank(d.a.to(weight), d.b.to(weight), d.scale) for d in oriented]
         self.low = fitted if combine == "parameters" else []
+        if self.low:
+            mix_factors(self.low, [0.0] * len(low))  # It refuses ranks that differ.
         self.here, self.block, self.combine = torch.tensor(here), block, combine
         self.a_RI = torch.cat([d.a for d in fitted])
         self.b_OR = torch.cat([d.b * d.scale for d in fitted], 1)

@@ -12,7 +12,7 @@ from torch import Tensor
 LOWEST = -1e4  # The softmax of this logit is zero, and so is its gradient.
 
 
-def log_probabilities(logits_BC: Tensor) -> Tensor:
+def compute_log_probabilities(logits_BC: Tensor) -> Tensor:
     """Compute log-probabilities that are finite for every choice.
 
     Args:
@@ -36,7 +36,7 @@ def entropy(logits_BC: Tensor) -> Tensor:
     Returns:
         A scalar, in nats.
     """
-    log_BC = log_probabilities(logits_BC)
+    log_BC = compute_log_probabilities(logits_BC)
     return -(log_BC.exp() * log_BC).sum(-1).mean()
 
 
@@ -51,7 +51,7 @@ def marginal_entropy(views_VBC: Tensor) -> Tensor:
     Returns:
         A scalar, in nats.
     """
-    log_VBC = log_probabilities(views_VBC)
+    log_VBC = compute_log_probabilities(views_VBC)
     marginal_BC = log_VBC.logsumexp(0) - torch.tensor(float(len(views_VBC))).log()
     return -(marginal_BC.exp() * marginal_BC).sum(-1).mean()
 
@@ -66,7 +66,7 @@ def cross_entropy(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
     Returns:
         A scalar, in nats.
     """
-    return -log_probabilities(logits_BC).gather(-1, labels_B[:, None]).mean()
+    return -compute_log_probabilities(logits_BC).gather(-1, labels_B[:, None]).mean()
 
 
 def fixmatch(
@@ -80,8 +80,8 @@ def fixmatch(
     Args:
         weak_BC: Logits `[B, C]` of the weak views; they get no gradient.
         strong_BC: Logits `[B, C]` of the strong views.
-        trusted_B: Which inputs `[B]` use the given pseudo-label. The others use the prediction for
-            the weak view if it is confident, and otherwise add zero.
+        trusted_B: The inputs that use the given pseudo-label, a mask `[B]`. The others use the
+            prediction for the weak view if it is confident, and otherwise add zero.
         pseudo_B: The given pseudo-labels `[B]`.
         confidence: The probability, from 0 to 1, from which a prediction is confident.
 
@@ -89,9 +89,9 @@ def fixmatch(
         A scalar: the mean over trusted inputs plus the mean over the others.
     """
     with torch.no_grad():
-        sure_B, own_B = log_probabilities(weak_BC).exp().max(-1)
+        sure_B, own_B = compute_log_probabilities(weak_BC).exp().max(-1)
     target_B = torch.where(trusted_B, pseudo_B, own_B)
-    loss_B = -log_probabilities(strong_BC).gather(-1, target_B[:, None])[:, 0]
+    loss_B = -compute_log_probabilities(strong_BC).gather(-1, target_B[:, None])[:, 0]
     counted_B = trusted_B | (sure_B >= confidence)
     known = (loss_B * trusted_B).sum() / trusted_B.sum().clamp(min=1)
     free_B = ~trusted_B
@@ -110,9 +110,9 @@ def choose_trusted(logits_NC: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Which inputs are trusted `[N]`, and the predicted classes of all inputs `[N]`.
     """
-    sure_N, label_N = log_probabilities(logits_NC).max(-1)
+    sure_N, label_N = compute_log_probabilities(logits_NC).max(-1)
     count = max(1, min(int(logits_NC.shape[0] / logits_NC.shape[1] / 10), 100))
-    chosen_N = torch.zeros(len(label_N), dtype=torch.bool)
+    chosen_N = torch.zeros_like(label_N, dtype=torch.bool)
     for label in sorted(set(label_N.tolist())):
         rows = (label_N == label).nonzero()[:, 0]
         chosen_N[rows[sure_N[rows].argsort(descending=True, stable=True)[:count]]] = True

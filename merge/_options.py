@@ -59,7 +59,9 @@ ShapesExperts = Role("the option changes the experts' weights before they are ro
 RecipeSeed = Role("the recipe's seed is the default")
 ExamplesPerTask = Role("the option limits how many examples of each task the method sees")
 TaskName = Role("the option fixes the task, so that every input gets the same weights")
-LateOption = Role("the default value is no part of a digest, because older recipes lack the option")
+LateOption = Role(
+    "the default value is not part of a digest, because older recipes lack the option"
+)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from experthub.merge._catalogue import MethodError
 from experthub.merge._delta import Delta, sum_deltas
 from torch import Tensor
 
@@ -74,8 +75,8 @@ def check_weights(vectors: Sequence[TaskVector], weights: Tensor) -> str:
         The fingerprint of the base.
 
     Raises:
-        ValueError: The bases differ, there is not one weight for each vector, or a weight is not
-            finite.
+        ValueError: The bases differ, the number of weights is not the number of vectors, or a
+            weight is not finite.
     """
     base = find_base(vectors)
     if tuple(weights.shape) != (len(vectors),):
@@ -85,8 +86,29 @@ def check_weights(vectors: Sequence[TaskVector], weights: Tensor) -> str:
     return base
 
 
+def normalize_weights(weights: Tensor) -> Tensor:
+    """Divide weights by their sum.
+
+    Args:
+        weights: The experts' weights `[E]`.
+
+    Returns:
+        Weights `[E]` that sum to 1.
+
+    Raises:
+        MethodError: The weights sum to zero.
+    """
+    total = weights.sum()
+    if abs(float(total)) < 1e-8:
+        raise MethodError(
+            f"expected weights with a sum other than 0, found {weights.tolist()}",
+            "change the weights so that they do not sum to zero",
+        )
+    return weights / total
+
+
 def unite_vectors(
-    base: str, vectors: Sequence[TaskVector], at: Callable[[str], Delta]
+    base: str, vectors: Sequence[TaskVector], compute_change: Callable[[str], Delta]
 ) -> TaskVector:
     """Build a lazy task vector over all parameters that any of the given vectors changes.
 
@@ -94,15 +116,15 @@ def unite_vectors(
         base: The fingerprint of the base.
         vectors: The vectors that give the names. The seed of the result is a digest of their seeds
             and does not depend on their order.
-        at: Computes the change of the parameter of a name.
+        compute_change: A function that computes the change of a parameter by its name.
 
     Returns:
-        The task vector. `at` is called when a name is looked up.
+        The task vector. `compute_change` is called when a name is looked up.
     """
     names = dict.fromkeys(name for vector in vectors for name in vector)
     seeds = "\n".join(sorted(vector.seed for vector in vectors))
     seed = hashlib.sha256(seeds.encode()).hexdigest()
-    return TaskVector(base, {name: partial(at, name) for name in names}, seed)
+    return TaskVector(base, {name: partial(compute_change, name) for name in names}, seed)
 
 
 def combine(vectors: Sequence[TaskVector], weights: Tensor) -> TaskVector:
@@ -119,8 +141,8 @@ def combine(vectors: Sequence[TaskVector], weights: Tensor) -> TaskVector:
         The task vector of the sum.
 
     Raises:
-        ValueError: The bases differ, there is not one weight for each vector, or a weight is not
-            finite.
+        ValueError: The bases differ, the number of weights is not the number of vectors, or a
+            weight is not finite.
 
     Example:
         >>> from experthub.merge import Dense
@@ -131,11 +153,11 @@ def combine(vectors: Sequence[TaskVector], weights: Tensor) -> TaskVector:
     base = check_weights(vectors, weights)
     factors: list[float | Tensor] = list(weights) if weights.requires_grad else weights.tolist()
 
-    def at(name: str) -> Delta:
+    def compute_change(name: str) -> Delta:
         pairs = zip(vectors, factors, strict=True)
         return sum_deltas([v[name].scaled(w) for v, w in pairs if name in v.load])
 
-    return unite_vectors(base, vectors, at)
+    return unite_vectors(base, vectors, compute_change)
 
 
 def _load_and_apply(change: Callable[[Delta], Delta], vector: TaskVector, name: str) -> Delta:

@@ -80,15 +80,16 @@ def adamerging(
         vectors: The task vectors of the experts.
         weights: The experts' weights `[E]`; they multiply the task vectors before learning.
         coefficients: The learned coefficients.
-        granularity: What shares a coefficient: `task`, `layer` (a parameter tensor, as in the
-            paper), `block` (a transformer layer), or a regular expression on parameter names.
+        granularity: The parameters that share a coefficient: `task`, `layer` (a parameter tensor, as
+            in the paper), `block` (a transformer layer), or a regular expression on parameter names.
         plus_plus: Use the task vectors of TIES: trimmed, and without entries that disagree in sign.
         density: The share of entries that `plus_plus` keeps.
         objective: The entropy of a prediction, or the entropy of the prediction averaged over
             `views` random variations of an input.
-        constraint: How coefficients stay between 0 and 1. `project` moves them back after a step.
-            `clamp` clamps them where they are used, as in the authors' code: a coefficient that has
-            left the range has no gradient and stays outside. `none` lets them go anywhere.
+        constraint: The way in which coefficients are kept between 0 and 1. `project` moves them back
+            after a step. `clamp` clamps them where they are used, as in the authors' code: a
+            coefficient that has left the range has no gradient and stays outside. `none` sets no
+            limits.
         init: The first value of every coefficient.
         steps: Steps of Adam.
         lr: The learning rate of Adam.

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Literal
 
-from experthub.merge._catalogue import Options
+from experthub.merge._catalogue import MethodError, Options
 from experthub.merge._coefficients import Coefficients, check_granularity, compose_vector
 from experthub.merge._fit_settings import Fit, Objective
 from experthub.merge._fitting import learn_coefficients
@@ -61,9 +61,14 @@ def _find_forgotten(materials: MergeMaterials, name: str | None) -> tuple[int, .
     """Find the task to forget among the tasks of the data: the named one, or the first."""
     tasks = list(materials.given_data.tasks)
     if len(tasks) < 2:
-        raise ValueError("expected a task to forget and a control task, found fewer")
+        raise MethodError(
+            "setting: negation needs a task to forget and a control task, and data: names only one",
+            "name both tasks under data:",
+        )
     if name is not None and name not in tasks:
-        raise ValueError(f"option 'forget': expected one of {', '.join(tasks)}, found {name!r}")
+        raise MethodError(
+            f"forget: the data has no task {name!r}", f"use one of {', '.join(tasks)}"
+        )
     return (tasks.index(name) if name else 0,)
 
 
@@ -102,9 +107,10 @@ def atlas(
         setting: `few_shot` and `task_addition` minimise the cross-entropy of labelled examples.
             `negation` minimises the cross-entropy of the control tasks minus that of the task to
             forget. `test_time` minimises the loss of FixMatch on unlabelled inputs.
-        granularity: What shares a coefficient: `layer` (a parameter tensor, as in the paper),
-            `task`, `block`, a regular expression on parameter names, or `partition`, which splits
-            the entries of each parameter into random groups with one coefficient each (aTLAS x K).
+        granularity: The parameters that share a coefficient: `layer` (a parameter tensor, as in the
+            paper), `task`, `block`, a regular expression on parameter names, or `partition`, which
+            splits the entries of each parameter into random groups with one coefficient each
+            (aTLAS x K).
         groups: The number of groups K for `partition`.
         forget: The task of the data that `negation` forgets; the first one by default.
         steps: Steps of AdamW; the default is 100, and 300 for `task_addition`.
@@ -112,9 +118,9 @@ def atlas(
             and 0.01 elsewhere.
         weight_decay: The weight decay of AdamW, as in the paper.
         batch_size: Inputs per task and step.
-        patience: How many evaluations on held-out labelled examples may pass without a better loss
-            before learning stops. There is one after every twentieth of the steps. The best
-            coefficients are kept. 0 keeps the last ones and evaluates none.
+        patience: The number of evaluations without an improvement after which learning stops. The
+            held-out labelled examples are evaluated about 20 times, and the best coefficients are
+            kept. 0 turns this off and keeps the last coefficients.
         confidence: The probability from which `test_time` uses a prediction as a label.
         keep: The share of the base's accuracy on the held-out examples of the control tasks that
             `negation` must keep; other coefficients do not count.

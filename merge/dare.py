@@ -38,7 +38,7 @@ def dare(
         weights: The experts' weights `[E]`.
         density: The probability that an entry is kept.
         scale: The factor of the whole sum.
-        rescale: How the kept entries are rescaled. `inverse_density` divides them by the density, as
+        rescale: The rescaling of the kept entries. `inverse_density` divides them by the density, as
             in the paper. `l1` restores the L1 norm of the tensor. `none` leaves them unchanged.
         seed: The seed of the masks.
 
@@ -46,8 +46,8 @@ def dare(
         The merged task vector; dense unless `density` is 1 and all experts are low-rank.
 
     Raises:
-        ValueError: The bases differ, there is not one weight for each vector, or a weight is not
-            finite.
+        ValueError: The bases differ, the number of weights is not the number of vectors, or a
+            weight is not finite.
     """
     if density < 1:
         vectors = [_drop_entries(vector, density, rescale, seed) for vector in vectors]
@@ -57,12 +57,14 @@ def dare(
 def _drop_entries(vector: TaskVector, density: float, rescale: str, seed: int) -> TaskVector:
     """Set entries of a task vector to zero at random and rescale the others, lazily."""
 
-    def at(name: str) -> Delta:
+    def compute_change(name: str) -> Delta:
         d = vector[name].dense()
         kept = torch.where(_draw_mask(d, density, f"{seed}\n{vector.seed}\n{name}"), d, 0)
         return Dense(kept * _compute_factor(d, kept, density, rescale))
 
-    return TaskVector(vector.base, {name: partial(at, name) for name in vector}, vector.seed)
+    return TaskVector(
+        vector.base, {name: partial(compute_change, name) for name in vector}, vector.seed
+    )
 
 
 def _draw_mask(like: Tensor, density: float, key: str) -> Tensor:

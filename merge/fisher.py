@@ -11,13 +11,18 @@ from typing import Annotated
 import torch
 from experthub.merge._attached_experts import AttachedExperts
 from experthub.merge._catalogue import Options
-from experthub.merge._coefficients import make_generator, zero_coefficients
+from experthub.merge._coefficients import make_generator, make_zero_coefficients
 from experthub.merge._delta import Dense
 from experthub.merge._materials import Data, MergeMaterials, compute_logits
 from experthub.merge._merges import merges
-from experthub.merge._objectives import log_probabilities
+from experthub.merge._objectives import compute_log_probabilities
 from experthub.merge._options import Range, RecipeSeed
-from experthub.merge._task_vector import TaskVector, find_base, unite_vectors
+from experthub.merge._task_vector import (
+    TaskVector,
+    check_weights,
+    normalize_weights,
+    unite_vectors,
+)
 from torch import Tensor
 
 # Per expert: parameter name -> the diagonal of the Fisher information, in the parameter's shape.
@@ -34,13 +39,13 @@ def _estimate(materials: MergeMaterials, options: Options) -> Information:
         sums[name] = sums[name] + squares if name in sums else squares
 
     found: Information = []
-    start = zero_coefficients(len(vectors))
+    start = make_zero_coefficients(len(vectors))
     with AttachedExperts(data.model, vectors, start, take=take) as attached:
         for e in range(len(vectors)):
             attached.set(torch.eye(len(vectors), dtype=torch.float64)[e][:, None])
             sums = {}
             _differentiate(data, e, options["seed"])
-            found.append({name: total / data.sizes[e] for name, total in sums.items()})
+            found.append({name: (total / data.sizes[e]).cpu() for name, total in sums.items()})
             materials.report("estimating Fisher information", e + 1, len(vectors))
     return found
 
@@ -49,9 +54,10 @@ def _differentiate(data: Data, task: int, seed: int) -> None:
     """Backpropagate the log-probability of a drawn answer, one input at a time."""
     draw = make_generator("fisher", seed, task)
     for row in range(data.sizes[task]):
-        log_1C = log_probabilities(compute_logits(data, task, torch.tensor([row])))
-        answer = torch.multinomial(log_1C.detach().exp(), 1, generator=draw)
-        log_1C.gather(-1, answer).sum().backward()  # type: ignore[no-untyped-call]
+        log_1C = compute_log_probabilities(compute_logits(data, task, torch.tensor([row])))
+        # The generator is on the CPU, so that every device draws the same answers.
+        answer = torch.multinomial(log_1C.detach().exp().cpu(), 1, generator=draw)
+        log_1C.gather(-1, answer.to(log_1C.device)).sum().backward()  # type: ignore[no-untyped-call]
 
 
 @merges.register(
@@ -87,10 +93,13 @@ def fisher(
         The merged task vector, dense.
 
     Raises:
-        ValueError: The bases differ.
+        ValueError: The weights sum to zero, the bases differ, the number of weights is not the
+            number of vectors, or a weight is not finite.
     """
+    base = check_weights(vectors, weights)
+    normalize_weights(weights)  # It refuses weights that sum to zero.
 
-    def at(name: str) -> Dense:
+    def compute_change(name: str) -> Dense:
         shape = next(vector[name].shape for vector in vectors if name in vector)
         above, below = torch.zeros(shape), torch.zeros(shape)
         for vector, weight, found in zip(vectors, weights.tolist(), information, strict=True):
@@ -100,4 +109,4 @@ def fisher(
                 above = above + precision * vector[name].dense()
         return Dense(above / below)
 
-    return unite_vectors(find_base(vectors), vectors, at)
+    return unite_vectors(base, vectors, compute_change)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from experthub.merge._merges import merges
-from experthub.merge._task_vector import TaskVector, combine
+from experthub.merge._task_vector import TaskVector, combine, normalize_weights
 from torch import Tensor
 
 
@@ -25,9 +25,7 @@ def linear(vectors: Sequence[TaskVector], weights: Tensor) -> TaskVector:
         The merged task vector; low-rank if all experts are.
 
     Raises:
-        ValueError: The weights sum to zero, the bases differ, there is not one weight for each
-            vector, or a weight is not finite.
+        ValueError: The weights sum to zero, the bases differ, the number of weights is not the
+            number of vectors, or a weight is not finite.
     """
-    if abs(float(weights.sum())) < 1e-8:
-        raise ValueError(f"expected weights with a sum other than 0, found {weights.tolist()}")
-    return combine(vectors, weights / weights.sum())
+    return combine(vectors, normalize_weights(weights))

@@ -14,7 +14,7 @@ from experthub.merge._attached_experts import AttachedExperts
 from experthub.merge._catalogue import Options
 from experthub.merge._coefficients import Coefficients, Combine, compose_vector
 from experthub.merge._fit_settings import Fit
-from experthub.merge._fitting import learn_coefficients, start_coefficients
+from experthub.merge._fitting import learn_coefficients, make_start_coefficients
 from experthub.merge._materials import Data, MergeMaterials
 from experthub.merge._merges import merges
 from experthub.merge._objectives import cross_entropy
@@ -32,7 +32,7 @@ def _learn(materials: MergeMaterials, options: Options) -> Coefficients:
         start=0.0,
         steps=options["steps"],
         lr=options["lr"],
-        batch_size=max(materials.data.sizes) if materials.data else 1,
+        batch_size=max(materials.given_data.sizes),
         constraint="project",
         bounds=(-bound, bound),
         l1=options["l1"],
@@ -46,11 +46,12 @@ def _learn(materials: MergeMaterials, options: Options) -> Coefficients:
 
 def _search(materials: MergeMaterials, fit: Fit) -> Coefficients:
     """Find the best weights with the black-box optimiser."""
-    data, start = materials.given_data, start_coefficients(materials.vectors, fit)
+    data, start = materials.given_data, make_start_coefficients(materials.vectors, fit)
     if data.labels is None or materials.minimize is None:
         raise ValueError("expected labels and an optimiser to search with, found none")
     history: list[float] = []
-    # The search asks for the same points again where it gets the same answers.
+    # Given the same losses, the search asks for the same points, so saved losses replay an
+    # interrupted run.
     known = (materials.load() or {}).get("history", torch.empty(0)).tolist()
     with torch.no_grad(), AttachedExperts(data.model, materials.vectors, start) as attached:
 

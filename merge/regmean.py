@@ -16,13 +16,13 @@ from typing import Annotated, Any
 import torch
 from experthub.merge._attached_experts import AttachedExperts
 from experthub.merge._catalogue import Options
-from experthub.merge._coefficients import zero_coefficients
+from experthub.merge._coefficients import make_zero_coefficients
 from experthub.merge._delta import Dense
 from experthub.merge._linear_modules import is_plain_linear, is_transposed
 from experthub.merge._materials import Data, MergeMaterials, compute_logits
 from experthub.merge._merges import merges
 from experthub.merge._options import Range
-from experthub.merge._task_vector import TaskVector, combine
+from experthub.merge._task_vector import TaskVector, combine, normalize_weights
 from torch import Tensor, nn
 
 Grams = dict[str, Tensor]  # parameter name -> [I, I]
@@ -45,7 +45,7 @@ def _read_inputs(materials: MergeMaterials, options: Options) -> InputStatistics
     """Let every expert read the data of its own task."""
     data, vectors = materials.paired_data, materials.vectors
     linears = find_linear_weights(data.model, vectors)
-    start = zero_coefficients(len(vectors))
+    start = make_zero_coefficients(len(vectors))
     with AttachedExperts(data.model, vectors, start) as attached, torch.no_grad():
         grams = []
         for e in range(len(vectors)):
@@ -147,7 +147,7 @@ def compute_grams(
         for start in range(0, data.sizes[task], batch_size):
             end = min(start + batch_size, data.sizes[task])
             compute_logits(data, task, torch.arange(start, end))
-    return {name: total / rows[name] for name, total in sums.items()}
+    return {name: (total / rows[name]).cpu() for name, total in sums.items()}
 
 
 def _real_rows(x: Tensor, real: Tensor | None) -> Tensor:
@@ -185,17 +185,14 @@ def solve_regression(
     Raises:
         ValueError: The weights sum to zero.
     """
-    total = weights.sum()
-    if abs(float(total)) < 1e-8:
-        raise ValueError(f"expected weights with a sum other than 0, found {weights.tolist()}")
-    mean = combine(vectors, weights / total)
+    mean = combine(vectors, normalize_weights(weights))
 
-    def at(name: str) -> Dense:
+    def compute_change(name: str) -> Dense:
         grams = [gram[name] for gram in inputs.grams]
         transposed = name in inputs.transposed
         return _solve(name, transposed, vectors, weights, grams, off_diagonal)
 
-    load = {n: partial(at, n) if n in inputs.grams[0] else mean.load[n] for n in mean}
+    load = {n: partial(compute_change, n) if n in inputs.grams[0] else mean.load[n] for n in mean}
     return TaskVector(mean.base, load, mean.seed)
 
 

@@ -33,7 +33,7 @@ def task_arithmetic(
         The merged task vector; low-rank if all experts are.
 
     Raises:
-        ValueError: The bases differ, there is not one weight for each vector, or a weight is not
-            finite.
+        ValueError: The bases differ, the number of weights is not the number of vectors, or a
+            weight is not finite.
     """
     return combine(vectors, weights * scale)

@@ -17,7 +17,7 @@ from experthub.merge._options import Range
 from experthub.merge._task_vector import TaskVector, check_weights, unite_vectors
 from torch import Tensor
 
-CHUNK = 1 << 18  # The number of entries that are processed at once.
+CHUNK_ENTRIES = 1 << 18  # The number of entries that are processed at once.
 # The bits of a magnitude, without the sign bit, split into digits: (shift, width), highest first.
 DIGITS = {
     torch.float32: ((16, 15), (0, 16)),
@@ -49,19 +49,21 @@ def ties(
         scale: The factor of the merged task vector.
         trim_scope: `model` trims a task vector as a whole, as in the paper; `tensor` trims each
             tensor by itself.
-        normalize: Whether sums are divided by `sum |w_e|`.
+        normalize: Divide sums by `sum |w_e|`.
 
     Returns:
         The merged task vector, dense.
 
     Raises:
-        ValueError: The bases differ, there is not one weight for each vector, or a weight is not
-            finite.
+        ValueError: The bases differ, the number of weights is not the number of vectors, or a
+            weight is not finite.
     """
     base = check_weights(vectors, weights)
     kept = keep_agreeing(trim(vectors, density, trim_scope), weights)
-    at = partial(_average, list(zip(kept, weights.tolist(), strict=True)), scale, normalize)
-    return unite_vectors(base, vectors, at)
+    compute_change = partial(
+        _average, list(zip(kept, weights.tolist(), strict=True)), scale, normalize
+    )
+    return unite_vectors(base, vectors, compute_change)
 
 
 def _average(
@@ -92,7 +94,7 @@ def _average(
 
 def _split_views(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
     """Split contiguous tensors into small views, so that temporary results stay in the CPU cache."""
-    return zip(*(torch.split(tensor.view(-1), CHUNK) for tensor in tensors), strict=True)
+    return zip(*(torch.split(tensor.view(-1), CHUNK_ENTRIES) for tensor in tensors), strict=True)
 
 
 def _copy_dense(delta: Delta) -> Tensor:
@@ -132,14 +134,16 @@ def _trim_vector(vector: TaskVector, density: float, trim_scope: str) -> TaskVec
     def find_limit(names: tuple[str, ...]) -> float:
         return find_threshold(lambda: (vector[name].dense() for name in names), density)
 
-    def at(name: str) -> Delta:
+    def compute_change(name: str) -> Delta:
         least = find_limit(tuple(vector) if trim_scope == "model" else (name,))
         d = _copy_dense(vector[name])
         for (part,) in _split_views(d):
             part.masked_fill_(part.abs() < least, 0)
         return Dense(d)
 
-    return TaskVector(vector.base, {name: partial(at, name) for name in vector}, vector.seed)
+    return TaskVector(
+        vector.base, {name: partial(compute_change, name) for name in vector}, vector.seed
+    )
 
 
 def find_threshold(
@@ -165,7 +169,7 @@ def find_threshold(
         for tensor in tensors():
             if tensor.dtype == torch.float64 != dtype:
                 return find_threshold(tensors, density, torch.float64)
-            for part in torch.split(tensor.flatten(), CHUNK):
+            for part in torch.split(tensor.flatten(), CHUNK_ENTRIES):
                 digits = part.abs().to(dtype).view(BITS[dtype]) >> shift
                 if rank:
                     digits = digits[digits >> width == prefix]
@@ -195,15 +199,15 @@ def keep_agreeing(vectors: Sequence[TaskVector], weights: Tensor | None = None) 
         The task vectors with zeros, dense.
 
     Raises:
-        ValueError: The bases differ, there is not one weight for each vector, or a weight is not
-            finite. Loading a name raises it if the shapes of its changes differ.
+        ValueError: The bases differ, the number of weights is not the number of vectors, or a
+            weight is not finite. Loading a name raises it if the shapes of its changes differ.
     """
     weights = torch.ones(len(vectors)) if weights is None else weights
     check_weights(vectors, weights)
     pairs = list(zip(vectors, weights.tolist(), strict=True))
     elect = lru_cache(maxsize=1)(partial(_elect_signs, pairs))
 
-    def at(vector: TaskVector, weight: float, name: str) -> Delta:
+    def compute_change(vector: TaskVector, weight: float, name: str) -> Delta:
         signs, own = elect(name), (weight > 0) - (weight < 0)
         d = _copy_dense(vector[name])
         for part, sign in _split_views(d, signs):
@@ -211,7 +215,8 @@ def keep_agreeing(vectors: Sequence[TaskVector], weights: Tensor | None = None) 
         return Dense(d)
 
     return [
-        TaskVector(v.base, {name: partial(at, v, w, name) for name in v}, v.seed) for v, w in pairs
+        TaskVector(v.base, {name: partial(compute_change, v, w, name) for name in v}, v.seed)
+        for v, w in pairs
     ]
 
 

@@ -22,7 +22,7 @@ class ExpertRows:
         rank: The largest rank r, here or in the matrix that these rows are used with.
         row_r: The numbers `0, ..., r - 1`.
         by_expert: The rows of all experts `[E, r, C]`, a view of `matrix`; empty if ranks differ.
-        places_Er: The place of each row of an expert in `matrix`, where the row of zeros stands for
+        places_Er: The position of each row of an expert in `matrix`, where the row of zeros stands for
             rows that an expert lacks; None if all ranks are equal.
     """
 
@@ -94,7 +94,7 @@ class ExpertRows:
         """Copy the rows of some experts.
 
         Args:
-            experts_N: The places of the experts `[N]`.
+            experts_N: The positions of the experts `[N]`.
             dtype: The dtype of the result.
 
         Returns:
@@ -110,11 +110,11 @@ class ExpertRows:
         """Locate the rows of chosen experts in a matrix.
 
         Args:
-            experts_TK: The places of the chosen experts `[T, K]`.
+            experts_TK: The positions of the chosen experts `[T, K]`.
             dtype: The dtype of the matrix.
 
         Returns:
-            The matrix `[., C]`, and the places `[T, K r]` of the rows in it. The matrix is `own` if
+            The matrix `[., C]`, and the positions `[T, K r]` of the rows in it. The matrix is `own` if
             that has the dtype and ranks are equal, and otherwise a copy of the chosen rows.
         """
         if self.places_Er is None and self.own.dtype == dtype:
@@ -126,5 +126,5 @@ class ExpertRows:
         return rows, self._compute_places((some_E.cumsum(0) - 1)[experts_TK])
 
     def _compute_places(self, experts_TK: Tensor) -> Tensor:
-        """Compute the places `[T, K r]` of experts' rows in a matrix with r rows per expert."""
+        """Compute the positions `[T, K r]` of experts' rows in a matrix with r rows per expert."""
         return ((experts_TK * self.rank).unsqueeze(-1) + self.row_r).flatten(1)

@@ -10,7 +10,7 @@ token uses in one module, k experts that a token chose in one module.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from experthub.routing._packed import PackedExperts
 from experthub.routing._router import TopK, Weights
 from experthub.routing.kernels.dense import add_all, weigh_all
 from experthub.routing.kernels.gather import FEW_TOKENS, add_gathered, multiply_gathered
-from experthub.routing.kernels.names import Kernel
+from experthub.routing.kernels.names import FLOAT32_CPU_KERNELS, Kernel
 from experthub.routing.kernels.sampled import add_chosen, multiply_chosen
 from experthub.routing.kernels.scores import compute_inverse_deviation, compute_scores
 from torch import Tensor, nn
@@ -69,8 +69,8 @@ class Mixed(NamedTuple):
 class Group:
     """The experts of some modules, which compute and add their outputs.
 
-    A group is not a torch module, because looking up attributes of those is several times slower,
-    which matters for one token.
+    A group is not a torch module: attribute lookup on a module is several times slower, which is
+    noticeable for a single token.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Group:
             combine: `outputs` mixes `B_e A_e x`; `parameters` mixes the A and the B first.
             kernel: The kernel for all inputs; None chooses by the number of tokens.
             trained: Trainable probes in place of the router's.
-            context: The context that routers of whole examples look at.
+            context: The rows of the current batch, and decisions about whole rows.
 
         Raises:
             ValueError: `combine` is `parameters`, and ranks differ.
@@ -116,6 +116,10 @@ class Group:
             change: A function of one tensor that keeps its shape.
         """
         self.packed, self._held = self.packed.map(change), None
+        self.dtype = change(torch.empty(0, dtype=self.dtype)).dtype
+        plain = self.dtype == torch.float32 and self.packed.a.matrix.device.type == "cpu"
+        if self.kernels.forced in FLOAT32_CPU_KERNELS and not plain:
+            self.kernels = replace(self.kernels, forced=None)
 
     def add_to(self, y: Tensor, x: Tensor, module: int) -> Tensor:
         """Add the outputs of one module's experts, in place.
@@ -123,7 +127,7 @@ class Group:
         Args:
             y: Outputs of the base `[..., O]`, which are changed.
             x: Inputs `[..., I]`.
-            module: The module's place in the group.
+            module: The module's position in the group.
 
         Returns:
             The changed outputs `y`.
@@ -142,7 +146,7 @@ class Group:
 
         Args:
             x: Inputs `[..., I]`.
-            module: The module's place in the group.
+            module: The module's position in the group.
 
         Returns:
             The weights `[..., E]`.
@@ -210,7 +214,7 @@ class Group:
 
     def _compute_scores(self, x_TI: Tensor) -> Tensor:
         """Compute the scores `[T, G, P]` of the probes."""
-        probes = self.packed.probes if self.trained is None else self.trained
+        probes = self.packed.probes if self.trained is None else self.trained.float()
         return self._view_by_module(compute_scores(x_TI, probes, self.packed.router.layer_norm))
 
     def _view_by_module(self, scores: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ class PackedExperts:
     """The experts of a group of modules with their router.
 
     Attributes:
-        experts: The experts that adapt the modules, as places in the recipe.
+        experts: The experts that adapt the modules, as positions in the recipe.
         ranks: For each module, the rank of each expert.
         a: The rows of A of all modules and experts, module after module.
         b: The rows of B of each module, with scale and recipe weight folded in.
@@ -34,9 +34,9 @@ class PackedExperts:
             does not look at the input.
         joint: One matrix of which A and the probes are views; None if they are stored apart.
         prefilter: Coarse copies of the probes, if there are any.
-        owner_N: The expert and the module of each row of A: a place in `experts`, plus the number of
+        owner_N: The expert and the module of each row of A: a position in `experts`, plus the number of
             experts for each module before. None if all ranks are equal.
-        first_G1: The place of the first expert of each module, counted as in `owner_N`.
+        first_G1: The position of the first expert of each module, counted as in `owner_N`.
     """
 
     experts: tuple[int, ...]
@@ -64,12 +64,12 @@ class PackedExperts:
         """Pack rows that are on one device.
 
         Args:
-            experts: The experts that adapt the modules, as places in the recipe.
+            experts: The experts that adapt the modules, as positions in the recipe.
             ranks: For each module, the rank of each expert.
             a: The rows of A of all modules; rows below those of the experts are the probes.
             b: The rows of B of each module.
             router: The router of the first module.
-            probes: The probes of all modules, unless they are below the rows of A.
+            probes: The probes of all modules in float32; None if they are below the rows of A.
             prefilter: Coarse copies of the probes, if there are any.
 
         Returns:
@@ -80,13 +80,15 @@ class PackedExperts:
             sizes = torch.tensor([*chain(*ranks)])
             owner_N = torch.arange(len(sizes)).repeat_interleave(sizes).to(device)
         below = a.matrix[len(a.own) : len(a.matrix) - (a.places_Er is not None)]
-        if len(below):
+        if len(below) and probes is None:
             joint, probes = a.matrix[: len(a.own) + len(below)], below
         first_G1 = torch.arange(len(b), device=device)[:, None] * len(experts)
         return cls(experts, ranks, a, b, router, probes, joint, prefilter, owner_N, first_G1)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> PackedExperts:
         """Apply a function to each tensor except the prefilter's, such as a move to another device.
+
+        Probes stay in float32, because scores are computed in it.
 
         Args:
             change: A function of one tensor that keeps its shape.
@@ -95,7 +97,8 @@ class PackedExperts:
             The changed experts.
         """
         a, b = self.a.map(change), tuple(rows.map(change) for rows in self.b)
-        probes = None if self.probes is None or self.joint is not None else change(self.probes)
+        apart = self.joint is None or a.matrix.dtype != torch.float32
+        probes = self.probes.to(a.matrix.device) if self.probes is not None and apart else None
         return PackedExperts.of(self.experts, self.ranks, a, b, self.router, probes, self.prefilter)
 
     def with_prefilter(self) -> PackedExperts:
@@ -154,7 +157,7 @@ def group_modules(
         combine: What is mixed: `outputs` or `parameters`.
 
     Returns:
-        The places of the modules in groups: all in one group, or each in a group of its own.
+        The positions of the modules in groups: all in one group, or each in a group of its own.
     """
     one = (
         len({stack.experts for stack in stacks}) == 1

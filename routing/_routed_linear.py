@@ -22,24 +22,24 @@ class RoutedLinear(nn.Module):
 
     Attributes:
         group: The experts of the module, and of others that share its input.
-        number: The module's place in the group.
+        position: The module's position in the group.
         probes_PI: The router's probes if they are trained, the only trainable parameter; else None.
     """
 
-    def __init__(self, base: nn.Module, group: Group, number: int = 0) -> None:
+    def __init__(self, base: nn.Module, group: Group, position: int = 0) -> None:
         """Put the experts beside a module.
 
         Args:
             base: The frozen linear module.
             group: The experts of the module, and of others that share its input.
-            number: The module's place in the group.
+            position: The module's position in the group.
         """
         super().__init__()
         self._base = (base,)  # in a tuple: the module's parameters are registered once, below
         self.register_parameter("weight", cast(nn.Parameter, base.weight))
         self.register_parameter("bias", cast("nn.Parameter | None", getattr(base, "bias", None)))
         self.probes_PI = group.trained
-        self.group, self.number = group, number
+        self.group, self.position = group, position
 
     @classmethod
     def from_stack(
@@ -62,7 +62,7 @@ class RoutedLinear(nn.Module):
             combine: `outputs` mixes `B_e A_e x`; `parameters` mixes the A and the B first.
             kernel: The kernel for all inputs; None chooses by the number of tokens.
             train_probes: Whether the router's probes become a trainable parameter.
-            context: What routers know of the batch.
+            context: The rows of the current batch, and decisions about whole rows.
 
         Returns:
             The routed module.
@@ -82,12 +82,12 @@ class RoutedLinear(nn.Module):
 
     @property
     def experts(self) -> tuple[int, ...]:
-        """The experts that adapt the module, by their place in the recipe."""
+        """The experts that adapt the module, by their position in the recipe."""
         return self.group.packed.experts
 
     def _apply(self, fn: Any, recurse: bool = True) -> RoutedLinear:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.number == 0:
+        if self.position == 0:
             self.group.apply(fn)
         return self
 
@@ -105,7 +105,7 @@ class RoutedLinear(nn.Module):
         Returns:
             `[..., O]` in the base's dtype.
         """
-        return self.group.add_to(self._base[0](x), x, self.number)
+        return self.group.add_to(self._base[0](x), x, self.position)
 
     def compute_weights(self, x: Tensor) -> Tensor:
         """Compute the weights that the router gives to the experts.
@@ -116,7 +116,7 @@ class RoutedLinear(nn.Module):
         Returns:
             `[..., E]`.
         """
-        return self.group.compute_weights(x, self.number)
+        return self.group.compute_weights(x, self.position)
 
 
 def attach_experts(
@@ -133,7 +133,7 @@ def attach_experts(
         packed: Their experts.
         combine: `outputs` mixes `B_e A_e x`; `parameters` mixes the A and the B first.
         kernel: The kernel for all inputs; None chooses by the number of tokens.
-        context: What the routers of the model know of the batch.
+        context: The rows of the current batch, and decisions about whole rows.
 
     Returns:
         The routed modules, in the order of the bases.
@@ -145,4 +145,4 @@ def attach_experts(
     if packed.first_G1.device != weight.device:
         packed = packed.map(lambda tensor: tensor.to(weight.device))
     group = Group(packed, weight.dtype, combine, kernel=kernel, context=context)
-    return [RoutedLinear(base, group, number) for number, base in enumerate(bases)]
+    return [RoutedLinear(base, group, position) for position, base in enumerate(bases)]

@@ -241,10 +241,10 @@ class TopK:
         return scores.abs() if self.absolute else scores
 
 
-EPS = 1e-5  # The epsilon of LayerNorm.
+LAYER_NORM_EPS = 1e-5  # The epsilon of LayerNorm.
 
 
-def standardise(rows_EI: Tensor, eps: float = EPS) -> Tensor:
+def standardise(rows_EI: Tensor, eps: float = LAYER_NORM_EPS) -> Tensor:
     """Scale each row to mean 0 and variance 1: LayerNorm without affine parameters.
 
     The mean is subtracted in float64. It is then still zero after rounding to float32, which scores

@@ -16,7 +16,7 @@ import torch
 from experthub.merge import LowRank
 from torch import Tensor
 
-EPS = 1e-12
+GATE_EPS = 1e-12
 AVERAGE = "average"  # The name of the mixture in which every skill has the same weight.
 # The way of training an inventory -> the method that serves it.
 SERVED_BY = {"poly": "poly", "mhr": "mhr", "shared": "poly", "private": "poly"}
@@ -69,11 +69,11 @@ class Skills:
             return torch.full((n_heads, len(self.a_SRI)), 1 / len(self.a_SRI))
         return normalise_gates(torch.sigmoid(self.logits[task].float()))
 
-    def fold(self, task: str) -> LowRank:
+    def fold(self, task: str | None) -> LowRank:
         """Compute the mixture for a task as one plain LoRA.
 
         Args:
-            task: The name of a task, or `average`.
+            task: The name of a task, or `average`; None means `average`.
 
         Returns:
             The LoRA, of rank R.
@@ -81,7 +81,8 @@ class Skills:
         Raises:
             KeyError: The inventory was not trained on the task.
         """
-        a_URI, b_UOR = mix_skills(self.a_SRI, self.b_SOR, self.weights(task)[None].to(self.a_SRI))
+        weights_UHS = self.weights(task or AVERAGE)[None].to(self.a_SRI)
+        a_URI, b_UOR = mix_skills(self.a_SRI, self.b_SOR, weights_UHS)
         return LowRank(a_URI[0], b_UOR[0], self.scale)
 
 
@@ -111,7 +112,7 @@ def normalise_gates(gates: Tensor) -> Tensor:
     Returns:
         Weights `[..., S]` that sum to 1.
     """
-    return gates / (gates.sum(-1, keepdim=True) + EPS)
+    return gates / (gates.sum(-1, keepdim=True) + GATE_EPS)
 
 
 def mix_skills(a_SRI: Tensor, b_SOR: Tensor, w_UHS: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,9 @@
 """Arrow: each token goes to the experts whose weights it excites most, with no training and no data.
 
 Ostapenko et al., "Towards Modular LLMs by Building and Reusing a Library of LoRAs",
-https://arxiv.org/abs/2405.11157, section 4.2.  The prototypes are exact singular vectors, computed
+https://arxiv.org/abs/2405.11157, section 4.2. The prototypes are exact singular vectors, computed
 from the factors alone; those of peft come from 15 steps of a power iteration with a random start.
-Neither the paper's code nor peft normalises the token, and neither do we.
+The token is not normalised, as in the paper's code and in peft.
 
 General-knowledge subtraction: Bagherifard et al., "GenKnowSub: Improving Modularity and Reusability
 of LLMs through General Knowledge Subtraction", https://arxiv.org/abs/2505.10939, as in peft.
@@ -80,34 +80,44 @@ def _check(outline: Outline, options: Options) -> None:
     labels = [expert.label for expert in outline.experts]
     for name in named:
         if labels.count(name) != 1:
+            count = labels.count(name) or "no"
             raise MethodError(
-                f"gks names {name}, and {labels.count(name)} experts of the recipe are called so",
+                f"gks: the recipe has {count} {'experts' if name in labels else 'expert'} "
+                f"named {name!r}",
                 _hint_for(name, labels),
             )
     general = [expert for expert in outline.experts if expert.label in named]
     others = [expert for expert in outline.experts if expert.label not in named]
     if not others:
-        raise MethodError("gks names all experts, and none is left to route to", "leave one out")
+        raise MethodError(
+            "gks names all experts, so no expert is left to route to", "remove one name from gks:"
+        )
     for expert in outline.experts:
         if expert.is_merge:
             raise MethodError(
-                f"expert {expert.label} is a merge, and gks subtracts stored factors A and B",
-                "name the experts of the merge one by one",
+                f"gks: {expert.label} is a merge, without factors A and B of its own",
+                "replace the merge by its experts",
             )
     for expert in general:
         if expert.weight != 1:
             raise MethodError(
-                f"expert {expert.label} has a weight, and gks takes the mean of general experts",
-                "leave weight out",
+                f"gks: the general expert {expert.label} has the weight {expert.weight:g}, but "
+                "general experts are averaged without weights",
+                f"remove weight: from {expert.label}",
             )
     for parameter in outline.parameters:
         _check_parameter(parameter, general, others)
+        module, ranks = parameter.removesuffix(".weight"), outline.describe_ranks(parameter)
+        if ranks is not None:
+            raise MethodFailure(
+                f"gks needs one rank, and {module} has {ranks}", f"exclude {module} with targets:"
+            )
 
 
 def _hint_for(name: str, labels: Sequence[str]) -> str:
     """Suggest how to correct a name that does not stand for exactly one expert."""
     if name in labels:
-        return "set as: for each of them"
+        return "give each of them a different name with as:"
     close = get_close_matches(name, sorted(labels), n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"use one of: {', '.join(sorted(labels))}"
 
@@ -118,21 +128,15 @@ def _check_parameter(
     """Refuse a parameter that the general experts and the others do not change alike."""
     module = parameter.removesuffix(".weight")
     if all(expert.rank_of(parameter) is None for expert in others):
-        raise MethodFailure(f"only general experts adapt {module}", "leave it out with targets:")
+        raise MethodFailure(
+            f"only general experts adapt {module}", f"exclude {module} with targets:"
+        )
     for expert in general:
         if expert.rank_of(parameter) is None:
             raise MethodFailure(
                 f"the general expert {expert.label} does not adapt {module}, and others do",
-                "leave the module out with targets:, or use another general expert",
+                f"exclude {module} with targets:, or use another general expert",
             )
-    found = {e.rank_of(parameter): e.label for e in (*general, *others) if e.rank_of(parameter)}
-    if len(found) > 1:
-        ranks = sorted((rank or 0, label) for rank, label in found.items())
-        raise MethodFailure(
-            f"gks needs one rank, and {module} has "
-            + ", ".join(f"{rank} ({label})" for rank, label in ranks),
-            "leave out with targets: what differs",
-        )
 
 
 @routers.register(
@@ -158,9 +162,9 @@ def arrow(
         top_k: Experts per token and module; 3 as in peft. A number above that of the experts means
             all of them, as in the authors' code.
         temperature: The temperature of the softmax.
-        gks: General-knowledge subtraction: the recipe's names of general experts. The mean of their
-            A and the mean of their B are subtracted from the A and B of every other expert,
-            whatever the scales, before prototypes are computed. No token goes to general experts.
+        gks: General-knowledge subtraction: the recipe's names of general experts. Their mean A and
+            mean B are subtracted from the A and B of every other expert. Scales are ignored.
+            Prototypes are computed afterwards. No token goes to general experts.
 
     Returns:
         The router of the module.
@@ -172,7 +176,7 @@ def arrow(
 def _compute_prototype(delta: LowRank) -> Tensor:
     """Compute the first right singular vector of `B A`, `[I]`; zeros if the change is zero.
 
-    Its sign is arbitrary.  With `A^T = Q R` it is Q times the first eigenvector of `R B^T B R^T`:
+    Its sign is arbitrary. With `A^T = Q R` it is Q times the first eigenvector of `R B^T B R^T`:
     `O((O + I) r^2)`.
     """
     a_rI, b_Or = delta.a.double(), delta.b.double()

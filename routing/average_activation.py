@@ -33,7 +33,7 @@ def _average(materials: RouterMaterials, options: Options) -> State:
             sums: dict[str, Tensor] = sums,
             counts: dict[str, Tensor] = counts,
         ) -> None:
-            sums[name] = sums.get(name, torch.zeros(())) + x_TI.sum(0)
+            sums[name] = sums.get(name, torch.zeros(())) + x_TI.sum(0).cpu()
             counts[name] = counts.get(name, torch.zeros(())) + len(x_TI)
 
         materials.read_activations(e, see)

@@ -16,7 +16,7 @@ def _score(materials: RouterMaterials, options: Options) -> State:
         materials.report(f"reading examples with {label}", e, len(materials.labels))
         logits = materials.read_logits(e)
         shares = [
-            float((found_NC.argmax(-1).cpu() == right_N).float().mean())
+            float((found_NC.argmax(-1).cpu() == right_N.cpu()).float().mean())
             for found_NC, right_N in zip(logits, answers, strict=True)
         ]
         scores.append(sum(shares) / len(shares))

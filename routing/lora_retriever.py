@@ -3,8 +3,10 @@
 Zhao et al., "LoraRetriever: Input-Aware LoRA Retrieval and Composition for Mixed Tasks in the
 Wild", https://arxiv.org/abs/2402.09997, sections 4.1 and 4.2: an expert is represented by the mean
 embedding of some of its examples; the chosen experts are averaged, by their outputs (the paper's
-"mixture") or by their parameters ("fusion").  One deviation: the paper tunes its embedder with
-instructions on a part of the tasks, and ours is any sentence encoder as it is.
+"mixture") or by their parameters ("fusion").
+
+There is one deviation: the paper fine-tunes its embedder with instructions on some of the tasks.
+Here any sentence encoder is used unchanged.
 """
 
 from __future__ import annotations

@@ -35,4 +35,4 @@ def mhr(skills: Skills, *, task: Annotated[str | None, TaskName] = None) -> LowR
     Raises:
         KeyError: The inventory was not trained on the task.
     """
-    return skills.fold(task or "average")
+    return skills.fold(task)

@@ -49,10 +49,25 @@ def phatgoose(
     Raises:
         ValueError: The experts have no gates.
     """
+    return TopK(scale_gates(stack, temperature), top_k, layer_norm=True)
+
+
+def scale_gates(stack: ExpertStack, temperature: float) -> Tensor:
+    """Standardise the gates of experts, and divide them by `temperature * sqrt(I)`.
+
+    Args:
+        stack: The experts of a module, with their gates.
+        temperature: The temperature of the softmax.
+
+    Returns:
+        The probes `[E, I]`.
+
+    Raises:
+        ValueError: The experts have no gates.
+    """
     if stack.gates_EI is None:
-        raise ValueError("phatgoose: expected a gate of every expert, found none")
-    scale = temperature * math.sqrt(stack.width)
-    return TopK(standardise(stack.gates_EI) / scale, top_k, layer_norm=True)
+        raise ValueError("expected a gate for every expert, found none")
+    return standardise(stack.gates_EI) / (temperature * math.sqrt(stack.width))
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,4 +34,4 @@ def poly(skills: Skills, *, task: Annotated[str | None, TaskName] = None) -> Low
     Raises:
         KeyError: The inventory was not trained on the task.
     """
-    return skills.fold(task or "average")
+    return skills.fold(task)

@@ -1,4 +1,4 @@
-"""Retrieval: every example goes to the expert whose training examples hold the most similar one.
+"""Retrieval: every example goes to the expert whose training data has the most similar example.
 
 The baseline of Muqeeth et al., "Learning to Route Among Specialized Experts for Zero-Shot
 Generalization", https://arxiv.org/abs/2402.05859, section 4.2, after Jang et al.,
@@ -20,7 +20,7 @@ def build_index(materials: RouterMaterials, options: Options) -> State:
     """Embed examples of every expert's own tasks.
 
     Args:
-        materials: What the examples are read from.
+        materials: The materials, which load the encoder and the texts.
         options: The options of the router; `embedder` names a sentence encoder.
 
     Returns:

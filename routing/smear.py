@@ -10,13 +10,13 @@ the PHATGOOSE gates that were trained for each expert alone, as in https://arxiv
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Annotated
 
 from experthub.merge import Range
-from experthub.routing._router import ExpertStack, Router, Weights, standardise
+from experthub.routing._router import ExpertStack, Router, Weights
 from experthub.routing._routers import Routing, routers
+from experthub.routing.phatgoose import scale_gates
 from torch import Tensor
 
 
@@ -67,6 +67,4 @@ def smear(stack: ExpertStack, *, temperature: Annotated[float, Range(0.01, 100)]
     Raises:
         ValueError: The experts have no gates.
     """
-    if stack.gates_EI is None:
-        raise ValueError("smear: expected a gate of every expert, found none")
-    return Smear(standardise(stack.gates_EI) / (temperature * math.sqrt(stack.width)))
+    return Smear(scale_gates(stack, temperature))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from experthub.routing._pool import Batch, Pool, Select
+from experthub.merge import MethodError
+from experthub.routing._pool import Batch, Pool, Select, one_hot
 from experthub.routing._router import Weights
 from experthub.routing._routers import Routing, routers
 
@@ -23,8 +24,8 @@ def task(pool: Pool, *, unknown: Literal["average", "base", "refuse"] = "average
 
     Args:
         pool: The experts and their tasks.
-        unknown: What serves a task that no expert was trained on. `average` uses the mean of all
-            experts, `base` uses none of them, and `refuse` is an error.
+        unknown: The experts for a task that no expert was trained on. `average` uses the mean of all
+            experts, `base` uses none of them, and `refuse` raises an error.
 
     Returns:
         A function from rows to weights.
@@ -38,9 +39,12 @@ def task(pool: Pool, *, unknown: Literal["average", "base", "refuse"] = "average
         values_BE = torch.full((len(names), pool.n_experts), other)
         for row, name in enumerate(names):
             if name in known:
-                values_BE[row] = torch.eye(pool.n_experts)[known[name]]
+                values_BE[row] = one_hot(known[name], pool.n_experts)
             elif unknown == "refuse":
-                raise ValueError(f"no expert for the task {name!r}: there are {', '.join(known)}")
+                raise MethodError(
+                    f"no expert was trained on the task {name!r}",
+                    f"set unknown: average, or name one of {', '.join(known)}",
+                )
         return Weights(values_BE)
 
     return select

@@ -1,8 +1,8 @@
 """X-LoRA: a small classifier reads the base's last hidden states and weights the experts per token.
 
 Buehler and Buehler, "X-LoRA: Mixture of Low-Rank Adapter Experts", https://arxiv.org/abs/2402.07148,
-section 2.1.  Each token is read twice, first by the base without experts; here both passes have
-their own key/value cache, where the authors' code has none.  The outputs of the experts are
+section 2.1. Each token is read twice: first by the base without experts, then by the routed model.
+Both passes have a key/value cache here; the authors' code has none. The outputs of the experts are
 weighted, which equals weighting their inputs.
 
 Shapes: B rows, S tokens, H hidden features, L layers of the recipe's modules, E experts.
@@ -57,7 +57,7 @@ def _train(materials: RouterMaterials, options: Options) -> State:
             ]
             loss = torch.stack(losses).sum() / len(picked)
         if not bool(torch.isfinite(loss)):
-            raise MethodFailure(f"training the router diverged at step {step}", "lower lr")
+            raise MethodFailure(f"the loss is {loss.item()} at step {step + 1}", "set a lower lr")
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -94,9 +94,9 @@ def xlora(
         pool: The experts, with the classifier as state.
         depth: Linear layers of the classifier, with ReLU between them; 1 as in peft.
         size: The width of the classifier's hidden layers.
-        layerwise: Whether each layer of the model has weights of its own.
+        layerwise: Give each layer of the model its own weights.
         temperature: The temperature of the softmax.
-        top_k: How many of the largest weights are kept, without rescaling them; null keeps all.
+        top_k: The number of largest weights that are kept; they are not rescaled. null keeps all.
         steps: Training steps of AdamW.
         lr: The learning rate of AdamW.
         batch_size: Examples per training step.

@@ -187,7 +187,7 @@ def logits(model: Any, rows: list[list[int]] | None = None) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Ran:
-    """What a command left behind: its exit code, and what it wrote where."""
+    """The result of a command: its exit code and its output."""
 
     code: int
     out: str

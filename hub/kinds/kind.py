@@ -252,9 +252,13 @@ class Kinds(Mapping[str, ExpertKind]):
     def _load_plugins(self) -> dict[str, ExpertKind]:
         """Import the kinds of other packages once, and return all kinds."""
         if not self._plugins_loaded:
-            self._plugins_loaded = True
-            for point in entry_points(group=self.group):
-                point.load()
+            self._plugins_loaded = True  # A kind may read the catalogue while it is imported.
+            try:
+                for point in entry_points(group=self.group):
+                    point.load()
+            except BaseException:
+                self._plugins_loaded = False  # The next access raises the error, too.
+                raise
         return self._kinds
 
     def __getitem__(self, name: str) -> ExpertKind:

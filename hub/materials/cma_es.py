@@ -61,5 +61,5 @@ def _search_line(
     loss: Callable[[Sequence[float]], float], bound: float, evaluations: int
 ) -> list[float]:
     """Evaluate a grid that includes zero, because CMA-ES needs at least two dimensions."""
-    points = torch.linspace(-bound, bound, max(evaluations - 1, 2)).tolist()
+    points = torch.linspace(-bound, bound, max(evaluations - 1, 0)).tolist()
     return min(([x] for x in [0.0, *points]), key=loss)

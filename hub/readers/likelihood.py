@@ -14,7 +14,7 @@ from experthub.hub.readers.scorer import Question, Scores
 from experthub.hub.tasks.task import Example, Task
 from torch import Tensor
 
-BATCH_TOKENS = 2048
+LIKELIHOOD_BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def choice_logprobs(
     model: Any,
     items: Sequence[Encoded],
     *,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int = LIKELIHOOD_BATCH_TOKENS,
 ) -> list[list[float]]:
     """Sum the log-probabilities of every choice's tokens, without gradients.
 

@@ -151,11 +151,9 @@ def _check_skills(recipe: Recipe, experts: tuple[PlannedExpert, ...]) -> None:
 def _check_equal_ranks(outline: Outline) -> None:
     """Refuse experts of several ranks at one module."""
     for name in outline.parameters:
-        found = {e.rank_of(name): e.label for e in outline.experts if e.rank_of(name)}
-        if len(found) > 1:
-            ranks = sorted((rank or 0, label) for rank, label in found.items())
+        ranks = outline.describe_ranks(name)
+        if ranks is not None:
             raise HubError(
-                f"combine: parameters needs one rank, and {name.removesuffix('.weight')} has "
-                + ", ".join(f"{rank} ({label})" for rank, label in ranks),
+                f"combine: parameters needs one rank, and {name.removesuffix('.weight')} has {ranks}",
                 "use combine: outputs",
             )

@@ -24,7 +24,7 @@ from experthub.hub.kinds.lora import LORA
 from experthub.hub.recipes.planned_experts import Member
 from experthub.hub.registry.content import Content
 
-VERSION = 1
+CACHE_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class MemberCache:
             The cache, whether its file exists or not.
         """
         digests = [content.digest for content in contents]
-        key = digest_of([VERSION, base.fingerprint, allow_mismatch, digests])[7:23]
+        key = digest_of([CACHE_VERSION, base.fingerprint, allow_mismatch, digests])[7:23]
         return cls(hub_home() / "banks" / "members" / f"{key}.json")
 
     def load_members(self, named: Sequence[tuple[Content, float]]) -> list[Member] | None:

@@ -36,7 +36,7 @@ def multiply_gathered(x_TI: Tensor, a: ExpertRows, experts_TK: Tensor) -> Tensor
     Args:
         x_TI: Inputs `[T, I]`.
         a: The rows of A.
-        experts_TK: The chosen experts `[T, K]`, as places in `a`.
+        experts_TK: The chosen experts `[T, K]`, as positions in `a`.
 
     Returns:
         The products `[T, J, 1]`.
@@ -51,7 +51,7 @@ def add_gathered(y_TO: Tensor, z_TJ: Tensor, b: ExpertRows, experts_Tk: Tensor) 
         y_TO: Outputs of the base `[T, O]`, which are changed.
         z_TJ: The weighted products `A x` `[T, J]`.
         b: The rows of B of one module.
-        experts_Tk: The chosen experts `[T, k]`, as places in `b`.
+        experts_Tk: The chosen experts `[T, k]`, as positions in `b`.
     """
     rows = b.gather(experts_Tk.reshape(-1), z_TJ.dtype)
     if y_TO.shape[0] == 1:

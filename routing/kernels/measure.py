@@ -14,7 +14,8 @@ ROUNDS = 5
 # More numbers than a cache holds. Between two tokens a model reads all of its weights, so those of a
 # group are no longer in the cache when they are read again.
 COLD = 1 << 24
-# Rows of A in one module: with fewer than LEAST all are read, and with more than MOST never all.
+# Limits on the rows of A in one module: below LEAST, kernels are not timed; above MOST, `all` is not
+# a candidate.
 LEAST, MOST = 24, 1024
 
 

@@ -27,12 +27,12 @@ from experthub.routing.kernels.scores import normalise_inputs
 from torch import Tensor
 
 MIN_PREFILTERED_EXPERTS = 256  # The number of experts from which a prefilter may be faster.
-FLOAT, HALF = torch.finfo(torch.float32), torch.finfo(torch.bfloat16)
+FLOAT, BFLOAT16 = torch.finfo(torch.float32), torch.finfo(torch.bfloat16)
 FINE = 254  # Fine steps in one step of 8 bits; they hold the rounding error of an input.
 
 
 @dataclass(frozen=True, eq=False)
-class HalfProbes:
+class Bfloat16Probes:
     """Probes in bfloat16.
 
     Attributes:
@@ -46,13 +46,13 @@ class HalfProbes:
     """
 
     candidates: ClassVar[int] = 8
-    relative: ClassVar[float] = HALF.eps
+    relative: ClassVar[float] = BFLOAT16.eps
     rows: Tensor
     norm_G: Tensor
     lost_G: Tensor
 
     @classmethod
-    def of(cls, probes: Tensor, n_modules: int) -> HalfProbes:
+    def of(cls, probes: Tensor, n_modules: int) -> Bfloat16Probes:
         """Round probes to bfloat16.
 
         Args:
@@ -81,7 +81,7 @@ class HalfProbes:
 
 
 @dataclass(frozen=True, eq=False)
-class ByteProbes:
+class Int8Probes:
     """Probes in 8 bits, `rows` times `scale_P`.
 
     An input becomes two rows of 8 bits, where the second holds the rounding error of the first. This
@@ -94,7 +94,7 @@ class ByteProbes:
         rows: The rounded probes `[G P, I]`.
         scale_P: The factor of each rounded probe.
         norm_G: For each module, the largest norm of its probes.
-        lost_G: For each module, the largest norm of its probes' rounding errors, as in `HalfProbes`.
+        lost_G: For each module, the largest norm of its probes' rounding errors, as in `Bfloat16Probes`.
     """
 
     candidates: ClassVar[int] = 24
@@ -105,7 +105,7 @@ class ByteProbes:
     lost_G: Tensor
 
     @classmethod
-    def of(cls, probes: Tensor, n_modules: int) -> ByteProbes:
+    def of(cls, probes: Tensor, n_modules: int) -> Int8Probes:
         """Round probes to 8 bits.
 
         Args:
@@ -145,12 +145,12 @@ class Prefilter:
     """Coarse copies of the probes of some modules, in bfloat16 and in 8 bits.
 
     Args:
-        halves: The probes in bfloat16, for many tokens.
-        bytes: The probes in 8 bits, for few tokens.
+        bfloat16: The probes in bfloat16, for many tokens.
+        int8: The probes in 8 bits, for few tokens.
     """
 
-    halves: HalfProbes
-    bytes: ByteProbes
+    bfloat16: Bfloat16Probes
+    int8: Int8Probes
 
     @classmethod
     def of(cls, probes: Tensor, n_modules: int) -> Prefilter:
@@ -163,7 +163,7 @@ class Prefilter:
         Returns:
             The prefilter.
         """
-        return cls(HalfProbes.of(probes, n_modules), ByteProbes.of(probes, n_modules))
+        return cls(Bfloat16Probes.of(probes, n_modules), Int8Probes.of(probes, n_modules))
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Prefilter | None:
@@ -182,12 +182,12 @@ class Prefilter:
             start, *rest = name.split(".")
             if start == "prefilter":
                 parts[rest[0]][rest[1]] = tensor
-        return cls(HalfProbes(**parts["halves"]), ByteProbes(**parts["bytes"]))
+        return cls(Bfloat16Probes(**parts["halves"]), Int8Probes(**parts["bytes"]))
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name."""
-        parts = {"halves": vars(self.halves), "bytes": vars(self.bytes)}
+        parts = {"halves": vars(self.bfloat16), "bytes": vars(self.int8)}
         return {
             f"prefilter.{part}.{name}": t for part, own in parts.items() for name, t in own.items()
         }
@@ -199,7 +199,7 @@ class Prefilter:
             x_TI: Inputs `[T, I]`.
             probes: The exact probes of all modules `[G P, I]` in float32.
             router: The router.
-            first_G1: The place of the first probe of each module.
+            first_G1: The position of the first probe of each module.
 
         Returns:
             The weights. The experts of a token may be in any order.
@@ -207,7 +207,7 @@ class Prefilter:
         x = normalise_inputs(x_TI, router.layer_norm)
         n_tokens, n_modules = x.shape[0], first_G1.shape[0]
         few = n_tokens <= FEW_TOKENS
-        coarse: HalfProbes | ByteProbes = self.bytes if few else self.halves
+        coarse: Bfloat16Probes | Int8Probes = self.int8 if few else self.bfloat16
         n_probes = probes.shape[0] // n_modules
         count = max(coarse.candidates, 4 * router.top_k)
         if n_probes <= count or not n_tokens:

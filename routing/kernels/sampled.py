@@ -31,7 +31,7 @@ def multiply_sampled(x_TI: Tensor, rows: Tensor, places_TJ: Tensor) -> Tensor:
     Args:
         x_TI: Inputs `[T, I]` in float32.
         rows: A matrix `[., I]` in float32.
-        places_TJ: The places of each token's rows in the matrix `[T, J]`.
+        places_TJ: The positions of each token's rows in the matrix `[T, J]`.
 
     Returns:
         The products `[T, J]`.
@@ -55,7 +55,7 @@ def multiply_chosen(x_TI: Tensor, a: ExpertRows, experts_TK: Tensor) -> Tensor:
     Args:
         x_TI: Inputs `[T, I]` in float32.
         a: The rows of A.
-        experts_TK: The chosen experts `[T, K]`, as places in `a`.
+        experts_TK: The chosen experts `[T, K]`, as positions in `a`.
 
     Returns:
         The products `[T, J]`.
@@ -70,7 +70,7 @@ def add_chosen(y_TO: Tensor, z_TJ: Tensor, b: ExpertRows, experts_Tk: Tensor) ->
         y_TO: Outputs of the base `[T, O]`, which are changed.
         z_TJ: The weighted products `A x` `[T, J]`.
         b: The rows of B of one module.
-        experts_Tk: The chosen experts `[T, k]`, as places in `b`.
+        experts_Tk: The chosen experts `[T, k]`, as positions in `b`.
     """
     rows, places = b.locate(experts_Tk, z_TJ.dtype)
     y_TO.add_(nn.functional.embedding_bag(places, rows, per_sample_weights=z_TJ, mode="sum"))

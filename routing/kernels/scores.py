@@ -6,7 +6,7 @@ Shapes: T tokens, I inputs of a module, P probes.
 from __future__ import annotations
 
 import torch
-from experthub.routing._router import EPS
+from experthub.routing._router import LAYER_NORM_EPS
 from torch import Tensor, nn
 
 
@@ -21,7 +21,9 @@ def normalise_inputs(x_TI: Tensor, layer_norm: bool) -> Tensor:
         The inputs `[T, I]` in float32.
     """
     wide = x_TI.float()
-    return nn.functional.layer_norm(wide, wide.shape[1:], eps=EPS) if layer_norm else wide
+    return (
+        nn.functional.layer_norm(wide, wide.shape[1:], eps=LAYER_NORM_EPS) if layer_norm else wide
+    )
 
 
 def compute_scores(x_TI: Tensor, probes_PI: Tensor | None, layer_norm: bool) -> Tensor:
@@ -51,4 +53,4 @@ def compute_inverse_deviation(x_TI: Tensor) -> Tensor:
     """
     # Torch vectorises a norm on CPUs, but not a variance.
     norm_T: Tensor = torch.linalg.vector_norm(x_TI - x_TI.mean(-1, keepdim=True), dim=-1)
-    return (norm_T.square() / x_TI.shape[1] + EPS).rsqrt()
+    return (norm_T.square() / x_TI.shape[1] + LAYER_NORM_EPS).rsqrt()

@@ -29,7 +29,7 @@ LINEAR = "merge: {method: linear}"
 
 @dataclass(frozen=True)
 class Place:
-    """Where a case is set up: an empty current folder, a base, and a maker of experts."""
+    """The surroundings of a case: an empty current folder, a base, and a maker of experts."""
 
     work: Path
     base: Path
@@ -571,14 +571,76 @@ def task_that_is_not_imported(place: Place) -> Words:
     return ["eval", place.recipe(place.stored()), "--tasks", "bigbench:nope"]
 
 
-@case(4, "there is no file nothing.txt")
+@case(4, "nothing.txt does not exist")
 def missing_list_of_tasks(place: Place) -> Words:
     return ["eval", place.recipe(place.stored()), "--tasks", "@nothing.txt"]
 
 
-@case(2, "there is no task to evaluate on", "--tasks")
+@case(2, "no tasks were given", "--tasks")
 def no_task(place: Place) -> Words:
     return ["eval", place.recipe(place.stored())]
+
+
+@case(2, "tasks.txt is not a text file in UTF-8", "one task per line")
+def binary_list_of_tasks(place: Place) -> Words:
+    (place.work / "tasks.txt").write_bytes(b"\xff\xfe\x00l")
+    return ["eval", place.recipe(place.stored()), "--tasks", "@tasks.txt"]
+
+
+def _folder(place: Place, name: str) -> Path:
+    (place.work / name / "within").mkdir(parents=True)
+    return place.work / name
+
+
+@case(2, "taken is not a file", "name another file")
+def result_in_place_of_a_folder(place: Place) -> Words:
+    """Paths of outputs are checked before anything is read: the recipe does not exist."""
+    return ["eval", "none.yaml", "--tasks", "local:t", "--out", _folder(place, "taken")]
+
+
+@case(2, "taken is not a file", "name another file")
+def samples_in_place_of_a_folder(place: Place) -> Words:
+    return ["eval", "none.yaml", "--tasks", "local:t", "--samples", _folder(place, "taken")]
+
+
+@case(2, r"table\.png: .*taken is not a folder", "name a file in a folder")
+def plots_below_a_file(place: Place) -> Words:
+    return ["eval", "none.yaml", "--tasks", "local:t", "--plots", place.write("", "taken")]
+
+
+@case(2, "taken is not a file", "name another file")
+def plot_in_place_of_a_folder(place: Place) -> Words:
+    return ["coefficients", "none.yaml", "--plot", _folder(place, "taken")]
+
+
+@case(6, "taken is in use", "name a new folder")
+def model_in_place_of_a_folder(place: Place) -> Words:
+    return ["compose", "none.yaml", "--out", _folder(place, "taken")]
+
+
+@case(2, "smollm2-135m-instruct is a base, and --name is for experts", "remove --name")
+def name_for_a_base(place: Place) -> Words:
+    return ["pull", "smollm2-135m-instruct", "--name", "mine"]
+
+
+@case(2, r"names of tasks are for bigbench, and \./folder is a folder", "remove snarks")
+def names_of_tasks_in_a_folder(place: Place) -> Words:
+    return ["tasks", "import", "./folder", "snarks"]
+
+
+@case(2, "--suite is for folders, and not for bigbench", "remove --suite")
+def suite_of_bigbench(place: Place) -> Words:
+    return ["tasks", "import", "bigbench", "snarks", "--suite", "mine"]
+
+
+@case(2, "linear is not a merge that learns coefficients", "hub methods")
+def coefficients_of_a_plain_merge(place: Place) -> Words:
+    return ["coefficients", place.recipe(place.stored())]
+
+
+@case(2, "uniform is not a router with a state", "hub methods")
+def state_of_a_plain_router(place: Place) -> Words:
+    return ["router", place.recipe(place.stored(), way="route: {method: uniform}")]
 
 
 @case(2, "unknown split 'dev'", "validation")
@@ -708,7 +770,7 @@ def chat_without_a_template(place: Place) -> Words:
     return ["generate", place.recipe(place.stored()), "--prompt", "x", "--chat"]
 
 
-@case(4, "there is no method 'phatgose'", "did you mean 'phatgoose'")
+@case(4, "unknown method 'phatgose'", "did you mean 'phatgoose'")
 def unknown_method_to_show(place: Place) -> Words:
     return ["methods", "phatgose"]
 

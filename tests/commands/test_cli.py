@@ -132,7 +132,7 @@ def test_list_of_bases(base_folder: Path) -> None:
 
 
 def test_tables_print_words_as_they_are(expert_folder: Make) -> None:
-    """No markup, no emoji, and nothing cut off where there is no terminal."""
+    """Tables show no markup and no emoji, and cut nothing off without a terminal."""
     odd = "uses [/INST] and [bold]tags[/bold] :smile: " + "long " * 60 + "end"
     assert run_hub("add", expert_folder(1), "--name", "odd", "--description", odd).code == 0
     ran = run_hub("list")
@@ -427,7 +427,7 @@ def test_eval_says_in_words_what_it_shows() -> None:
         "a: not clearly different from the base (+0.000, 95 % interval -0.100..+0.100) on average; "
         "clearly better on 1 and clearly worse on 0 of 2 tasks",
         "a: worse than b (-0.030, 95 % interval -0.050..-0.010) on average",
-        "best_individual: x@1",
+        "best_individual is the expert x@1",
     ]
 
 

@@ -52,7 +52,7 @@ def found(*words: str | Path) -> dict[str, dict[str, Any]]:
 
 
 def pull_all() -> str:
-    """What fetches every base that an expert of the starter registry is for."""
+    """Return the command that fetches every base of the starter registry's experts."""
     return f"hub pull {' '.join(sorted({e.base for e in Registry.read().list_experts()}))}"
 
 

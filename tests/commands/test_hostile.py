@@ -53,7 +53,7 @@ TREE, REVISION = "/tree/", "/revision/main$"
 
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No file of these tests has to outlast a loss of power."""
+    """Skip fsync, because no file of these tests has to outlast a loss of power."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
@@ -216,7 +216,7 @@ def test_an_adapter_beside_a_base_is_not_loaded_with_it(
 
 
 def refused_compose(home: Path, recipe: Path, error: str, code: int = 3) -> None:
-    """As `refused`, of a composition whose expert is in the store already."""
+    """Call `refused` with a composition whose expert is in the store already."""
     run_hub("add", next(home.parent.glob("expert-1")), "--name", "there")
     refused(home, "compose", recipe, "--out", home.parent / "out", code=code, error=error)
     assert not (home.parent / "out").exists()
@@ -442,7 +442,7 @@ def test_headers_name_no_file(published: HfServer, home: Path) -> None:
 
 @pytest.mark.parametrize("digest", ["../../../x", "", "0" * 63, "A" * 64, "0" * 64 + "/"])
 def test_a_digest_becomes_a_name_only_if_it_is_one(digest: str, tmp_path: Path) -> None:
-    """As of an index of packages; nothing is asked of the server."""
+    """Digests come from an index of packages, and the server gets no request."""
     with pytest.raises(IntegrityError, match="has the invalid digest"):
         _download.download("http://127.0.0.1:9/x", digest, tmp_path / "a" / "b" / "c")
     assert not (tmp_path / "a").exists() and not (tmp_path / "x").exists()

@@ -52,7 +52,7 @@ def shell(user: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(script: str, **variables: str) -> str:
-    """What a bash script prints; it must end well and not complain."""
+    """Run a bash script, and return its output; it must succeed without messages."""
     environment = os.environ | variables
     done = subprocess.run(
         ["bash", "--norc", "-c", script], capture_output=True, text=True, env=environment
@@ -62,14 +62,14 @@ def run(script: str, **variables: str) -> str:
 
 
 def in_bash(line: str) -> set[str]:
-    """What bash's function, as it is installed, offers at the end of the line."""
+    """List the completions that the installed function of bash offers at the end of the line."""
     words = [*line.split(), *([""] if line.endswith(" ") else [])]
     script = BASH.format(words=shlex.join(words), last=len(words) - 1)
     return set(run(script).split())
 
 
 def in_zsh(line: str) -> set[str]:
-    """What the installed function evaluates in zsh: _arguments '*: :(("one":"help" ...))'."""
+    """Return what the installed function evaluates in zsh: _arguments '*: :(("one":"help" ...))'."""
     found = run("hub", _HUB_COMPLETE="complete_zsh", _TYPER_COMPLETE_ARGS=line)
     values = re.findall(r'^(?:_arguments \'\*: :\(\()?"([^"]*)"', found, re.M)
     return {value.replace("\\\\:", ":") for value in values}

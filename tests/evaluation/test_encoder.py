@@ -38,7 +38,7 @@ def encoder(folder: Path) -> Base:
 
 @pytest.fixture
 def colours() -> str:
-    """Which colour a sentence is about, in the words of fixed labels."""
+    """Make a task that asks for the colour in a sentence, with fixed labels."""
     labels, words = ["red", "green", "blue"], ["fire", "grass", "sea"]
     examples = []
     for n in range(240):

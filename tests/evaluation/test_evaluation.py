@@ -145,7 +145,7 @@ class Stopped(BaseException):
 def test_a_rerun_loads_no_model_and_an_interrupted_run_goes_on(
     tiny_task: str, recipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is not known yet is computed, nothing else, and the digits are those of a whole run."""
+    """Only unknown scores are computed, and the digits are those of a whole run."""
     monkeypatch.setattr(cache, "UNIT", 4)
     settings = {"split": "train", "with_samples": True}
     whole = hub.evaluate({"merged": recipe}, [tiny_task], cache=False, **settings)

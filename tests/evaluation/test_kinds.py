@@ -24,7 +24,7 @@ from experthub.hub.tasks.task import Card, Example, example_id
 from experthub.hub.tasks.task_files import write_task
 from experthub.hub.training.fit import Settings
 from experthub.merge import AttachedExperts, Dense, Fit, TaskVector
-from experthub.merge._fitting import start_coefficients
+from experthub.merge._fitting import make_start_coefficients
 from safetensors.torch import save_file
 
 LABELS = ["red", "green", "blue"]
@@ -184,7 +184,7 @@ def test_an_expert_is_trained_merged_and_scored(folder: Path, task: str, kind: s
 
 @pytest.mark.parametrize("kind", [*MADE, *OTHERS])
 def test_what_learns_reads_what_is_composed(folder: Path, kind: str) -> None:
-    """With a change of every weight, tied ones included."""
+    """The expert changes every weight, tied ones included."""
     base = read(folder, "base")
     random = torch.Generator().manual_seed(5)
     changes = {n: 0.3 * torch.randn(s, generator=random) for n, s in base.shapes.items()}
@@ -198,7 +198,7 @@ def test_what_learns_reads_what_is_composed(folder: Path, kind: str) -> None:
         return reader.read(model, [reader.row(q) for q in questions])
 
     model = load_model(base, "float32", None)
-    start = start_coefficients(
+    start = make_start_coefficients(
         [vector], Fit("entropy", "task", start=0.5, steps=1, lr=1.0, batch_size=1)
     )
     with torch.no_grad(), AttachedExperts(model, [vector], start) as attached:
@@ -231,7 +231,7 @@ def test_logits_do_not_depend_on_the_batch(folder: Path, kind: str) -> None:
 
 
 def test_seq2seq_is_the_likelihood_of_the_answer(tmp_path: Path) -> None:
-    """By transformers' own loss."""
+    """The reference is the loss that transformers computes."""
     torch.manual_seed(0)
     seq2seq(tmp_path / "base")
     base = read(tmp_path / "base", "base")

@@ -100,7 +100,7 @@ def beginning(tokenizer: dict[str, Any]) -> None:
 def sides(
     request: pytest.FixtureRequest, harness: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[list[Any], list[Any]]]:
-    """What both sides make of every group of questions, with one tokenizer."""
+    """Tokenise every group of questions on both sides with one tokenizer."""
     folder = tiny_llama(tmp_path_factory.mktemp("model"), vocab_size=300)
     change = {"merging": merging, "beginning": beginning}.get(request.param)
     base = bases.read(edited(folder, change) if change else folder, "tiny")

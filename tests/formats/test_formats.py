@@ -301,7 +301,7 @@ def with_header(header: object, data: bytes = DATA) -> bytes:
 
 
 def agree(content: bytes) -> bool:
-    """Whether our reader takes a file; what it takes, safetensors must read as the same."""
+    """Return whether our reader accepts a file; safetensors must then read the same tensors."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.safetensors"
         path.write_bytes(content)
@@ -455,7 +455,7 @@ def test_what_safetensors_refuses_is_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_every_float_is_checked(dtype: torch.dtype, value: float, tmp_path: Path) -> None:
-    """Also the largest finite numbers and subnormals, which are sound."""
+    """The largest finite numbers and subnormals are accepted."""
     path = tmp_path / "x.safetensors"
     info = torch.finfo(dtype)
     sound = torch.tensor([info.max, info.min, info.tiny, -0.0, info.smallest_normal], dtype=dtype)

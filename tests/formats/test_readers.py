@@ -87,7 +87,7 @@ WORD = re.compile(rb"[\w.:/@+-]+")
 
 
 def parts(change: int) -> tuple[int, int, int, int]:
-    """How, where, how much and with what."""
+    """Split a mutation into its kind, its position, its length and its content."""
     return change % 8, (change >> 3) % (1 << 16), (change >> 19) % (1 << 16), change >> 35
 
 
@@ -164,7 +164,7 @@ def rebuilt(value: Any, changes: list[int]) -> Any:
 
 @dataclass
 class Reader:
-    """What is read, and what sound documents look like: texts, or trees that are written as JSON."""
+    """A reader with valid documents: texts, or trees that are written as JSON."""
 
     read: Callable[[bytes], object]
     texts: list[bytes]
@@ -322,7 +322,7 @@ def recipe(folder: Path, patch: pytest.MonkeyPatch) -> Reader:
 
 @reader
 def registry_file(folder: Path, patch: pytest.MonkeyPatch) -> Reader:
-    """With no other registry around, for speed."""
+    """Make a reader of a registry file, without other registries, which take time."""
     patch.setattr(registry, "__file__", str(folder / "nothing.py"))
     tree = {"version": 1, "bases": {"smollm2": BASE}, "experts": [EXPERT, EXPERT | {"version": 3}]}
 
@@ -454,7 +454,7 @@ def safetensors_header(folder: Path, patch: pytest.MonkeyPatch) -> Reader:
 
 @reader
 def shard_index(folder: Path, patch: pytest.MonkeyPatch) -> Reader:
-    """Of a task vector in two files."""
+    """Make a reader of the index of a task vector in two files."""
     places = {"a.weight": SHARD.format(1, 2), "b.weight": SHARD.format(2, 2)}
     for name, file in places.items():
         (folder / file).write_bytes(save({name: torch.ones(2)}))
@@ -615,7 +615,7 @@ def tree_rows() -> list[dict[str, Any]]:
 
 @reader
 def hub_answers(folder: Path, patch: pytest.MonkeyPatch) -> Reader:
-    """What a model hub says of a repository: its commit, its files, and where the list goes on."""
+    """Make a reader of a model hub's answers: the commit, the files and the next page."""
     commit, url = "1" * 40, "http://hub.test"
     home = folder / "home"
     answers: dict[str, bytes] = {}
@@ -707,7 +707,7 @@ def test_a_value_or_an_error(
 
 
 def test_the_watch_notices(tmp_path: Path) -> None:
-    """What the readers must not do is seen when it is done."""
+    """The watch reports what the readers must not do."""
     inside = tmp_path / "inside"
     inside.mkdir()
     with watched(inside):

@@ -89,7 +89,7 @@ def test_a_file_has_no_more_than_its_limit(tmp_path: Path, base_folder: Path, tu
 
 
 def test_it_travels(tmp_path: Path, base_folder: Path, tuned: Path, server: Any) -> None:  # noqa: F811
-    """By a model hub, a shared folder and an archive, under one digest."""
+    """A model hub, a shared folder and an archive carry it under one digest."""
     made = hub.diff(str(base_folder), str(tuned), "many", max_shard_size=LIMIT)
     for place in ("hf:alice/many", f"file:{tmp_path / 'shared'}"):
         code, _, err = push("many", place)

@@ -61,7 +61,7 @@ def experts(
 
 
 def around(linear: nn.Module, addons: list[Any], x: Tensor) -> Tensor:
-    """What a module gives with addons before and after it."""
+    """Compute the output of a module with addons before and after it."""
     for addon in addons:
         addon.pre_forward(x)
     y = linear(x)
@@ -72,7 +72,7 @@ def around(linear: nn.Module, addons: list[Any], x: Tensor) -> Tensor:
 
 
 def scores(made: Any, x: Tensor) -> Tensor:
-    """What the router hands to its softmax."""
+    """Return the input of the router's softmax."""
     seen, softmax = [], torch.softmax
     try:
         torch.softmax = lambda given, dim: seen.append(given) or softmax(given, dim)

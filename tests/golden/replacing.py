@@ -56,5 +56,5 @@ class Replacing(MetaPathFinder, Loader):
 
 
 def replace() -> None:
-    """From now on, `Anything` is found for these modules."""
+    """Let imports of these modules find `Anything` from now on."""
     sys.meta_path.insert(0, Replacing())

@@ -42,8 +42,8 @@ from experthub.hub.tasks.task_files import write_task
 from experthub.hub.transfer.describe import write_description
 from experthub.merge import merges
 from experthub.routing import routers
+from sources import ROOT, SOURCES
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 BASE = "smollm2-135m-instruct"
 EXPERTS = ("sentiment", "intent-recognition", "question-typing")
@@ -52,7 +52,7 @@ KEYS = {"base", "experts"}  # of a recipe, and of nothing else that is YAML here
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: its language, its marker's words, its text, and where it starts."""
+    """A fenced block with its language, its marker, its text, and the line where it starts."""
 
     page: Path
     line: int
@@ -88,11 +88,11 @@ def blocks(page: Path) -> Iterator[Block]:
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 
 
-def of(language: str) -> list[Any]:
+def select_blocks(language: str) -> list[Any]:
     return [pytest.param(b, id=str(b)) for b in BLOCKS if b.language == language]
 
 
-def generator() -> ModuleType:
+def load_generator() -> ModuleType:
     spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -101,7 +101,7 @@ def generator() -> ModuleType:
 
 
 def test_generated_pages_are_current() -> None:
-    for path, text in generator().pages().items():
+    for path, text in load_generator().pages().items():
         found = path.read_text(encoding="utf-8") if path.is_file() else ""
         assert found == text, f"docs/{path.name} is stale: run python docs/generate.py"
 
@@ -198,7 +198,7 @@ def test_methods_of_the_docs_enter_and_conform(installed_methods: dict[str, Any]
 
 
 def _parameters(suite: type, test: Any) -> Iterator[dict[str, Any]]:
-    """What `parametrize` gives a test besides the strategy, every combination of it."""
+    """List the combinations of parameters, besides the strategy, with which a test runs."""
     marks = [*suite.pytestmark, *getattr(test, "pytestmark", ())]  # type: ignore[attr-defined]
     given = [mark.args for mark in marks if mark.name == "parametrize"]
     given = [(name, values) for name, values in given if name != "strategy"]
@@ -206,7 +206,7 @@ def _parameters(suite: type, test: Any) -> Iterator[dict[str, Any]]:
         yield dict(zip((name for name, _ in given), values, strict=True))
 
 
-@pytest.mark.parametrize("block", of("yaml"))
+@pytest.mark.parametrize("block", select_blocks("yaml"))
 def test_yaml_is_valid(block: Block, page_folder: Path) -> None:
     """Recipes validate, and resolve where they use starter names only; so do the other formats."""
     name = block.marker.partition(": ")[2] or str(block)
@@ -227,7 +227,7 @@ def test_yaml_is_valid(block: Block, page_folder: Path) -> None:
         yaml_files.validate(RegistryFile, document)
 
 
-@pytest.mark.parametrize("block", of("json"))
+@pytest.mark.parametrize("block", select_blocks("json"))
 def test_json_parses(block: Block) -> None:
     json.loads(block.text)
 
@@ -253,7 +253,7 @@ def _split(words: list[str]) -> Iterator[list[str]]:
     yield part
 
 
-@pytest.mark.parametrize("block", of("sh"))
+@pytest.mark.parametrize("block", select_blocks("sh"))
 def test_commands_parse(block: Block) -> None:
     for words in commands(block.text):
         command: Any = typer.main.get_command(app)
@@ -315,21 +315,11 @@ def test_results_are_those_of_the_suites() -> None:
 
 def test_every_page_is_linked_from_the_readme() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    ours = {
-        "recipes",
-        "registry",
-        "methods",
-        "cli",
-        "extending",
-        "architecture",
-        "evaluation",
-        "results",
-        "trace",
-    }
-    assert {name for name in ours if f"(docs/{name}.md" not in text} == set()
+    names = {path.stem for path in (ROOT / "docs").glob("*.md")}
+    assert {name for name in names if f"(docs/{name}.md" not in text} == set()
 
 
-def test_architecture_names_every_module_of_hub() -> None:
+def test_architecture_names_every_module() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    names = {p.stem for p in (ROOT / "hub").rglob("*.py")} - {"__init__"}
+    names = {p.stem for p in SOURCES if p.relative_to(ROOT).parts[0] != "cli"} - {"__init__"}
     assert {name for name in names if f"`{name}`" not in text} == set()

@@ -1,4 +1,4 @@
-"""The shape of the house: no import cycles, few deferred imports, small files, one name for a thing."""
+"""Rules on imports, sizes and names, read from the source."""
 
 from __future__ import annotations
 
@@ -6,19 +6,16 @@ import ast
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeGuard
 
-import pytest
 from experthub.merge import merges
 from experthub.routing import routers
+from sources import ROOT, SOURCES, each_source
 
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("cli", "hub", "routing", "merge")
 PATHS = {
     "experthub." + ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p
-    for package in PACKAGES
-    for p in sorted((ROOT / package).rglob("*.py"))
+    for p in SOURCES
 }
-SOURCES = [pytest.param(p, id=str(p.relative_to(ROOT))) for p in PATHS.values()]
 MAX_FILE, MAX_FUNCTION = 300, 60  # lines
 # Modules of hub that light commands import, and what loads torch, which they import when it is used.
 # Modules of cli defer everything: a command imports what it needs itself.
@@ -31,7 +28,7 @@ DEFERRED = {
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """The modules of this package that a module imports, and whether a function does so."""
+    """List the modules of this package that a module imports, and whether inside a function."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     left: list[tuple[ast.AST, bool]] = [(tree, False)]
     while left:
@@ -68,21 +65,21 @@ def test_imports_are_deferred_only_where_they_keep_commands_light() -> None:
     assert dict(found) == DEFERRED
 
 
-@pytest.mark.parametrize("path", SOURCES)
+@each_source
 def test_files_and_functions_are_small(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= MAX_FILE, "find the second purpose in it"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             start = node.lineno
-            if ast.get_docstring(node):  # what it says does not count, what it does is counted
+            if ast.get_docstring(node):  # The docstring is not counted.
                 start += (node.body[0].end_lineno or 0) - node.body[0].lineno + 1
             lines = (node.end_lineno or 0) - start + 1
             assert lines <= MAX_FUNCTION, f"{node.name} has {lines} lines"
 
 
 def classes() -> Iterator[tuple[str, str]]:
-    """Every public class with its module."""
+    """List every public class with its module."""
     for name, path in PATHS.items():
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
@@ -96,15 +93,26 @@ def test_no_two_types_have_one_name() -> None:
     assert {name: where for name, where in found.items() if len(where) > 1} == {}
 
 
-def test_no_two_constants_of_one_name_have_two_texts() -> None:
-    """File names and other texts that several modules know by one name are one text."""
+def is_constant(node: ast.expr | None) -> TypeGuard[ast.expr]:
+    """Return whether an expression consists of texts, numbers and operators."""
+    if isinstance(node, ast.BinOp):
+        return is_constant(node.left) and is_constant(node.right)
+    return (
+        is_constant(node.operand)
+        if isinstance(node, ast.UnaryOp)
+        else isinstance(node, ast.Constant)
+    )
+
+
+def test_no_two_constants_of_one_name_have_two_values() -> None:
+    """A text or a number that several modules know by one name has one value."""
     found = defaultdict(set)
     for path in PATHS.values():
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
-                for target in node.targets:
-                    if isinstance(target, ast.Name) and isinstance(node.value.value, str):
-                        found[target.id].add(node.value.value)
+            if isinstance(node, ast.Assign | ast.AnnAssign) and is_constant(node.value):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                for target in targets:
+                    found[ast.unparse(target)].add(ast.unparse(node.value))
     found.pop("HINT", None)  # the next step after an error in the module's own format
     assert {name: texts for name, texts in found.items() if len(texts) > 1} == {}
 

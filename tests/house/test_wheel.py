@@ -11,15 +11,14 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from sources import PACKAGES, ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("cli", "hub", "merge", "routing")
 LARGE = "torch.*,transformers.*,peft.*,numpy.*,safetensors.*,huggingface_hub.*"
 pytestmark = pytest.mark.slow
 
 
 def run(*words: str | Path, folder: Path, code: int = 0) -> str:
-    """What a command prints in a folder, without anything of the checkout on its path."""
+    """Run a command in a folder without the checkout on its path, and return its output."""
     unset = ("PYTHONPATH", "MYPYPATH", "VIRTUAL_ENV")
     environment = {name: value for name, value in os.environ.items() if name not in unset}
     done = subprocess.run(
@@ -31,7 +30,7 @@ def run(*words: str | Path, folder: Path, code: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the files that git knows or would add: a build leaves its traces there."""
+    """Copy the files that git tracks or would add, because a build writes into its folder."""
     copy = tmp_path_factory.mktemp("sources")
     names = run(
         *("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"), folder=ROOT
@@ -45,10 +44,10 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def environment(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A virtual environment with the wheel, and this one's packages but for the editable install.
+    """Create a virtual environment that has the wheel and this environment's packages.
 
-    A path in a .pth file is only looked through: the .pth files there, which make a checkout
-    importable, are not run.
+    The editable install is not among them: Python does not run .pth files in a folder that another
+    .pth file adds.
     """
     folder = tmp_path_factory.mktemp("environment")
     build = ("--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder / "wheels")
@@ -62,7 +61,7 @@ def environment(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def installed(environment: Path) -> Path:
-    """Its site-packages, where this environment's come last."""
+    """Return the site-packages of that environment; this environment's packages come last."""
     (place,) = environment.glob("lib/python*/site-packages")
     assert {p.name for p in place.iterdir()} == {"experthub", f"experthub-{version()}.dist-info"}
     (place / "packages.pth").write_text(sysconfig.get_path("purelib") + "\n")

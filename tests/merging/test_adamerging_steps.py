@@ -63,7 +63,8 @@ def steps(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_twenty_steps(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """To rounding without the 1e-8 that fusion_bench adds to probabilities, and near it with that."""
+    """They are equal up to rounding without the 1e-8 that fusion_bench adds to probabilities, and
+    close with it."""
     coefficients, history = steps(case, monkeypatch)
     within = 1e-10 if case["entropy"] == "literal" else 1e-6
     assert difference(coefficients, case["coefficients"]) < within

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import EntryPoint
 from typing import Any
 
 import pytest
@@ -424,3 +425,15 @@ def test_every_method_is_in_a_suite() -> None:
     for suite in suites:
         (mark,) = [m for m in globals()[suite].pytestmark if m.args[0] == "strategy"]
         assert [param.id for param in mark.args[1]] == [param.id for param in methods_of(suite)]
+
+
+def test_a_broken_plug_in_is_an_error_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The methods of the plug-ins after it would be missing from the catalogue."""
+
+    broken = EntryPoint("broken", "experthub_has_no_such_module", "group")
+    monkeypatch.setattr("experthub.merge._catalogue.entry_points", lambda group: [broken])
+    for catalogue in (merges, routers):
+        monkeypatch.setattr(catalogue, "_plugins_loaded", False)
+        for _ in range(2):
+            with pytest.raises(ImportError, match="no_such_module"):
+                list(catalogue)

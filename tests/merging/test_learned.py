@@ -17,6 +17,8 @@ from experthub.merge import (
     Dense,
     Fit,
     LowRank,
+    MethodError,
+    MethodFailure,
     TaskVector,
     assign_blocks,
     compose_vector,
@@ -24,7 +26,7 @@ from experthub.merge import (
     merges,
 )
 from experthub.merge._coefficients import draw_groups, make_generator
-from experthub.merge._fitting import choose_rows, start_coefficients
+from experthub.merge._fitting import choose_rows, make_start_coefficients
 from experthub.merge._objectives import (
     choose_trusted,
     cross_entropy,
@@ -94,7 +96,7 @@ class TestGradients:
     def test_equals_autograd(self, form: str, granularity: str) -> None:
         given = [*wide("dense", 3)[:1], *wide()[1:]] if form == "mixed" else wide(form)
         data = TinyData(Tiny(WIDE))
-        start = start_coefficients(given, fit(granularity=granularity))
+        start = make_start_coefficients(given, fit(granularity=granularity))
         values = torch.rand(start.values.shape, dtype=WIDE, generator=torch.Generator())
         rows = [torch.arange(8), torch.arange(6)]
         with AttachedExperts(data.model, given, start) as attached:
@@ -110,7 +112,7 @@ class TestGradients:
     @pytest.mark.parametrize("form", ["low-rank", "dense"])
     def test_of_a_partition(self, form: str) -> None:
         given, data = wide(form), TinyData(Tiny(WIDE))
-        start = start_coefficients(given, fit(granularity="partition", groups=3))
+        start = make_start_coefficients(given, fit(granularity="partition", groups=3))
         values = torch.rand(start.values.shape, dtype=WIDE, generator=torch.Generator())
         assert values.shape == (3, 3, 3)
         with AttachedExperts(data.model, given, start) as attached:
@@ -135,7 +137,7 @@ class TestGradients:
 
     def test_of_summed_factors(self) -> None:
         given, data = wide(), TinyData(Tiny(WIDE))
-        start = start_coefficients(given, fit(granularity="task", combine="parameters"))
+        start = make_start_coefficients(given, fit(granularity="task", combine="parameters"))
         values = torch.rand(3, 1, dtype=WIDE, generator=torch.Generator())
         rows = [torch.arange(8), torch.arange(6)]
         with AttachedExperts(data.model, given, start) as attached:
@@ -176,7 +178,7 @@ class TestGradients:
             return Dense(changes[expert])
 
         given = [TaskVector("base", {"e.weight": partial(change, e)}) for e in range(2)]
-        start = start_coefficients(given, fit())
+        start = make_start_coefficients(given, fit())
         with AttachedExperts(model, given, start) as attached:
             batches = [([[1, 2, 2], [5, 1, 1]], [0, 1]), ([[1, 7, 2]], [0, 1]), ([[5, 7, 7]], [])]
             for ids, new in batches:
@@ -194,7 +196,7 @@ class TestGradients:
 
     def test_several_backward_passes_add_up(self) -> None:
         given, data = wide("dense"), TinyData(Tiny(WIDE))
-        start = start_coefficients(given, fit())
+        start = make_start_coefficients(given, fit())
         none = torch.arange(0)
         with AttachedExperts(data.model, given, start) as attached:
             attached.set(start.values)
@@ -222,7 +224,7 @@ class TestLearning:
         """AdaMerging written out with autograd and torch's Adam."""
         given, data = wide("dense"), TinyData(Tiny(WIDE))
         settings = fit(lr=0.2, steps=12, constraint=constraint)
-        start = start_coefficients(given, settings)
+        start = make_start_coefficients(given, settings)
         leaf = start.values.clone().requires_grad_()
         optimiser = torch.optim.Adam([leaf], lr=0.2)
         for step in range(12):
@@ -364,8 +366,12 @@ class TestLearning:
                 given.model.get_parameter(name).add_(strict[name].dense())
             kept = held_out.logits([torch.arange(n) for n in held_out.sizes])[0].argmax(-1)
         assert torch.equal(kept, held_out.answers[0])
-        with pytest.raises(ValueError, match="expected one of first, second, found 'third'"):
+        with pytest.raises(MethodError, match="the data has no task 'third'") as caught:
             run(setting="negation", forget="third")
+        assert caught.value.hint == "use one of first, second"
+        alone = TinyData(sizes=(8,), labelled=True, tasks=("first",))
+        with pytest.raises(MethodError, match="data: names only one"):
+            run_merge(merges["atlas"], vectors(), torch.ones(3), alone, setting="negation")
 
     def test_stored_coefficients_need_no_data(self) -> None:
         for name, options in (("adamerging", {"steps": 3}), ("atlas", {"steps": 3})):
@@ -413,8 +419,9 @@ class TestBadInput:
     def test_a_loss_that_is_not_finite(self) -> None:
         data = TinyData()
         data.x_tND[1][4] = float("nan")
-        with pytest.raises(ValueError, match="the loss is nan at step 1"):
+        with pytest.raises(MethodFailure, match="the loss is nan at step 1") as caught:
             learn_coefficients(make_materials(vectors(), data), fit(batch_size=64))
+        assert caught.value.hint == "set a lower lr"
 
     def test_experts_of_zeros_and_one_expert(self) -> None:
         found = learn_coefficients(make_materials(vectors(zero=True), TinyData()), fit())
@@ -493,7 +500,7 @@ class TestGranularity:
     def test_blocks_are_in_the_order_of_their_numbers(self) -> None:
         names = [f"layers.{n}.mlp.weight" for n in (10, 2, 1)]
         vector = TaskVector("base", {n: (lambda: Dense(torch.ones(1, 1))) for n in names})
-        assert start_coefficients([vector], fit()).blocks == tuple(names[::-1])
+        assert make_start_coefficients([vector], fit()).blocks == tuple(names[::-1])
 
     def test_an_expression(self) -> None:
         found = list(assign_blocks(self.NAMES, r"(self_attn|mlp)").values())
@@ -599,6 +606,14 @@ class TestClosedForms:
             wanted = (f * given[0][name].dense() + g * given[1][name].dense()) / (f + g)
             torch.testing.assert_close(merged[name].dense(), wanted, rtol=1e-6, atol=1e-7)
 
+    def test_weights_that_sum_to_zero(self) -> None:
+        given, data, _ = self.given()
+        for name in ("regmean", "regmean_plusplus", "fisher"):
+            for weights in (torch.zeros(2, dtype=WIDE), torch.tensor([1.0, -1.0], dtype=WIDE)):
+                with pytest.raises(MethodError, match="a sum other than 0") as caught:
+                    run_merge(merges[name], given, weights, data)
+                assert caught.value.hint.startswith("change the weights")
+
     def test_one_task_for_each_expert(self) -> None:
         for name in ("regmean", "regmean_plusplus", "fisher"):
             with pytest.raises(ValueError, match="one task for each of the 3 experts"):
@@ -664,5 +679,30 @@ class TestLoraHub:
         given[0] = TaskVector("base", {**given[0].load, "a.weight": lambda: other})
         with pytest.raises(ValueError, match="one rank to sum their factors, found ranks 1, 2"):
             run_merge(merges["lorahub"], given, torch.ones(3), make_data())
-        with pytest.raises(ValueError, match="found dense ones"):
+        with pytest.raises(MethodError, match=r"a\.weight: expected low-rank changes") as caught:
             run_merge(merges["lorahub"], vectors("dense"), torch.ones(3), make_data())
+        assert caught.value.hint == "set combine: outputs"
+
+    @pytest.mark.parametrize("name", ["embed.weight", "a.bias"])
+    def test_factors_of_other_parameters_cannot_be_summed(self, name: str) -> None:
+        """The error comes while experts are attached, and the model is the base again."""
+        model = nn.ModuleDict({"a": nn.Linear(5, 6), "embed": nn.Embedding(7, 5)})
+        before = dict(model.named_parameters())
+        shape = model.get_parameter(name).shape
+        low = LowRank(torch.ones(1, 5), torch.ones(6, 1))
+        change = {"a.weight": lambda: low, name: lambda: Dense(torch.ones(shape))}
+        given = [TaskVector("base", change)]
+        start = make_start_coefficients(given, fit(granularity="task", combine="parameters"))
+        with pytest.raises(MethodError, match=f"{name}: expected low-rank changes"):
+            AttachedExperts(model, given, start)
+        assert dict(model.named_parameters()) == before
+        assert not model["a"]._forward_hooks and not model["embed"]._forward_hooks
+
+    def test_only_weights_that_are_replaced_can_be_fixed(self) -> None:
+        data = TinyData()
+        start = make_start_coefficients(vectors(), fit())
+        with (
+            AttachedExperts(data.model, vectors(), start) as attached,
+            pytest.raises(TypeError, match="attached with `take`"),
+        ):
+            attached.fix("a.weight", torch.ones(6, 5))

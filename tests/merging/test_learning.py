@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from experthub.hub.bases.loading import load_model, load_tokenizer
 from experthub.hub.errors import ConflictError, UsageError
 from experthub.hub.files import yaml_files
 from experthub.hub.materials import merge_materials
+from experthub.hub.materials.cma_es import minimize
 from experthub.hub.materials.task_data import TaskData
 from experthub.hub.readers.likelihood import choice_logprobs, encode
 from experthub.hub.readers.reader_for import reader_for
@@ -119,6 +120,13 @@ def test_what_learns_does_so_without_gradients_around_it(
     with torch.no_grad():
         again = hub.compose(recipe(values, method))
     assert same(weights(whole), weights(again))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", LEARNED)
+def test_every_method_composes_on_a_gpu(method: str, values: dict[str, Any]) -> None:
+    made = hub.compose(recipe(values, method), device="cuda")
+    assert all(bool(torch.isfinite(p).all()) for p in weights(made).values())
 
 
 def test_one_expert_may_stand_twice(values: dict[str, Any]) -> None:
@@ -422,3 +430,16 @@ def test_damaged_coefficients_are_refused(values: dict[str, Any], home: Path) ->
     )
     ran = run_hub("compose", path, "--out", "model")
     assert ran.code == 3 and "expected one tensor" in ran.err and not Path("model").exists()
+
+
+@pytest.mark.parametrize("experts", [1, 2])
+@pytest.mark.parametrize("evaluations", [1, 2, 3, 7])
+def test_cma_es_keeps_its_number_of_evaluations(experts: int, evaluations: int) -> None:
+    points: list[list[float]] = []
+
+    def loss(point: Sequence[float]) -> float:
+        points.append(list(point))
+        return sum(x * x for x in point)
+
+    best = minimize(loss, [0.0] * experts, 1.5, evaluations, 0)
+    assert len(points) == evaluations and best == points[0] == [0.0] * experts

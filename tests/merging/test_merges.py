@@ -178,13 +178,13 @@ VALUES = {
 def test_threshold_is_the_sorted_one(
     values: Callable[[], Tensor], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also over several tensors, and where they are looked at in parts."""
+    """It is exact over several tensors, and if they are read in parts."""
     torch.manual_seed(0)
     flat = values().to(dtype)
     if dtype == torch.float64:
         flat = flat * (1 + torch.rand(len(flat), dtype=dtype) * 1e-9)
     flat = flat[flat.isfinite()]
-    monkeypatch.setattr(sys.modules[find_threshold.__module__], "CHUNK", 64)
+    monkeypatch.setattr(sys.modules[find_threshold.__module__], "CHUNK_ENTRIES", 64)
     descending = flat.abs().sort(descending=True).values
     n = len(flat)
     for density in (1e-9, 0.1, 0.2, 0.5, 0.77, 1 - 1e-9, 1.0):

@@ -230,7 +230,7 @@ def test_nested_merge_with_and_without_rank(base_folder: Path, expert_folder: Ma
 def test_lora_on_tied_embeddings_changes_one_use_only(
     tmp_path: Path, base_folder: Path, expert_folder: Make
 ) -> None:
-    """As peft: a LoRA on lm_head leaves the input embeddings, and the other way round."""
+    """A LoRA on lm_head leaves the input embeddings, and the other way round, as in peft."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 

@@ -53,7 +53,7 @@ def test_an_expert_of_zeros_has_no_direction() -> None:
 
 
 def peft_adds(x: Tensor, found: dict[int, LowRank], general: Collection[int], **config: Any) -> Any:
-    """What peft's layer adds for experts of which some are general."""
+    """Compute what peft's layer adds for experts of which some are general."""
     arrow_of_peft = pytest.importorskip("peft.tuners.lora.arrow")
     from peft import ArrowConfig
 
@@ -78,7 +78,7 @@ def peft_adds(x: Tensor, found: dict[int, LowRank], general: Collection[int], **
 @pytest.mark.parametrize("top_k", [1, 3, 5])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_equals_peft(top_k: int, temperature: float, general: tuple[int, ...]) -> None:
-    """Also with general experts: their mean factors are taken off the others'."""
+    """The mean factors of general experts are subtracted as in peft."""
     found = experts(5)
     for e in general:
         found[e] = LowRank(found[e].a / 4, found[e].b / 4, found[e].scale)
@@ -219,10 +219,10 @@ def test_what_general_experts_are_part_of(base_folder: Path, folders: dict[str, 
 
 
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], type[HubError], str]] = [
-    ({}, {"gks": ["plane"]}, UsageError, "gks names plane, and 0 experts"),
-    ({"as": "one"}, {"gks": ["one"]}, UsageError, "gks names one, and 2 experts"),
-    ({}, {"gks": ["one", "two", "three", "plain"]}, UsageError, "none is left to route to"),
-    ({"weight": 0.5}, {"gks": ["plain"]}, UsageError, "expert plain has a weight"),
+    ({}, {"gks": ["plane"]}, UsageError, "gks: the recipe has no expert named 'plane'"),
+    ({"as": "one"}, {"gks": ["one"]}, UsageError, "gks: the recipe has 2 experts named 'one'"),
+    ({}, {"gks": ["one", "two", "three", "plain"]}, UsageError, "so no expert is left to route to"),
+    ({"weight": 0.5}, {"gks": ["plain"]}, UsageError, "general expert plain has the weight 0.5"),
     ({"rank": 3}, {"gks": ["plain"]}, HubError, r"gks needs one rank, .* 3 \(plain\), 4 \(three\)"),
     ({"targets": ("q_proj",)}, {"gks": ["plain"]}, HubError, "plain does not adapt .*down_proj"),
     ({}, {"gks": "plain"}, UsageError, "option 'gks': expected list of str | null"),

@@ -179,7 +179,7 @@ def test_halves_stay_halves_and_gates_are_prefiltered(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(bank, "MIN_PREFILTERED_EXPERTS", 2)
-    for coarse in ("HalfProbes", "ByteProbes"):
+    for coarse in ("Bfloat16Probes", "Int8Probes"):
         monkeypatch.setattr(f"experthub.routing.kernels.prefilter.{coarse}.candidates", 2)
     experts = [str(halved(expert_folder(seed))) for seed in range(6)]
     whole = {"base": str(base_folder), "experts": experts, "dtype": "float32"}
@@ -188,9 +188,9 @@ def test_halves_stay_halves_and_gates_are_prefiltered(
         packed = hub.compose({**whole, "route": {**route, "kernel": "prefilter"}})
         groups = [m.group.packed for m in packed.model.modules() if hasattr(m, "group")]
         assert all(
-            g.prefilter.halves.rows.dtype == g.a.matrix.dtype == torch.bfloat16 for g in groups
+            g.prefilter.bfloat16.rows.dtype == g.a.matrix.dtype == torch.bfloat16 for g in groups
         )
-        assert all(g.prefilter.bytes.rows.dtype == torch.int8 for g in groups)
+        assert all(g.prefilter.int8.rows.dtype == torch.int8 for g in groups)
         assert all(g.probes.dtype == torch.float32 for g in groups)
         monkeypatch.setattr(planned_experts, "LARGE", 1 << 60)
         stacked = hub.compose({**whole, "route": {**route, "kernel": "all"}})
@@ -213,7 +213,7 @@ def age(paths: list[Path], days: float) -> None:
 
 
 def collected(home: Path, *options: str) -> list[Path]:
-    """What `hub gc` takes away as leftovers."""
+    """Return the leftovers that `hub gc` deletes."""
     ran = run_hub("gc", "--json", "--yes", *options)
     assert ran.code == 0, ran.err
     return sorted(home / name for name in ran.json["gc"]["leftovers"])

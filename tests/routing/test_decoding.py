@@ -1,4 +1,4 @@
-"""What a routed model says does not depend on how its input is cut up or padded."""
+"""The output of a routed model does not depend on how its input is split or padded."""
 
 from __future__ import annotations
 

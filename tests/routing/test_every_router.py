@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,9 @@ def made_task(name: str, words: list[str]) -> str:
 
 
 @pytest.fixture(params=ROUTERS)
-def composition(
+def recipe(
     request: Any, base_folder: Path, expert_folder: Callable[..., Path], tmp_path: Path
-) -> Any:
+) -> dict[str, Any]:
     """A recipe that offers what the router says that it needs."""
     strategy: Strategy[Any] = request.param
     tasks = [made_task("animals", ["cat", "dog", "cow"]), made_task("colours", ["RED", "BLUE"])]
@@ -58,9 +58,21 @@ def composition(
     if strategy.needs_data:
         labels = strategy.needs_labels(strategy.bind(options))
         recipe["data"] = {"tasks": tasks, "labels": labels, "limit": 4}
-    made = hub.compose(recipe | {"route": {"method": strategy.name, **options}})
-    by_task = strategy.traits.routing.input == "task"
-    with made.tasks(tasks[1]) if by_task else nullcontext():
+    return recipe | {"route": {"method": strategy.name, **options}}
+
+
+@contextmanager
+def composed(recipe: dict[str, Any], device: str | None = None) -> Iterator[Any]:
+    """Compose a recipe; a router by task is told the task of every row."""
+    made = hub.compose(recipe, device=device)
+    by_task = routers[recipe["route"]["method"]].traits.routing.input == "task"
+    with made.tasks("made:colours") if by_task else nullcontext():
+        yield made
+
+
+@pytest.fixture
+def composition(recipe: dict[str, Any]) -> Iterator[Any]:
+    with composed(recipe) as made:
         yield made
 
 
@@ -125,3 +137,13 @@ def test_detaching_gives_the_base_bit_for_bit(composition: Any) -> None:
     detached = composition.detach()
     assert torch.equal(detached(input_ids=tokens).logits, expected)
     assert all(torch.equal(t, before[n]) for n, t in detached.state_dict().items())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@torch.no_grad()
+def test_on_a_gpu(recipe: dict[str, Any]) -> None:
+    """The state is made on the GPU, and gives the same model on the CPU."""
+    with composed(recipe, "cuda") as made:
+        found = made.model(ids(3, 6).cuda()).logits.cpu()
+    with composed(recipe) as made:
+        torch.testing.assert_close(found, made.model(ids(3, 6)).logits, atol=1e-2, rtol=1e-2)

@@ -129,7 +129,7 @@ def test_the_recorded_cases_tell_variants_apart() -> None:
 
 
 def test_the_recorded_cases_meet_the_epsilons() -> None:
-    """That of the official normalisation, and that of LayerNorm, by a token of small variance."""
+    """A token of small variance shows the epsilons of the official normalisation and of LayerNorm."""
     for case in OFFICIAL["cases"][:3]:
         top = torch.tensor(case["probabilities"]).double().topk(min(2, case["experts"])).values
         total = torch.tensor(case["weights"], dtype=torch.float64).sum(-1)

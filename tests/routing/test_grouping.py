@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from experthub.merge import LowRank
-from experthub.routing import ExpertStack, TopK, attach_experts, group_modules, pack_experts
+from experthub.routing import (
+    ExpertStack,
+    Kernel,
+    RoutedLinear,
+    TopK,
+    attach_experts,
+    group_modules,
+    pack_experts,
+    standardise,
+)
 from torch import Tensor, nn
 
 
@@ -35,3 +45,30 @@ def test_other_experts_and_other_settings_stand_apart() -> None:
     assert group_modules(stacks, [TopK(probes, 1), TopK(probes, 2)]) == [[0], [1]]
     others = [stack_of(2), stack_of(2, experts=(0, 1))]
     assert group_modules(others, [TopK(probes, 1), TopK(probes[:2], 1)]) == [[0], [1]]
+
+
+@pytest.mark.parametrize("kernel", [None, "all", "gather", "sampled", "prefilter"])
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_a_cast_model_still_chooses_by_float32_scores(
+    kernel: Kernel | None, layer_norm: bool
+) -> None:
+    """The experts are those of exact scores, and outputs are close, for few and many tokens."""
+    stacks, base = [stack_of(2), stack_of(2)], nn.Linear(8, 5).requires_grad_(False)
+    routers = [TopK(standardise(torch.randn(3, 8)), 2, layer_norm) for _ in stacks]
+    packed = pack_experts(stacks, routers, base.weight)
+    modules = nn.ModuleList(attach_experts([base, base], packed, kernel=kernel))
+    for tokens in (3, 40):
+        x = torch.randn(tokens, 8).bfloat16()
+        expected = [(m(x.float()), m.compute_weights(x.float())) for m in modules]
+        modules.bfloat16()
+        for module, (y, weights) in zip(modules, expected, strict=True):
+            torch.testing.assert_close(module(x).float(), y, atol=0.3, rtol=0.1)
+            torch.testing.assert_close(module.compute_weights(x), weights)
+        modules.float()
+
+
+def test_trained_probes_of_a_cast_model() -> None:
+    base, probes = nn.Linear(8, 5).requires_grad_(False), torch.randn(3, 8)
+    module = RoutedLinear.from_stack(base, stack_of(2), TopK(probes, 2), train_probes=True)
+    x = torch.randn(4, 8).bfloat16()
+    assert module.bfloat16()(x).dtype == torch.bfloat16

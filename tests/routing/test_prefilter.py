@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from experthub.routing import Prefilter, TopK, compute_scores, standardise
-from experthub.routing.kernels.prefilter import ByteProbes, HalfProbes
+from experthub.routing.kernels.prefilter import Bfloat16Probes, Int8Probes
 from experthub.routing.kernels.scores import normalise_inputs
 from torch import Tensor
 
@@ -44,7 +44,7 @@ INPUTS = {
 @pytest.mark.parametrize("top_k", [1, 3])
 @pytest.mark.parametrize("given", INPUTS)
 @pytest.mark.parametrize("of", PROBES)
-@pytest.mark.parametrize("tokens", [TOKENS, 7, 1], ids=["in halves", "in bytes", "one"])
+@pytest.mark.parametrize("tokens", [TOKENS, 7, 1], ids=["bfloat16", "int8", "one"])
 def test_it_chooses_what_all_scores_would(
     tokens: int, of: str, given: str, top_k: int, absolute: bool, layer_norm: bool
 ) -> None:
@@ -70,7 +70,7 @@ def test_it_chooses_what_all_scores_would(
 def test_scores_are_no_further_off_than_said(of: str, layer_norm: bool) -> None:
     x, probes = normalise_inputs(10 * INPUTS["one large"], layer_norm), PROBES[of]
     exact = (x.double() @ probes.double().T).view(TOKENS, MODULES, -1)
-    for coarse in (HalfProbes.of(probes, MODULES), ByteProbes.of(probes, MODULES)):
+    for coarse in (Bfloat16Probes.of(probes, MODULES), Int8Probes.of(probes, MODULES)):
         scores, error = coarse.compute_scores(x)
         rough = scores.view(exact.shape).double()
         off = (rough - exact).abs() - rough.abs() * coarse.relative
@@ -86,7 +86,7 @@ def test_coarse_probes_alone_would_choose_others(tokens: int) -> None:
     probes, x = near_each_other(), random(tokens, WIDTH, seed=2)
     router = TopK(probes[:EXPERTS], 2)
     prefilter = Prefilter.of(probes, MODULES)
-    coarse = prefilter.halves if tokens == TOKENS else prefilter.bytes
+    coarse = prefilter.bfloat16 if tokens == TOKENS else prefilter.int8
     rough = router.weights(coarse.compute_scores(x)[0].float().view(tokens, 3, -1))
     exact = router.weights(compute_scores(x, probes, False).view(tokens, 3, -1))
     found = prefilter.choose(x, probes, router, FIRST)

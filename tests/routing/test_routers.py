@@ -95,7 +95,7 @@ def test_a_batch_of_several_tasks(pool: dict[str, Any]) -> None:
     plain = transformers.AutoModelForCausalLM.from_pretrained(pool["recipe"]["base"])
     assert torch.equal(logits(base, ROWS), logits(plain, ROWS))
     refusing = routed(pool, "task", unknown="refuse")
-    with pytest.raises(UsageError, match="no expert for the task ''"):
+    with pytest.raises(UsageError, match="no expert was trained on the task ''"):
         logits(refusing.model, ROWS)
 
 
@@ -108,7 +108,7 @@ def ids_of(texts: list[str], folder: str, side: str = "right") -> Any:
 def test_experts_of_high_rank_are_chosen_for_whole_rows(
     base_folder: Path, expert_folder: Callable[..., Path]
 ) -> None:
-    """Of so many rows that a router by token has its kernels timed."""
+    """The experts have so many rows that the kernels of a router by token are timed."""
     experts = [str(expert_folder(seed, rank=16, size=0.1)) for seed in (1, 2)]
     recipe = {"base": str(base_folder), "experts": experts}
     composition = hub.compose({**recipe, "route": {"method": "task"}})
@@ -195,7 +195,7 @@ def test_smear_is_the_literal_merge_of_each_row(pool: dict[str, Any]) -> None:
     assert bool(y.isfinite().all())
     recipe = {**pool["recipe"], "route": {"method": "phatgoose", "top_k": 1}}
     other = hub.compose(recipe).model.model.layers[0].self_attn.q_proj
-    group, n = other.group, other.number
+    group, n = other.group, other.position
     gates = group.packed.probes[3 * n : 3 * n + 3]  # of q, standardised and scaled
     for row, length in ((0, 4), (1, 3)):
         tokens = torch.nn.functional.layer_norm(x[row, :length], (32,))

@@ -132,7 +132,7 @@ def test_heads_must_divide_the_widths(heads: int) -> None:
 
 
 def words_task(name: str, words: list[str]) -> str:
-    """Which of two kinds of words an input holds."""
+    """Make a task that asks which of two kinds of words an input has."""
     card = Card(name=name, source="made-up", template="{input}", labels=["yes", "no"])
     examples = []
     for number in range(100):

@@ -36,7 +36,7 @@ ENCODER_LINEARS = ("query", "key", "value", "dense")
 
 
 def made_task(name: str, words: str, turned: bool = False, count: int = 60) -> str:
-    """Which of two words comes first, in sentences of a few words; turned: with the wrong answers."""
+    """Make a task that asks which of two words comes first; `turned` makes some answers wrong."""
     listed, choices = words.split(), ["yes", "no"]
     examples = []
     for n in range(count):
@@ -239,7 +239,7 @@ def test_conditional_entropy_is_that_of_the_literal_estimate() -> None:
 
 
 def test_tmi_is_the_entropy_of_composed_features(pool: dict[str, Any]) -> None:
-    """Of the last prompt token's state, with each expert merged in."""
+    """The features are the states of the last prompt token, with each expert merged in."""
     task = read_task(pool["tasks"][0])
     examples = task.split("train", 20)
     found = ranked(pool, task.reference, by="tmi", labels=True, examples=20).scores["tmi"]
@@ -522,7 +522,7 @@ def test_classes_that_are_too_small(pool: dict[str, Any]) -> None:
 
 
 def test_an_encoder(tmp_path: Path) -> None:
-    """By pooled embeddings instead of last tokens; the encoder is its own embedder."""
+    """An encoder uses pooled embeddings instead of last tokens, and is its own embedder."""
     base = tiny_bert(tmp_path / "encoder")
     task = made_task("animals", WORDS["animals"])
     for seed in range(2):

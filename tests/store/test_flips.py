@@ -278,7 +278,7 @@ def test_a_damaged_fingerprint_is_computed_again(tmp_path: Path, home: Path) -> 
 
 
 def test_a_draft_is_no_task(everything: Path, home: Path) -> None:
-    """What a killed import left is neither shown nor checked, and goes with the next collection."""
+    """The draft of a killed import is neither shown nor checked, and the next collection deletes it."""
     draft = home / "tasks/local/.parity.0123456789abcdef"
     shutil.copytree(home / "tasks/local/parity", draft)
     flip(draft / "examples.jsonl")

@@ -1,4 +1,4 @@
-"""What the hub keeps: verified, repaired, counted, removed and collected."""
+"""Stored content is verified, repaired, counted, removed and collected."""
 
 from __future__ import annotations
 

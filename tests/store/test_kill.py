@@ -63,7 +63,7 @@ def nothing_left(home: Path, temporary: Path) -> None:
 
 
 def check(case: Case, words: Words, home: Path, temporary: Path) -> None:
-    """What must hold after any kill, and after the same command once more."""
+    """Check the state after a kill, and after the same command once more."""
     case.killed()
     found = verify(Session())
     whole = found.whole or isinstance(case, Repair)
@@ -111,7 +111,7 @@ def one_error(ran: Ran, code: int) -> None:
 
 
 def test_a_full_disk(case: Case, home: Path, tmp_path: Path, temporary: Path) -> None:
-    """From some step on there is no room: one error, and nothing half-written."""
+    """The disk is full from some step on: there is one error, and nothing half-written."""
     total = killing.run(*case.prepare(10)).steps
     failed = 0
     for turn, step in enumerate(sorted({number * total // KILLS for number in range(KILLS)})):

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,17 @@ def test_it_enters_by_its_entry_point(catalogue: Path, tmp_path: Path) -> None:
         command, capture_output=True, text=True, env={"PYTHONPATH": str(catalogue)}, check=False
     )
     assert done.stdout.split() == ["norm_shift", *BUILT_IN, "norm_shift"], done.stderr
+
+
+def test_a_broken_package_is_an_error_every_time(
+    catalogue: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = EntryPoint("broken", "experthub_has_no_such_module", "experthub.kinds")
+    monkeypatch.setattr("experthub.hub.kinds.kind.entry_points", lambda group: [broken])
+    monkeypatch.setattr(kinds, "_plugins_loaded", False)
+    for _ in range(2):
+        with pytest.raises(ImportError, match="no_such_module"):
+            list(kinds)
 
 
 def test_its_own_checks_and_the_hubs(catalogue: Path, base: Base, tmp_path: Path) -> None:

@@ -291,7 +291,7 @@ def test_adding_into_a_projects_registry(tmp_path: Path, home: Path, expert_fold
 
 
 def test_a_description_is_taken_over(base_folder: Path, expert_folder: Make) -> None:
-    """What expert.json says holds, unless the command says otherwise."""
+    """The fields of expert.json are used unless an option replaces them."""
     from experthub.hub.store.folder import read_folder
     from experthub.hub.transfer.describe import write_description
 
@@ -348,7 +348,7 @@ def test_two_processes_add_the_same_expert_at_once(expert_folder: Make) -> None:
 
 
 def test_three_processes_add_to_one_file_at_once(tmp_path: Path, expert_folder: Make) -> None:
-    """No entry is lost."""
+    """Every entry is kept."""
     file = tmp_path / "registry.yaml"
     at_once(ADD, *((expert_folder(seed, rank=1), f"x{seed}", file) for seed in range(3)))
     assert {e["name"] for e in yaml_files.read(file).value["experts"]} == {"x0", "x1", "x2"}

@@ -71,7 +71,7 @@ class User:
         return ran
 
     def begin(self) -> None:
-        """What nobody else has is taken in, removed, and collected by somebody."""
+        """Store, remove and collect an expert that nobody else has."""
         self.add_mine("mine", CONTENTS)
         self.check()
         self.remove_mine("mine")
@@ -101,7 +101,7 @@ class User:
         self.hub([0], "pull", f"known-{self.random.randrange(CONTENTS)}")
 
     def forget(self) -> None:
-        """Not to be had twice: what is in the project's registry only is a usage error."""
+        """Remove an expert; one that only the project's registry has is a usage error."""
         self.hub([0, 2], "rm", f"known-{self.random.randrange(CONTENTS)}", "--yes")
 
     def collect(self) -> None:
@@ -137,7 +137,7 @@ class User:
         return self.folder / name
 
     def check(self) -> None:
-        """What is mine is there, whatever the others do."""
+        """Check that the user's own content is there, whatever the others do."""
         known, store = Registry.read().user.content.experts, Store()
         for name, digests in self.mine.items():
             found = {e.digest for e in known if e.name == name}

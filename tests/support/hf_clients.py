@@ -81,7 +81,7 @@ class Client:
         )
 
     def __call__(self, script: str, token: str = "hf_write") -> Any:
-        """What a script leaves in `result`."""
+        """Run a script, and return its variable `result`."""
         return finished(self.start(script, token))
 
     def forget(self) -> None:

@@ -173,7 +173,7 @@ def paths(call: Call) -> Answer:
 
 @route("POST", API + r"/preupload/(?P<rev>[^/]+)")
 def preupload(call: Call) -> Answer:
-    """How each file is to come, and what is there under its path."""
+    """Answer how each file must be uploaded, and what its path holds now."""
     repo = call.repository(write=True)
     there = repo.files(repo.revision(call.names["rev"]))
     wanted = call.body.json()
@@ -191,7 +191,7 @@ def preupload(call: Call) -> Answer:
 
 @route("POST", LFS + "/objects/batch")
 def batch(call: Call) -> Answer:
-    """Where to upload what is not here yet."""
+    """Answer where to upload the objects that are missing."""
     repo = call.repository(write=True)
     hub, wanted, found = call.hub, call.body.json(), []
     if wanted["operation"] != "upload" or wanted.get("hash_algo", "sha256") != "sha256":
@@ -312,7 +312,7 @@ def resolve(call: Call) -> Answer:
 
 @route("GET", r"/cdn/(?P<repo>[^/]+/[^/]+)/(?P<kind>lfs|git)/(?P<oid>[0-9a-f]+)")
 def cdn(call: Call) -> Answer:
-    """Where a redirect leads: the bytes, for everybody who has the address."""
+    """Answer a redirected request with the bytes, for everybody who has the address."""
     oid = call.names["oid"]
     blob = call.hub.store.repository(call.names["repo"]).folder / call.names["kind"] / oid
     if not blob.is_file():

@@ -78,7 +78,7 @@ class HfServer:
         return [r for r in matching if re.fullmatch(method, r.method)]
 
     def answer(self, request: Request, body: Body) -> Answer:
-        """What a request gets when nothing goes wrong."""
+        """Answer a request if no fault applies."""
         method = "GET" if request.method == "HEAD" else request.method
         for wanted, pattern, function in ROUTES:
             match = pattern.fullmatch(request.path)
@@ -94,7 +94,7 @@ class HfServer:
         return refusal(404, "Sorry, we can't find the page you are looking for.")
 
     def user(self, request: Request) -> User | None:
-        """Whose token came; a wrong one is refused even where none is needed."""
+        """Return the owner of the token; a wrong one is refused even where none is needed."""
         login = request.headers.get("authorization")
         if login is None:
             return None

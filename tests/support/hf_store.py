@@ -1,4 +1,4 @@
-"""What the test Hub keeps on disk: repositories of immutable commits, blobs and half-done uploads."""
+"""The files of the test Hub: repositories of immutable commits, blobs and half-done uploads."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class Repository:
         return self.folder / "lfs" / sha256
 
     def content(self, file: File) -> Path:
-        """Where the bytes of a file are."""
+        """Return the path of a file's bytes."""
         return self.lfs(file.lfs) if file.lfs else self.folder / "git" / file.oid
 
     def revision(self, name: str) -> str:

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class Request:
-    """What came: header names in lower case; `received` bytes of body; the status it got, and `sent`
-    bytes of body."""
+    """A request with header names in lower case, and the status and the bytes of its answer.
+
+    `received` and `sent` count the bytes of the two bodies."""
 
     method: str
     path: str
@@ -36,7 +37,7 @@ class Request:
 
 @dataclass
 class Answer:
-    """What to send; `ranged` answers come in parts, `elsewhere` is their path without a login."""
+    """An answer; `ranged` ones come in parts, and `elsewhere` is their path without a login."""
 
     body: bytes | Path = b""
     status: int = 200
@@ -47,7 +48,7 @@ class Answer:
 
 @dataclass
 class Fault:
-    """What happens to requests whose path matches; by default to every GET, for ever.
+    """A fault of requests whose path matches; by default of every GET, for ever.
 
     path: searched in the path as it was sent, without the query.  method: matched whole.
     times: to so many requests only.  skip: after letting so many pass.  hits: so often until now.
@@ -113,7 +114,7 @@ class Body:
         self.left = 0 if self.chunked else int(request.headers.get("content-length", 0))
 
     def pieces(self) -> Iterator[bytes]:
-        """What is left of it."""
+        """Yield the part of the body that is left."""
         while self.left or self.chunked:
             if not self.left:
                 self.left = int(self._line().split(b";")[0], 16)
@@ -227,7 +228,7 @@ def send(handler: BaseHTTPRequestHandler, request: Request, answer: Answer, faul
 
 @dataclass(frozen=True)
 class User:
-    """Whose token it is; a read token cannot write."""
+    """The owner of a token; a read token cannot write."""
 
     name: str
     role: str = "write"

@@ -29,7 +29,7 @@ STUCK = 120  # seconds
 
 @dataclass(frozen=True)
 class Ended:
-    """How a child ended: its exit code, the steps that it began, and how long it took.
+    """The end of a child: its exit code, the steps that it began, and the time that it took.
 
     working: the seconds from its first step on.
     """

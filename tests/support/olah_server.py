@@ -92,7 +92,7 @@ offline = {str(not upstream).lower()}
 
 
 def git(folder: Path, *words: str) -> str:
-    """What a git command prints in a folder."""
+    """Run a git command in a folder, and return its output."""
     alone = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
     done = subprocess.run(
         ["git", *AUTHOR, *words],

@@ -175,7 +175,7 @@ def test_tracing_leaves_nothing(method: str, folders: list[Path], base_folder: P
 
 
 def test_a_recorded_module_weighs_as_it_mixes(folders: list[Path], base_folder: Path) -> None:
-    """What is written down is what goes into the output: y - W x = sum_e w_e s_e B_e A_e x."""
+    """The recorded weights are those of the output: y - W x = sum_e w_e s_e B_e A_e x."""
     composition = hub.compose(recipe_of(folders, base_folder))
     name = "model.layers.1.mlp.down_proj"
     module = composition.model.get_submodule(name)
@@ -353,7 +353,7 @@ def test_a_merge_is_refused_before_it_is_loaded(folders: list[Path], base_folder
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((), "there is no text to trace"),
+        ((), "no text to trace was given"),
         (("-p", "x", "--task", "local:parity"), "--prompt and --task exclude each other"),
         (("-p", ""), "prompt 1 is empty"),
         (("-p", "x", "-p", "x" * 513), "prompt 2 has 513 tokens"),
@@ -381,7 +381,7 @@ def test_what_is_refused(
 
 @pytest.mark.parametrize("text", ["plain", "Zürich 🌧 and 日本", "🌧", "\ufffd!", "a\n\n\tb"])
 def test_the_pieces_are_the_text(text: str, base: Base) -> None:
-    """Also where a token is a part of a character: the one that ends it has all of it."""
+    """The last of several tokens that form a character has all of it."""
     tokenizer = load_tokenizer(base)
     ids = tokenizer(text)["input_ids"]
     found = build_tokens(tokenizer, ids[:2], ids[2:], 0)

@@ -36,7 +36,7 @@ SETTINGS = Settings(steps=40, batch_size=8, lr=1e-2)
 
 @pytest.fixture
 def letters() -> str:
-    """Which of two letters was named: easy for a tiny model to learn."""
+    """Make a task that asks which of two letters was named, which a tiny model can learn."""
     card = Card(name="letters", source="made-up", template="{input} =")
     examples = []
     for n in range(160):
@@ -182,7 +182,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
 def test_a_full_fine_tune_learns_and_is_kept_exactly(
     base_folder: Path, letters: str, tmp_path: Path
 ) -> None:
-    """What is stored and the base are the model of --out; embeddings change only when asked to."""
+    """The base plus the stored change is the model of --out; embeddings change on request only."""
     words = ("train", "full", "--base", base_folder, "--task", letters, "--steps", "30")
     words = (*words, "--lr", "3e-3", "--name", "letters", "--json")
     ran = run_hub(*words, "--out", tmp_path / "tuned")

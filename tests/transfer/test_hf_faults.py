@@ -1,4 +1,4 @@
-"""What goes wrong at the test Hub, what it refuses, and what the real clients make of that."""
+"""Faults and refusals of the test Hub, and how the real clients handle them."""
 
 from __future__ import annotations
 

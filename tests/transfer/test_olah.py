@@ -33,7 +33,7 @@ NUMBERS = count(1)
 
 @dataclass(frozen=True)
 class Published:
-    """What is in the repository of one test."""
+    """The repository of one test."""
 
     name: str
     files: dict[str, bytes]
@@ -52,7 +52,7 @@ class Published:
         return hashlib.sha256(self.files[WEIGHTS]).hexdigest()
 
     def pulled(self, home: Path, ran: Ran) -> bool:
-        """Whether a pull brought exactly its files, and left nothing half-done."""
+        """Return whether a pull brought exactly its files, and left nothing half-done."""
         assert ran.code == 0, ran.err
         (entry,) = ran.json["pulled"]
         names = Store().read_identity(entry["digest"]).files
@@ -72,7 +72,7 @@ def partial(home: Path) -> list[Path]:
 
 
 def refused(ran: Ran, code: int, words: str) -> bool:
-    """Whether a pull ended with one clear error, and brought nothing."""
+    """Return whether a pull ended with one clear error, and stored nothing."""
     assert ran.code == code, ran.err
     assert len(ran.lines("error: ")) == len(ran.lines("hint: ")) == 1
     assert not Store().list_objects() and not Registry.read().user.content.experts
@@ -88,7 +88,7 @@ def published(expert_folder: Make) -> Published:
 
 @pytest.fixture(autouse=True)
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No proxy, no token, and no long waits."""
+    """Remove proxies, tokens and long waits."""
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy", "HF_TOKEN_PATH", "HF_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf-home"))
@@ -130,7 +130,7 @@ def test_every_revision_of_a_git_repository(
 def test_a_pull_goes_on_where_ranges_are_ignored(
     repository: Path, published: Published, home: Path
 ) -> None:
-    """What is sent is the whole file; the beginning that was here is not in it twice."""
+    """The server sends the whole file; the beginning that was fetched is not in it twice."""
     published.begun(home)
     assert published.pulled(home, run_hub("pull", published.source, "--json"))
 

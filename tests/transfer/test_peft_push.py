@@ -1,4 +1,4 @@
-"""What peft pushes with the Hub's own client, `hub pull` takes in, and composes to peft's logits."""
+"""An adapter that peft pushes can be pulled, and composes to peft's logits."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ for name, options in loras.items():
 
 @pytest.fixture(scope="module")
 def pushed(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where peft's logits are; its adapters are on a Hub."""
+    """Push adapters of peft to a Hub, and return the folder of peft's logits."""
     folder = tmp_path_factory.mktemp("pushed")
     with HfServer(folder / "server") as server, pytest.MonkeyPatch.context() as patch:
         for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy", "HF_TOKEN_PATH"):

@@ -51,7 +51,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What to send.  cut: stop after so many bytes of the body, as a broken line does."""
+    """An answer. `cut` stops it after so many bytes of the body, as a broken line does."""
 
     body: bytes = b""
     status: int = 200

@@ -1,4 +1,4 @@
-"""What goes wrong while an expert is pulled: little is sent twice, and nothing wrong is taken in.
+"""Faults while an expert is pulled: little is sent twice, and nothing damaged is stored.
 
 Set HUB_KILLS for more rounds (2 by default here).
 """
@@ -52,7 +52,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HfServer
 
 @pytest.fixture
 def files(server: HfServer, expert_folder: Make) -> dict[str, bytes]:
-    """What is in the repository: weights of 11 MiB, gates, and a configuration."""
+    """Return the files of the repository: weights of 11 MiB, gates and a configuration."""
     found = {p.name: p.read_bytes() for p in expert_folder(1, rank=3072).iterdir()}
     assert len(found[WEIGHTS]) > 8 * MIB
     filled(server, files=found, name="alice/large")
