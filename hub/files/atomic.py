@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -248,7 +249,8 @@ def create_folder(path: Path, replace: bool = False) -> Iterator[Path]:
         A draft folder to fill; its files are fsynced before it gets its name.
 
     Raises:
-        OSError: The name is taken by anything but an empty folder, and `replace` is false.
+        FileExistsError: Another process has created a folder of this name.
+        OSError: The name is taken by a file, and `replace` is false.
     """
     with open_draft_folder(path) as draft:
         yield draft
@@ -263,7 +265,12 @@ def create_folder(path: Path, replace: bool = False) -> Iterator[Path]:
         old = _draft_of(path)
         if replace and path.exists():
             path.rename(old)
-        draft.rename(path)
+        try:
+            draft.rename(path)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
+            raise
         remove(old)
     sync_folder(path.parent)
 
