@@ -137,6 +137,6 @@ def _choose_shots(task: Task, examples: Sequence[Example], shots: int) -> list[E
         return list(examples[: shots * len(task.list_choices(examples[0]))])
     found: dict[str, list[Example]] = {}
     for example in examples:
-        answer = task.list_choices(example)[task.find_answer(example) or 0]
+        answer = task.list_choices(example)[task.require_answer(example)]
         found.setdefault(answer, []).append(example)
     return [example for group in found.values() for example in group[:shots]]
