@@ -18,7 +18,7 @@ from experthub.hub.errors import ConflictError, UsageError
 from experthub.hub.files import yaml_files
 from experthub.hub.materials import merge_materials
 from experthub.hub.materials.task_data import TaskData
-from experthub.hub.readers.likelihood import choice_logprobs, encode
+from experthub.hub.readers.likelihood import encode, score_choices
 from experthub.hub.readers.reader_for import reader_for
 from experthub.hub.readers.similarity import Similarity
 from experthub.hub.recipes.entries import DataUse
@@ -321,7 +321,7 @@ class TestReading:
                 if base.is_causal:
                     choices = [" " + c for c in task.list_choices(examples[i])]
                     item = encode(tokenizer, task.format_prompt(examples[i]), choices)
-                    sums = choice_logprobs(data.model, item)[0]
+                    sums = score_choices(data.model, item)[0]
                     wanted = [s / len(c) for s, c in zip(sums, item[0].choices, strict=True)]
                 else:
                     scorer = Similarity(lambda: data.model, tokenizer)
