@@ -21,7 +21,7 @@ from _bench import BASE, THREADS, Times, arguments, finish, run_rounds, surround
 from _peer import OFFLINE, Peer, environment
 from experthub.hub.bases.base_sources import find
 from experthub.hub.bases.loading import load_model, load_tokenizer
-from experthub.hub.readers.likelihood import choice_logprobs, encode
+from experthub.hub.readers.likelihood import encode, score_choices
 from experthub.hub.session import Session
 from experthub.hub.tasks.task_files import read_task
 
@@ -139,7 +139,7 @@ def score(model: Any, tokenizer: Any, questions: Sequence[Question]) -> list[Sco
         The scores of each example.
     """
     encoded = [encode(tokenizer, question.prompt, after(question)) for question in questions]
-    sums = iter(choice_logprobs(model, [item for items in encoded for item in items]))
+    sums = iter(score_choices(model, [item for items in encoded for item in items]))
     return [
         Scored(
             tuple((item.prompt, choice) for item in items for choice in item.choices),

@@ -59,9 +59,9 @@ def cluster(
     from experthub.hub.evaluation.plots import plot_similarity
     from experthub.hub.files.path_checks import check_file
     from experthub.hub.selection.clusters import cluster, parse_similarity, write_clusters
-    from experthub.hub.selection.recipe_writing import check_request
+    from experthub.hub.selection.recipe_writing import check_recipe_file
 
-    check_request(out, force, method, routes_only=True)
+    check_recipe_file(out, force, method, routes_only=True)
     if plot is not None:
         check_file(plot)
         if out is not None and plot.resolve() == out.resolve():

@@ -131,12 +131,12 @@ def suggest(
     """
     from experthub.hub.files.memory import reuse_memory
     from experthub.hub.selection.measuring import suggest
-    from experthub.hub.selection.recipe_writing import check_request
+    from experthub.hub.selection.recipe_writing import check_recipe_file
     from experthub.hub.selection.suggestion import parse_ranking_measure, write_suggestion
     from experthub.hub.tasks.task import parse_split
 
     reuse_memory()
-    check_request(out, force, method)
+    check_recipe_file(out, force, method)
     with open_session(registry, device) as session:
         found = suggest(
             task,

@@ -87,7 +87,7 @@ def _run(check: Callable[..., Check], *given: Registry) -> Check:
 
 def _report_error(name: str, error: HubError | OSError) -> Check:
     """Make a problem of an error."""
-    hint = getattr(error, "hint", "check the path, its permissions and the disk")
+    hint = getattr(error, "hint", "") or "check the path, its permissions and the disk"
     return Check(name, "problem", str(error), hint)
 
 
@@ -117,7 +117,7 @@ def _check_packages() -> Check:
     if wrong:
         found = ", ".join(f"{name} {versions[name] or 'is missing'}" for name in wrong)
         install = shlex.join(["pip", "install", *(str(ranges[name]) for name in wrong)])
-        return Check("packages", "problem", found, install, versions)
+        return Check("packages", "problem", found, f"run {install}", versions)
     shown = ", ".join(f"{name} {versions[name]}" for name in SHOWN)
     return Check("packages", "ok", shown, details=versions)
 
@@ -236,9 +236,9 @@ def _check_experts(registry: Registry) -> Check:
     lost = [e.reference for e in missing if not _has_source(e)]
     near = [e.reference for e in missing if _has_source(e)]
     steps = [f"{reference}: {error.hint}" for reference, error in damaged[:1]]
-    steps += [f"hub pull {_join(near, ' ')}"] if near else []
+    steps += [f"run hub pull {' '.join(near)}"] if near else []
     if lost:
-        steps.append(f"{_join(lost)}: no source exists here; find the folder, and use hub add")
+        steps.append(f"find the folder of {_join(lost)}, which has no source, and run hub add")
     found = f"{len(experts) - len(missing) - len(damaged)} of {len(experts)} in the store"
     found += f"; missing: {_join([e.reference for e in missing])}" if missing else ""
     found += "".join(f"; {reference}: {error.message}" for reference, error in damaged)
@@ -264,7 +264,7 @@ def _check_bases(registry: Registry) -> Check:
     found = ", ".join(name if here[name] else f"{name} (not fetched)" for name in here) or "none"
     if not missing:
         return Check("bases", "ok", found, details=here)
-    step = f"{'unset HUB_OFFLINE; ' if is_offline() else ''}hub pull {_join(missing, ' ')}"
+    step = f"{'unset HUB_OFFLINE, and ' if is_offline() else ''}run hub pull {' '.join(missing)}"
     return Check("bases", "warning", found, step, here)
 
 
@@ -276,7 +276,7 @@ def _check_variables() -> Check:
     path = token_path()
     if path.is_file() and path.stat().st_mode & 0o077:
         found += f"; other users can read {path}"
-        return Check("variables", "warning", found, f"chmod 600 {path}", is_set)
+        return Check("variables", "warning", found, f"run chmod 600 {path}", is_set)
     return Check("variables", "ok", found, details=is_set)
 
 
@@ -289,10 +289,10 @@ def _check_completion() -> Check:
     return Check("completion", "warning", "not installed", step, {"shells": []})
 
 
-def _join(names: list[str], between: str = ", ", most: int = 6) -> str:
-    """Join the first names, and say how many more there are."""
+def _join(names: list[str], most: int = 6) -> str:
+    """Join the first names, and count the others."""
     more = [f"... ({len(names) - most} more)"] if len(names) > most else []
-    return between.join([*names[:most], *more])
+    return ", ".join([*names[:most], *more])
 
 
 def _format_size(count: int) -> str:

@@ -55,6 +55,16 @@ class Base:
         return _find_architecture(read_json(self.folder / "config.json"))
 
     @property
+    def portable_name(self) -> str:
+        """The name, without the path if the name is a folder on this machine."""
+        return self.folder.resolve().name if self.name == str(self.folder) else self.name
+
+    @property
+    def peft_task_type(self) -> str:
+        """The task type that an adapter of this base has in PEFT's format."""
+        return "CAUSAL_LM" if self.is_causal else "FEATURE_EXTRACTION"
+
+    @property
     def is_causal(self) -> bool:
         """True for a causal language model."""
         return self.architecture.endswith(CAUSAL)

@@ -97,12 +97,14 @@ def _unite(vectors: Sequence[TaskVector]) -> TaskVector:
 
 def _copy_model(model: Any, dtype: str, device: str | None) -> Any:
     """Copy a model that the caller loaded, without its tensors; refuse another dtype or device."""
-    wrong = str(model.dtype) != f"torch.{dtype}"
-    if wrong or (device and model.device != torch.device(device)):
+    found, wanted = model.device, torch.device(device or model.device)
+    # A device without an index, such as cuda, means every device of its type.
+    elsewhere = wanted.type != found.type or wanted.index not in (None, found.index or 0)
+    if str(model.dtype) != f"torch.{dtype}" or elsewhere:
         raise UsageError(
             f"the loaded base is {model.dtype} on {model.device}, and the composition needs "
             f"{dtype} on {device or 'any device'}",
-            "load the base with that dtype and on that device, or leave out model=",
+            "load the base with that dtype and on that device, or remove model=",
         )
     return _copy_modules(model).eval()
 

@@ -88,7 +88,7 @@ class Bank:
         Args:
             pack: A function that packs all groups, in the dtype of the composition, on the CPU and
                 not fused.
-            context: The context that routers of whole examples look at.
+            context: The state of the current batch, which routers of whole examples read.
 
         Yields:
             The names of each group's modules, and their experts, whose tensors are mapped.
@@ -110,7 +110,7 @@ class Bank:
             raise IntegrityError(
                 f"the bank {self.experts.parent} is damaged: {error}",
                 "remove that folder; the next composition writes it again",
-            ) from None
+            ) from error
 
     def _write(self, groups: Iterator[NamedGroup]) -> None:
         """Write one group after the other, so that only one is in memory."""
@@ -142,7 +142,7 @@ def find_bank(plan: Plan) -> Bank | None:
 def _load_group(
     experts: MappedTensors, routers: MappedTensors, number: int, context: Context
 ) -> NamedGroup:
-    """Load the group of a number."""
+    """Load a group by its number."""
     settings, rows = experts[number]
     names = list(settings["modules"])
     router_settings, tensors = routers[number]
@@ -213,24 +213,25 @@ def _describe_router(packed: PackedExperts) -> tuple[dict[str, Any], dict[str, T
     return {"class": _locate_class(type(router)), "values": plain}, tensors
 
 
-def _locate_class(kind: type) -> list[str]:
+def _locate_class(router_type: type) -> list[str]:
     """Return the module and the name by which a class is found again.
 
     A package that exports the class is preferred, because private modules may be renamed.
     """
-    package, name = kind.__module__.partition("._")[0], kind.__qualname__
-    exported = getattr(sys.modules[package], name, None) is kind
-    return [package if exported else kind.__module__, name]
+    module, name = router_type.__module__, router_type.__qualname__
+    package = module.partition("._")[0]
+    exported = getattr(sys.modules[package], name, None) is router_type
+    return [package if exported else module, name]
 
 
 def _load_router(settings: dict[str, Any], tensors: Mapping[str, Tensor], context: Context) -> Any:
     """Make the router that was written; its module is loaded already, so nothing is imported."""
     place, name = settings["class"]
-    kind: Any = getattr(sys.modules[place], name)
-    if not (isinstance(kind, type) and is_dataclass(kind)):
+    router_type: Any = getattr(sys.modules[place], name)
+    if not (isinstance(router_type, type) and is_dataclass(router_type)):
         raise ValueError(f"{name} is not a router")
-    names = {field.name for field in fields(kind)}
+    names = {field.name for field in fields(router_type)}
     own = {name: tensor for name, tensor in tensors.items() if name in names}
     shared = {"context": context} if "context" in names else {}
-    router: Any = kind(**settings["values"], **own, **shared)
+    router: Any = router_type(**settings["values"], **own, **shared)
     return router

@@ -58,7 +58,7 @@ class Composition:
 
     @contextmanager
     def tasks(self, names: Sequence[str] | str) -> Iterator[None]:
-        """Name the task of each row, for a router by task, in the batches inside the block.
+        """Set the task of each row of the batches in the block, for a router that chooses by task.
 
         Args:
             names: One name for each row, or one for all rows. A name is the label of an expert in
@@ -90,8 +90,7 @@ class Composition:
             The folder.
 
         Raises:
-            UsageError: The model is routed, which is not a set of weights; or the format is `peft`,
-                and the merge is not low-rank.
+            UsageError: The model is routed, or the format is `peft` and the merge is not low-rank.
             ConflictError: The folder is in use.
 
         Example:
@@ -99,7 +98,7 @@ class Composition:
         """
         if self.merged is None:
             raise UsageError(
-                "a routed model is more than a set of weights",
+                "a routed model cannot be saved as one set of weights",
                 "compose the recipe where the model is used, or write merge: instead of route:",
             )
         return save_model(self.model, self.plan, self.merged, Path(folder), format)

@@ -77,7 +77,7 @@ def _save_peft(plan: Plan, merged: TaskVector, folder: Path) -> None:
         folder,
         tensors,
         base=plan.base.name,
-        task_type="CAUSAL_LM" if plan.base.is_causal else "FEATURE_EXTRACTION",
+        task_type=plan.base.peft_task_type,
         transposed=any(how[n].transposed for n in low),
         pad=True,
     )

@@ -129,6 +129,10 @@ class _Rows:
                 "the router reads texts, which it was not registered for",
                 "add needs=('texts',) to its routers.register(...)",
             )
+        if self.ids.is_floating_point():
+            raise UsageError(
+                "the router reads texts, and the model got embeddings", "pass input_ids"
+            )
         return self.read_texts(self.ids, self.real)
 
     @property
@@ -211,7 +215,9 @@ class Watch:
         context.kept = kept.rows if kept else {}
         if self.select is None or (context.kept and not self.by_token):
             return
-        real = torch.ones_like(given) if context.real is None else context.real
+        real = context.real
+        if real is None:
+            real = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
         rows = _Rows(
             given,
             real,

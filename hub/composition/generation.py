@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from experthub.hub.bases.base import Base
 from experthub.hub.bases.loading import load_tokenizer
 from experthub.hub.composition.composition import Composition
 from experthub.hub.errors import UsageError
+from experthub.hub.readers.similarity import tokenise
 
 
 def generate_text(
@@ -35,9 +37,7 @@ def generate_text(
     """
     check_can_generate(composition)
     tokenizer = load_tokenizer(composition.plan.base)
-    ids = tokenizer(apply_chat_template(composition, tokenizer, prompt) if chat else prompt)[
-        "input_ids"
-    ]
+    ids = tokenise_prompt(composition.plan.base, tokenizer, prompt, chat)
     written = generate_ids(composition, tokenizer, ids, max_new_tokens, temperature)
     text: str = tokenizer.decode(written, skip_special_tokens=True)
     return text
@@ -60,26 +60,29 @@ def check_can_generate(composition: Composition) -> None:
         )
 
 
-def apply_chat_template(composition: Composition, tokenizer: Any, prompt: str) -> str:
-    """Put a prompt into the chat template of a tokenizer, as the message of a user.
+def tokenise_prompt(base: Base, tokenizer: Any, prompt: str, chat: bool) -> list[int]:
+    """Tokenise a prompt as a base reads it.
 
     Args:
-        composition: The composed model, whose base the error names.
-        tokenizer: The tokenizer of its base.
-        prompt: The text of the message.
+        base: The base. If it is not a causal language model, it reads at most 256 tokens.
+        tokenizer: The tokenizer of the base.
+        prompt: The prompt.
+        chat: Put the prompt into the chat template of the tokenizer, as the message of a user.
 
     Returns:
-        The text that the model reads.
+        The token ids.
 
     Raises:
         UsageError: The tokenizer has no chat template.
     """
-    if not tokenizer.chat_template:
-        raise UsageError(f"{composition.plan.base.name} has no chat template", "remove --chat")
-    text: str = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-    )
-    return text
+    if chat and not tokenizer.chat_template:
+        raise UsageError(f"{base.name} has no chat template", "remove --chat")
+    if chat:
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+    # The text of a chat template contains the special tokens already.
+    return list(tokenise(tokenizer, prompt, base.is_causal, add_special_tokens=not chat))
 
 
 def generate_ids(

@@ -21,7 +21,7 @@ from experthub.routing import (
     parse_kernel,
 )
 
-PAIRS = [list(pair) for pair in product(map(find_recorded_name, KERNELS), repeat=2)]
+KERNEL_PAIRS = [list(pair) for pair in product(map(find_recorded_name, KERNELS), repeat=2)]
 
 
 def choose_kernels(groups: Iterable[Group]) -> None:
@@ -47,7 +47,7 @@ def choose_kernels(groups: Iterable[Group]) -> None:
             continue
         key = f"{machine} {describe_shape(group)}"
         found = known.get(key)
-        if found not in PAIRS:
+        if found not in KERNEL_PAIRS:
             found, measured = (
                 [find_recorded_name(kernel) for kernel in measure_kernels(group)],
                 True,

@@ -1,4 +1,4 @@
-"""Routes: replacing the modules of a model by routed ones, and putting them back."""
+"""Routes: they replace modules of a model with routed modules, and restore them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from experthub.hub.composition.bank import Bank, NamedGroup
 from experthub.hub.composition.forward_hooks import Watch
 from experthub.hub.composition.kernels import choose_kernels
 from experthub.hub.composition.skills import (
+    add_to_modules,
     check_skills,
-    fold_into,
     fold_task,
     load_inventory,
     select_task,
@@ -103,14 +103,14 @@ def route(
     method, state = plan.recipe.method, state or State()
     routes = Routes()
     context = routes.watch.context
-    select = _make_selection(plan, state, session)
+    select = _make_selection(model, plan, state, session)
     modules = dict(model.named_modules())
 
     def pack() -> Iterator[NamedGroup]:
         # A bank stores probes apart from the experts' factors, and lies on the CPU.
         like = torch.empty(0, dtype=model.dtype) if bank else None
         stacking = Stacking(plan, modules, contents, state, select, context, like)
-        return stacking.groups(session.report)
+        return stacking.pack_groups(session.report)
 
     groups = []
     for names, packed in bank.load_groups(pack, context) if bank else pack():
@@ -151,8 +151,14 @@ def _route_skills(model: Any, plan: Plan, contents: Contents, store: Store) -> R
     routes = Routes()
     if task is not None:
         routes.folded = fold_task(plan, inventory, task)
-        routes.originals = fold_into(model, routes.folded)
+        routes.originals = add_to_modules(model, routes.folded)
         return routes
+    if model.config.is_encoder_decoder or plan.base.architecture == "CLIPModel":
+        raise UsageError(
+            f"{plan.base.name} is a {type(model).__name__}, which cannot choose the skills of "
+            f"{plan.experts[0].label} for each example",
+            f"set task: to one task of the inventory, such as {known[0]}",
+        )
     context = routes.watch.context
     for name, stack in stack_tasks(plan, inventory):
         module = model.get_submodule(name)
@@ -165,7 +171,7 @@ def _route_skills(model: Any, plan: Plan, contents: Contents, store: Store) -> R
     return routes
 
 
-def _make_selection(plan: Plan, state: State, session: Session) -> Select | None:
+def _make_selection(model: Any, plan: Plan, state: State, session: Session) -> Select | None:
     """Make the router if it decides once for the whole model; return None for other routers."""
     method = plan.recipe.method
     if method.strategy.traits.routing.depth == "module":
@@ -179,14 +185,16 @@ def _make_selection(plan: Plan, state: State, session: Session) -> Select | None
     pool = Pool(
         tuple(expert.label for expert in plan.experts),
         tuple(tuple(m.task for m in e.members if m.task) for e in plan.experts),
-        state.tensors,
+        {name: tensor.to(model.device) for name, tensor in state.tensors.items()},
         load_embedder,
     )
     select: Select = method.strategy.call(pool, **method.options)
 
     def select_explained(batch: Batch) -> Weights:
         with explain_errors(method.method):
-            return select(batch)
+            weights = select(batch)
+        experts = None if weights.experts is None else batch.place(weights.experts)
+        return Weights(batch.place(weights.values), experts)
 
     return select_explained
 

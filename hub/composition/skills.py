@@ -47,7 +47,7 @@ class Inventory:
 
 
 def load_inventory(plan: Plan, contents: Contents, store: Store) -> Inventory:
-    """Load the inventory that a plan's route is over.
+    """Load the inventory of skills that a plan routes over.
 
     Args:
         plan: A plan with one route, over one inventory.
@@ -65,7 +65,7 @@ def load_inventory(plan: Plan, contents: Contents, store: Store) -> Inventory:
 
 
 def check_skills(plan: Plan, record: SkillsRecord) -> None:
-    """Refuse a route by another router than the inventory's, or for a task that it does not know.
+    """Refuse a router that does not serve the inventory, or a task that it does not know.
 
     Args:
         plan: A plan with one route, over one inventory.
@@ -108,7 +108,7 @@ def fold_task(plan: Plan, inventory: Inventory, task: str) -> TaskVector:
     return TaskVector(plan.base.fingerprint, load, seed=plan.members[0].digest)
 
 
-def fold_into(model: Any, vector: TaskVector) -> dict[str, nn.Module]:
+def add_to_modules(model: Any, vector: TaskVector) -> dict[str, nn.Module]:
     """Replace modules by copies whose weights have the changes of a task vector.
 
     Args:
@@ -163,6 +163,6 @@ def select_task(record: SkillsRecord) -> Select:
     def select(batch: Batch) -> Weights:
         names = batch.tasks
         chosen = torch.tensor([[places.get(name, len(places))] for name in names])
-        return Weights(torch.ones(len(names), 1), chosen)
+        return Weights(batch.place(torch.ones(len(names), 1)), batch.place(chosen))
 
     return select

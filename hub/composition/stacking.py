@@ -1,4 +1,4 @@
-"""Stacking the experts of a plan: for each group of modules, what its router is made of."""
+"""Stacks of a plan's experts, from which the router of each group of modules is made."""
 
 from __future__ import annotations
 
@@ -46,9 +46,10 @@ class Stacking:
         contents: The experts' files.
         state: The state of the router.
         select: The router, if it decides once for the whole model.
-        context: What routers know of the batch.
-        like: A tensor whose dtype and device packed experts get; None means the module's weight,
-            with probes below the experts' A so that one product reads the input for both.
+        context: The facts about the current batch that routers read.
+        like: A tensor whose dtype and device the packed experts get. None takes those of the
+            module's weight, and places the probes below the experts' A, so that one product serves
+            both.
     """
 
     plan: Plan
@@ -59,7 +60,7 @@ class Stacking:
     context: Context
     like: Tensor | None
 
-    def groups(self, report: Report) -> Iterator[NamedGroup]:
+    def pack_groups(self, report: Report) -> Iterator[NamedGroup]:
         """Pack the experts of all modules, group after group.
 
         Args:
@@ -95,11 +96,11 @@ class Stacking:
         vectors: Sequence[TaskVector],
         own: Sequence[Mapping[str, Tensor]] | None,
     ) -> ExpertStack:
-        """Stack the experts of one module, as its router wants them."""
+        """Stack the experts of one module, in the form that its router needs."""
         plan, strategy = self.plan, self.plan.recipe.method.strategy
         here = [e for e, vector in enumerate(vectors) if f"{name}.weight" in vector.load]
         module = self.modules[name]
-        deltas = {e: change_of(name, module, vectors[e], plan.experts[e].weight) for e in here}
+        deltas = {e: load_change(name, module, vectors[e], plan.experts[e].weight) for e in here}
         width = next(iter(deltas.values())).shape[1]
         found = own and {e: own[e].get(name, torch.zeros(width)) for e in here}
         with explain_errors(name):
@@ -143,7 +144,7 @@ def group_by_input(names: Sequence[str]) -> list[list[str]]:
     return list(found.values())
 
 
-def change_of(name: str, module: nn.Module, vector: TaskVector, weight: float) -> LowRank:
+def load_change(name: str, module: nn.Module, vector: TaskVector, weight: float) -> LowRank:
     """Return the change of a linear module as A `[R, I]` and B `[O, R]`.
 
     Args:

@@ -13,6 +13,7 @@ from typing import Any
 
 from experthub.hub.errors import UsageError
 from experthub.hub.evaluation.result import Outcome, mean
+from experthub.hub.kinds import kinds
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.recipes.recipe import Recipe
 from experthub.hub.recipes.resolution import resolve
@@ -20,7 +21,7 @@ from experthub.hub.registry.content import Content
 from experthub.hub.session import Session
 from experthub.hub.tasks.task import Chosen
 
-BEST, ORACLE, AVERAGE = "best_individual", "oracle", "merged"
+BEST_INDIVIDUAL, ORACLE, MERGED = "best_individual", "oracle", "merged"
 
 
 def plan_controls(plans: Mapping[str, Plan], session: Session) -> tuple[Plan, dict[str, Plan]]:
@@ -34,10 +35,16 @@ def plan_controls(plans: Mapping[str, Plan], session: Session) -> tuple[Plan, di
         The plan of the mean, and the plan of each expert by its reference.
 
     Raises:
-        UsageError: A plan has the name of a control.
+        UsageError: A plan has the name of a control, or an expert cannot be merged.
     """
     contents: dict[str, Content] = {}
     for member in (m for p in plans.values() for m in p.members):
+        if kinds[member.kind].load is None:
+            raise UsageError(
+                f"--controls merges the experts, and {member.reference} is "
+                f"{kinds[member.kind].label}",
+                "remove --controls",
+            )
         contents.setdefault(member.digest, member.content)
     experts = list(contents.values())
     plan = next(iter(plans.values()))
@@ -47,7 +54,7 @@ def plan_controls(plans: Mapping[str, Plan], session: Session) -> tuple[Plan, di
         "allow_base_mismatch": any(p.recipe.allow_base_mismatch for p in plans.values()),
         "merge": {"method": "linear"},
     }
-    taken = {BEST, ORACLE, AVERAGE} & set(plans)
+    taken = {BEST_INDIVIDUAL, ORACLE, MERGED} & set(plans)
     if taken:
         raise UsageError(f"{taken.pop()} is the name of a control", "rename the recipe's file")
 
@@ -77,12 +84,12 @@ def pick_best_experts(
     best = max(accuracies, key=lambda name: mean(accuracies[name]))
     by_task = [max(accuracies, key=lambda name: accuracies[name][i]) for i in range(len(chosen))]
     columns = {
-        BEST: list(singles[best]),
+        BEST_INDIVIDUAL: list(singles[best]),
         ORACLE: [singles[name][i] for i, name in enumerate(by_task)],
     }
     tasks = [one.task.reference for one in chosen]
     return columns, {
-        BEST: best,
+        BEST_INDIVIDUAL: best,
         ORACLE: dict(zip(tasks, by_task, strict=True)),
         "singles": {name: dict(zip(tasks, row, strict=True)) for name, row in accuracies.items()},
     }

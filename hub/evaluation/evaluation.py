@@ -14,10 +14,10 @@ from experthub.hub.composition.compose import compose
 from experthub.hub.composition.composition import Composition
 from experthub.hub.errors import HubError, UsageError
 from experthub.hub.evaluation.cache import split_into_units
-from experthub.hub.evaluation.controls import AVERAGE, pick_best_experts, plan_controls
+from experthub.hub.evaluation.controls import MERGED, pick_best_experts, plan_controls
 from experthub.hub.evaluation.result import (
     BASE,
-    MEASURES,
+    SCORE_NAMES,
     Outcome,
     build_result,
     compare_columns,
@@ -90,6 +90,10 @@ def evaluate(
     chosen = _read_tasks(tasks, split, limit)
     paths: dict[str, str] = {}
     if isinstance(recipes, Mapping):
+        if BASE in recipes:
+            raise UsageError(
+                f"a recipe is named {BASE!r}, which is the column of the base", "rename the recipe"
+            )
         plans = {name: resolve(one, session=session) for name, one in recipes.items()}
     else:
         paths = _name_columns(recipes)
@@ -98,27 +102,28 @@ def evaluate(
     if split == "all":
         _refuse_trained(plans, [one.task for one in chosen])
     dtype = next(iter(plans.values())).dtype
+    planned = plan_controls(plans, session) if controls else None
     evaluator = _Evaluator(base, dtype, session, cache)
     outcomes = {
         name: evaluator.score_tasks(name, plan, chosen, score)
         for name, plan in {BASE: None, **plans}.items()
     }
-    between = {name: outcomes[name] for name in plans}
+    compared = {name: outcomes[name] for name in plans}
     picked: dict[str, Any] = {}
-    if controls:
-        plans[AVERAGE], alone = plan_controls(plans, session)
-        outcomes[AVERAGE] = evaluator.score_tasks(AVERAGE, plans[AVERAGE], chosen, score)
+    if planned is not None:
+        plans[MERGED], alone = planned
+        outcomes[MERGED] = evaluator.score_tasks(MERGED, plans[MERGED], chosen, score)
         singles = {
             name: evaluator.score_tasks(name, plan, chosen, score) for name, plan in alone.items()
         }
         columns, picked = pick_best_experts(singles, chosen)
         outcomes |= columns
-    protocol = MEASURES[score] if base.is_causal else evaluator.scorer.name
+    protocol = SCORE_NAMES[score] if base.is_causal else evaluator.scorer.name
     found = build_result(chosen, outcomes, split=split, score=protocol, seed=seed)
     found["recipes"] = {
         name: {"digest": plan.digest, "path": paths.get(name)} for name, plan in plans.items()
     }
-    found["comparisons"] = compare_columns(between, seed)
+    found["comparisons"] = compare_columns(compared, seed)
     extra = {"controls": picked} if controls else {}
     return found | extra | ({"samples": list_samples(chosen, outcomes)} if with_samples else {})
 
@@ -163,8 +168,8 @@ class _Evaluator:
             what = f"{name} on {one.task.reference}"
             questions = [self.scorer.question(one.task, example) for example in one.examples]
             scores: list[Scores] = []
-            near = surroundings | ({"task": one.task.reference} if by_task else {})
-            for unit in split_into_units(near, questions):
+            own = surroundings | ({"task": one.task.reference} if by_task else {})
+            for unit in split_into_units(own, questions):
                 known = unit.read() if self.cache else None
                 if known is None:
                     composed = composed or self._compose(plan)
@@ -175,7 +180,7 @@ class _Evaluator:
                         unit.write(known)
                 scores += known
                 self.session.report(what, len(scores), len(questions))
-            found.append(Outcome.of(one.task, one.examples, questions, scores, measure))
+            found.append(Outcome.of(one.task, one.examples, questions, scores, measure, self.dtype))
         return found
 
     def _compose(self, plan: Plan | None) -> Composition | None:
@@ -231,7 +236,7 @@ def _name_columns(paths: Sequence[str | Path]) -> dict[str, str]:
 def _find_common_base(plans: Mapping[str, Plan]) -> Base:
     """Return the base of all plans; refuse plans with different bases or dtypes."""
     if not plans:
-        raise UsageError("there is no recipe to evaluate", "pass a recipe file: recipe.yaml")
+        raise UsageError("no recipes were given", "pass a recipe file: recipe.yaml")
     bases = {plan.base.fingerprint: plan.base for plan in plans.values()}
     dtypes = {plan.dtype for plan in plans.values()}
     if len(bases) > 1 or len(dtypes) > 1:
@@ -251,7 +256,8 @@ def _refuse_trained(plans: Mapping[str, Plan], tasks: Sequence[Task]) -> None:
             trained = _find_digest(member.task, tasks)
             if trained in unseen:
                 raise UsageError(
-                    f"--split all: {member.reference} of {name} was trained on {unseen[trained]}",
+                    f"{member.reference}, an expert of {name}, was trained on {unseen[trained]}, "
+                    "and --split all includes its training examples",
                     "use --split test, whose examples were not used in training",
                 )
 

@@ -16,7 +16,7 @@ from experthub.hub.readers.scorer import Measure, Question, Scores
 from experthub.hub.tasks.task import Chosen, Example, Split, Task
 
 BASE = "base"
-MEASURES = {"mean": "mean-token-logprob", "sum": "sum-logprob", "byte": "mean-byte-logprob"}
+SCORE_NAMES = {"mean": "mean-token-logprob", "sum": "sum-logprob", "byte": "mean-byte-logprob"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Outcome:
         questions: Sequence[Question],
         scores: Sequence[Scores],
         measure: Measure,
+        dtype: str,
     ) -> Outcome:
         """Compare the scores of choices with the right answers.
 
@@ -51,6 +52,7 @@ class Outcome:
             questions: The question of each example.
             scores: The scores of each question's choices.
             measure: The measure that normalises the scores.
+            dtype: The dtype of the model, for the hint of an error.
 
         Returns:
             The outcome.
@@ -65,9 +67,11 @@ class Outcome:
             if not bool(numpy.isfinite(row).all()):
                 raise HubError(
                     f"the model returns NaN or infinity for task {task.reference}",
-                    "set dtype: float32 in the recipe",
+                    "set smaller weights for the experts in the recipe"
+                    if dtype == "float32"
+                    else "set dtype: float32 in the recipe",
                 )
-            answer = task.find_answer(example) or 0
+            answer = task.require_answer(example)
             rows.append(tuple(row.tolist()))
             right.append(float(int(row.argmax()) == answer))
             logprobs.append(

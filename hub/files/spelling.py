@@ -5,7 +5,38 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from experthub.hub.errors import UsageError
+
 MAX_LISTED = 20  # words
+
+
+def find_similar(word: str, known: Iterable[str]) -> str | None:
+    """Find the known word that is the most similar to an unknown one.
+
+    Args:
+        word: The unknown word.
+        known: The known words.
+
+    Returns:
+        The word; None if no known word is similar.
+    """
+    return next(iter(difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.5)), None)
+
+
+def check_choice(word: str, known: Iterable[str], what: str) -> None:
+    """Refuse a word that is not one of the known ones.
+
+    Args:
+        word: The word.
+        known: The known words.
+        what: The name of what the word chooses, for the error.
+
+    Raises:
+        UsageError: The word is unknown.
+    """
+    known = list(known)
+    if word not in known:
+        raise UsageError(f"unknown {what} {word!r}", suggest_name(word, known))
 
 
 def suggest_name(word: str, known: Iterable[str], prefix: str = "") -> str:
@@ -25,9 +56,9 @@ def suggest_name(word: str, known: Iterable[str], prefix: str = "") -> str:
         "did you mean 'linear'?"
     """
     known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    if close:
-        return f"did you mean {prefix + close[0]!r}?"
+    close = find_similar(word, known)
+    if close is not None:
+        return f"did you mean {prefix + close!r}?"
     if not known or len(known) > MAX_LISTED:
         return ""
     if len(known) == 1:

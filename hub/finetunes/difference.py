@@ -12,15 +12,16 @@ from experthub.hub.bases.base_sources import find
 from experthub.hub.bases.loading import find_linear_modules
 from experthub.hub.errors import HubError
 from experthub.hub.files.atomic import create_folder
-from experthub.hub.finetunes import lora, vector
 from experthub.hub.finetunes.form import MAX_SHARD_SIZE, Form
+from experthub.hub.finetunes.lora import write_lora
 from experthub.hub.finetunes.two_models import (
-    Changed,
+    ChangedParameter,
     StoredWeights,
     find_changed,
     open_weights,
     pair_parameters,
 )
+from experthub.hub.finetunes.vector import write_task_vector
 from experthub.hub.registry.entries import check_name
 from experthub.hub.registry.expert import Expert
 from experthub.hub.session import Session
@@ -98,7 +99,7 @@ def diff(
     before, after = find(base, session), find(finetuned, session)
     record = {
         "method": "diff",
-        "finetuned": after.folder.resolve().name if after.name == str(after.folder) else after.name,
+        "finetuned": after.portable_name,
         "finetuned_fingerprint": after.fingerprint,
     }
     return store_difference(
@@ -137,7 +138,7 @@ def store_difference(
         form: The form in which the difference is stored.
         run: The run's folder.
         session: The registry, the store and the progress callback.
-        record: What the expert's training record contains besides the form and the figures.
+        record: The entries of the expert's training record, without the form and the figures.
         task: The task that the model was trained on.
         description: One line about the expert.
         version: The version. The default is the next one of the name.
@@ -157,12 +158,14 @@ def store_difference(
             f"{tuned.name} has the same weights as {base.name}: nothing has changed",
             "name the base first, then the fine-tuned model",
         )
-    kinds = find_linear_modules(base) if form.low_rank else {}
+    transposed = find_linear_modules(base) if form.low_rank else {}
     with create_folder(run / "expert") as folder:
         if form.low_rank:
-            error, more = lora.write(folder, base, untouched, tuned, changed, kinds, form, report)
+            error, more = write_lora(
+                folder, base, untouched, tuned, changed, transposed, form, report
+            )
         else:
-            error = vector.write(folder, base, untouched, tuned, changed, form, report)
+            error = write_task_vector(folder, base, untouched, tuned, changed, form, report)
             more = {}
         figures = {
             **error.record(),
@@ -185,7 +188,7 @@ def store_difference(
     return Difference(expert, figures, tuple(error.left_out))
 
 
-def count_dense_bytes(changed: Iterable[Changed]) -> int:
+def count_dense_bytes(changed: Iterable[ChangedParameter]) -> int:
     """Count the bytes that the changed parameters need as dense float32 tensors.
 
     Args:

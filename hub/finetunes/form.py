@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from experthub.hub.errors import UsageError
-from experthub.hub.finetunes.two_models import Read
+from experthub.hub.finetunes.two_models import ParameterValues
 from torch import Tensor
 
 MAX_SHARD_SIZE = 5_000_000_000  # Bytes.
@@ -46,7 +46,7 @@ class Form:
             if share is not None and not 0 < share <= 1:
                 raise UsageError(f"--{name} is {share}", "set a share above 0 and at most 1")
         if self.max_shard_size < 1:
-            raise UsageError("--max-shard-size is 0", "set a size such as 5GB")
+            raise UsageError(f"--max-shard-size is {self.max_shard_size}", "set a size such as 5GB")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise UsageError(f"--dtype is {self.dtype!r}", "use float32, bfloat16 or float16")
 
@@ -66,7 +66,7 @@ class Form:
 
 
 @dataclass
-class Error:
+class ApproximationError:
     """The error of a stored difference, accumulated parameter by parameter.
 
     Attributes:
@@ -85,7 +85,7 @@ class Error:
     left_out: list[str] = field(default_factory=list)
     deviation: float = 0.0
 
-    def add(self, name: str, read: Read, stored: Tensor | None) -> None:
+    def add(self, name: str, read: ParameterValues, stored: Tensor | None) -> None:
         """Add the error of one parameter.
 
         Args:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from experthub.hub.bases.base import Base
 from experthub.hub.errors import HubError
-from experthub.hub.finetunes.form import Error, Form
-from experthub.hub.finetunes.two_models import Changed, StoredWeights, read_pair
+from experthub.hub.finetunes.form import ApproximationError, Form
+from experthub.hub.finetunes.two_models import ChangedParameter, StoredWeights, read_pair
 from experthub.hub.formats.adapter import PREFIX
 from experthub.hub.formats.adapter_writer import write_adapter
 from experthub.hub.progress import Report
@@ -17,16 +18,16 @@ from experthub.merge import Dense, LowRank, truncate
 from torch import Tensor
 
 
-def write(
+def write_lora(
     folder: Path,
     base: Base,
     untouched: StoredWeights,
     tuned: StoredWeights,
-    changed: list[Changed],
-    kinds: dict[str, bool],
+    changed: list[ChangedParameter],
+    transposed: Mapping[str, bool],
     form: Form,
     report: Report,
-) -> tuple[Error, dict[str, Any]]:
+) -> tuple[ApproximationError, dict[str, Any]]:
     """Write the two files of a LoRA.
 
     Args:
@@ -35,7 +36,7 @@ def write(
         untouched: The base's weights.
         tuned: The fine-tuned weights.
         changed: The parameters that differ.
-        kinds: Linear module -> whether its weight is stored transposed, `[I, O]`.
+        transposed: Linear module -> whether its weight is stored transposed, `[I, O]`.
         form: The form, with a rank or an energy.
         report: A progress callback.
 
@@ -45,12 +46,12 @@ def write(
     Raises:
         HubError: No linear module has changed, or a change is too large for the dtype.
     """
-    modules = _find_modules(changed, kinds, base.name)
-    conv = any(kinds[module] for module in modules.values())
+    modules = _find_modules(changed, transposed, base.name)
+    conv = any(transposed[module] for module in modules.values())
     dtype: torch.dtype = getattr(torch, form.dtype)
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
-    error = Error()
+    error = ApproximationError()
     for i, change in enumerate(changed):
         name = change.pair.name
         read = read_pair(change.pair, untouched, tuned)
@@ -74,7 +75,7 @@ def write(
         folder,
         tensors,
         base=base.name,
-        task_type="CAUSAL_LM" if base.is_causal else "FEATURE_EXTRACTION",
+        task_type=base.peft_task_type,
         transposed=conv,
         pad=False,
     )
@@ -83,17 +84,19 @@ def write(
     return error, {"modules": len(ranks), "ranks": spread}
 
 
-def _find_modules(changed: list[Changed], kinds: dict[str, bool], base: str) -> dict[str, str]:
+def _find_modules(
+    changed: list[ChangedParameter], transposed: Mapping[str, bool], base: str
+) -> dict[str, str]:
     """Return parameter -> module for the linear weights that changed, all of one orientation.
 
     An adapter has one `fan_in_fan_out`: if a Conv1D has changed, other linear modules are left out.
     """
-    weights = {f"{module}.weight": module for module in kinds}
+    weights = {f"{module}.weight": module for module in transposed}
     names = [c.pair.name for c in changed if c.entries and c.pair.name in weights]
     if not names:
         raise HubError(
             f"no linear module of {base} has changed, and a LoRA holds only those",
             "store the difference without --rank and --energy, or with --sparse",
         )
-    conv = any(kinds[weights[name]] for name in names)
-    return {name: weights[name] for name in names if kinds[weights[name]] == conv}
+    conv = any(transposed[weights[name]] for name in names)
+    return {name: weights[name] for name in names if transposed[weights[name]] == conv}

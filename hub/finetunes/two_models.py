@@ -125,7 +125,7 @@ def pair_parameters(base: StoredWeights, tuned: StoredWeights) -> list[Pair]:
 
 
 @dataclass(frozen=True)
-class Read:
+class ParameterValues:
     """The values of one parameter, in float32, or in float64 if a model stores float64.
 
     Args:
@@ -139,7 +139,7 @@ class Read:
     delta: Tensor
 
 
-def read_pair(pair: Pair, base: StoredWeights, tuned: StoredWeights) -> Read:
+def read_pair(pair: Pair, base: StoredWeights, tuned: StoredWeights) -> ParameterValues:
     """Read a parameter of both models and subtract.
 
     Args:
@@ -163,11 +163,11 @@ def read_pair(pair: Pair, base: StoredWeights, tuned: StoredWeights) -> Read:
         values.append(value.to(torch.promote_types(value.dtype, torch.float32)))
     wide = torch.promote_types(values[0].dtype, values[1].dtype)
     before, after = values[0].to(wide), values[1].to(wide)
-    return Read(before, after, after - before)
+    return ParameterValues(before, after, after - before)
 
 
 @dataclass(frozen=True)
-class Changed:
+class ChangedParameter:
     """A parameter that differs between the models.
 
     Args:
@@ -188,7 +188,7 @@ class Changed:
 
 def find_changed(
     pairs: list[Pair], base: StoredWeights, tuned: StoredWeights, report: Report
-) -> Iterator[Changed]:
+) -> Iterator[ChangedParameter]:
     """Find the parameters that differ, reading one at a time.
 
     An output embedding that the base ties and the fine-tuned model does not tie is included even if
@@ -208,7 +208,7 @@ def find_changed(
         entries = int(torch.count_nonzero(delta))
         untied = pair.name in base.tied and not _is_still_tied(pair, base, tuned)
         if (entries and pair.name not in base.tied) or untied:
-            yield Changed(pair, tuple(delta.shape), entries)
+            yield ChangedParameter(pair, tuple(delta.shape), entries)
         report("comparing the models", i + 1, len(pairs))
 
 

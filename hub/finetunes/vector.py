@@ -11,8 +11,8 @@ import torch
 from experthub.hub.bases.base import Base
 from experthub.hub.errors import HubError
 from experthub.hub.files.atomic import write_json
-from experthub.hub.finetunes.form import Error, Form
-from experthub.hub.finetunes.two_models import Changed, StoredWeights, read_pair
+from experthub.hub.finetunes.form import ApproximationError, Form
+from experthub.hub.finetunes.two_models import ChangedParameter, StoredWeights, read_pair
 from experthub.hub.formats.safetensors_writer import SafetensorsLayout, create_safetensors
 from experthub.hub.formats.task_vector import SHAPES, SHARD, SHARD_INDEX, TASK_VECTOR, unpack_mask
 from experthub.hub.progress import Report
@@ -28,15 +28,15 @@ DTYPES = {
 }
 
 
-def write(
+def write_task_vector(
     folder: Path,
     base: Base,
     untouched: StoredWeights,
     tuned: StoredWeights,
-    changed: list[Changed],
+    changed: list[ChangedParameter],
     form: Form,
     report: Report,
-) -> Error:
+) -> ApproximationError:
     """Write `task_vector.safetensors`, or several such files and their index.
 
     Args:
@@ -60,7 +60,7 @@ def write(
     layouts = [_make_layout(base, shard, kept, word) for shard in shards]
     names = [SHARD.format(i + 1, len(shards)) for i in range(len(shards))]
     names = names if len(names) > 1 else [TASK_VECTOR]
-    error, done = Error(), 0
+    error, done = ApproximationError(), 0
     for file, layout, shard in zip(names, layouts, shards, strict=True):
         with create_safetensors(folder / file, layout) as writer:
             for change in shard:
@@ -86,10 +86,10 @@ def write(
 
 
 def _split_into_shards(
-    changed: list[Changed], kept: dict[str, int | None], width: int, limit: int
-) -> list[list[Changed]]:
+    changed: list[ChangedParameter], kept: dict[str, int | None], width: int, limit: int
+) -> list[list[ChangedParameter]]:
     """Split the parameters in their order into files of at most `limit` bytes."""
-    shards: list[list[Changed]] = [[]]
+    shards: list[list[ChangedParameter]] = [[]]
     size = 0
     for change in changed:
         count = kept[change.pair.name]
@@ -102,7 +102,7 @@ def _split_into_shards(
     return shards
 
 
-def _count_kept(change: Changed, form: Form, width: int) -> int | None:
+def _count_kept(change: ChangedParameter, form: Form, width: int) -> int | None:
     """Count the entries that are stored beside a mask; None if the parameter is stored dense."""
     if form.sparse is None:
         return None
@@ -111,7 +111,7 @@ def _count_kept(change: Changed, form: Form, width: int) -> int | None:
 
 
 def _make_layout(
-    base: Base, changed: list[Changed], kept: dict[str, int | None], dtype: str
+    base: Base, changed: list[ChangedParameter], kept: dict[str, int | None], dtype: str
 ) -> SafetensorsLayout:
     """Plan the tensors and the metadata of one file."""
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -127,7 +127,7 @@ def _make_layout(
     metadata = {
         "format": "pt",
         "hub.kind": "task_vector",
-        "hub.base": base.folder.resolve().name if base.name == str(base.folder) else base.name,
+        "hub.base": base.portable_name,
         "hub.base_digest": base.fingerprint,
         "hub.dtype": dtype,
     }

@@ -17,7 +17,7 @@ from experthub.hub.registry.registry_file import RegistryFile
 from experthub.hub.store.roots import ROOTS, list_lock_files, list_root_files, name_root
 from experthub.hub.store.store import Store
 from experthub.hub.tasks import bigbench
-from experthub.hub.tasks.task_files import import_again
+from experthub.hub.tasks.task_files import reimport_from_folder
 from experthub.hub.transfer.remotes import hf
 
 
@@ -174,8 +174,8 @@ def _reimport_task(reference: str, folder: Path) -> None:
     """Import a task again from its source."""
     record = checksummed_text.read_manifest(folder)
     if source := (record or {}).get("source"):
-        import_again(reference, Path(source))
+        reimport_from_folder(reference, Path(source))
     elif reference.startswith("bigbench:"):
-        bigbench.import_again(reference.partition(":")[2], Store())
+        bigbench.reimport_from_archive(reference.partition(":")[2], Store())
     else:
         raise HubError("its source is not known; remove the folder, and import the task again")

@@ -18,7 +18,7 @@ def _open_router_materials(plan: Plan, session: Session) -> Iterator[PlanMateria
     yield PlanMaterials(plan, session)
 
 
-KINDS: Mapping[str, Callable[[Plan, Session], AbstractContextManager[Any]]] = {
+OPENERS: Mapping[str, Callable[[Plan, Session], AbstractContextManager[Any]]] = {
     "merge": open_merge_materials,
     "route": _open_router_materials,
 }
@@ -34,4 +34,4 @@ def open_materials(plan: Plan, session: Session) -> AbstractContextManager[Any]:
     Returns:
         A context manager whose value is `merge.MergeMaterials` or `routing.RouterMaterials`.
     """
-    return KINDS[plan.recipe.method.kind](plan, session)
+    return OPENERS[plan.recipe.method.kind](plan, session)

@@ -15,8 +15,8 @@ from experthub.hub.bases.loading import load_model
 from experthub.hub.composition.assembly import assemble
 from experthub.hub.errors import UsageError
 from experthub.hub.materials.sentence_encoder import SentenceEncoder
-from experthub.hub.materials.task_data import TaskData
-from experthub.hub.readers.features import watch_inputs
+from experthub.hub.materials.task_data import TaskData, prepare_rows
+from experthub.hub.readers.features import format_text, watch_inputs
 from experthub.hub.readers.reader import Reader, read_all
 from experthub.hub.readers.reader_for import reader_for
 from experthub.hub.recipes.examples import choose_examples
@@ -100,10 +100,8 @@ class PlanMaterials:
         Returns:
             The prompts for a causal language model, and the inputs for another base.
         """
-        own = self._select_own_tasks(expert)
-        if self.plan.base.is_causal:
-            return [one.task.format_prompt(example) for one in own for example in one.examples]
-        return [example.input for one in own for example in one.examples]
+        causal, own = self.plan.base.is_causal, self._select_own_tasks(expert)
+        return [format_text(one.task, e, causal) for one in own for e in one.examples]
 
     @torch.no_grad()
     def read_activations(self, expert: int, see: Callable[[str, Tensor], None]) -> None:
@@ -177,6 +175,4 @@ class PlanMaterials:
 
     def _read(self, model: Any, one: Chosen) -> Tensor:
         """Compute the logits `[N, C]` of a task's examples."""
-        rows = [self._reader.row(self._reader.question(one.task, e)) for e in one.examples]
-        width = max(len(one.task.list_choices(example)) for example in one.examples)
-        return read_all(self._reader, model, rows, width)
+        return read_all(self._reader, model, *prepare_rows(self._reader, one))

@@ -14,6 +14,21 @@ from experthub.hub.tasks.task import Chosen
 from torch import Tensor
 
 
+def prepare_rows(reader: Reader, chosen: Chosen) -> tuple[list[Row], int]:
+    """Prepare the examples of a task for a model.
+
+    Args:
+        reader: The reader of the base.
+        chosen: The task with the chosen examples.
+
+    Returns:
+        The prepared examples, and the largest number of choices of an example.
+    """
+    questions = [reader.question(chosen.task, example) for example in chosen.examples]
+    width = max(len(chosen.task.list_choices(example)) for example in chosen.examples)
+    return [reader.row(question) for question in questions], width
+
+
 class TaskData:
     """Inputs of tasks and a model that reads them, which implement `experthub.merge.Data`.
 
@@ -37,14 +52,13 @@ class TaskData:
     ) -> None:
         self.model, self.reader, self.held_out = model, reader, held_out
         self.tasks = [one.task.reference for one in chosen]
-        self.rows: list[list[Row]] = [
-            [reader.row(reader.question(one.task, e)) for e in one.examples] for one in chosen
-        ]
+        prepared = [prepare_rows(reader, one) for one in chosen]
+        self.rows, self.widths = [rows for rows, _ in prepared], [width for _, width in prepared]
         self.sizes = [len(rows) for rows in self.rows]
-        self.labels = [torch.tensor(one.labels) for one in chosen] if labelled else None
-        self.widths = [
-            max(len(one.task.list_choices(example)) for example in one.examples) for one in chosen
-        ]
+        device = next(model.parameters()).device
+        self.labels = (
+            [torch.tensor(one.labels, device=device) for one in chosen] if labelled else None
+        )
 
     @property
     def real(self) -> Tensor | None:

@@ -16,8 +16,8 @@ from experthub.hub.errors import UsageError
 from experthub.hub.files.json_files import read_json
 from experthub.hub.readers.reader import Reader, pad, read_all
 from experthub.hub.readers.scorer import Question
-from experthub.hub.readers.similarity import MAX_TOKENS, pool
-from experthub.hub.readers.text import Text
+from experthub.hub.readers.similarity import pool, tokenise
+from experthub.hub.readers.text import TokenRow
 from experthub.hub.tasks.task import Example, Task
 from torch import Tensor, nn
 
@@ -43,7 +43,7 @@ class Features:
         config = read_json(base.folder / "config.json")
         if config.get("is_encoder_decoder") or not (base.is_causal or base.is_encoder):
             raise UsageError(
-                f"{base.name} is a {base.architecture}, which gives no features of a text's tokens",
+                f"{base.name} is a {base.architecture}, which does not compute features of texts",
                 "use a language model or a sentence encoder",
             )
         self.causal, self.tokenizer = base.is_causal, load_tokenizer(base)
@@ -59,7 +59,7 @@ class Features:
         Returns:
             The prompt for a language model, or the input for an encoder, without choices.
         """
-        return Question(task.format_prompt(example) if self.causal else example.input, ())
+        return Question(format_text(task, example, self.causal), ())
 
     def texts(self, task: Task, limit: int) -> list[str]:
         """Return the texts of the first examples of a task's training split.
@@ -73,7 +73,7 @@ class Features:
         """
         return [self.question(task, example).text for example in task.split("train", limit)]
 
-    def row(self, question: Question) -> Text:
+    def row(self, question: Question) -> TokenRow:
         """Prepare a question for the model.
 
         Args:
@@ -82,10 +82,9 @@ class Features:
         Returns:
             The token ids of the text.
         """
-        limit = {} if self.causal else {"truncation": True, "max_length": MAX_TOKENS}
-        return Text(tuple(self.tokenizer(question.text, **limit)["input_ids"]), ())
+        return TokenRow(tokenise(self.tokenizer, question.text, self.causal), ())
 
-    def read(self, model: Any, rows: Sequence[Text]) -> Tensor:
+    def read(self, model: Any, rows: Sequence[TokenRow]) -> Tensor:
         """Compute the features of a batch.
 
         Args:
@@ -109,7 +108,7 @@ class Features:
         return found
 
     @torch.no_grad()
-    def of(self, model: Any, texts: Sequence[str]) -> Tensor:
+    def compute(self, model: Any, texts: Sequence[str]) -> Tensor:
         """Compute the features of any number of texts.
 
         Args:
@@ -122,16 +121,33 @@ class Features:
         return read_all(self, model, [self.row(Question(text, ())) for text in texts])
 
 
+def format_text(task: Task, example: Example, causal: bool) -> str:
+    """Format an example as the text that a base reads.
+
+    Args:
+        task: The task of the example.
+        example: The example.
+        causal: Whether the base is a causal language model.
+
+    Returns:
+        The prompt for a causal language model, or the input alone for another base.
+    """
+    return task.format_prompt(example) if causal else example.input
+
+
 @contextmanager
 def watch_inputs(
-    modules: Mapping[str, nn.Module], reader: Reader, seen: Callable[[str, Tensor], None]
+    modules: Mapping[str, nn.Module], reader: Reader, see: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
     """Observe the inputs of modules while the block runs.
+
+    Padding is removed, except from the keys and values of cross attention: they read the prompts
+    while the mask is that of the answers.
 
     Args:
         modules: The modules by name.
         reader: The reader that the model reads with, which knows the padding.
-        seen: Receives a module's name and its inputs `[T, I]`, without padding, in float32.
+        see: A function that is called with a module's name and its inputs `[T, I]` in float32.
 
     Yields:
         Nothing.
@@ -142,7 +158,7 @@ def watch_inputs(
             x = inputs[0].float()
             if reader.real is not None and x.shape[:2] == reader.real.shape:
                 x = x[reader.real]
-            seen(name, x.reshape(-1, x.shape[-1]))
+            see(name, x.reshape(-1, x.shape[-1]))
 
         return before
 

@@ -19,7 +19,13 @@ from typing import Any
 import torch
 from experthub.hub.errors import HubError, UsageError
 from experthub.hub.files.json_files import read_json
-from experthub.hub.readers.reader import ReadsInput, pad, select_columns, split_by_row
+from experthub.hub.readers.reader import (
+    HeadCache,
+    ReadsInput,
+    compare_with_heads,
+    pad,
+    select_columns,
+)
 from experthub.hub.readers.scorer import Question
 from experthub.hub.readers.text import find_columns
 from torch import Tensor
@@ -157,7 +163,7 @@ class ImageClassifier(ReadsInput):
         return select_columns(logits_NL.float(), [row.choices for row in rows])
 
 
-class Clip(ReadsInput):
+class ClipReader(ReadsInput):
     """A reader for CLIP: the scaled cosines with the frozen embeddings of the choices.
 
     Radford et al., https://arxiv.org/abs/2103.00020, section 3.1.2.
@@ -172,10 +178,11 @@ class Clip(ReadsInput):
         Args:
             preparation: The normalisation of the images.
             tokenizer: The tokenizer of the base.
-            base: Returns the model that embeds the choices, whichever model reads the images.
+            base: A function that returns the model that embeds the choices, whichever model reads
+                the images.
         """
         self.preparation, self.tokenizer, self.base = preparation, tokenizer, base
-        self._heads: dict[str, Tensor] = {}
+        self.heads = HeadCache(self._embed_choices)
 
     def row(self, question: Question) -> ImageRow:
         """Prepare a question for the model.
@@ -186,7 +193,7 @@ class Clip(ReadsInput):
         Returns:
             The pixels, and the embeddings of the choices.
         """
-        return ImageRow(self.preparation.pixels(question.text), self._heads_of(question.choices))
+        return ImageRow(self.preparation.pixels(question.text), self.heads(question.choices))
 
     def read(self, model: Any, rows: Sequence[ImageRow]) -> Tensor:
         """Compute the logits of a batch.
@@ -202,21 +209,14 @@ class Clip(ReadsInput):
         pixels = torch.stack([row.pixels for row in rows]).to(device)
         features = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
         image_ND = torch.nn.functional.normalize(features.float(), dim=-1)
-        heads_CD = torch.cat([row.choices for row in rows]).to(image_ND)
-        counts = [len(row.choices) for row in rows]
-        owner = torch.tensor([i for i, n in enumerate(counts) for _ in range(n)], device=device)
         scale = model.logit_scale.detach().exp()
-        return split_by_row(scale * (heads_CD * image_ND[owner]).sum(1), counts)
+        return compare_with_heads(image_ND, [row.choices for row in rows], scale)
 
     @torch.no_grad()
-    def _heads_of(self, choices: Sequence[str]) -> Tensor:
-        """Embed choices with the base, each choice once; return the unit embeddings `[C, D]`."""
-        new = [choice for choice in choices if choice not in self._heads]
-        if new:
-            model = self.base()
-            texts = [f"a photo of a {choice}." for choice in new]
-            ids, real = pad(self.tokenizer(texts)["input_ids"], next(model.parameters()).device)
-            found = model.text_model(input_ids=ids, attention_mask=real.long()).pooler_output
-            rows = torch.nn.functional.normalize(model.text_projection(found).float(), dim=-1)
-            self._heads |= dict(zip(new, rows, strict=True))
-        return torch.stack([self._heads[choice] for choice in choices])
+    def _embed_choices(self, choices: Sequence[str]) -> Tensor:
+        """Embed choices with the base; return the unit embeddings `[C, D]`."""
+        model = self.base()
+        texts = [f"a photo of a {choice}." for choice in choices]
+        ids, real = pad(self.tokenizer(texts)["input_ids"], next(model.parameters()).device)
+        found = model.text_model(input_ids=ids, attention_mask=real.long()).pooler_output
+        return torch.nn.functional.normalize(model.text_projection(found).float(), dim=-1)

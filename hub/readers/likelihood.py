@@ -10,33 +10,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from experthub.hub.readers.reader import ReadsPrompt, pad, repeat_rows
 from experthub.hub.readers.scorer import Question, Scores
-from experthub.hub.tasks.task import Example, Task
 from torch import Tensor
 
 LIKELIHOOD_BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True)
-class Likelihood:
+class Likelihood(ReadsPrompt):
     """A scorer by the log-probabilities of the choices' tokens after the prompt."""
 
     tokenizer: Any
     name = "logprob"
-
-    def question(self, task: Task, example: Example) -> Question:
-        """Build the question of an example.
-
-        Args:
-            task: The task of the example.
-            example: The example.
-
-        Returns:
-            The prompt, and the choices after a space.
-        """
-        return Question(
-            task.format_prompt(example), tuple(" " + c for c in task.list_choices(example))
-        )
+    separator = " "
 
     def scores(self, model: Any, questions: Sequence[Question]) -> list[Scores]:
         """Score the choices of questions.
@@ -55,7 +42,7 @@ class Likelihood:
             owner += [index] * len(encoded)
         sums: list[list[float]] = [[] for _ in questions]
         tokens: list[list[int]] = [[] for _ in questions]
-        for index, item, values in zip(owner, items, choice_logprobs(model, items), strict=True):
+        for index, item, values in zip(owner, items, score_choices(model, items), strict=True):
             sums[index] += values
             tokens[index] += map(len, item.choices)
         return [Scores(tuple(s), tuple(t)) for s, t in zip(sums, tokens, strict=True)]
@@ -72,9 +59,9 @@ class Encoded:
 def encode(tokenizer: Any, prompt: str, choices: Sequence[str]) -> list[Encoded]:
     """Tokenise a prompt and its choices in the way of lm-evaluation-harness.
 
-    Prompt and choice are tokenised together. The tokens of the choice are those after as many
-    tokens as the prompt has. White space at the end of the prompt belongs to the choice. The prompt
-    keeps its own tokens even if a choice merges with its last token.
+    Prompt and choice are tokenised together. If the prompt alone has n tokens, the tokens after the
+    first n belong to the choice. White space at the end of the prompt belongs to the choice. The
+    prompt keeps its own tokens even if a choice merges with its last token.
 
     Args:
         tokenizer: The tokenizer of the model.
@@ -82,8 +69,8 @@ def encode(tokenizer: Any, prompt: str, choices: Sequence[str]) -> list[Encoded]
         choices: The texts that follow it.
 
     Returns:
-        One item for all choices. If a choice would have no token, one item for each choice, where
-        the last token belongs to such a choice.
+        One item for all choices. If a choice adds no token, there is one item per choice instead,
+        and the last token counts as the choice.
     """
     own = tuple(tokenizer(prompt.rstrip() or prompt)["input_ids"])
     whole = [tuple(ids) for ids in tokenizer([prompt + choice for choice in choices])["input_ids"]]
@@ -96,7 +83,7 @@ def encode(tokenizer: Any, prompt: str, choices: Sequence[str]) -> list[Encoded]
 
 
 @torch.no_grad()
-def choice_logprobs(
+def score_choices(
     model: Any,
     items: Sequence[Encoded],
     *,
@@ -118,7 +105,7 @@ def choice_logprobs(
     scores: list[list[float]] = [[] for _ in items]
     for batch in _batches(items, batch_tokens):
         chosen = [items[i] for i in batch]
-        values = iter(choice_sums(model, chosen).tolist())
+        values = iter(sum_logprobs(model, chosen).tolist())
         for index, item in zip(batch, chosen, strict=True):
             scores[index] = [next(values) for _ in item.choices]
     return scores
@@ -141,22 +128,24 @@ def _batches(items: Sequence[Encoded], batch_tokens: int) -> Iterator[list[int]]
         yield batch
 
 
-def choice_sums(
-    model: Any, items: Sequence[Encoded], reading: Callable[[Tensor], None] = lambda mask: None
+def sum_logprobs(
+    model: Any, items: Sequence[Encoded], on_mask: Callable[[Tensor], None] = lambda mask: None
 ) -> Tensor:
     """Sum the log-probabilities of every choice's tokens in one batch, with gradients.
 
     Args:
         model: The causal language model.
         items: The prompts with their choices.
-        reading: Receives the mask of a batch, which is 0 for padding, before the model reads it.
+        on_mask: A function that is called with the mask of a batch, which is false for padding,
+            before the model reads it.
 
     Returns:
         One sum for each choice, in nats, item after item.
     """
     device = next(model.parameters()).device
-    prompts, prompt_mask = _pad([item.prompt for item in items], left=True, device=device)
-    reading(prompt_mask)
+    prompts, real = pad([item.prompt for item in items], device, left=True)
+    on_mask(real)
+    prompt_mask = real.long()
     positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)
     read = model(
         input_ids=prompts,
@@ -166,49 +155,37 @@ def choice_sums(
         logits_to_keep=1,
     )
     first = read.logits[:, -1].float().log_softmax(-1)  # These predict the first token of a choice.
-    owner = [row for row, item in enumerate(items) for _ in item.choices]
     choices = [choice for item in items for choice in item.choices]
-    rows = torch.tensor(owner, device=device)
+    rows = repeat_rows([len(item.choices) for item in items], device)
     heads = torch.tensor([choice[0] for choice in choices], device=device)
     sums: Tensor = first[rows, heads]
     if max(map(len, choices)) > 1:
-        sums = sums + _rest(model, read.past_key_values, choices, rows, prompt_mask, reading)
+        cache = read.past_key_values
+        sums = sums + _sum_remaining_logprobs(model, cache, choices, rows, prompt_mask, on_mask)
     return sums
 
 
-def _rest(
+def _sum_remaining_logprobs(
     model: Any,
     cache: Any,
     choices: Sequence[tuple[int, ...]],
     rows: Tensor,
     prompt_mask: Tensor,
-    reading: Callable[[Tensor], None],
+    on_mask: Callable[[Tensor], None],
 ) -> Tensor:
     """Sum the log-probabilities of every choice's tokens after the first."""
     cache.batch_select_indices(rows)
-    inputs, mask = _pad([choice[:-1] for choice in choices], left=False, device=rows.device)
-    targets, _ = _pad([choice[1:] for choice in choices], left=False, device=rows.device)
+    inputs, real = pad([choice[:-1] for choice in choices], rows.device)
+    targets, _ = pad([choice[1:] for choice in choices], rows.device)
     start = prompt_mask.sum(1)[rows]
     steps = torch.arange(inputs.shape[1], device=rows.device)
-    reading(mask)
+    on_mask(real)
     logits = model(
         input_ids=inputs,
-        attention_mask=torch.cat([prompt_mask[rows], mask], dim=1),
+        attention_mask=torch.cat([prompt_mask[rows], real.long()], dim=1),
         position_ids=start[:, None] + steps,
         past_key_values=cache,
         use_cache=True,
     ).logits
     chosen: Tensor = logits.float().log_softmax(-1).gather(-1, targets[..., None])[..., 0]
-    return (chosen * mask).sum(1)
-
-
-def _pad(rows: Sequence[Sequence[int]], *, left: bool, device: Any) -> tuple[Tensor, Tensor]:
-    """Pad token ids with 0; return them and their mask, both `[B, T]`."""
-    width = max(map(len, rows))
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros(len(rows), width, dtype=torch.long)
-    for i, row in enumerate(rows):
-        at = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[i, at] = torch.tensor(row, dtype=torch.long)
-        mask[i, at] = 1
-    return ids.to(device), mask.to(device)
+    return (chosen * real).sum(1)

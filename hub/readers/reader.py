@@ -5,7 +5,7 @@ Shapes: N inputs, T tokens, C choices, L labels of a classifier.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -98,6 +98,48 @@ class ReadsInput:
             The example's input and the task's choices.
         """
         return Question(example.input, tuple(task.list_choices(example)))
+
+
+class ReadsPrompt:
+    """A part of the readers that read the prompt of a task.
+
+    Attributes:
+        separator: The text between the prompt and a choice.
+    """
+
+    separator = ""
+
+    def question(self, task: Task, example: Example) -> Question:
+        """Build the question of an example.
+
+        Args:
+            task: The task of the example.
+            example: The example.
+
+        Returns:
+            The prompt, and the choices after the separator.
+        """
+        choices = tuple(self.separator + choice for choice in task.list_choices(example))
+        return Question(task.format_prompt(example), choices)
+
+
+class HeadCache:
+    """Embeddings of choices, which are computed once.
+
+    Args:
+        embed: A function from different choices to their embeddings `[C, D]`.
+    """
+
+    def __init__(self, embed: Callable[[list[str]], Tensor]) -> None:
+        self.embed = embed
+        self._known: dict[str, Tensor] = {}
+
+    def __call__(self, choices: Sequence[str]) -> Tensor:
+        """Return the embeddings `[C, D]` of choices."""
+        new = [choice for choice in dict.fromkeys(choices) if choice not in self._known]
+        if new:
+            self._known |= dict(zip(new, self.embed(new), strict=True))
+        return torch.stack([self._known[choice] for choice in choices])
 
 
 class ReaderScorer:
@@ -199,24 +241,58 @@ def select_columns(logits_NL: Tensor, columns: Sequence[Sequence[int]]) -> Tenso
     Returns:
         The logits `[N, C]`, padded with minus infinity.
     """
-    owner = torch.tensor([i for i, own in enumerate(columns) for _ in own])
-    chosen = torch.tensor([column for own in columns for column in own])
-    values = logits_NL[owner.to(logits_NL.device), chosen.to(logits_NL.device)]
-    return split_by_row(values, [len(own) for own in columns])
+    counts, device = [len(own) for own in columns], logits_NL.device
+    chosen = torch.tensor([column for own in columns for column in own], device=device)
+    return split_by_row(logits_NL[repeat_rows(counts, device), chosen], counts)
 
 
-def pad(rows: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Tensor]:
-    """Pad token ids on the right.
+def compare_with_heads(
+    features_ND: Tensor, heads: Sequence[Tensor], scale: float | Tensor
+) -> Tensor:
+    """Multiply the features of each input with the embeddings of its own choices.
+
+    Args:
+        features_ND: The features.
+        heads: The embeddings `[C, D]` of each input's choices.
+        scale: The factor of the products.
+
+    Returns:
+        The products `[N, C]`, padded with minus infinity.
+    """
+    counts = [len(own) for own in heads]
+    owners = repeat_rows(counts, features_ND.device)
+    products = torch.cat(list(heads)).to(features_ND) * features_ND[owners]
+    return split_by_row(scale * products.sum(1), counts)
+
+
+def repeat_rows(counts: Sequence[int], device: Any) -> Tensor:
+    """Repeat the position of each input for each of its choices.
+
+    Args:
+        counts: The number of choices of each input.
+        device: The device of the result.
+
+    Returns:
+        The position of the input that each choice belongs to.
+    """
+    return torch.tensor([row for row, n in enumerate(counts) for _ in range(n)], device=device)
+
+
+def pad(rows: Sequence[Sequence[int]], device: Any, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Pad token ids with 0.
 
     Args:
         rows: The token ids of each text.
         device: The device of the result.
+        left: Whether padding comes before the tokens.
 
     Returns:
         The token ids `[N, T]`, and a mask `[N, T]` that is false for padding.
     """
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    ids_NT = torch.nn.utils.rnn.pad_sequence(
-        [torch.tensor(row) for row in rows], batch_first=True
-    ).to(device)
-    return ids_NT, torch.arange(ids_NT.shape[1], device=device) < lengths[:, None]
+    width = max(map(len, rows))
+    filled = [([0] * (width - len(row)), row) for row in rows]
+    ids = [[*zeros, *row] if left else [*row, *zeros] for zeros, row in filled]
+    lengths_N1 = torch.tensor([[len(row)] for row in rows], device=device)
+    places_T = torch.arange(width, device=device)
+    real_NT = places_T >= width - lengths_N1 if left else places_T < lengths_N1
+    return torch.tensor(ids, dtype=torch.long, device=device), real_NT

@@ -10,20 +10,20 @@ from experthub.hub.bases.base import Base
 from experthub.hub.bases.loading import load_model, load_tokenizer
 from experthub.hub.errors import UsageError
 from experthub.hub.files.json_files import read_json
-from experthub.hub.readers.images import Clip, ImageClassifier, Preparation
+from experthub.hub.readers.images import ClipReader, ImageClassifier, Preparation
 from experthub.hub.readers.reader import Reader
 from experthub.hub.readers.similarity import Similarity
 from experthub.hub.readers.text import Encoder, LanguageModel, Seq2Seq, TextClassifier
 
 
-def reader_for(base: Base, device: str | None, loaded: Callable[[], Any] | None = None) -> Reader:
+def reader_for(base: Base, device: str | None, load: Callable[[], Any] | None = None) -> Reader:
     """Choose the reader for a base.
 
     Args:
         base: The base.
         device: The device to load the base on, if the reader needs the base's model.
-        loaded: Returns the base's model if it is loaded already. Some readers make their heads
-            from the text of the choices, and need the model for that.
+        load: A function that returns the base's model. The default loads it when it is first
+            needed: some readers make their heads from the text of the choices with it.
 
     Returns:
         The reader of the base's kind.
@@ -31,30 +31,30 @@ def reader_for(base: Base, device: str | None, loaded: Callable[[], Any] | None 
     Raises:
         UsageError: No reader can score choices with this kind of base.
     """
-    loaded = loaded or cache(lambda: load_model(base, "float32", device))
+    load = load or cache(lambda: load_model(base, "float32", device))
     config = read_json(base.folder / "config.json")
-    kind = base.architecture
-    if kind.endswith("ForImageClassification"):
+    architecture = base.architecture
+    if architecture.endswith("ForImageClassification"):
         preparation = Preparation.of(base.folder, int(config.get("image_size", 224)))
-        return ImageClassifier(preparation, _labels(config))
-    if kind == "CLIPModel":
+        return ImageClassifier(preparation, _read_labels(config))
+    if architecture == "CLIPModel":
         side = int(config.get("vision_config", {}).get("image_size", 224))
-        return Clip(Preparation.of(base.folder, side), load_tokenizer(base), loaded)
+        return ClipReader(Preparation.of(base.folder, side), load_tokenizer(base), load)
     if base.is_causal:
         return LanguageModel(load_tokenizer(base))
-    if kind.endswith("ForConditionalGeneration") and config.get("is_encoder_decoder"):
+    if architecture.endswith("ForConditionalGeneration") and config.get("is_encoder_decoder"):
         return Seq2Seq(load_tokenizer(base))
-    if kind.endswith("ForSequenceClassification"):
-        return TextClassifier(load_tokenizer(base), _labels(config))
+    if architecture.endswith("ForSequenceClassification"):
+        return TextClassifier(load_tokenizer(base), _read_labels(config))
     if base.is_encoder:
-        return Encoder(Similarity(loaded, load_tokenizer(base)))
+        return Encoder(Similarity(load, load_tokenizer(base)))
     raise UsageError(
-        f"{base.name} is a {kind}, which cannot score choices",
+        f"{base.name} is a {architecture}, which cannot score choices",
         "use a language model, an encoder, a classifier or CLIP",
     )
 
 
-def _labels(config: dict[str, object]) -> dict[str, int]:
+def _read_labels(config: dict[str, object]) -> dict[str, int]:
     """Read the output of each label from a classifier's configuration."""
     named = config.get("id2label")
     pairs = named.items() if isinstance(named, dict) else ()

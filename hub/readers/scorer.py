@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast, get_args
 
-from experthub.hub.errors import UsageError
+from experthub.hub.files.spelling import check_choice
 from experthub.hub.tasks.task import Example, Task
 
 Measure = Literal["mean", "sum", "byte"]
@@ -24,8 +24,7 @@ def parse_measure(text: str) -> Measure:
     Raises:
         UsageError: There is no such measure.
     """
-    if text not in get_args(Measure):
-        raise UsageError(f"unknown score {text!r}", f"use one of {', '.join(get_args(Measure))}")
+    check_choice(text, get_args(Measure), "score")
     return cast(Measure, text)
 
 

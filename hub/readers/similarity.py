@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from experthub.hub.readers.reader import ReadsInput
+from experthub.hub.readers.reader import HeadCache, ReadsInput
 from experthub.hub.readers.scorer import Question, Scores
 from torch import Tensor
 
@@ -30,11 +30,12 @@ class Similarity(ReadsInput):
         """Create a scorer.
 
         Args:
-            base: Returns the encoder that embeds the choices, whichever model reads the inputs.
+            base: A function that returns the encoder that embeds the choices, whichever model reads
+                the inputs.
             tokenizer: The tokenizer of the base.
         """
-        self.base, self.tokenizer = base, tokenizer
-        self._heads: dict[str, Tensor] = {}
+        self.tokenizer = tokenizer
+        self.heads = HeadCache(lambda choices: embed(base(), tokenizer, choices))
 
     def scores(self, model: Any, questions: Sequence[Question]) -> list[Scores]:
         """Score the choices of questions.
@@ -53,19 +54,24 @@ class Similarity(ReadsInput):
             found.append(Scores(tuple(values), (1,) * len(values)))
         return found
 
-    def heads(self, choices: Sequence[str]) -> Tensor:
-        """Embed choices with the base, each choice once.
 
-        Args:
-            choices: The texts of the choices.
+def tokenise(
+    tokenizer: Any, text: str, whole: bool = False, add_special_tokens: bool = True
+) -> tuple[int, ...]:
+    """Tokenise a text.
 
-        Returns:
-            The unit embeddings `[C, D]`.
-        """
-        new = [choice for choice in dict.fromkeys(choices) if choice not in self._heads]
-        if new:
-            self._heads |= dict(zip(new, embed(self.base(), self.tokenizer, new), strict=True))
-        return torch.stack([self._heads[choice] for choice in choices])
+    Args:
+        tokenizer: The tokenizer of the base.
+        text: The text.
+        whole: Whether all tokens are kept, as for a causal language model. Otherwise only the first
+            `MAX_TOKENS` are.
+        add_special_tokens: Whether the tokenizer adds its special tokens.
+
+    Returns:
+        The token ids.
+    """
+    limit = {} if whole else {"truncation": True, "max_length": MAX_TOKENS}
+    return tuple(tokenizer(text, add_special_tokens=add_special_tokens, **limit)["input_ids"])
 
 
 @torch.no_grad()

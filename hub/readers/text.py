@@ -12,18 +12,25 @@ from typing import Any
 
 import torch
 from experthub.hub.errors import UsageError
-from experthub.hub.readers.likelihood import Encoded, choice_sums, encode
-from experthub.hub.readers.reader import ReadsInput, pad, select_columns, split_by_row
+from experthub.hub.readers.likelihood import Encoded, encode, sum_logprobs
+from experthub.hub.readers.reader import (
+    ReadsInput,
+    ReadsPrompt,
+    compare_with_heads,
+    pad,
+    repeat_rows,
+    select_columns,
+    split_by_row,
+)
 from experthub.hub.readers.scorer import Question
-from experthub.hub.readers.similarity import MAX_TOKENS, SCALE, Similarity, pool
-from experthub.hub.tasks.task import Example, Task
+from experthub.hub.readers.similarity import SCALE, Similarity, pool, tokenise
 from torch import Tensor
 
 DROPPED = 0.15  # The share of tokens that a variation of a text omits.
 
 
 @dataclass(frozen=True)
-class Text:
+class TokenRow:
     """A text as token ids, with its choices in the form of its reader."""
 
     tokens: tuple[int, ...]
@@ -34,7 +41,7 @@ class Text:
         """The number of tokens."""
         return len(self.tokens)
 
-    def vary(self, seed: int) -> Text:
+    def vary(self, seed: int) -> TokenRow:
         """Omit some tokens at random; keep the first and the last.
 
         Args:
@@ -48,30 +55,17 @@ class Text:
         return replace(self, tokens=(*self.tokens[:1], *inner, *self.tokens[1:][-1:]))
 
 
-class LanguageModel:
+class LanguageModel(ReadsPrompt):
     """A reader for causal models: the mean log-probability of each choice's tokens."""
 
     name = "mean-logprob"
+    separator = " "
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.real: Tensor | None = None
 
-    def question(self, task: Task, example: Example) -> Question:
-        """Build the question of an example.
-
-        Args:
-            task: The task of the example.
-            example: The example.
-
-        Returns:
-            The prompt, and the choices after a space.
-        """
-        return Question(
-            task.format_prompt(example), tuple(" " + c for c in task.list_choices(example))
-        )
-
-    def row(self, question: Question) -> Text:
+    def row(self, question: Question) -> TokenRow:
         """Prepare a question for the model.
 
         Args:
@@ -81,9 +75,9 @@ class LanguageModel:
             The token ids of the prompt and of the choices.
         """
         encoded = encode(self.tokenizer, question.text, question.choices)
-        return Text(encoded[0].prompt, encoded)
+        return TokenRow(encoded[0].prompt, encoded)
 
-    def read(self, model: Any, rows: Sequence[Text]) -> Tensor:
+    def read(self, model: Any, rows: Sequence[TokenRow]) -> Tensor:
         """Compute the logits of a batch.
 
         Args:
@@ -94,23 +88,24 @@ class LanguageModel:
             Logits `[N, C]`, float32: mean log-probabilities.
         """
         items = [item for row in rows for item in self._items(row)]
-        sums = choice_sums(model, items, self._reading)
+        sums = sum_logprobs(model, items, self._set_mask)
         self.real = None
         lengths = torch.tensor([len(c) for item in items for c in item.choices])
         counts = [sum(len(item.choices) for item in row.choices) for row in rows]
         return split_by_row(sums / lengths.to(sums.device), counts)
 
-    def _items(self, row: Text) -> list[Encoded]:
+    def _items(self, row: TokenRow) -> list[Encoded]:
         """Use the row's own tokens as prompt, unless choices merge with the end of the prompt."""
         if len(row.choices) > 1:
             return list(row.choices)
         return [Encoded(row.tokens, row.choices[0].choices)]
 
-    def _reading(self, mask: Tensor) -> None:
-        self.real = mask.bool()
+    def _set_mask(self, real_NT: Tensor) -> None:
+        """Set the mask of the batch that the model is about to read."""
+        self.real = real_NT
 
 
-class Seq2Seq:
+class Seq2Seq(ReadsPrompt):
     """A reader for encoder-decoder models: the mean log-probability of each choice's tokens."""
 
     name = "mean-logprob"
@@ -119,19 +114,7 @@ class Seq2Seq:
         self.tokenizer = tokenizer
         self.real: Tensor | None = None
 
-    def question(self, task: Task, example: Example) -> Question:
-        """Build the question of an example.
-
-        Args:
-            task: The task of the example.
-            example: The example.
-
-        Returns:
-            The prompt and the choices.
-        """
-        return Question(task.format_prompt(example), tuple(task.list_choices(example)))
-
-    def row(self, question: Question) -> Text:
+    def row(self, question: Question) -> TokenRow:
         """Prepare a question for the model.
 
         Args:
@@ -141,9 +124,9 @@ class Seq2Seq:
             The token ids of the prompt and of the choices.
         """
         ids = self.tokenizer(list(question.choices))["input_ids"]
-        return Text(tuple(self.tokenizer(question.text)["input_ids"]), tuple(map(tuple, ids)))
+        return TokenRow(tuple(self.tokenizer(question.text)["input_ids"]), tuple(map(tuple, ids)))
 
-    def read(self, model: Any, rows: Sequence[Text]) -> Tensor:
+    def read(self, model: Any, rows: Sequence[TokenRow]) -> Tensor:
         """Compute the logits of a batch.
 
         Args:
@@ -156,7 +139,7 @@ class Seq2Seq:
         device = next(model.parameters()).device
         ids_NT, self.real = pad([row.tokens for row in rows], device)
         counts = [len(row.choices) for row in rows]
-        owner = torch.tensor([i for i, n in enumerate(counts) for _ in range(n)], device=device)
+        owner = repeat_rows(counts, device)
         mask_NT = self.real.long()
         hidden_NTD = model.get_encoder()(
             input_ids=ids_NT, attention_mask=mask_NT
@@ -174,7 +157,7 @@ class Seq2Seq:
         return split_by_row((log * real).sum(1) / real.sum(1), counts)
 
 
-class Encoder:
+class Encoder(ReadsInput):
     """A reader for encoders: the scaled cosines with the frozen embeddings of the choices."""
 
     name = Similarity.name
@@ -183,19 +166,7 @@ class Encoder:
         self.similarity = similarity
         self.real: Tensor | None = None
 
-    def question(self, task: Task, example: Example) -> Question:
-        """Build the question of an example.
-
-        Args:
-            task: The task of the example.
-            example: The example.
-
-        Returns:
-            The example's input and the task's choices.
-        """
-        return self.similarity.question(task, example)
-
-    def row(self, question: Question) -> Text:
+    def row(self, question: Question) -> TokenRow:
         """Prepare a question for the model.
 
         Args:
@@ -204,10 +175,10 @@ class Encoder:
         Returns:
             The token ids of the input, and the embeddings of the choices.
         """
-        found = self.similarity.tokenizer(question.text, truncation=True, max_length=MAX_TOKENS)
-        return Text(tuple(found["input_ids"]), self.similarity.heads(question.choices))
+        tokens = tokenise(self.similarity.tokenizer, question.text)
+        return TokenRow(tokens, self.similarity.heads(question.choices))
 
-    def read(self, model: Any, rows: Sequence[Text]) -> Tensor:
+    def read(self, model: Any, rows: Sequence[TokenRow]) -> Tensor:
         """Compute the logits of a batch.
 
         Args:
@@ -221,10 +192,7 @@ class Encoder:
         ids_NT, self.real = pad([row.tokens for row in rows], device)
         text_ND = pool(model, {"input_ids": ids_NT, "attention_mask": self.real.long()})
         self.real = None
-        heads_CD = torch.cat([row.choices for row in rows]).to(text_ND)
-        counts = [len(row.choices) for row in rows]
-        owner = torch.tensor([i for i, n in enumerate(counts) for _ in range(n)], device=device)
-        return split_by_row(SCALE * (heads_CD * text_ND[owner]).sum(1), counts)
+        return compare_with_heads(text_ND, [row.choices for row in rows], SCALE)
 
 
 class TextClassifier(ReadsInput):
@@ -236,7 +204,7 @@ class TextClassifier(ReadsInput):
         self.tokenizer, self.labels = tokenizer, labels
         self.real: Tensor | None = None
 
-    def row(self, question: Question) -> Text:
+    def row(self, question: Question) -> TokenRow:
         """Prepare a question for the model.
 
         Args:
@@ -245,10 +213,10 @@ class TextClassifier(ReadsInput):
         Returns:
             The token ids of the input, and the outputs of the choices.
         """
-        found = self.tokenizer(question.text, truncation=True, max_length=MAX_TOKENS)
-        return Text(tuple(found["input_ids"]), find_columns(question.choices, self.labels))
+        tokens = tokenise(self.tokenizer, question.text)
+        return TokenRow(tokens, find_columns(question.choices, self.labels))
 
-    def read(self, model: Any, rows: Sequence[Text]) -> Tensor:
+    def read(self, model: Any, rows: Sequence[TokenRow]) -> Tensor:
         """Compute the logits of a batch.
 
         Args:

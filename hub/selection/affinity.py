@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from experthub.hub.composition.stacking import change_of
+from experthub.hub.composition.stacking import load_change
 from experthub.hub.composition.weights import Contents, load_gates, load_task_vector
 from experthub.hub.readers.features import Features, watch_inputs
 from experthub.hub.recipes.plan import Plan
@@ -20,7 +20,7 @@ from experthub.merge import LowRank, is_linear
 from experthub.routing import ExpertStack, Router, arrow, compute_scores, phatgoose
 from torch import Tensor, nn
 
-Scores = list[float | None]
+ExpertScores = list[float | None]
 TINY = 1e-12  # the smallest weight in a logarithm, because a softmax can underflow to 0
 ROUTERS: Mapping[str, Callable[..., Router]] = {"gates": phatgoose, "prototypes": arrow}
 
@@ -52,7 +52,10 @@ class Probe:
         Args:
             x_TI: Inputs of the module.
         """
-        scores_TP = compute_scores(x_TI, self.router.probes_PI, self.router.layer_norm)
+        probes_PI = self.router.probes_PI
+        if probes_PI is not None:
+            probes_PI = probes_PI.to(x_TI.device)
+        scores_TP = compute_scores(x_TI, probes_PI, self.router.layer_norm)
         weights_TP = self.router.weights(scores_TP).dense(len(self.experts))
         self.total_P += weights_TP.sum(0).double().cpu()
         self.tokens += len(x_TI)
@@ -66,7 +69,7 @@ def compute_affinities(
     others: Sequence[Sequence[str]],
     measures: Sequence[str],
     session: Session,
-) -> dict[str, Scores]:
+) -> dict[str, ExpertScores]:
     """Compute every expert's mean routing weight over tokens and modules; chance level is 1.
 
     Each weight is multiplied by the number of experts at its module. Only the base reads the texts.
@@ -94,12 +97,12 @@ def compute_affinities(
         for own in probes[name].values():
             own.update(x_TI)
 
-    def average_weights(read: Sequence[str]) -> dict[str, Scores]:
+    def average_weights(read: Sequence[str]) -> dict[str, ExpertScores]:
         for own in probes.values():
             for probe in own.values():
                 probe.reset()
         with watch_inputs(modules, features, observe):
-            features.of(model, read)
+            features.compute(model, read)
         return {
             measure: _average_probes(
                 [own[measure] for own in probes.values() if measure in own], len(plan.experts)
@@ -115,14 +118,16 @@ def compute_affinities(
         return found
     return {
         measure: [
-            None if score is None else score / _geometric_mean([row[measure][e] for row in usual])
+            None
+            if score is None
+            else score / _compute_geometric_mean([row[measure][e] for row in usual])
             for e, score in enumerate(scores)
         ]
         for measure, scores in found.items()
     }
 
 
-def _geometric_mean(scores: Scores) -> float:
+def _compute_geometric_mean(scores: ExpertScores) -> float:
     """Compute the geometric mean of scores; values that underflow count as a tiny one."""
     return math.exp(sum(math.log(max(score or 0, TINY)) for score in scores) / len(scores))
 
@@ -142,7 +147,7 @@ def _build_probes(
             here = [e for e in low if parameter in vectors[e].load]
             if not here or module is None or not is_linear(module):
                 continue
-            deltas = {e: change_of(name, module, vectors[e], 1.0) for e in here}
+            deltas = {e: load_change(name, module, vectors[e], 1.0) for e in here}
             gated = {e: gates_of[e][name] for e in here if name in gates_of[e]}
             for measure, experts in {"prototypes": here, "gates": list(gated)}.items():
                 if measure in measures and experts:
@@ -162,7 +167,7 @@ def _build_probe(
     return Probe(router, tuple(deltas), torch.zeros(len(deltas), dtype=torch.double))
 
 
-def _average_probes(probes: Sequence[Probe], n_experts: int) -> Scores:
+def _average_probes(probes: Sequence[Probe], n_experts: int) -> ExpertScores:
     """Average every expert's weight over the modules where it has a probe; None without a probe."""
     sums, counts = [0.0] * n_experts, [0] * n_experts
     for probe in (probe for probe in probes if probe.tokens):

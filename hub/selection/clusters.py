@@ -22,6 +22,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from experthub.hub.composition.weights import Contents, load_gates, load_task_vector
 from experthub.hub.errors import HubError, NotFoundError, UsageError
+from experthub.hub.files.spelling import check_choice
 from experthub.hub.materials.sentence_encoder import SentenceEncoder
 from experthub.hub.readers.features import Features
 from experthub.hub.recipes.plan import Plan
@@ -34,7 +35,7 @@ from experthub.merge import cosine_matrix, gram_matrix
 from experthub.routing import standardise
 from torch import Tensor
 
-By = Literal["weights", "gates", "embeddings"]
+ComparedBy = Literal["weights", "gates", "embeddings"]
 EXAMPLES = 32  # per task, for `embeddings`
 
 
@@ -104,7 +105,7 @@ def cluster(
     *,
     base: str | None = None,
     k: int = 4,
-    by: By = "weights",
+    by: ComparedBy = "weights",
     embedder: str = "all-minilm-l6-v2",
     session: Session | None = None,
 ) -> Clusters:
@@ -114,8 +115,9 @@ def cluster(
         experts: References. The default is all experts of the base.
         base: The base's reference. The default is the base of the experts.
         k: The number of groups, from 1 to the number of experts.
-        by: What is compared: `weights`, the changes of the base's weights; `gates`, the standardised
-            gates; or `embeddings`, the mean embedding of examples of the experts' own tasks.
+        by: The property that is compared: `weights`, the changes of the base's weights; `gates`,
+            the standardised gates; or `embeddings`, the mean embedding of examples of the experts' own
+            tasks.
         embedder: The sentence encoder for `embeddings`.
         session: The registry, the store and the progress callback. The default is `Session()`.
 
@@ -154,10 +156,10 @@ def cluster(
         )
         found = rows_ED.double() @ rows_ED.double().T
     similarity = cosine_matrix(found)
-    return Clusters(plan, similarity.tolist(), average_linkage(similarity, k))
+    return Clusters(plan, similarity.tolist(), group_by_average_linkage(similarity, k))
 
 
-def parse_similarity(text: str) -> By:
+def parse_similarity(text: str) -> ComparedBy:
     """Check the name of what experts are compared by.
 
     Args:
@@ -169,9 +171,8 @@ def parse_similarity(text: str) -> By:
     Raises:
         UsageError: The name is unknown.
     """
-    if text not in get_args(By):
-        raise UsageError(f"unknown --by {text!r}", f"use one of {', '.join(get_args(By))}")
-    return cast(By, text)
+    check_choice(text, get_args(ComparedBy), "--by")
+    return cast(ComparedBy, text)
 
 
 def write_clusters(
@@ -205,7 +206,7 @@ def write_clusters(
     return write_recipe(Path(path), recipe, comment, session)
 
 
-def average_linkage(similarity_EE: Tensor, k: int) -> list[list[int]]:
+def group_by_average_linkage(similarity_EE: Tensor, k: int) -> list[list[int]]:
     """Form k groups: join the two groups with the highest mean similarity until k are left.
 
     If several pairs are equally similar, the first one is joined.

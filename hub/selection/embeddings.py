@@ -66,7 +66,7 @@ def list_own_tasks(expert: PlannedExpert) -> tuple[str, ...]:
     """List the tasks that an expert was trained on.
 
     Args:
-        expert: An expert, whose members are several for a nested merge.
+        expert: An expert; a nested merge has several members.
 
     Returns:
         References of the tasks that are known.

@@ -14,13 +14,13 @@ from experthub.hub.materials.sentence_encoder import SentenceEncoder
 from experthub.hub.readers.features import Features
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.recipes.recipe import Recipe
-from experthub.hub.selection.affinity import ROUTERS, Scores, compute_affinities
+from experthub.hub.selection.affinity import ROUTERS, ExpertScores, compute_affinities
 from experthub.hub.selection.candidates import plan_candidates
 from experthub.hub.selection.embeddings import average_embeddings, embed_own_tasks, read_own_texts
 from experthub.hub.selection.suggestion import (
     LABELLED,
-    MEASURES,
-    By,
+    RANKING_MEASURES,
+    RankedBy,
     Suggestion,
     choose_measure,
 )
@@ -37,8 +37,8 @@ def suggest(
     experts: Sequence[str] = (),
     *,
     base: str | None = None,
-    by: By = "all",
-    rank_by: By | None = None,
+    by: RankedBy = "all",
+    rank_by: RankedBy | None = None,
     k: int | None = None,
     examples: int = 32,
     labels: bool = False,
@@ -118,21 +118,21 @@ def suggest(
     return replace(made, truth=_collect_truth(result, made.references), n=result["tasks"][0]["n"])
 
 
-def _check_measures(by: By, rank_by: By | None, labels: bool) -> None:
+def _check_measures(by: RankedBy, rank_by: RankedBy | None, labels: bool) -> None:
     """Refuse measures that cannot be computed, before anything is read."""
     for measure in (by, rank_by):
         if measure in LABELLED and not labels:
             raise UsageError(
                 f"{measure} reads the right answers", "pass --labels, or use another measure"
             )
+    if rank_by == "all":
+        raise UsageError(
+            "--rank-by needs one measure, not all", f"use one of {', '.join(RANKING_MEASURES)}"
+        )
     if rank_by is not None and by not in ("all", rank_by):
         raise UsageError(
             f"--rank-by is {rank_by}, but --by {by} does not compute it",
             f"pass --by {rank_by} or --by all",
-        )
-    if rank_by == "all":
-        raise UsageError(
-            "--rank-by needs one measure, not all", f"use one of {', '.join(MEASURES)}"
         )
 
 
@@ -177,11 +177,11 @@ class _Inputs:
 
     def compute_scores(
         self, by: str, embedder: str, answers: Sequence[str] | None
-    ) -> dict[str, Scores]:
+    ) -> dict[str, ExpertScores]:
         """Compute the measures, and omit those by which no expert has a score."""
-        wanted = MEASURES if by == "all" else (by,)
+        wanted = RANKING_MEASURES if by == "all" else (by,)
         measures = [measure for measure in wanted if measure in ROUTERS]
-        found: dict[str, Scores] = {}
+        found: dict[str, ExpertScores] = {}
         if measures:
             args = self.plan, self.features, self.model, self.texts, self.others, measures
             found |= compute_affinities(*args, self.session)
@@ -202,7 +202,7 @@ class _Inputs:
             )
         return found
 
-    def _compare_embeddings(self, embedder: str) -> Scores:
+    def _compare_embeddings(self, embedder: str) -> ExpertScores:
         """Compute the cosine between the task and each expert's own tasks."""
         embed = SentenceEncoder.load(embedder, self.session)
         here_D = average_embeddings(embed, self.texts)

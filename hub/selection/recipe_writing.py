@@ -19,7 +19,7 @@ from experthub.merge import merges
 from experthub.routing import routers
 
 
-def check_request(
+def check_recipe_file(
     path: Path | None, force: bool, method: str | None, routes_only: bool = False
 ) -> None:
     """Refuse a recipe that could not be written, before anything is read.
@@ -56,7 +56,6 @@ def build_method_entry(method: str, routes_only: bool = False) -> dict[str, Any]
     Raises:
         UsageError: There is no such method, or it is a merge where only routers are accepted.
     """
-
     if method in routers:
         return {"route": {"method": method}}
     if method in merges and not routes_only:

@@ -9,24 +9,25 @@ from typing import Any, Literal, cast, get_args
 
 from experthub.hub.errors import UsageError
 from experthub.hub.evaluation.statistics import kendall, spearman
+from experthub.hub.files.spelling import check_choice
 from experthub.hub.recipes.plan import Plan
-from experthub.hub.selection.affinity import Scores
+from experthub.hub.selection.affinity import ExpertScores
 from experthub.hub.selection.recipe_writing import build_method_entry, choose_method, write_recipe
 from experthub.hub.session import Session
 from experthub.hub.tasks.task import Task
 
-Measure = Literal["gates", "prototypes", "embeddings", "tmi"]
-By = Measure | Literal["all"]
-MEASURES: tuple[Measure, ...] = get_args(Measure)
+RankingMeasure = Literal["gates", "prototypes", "embeddings", "tmi"]
+RankedBy = RankingMeasure | Literal["all"]
+RANKING_MEASURES: tuple[RankingMeasure, ...] = get_args(RankingMeasure)
 # Measures in order of preference, after the results in docs/experiments.md; the second order is for
 # relative weights.
-BEST: tuple[Measure, ...] = ("embeddings", "gates", "prototypes", "tmi")
-BEST_RELATIVE: tuple[Measure, ...] = ("prototypes", "embeddings", "gates", "tmi")
+PREFERRED: tuple[RankingMeasure, ...] = ("embeddings", "gates", "prototypes", "tmi")
+PREFERRED_RELATIVE: tuple[RankingMeasure, ...] = ("prototypes", "embeddings", "gates", "tmi")
 FIRST = 5  # experts of a recipe if no number is given
 LABELLED = ("tmi",)  # measures that read the right answers
 
 
-def parse_ranking_measure(text: str) -> By:
+def parse_ranking_measure(text: str) -> RankedBy:
     """Check the name of a measure.
 
     Args:
@@ -38,13 +39,11 @@ def parse_ranking_measure(text: str) -> By:
     Raises:
         UsageError: There is no such measure.
     """
-    known = (*MEASURES, "all")
-    if text not in known:
-        raise UsageError(f"unknown measure {text!r}", f"use one of {', '.join(known)}")
-    return cast(By, text)
+    check_choice(text, (*RANKING_MEASURES, "all"), "measure")
+    return cast(RankedBy, text)
 
 
-def choose_measure(scores: Mapping[str, Scores], relative: bool) -> str:
+def choose_measure(scores: Mapping[str, ExpertScores], relative: bool) -> str:
     """Choose the measure that orders the experts.
 
     It is the first available one in the order of preference. For relative weights, only the
@@ -57,7 +56,7 @@ def choose_measure(scores: Mapping[str, Scores], relative: bool) -> str:
     Returns:
         The name of the measure.
     """
-    known = [m for m in (BEST_RELATIVE if relative else BEST) if m in scores]
+    known = [m for m in (PREFERRED_RELATIVE if relative else PREFERRED) if m in scores]
     return max(known, key=lambda m: -scores[m].count(None)) if relative else known[0]
 
 
@@ -83,7 +82,7 @@ class Suggestion:
     task: Task
     examples: int
     labels: bool
-    scores: Mapping[str, Scores]
+    scores: Mapping[str, ExpertScores]
     relative: bool
     rank_by: str
     truth: Mapping[str, list[float]] = field(default_factory=dict)
@@ -167,17 +166,18 @@ class Suggestion:
             The document of docs/selection.md, with the experts in the order of `rank_by`.
         """
         ranks = {measure: self.compute_ranks(measure) for measure in self.scores}
-        rest = [e for e in range(len(self.references)) if e not in self.order]
+        order, references = self.order, self.references
+        rest = [e for e in range(len(references)) if e not in order]
         experts = [
             {
-                "expert": self.references[e],
+                "expert": references[e],
                 "digest": self.plan.experts[e].digest,
                 "task": self.plan.experts[e].members[0].task,
                 "scores": {measure: scores[e] for measure, scores in self.scores.items()},
                 "ranks": {measure: own[e] for measure, own in ranks.items()},
                 **({"truth": {k: v[e] for k, v in self.truth.items()}} if self.truth else {}),
             }
-            for e in (*self.order, *rest)
+            for e in (*order, *rest)
         ]
         judged = (
             {"truth_n": self.n, "correlations": self.compute_correlations()} if self.truth else {}

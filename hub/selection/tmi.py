@@ -63,7 +63,7 @@ def compute_tmi(
         composed = compose(
             isolate_expert(plan, expert), model=model, session=Session(store=session.store)
         ).model
-        found.append(conditional_entropy(features.of(composed, texts), labels))
+        found.append(estimate_conditional_entropy(features.compute(composed, texts), labels))
     report("composing each expert alone", len(plan.experts), len(plan.experts))
     return found
 
@@ -84,7 +84,9 @@ def group_by_label(labels: Sequence[str], k: int = NEIGHBOUR) -> list[list[int]]
     return [places for _, places in sorted(found.items()) if len(places) > k]
 
 
-def conditional_entropy(features_ND: Tensor, labels: Sequence[str], k: int = NEIGHBOUR) -> float:
+def estimate_conditional_entropy(
+    features_ND: Tensor, labels: Sequence[str], k: int = NEIGHBOUR
+) -> float:
     """Estimate `H(features | label)` in nats.
 
     It is the mean of the classes' entropies, weighted by their shares of the examples.
@@ -104,10 +106,10 @@ def conditional_entropy(features_ND: Tensor, labels: Sequence[str], k: int = NEI
     if not groups:
         raise ValueError(f"expected a label with more than {k} examples, found none")
     seen = sum(map(len, groups))
-    return sum(entropy(features_ND[rows], k) * len(rows) for rows in groups) / seen
+    return sum(estimate_entropy(features_ND[rows], k) * len(rows) for rows in groups) / seen
 
 
-def entropy(x_ND: Tensor, k: int) -> float:
+def estimate_entropy(x_ND: Tensor, k: int) -> float:
     """Estimate the differential entropy in nats of a distribution from samples.
 
     Args:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 
 class StateRecord(Protocol):
-    """The description of a stored state, as far as both formats agree."""
+    """The fields that the descriptions of all states have."""
 
     @property
     def method(self) -> str:

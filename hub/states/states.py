@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ def load_state(plan: Plan, content: Content, session: Session) -> tuple[Any, Any
 
 
 def store_state(plan: Plan, session: Session) -> Content:
-    """Bring the state of a plan's method into the store; it is made now unless it was before.
+    """Add the state of a plan's method to the store. If there is no state yet, the method makes it.
 
     Args:
         plan: A plan whose method keeps its state.
@@ -105,9 +106,12 @@ def _make(plan: Plan, session: Session) -> Any:
 
 
 def _keep(plan: Plan, state: Any) -> None:
-    """Write a state into its folder, with a description by which it can be added and pushed."""
+    """Write a state into its folder, with a description by which it can be added and pushed.
+
+    If another process has stored its state there in the meantime, that state is kept.
+    """
     folder, form = state_folder(plan), format_of(plan)
-    with create_folder(folder) as draft:
+    with suppress(FileExistsError), create_folder(folder) as draft:
         form.write(draft, plan, state)
         identity = read_folder(draft).model_copy(update={"base_fingerprint": plan.base.fingerprint})
         described = Expert(
@@ -140,10 +144,13 @@ def _check_fits(found: StateRecord, plan: Plan, name: str) -> None:
     made = [expert.digest for expert in found.experts]
     if made == [expert.digest for expert in plan.experts]:
         return
+    labels = [expert.expert for expert in found.experts]
     changed = next((e.label for e in plan.experts if e.digest not in made), None)
-    why = f"not for {changed} as it is now" if changed else "in another order or for more experts"
+    why = "in another order or for more experts"
+    if changed is not None:
+        why = f"for another version of {changed}" if changed in labels else f"not for {changed}"
     raise UsageError(
-        f"{name} was made for {', '.join(expert.expert for expert in found.experts)}, {why}; "
+        f"{name} was made for {', '.join(labels)}, {why}; "
         f"the recipe has {', '.join(expert.label for expert in plan.experts)}",
         "name the same experts in the same order, "
         f"or remove {format_of(plan).kind}: to make the state again",

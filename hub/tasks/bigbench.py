@@ -96,8 +96,8 @@ def import_tasks(names: list[str], session: Session) -> tuple[list[str], list[st
     return import_archive(fetch_archive(session), names, session.report)
 
 
-def import_again(name: str, store: Store) -> None:
-    """Replace a damaged task with that of the archive.
+def reimport_from_archive(name: str, store: Store) -> None:
+    """Replace a damaged task with the one in the archive.
 
     Args:
         name: The name of the task in BIG-bench.

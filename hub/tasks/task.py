@@ -10,6 +10,7 @@ from typing import Annotated, Literal, cast, get_args
 
 from experthub.hub.errors import HubError, UsageError
 from experthub.hub.files.digests import canonical_json, digest_of
+from experthub.hub.files.spelling import check_choice
 from experthub.hub.files.yaml_files import Closed
 from pydantic import Field, model_validator
 
@@ -70,10 +71,13 @@ class Example(Closed):
         """Reject an example without exactly one kind of answer."""
         if (self.choices is None) == (self.targets is None):
             raise ValueError("expected either choices with an answer, or targets")
-        if self.choices is not None and not 0 <= (-1 if self.answer is None else self.answer) < len(
-            self.choices
-        ):
-            raise ValueError(f"the answer {self.answer} is none of the {len(self.choices)} choices")
+        if self.choices is not None and self.answer is None:
+            raise ValueError("there are choices, but no answer")
+        if self.choices is not None and (self.answer or 0) >= len(self.choices):
+            raise ValueError(
+                f"the answer is {self.answer}, and the positions of the {len(self.choices)} "
+                f"choices are 0 to {len(self.choices) - 1}"
+            )
         return self
 
     @property
@@ -184,6 +188,27 @@ class Task:
         labels, targets = self.card.labels or [], example.targets or []
         return labels.index(targets[0]) if targets and targets[0] in labels else None
 
+    def require_answer(self, example: Example) -> int:
+        """Find the right answer among the choices of an example, which must be there.
+
+        Args:
+            example: An example of this task.
+
+        Returns:
+            The position of the right answer.
+
+        Raises:
+            UsageError: The example has no choices, or its answer is not among them.
+        """
+        answer = self.find_answer(example)
+        if answer is None:
+            raise UsageError(
+                f"task {self.reference}: example {example.id} has no choices, or its answer is not "
+                "among them",
+                "choose a task whose examples have choices",
+            )
+        return answer
+
     def format_answer(self, example: Example) -> str:
         """Format the right answer as the text that follows the prompt.
 
@@ -213,7 +238,7 @@ class Chosen:
     @property
     def labels(self) -> list[int]:
         """The positions of the right answers among the choices."""
-        return [self.task.find_answer(example) or 0 for example in self.examples]
+        return [self.task.require_answer(example) for example in self.examples]
 
 
 def parse_split(text: str) -> Split:
@@ -228,6 +253,5 @@ def parse_split(text: str) -> Split:
     Raises:
         UsageError: There is no such split.
     """
-    if text not in get_args(Split):
-        raise UsageError(f"unknown split {text!r}", f"use one of {', '.join(get_args(Split))}")
+    check_choice(text, get_args(Split), "split")
     return cast(Split, text)

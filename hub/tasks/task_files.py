@@ -10,7 +10,7 @@ from experthub.hub.errors import ConflictError, HubError, IntegrityError, NotFou
 from experthub.hub.files import checksummed_text, yaml_files
 from experthub.hub.files.atomic import create_folder, hub_home, walk_files, write_text
 from experthub.hub.files.digests import sha256_of
-from experthub.hub.files.spelling import suggest_name
+from experthub.hub.files.spelling import find_similar, suggest_name
 from experthub.hub.tasks.task import Card, Example, Task
 from pydantic import ValidationError
 
@@ -51,22 +51,22 @@ def read_task(reference: str) -> Task:
     if colon and not reference.startswith(("/", ".")):
         folder = _locate_task(suite, name)
         if not (folder / CARD).is_file():
-            hint = f"run hub tasks import {suite} {name}" if suite == "bigbench" else ""
             known = [n for s, _, n in (r.partition(":") for r in list_references()) if s == suite]
-            close = suggest_name(name, known, f"{suite}:")
-            raise NotFoundError(
-                f"there is no task {reference} here",
-                close if close.startswith("did") else hint or "run hub tasks list",
-            )
-        return read_folder(folder, reference)
+            hint = "run hub tasks list"
+            if find_similar(name, known) is not None:
+                hint = suggest_name(name, known, f"{suite}:")
+            elif suite == "bigbench":
+                hint = f"run hub tasks import {suite} {name}"
+            raise NotFoundError(f"there is no task {reference} here", hint)
+        return read_task_folder(folder, reference)
     if not (Path(reference) / CARD).is_file():
         raise NotFoundError(
             f"there is no task {reference}", f"name a folder that contains a {CARD}"
         )
-    return read_folder(Path(reference), reference)
+    return read_task_folder(Path(reference), reference)
 
 
-def read_folder(folder: Path, reference: str) -> Task:
+def read_task_folder(folder: Path, reference: str) -> Task:
     """Read and check a task's folder.
 
     Args:
@@ -146,7 +146,7 @@ def write_task(
     if not task.examples:
         raise HubError(f"task {reference} is empty", "choose a task with usable examples")
     if (target / CARD).is_file() and not renew:
-        if read_folder(target, reference).digest == task.digest:
+        if read_task_folder(target, reference).digest == task.digest:
             return reference
         raise ConflictError(f"{reference} exists with other content", f"remove {target} first")
     with create_folder(target, renew) as draft:
@@ -166,7 +166,7 @@ def write_task(
     return reference
 
 
-def import_again(reference: str, source: Path) -> None:
+def reimport_from_folder(reference: str, source: Path) -> None:
     """Replace a damaged task with the folder that it was imported from.
 
     Args:
@@ -178,8 +178,11 @@ def import_again(reference: str, source: Path) -> None:
         IntegrityError: The folder has other content than before.
     """
     if not (source / CARD).is_file():
-        raise NotFoundError(f"its source {source} is gone", "import the task from another folder")
-    task = read_folder(source, reference)
+        raise NotFoundError(
+            f"the source {source} of {reference} does not exist any more",
+            "import the task from another folder",
+        )
+    task = read_task_folder(source, reference)
     write_task(reference.partition(":")[0], task.card, task.examples, source, renew=True)
 
 
@@ -206,7 +209,7 @@ def import_folder(folder: Path, suite: str) -> list[str]:
         raise NotFoundError(
             f"{folder} contains no {CARD}", "see docs/registry.md for the format of a task"
         )
-    tasks = [read_folder(f, f"{suite}:{f.name}") for f in folders]
+    tasks = [read_task_folder(f, f"{suite}:{f.name}") for f in folders]
     return [
         write_task(suite, task.card, task.examples, source)
         for task, source in zip(tasks, folders, strict=True)

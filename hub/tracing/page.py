@@ -10,7 +10,7 @@ from torch import Tensor
 
 TEMPLATE = Path(__file__).with_name("page.html")
 DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
-PAIRS = [high + low for high in DIGITS for low in DIGITS]
+DIGIT_PAIRS = [high + low for high in DIGITS for low in DIGITS]
 THOUSAND = 1000  # weights are written as thousandths
 
 
@@ -47,12 +47,16 @@ def pack_weights(weights_TE: Tensor) -> str:
     Returns:
         The packed weights.
     """
-    thousandths = (weights_TE[:, : len(PAIRS)] * THOUSAND).round().clamp(0, len(PAIRS) - 1).int()
+    thousandths = (
+        (weights_TE[:, : len(DIGIT_PAIRS)] * THOUSAND).round().clamp(0, len(DIGIT_PAIRS) - 1).int()
+    )
     rows: list[str] = []
     before = None
     for row in thousandths.tolist():
         rows.append(
-            "=" if row == before else "".join(PAIRS[e] + PAIRS[w] for e, w in enumerate(row) if w)
+            "="
+            if row == before
+            else "".join(DIGIT_PAIRS[e] + DIGIT_PAIRS[w] for e, w in enumerate(row) if w)
         )
         before = row
     return ",".join(rows)

@@ -1,4 +1,4 @@
-"""Prompts of a trace: the examples of a task, and the tokens of a text."""
+"""Prompts of a trace: the examples of a task, and checks of their length."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from experthub.hub.bases.base import Base
 from experthub.hub.errors import UsageError
-from experthub.hub.readers.similarity import MAX_TOKENS
+from experthub.hub.readers.features import format_text
 from experthub.hub.tasks.task_files import read_task
 
 
@@ -21,45 +21,26 @@ def read_prompts(base: Base, reference: str, limit: int) -> list[str]:
     Returns:
         The filled template for a causal language model, or the input alone for another base.
     """
-    task = read_task(reference)
-    examples = task.split("all", limit)
-    return [task.format_prompt(e) if base.is_causal else e.input for e in examples]
+    task, causal = read_task(reference), base.is_causal
+    return [format_text(task, e, causal) for e in task.split("all", limit)]
 
 
-def tokenise_prompt(tokenizer: Any, base: Base, text: str, number: int) -> list[int]:
-    """Tokenise a prompt; for an encoder, truncate it to 256 tokens.
-
-    Args:
-        tokenizer: The tokenizer of the base.
-        base: The base.
-        text: The prompt.
-        number: The number of the prompt, from 0.
-
-    Returns:
-        The token ids.
-
-    Raises:
-        UsageError: The prompt has no tokens.
-    """
-    cut = {} if base.is_causal else {"truncation": True, "max_length": MAX_TOKENS}
-    ids: list[int] = tokenizer(text, **cut)["input_ids"]
-    if not ids:
-        raise UsageError(f"prompt {number + 1} is empty", "pass some text after --prompt")
-    return ids
-
-
-def check_length(count: int, number: int, model: Any, base: Base) -> None:
-    """Refuse a prompt that is longer, with its continuation, than the model can read.
+def check_length(tokens: int, new_tokens: int, number: int, model: Any, base: Base) -> None:
+    """Refuse a prompt that is empty or, with its continuation, longer than the model can read.
 
     Args:
-        count: The number of tokens, including those to generate.
+        tokens: The number of tokens of the prompt.
+        new_tokens: The number of tokens to generate.
         number: The number of the prompt, from 0.
         model: The model.
         base: The base of the model.
 
     Raises:
-        UsageError: The model reads fewer tokens.
+        UsageError: The prompt has no tokens, or the model reads fewer tokens.
     """
+    if not tokens:
+        raise UsageError(f"prompt {number + 1} is empty", "pass some text after --prompt")
+    count = tokens + new_tokens
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest and count > longest:
         raise UsageError(

@@ -79,15 +79,15 @@ def summarise_layers(layers: Sequence[int], weights_MTE: Tensor) -> list[LayerSu
                 layer,
                 len(own_mTE),
                 tuple(mean_mE.mean(0).tolist()),
-                float(entropy_bits(own_mTE).mean()),
-                float(entropy_bits(mean_mE).mean()),
+                float(compute_entropy(own_mTE).mean()),
+                float(compute_entropy(mean_mE).mean()),
                 most,
             )
         )
     return found
 
 
-def entropy_bits(weights: Tensor) -> Tensor:
+def compute_entropy(weights: Tensor) -> Tensor:
     """Compute the entropy of weights, normalised by the sum of their absolute values.
 
     Args:

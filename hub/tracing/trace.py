@@ -16,9 +16,9 @@ import torch
 from experthub.hub.bases.loading import load_tokenizer
 from experthub.hub.composition.composition import Composition
 from experthub.hub.composition.generation import (
-    apply_chat_template,
     check_can_generate,
     generate_ids,
+    tokenise_prompt,
 )
 from experthub.hub.errors import UsageError
 from experthub.hub.files.json_files import read_json
@@ -26,7 +26,7 @@ from experthub.hub.files.patterns import check_pattern, limit_matching_time
 from experthub.hub.readers.similarity import MAX_TOKENS
 from experthub.hub.recipes.plan import Plan, find_layer
 from experthub.hub.session import Session
-from experthub.hub.tracing.prompts import check_length, tokenise_prompt
+from experthub.hub.tracing.prompts import check_length
 from experthub.hub.tracing.summary import LayerSummary, summarise_layers
 from experthub.hub.tracing.tokens import Token, build_tokens
 from experthub.routing import record_routing
@@ -142,8 +142,9 @@ def trace(
         The weights of the experts, by module and token.
 
     Raises:
-        UsageError: The composition is a merge, the base does not read text alone, a prompt is empty
-            or too long, or no module matches.
+        UsageError: The composition is a merge, the base does not read text alone, there is no
+            prompt, a prompt is empty or too long, there is not one task for each prompt, or no
+            module matches.
 
     Example:
         from experthub import hub
@@ -155,6 +156,13 @@ def trace(
     report = (session or Session()).report
     plan, model = composition.plan, composition.model
     wanted = check_traceable(plan, modules)
+    if not prompts:
+        raise UsageError("no prompts were given", "pass at least one prompt")
+    if tasks is not None and len(tasks) != len(prompts):
+        raise UsageError(
+            f"{len(tasks)} tasks were named for {len(prompts)} prompts",
+            "name one task for each prompt",
+        )
     if new_tokens:
         check_can_generate(composition)
     tokenizer = load_tokenizer(plan.base)
@@ -162,9 +170,8 @@ def trace(
     parts: dict[str, list[Tensor]] = {name: [] for name in wanted}
     for number, prompt in enumerate(prompts):
         report("reading prompts", number, len(prompts))
-        text = apply_chat_template(composition, tokenizer, prompt) if chat else prompt
-        ids = tokenise_prompt(tokenizer, plan.base, text, number)
-        check_length(len(ids) + new_tokens, number, model, plan.base)
+        ids = tokenise_prompt(plan.base, tokenizer, prompt, chat)
+        check_length(len(ids), new_tokens, number, model, plan.base)
         if not plan.base.is_causal and len(ids) == MAX_TOKENS:
             report(f"note: at most {MAX_TOKENS} tokens of prompt {number + 1} are read", 0, 0)
         named = composition.tasks(tasks[number]) if tasks else nullcontext()

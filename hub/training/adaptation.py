@@ -10,6 +10,7 @@ from experthub.hub.bases.base_sources import find
 from experthub.hub.bases.loading import load_model
 from experthub.hub.composition.skills import Inventory
 from experthub.hub.errors import UsageError
+from experthub.hub.files.spelling import check_choice
 from experthub.hub.formats.safetensors_reader import Tensors
 from experthub.hub.formats.skills import SKILLS, SkillsRecord
 from experthub.hub.kinds import kinds
@@ -160,6 +161,5 @@ def parse_tune(word: str) -> Tune:
     Raises:
         UsageError: The value is unknown.
     """
-    if word not in get_args(Tune):
-        raise UsageError(f"unknown --tune {word!r}", f"use one of {', '.join(get_args(Tune))}")
+    check_choice(word, get_args(Tune), "--tune")
     return cast(Tune, word)

@@ -66,7 +66,7 @@ def fit(
         examples: The examples as the objective encodes them.
         settings: Steps, batch size, learning rate and seed.
         run: The folder of checkpoints and of `loss.json`.
-        what: What progress and errors call the training.
+        what: The name of the training in progress reports and errors.
         report: A progress callback.
         router_lr: The peak learning rate of parameters whose names end in `logits`. The default is
             `settings.lr`.
@@ -140,7 +140,7 @@ def _make_trainer(
     from safetensors.torch import load_file, save_file
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    class Watch(TrainerCallback):  # type: ignore[misc]
+    class ReportProgress(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             report(what, state.global_step, settings.steps)
 
@@ -184,7 +184,7 @@ def _make_trainer(
         args=arguments,
         train_dataset=examples,
         data_collator=objective.collate,
-        callbacks=[Watch()],
+        callbacks=[ReportProgress()],
     )
 
 

@@ -19,7 +19,7 @@ from experthub.hub.registry.entries import check_name
 from experthub.hub.session import Session
 from experthub.hub.tasks.task_files import read_task
 from experthub.hub.training.fit import Settings, fit_task
-from experthub.hub.training.objectives import FROZEN, make_objective
+from experthub.hub.training.objectives import is_frozen, make_objective
 from experthub.hub.transfer.describe import create_checkpoint_folder
 from torch import nn
 
@@ -116,7 +116,7 @@ def _unfreeze(model: nn.Module, embeddings: bool, causal: bool) -> dict[str, nn.
     trained = {
         name: parameter
         for name, parameter in model.named_parameters()
-        if id(parameter) not in frozen and (causal or not name.startswith(FROZEN))
+        if id(parameter) not in frozen and not is_frozen(name, causal)
     }
     for parameter in trained.values():
         parameter.requires_grad_(True)

@@ -16,6 +16,7 @@ from experthub.hub.bases.base import Base
 from experthub.hub.composition.skills import Inventory
 from experthub.hub.errors import HubError, UsageError
 from experthub.hub.files.atomic import create_folder
+from experthub.hub.files.spelling import check_choice
 from experthub.hub.formats.adapter import PREFIX
 from experthub.hub.formats.adapter_writer import write_adapter
 from experthub.hub.formats.skills import (
@@ -25,11 +26,10 @@ from experthub.hub.formats.skills import (
     find_logits_owner,
     write_skills,
 )
-from experthub.hub.training.objectives import FROZEN
 from experthub.routing import AVERAGE, MULTI_HEADED, BatchTasks, SkilledLinear, check_heads
 from torch import Tensor, nn
 
-START = 1e-3  # Logits are drawn from -START to START, as in the authors' code.
+LOGIT_RANGE = 1e-3  # Logits are drawn from -LOGIT_RANGE to LOGIT_RANGE, as in the authors' code.
 SURE = 30.0  # The sigmoid of this logit is 1 to 13 digits, and that of its negative is 0.
 
 
@@ -44,7 +44,8 @@ class InventoryShape:
         heads: The number of heads H, at least 1. Only `mhr` can have more than 1.
         rank: The rank of every skill, at least 1.
         alpha: LoRA's alpha. The default is the rank, so that the scale is 1.
-        granularity: What has logits of its own: each `linear` module, each `layer`, or the `model`.
+        granularity: The part of the model that has its own logits: each `linear` module, each
+            `layer`, or the whole `model`.
         relaxed: Draw the gates in training from relaxed Bernoulli distributions. The default uses
             the sigmoid of the logits.
 
@@ -121,42 +122,18 @@ def parse_shape(
     Raises:
         UsageError: The router or the granularity is unknown.
     """
-    for option, word, choices in (
-        ("--router", router, get_args(Training)),
-        ("--granularity", granularity, get_args(Granularity)),
-    ):
-        if word not in choices:
-            raise UsageError(f"unknown {option} {word!r}", f"use one of {', '.join(choices)}")
+    check_choice(router, get_args(Training), "--router")
+    check_choice(granularity, get_args(Granularity), "--granularity")
     return InventoryShape(
         cast(Training, router), skills, heads, rank, alpha, cast(Granularity, granularity), relaxed
     )
 
 
-def find_linears(model: Any, base: Base) -> list[str]:
-    """List the linear modules that get skills: all but the output layer and the frozen heads.
-
-    Args:
-        model: The model of the base.
-        base: The base.
-
-    Returns:
-        The paths of the modules, in the model's order.
-    """
-    head = model.get_output_embeddings() if base.is_causal else None
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and module is not head
-        and (base.is_causal or not name.startswith(FROZEN))
-    ]
-
-
 # Module -> the factors A `[S, R, I]` and B `[S, O, R]` with which training starts.
-Start = dict[str, tuple[Tensor, Tensor]]
+InitialSkills = dict[str, tuple[Tensor, Tensor]]
 
 
-def initialise_skills(model: Any, record: SkillsRecord) -> Start:
+def initialise_skills(model: Any, record: SkillsRecord) -> InitialSkills:
     """Draw new skills: A as in LoRA, differently for each skill, and B zero.
 
     Args:
@@ -174,12 +151,12 @@ def initialise_skills(model: Any, record: SkillsRecord) -> Start:
     return start
 
 
-def load_skills(inventory: Inventory, record: SkillsRecord) -> Start:
+def load_skills(inventory: Inventory, record: SkillsRecord) -> InitialSkills:
     """Load stored skills, or their average if the new inventory has fewer skills.
 
     Args:
         inventory: The stored inventory.
-        record: The description of the new inventory: of the same shape, or of one skill.
+        record: The description of the new inventory. It has the stored shape, or a single skill.
 
     Returns:
         The factors of every module.
@@ -196,7 +173,7 @@ def load_skills(inventory: Inventory, record: SkillsRecord) -> Start:
 
 
 def insert_skills(
-    model: Any, record: SkillsRecord, start: Start, rows: BatchTasks, relaxed: bool
+    model: Any, record: SkillsRecord, start: InitialSkills, rows: BatchTasks, relaxed: bool
 ) -> dict[str, SkilledLinear]:
     """Replace modules of a model by frozen ones with trainable skills beside them.
 
@@ -241,7 +218,7 @@ def _initialise_logits(record: SkillsRecord) -> Tensor:
         return torch.zeros(shape)
     if record.router == "private" and shape[0] == shape[2]:
         return (2 * torch.eye(shape[0])[:, None] - 1) * SURE
-    return torch.empty(shape).uniform_(-START, START)
+    return torch.empty(shape).uniform_(-LOGIT_RANGE, LOGIT_RANGE)
 
 
 def count_trainable(model: nn.Module) -> int:
@@ -292,8 +269,12 @@ def save_lora(
         tensors[f"{PREFIX}{name}.lora_B.weight"] = scaled.detach().cpu().bfloat16()
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
         raise HubError("training diverged", "lower --lr")
-    task_type = "CAUSAL_LM" if base.is_causal else "FEATURE_EXTRACTION"
     with create_folder(folder) as draft:
         write_adapter(
-            draft, tensors, base=base.name, task_type=task_type, transposed=False, pad=True
+            draft,
+            tensors,
+            base=base.name,
+            task_type=base.peft_task_type,
+            transposed=False,
+            pad=True,
         )

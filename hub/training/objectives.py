@@ -13,15 +13,28 @@ from typing import Any, Protocol
 import torch
 from experthub.hub.bases.base import Base
 from experthub.hub.bases.loading import load_model, load_tokenizer
-from experthub.hub.readers.reader import Reader
+from experthub.hub.readers.reader import Reader, pad
 from experthub.hub.readers.reader_for import reader_for
-from experthub.hub.readers.similarity import MAX_TOKENS, SCALE, Similarity, pool
+from experthub.hub.readers.similarity import SCALE, Similarity, pool, tokenise
 from experthub.hub.tasks.task import Example, Task
 from torch import Tensor, nn
 
 # Prefixes of modules that no expert changes. The embedding of a bare encoder does not pass through
 # its pooler, and all experts share the base's classifier heads and CLIP's text encoder.
 FROZEN = ("pooler.", "classifier", "score", "text_model.", "text_projection", "logit_scale")
+
+
+def is_frozen(name: str, causal: bool) -> bool:
+    """Check whether a module is one that no expert changes.
+
+    Args:
+        name: The path of the module, or of one of its parameters.
+        causal: Whether the base is a causal language model, which has no such modules.
+
+    Returns:
+        True if no expert changes the module.
+    """
+    return not causal and name.startswith(FROZEN)
 
 
 class Objective(Protocol):
@@ -77,15 +90,15 @@ def make_objective(base: Base, device: str | None) -> Objective:
         UsageError: The model's architecture cannot score choices.
     """
     if base.is_causal:
-        return Answers(load_tokenizer(base))
+        return AnswerLoss(load_tokenizer(base))
     if base.is_encoder:
         loaded = cache(lambda: load_model(base, "float32", device))
-        return Labels(Similarity(loaded, load_tokenizer(base)))
-    return Choices(reader_for(base, device))
+        return SimilarityLoss(Similarity(loaded, load_tokenizer(base)))
+    return ChoiceLoss(reader_for(base, device))
 
 
 @dataclass(frozen=True)
-class Answers:
+class AnswerLoss:
     """The objective of a causal model: the cross-entropy of the right answer after the prompt.
 
     Args:
@@ -118,11 +131,11 @@ class Answers:
             `input_ids`, `attention_mask` and `targets`, each `[B, T]`. A target is the next token,
             and -100 where that token is not part of the answer.
         """
-        ids_BT, mask_BT = _pad([ids for ids, _ in rows])
+        ids_BT, real_BT = pad([ids for ids, _ in rows], "cpu")
         targets_BT = torch.full(ids_BT.shape, -100)
         for i, (ids, start) in enumerate(rows):
             targets_BT[i, start - 1 : len(ids) - 1] = torch.tensor(ids[start:])
-        return {"input_ids": ids_BT, "attention_mask": mask_BT, "targets": targets_BT}
+        return {"input_ids": ids_BT, "attention_mask": real_BT.long(), "targets": targets_BT}
 
     def compute_loss(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         """Compute the mean cross-entropy of each answer's tokens, averaged over the examples.
@@ -150,7 +163,7 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Labels:
+class SimilarityLoss:
     """The objective of a sentence encoder: the cross-entropy over the choices of an example.
 
     The logits are the scaled cosines between the input's embedding and the base's embeddings of the
@@ -162,7 +175,7 @@ class Labels:
 
     similarity: Similarity
 
-    def encode(self, task: Task, example: Example) -> tuple[list[int], Tensor, int]:
+    def encode(self, task: Task, example: Example) -> tuple[tuple[int, ...], Tensor, int]:
         """Tokenize the input and embed the choices.
 
         Args:
@@ -171,14 +184,15 @@ class Labels:
 
         Returns:
             The token ids, the embeddings of the choices `[C, D]`, and the index of the right one.
-        """
-        question = self.similarity.question(task, example)
-        tokens = self.similarity.tokenizer(question.text, truncation=True, max_length=MAX_TOKENS)[
-            "input_ids"
-        ]
-        return tokens, self.similarity.heads(question.choices), task.find_answer(example) or 0
 
-    def collate(self, rows: Sequence[tuple[list[int], Tensor, int]]) -> dict[str, Tensor]:
+        Raises:
+            UsageError: The example has no choices, or its answer is not among them.
+        """
+        answer, question = task.require_answer(example), self.similarity.question(task, example)
+        tokens = tokenise(self.similarity.tokenizer, question.text)
+        return tokens, self.similarity.heads(question.choices), answer
+
+    def collate(self, rows: Sequence[tuple[tuple[int, ...], Tensor, int]]) -> dict[str, Tensor]:
         """Pad the token ids and the choices.
 
         Args:
@@ -188,12 +202,12 @@ class Labels:
             `input_ids` and `attention_mask` `[B, T]`, `heads` `[B, C, D]`, the mask `choices`
             `[B, C]`, which is false for padding, and `answers` `[B]`.
         """
-        ids_BT, mask_BT = _pad([ids for ids, _, _ in rows])
+        ids_BT, real_BT = pad([ids for ids, _, _ in rows], "cpu")
         heads_BCD = nn.utils.rnn.pad_sequence([heads for _, heads, _ in rows], batch_first=True)
         counts = torch.tensor([len(heads) for _, heads, _ in rows])
         return {
             "input_ids": ids_BT,
-            "attention_mask": mask_BT,
+            "attention_mask": real_BT.long(),
             "heads": heads_BCD,
             "choices": torch.arange(heads_BCD.shape[1]) < counts[:, None],
             "answers": torch.tensor([answer for _, _, answer in rows]),
@@ -217,7 +231,7 @@ class Labels:
 
 
 @dataclass(frozen=True)
-class Choices:
+class ChoiceLoss:
     """The objective of all other bases: the cross-entropy over the choices of an example.
 
     Args:
@@ -235,8 +249,12 @@ class Choices:
 
         Returns:
             The input as the model reads it, and the index of the right choice.
+
+        Raises:
+            UsageError: The example has no choices, or its answer is not among them.
         """
-        return self.reader.row(self.reader.question(task, example)), task.find_answer(example) or 0
+        answer = task.require_answer(example)
+        return self.reader.row(self.reader.question(task, example)), answer
 
     def collate(self, rows: Sequence[tuple[Any, int]]) -> dict[str, Any]:
         """Separate the inputs from the answers.
@@ -266,14 +284,3 @@ class Choices:
 def _unwrap(model: Any) -> Any:
     """Return the transformers model inside a peft model, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Pad token ids on the right to `[B, T]`, and return them with their mask."""
-    width = max(map(len, rows))
-    ids_BT = torch.zeros(len(rows), width, dtype=torch.long)
-    mask_BT = torch.zeros(len(rows), width, dtype=torch.long)
-    for i, ids in enumerate(rows):
-        ids_BT[i, : len(ids)] = torch.tensor(ids)
-        mask_BT[i, : len(ids)] = 1
-    return ids_BT, mask_BT

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from experthub.hub.bases.base import Base
 from experthub.hub.bases.base_sources import find
 from experthub.hub.bases.loading import load_model
-from experthub.hub.errors import UsageError
+from experthub.hub.errors import HubError, UsageError
 from experthub.hub.registry.entries import check_name
 from experthub.hub.registry.expert import Expert
 from experthub.hub.session import Session
@@ -19,15 +20,14 @@ from experthub.hub.training.fit import Settings, fit
 from experthub.hub.training.inventory import (
     InventoryShape,
     count_trainable,
-    find_linears,
     initialise_skills,
     insert_skills,
     save_skills,
 )
-from experthub.hub.training.objectives import Objective, make_objective
+from experthub.hub.training.objectives import Objective, is_frozen, make_objective
 from experthub.hub.transfer.describe import create_checkpoint_folder, describe
 from experthub.routing import BatchTasks
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,34 @@ def train_skills(
     save_skills(run / "expert", record, skilled)
     training = {**numbers, "tasks": list(tasks), "trainable": count_trainable(model), "loss": loss}
     return describe(run / "expert", name, found, session, task=None, training=training)
+
+
+def find_linears(model: Any, base: Base) -> list[str]:
+    """List the linear modules that get skills: all but the output layer and the frozen heads.
+
+    Args:
+        model: The model of the base.
+        base: The base.
+
+    Returns:
+        The paths of the modules, in the model's order.
+
+    Raises:
+        HubError: There is no such module.
+    """
+    causal = base.is_causal
+    head = model.get_output_embeddings() if causal else None
+    found = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and not is_frozen(name, causal)
+    ]
+    if not found:
+        raise HubError(
+            f"{base.name} has no linear module that can get skills",
+            "use a base whose layers are nn.Linear",
+        )
+    return found
 
 
 def choose_router_lr(given: float | None, settings: Settings) -> float:

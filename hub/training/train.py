@@ -13,6 +13,7 @@ from experthub.hub.composition.weights import Contents, load_task_vector
 from experthub.hub.errors import UsageError
 from experthub.hub.files.atomic import create_folder
 from experthub.hub.formats.adapter import ADAPTER, GATES
+from experthub.hub.kinds import kinds
 from experthub.hub.recipes.recipe import Recipe
 from experthub.hub.recipes.resolution import resolve
 from experthub.hub.registry.content import Content
@@ -22,7 +23,7 @@ from experthub.hub.session import Session
 from experthub.hub.store.store import Store
 from experthub.hub.tasks.task_files import read_task
 from experthub.hub.training.fit import Settings, fit_task
-from experthub.hub.training.objectives import FROZEN, make_objective
+from experthub.hub.training.objectives import is_frozen, make_objective
 from experthub.hub.transfer.describe import create_checkpoint_folder, describe
 from experthub.hub.transfer.pull import pull
 from experthub.merge import LowRank
@@ -82,15 +83,13 @@ def train_lora(
     found = find(base, session)
     torch.manual_seed(settings.seed)
     model = load_model(found, "float32", session.device)
-    objective = make_objective(found, session.device)
+    objective, causal = make_objective(found, session.device), found.is_causal
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
-        task_type="CAUSAL_LM" if found.is_causal else "FEATURE_EXTRACTION",
+        task_type=found.peft_task_type,
         target_modules="all-linear",
-        exclude_modules=None
-        if found.is_causal
-        else [n for n, _ in model.named_modules() if n.startswith(FROZEN)],
+        exclude_modules=[n for n, _ in model.named_modules() if is_frozen(n, causal)] or None,
     )
     adapted = get_peft_model(model, config)
     record = {**asdict(settings), "rank": rank, "alpha": config.lora_alpha}
@@ -136,7 +135,7 @@ def train_gate(
         The expert with its gates, registered as the next version of its name.
 
     Raises:
-        UsageError: `start` is out of range, or the expert's task is not recorded.
+        UsageError: `start` is out of range, the expert is not a LoRA, or its task is not recorded.
         NotFoundError: No registry knows the expert.
         HubError: The base or the task cannot be read, or training diverged.
 
@@ -149,6 +148,12 @@ def train_gate(
         raise UsageError(f"a gate cannot start at {start:g}", "choose a start between 0 and 1")
     session = session or Session()
     expert = session.registry.find_expert(Reference.parse(name))
+    kind = kinds[expert.kind]
+    if not kind.peft:
+        raise UsageError(
+            f"{expert.reference} is {kind.label}, and gates belong to a LoRA",
+            "name a LoRA, or make one with hub diff --rank",
+        )
     if expert.task is None:
         raise UsageError(
             f"the registry does not say which task {expert.reference} was trained on",

@@ -16,6 +16,7 @@ import pytest
 from conftest import Ran, run_hub, snapshot
 from experthub.hub import doctor
 from experthub.hub.doctor import examine
+from experthub.hub.errors import HubError
 from experthub.hub.registry.registry import Registry
 from experthub.hub.store.store import Store
 
@@ -53,7 +54,7 @@ def found(*words: str | Path) -> dict[str, dict[str, Any]]:
 
 def pull_all() -> str:
     """Return the command that fetches every base of the starter registry's experts."""
-    return f"hub pull {' '.join(sorted({e.base for e in Registry.read().list_experts()}))}"
+    return f"run hub pull {' '.join(sorted({e.base for e in Registry.read().list_experts()}))}"
 
 
 def statuses(checks: dict[str, dict[str, Any]]) -> set[str]:
@@ -70,6 +71,8 @@ def test_a_fresh_home(home: Path) -> None:
     assert checks["experts"]["found"].startswith(f"0 of {len(starter)} in the store")
     assert checks["experts"]["details"]["missing"] == [e.reference for e in starter]
     assert checks["bases"]["next"] == pull_all()
+    # The command names all of them, so that it can be pasted.
+    assert checks["experts"]["next"] == f"run hub pull {' '.join(e.reference for e in starter)}"
     assert checks["home"]["details"] == {"folder": str(home), "exists": False, "writable": True}
     assert not home.exists(), "looking writes nothing"
 
@@ -101,7 +104,7 @@ def test_packages_that_miss_or_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> No
     checks = found()
     assert statuses(checks) >= {"packages", "python"}
     assert checks["packages"]["found"] == "torch 1.0, peft is missing, tokenizers is missing"
-    assert checks["packages"]["next"] == "pip install 'torch>=2.4' 'peft>=0.17' tokenizers"
+    assert checks["packages"]["next"] == ("run pip install 'torch>=2.4' 'peft>=0.17' tokenizers")
     assert checks["python"]["next"] == "use Python >=3.11"
 
 
@@ -126,7 +129,7 @@ def test_experts_here_gone_and_lost(expert_folder: Make, base_folder: Path, home
     assert check["status"] == "warning"
     assert ours & set(check["details"]["missing"]) == {"one@1", "two@1"}
     assert check["details"]["without_source"] == ["two@1"]
-    assert "hub pull" in check["next"] and "two@1: no source exists here" in check["next"]
+    assert "hub pull" in check["next"] and "the folder of two@1," in check["next"]
 
     path = Store().path(three.digest[7:])
     path.chmod(0o644)
@@ -165,6 +168,10 @@ def test_a_damaged_layer_is_a_problem(name: str, content: bytes) -> None:
 def test_a_layer_that_cannot_be_read_is_a_problem(home: Path) -> None:
     (home / "registry" / "x" / "1.yaml").mkdir(parents=True)
     assert found()["registry"]["status"] == "problem"
+
+
+def test_every_problem_has_a_next_step() -> None:
+    assert doctor._report_error("home", HubError("it failed")).next.startswith("check the path")
 
 
 def test_a_registry_that_is_named() -> None:
@@ -206,7 +213,7 @@ def test_bases_are_found_where_pull_puts_them(
 
 def test_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HUB_OFFLINE", "1")
-    assert found()["bases"]["next"] == f"unset HUB_OFFLINE; {pull_all()}"
+    assert found()["bases"]["next"] == f"unset HUB_OFFLINE, and {pull_all()}"
     assert found()["variables"]["details"]["HUB_OFFLINE"] is True
     monkeypatch.setenv("HUB_OFFLINE", "0")
     assert found()["variables"]["details"]["HUB_OFFLINE"] is False

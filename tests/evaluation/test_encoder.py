@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_expert, tiny_bert
+from conftest import make_expert, run_hub, tiny_bert
 from experthub import hub
 from experthub.hub.bases.base import Base, read
 from experthub.hub.bases.loading import load_model, load_tokenizer
@@ -21,7 +21,7 @@ from experthub.hub.readers.similarity import SCALE, Similarity, pool
 from experthub.hub.tasks.task import Card, Example, example_id
 from experthub.hub.tasks.task_files import write_task
 from experthub.hub.training.fit import Settings
-from experthub.hub.training.objectives import Labels
+from experthub.hub.training.objectives import SimilarityLoss
 
 LINEARS = ("query", "key", "value", "dense")
 
@@ -77,7 +77,7 @@ def test_the_loss_is_the_cross_entropy_of_the_scores(encoder: Base, colours: str
     """Whatever number of choices the examples of a batch have."""
     model, tokenizer = load_model(encoder, "float32", None), load_tokenizer(encoder)
     scorer = Similarity(lambda: model, tokenizer)
-    objective = Labels(scorer)
+    objective = SimilarityLoss(scorer)
     card = Card(name="x", source="made-up")
     examples = [
         Example(id="0", input="fire", choices=["red", "blue"], answer=1),
@@ -93,6 +93,16 @@ def test_the_loss_is_the_cross_entropy_of_the_scores(encoder: Base, colours: str
         row = torch.tensor(scorer.scores(model, [scorer.question(task, example)])[0].values)
         expected.append(-row.log_softmax(0)[example.answer or 0])
     torch.testing.assert_close(loss, torch.stack(expected).mean(), atol=1e-4, rtol=1e-4)
+
+
+def test_an_answer_that_is_not_a_choice_is_refused(folder: Path) -> None:
+    """Training would take it for the first choice."""
+    examples = [Example(id=example_id(f"{n}", ()), input=f"{n}", targets=["y"]) for n in range(40)]
+    free = write_task("local", Card(name="free", source="made-up"), examples)
+    other = Card(name="other", source="made-up", labels=["a", "b"])
+    for task in (free, write_task("local", other, examples)):
+        ran = run_hub("train", "lora", "--base", folder, "--task", task, "--name", "x")
+        assert ran.code == 2 and "has no choices, or its answer is not among them" in ran.err
 
 
 def test_an_expert_learns_labels_and_is_routed(folder: Path, colours: str) -> None:

@@ -15,8 +15,10 @@ from experthub.hub.bases.base import Base
 from experthub.hub.bases.loading import load_tokenizer
 from experthub.hub.errors import HubError, UsageError
 from experthub.hub.evaluation import cache, evaluation
+from experthub.hub.evaluation.result import Outcome
 from experthub.hub.evaluation.statistics import bootstrap, bootstrap_groups, wilson_interval
-from experthub.hub.readers.likelihood import Likelihood, choice_logprobs, encode
+from experthub.hub.readers.likelihood import Likelihood, encode, score_choices
+from experthub.hub.readers.scorer import Question, Scores
 from experthub.hub.tasks.task import Card, Example, example_id
 from experthub.hub.tasks.task_files import read_task, write_task
 
@@ -55,7 +57,7 @@ def test_choices_score_as_in_a_plain_forward(
         recipe = {"base": str(base_folder), "experts": experts, "route": {"method": "phatgoose"}}
         model = hub.compose(recipe, model=base_model).model
     items = [item for prompt, choices in PROMPTS for item in encode(tokenizer, prompt, choices)]
-    found = choice_logprobs(model, items, batch_tokens=batch_tokens)
+    found = score_choices(model, items, batch_tokens=batch_tokens)
     expected = [[naive(model, tokenizer, p, c) for c in choices] for p, choices in PROMPTS]
     for row, right in zip(found, expected, strict=True):
         assert row == pytest.approx(right, abs=5e-4)
@@ -223,6 +225,29 @@ def test_controls_name_the_best_expert_and_the_best_of_every_task(
     alone = {"base": str(base_folder), "experts": [best], "merge": {"method": "linear"}}
     direct = hub.evaluate({"x": hub.Recipe.of(alone)}, [tiny_task], split="train")
     assert direct["average"]["x"] == average["best_individual"]
+
+
+def test_no_recipe_takes_the_column_of_the_base(tiny_task: str, recipe: Any) -> None:
+    with pytest.raises(UsageError, match="a recipe is named 'base'"):
+        hub.evaluate({"base": recipe}, [tiny_task])
+
+
+def test_controls_that_cannot_be_planned_are_refused_before_a_model_is_loaded(
+    tiny_task: str, recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(evaluation, "load_model")
+    with pytest.raises(UsageError, match="merged is the name of a control"):
+        hub.evaluate({"merged": recipe}, [tiny_task], controls=True)
+
+
+def test_scores_that_are_not_finite_have_a_hint_that_helps(tiny_task: str) -> None:
+    task = read_task(tiny_task)
+    example = task.examples[0]
+    questions, scores = [Question("x", ("yes", "no"))], [Scores((float("nan"), 0.0), (1, 1))]
+    for dtype, hint in (("bfloat16", "float32"), ("float32", "smaller weights")):
+        with pytest.raises(HubError, match="NaN") as caught:
+            Outcome.of(task, [example], questions, scores, "mean", dtype)
+        assert hint in caught.value.hint
 
 
 def test_labels_of_a_card_are_ranked(recipe: Any) -> None:

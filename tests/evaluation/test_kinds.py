@@ -21,7 +21,7 @@ from experthub.hub.readers.images import Preparation
 from experthub.hub.readers.reader_for import reader_for
 from experthub.hub.readers.scorer import Question
 from experthub.hub.tasks.task import Card, Example, example_id
-from experthub.hub.tasks.task_files import write_task
+from experthub.hub.tasks.task_files import read_task, write_task
 from experthub.hub.training.fit import Settings
 from experthub.merge import AttachedExperts, Dense, Fit, TaskVector
 from experthub.merge._fitting import make_start_coefficients
@@ -180,6 +180,22 @@ def test_an_expert_is_trained_merged_and_scored(folder: Path, task: str, kind: s
     found = hub.evaluate(recipes, [task], split="train")
     assert found["average"]["alone"]["delta_to_base"]["ci95"][0] > 0
     assert found["protocol"]["score"] == reader_for(composition.plan.base, None).name
+
+
+@pytest.mark.parametrize("kind", ["clip"])
+def test_skills_of_models_that_are_read_in_parts_need_a_task(
+    folder: Path, task: str, kind: str
+) -> None:
+    """The reader calls the vision model alone, which does not know the tasks of the rows."""
+    found = read_task(task)
+    other = write_task("local", found.card.model_copy(update={"name": "again"}), found.examples)
+    shape, settings = hub.InventoryShape(skills=2, rank=2), Settings(steps=2)
+    hub.train_skills(str(folder), [task, other], "many", shape, settings)
+    recipe = {"base": str(folder), "experts": ["many"], "route": {"method": "mhr"}}
+    with pytest.raises(UsageError, match="cannot choose the skills of many") as caught:
+        hub.compose(recipe)
+    assert task in caught.value.hint
+    hub.compose(recipe | {"route": {"method": "mhr", "task": task}})
 
 
 @pytest.mark.parametrize("kind", [*MADE, *OTHERS])

@@ -19,12 +19,13 @@ from experthub.hub.files import yaml_files
 from experthub.hub.materials import merge_materials
 from experthub.hub.materials.cma_es import minimize
 from experthub.hub.materials.task_data import TaskData
-from experthub.hub.readers.likelihood import choice_logprobs, encode
+from experthub.hub.readers.likelihood import encode, score_choices
 from experthub.hub.readers.reader_for import reader_for
 from experthub.hub.readers.similarity import Similarity
 from experthub.hub.recipes.entries import DataUse
 from experthub.hub.recipes.examples import choose_examples
 from experthub.hub.recipes.lock import plan_of
+from experthub.hub.states import states
 from experthub.hub.states.run_state import PROGRESS, run_folder, state_folder
 from experthub.hub.tasks.task import Card, Chosen, Example, example_id
 from experthub.hub.tasks.task_files import read_task, tasks_folder, write_task
@@ -96,6 +97,24 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_a_state_that_another_process_stored_first_is_used(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both make the state; the slower one takes what the faster one stored."""
+    plan, make = hub.resolve(hub.Recipe.of(recipe(values))), states._make
+    others = []
+
+    def make_late(plan: Any, session: hub.Session) -> Any:
+        monkeypatch.setattr(states, "_make", make)
+        others.append(states.resolve_state(plan, session))
+        return make(plan, session)
+
+    monkeypatch.setattr(states, "_make", make_late)
+    found = states.resolve_state(plan, hub.Session())
+    assert torch.equal(found.values, others[0].values)
+    assert not list(run_folder(plan).glob(".*"))
+
+
 @pytest.mark.parametrize("method", LEARNED)
 def test_every_method_composes_and_composes_the_same_again(
     method: str, values: dict[str, Any]
@@ -137,7 +156,7 @@ def test_one_expert_may_stand_twice(values: dict[str, Any]) -> None:
     assert run_hub("coefficients", path, "--name", "mine").code == 0
     again = {k: v for k, v in value.items() if k != "data"} | {"coefficients": "mine"}
     assert same(weights(hub.compose(value)), weights(hub.compose(again)))
-    with pytest.raises(UsageError, match="made for e1, again, not for e2 as it is now"):
+    with pytest.raises(UsageError, match="made for e1, again, not for e2"):
         hub.compose(again | {"experts": values["experts"]})
 
 
@@ -310,7 +329,7 @@ class TestReading:
                 if base.is_causal:
                     choices = [" " + c for c in task.list_choices(examples[i])]
                     item = encode(tokenizer, task.format_prompt(examples[i]), choices)
-                    sums = choice_logprobs(data.model, item)[0]
+                    sums = score_choices(data.model, item)[0]
                     wanted = [s / len(c) for s, c in zip(sums, item[0].choices, strict=True)]
                 else:
                     scorer = Similarity(lambda: data.model, tokenizer)

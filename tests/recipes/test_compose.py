@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import LINEARS, logits, tiny_llama
 from experthub import hub
+from experthub.hub.composition.assembly import _copy_model
 from experthub.hub.errors import ConflictError, HubError, UsageError
 from safetensors.torch import load_file, save_file
 
@@ -195,6 +196,29 @@ def test_dtype_of_the_composition(base_folder: Path, expert_folder: Make) -> Non
         routed.get_submodule("model.layers.0.mlp.up_proj").group.packed.probes.dtype
         == torch.float32
     )
+
+
+def test_a_loaded_base_may_be_on_any_device_of_the_named_type(
+    base_folder: Path, expert_folder: Make
+) -> None:
+    """As cuda names the device cuda:0."""
+    experts = [str(expert_folder(1))]
+    recipe = {"base": str(base_folder), "experts": experts, "merge": {"method": "linear"}}
+    model = hub.compose(recipe).model
+    for device in ("cpu", "cpu:0"):
+        hub.compose(recipe, model=model, device=device)
+    for device in ("meta", "cpu:1"):
+        with pytest.raises(UsageError, match=f"needs float32 on {device}"):
+            hub.compose(recipe, model=model, device=device)
+
+    class Elsewhere(torch.nn.Module):
+        dtype, device = torch.float32, torch.device("cuda", 0)
+
+    for device in (None, "cuda", "cuda:0"):
+        assert isinstance(_copy_model(Elsewhere(), "float32", device), Elsewhere)
+    for device in ("cuda:1", "cpu"):
+        with pytest.raises(UsageError, match=f"needs float32 on {device}"):
+            _copy_model(Elsewhere(), "float32", device)
 
 
 def test_nested_merge_with_and_without_rank(base_folder: Path, expert_folder: Make) -> None:

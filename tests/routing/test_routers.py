@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from experthub.hub.errors import UsageError
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.recipes.resolution import resolve
 from experthub.hub.session import Session
+from experthub.hub.states.run_state import run_folder
 from experthub.hub.states.states import load_state, store_state
 from experthub.hub.tasks.task import Card, Example, example_id
 from experthub.hub.tasks.task_files import read_task, write_task
@@ -376,3 +378,46 @@ def test_a_router_by_example_refuses_models_that_it_cannot_see_into(
     composition = routed(pool, "task")
     with pytest.raises(UsageError, match="without inputs"):
         composition.model.model(input_ids=None, inputs_embeds=None)
+
+
+def test_a_router_that_reads_texts_refuses_embeddings(pool: dict[str, Any]) -> None:
+    """A router that does not read texts takes them."""
+    given = torch.tensor(ROWS)
+    for method in ("task", "retrieval"):
+        model = routed(pool, method).model
+        embedded = model.get_input_embeddings()(given)
+        if method == "task":
+            expected = model(input_ids=given).logits
+            torch.testing.assert_close(model(inputs_embeds=embedded).logits, expected)
+        else:
+            with pytest.raises(UsageError, match="the model got embeddings"):
+                model(inputs_embeds=embedded)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_routers_by_example_and_suggestions_run_on_a_gpu(pool: dict[str, Any]) -> None:
+    """With states that were stored, which are on the CPU, and with what is made on the GPU."""
+    labelled = {"data": {"tasks": pool["tasks"][:2], "labels": True, "limit": 8}}
+    more: dict[str, dict[str, Any]] = {
+        "task": {},
+        "retrieval": {},
+        "lora_retriever": {},
+        "best_individual": labelled,
+        "xlora": {**labelled, "steps": 2, "size": 16},
+    }
+    ids = torch.tensor(ROWS)
+    for method, options in more.items():
+        composition = routed(pool, method, **options)
+        expected = logits(composition.model, ROWS)
+        model = hub.compose(composition.plan, device="cuda").model
+        with torch.no_grad():
+            found = model(input_ids=ids.cuda()).logits.cpu()
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+        shutil.rmtree(run_folder(composition.plan), ignore_errors=True)
+        hub.compose(composition.plan, device="cuda")
+    names, session = pool["recipe"]["experts"], Session(device="cuda")
+    by: Any
+    for by in ("gates", "prototypes"):
+        scores = hub.suggest(pool["tasks"][0], names, by=by).scores[by]
+        found_by = hub.suggest(pool["tasks"][0], names, by=by, session=session).scores[by]
+        assert found_by == pytest.approx(scores, abs=1e-3)

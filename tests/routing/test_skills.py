@@ -11,10 +11,12 @@ import pytest
 import torch
 from conftest import logits, run_hub, tiny_bert
 from experthub import hub
+from experthub.hub.bases.base import read
 from experthub.hub.errors import HubError, IntegrityError, UsageError
 from experthub.hub.store.folder import read_folder
 from experthub.hub.tasks.task import Card, Example, example_id
 from experthub.hub.tasks.task_files import write_task
+from experthub.hub.training.skills import find_linears
 from experthub.routing import BatchTasks, SkilledLinear, Skills
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -308,6 +310,17 @@ def test_wrong_commands(base_folder: Path, tasks: list[str], expert_folder: Any)
     lora = {"base": str(base_folder), "experts": ["plain"], "route": {"method": "poly"}}
     with pytest.raises(UsageError, match="poly needs exactly one inventory of skills"):
         hub.compose(lora)
+
+
+def test_a_base_without_linear_modules_gets_no_skills(tmp_path: Path, tasks: list[str]) -> None:
+    """All modules of GPT-2 but its head are Conv1D."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=260, n_embd=24, n_layer=1, n_head=2, n_positions=64)
+    model = GPT2LMHeadModel(config)
+    model.save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(HubError, match="no linear module that can get skills"):
+        find_linears(model, read(tmp_path / "gpt2", "gpt2"))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from conftest import make_expert, run_hub, tiny_bert
 from experthub import hub
 from experthub.hub.errors import HubError, UsageError
 from experthub.hub.formats.adapter import ADAPTER, GATES
-from experthub.hub.selection.clusters import average_linkage, cluster, write_clusters
+from experthub.hub.selection.clusters import cluster, group_by_average_linkage, write_clusters
 from experthub.hub.session import Session
 from experthub.hub.tasks.task import Card, Example, example_id
 from experthub.hub.tasks.task_files import write_task
@@ -100,13 +100,13 @@ def literal_linkage(similarity: list[list[float]], k: int) -> list[list[int]]:
 def test_average_linkage_is_the_literal_one(k: int) -> None:
     rows = torch.randn(8, 4, generator=torch.Generator().manual_seed(k), dtype=torch.double)
     similarity = cosine_matrix(rows @ rows.T)
-    found = average_linkage(similarity, k)
+    found = group_by_average_linkage(similarity, k)
     assert found == literal_linkage(similarity.tolist(), k)
     assert sorted(e for group in found for e in group) == list(range(8))
 
 
 def test_equal_similarities_join_the_first() -> None:
-    assert average_linkage(torch.ones(4, 4), 2) == [[0, 1, 2], [3]]
+    assert group_by_average_linkage(torch.ones(4, 4), 2) == [[0, 1, 2], [3]]
 
 
 @pytest.fixture

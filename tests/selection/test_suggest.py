@@ -22,7 +22,7 @@ from experthub.hub.formats.adapter import ADAPTER, GATES
 from experthub.hub.registry.expert import Reference
 from experthub.hub.selection.measuring import suggest
 from experthub.hub.selection.suggestion import Suggestion, write_suggestion
-from experthub.hub.selection.tmi import conditional_entropy
+from experthub.hub.selection.tmi import estimate_conditional_entropy
 from experthub.hub.session import Session
 from experthub.hub.tasks.task import Card, Example, example_id
 from experthub.hub.tasks.task_files import read_task, write_task
@@ -231,11 +231,13 @@ def test_conditional_entropy_is_that_of_the_literal_estimate() -> None:
     rows = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
     labels = ["a"] * 12 + ["b"] * 15 + ["rare"] * 3
     expected = literal_entropy(rows.tolist(), labels, 3)
-    assert conditional_entropy(rows, labels) == pytest.approx(expected, rel=1e-5)
-    wide = conditional_entropy(2 * rows, labels)
-    assert wide - conditional_entropy(rows, labels) == pytest.approx(6 * math.log(2), rel=1e-4)
+    assert estimate_conditional_entropy(rows, labels) == pytest.approx(expected, rel=1e-5)
+    wide = estimate_conditional_entropy(2 * rows, labels)
+    assert wide - estimate_conditional_entropy(rows, labels) == pytest.approx(
+        6 * math.log(2), rel=1e-4
+    )
     with pytest.raises(ValueError, match="found none"):
-        conditional_entropy(rows, [str(n) for n in range(30)])
+        estimate_conditional_entropy(rows, [str(n) for n in range(30)])
 
 
 def test_tmi_is_the_entropy_of_composed_features(pool: dict[str, Any]) -> None:
@@ -453,6 +455,7 @@ def test_errors(pool: dict[str, Any], tmp_path: Path) -> None:
         (["--task", task, *base, "--rank-by", "tmi"], 2, "--labels"),
         (["--task", task, *base, "--by", "gates", "--rank-by", "prototypes"], 2, "--by gates"),
         (["--task", task, *base, "--rank-by", "all"], 2, "needs one measure, not all"),
+        (["--task", task, *base, "--by", "gates", "--rank-by", "all"], 2, "needs one measure"),
         (["--task", task, *base, "--by", "gate"], 2, "unknown measure 'gate'"),
         (["--task", task, *base, "--method", "phatgose"], 2, "did you mean"),
         (["--task", task], 2, "pass a base with --base"),

@@ -233,7 +233,9 @@ def test_a_source_that_changed_does_not_repair_a_task(
     assert ran.code == 3 and "has changed" in ran.err and examples.read_bytes() == before
     shutil.rmtree(tmp_path / "parity")
     ran = run_hub("verify", "--repair")
-    assert ran.code == 3 and "is gone" in ran.err and examples.read_bytes() == before
+    assert (
+        ran.code == 3 and "does not exist any more" in ran.err and examples.read_bytes() == before
+    )
 
 
 def test_a_remote_that_is_gone_repairs_nothing(

@@ -13,7 +13,7 @@ from conftest import LINEARS, logits, make_expert, run_hub, tiny_bert
 from experthub import hub
 from experthub.hub.bases.base import Base
 from experthub.hub.bases.loading import load_model, load_tokenizer
-from experthub.hub.composition.generation import generate_ids
+from experthub.hub.composition.generation import generate_ids, tokenise_prompt
 from experthub.hub.errors import UsageError
 from experthub.hub.evaluation.routing_map import map_routing
 from experthub.hub.tasks.task import Card, Example, example_id
@@ -241,6 +241,28 @@ def test_routers_by_task_know_it(folders: list[Path], base_folder: Path, tiny_ta
     composition = hub.compose(path)
     own = hub.trace(composition, ["a", "b"], modules=".*q_proj", tasks=[label, "none"])
     assert own.weights_MTE[0].tolist() == [pytest.approx([0, 1, 0]), pytest.approx([1 / 3] * 3)]
+
+
+def test_every_prompt_needs_a_task_if_there_are_any(folders: list[Path], base_folder: Path) -> None:
+    composition = hub.compose(recipe_of(folders, base_folder, "{method: task}"))
+    for tasks in (["a"], ["a", "b", "c"]):
+        with pytest.raises(UsageError, match=f"{len(tasks)} tasks were named for 2 prompts"):
+            hub.trace(composition, ["a", "b"], tasks=tasks)
+    with pytest.raises(UsageError, match="no prompts were given"):
+        hub.trace(composition, [])
+
+
+def test_a_chat_template_has_the_special_tokens_once(base: Base) -> None:
+    from tokenizers import processors
+
+    tokenizer = load_tokenizer(base)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 256)]
+    )
+    tokenizer.chat_template = "{{ bos_token }}{{ messages[0]['content'] }}"
+    for chat in (False, True):
+        ids = tokenise_prompt(base, tokenizer, "hi", chat)
+        assert ids[0] == 256 and ids.count(256) == 1 and len(ids) == 3
 
 
 def test_only_some_modules(folders: list[Path], base_folder: Path) -> None:

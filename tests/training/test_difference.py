@@ -15,7 +15,8 @@ from conftest import Ran, logits, run_hub, tiny_bert, tiny_llama
 from experthub import hub
 from experthub.hub.bases import base as bases
 from experthub.hub.bases.loading import load_model
-from experthub.hub.errors import ConflictError, HubError, IntegrityError
+from experthub.hub.errors import ConflictError, HubError, IntegrityError, UsageError
+from experthub.hub.finetunes.form import Form
 from experthub.hub.formats.safetensors_header import read_header
 from experthub.hub.formats.task_vector import SHAPES, read_task_vector
 from experthub.hub.registry.expert import Reference
@@ -316,6 +317,11 @@ def infinite(state: dict[str, torch.Tensor]) -> None:
 def only_the_norm(state: dict[str, torch.Tensor]) -> None:
     for name, tensor in load_file(Path("base") / "model.safetensors").items():
         state[name] = tensor + (1 if name == NORM else 0)
+
+
+def test_the_size_that_was_passed_is_reported() -> None:
+    with pytest.raises(UsageError, match="--max-shard-size is -5"):
+        Form(max_shard_size=-5)
 
 
 def diff_words(base: Path, tuned: Path, *more: str) -> Ran:

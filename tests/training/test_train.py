@@ -27,7 +27,7 @@ from experthub.hub.tasks.task import Card, Example, example_id
 from experthub.hub.tasks.task_files import write_task
 from experthub.hub.training.fit import Settings
 from experthub.hub.training.full import train_full
-from experthub.hub.training.objectives import Answers
+from experthub.hub.training.objectives import AnswerLoss
 from experthub.hub.training.train import train_gate, train_lora
 from safetensors.torch import load_file
 
@@ -229,6 +229,13 @@ def test_a_gate_needs_to_know_the_experts_task(base_folder: Path, expert_folder:
         train_gate("foreign", SETTINGS)
 
 
+def test_gates_belong_to_a_lora(letters: str, tmp_path: Path) -> None:
+    base = tiny_bert(tmp_path / "bert")
+    train_full(str(base), letters, "whole", Settings(steps=3, lr=1e-3))
+    with pytest.raises(UsageError, match="gates belong to a LoRA"):
+        train_gate("whole", SETTINGS)
+
+
 def test_loss_is_the_mean_cross_entropy_of_the_answers(base_model: Any, base: Any) -> None:
     from experthub.hub.bases.loading import load_tokenizer
 
@@ -243,7 +250,7 @@ def test_loss_is_the_mean_cross_entropy_of_the_answers(base_model: Any, base: An
         logprobs = base_model(torch.tensor([ids])).logits[0].log_softmax(-1)
         picked = [logprobs[t - 1, ids[t]] for t in range(len(item.prompt), len(ids))]
         expected.append(-torch.stack(picked).mean())
-    answers = Answers(tokenizer)
+    answers = AnswerLoss(tokenizer)
     loss = answers.compute_loss(base_model, answers.collate(rows))
     torch.testing.assert_close(loss, torch.stack(expected).mean(), atol=1e-5, rtol=1e-5)
 
