@@ -49,9 +49,9 @@ expert, task vector, merge, router, gate, recipe and oracle. The tables also use
 
 ## How the suites are measured
 
-A suite trains one expert for each of eight tasks, merges the experts by each of the methods below, and scores the merged
-models. `make suite-encoder` and `make suite-vision` compute all results again. An interrupted run
-resumes where it stopped.
+A suite trains one expert for each of eight tasks, merges the experts by each of the methods below, and scores the
+merged models. `make suite-encoder` and `make suite-vision` compute all results again. An interrupted run resumes where
+it stopped.
 
 | what | where |
 | --- | --- |
