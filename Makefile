@@ -52,8 +52,8 @@ demo-near: .venv/.installed
 	$(BIN)/hub eval $(RECIPES) --tasks @examples/demo/near.txt \
 		--split all --limit 64 --out $(DEMO)/near.json
 
-# Evaluate every merge on real tasks with three seeds, for full fine-tunes and LoRAs. The command
-# takes many hours and resumes where it stopped.
+# Evaluate eight merges on real tasks with three seeds, for full fine-tunes and LoRAs. The command
+# takes many hours. An interrupted run resumes where it stopped.
 suite-encoder: .venv/.installed
 	$(BIN)/hub pull all-minilm-l6-v2
 	$(BIN)/hub tasks import bigbench $$(sed -n 's/^  - bigbench://p' examples/suite/encoder.yaml)
@@ -66,8 +66,8 @@ suite-vision: .venv/.installed
 	$(BIN)/python examples/suite/run.py examples/suite/vision.yaml
 	$(BIN)/python examples/suite/table.py
 
-# Evaluate every router on tasks that no expert was trained on, with three seeds. The command takes
-# many hours and resumes where it stopped.
+# Evaluate seven routers on tasks that no expert was trained on, with three seeds. The command takes
+# many hours. An interrupted run resumes where it stopped.
 routers-encoder: .venv/.installed
 	$(BIN)/hub pull all-minilm-l6-v2
 	$(BIN)/hub tasks import bigbench $$(sed -n 's/^ *- bigbench:\([^ ]*\).*/\1/p' examples/routers/encoder.yaml)
@@ -82,7 +82,7 @@ routers-smollm2: .venv/.installed
 	$(BIN)/python examples/suite/table.py
 
 # Evaluate inventories of skills that are adapted from few examples, with three seeds. The command
-# takes some hours and resumes where it stopped.
+# takes some hours. An interrupted run resumes where it stopped.
 skills-encoder: .venv/.installed
 	$(BIN)/hub pull all-minilm-l6-v2
 	$(BIN)/hub tasks import bigbench $$(sed -n 's/^ *- bigbench://p' examples/skills/encoder.yaml)

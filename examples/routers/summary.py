@@ -37,8 +37,13 @@ The other tasks are far.
 - Both are chosen by the scores that are shown, so their accuracies are too optimistic.
 - The last column is the mean log-probability of the right choice.
 - Row names in code font are names of recipes. The recipes and tasks are in `examples/routers/{name}.yaml`.
+- A number in such a name is the `scale` of `task_arithmetic` or the `temperature` of `phatgoose`.
+- `_top_1` and `_top_3` set `top_k`; `_all` sets it to the number of experts. `_parameters` sets `combine: parameters`.{closed}
 - `make routers-{name}` computes the results.
 """
+CLOSED = """
+- `_closed`: all gates were trained from a weight of 0.1 (`hub train gate --start 0.1`).
+- `_advised`: only the gates for which `hub train gate` recommends it were trained from 0.1."""
 SPREAD = (
     "Each value is the mean over seeds {seeds}. "
     "The number after ± is the standard deviation between seeds."
@@ -51,7 +56,7 @@ The table shows the accuracy of that expert alone.
 """
 OWN = """### On the experts' own tasks
 
-The first columns show the accuracy on at most {limit} examples of each test split, as a mean over seeds.
+The first columns show the accuracy on at most {limit} examples of each test split.
 The columns `weight, place` show how a router weights the task's own expert on {prompts} of these inputs:
 
 - Weight is the mean weight of that expert over tokens and modules.
@@ -242,6 +247,7 @@ def section(name: str, runs: Runs) -> list[str]:
         near=near,
         limit=limit,
         seeds=SPREAD.format(seeds=seeds) if len(runs) > 1 else ONE,
+        closed=CLOSED if "closed_gate" in proof else "",
     )
     own = OWN.format(limit=proof["own_limit"], prompts=PROMPTS, experts=experts)
     chosen = CHOSEN.format(prompts=PROMPTS)

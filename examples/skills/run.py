@@ -110,8 +110,11 @@ class Run:
             return self.made(
                 name, lambda: hub.train_lora(self.base, task, name, settings, rank=rank, alpha=rank)
             )
-        skills = self.inventory(kind).reference
-        return self.made(name, lambda: hub.adapt(skills, task, name, tune, settings, shots=shots))
+        skills, rate = self.inventory(kind).reference, self.study["router_lr"]
+        return self.made(
+            name,
+            lambda: hub.adapt(skills, task, name, tune, settings, shots=shots, router_lr=rate),
+        )
 
     def columns(self) -> Iterator[tuple[str, str]]:
         """Iterate over all pairs of an inventory and the part that is trained."""
@@ -127,9 +130,10 @@ class Run:
             task: The task.
 
         Returns:
-            For each column, which examples were right and how many numbers were trained.
+            For each column, which examples were right, how many numbers were trained, and the peak
+            learning rate of the router (None for `lora`).
         """
-        recipes, trainable = {}, {}
+        recipes, trainable, router_lr = {}, {}, {}
         for kind in self.study["inventories"]:
             router = self.study["inventories"][kind]["router"]
             method = router if router in ("poly", "mhr") else "poly"
@@ -143,12 +147,13 @@ class Run:
                 plain = expert.kind == "lora"
                 recipes[column] = self.recipe(expert, {"method": "uniform" if plain else method})
                 trainable[column] = expert.training.get("trainable")
+                router_lr[column] = expert.training.get("router_lr")
         limit = self.study["limit"]
         found = hub.evaluate(recipes, [task], split="test", limit=limit, with_samples=True)
         right = dict.fromkeys(found["average"], "")
         for sample in found["samples"]:
             right[sample["method"]] += str(int(sample["right"]))
-        return {"right": right, "trainable": trainable}
+        return {"right": right, "trainable": trainable, "router_lr": router_lr}
 
     def recipe(self, expert: hub.Expert, route: dict[str, Any]) -> hub.Recipe:
         """Return a recipe with one expert.

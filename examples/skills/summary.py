@@ -29,7 +29,7 @@ for each task. The inventories were trained on {tasks} tasks together and then a
 | --- | --- |
 | `average` | nothing: the mean of the skills, without an example of the task |
 | `all` | the skills and the router |
-| `z` | only the router's numbers |
+| `z` | only the router's numbers, at a peak learning rate of {router_lr} (the default of `hub train adapt --tune z` is 0.1) |
 | `mu` | only the average of the skills |
 | `lora all` | a LoRA of the same rank, from the examples alone; it has as many numbers as `shared mu` |
 """
@@ -117,6 +117,7 @@ def lines(folder: Path = HERE) -> list[str]:
             tasks=len(study["tasks"]),
             held_out=len(study["held_out"]),
             limit=study["limit"],
+            router_lr=study["router_lr"],
             seeds=", ".join(str(run["seed"]) for run in runs),
         )
         found += [head, *table(runs, study), *comparisons(runs, study)]
