@@ -129,17 +129,17 @@ def pack_experts(
     """
     ranks = tuple(tuple(delta.rank for delta in stack.deltas.values()) for stack in stacks)
     rank = max(map(max, ranks))
-    probes = [r.probes_PI.to(like.device) for r in routers if r.probes_PI is not None]
+    parts = [delta.a for stack in stacks for delta in stack.deltas.values()]
+    probes = [r.probes_PI.to(parts[0].device) for r in routers if r.probes_PI is not None]
     # Scores are computed in float32, so probes below a narrower A would be rounded.
     below = probes if fuse and like.dtype == torch.float32 else []
-    parts = [delta.a for stack in stacks for delta in stack.deltas.values()]
     # B is packed before A, because A then reuses memory, which is measurably faster.
     b = tuple(
         ExpertRows.of([stack.b_RO], own, rank, like=like)
         for stack, own in zip(stacks, ranks, strict=True)
     )
     a = ExpertRows.of(parts, [*chain(*ranks)], rank, below=below, like=like)
-    apart = concatenate(probes) if probes and not below else None
+    apart = concatenate(probes).to(like.device) if probes and not below else None
     return PackedExperts.of(stacks[0].experts, ranks, a, b, routers[0], apart)
 
 
