@@ -32,7 +32,7 @@ def load_model(base: Base, dtype: str, device: str | None) -> Any:
     """
     check_device(device)
     kind, config = _find_class(base)
-    with _explain_loading_errors(base):
+    with _explain_loading_errors(base, _list_loading_errors()):
         model = kind.from_pretrained(base.folder, config=config, dtype=dtype, **LOCAL)
     return model.to(device or "cpu").eval().requires_grad_(False)
 
@@ -57,7 +57,8 @@ def load_tokenizer(base: Base) -> Any:
         )
     from transformers import AutoTokenizer
 
-    with _explain_loading_errors(base):
+    # The package tokenizers raises Exception itself, so that no narrower class can be named.
+    with _explain_loading_errors(base, (Exception,)):
         return AutoTokenizer.from_pretrained(base.folder, **LOCAL)
 
 
@@ -122,20 +123,17 @@ def _find_class(base: Base) -> tuple[Any, Any]:
             f"base {base.name}: transformers has no class {base.architecture or '(none stated)'}",
             f"name a class of transformers under architectures in {base.folder / 'config.json'}",
         )
-    with _explain_loading_errors(base):
+    with _explain_loading_errors(base, _list_loading_errors()):
         return kind, transformers.AutoConfig.from_pretrained(base.folder, **LOCAL)
 
 
 @contextmanager
-def _explain_loading_errors(base: Base) -> Iterator[None]:
+def _explain_loading_errors(base: Base, errors: tuple[type[Exception], ...]) -> Iterator[None]:
     """Turn errors that transformers raises while it loads a base into a HubError."""
     try:
         with hide_progress_bars():
             yield
-    except Exception as error:
-        # The package tokenizers raises Exception itself.
-        if type(error) is not Exception and not isinstance(error, _list_loading_errors()):
-            raise
+    except errors as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise HubError(
             f"base {base.name}: transformers cannot load it: {reason}",
