@@ -175,8 +175,14 @@ def find_linears(model: Any, base: Base) -> list[str]:
         The paths of the modules, in the model's order.
 
     Raises:
-        HubError: There is no such module.
+        HubError: There is no such module, or the model has an encoder and a decoder.
     """
+    # Its decoder reads a row for each choice, while the tasks are those of the examples.
+    if model.config.is_encoder_decoder:
+        raise HubError(
+            f"{base.name} is an encoder-decoder model, which cannot get skills",
+            "use a causal language model, an encoder, a classifier or a CLIP model",
+        )
     causal = base.is_causal
     head = model.get_output_embeddings() if causal else None
     found = [

@@ -16,7 +16,7 @@ from conftest import tiny_bert, tiny_llama
 from experthub import hub
 from experthub.hub.bases.base import read
 from experthub.hub.bases.loading import load_model, load_tokenizer
-from experthub.hub.errors import UsageError
+from experthub.hub.errors import HubError, UsageError
 from experthub.hub.readers.images import Preparation
 from experthub.hub.readers.reader_for import reader_for
 from experthub.hub.readers.scorer import Question
@@ -196,6 +196,12 @@ def test_skills_of_models_that_are_read_in_parts_need_a_task(
         hub.compose(recipe)
     assert task in caught.value.hint
     hub.compose(recipe | {"route": {"method": "mhr", "task": task}})
+
+
+@pytest.mark.parametrize("kind", ["seq2seq"])
+def test_encoder_decoder_models_get_no_skills(folder: Path, task: str, kind: str) -> None:
+    with pytest.raises(HubError, match="is an encoder-decoder model"):
+        hub.train_skills(str(folder), [task], "s", hub.InventoryShape(), Settings(steps=1))
 
 
 @pytest.mark.parametrize("kind", [*MADE, *OTHERS])
