@@ -16,7 +16,7 @@ from experthub.merge._delta import LowRank
 from experthub.merge._embedding_rows import EmbeddingRows
 from experthub.merge._linear_modules import is_plain_linear
 from experthub.merge._merged_parameters import (
-    ChangedParameter,
+    AttachedParameter,
     LowRankBranch,
     MergedParameter,
     Use,
@@ -72,7 +72,7 @@ class AttachedExperts:
             for name in names:
                 here = [e for e, vector in enumerate(vectors) if name in vector.load]
                 own = [vectors[e] for e in here]
-                changed = ChangedParameter(name, found[name], own, here, place[blocks[name]])
+                changed = AttachedParameter(name, found[name], own, here, place[blocks[name]])
                 self._parts[name] = _attach_part(changed, like, halves, take)
         except BaseException:
             self._detach()
@@ -135,7 +135,7 @@ class AttachedExperts:
 
 
 def _attach_part(
-    changed: ChangedParameter,
+    changed: AttachedParameter,
     like: Coefficients,
     halves: bool,
     take: Callable[[str, Tensor], None] | None,

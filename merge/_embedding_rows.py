@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from experthub.merge._merged_parameters import ChangedParameter, Use
+from experthub.merge._merged_parameters import AttachedParameter, Use
 from torch import Tensor, nn
 
 
@@ -22,7 +22,7 @@ class EmbeddingRows:
     The rows of a batch are one leaf of the autograd graph.
     """
 
-    def __init__(self, changed: ChangedParameter, halves: bool) -> None:
+    def __init__(self, changed: AttachedParameter, halves: bool) -> None:
         """Add forward hooks to embeddings.
 
         Args:

@@ -28,7 +28,7 @@ Use = tuple[nn.Module, str]  # A module, and the name of one of its parameters.
 
 
 @dataclass(frozen=True, eq=False)
-class ChangedParameter:
+class AttachedParameter:
     """A parameter of the base that experts change.
 
     Args:
@@ -49,7 +49,7 @@ class ChangedParameter:
 class MergedParameter:
     """A merged parameter `W0 + sum_e c[e] tau_e` that is a leaf of the autograd graph."""
 
-    def __init__(self, changed: ChangedParameter, halves: bool) -> None:
+    def __init__(self, changed: AttachedParameter, halves: bool) -> None:
         """Replace a parameter of the base.
 
         Args:

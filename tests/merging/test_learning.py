@@ -377,7 +377,7 @@ def test_recipes_that_say_too_little_or_too_much(values: dict[str, Any]) -> None
     wrong(values, "exclude each other", coefficients="x", merge=ada)
     wrong(
         values,
-        "regmean has no coefficients",
+        "regmean keeps no state; remove coefficients:",
         data=None,
         coefficients="x",
         merge={"method": "regmean"},

@@ -201,7 +201,7 @@ def test_dtype_of_the_composition(base_folder: Path, expert_folder: Make) -> Non
 def test_a_loaded_base_may_be_on_any_device_of_the_named_type(
     base_folder: Path, expert_folder: Make
 ) -> None:
-    """As cuda names the device cuda:0."""
+    """The device cuda means cuda:0, too."""
     experts = [str(expert_folder(1))]
     recipe = {"base": str(base_folder), "experts": experts, "merge": {"method": "linear"}}
     model = hub.compose(recipe).model

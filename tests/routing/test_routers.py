@@ -396,7 +396,7 @@ def test_a_router_that_reads_texts_refuses_embeddings(pool: dict[str, Any]) -> N
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_routers_by_example_and_suggestions_run_on_a_gpu(pool: dict[str, Any]) -> None:
-    """With states that were stored, which are on the CPU, and with what is made on the GPU."""
+    """States are loaded from the store, and made on the GPU."""
     labelled = {"data": {"tasks": pool["tasks"][:2], "labels": True, "limit": 8}}
     more: dict[str, dict[str, Any]] = {
         "task": {},
