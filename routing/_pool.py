@@ -105,7 +105,8 @@ class RouterMaterials(Protocol):
             state: Tensors by name, on the device of the model (see `place`). Gradients flow to them.
 
         Returns:
-            The recipe's labelled data, read by the composed model.
+            The recipe's data, read by the composed model. It has labels if the router is registered
+            as one that needs them.
         """
         ...
 

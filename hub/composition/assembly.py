@@ -83,7 +83,9 @@ def _merge(plan: Plan, contents: Contents, state: Any) -> TaskVector:
     vectors = [load_task_vector(expert, plan, contents) for expert in plan.experts]
     weights = torch.tensor([expert.weight for expert in plan.experts])
     prepared = () if state is None else (state,)
-    merged: TaskVector = method.strategy.call(vectors, weights, *prepared, **method.options)
+    merged = method.strategy.call(vectors, weights, *prepared, **method.options)
+    if not isinstance(merged, TaskVector):
+        raise ValueError(f"returned {type(merged).__name__}, expected a TaskVector")
     return merged
 
 

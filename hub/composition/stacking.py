@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -119,6 +119,8 @@ class Stacking:
         if self.select is None:
             with explain_errors(name):
                 router: Router = method.strategy.call(stack, **method.options)
+                if not is_dataclass(router):
+                    raise ValueError(f"returned {type(router).__name__}, expected a router")
                 return router
         by_layer = method.strategy.traits.routing.input == "token"
         layer = plan.layers.index(find_layer(name)) if by_layer else None

@@ -43,12 +43,16 @@ class PlanMaterials:
 
     def __init__(self, plan: Plan, session: Session) -> None:
         if plan.data is None:
-            raise UsageError(f"{plan.recipe.method.method} needs data", "set data: in the recipe")
+            raise UsageError(
+                f"{plan.recipe.method.method} prepares a state from data that it does not ask for",
+                'register it with needs=("data",) or needs=("texts",)',
+            )
         self.plan, self.session = plan, session
         self.given = choose_examples(plan.data.use)
         self.labels = [expert.label for expert in plan.experts]
         self.n_layers = len(plan.layers)
         self.report = session.report
+        self._labelled = plan.recipe.method.strategy.needs_labels(plan.recipe.method.options)
 
     @property
     def n_features(self) -> int:
@@ -136,7 +140,15 @@ class PlanMaterials:
 
         Returns:
             Positions among the choices `[N]` for each task.
+
+        Raises:
+            UsageError: The router is not registered as one that needs labels.
         """
+        if not self._labelled:
+            raise UsageError(
+                f"{self.plan.recipe.method.method} reads labels that it does not ask for",
+                "register it with needs_labels=",
+            )
         return [torch.tensor(one.labels) for one in self.given]
 
     def compose(self, state: Mapping[str, Tensor]) -> TaskData:
@@ -146,11 +158,12 @@ class PlanMaterials:
             state: Tensors by name, on the model's device; gradients flow to them.
 
         Returns:
-            The recipe's labelled data, read by the composed model.
+            The recipe's data, read by the composed model. It has labels if the router is registered
+            as one that needs them.
         """
         plan = replace(self.plan, dtype="float32")
         composed = assemble(plan, self.session, State(state), model=self._model)
-        return TaskData(composed.model, self._reader, self.given, labelled=True)
+        return TaskData(composed.model, self._reader, self.given, self._labelled)
 
     def _select_own_tasks(self, expert: int) -> Sequence[Chosen]:
         """Return the examples of the tasks that an expert was trained on."""

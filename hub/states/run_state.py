@@ -50,6 +50,7 @@ def load_progress(plan: Plan) -> dict[str, Tensor] | None:
     Raises:
         IntegrityError: The file is damaged.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load
 
     path = run_folder(plan) / PROGRESS
@@ -58,7 +59,7 @@ def load_progress(plan: Plan) -> dict[str, Tensor] | None:
     try:
         found: dict[str, Tensor] = load(path.read_bytes())
         return found
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, SafetensorError) as error:
         raise IntegrityError(
             f"{path} is damaged: {error}", "remove it to start the run again"
         ) from None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from experthub.hub.files.atomic import open_atomically, write_json
 from experthub.hub.formats.coefficients import (
     COEFFICIENTS,
@@ -20,7 +21,7 @@ from experthub.hub.formats.router import ROUTER, ROUTER_JSON, RouterRecord, read
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.registry.content import Content
 from experthub.hub.store.store import Store
-from experthub.merge import Coefficients
+from experthub.merge import Coefficients, MethodError
 from experthub.routing import State
 from torch import Tensor
 
@@ -54,6 +55,7 @@ class StateFormat:
         description: The name of the file that describes them.
         describe: A function of a plan and a state that returns the description and the tensors.
         parse: A function of the two files that reads the description and the state.
+        check: A function of a plan and a state that refuses, with a MethodError, what cannot be kept.
     """
 
     kind: str
@@ -61,6 +63,7 @@ class StateFormat:
     description: str
     describe: Callable[[Plan, Any], tuple[Any, dict[str, Tensor]]]
     parse: Callable[[Path, Path], tuple[Any, Any]]
+    check: Callable[[Plan, Any], None]
 
     def write(self, folder: Path, plan: Plan, state: Any) -> None:
         """Write the files of a state into a folder.
@@ -74,7 +77,7 @@ class StateFormat:
 
         record, tensors = self.describe(plan, state)
         with open_atomically(folder / self.tensors) as file:
-            file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+            file.write(save({name: _copy(tensor) for name, tensor in tensors.items()}))
         write_json(folder / self.description, record.model_dump(mode="json", by_alias=True))
 
     def read(self, folder: Path) -> tuple[Any, Any]:
@@ -108,6 +111,38 @@ class StateFormat:
         names = (self.description, self.tensors)
         record, tensors = (store.verify_file(content.digest, name) for name in names)
         return self.parse(record, tensors)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """Copy a tensor, because safetensors refuses tensors that share memory."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _check_coefficients(plan: Plan, found: Any) -> None:
+    """Refuse a state that is not the coefficients of a plan's experts."""
+    if not isinstance(found, Coefficients):
+        raise _make_error(f"{type(found).__name__}, expected Coefficients")
+    if len(found.values) != len(plan.experts):
+        raise _make_error(
+            f"coefficients of {len(found.values)} experts, and the recipe has {len(plan.experts)}"
+        )
+
+
+def _check_router(plan: Plan, found: Any) -> None:
+    """Refuse a state that a router cannot read or that cannot be stored."""
+    if not isinstance(found, State):
+        raise _make_error(f"{type(found).__name__}, expected State")
+    for name, tensor in found.tensors.items():
+        kind = getattr(tensor, "dtype", type(tensor).__name__)
+        if kind not in (torch.float32, torch.int64):
+            raise _make_error(f"{name} as {kind}, expected torch.float32 or torch.int64")
+        if not bool(torch.isfinite(tensor).all()):
+            raise _make_error(f"NaN or infinity in {name}")
+
+
+def _make_error(found: str) -> MethodError:
+    """Make the error for a `prepare` that returns something else than a state."""
+    return MethodError(f"prepare returned {found}", "correct the method's prepare function")
 
 
 def _describe_coefficients(
@@ -173,8 +208,11 @@ FORMATS: Mapping[str, StateFormat] = {
         COEFFICIENTS_JSON,
         _describe_coefficients,
         _parse_coefficients,
+        _check_coefficients,
     ),
-    "route": StateFormat("router", ROUTER, ROUTER_JSON, _describe_router, _parse_router),
+    "route": StateFormat(
+        "router", ROUTER, ROUTER_JSON, _describe_router, _parse_router, _check_router
+    ),
 }
 
 

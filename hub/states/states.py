@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
-from experthub.hub.errors import UsageError, explain_errors
+from experthub.hub.errors import IntegrityError, UsageError, explain_errors
 from experthub.hub.files.atomic import create_folder
 from experthub.hub.materials.materials import open_materials
 from experthub.hub.recipes.plan import Plan
@@ -41,15 +43,13 @@ def resolve_state(plan: Plan, session: Session) -> Any:
         return None
     if not plan.recipe.method.strategy.keeps_state:
         return _make(plan, session)
-    form = format_of(plan)
     if plan.found is not None:
-        record, state = form.load(plan.found, session.store)
-        _check_fits(record, plan, plan.found.reference)
-        return state
+        return load_state(plan, plan.found, session)[1]
     folder = state_folder(plan)
     if not folder.is_dir():
         _keep(plan, _make(plan, session))
-    record, state = form.read(folder)
+    with _explain_damage(folder):
+        record, state = format_of(plan).read(folder)
     _check_fits(record, plan, str(folder))
     return state
 
@@ -67,8 +67,11 @@ def load_state(plan: Plan, content: Content, session: Session) -> tuple[Any, Any
 
     Raises:
         IntegrityError: The files are damaged or do not fit each other.
+        UsageError: The state does not fit the plan.
     """
-    return format_of(plan).load(content, session.store)
+    record, state = format_of(plan).load(content, session.store)
+    _check_fits(record, plan, content.reference)
+    return record, state
 
 
 def store_state(plan: Plan, session: Session) -> Content:
@@ -87,7 +90,9 @@ def store_state(plan: Plan, session: Session) -> Content:
     folder = state_folder(plan)
     if not folder.is_dir():
         _keep(plan, _make(plan, session))
-    digest, _ = session.store.add(folder)
+    with _explain_damage(folder):
+        format_of(plan).read(folder)
+        digest, _ = session.store.add(folder)
     return Content(f"file:{folder}", digest, (f"file:{folder}",), None)
 
 
@@ -102,7 +107,10 @@ def _make(plan: Plan, session: Session) -> Any:
         torch.enable_grad(),
         open_materials(plan, session) as materials,
     ):
-        return prepare(materials, method.options)
+        state = prepare(materials, method.options)
+        if plan.routed or method.strategy.keeps_state:
+            format_of(plan).check(plan, state)
+        return state
 
 
 def _keep(plan: Plan, state: Any) -> None:
@@ -124,6 +132,15 @@ def _keep(plan: Plan, state: Any) -> None:
         )
         write_description(draft, described, identity)
     (run_folder(plan) / PROGRESS).unlink(missing_ok=True)
+
+
+@contextmanager
+def _explain_damage(folder: Path) -> Iterator[None]:
+    """Tell how a damaged state in the folder of an earlier run is made again."""
+    try:
+        yield
+    except IntegrityError as error:
+        raise IntegrityError(error.message, f"remove {folder} to make the state again") from error
 
 
 def _check_fits(found: StateRecord, plan: Plan, name: str) -> None:
