@@ -10,7 +10,7 @@ from experthub.hub.errors import ConflictError, HubError, IntegrityError, NotFou
 from experthub.hub.files import checksummed_text, yaml_files
 from experthub.hub.files.atomic import create_folder, hub_home, walk_files, write_text
 from experthub.hub.files.digests import sha256_of
-from experthub.hub.files.spelling import find_similar, suggest_name
+from experthub.hub.files.spelling import find_similar
 from experthub.hub.tasks.task import Card, Example, Task
 from pydantic import ValidationError
 
@@ -52,17 +52,16 @@ def read_task(reference: str) -> Task:
         folder = _locate_task(suite, name)
         if not (folder / CARD).is_file():
             known = [n for s, _, n in (r.partition(":") for r in list_references()) if s == suite]
-            hint = "run hub tasks list"
-            if find_similar(name, known) is not None:
-                hint = suggest_name(name, known, f"{suite}:")
-            elif suite == "bigbench":
-                hint = f"run hub tasks import {suite} {name}"
+            similar = find_similar(name, known)
+            hint = f"did you mean '{suite}:{similar}'?" if similar else "run hub tasks list"
+            if suite == "bigbench":
+                hint = f"run hub tasks import {suite} {name}" + (f", or {hint}" if similar else "")
             raise NotFoundError(f"there is no task {reference} here", hint)
         return read_task_folder(folder, reference)
     if not (Path(reference) / CARD).is_file():
-        raise NotFoundError(
-            f"there is no task {reference}", f"name a folder that contains a {CARD}"
-        )
+        named = [known for known in list_references() if known.endswith(f":{reference}")]
+        hint = f"did you mean {named[0]!r}?" if named else f"name a folder that contains a {CARD}"
+        raise NotFoundError(f"there is no task {reference}", hint)
     return read_task_folder(Path(reference), reference)
 
 

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from experthub.hub.bases.base import Base
-from experthub.hub.errors import NotFoundError
+from experthub.hub.errors import ConflictError, NotFoundError
 from experthub.hub.files.atomic import format_json, hub_home, write_json, write_text
 from experthub.hub.files.digests import digest_of
 from experthub.hub.formats.records import validate_record
@@ -166,14 +166,23 @@ def add_folder(
 
     Raises:
         IntegrityError: The files or `expert.json` are malformed.
-        ConflictError: The name and version are registered with other content.
+        ConflictError: The name and version are registered with other content, or the name has this
+            content with another base, task or description.
     """
     registry, store = session.registry, session.store
     experts = registry.list_experts()
     identity = read_folder(folder, hashed)
     digest = identity.digest
     same = [e for e in experts if (e.name, e.digest) == (name, digest)]
+    given = {"base": base, "task": task, "description": description}
+    given = {key: value for key, value in given.items() if value is not None}
     if version is None and same and file is None:
+        for key, value in given.items():
+            if (there := getattr(same[-1], key)) != value:
+                raise ConflictError(
+                    f"{same[-1].reference} has this content, with the {key} {there or '(none)'}",
+                    f"run hub rm {same[-1].reference} before, or add it under another name",
+                )
         store.take(folder, identity, hashed=hashed)
         return same[-1]
     stated = read_description(folder)
@@ -183,12 +192,11 @@ def add_folder(
         "name": name,
         "version": version or own or find_next_version(name, experts),
         "kind": identity.kind,
-        "base": base or stated.get("base") or _find_base_name(folder, identity, registry),
+        "base": stated.get("base") or _find_base_name(folder, identity, registry),
         "sources": [source or _make_source(folder, file)],
         "digest": digest,
     }
-    given = {"task": task, "description": description}
-    entry |= {key: value for key, value in given.items() if value is not None}
+    entry |= given
     hint = "correct the field, or remove it"
     expert = validate_record(Expert, entry, folder / DESCRIPTION, hint)
     check_conflict(expert, experts)

@@ -571,6 +571,12 @@ def task_that_is_not_imported(place: Place) -> Words:
     return ["eval", place.recipe(place.stored()), "--tasks", "bigbench:nope"]
 
 
+@case(4, "there is no task parity", "did you mean 'local:parity'")
+def task_without_its_suite(place: Place) -> Words:
+    task(place, "parity")
+    return ["eval", place.recipe(place.stored()), "--tasks", "parity"]
+
+
 @case(4, "nothing.txt does not exist")
 def missing_list_of_tasks(place: Place) -> Words:
     return ["eval", place.recipe(place.stored()), "--tasks", "@nothing.txt"]

@@ -246,6 +246,17 @@ def test_adding_again_is_a_no_op(home: Path, expert_folder: Make) -> None:
     assert snapshot(home) == before
 
 
+def test_adding_again_with_another_task_is_a_conflict(home: Path, expert_folder: Make) -> None:
+    folder = expert_folder()
+    words = ("add", folder, "--name", "x", "--task")
+    assert run_hub(*words, "local:a").code == 0
+    assert run_hub(*words, "local:a").code == 0
+    ran = run_hub(*words, "local:b")
+    assert ran.code == 6 and "x@1 has this content, with the task local:a" in ran.err
+    assert run_hub("rm", "x@1", "--yes").code == 0
+    assert run_hub(*words, "local:b").code == 0
+
+
 def test_other_content_is_the_next_version(home: Path, expert_folder: Make) -> None:
     assert run_hub("add", expert_folder(1), "--name", "x").out == "x@1\n"
     assert run_hub("add", expert_folder(2), "--name", "x").out == "x@2\n"
