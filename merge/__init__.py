@@ -10,7 +10,13 @@ from experthub.merge._catalogue import (
     Outline,
     Strategy,
 )
-from experthub.merge._coefficients import Coefficients, Combine, assign_blocks, compose_vector
+from experthub.merge._coefficients import (
+    Coefficients,
+    Combine,
+    assign_blocks,
+    compose_vector,
+    make_generator,
+)
 from experthub.merge._delta import Delta, Dense, LowRank, sum_deltas, truncate
 from experthub.merge._fit_settings import Fit
 from experthub.merge._fitting import learn_coefficients
@@ -29,7 +35,14 @@ from experthub.merge._options import (
     ShapesState,
     TaskName,
 )
-from experthub.merge._task_vector import TaskVector, combine, map_tensors
+from experthub.merge._task_vector import (
+    TaskVector,
+    check_weights,
+    combine,
+    find_base,
+    map_tensors,
+    unite_vectors,
+)
 from experthub.merge.adamerging import adamerging
 from experthub.merge.atlas import atlas
 from experthub.merge.dare import dare
@@ -74,10 +87,12 @@ __all__ = [
     "adamerging",
     "assign_blocks",
     "atlas",
+    "check_weights",
     "combine",
     "compose_vector",
     "cosine_matrix",
     "dare",
+    "find_base",
     "find_uses",
     "fisher",
     "gram_matrix",
@@ -87,6 +102,7 @@ __all__ = [
     "learn_coefficients",
     "linear",
     "lorahub",
+    "make_generator",
     "map_tensors",
     "merges",
     "orient",
@@ -96,4 +112,5 @@ __all__ = [
     "task_arithmetic",
     "ties",
     "truncate",
+    "unite_vectors",
 ]
