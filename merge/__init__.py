@@ -29,6 +29,7 @@ from experthub.merge._options import (
     ShapesState,
     TaskName,
 )
+from experthub.merge._plugin_error import PluginError
 from experthub.merge._task_vector import TaskVector, combine, map_tensors
 from experthub.merge.adamerging import adamerging
 from experthub.merge.atlas import atlas
@@ -62,6 +63,7 @@ __all__ = [
     "Option",
     "Options",
     "Outline",
+    "PluginError",
     "Progress",
     "Range",
     "RecipeSeed",
