@@ -55,13 +55,14 @@ class HubApp(typer.Typer):
         except CommandLineError as error:
             sys.stderr.write(_explain_usage_error(error))
             sys.exit(2)
-        except HubError as error:
-            if os.environ.get("HUB_DEBUG") == "1":
+        except (HubError, ImportError) as error:  # A broken plug-in is an ImportError with a hint.
+            hint = getattr(error, "hint", None)
+            if os.environ.get("HUB_DEBUG") == "1" or hint is None:
                 raise
-            sys.stderr.write(f"error: {escape(error.message)}\n")
-            if error.hint:
-                sys.stderr.write(f"hint: {escape(error.hint)}\n")
-            sys.exit(error.code)
+            sys.stderr.write(f"error: {escape(str(error))}\n")
+            if hint:
+                sys.stderr.write(f"hint: {escape(hint)}\n")
+            sys.exit(getattr(error, "code", 1))
         except OSError as error:
             if os.environ.get("HUB_DEBUG") == "1":
                 raise

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from experthub.hub.bases.base_sources import is_available_locally
 from experthub.hub.errors import HubError, NotFoundError
 from experthub.hub.files.atomic import hub_home
+from experthub.hub.plugins import load_plugins
 from experthub.hub.registry.expert import Expert, Reference
 from experthub.hub.registry.registry import Registry
 from experthub.hub.store.store import Store
@@ -66,7 +67,7 @@ def examine(file: Path | None = None, devices: bool = False) -> list[Check]:
         The results.
     """
     first: list[Callable[[], Check]] = [_check_python, _check_experthub, _check_packages]
-    first += [_check_devices] if devices else []
+    first += [_check_plugins, *([_check_devices] if devices else [])]
     checks = [_run(check) for check in (*first, _check_home, _check_disk, _check_leftovers)]
     try:
         registry = Registry.read(file)
@@ -81,11 +82,11 @@ def _run(check: Callable[..., Check], *given: Registry) -> Check:
     """Run a check, and report an error that it raises as a problem."""
     try:
         return check(*given)
-    except (HubError, OSError) as error:
+    except (HubError, ImportError, OSError) as error:
         return _report_error(check.__name__.removeprefix("_check_"), error)
 
 
-def _report_error(name: str, error: HubError | OSError) -> Check:
+def _report_error(name: str, error: Exception) -> Check:
     """Make a problem of an error."""
     hint = getattr(error, "hint", "") or "check the path, its permissions and the disk"
     return Check(name, "problem", str(error), hint)
@@ -113,7 +114,8 @@ def _check_packages() -> Check:
     required = [r for r in required if r.marker is None or r.marker.evaluate({"extra": ""})]
     ranges = {name: Requirement(name) for name in SHOWN} | {r.name: r for r in required}
     versions = {name: _find_version(name) for name in ranges}
-    wrong = [name for name, wanted in ranges.items() if not _is_within(versions[name], wanted)]
+    fits = {n: v and ranges[n].specifier.contains(v, prereleases=True) for n, v in versions.items()}
+    wrong = [name for name in fits if not fits[name]]
     if wrong:
         found = ", ".join(f"{name} {versions[name] or 'is missing'}" for name in wrong)
         install = shlex.join(["pip", "install", *(str(ranges[name]) for name in wrong)])
@@ -124,15 +126,14 @@ def _check_packages() -> Check:
 
 def _find_version(package: str) -> str | None:
     """Return the installed version of a package, or None if it is not installed."""
-    try:
+    with suppress(metadata.PackageNotFoundError):
         return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    return None
 
 
-def _is_within(version: str | None, wanted: Requirement) -> bool:
-    """Return true if a version is installed and satisfies the requirement."""
-    return version is not None and wanted.specifier.contains(version, prereleases=True)
+def _check_plugins() -> Check:
+    """Load the kinds, merges and routers of other packages."""
+    return Check("plugins", "ok", ", ".join(load_plugins()) or "none")
 
 
 def _check_devices() -> Check:
@@ -177,10 +178,9 @@ def _check_disk() -> Check:
     areas = [f"{area} {_format_size(size)}" for area, size in used.most_common() if size > 5e4]
     found = f"{_format_size(free)} free, {_format_size(used.total())} used"
     found += f": {', '.join(areas)}" if areas else ""
+    step = "" if free >= LITTLE else "free space, or set HUB_HOME to a larger disk"
     details = {"free": free, "used": dict(used)}
-    if free >= LITTLE:
-        return Check("disk", "ok", found, details=details)
-    return Check("disk", "warning", found, "free space, or set HUB_HOME to a larger disk", details)
+    return Check("disk", "warning" if step else "ok", found, step, details)
 
 
 def _check_leftovers() -> Check:

@@ -35,6 +35,7 @@ from experthub.merge._options import (
     ShapesState,
     TaskName,
 )
+from experthub.merge._plugin_error import PluginError
 from experthub.merge._task_vector import (
     TaskVector,
     check_weights,
@@ -75,6 +76,7 @@ __all__ = [
     "Option",
     "Options",
     "Outline",
+    "PluginError",
     "Progress",
     "Range",
     "RecipeSeed",

@@ -9,12 +9,14 @@ from importlib.metadata import entry_points
 from typing import Any, Generic, Protocol, TypeVar
 
 from experthub.merge._options import Option, Role, read_options
+from experthub.merge._plugin_error import PluginError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Traits = TypeVar("Traits")
 Options = Mapping[str, Any]
 # Materials that are made from examples of the tasks that the experts were trained on.
 OWN_TASK_MATERIALS = frozenset({"activations", "index", "texts"})
+MATERIALS = OWN_TASK_MATERIALS | {"data", "gates", "hidden", "skills", "task"}
 
 
 class MethodError(ValueError):
@@ -187,11 +189,13 @@ class Catalogue(Mapping[str, Strategy[Traits]]):
         kind: The key of a recipe under which these methods stand: `merge` or `route`.
         group: The entry-point group.
         traits: A function that makes the traits of a method from the other arguments of `register`.
+        reserved: The keys beside the options in a recipe, which no option can have as its name.
     """
 
     kind: str
     group: str
     traits: Callable[..., Traits]
+    reserved: tuple[str, ...] = ("method",)
     _strategies: dict[str, Strategy[Traits]] = field(default_factory=dict)
     _plugins_loaded: bool = False
 
@@ -226,7 +230,8 @@ class Catalogue(Mapping[str, Strategy[Traits]]):
             A decorator that returns the function unchanged.
 
         Raises:
-            ValueError: The name is taken.
+            ValueError: The name is taken, a material is unknown, or an option has no annotation or
+                the name of another key.
         """
 
         def enter(function: Function) -> Function:
@@ -234,12 +239,21 @@ class Catalogue(Mapping[str, Strategy[Traits]]):
             name = function.__name__
             if name in self._strategies:
                 raise ValueError(f"the {self.kind} {name!r} is registered already")
+            if isinstance(needs, str) or not MATERIALS.issuperset(needs):
+                known = ", ".join(sorted(MATERIALS))
+                raise ValueError(
+                    f"{name}: expected needs= to be a tuple of {known}; found {needs!r}"
+                )
+            options = read_options(function)
+            for key in self.reserved:
+                if key in options:
+                    raise ValueError(f"{name}: an option cannot be named {key!r}, a key of recipes")
             self._strategies[name] = Strategy(
                 name,
                 function,
                 self.kind,
                 paper,
-                read_options(function),
+                options,
                 self.traits(**traits),
                 needs,
                 prepare,
@@ -255,12 +269,16 @@ class Catalogue(Mapping[str, Strategy[Traits]]):
         """Import the methods of other packages once, and return all strategies."""
         if not self._plugins_loaded:
             self._plugins_loaded = True  # A method may read the catalogue while it is imported.
-            try:
-                for point in entry_points(group=self.group):
+            for point in entry_points(group=self.group):
+                before = dict(self._strategies)
+                try:
                     point.load()
-            except BaseException:
-                self._plugins_loaded = False  # The next access raises the error, too.
-                raise
+                except BaseException as error:
+                    # The next access loads the entry point again, and raises the same error.
+                    self._plugins_loaded, self._strategies = False, before
+                    if isinstance(error, Exception | SystemExit):
+                        raise PluginError(point, error) from error
+                    raise
         return self._strategies
 
     def __getitem__(self, name: str) -> Strategy[Traits]:

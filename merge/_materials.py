@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from experthub.merge._catalogue import MethodError
 from experthub.merge._task_vector import TaskVector
 from torch import Tensor, nn
 
@@ -143,7 +144,10 @@ class MergeMaterials:
     def given_data(self) -> Data:
         """The data; a ValueError is raised if there is none."""
         if self.data is None:
-            raise ValueError("expected data to learn from, found none")
+            raise MethodError(
+                "expected data to learn from, found none",
+                'register the merge with needs=("data",)',
+            )
         return self.data
 
     @property

@@ -126,15 +126,18 @@ def read_options(function: Callable[..., Any]) -> dict[str, Option]:
 
     Returns:
         The options by name, in the order of the signature.
+
+    Raises:
+        ValueError: An option has no annotation.
     """
     hints = get_type_hints(function, include_extras=True)
     parameters = inspect.signature(function).parameters
     words = _read_descriptions(inspect.getdoc(function) or "", list(parameters))
-    return {
-        name: _read_option(name, hints[name], parameter, words.get(name, ""))
-        for name, parameter in parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    }
+    names = [n for n, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    for name in names:
+        if name not in hints:
+            raise ValueError(f"{function.__name__}: the option {name!r} has no type annotation")
+    return {n: _read_option(n, hints[n], parameters[n], words.get(n, "")) for n in names}
 
 
 def _read_option(name: str, hint: Any, parameter: inspect.Parameter, description: str) -> Option:

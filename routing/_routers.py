@@ -53,4 +53,4 @@ class RouterTraits:
     adapt: Callable[[ExpertStack, Options], ExpertStack] | None = None
 
 
-routers = Catalogue("route", "experthub.routers", RouterTraits)
+routers = Catalogue("route", "experthub.routers", RouterTraits, ("method", "combine", "kernel"))

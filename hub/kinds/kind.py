@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -253,12 +253,16 @@ class Kinds(Mapping[str, ExpertKind]):
         """Import the kinds of other packages once, and return all kinds."""
         if not self._plugins_loaded:
             self._plugins_loaded = True  # A kind may read the catalogue while it is imported.
-            try:
-                for point in entry_points(group=self.group):
+            for point in entry_points(group=self.group):
+                before = dict(self._kinds)
+                try:
                     point.load()
-            except BaseException:
-                self._plugins_loaded = False  # The next access raises the error, too.
-                raise
+                except BaseException as error:
+                    # The next access loads the entry point again, and raises the same error.
+                    self._plugins_loaded, self._kinds = False, before
+                    if isinstance(error, Exception | SystemExit):
+                        raise _explain(point, error) from error
+                    raise
         return self._kinds
 
     def __getitem__(self, name: str) -> ExpertKind:
@@ -269,6 +273,14 @@ class Kinds(Mapping[str, ExpertKind]):
 
     def __len__(self) -> int:
         return len(self._load_plugins())
+
+
+def _explain(point: EntryPoint, error: BaseException) -> HubError:
+    """Explain why an entry point cannot be loaded, like the `PluginError` of methods."""
+    package = point.dist.name if point.dist else point.value
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    place = f"the entry point {point.name!r} ({point.group}) of the package {package}"
+    return HubError(f"{place} cannot be loaded: {reason}", f"repair or uninstall {package}")
 
 
 def _find_marked(names: set[str], known: Iterable[ExpertKind]) -> ExpertKind | None:

@@ -81,6 +81,8 @@ class Recipe(Closed):
             raise ValueError(ONE_WAY)
         elif self.targets:
             raise ValueError("set targets in each of the parts, and not beside them")
+        elif given := [key for key in STATE_KEYS if getattr(self, key)]:
+            raise ValueError(f"parts take no state; remove {given[0]}:")
         merged = [use.merge for use in self.experts if isinstance(use, NestedMerge)]
         for nested in merged:
             if nested.strategy.needs_data:

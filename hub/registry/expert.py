@@ -29,7 +29,9 @@ def _check_kind(name: str) -> str:
     if name not in kinds:
         context = {"name": short(name), "known": ", ".join(kinds)}
         raise PydanticCustomError(
-            "unknown_kind", "unknown kind {name}; known kinds: {known}", context
+            "unknown_kind",
+            "unknown kind {name}; known kinds: {known}; install the package that adds this kind",
+            context,
         )
     return name
 

@@ -242,7 +242,9 @@ def _read_record(place: str, digest: str, size: int, mtime: int) -> Identity:
         raise explain_damage(path)
     try:
         return Identity.model_validate(read_json(path))
-    except ValidationError:
-        raise IntegrityError(
-            f"object {parse_sha256(path)[:12]} in the store is not an expert", "correct the digest"
-        ) from None
+    except ValidationError as error:
+        what = f"object {parse_sha256(path)[:12]} in the store"
+        for problem in error.errors():
+            if problem["type"] == "unknown_kind":
+                raise IntegrityError(f"{what}: {problem['msg']}", "install that package") from None
+        raise IntegrityError(f"{what} is not an expert", "correct the digest") from None

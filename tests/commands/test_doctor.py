@@ -21,8 +21,8 @@ from experthub.hub.registry.registry import Registry
 from experthub.hub.store.store import Store
 
 Make = Callable[..., Path]
-NAMES = ["python", "experthub", "packages", "home", "disk", "leftovers", "registry", "experts"]
-NAMES += ["bases", "variables", "completion"]
+NAMES = ["python", "experthub", "packages", "plugins", "home", "disk", "leftovers"]
+NAMES += ["registry", "experts", "bases", "variables", "completion"]
 TOKEN = "hf_secret"
 
 

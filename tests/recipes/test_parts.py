@@ -140,6 +140,10 @@ def test_parts_are_planned_locked_and_told(recipe: dict[str, Any], home: Path) -
             {"parts": [{"targets": MLP, "merge": {"method": "linaer"}}]},
             "unknown merge method 'linaer'",
         ),
+        (
+            {"parts": [{"targets": MLP, "route": {"method": "uniform"}}], "router": "./r"},
+            "parts take no state; remove router:",
+        ),
     ],
 )
 def test_wrong_parts_are_named(recipe: dict[str, Any], change: dict[str, Any], words: str) -> None:

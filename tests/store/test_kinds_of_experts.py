@@ -23,6 +23,7 @@ from experthub.hub.formats.adapter import ADAPTER, ADAPTER_CONFIG
 from experthub.hub.kinds import ExpertKind, kinds
 from experthub.hub.registry.expert import Identity, list_file_patterns
 from experthub.hub.store.folder import read_folder
+from experthub.hub.store.store import _read_record
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
@@ -110,6 +111,20 @@ def test_it_enters_by_its_entry_point(catalogue: Path, tmp_path: Path) -> None:
     assert done.stdout.split() == ["norm_shift", *BUILT_IN, "norm_shift"], done.stderr
 
 
+def test_an_absent_package_is_named(catalogue: Path, base: Base, tmp_path: Path) -> None:
+    importlib.import_module("norm_shift")
+    two_shifts(tmp_path)
+    ran = run_hub("add", tmp_path / "shift-0", "--name", "s", "--base", base.folder, "--json")
+    digest = ran.json["expert"]["digest"]
+    kinds._kinds.pop("norm_shift")
+    words = "unknown kind 'norm_shift'; .*; install the package that adds this kind"
+    for command in ("verify", "list"):
+        assert re.search(words, run_hub(command).err), command
+    _read_record.cache_clear()
+    with pytest.raises(IntegrityError, match=words):
+        hub.Store().read_identity(digest)
+
+
 def test_a_broken_package_is_an_error_every_time(
     catalogue: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,7 +132,7 @@ def test_a_broken_package_is_an_error_every_time(
     monkeypatch.setattr("experthub.hub.kinds.kind.entry_points", lambda group: [broken])
     monkeypatch.setattr(kinds, "_plugins_loaded", False)
     for _ in range(2):
-        with pytest.raises(ImportError, match="no_such_module"):
+        with pytest.raises(hub.HubError, match=r"'broken'.*no_such_module"):
             list(kinds)
 
 
