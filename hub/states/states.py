@@ -91,7 +91,6 @@ def store_state(plan: Plan, session: Session) -> Content:
     if not folder.is_dir():
         _keep(plan, _make(plan, session))
     with _explain_damage(folder):
-        format_of(plan).read(folder)
         digest, _ = session.store.add(folder)
     return Content(f"file:{folder}", digest, (f"file:{folder}",), None)
 

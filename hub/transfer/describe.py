@@ -192,7 +192,7 @@ def add_folder(
         "name": name,
         "version": version or own or find_next_version(name, experts),
         "kind": identity.kind,
-        "base": stated.get("base") or _find_base_name(folder, identity, registry),
+        "base": base or stated.get("base") or _find_base_name(folder, identity, registry),
         "sources": [source or _make_source(folder, file)],
         "digest": digest,
     }

@@ -15,6 +15,7 @@ from experthub.hub.errors import HubError, IntegrityError, UsageError
 from experthub.hub.recipes.resolution import resolve
 from experthub.hub.session import Session
 from experthub.hub.states.run_state import PROGRESS, run_folder, state_folder
+from experthub.hub.states.states import store_state
 from experthub.merge import Coefficients, TaskVector, combine, merges
 from experthub.routing import Routing, State, Weights, routers
 from torch import Tensor
@@ -144,15 +145,18 @@ def test_a_damaged_state_of_an_earlier_run_can_be_made_again(recipe: dict[str, A
     plan = resolve(hub.Recipe.of(recipe | {"route": {"method": "peek"}}), session=Session())
     hub.compose(plan)
     folder = state_folder(plan)
+
+    def check_hints() -> None:
+        for use in (lambda: hub.compose(plan), lambda: store_state(plan, Session())):
+            with pytest.raises(IntegrityError) as caught:
+                use()
+            assert caught.value.hint == f"remove {folder} to make the state again"
+
     (folder / "router.json").write_text("{")
-    with pytest.raises(IntegrityError) as caught:
-        hub.compose(plan)
-    assert caught.value.hint == f"remove {folder} to make the state again"
+    check_hints()
     for file in folder.iterdir():
         file.unlink()
-    with pytest.raises(IntegrityError) as caught:
-        hub.compose(plan)
-    assert caught.value.hint == f"remove {folder} to make the state again"
+    check_hints()
 
 
 def test_damaged_progress_is_named(recipe: dict[str, Any]) -> None:
