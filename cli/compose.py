@@ -92,7 +92,8 @@ def _print_plan(plan: Plan) -> None:
     modules = {name.rpartition(".")[0] for name in plan.parameters}
     print_fields(
         {
-            "base": f"{plan.base.name}  {plan.base.fingerprint[:19]}",
+            "base": f"{plan.base.name}  {plan.base.digest[:19]}",
+            **_describe_unused(plan),
             **_describe_methods(plan),
             "changes": f"{len(plan.parameters)} weights in {len(modules)} modules",
             **_describe_state(plan),
@@ -116,6 +117,14 @@ def _print_plan(plan: Plan) -> None:
         for m in e.members
     ]
     print_table(["expert", ">weight", "from", "digest", "kind", ">weights", ">size"], rows)
+
+
+def _describe_unused(plan: Plan) -> dict[str, str]:
+    """Describe the stored weights of the base that its model does not use."""
+    if not plan.unused:
+        return {}
+    more = f" and {len(plan.unused) - 3} more" if len(plan.unused) > 3 else ""
+    return {"not used": f"{', '.join(plan.unused[:3])}{more}, of the base's weights"}
 
 
 def _describe_methods(plan: Plan) -> dict[str, str]:

@@ -59,7 +59,9 @@ def pull(
                         f"{wanted} is a base, and --name is for experts", "remove --name"
                     )
                 base = find(wanted, session)
-                pulled.append({"name": wanted, "digest": base.fingerprint})
+                pulled.append(
+                    {"name": wanted, "digest": base.digest, "fingerprint": base.fingerprint}
+                )
             else:
                 for expert in pull_by_name(wanted, session, as_name=name):
                     pulled.append({"name": expert.reference, "digest": expert.digest})

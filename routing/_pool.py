@@ -36,7 +36,7 @@ class Embedder(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """The fingerprint of the encoder's weights."""
+        """The fingerprint of the encoder: of everything that changes its embeddings."""
         ...
 
     def __call__(self, texts: Sequence[str]) -> Tensor:

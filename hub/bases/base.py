@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experthub.hub.bases.fingerprint import compute_fingerprint, list_weight_files
+from experthub.hub.bases.identity import compute_base_digest
 from experthub.hub.errors import NotFoundError
 from experthub.hub.files.json_files import read_json
 from experthub.hub.formats.model_config import check_model
@@ -25,23 +26,29 @@ class Base:
     Args:
         name: The name in the registry, or the reference by which the base was found.
         folder: The model folder.
-        fingerprint: The fingerprint of the stored weights, see `compute_fingerprint`.
+        fingerprint: The fingerprint of the stored weights, see `compute_fingerprint`. Experts are
+            checked against it.
+        digest: The digest of everything that changes what the base computes, see
+            `compute_base_digest`.
         shapes: Parameter name -> shape, tied output embeddings included.
         tensor_bytes: The size of all stored tensors in bytes.
         dtype: The dtype that most tensors are stored in, as safetensors names it.
         sources: The sources from which the base can be fetched again.
         sha256: The sha256 of the source's file, if the registry records it.
+        commit: The commit of the repository that the folder was fetched from; None for others.
         tied: Maps each parameter that is not stored to the parameter whose weights it shares.
     """
 
     name: str
     folder: Path
     fingerprint: str
+    digest: str
     shapes: dict[str, tuple[int, ...]]
     tensor_bytes: int
     dtype: str
     sources: tuple[str, ...] = ()
     sha256: str | None = None
+    commit: str | None = None
     tied: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -116,4 +123,6 @@ def read(folder: Path, name: str) -> Base:
     )
     size = sum(info.bytes for info in tensors.values())
     dtype = dtypes[-1] if dtypes else "F32"
-    return Base(name, folder, compute_fingerprint(folder), shapes, size, dtype, tied=tied)
+    fingerprint = compute_fingerprint(folder)
+    digest = compute_base_digest(folder, fingerprint)
+    return Base(name, folder, fingerprint, digest, shapes, size, dtype, tied=tied)

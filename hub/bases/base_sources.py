@@ -50,13 +50,15 @@ def find(name: str, session: Session) -> Base:
             return replace(found, sources=(f"file:{reference.folder.resolve()}",))
         if reference.remote:
             entry = BaseEntry(sources=[name])
-            found = read(_fetch(name, entry, "remote", Path.cwd(), report), name)
-            return replace(found, sources=(name,))
+            folder = _fetch(name, entry, "remote", Path.cwd(), report)
+            return replace(read(folder, name), sources=(name,), commit=_find_commit(folder))
     known, entry = registry.find_base(name)
     near = registry.find_base_folder(known)
     folder = _fetch_any(known, entry, near, report)
     sources = tuple(make_source_absolute(source, near) for source in entry.sources)
-    base = replace(read(folder, known), sources=sources, sha256=entry.sha256)
+    found = read(folder, known)
+    commit = _find_commit(folder)
+    base = replace(found, sources=sources, sha256=entry.sha256, commit=commit)
     if entry.fingerprint and base.fingerprint != entry.fingerprint:
         raise IntegrityError(
             f"base {known}: its weights are {base.fingerprint[:19]}, "
@@ -66,6 +68,11 @@ def find(name: str, session: Session) -> Base:
             else "correct the sources or the fingerprint of the base in the registry",
         )
     return base
+
+
+def _find_commit(folder: Path) -> str | None:
+    """Find the commit of a base that was fetched from a repository."""
+    return hf.read_commit(folder) if folder.is_relative_to(hub_home() / "hf") else None
 
 
 def _parse_reference(name: str) -> Reference:
@@ -135,6 +142,20 @@ def list_package_folders(name: str, entry: BaseEntry) -> list[Path]:
     """
     places = [_locate_package(s, entry, name) for s in entry.sources if s.startswith("pypi:")]
     return [place for place in dict.fromkeys(places) if place.is_dir()]
+
+
+def list_own_folders(entry: BaseEntry, near: Path) -> list[Path]:
+    """List the folders of the user that a base with a fingerprint is read from.
+
+    Args:
+        entry: Its entry in the registry.
+        near: The folder that its relative sources start from.
+
+    Returns:
+        The folders that exist; none if the registry records no fingerprint to compare with.
+    """
+    folders = [Reference.parse(source, near).folder for source in entry.sources]
+    return [f for f in folders if entry.fingerprint and f and (f / "config.json").is_file()]
 
 
 def fetch_again(name: str, entry: BaseEntry, folder: Path, report: Report = silent) -> None:

@@ -55,7 +55,8 @@ def compute_fingerprint(folder: Path, fresh: bool = False) -> str:
 
     It is the sha256 of the sorted rows (name, dtype, shape, sha256 of the bytes) of all tensors, so
     it does not depend on how the tensors are divided among files. It is cached for files of the
-    same path, size and modification time.
+    same path, inode, size, and times of modification and change. The last of these cannot be set
+    back, so a file that was changed is always read again.
 
     Args:
         folder: The model folder.
@@ -68,7 +69,7 @@ def compute_fingerprint(folder: Path, fresh: bool = False) -> str:
         IntegrityError: The folder has no safetensors files, or one of them is damaged.
     """
     files = list_weight_files(folder)
-    stats = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    stats = [_describe_file(file) for file in files]
     key = hashlib.sha256(canonical_json(stats)).hexdigest()
     cache = hub_home() / "fingerprints" / f"{key}.json"
     if not fresh and (known := _read_cache(cache, stats)):
@@ -79,8 +80,15 @@ def compute_fingerprint(folder: Path, fresh: bool = False) -> str:
     return value
 
 
+def _describe_file(path: Path) -> list[Any]:
+    """Return what changes if another content takes the place of a file's."""
+    real = path.resolve()
+    stat = real.stat()
+    return [str(real), stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns]
+
+
 def _read_cache(cache: Path, stats: list[list[Any]]) -> str | None:
-    """Return the cached fingerprint of files with these sizes and times; None if it is damaged."""
+    """Return the cached fingerprint of files in this state; None if it is damaged."""
     try:
         record = read_json(cache) if cache.is_file() else {}
     except HubError:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
 import torch
 from experthub.hub.bases.base import Base
-from experthub.hub.errors import HubError, UsageError
+from experthub.hub.bases.fingerprint import compute_fingerprint, list_weight_files
+from experthub.hub.bases.identity import compute_base_digest
+from experthub.hub.errors import HubError, IntegrityError, UsageError
+from experthub.hub.files.json_files import read_json
+from experthub.hub.formats.safetensors_header import read_header
+from experthub.hub.formats.safetensors_reader import DTYPES
 from experthub.merge import is_linear, is_transposed
+from safetensors import safe_open
 
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
@@ -28,13 +34,100 @@ def load_model(base: Base, dtype: str, device: str | None) -> Any:
 
     Raises:
         UsageError: Torch cannot use the device here.
+        IntegrityError: The files lack a weight of the model, or were changed since they were read.
         HubError: Transformers cannot load the base.
     """
     check_device(device)
     kind, config = _find_class(base)
+    weights: dict[str, Any] = {}
     with _explain_loading_errors(base, _list_loading_errors()):
-        model = kind.from_pretrained(base.folder, config=config, dtype=dtype, **LOCAL)
+        for file in list_weight_files(base.folder):
+            stored: Any = safe_open(file, "pt")
+            weights |= {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118
+    model, missing, _ = _build(base, kind, config, weights, dtype=dtype)
+    refuse_missing(base, missing)
+    _check_unchanged(base)
     return model.to(device or "cpu").eval().requires_grad_(False)
+
+
+def compare_names(base: Base) -> tuple[list[str], list[str]]:
+    """Compare the weights that a base's model has with those that its files have.
+
+    No weight is read: the model is built without storage.
+
+    Args:
+        base: The base.
+
+    Returns:
+        The names of the model's weights that the files lack, and of the stored weights that the
+        model does not use.
+
+    Raises:
+        HubError: Transformers cannot build the model, or a shape differs.
+    """
+    kind, config = _find_class(base)
+    empty = {
+        name: torch.empty(info.shape, dtype=DTYPES.get(info.dtype, torch.float32), device="meta")
+        for file in list_weight_files(base.folder)
+        for name, info in read_header(file).items()
+    }
+    _, missing, unused = _build(base, kind, config, empty, dtype="float32", device_map="meta")
+    return missing, unused
+
+
+def refuse_missing(base: Base, missing: Sequence[str]) -> None:
+    """Refuse a base whose files lack weights, which transformers would make up at random.
+
+    Args:
+        base: The base.
+        missing: The names of the missing weights.
+
+    Raises:
+        IntegrityError: There are missing weights.
+    """
+    if missing:
+        raise IntegrityError(
+            f"base {base.name}: its files lack {len(missing)} of the weights of "
+            f"{base.architecture}, such as {missing[0]}",
+            f"correct {base.folder / 'config.json'}, or save the whole model again",
+        )
+
+
+def _build(
+    base: Base, kind: Any, config: Any, weights: dict[str, Any], **options: Any
+) -> tuple[Any, list[str], list[str]]:
+    """Build a model from the weights that are given; also return the missing and the unused names.
+
+    Transformers gets no folder: in a folder it would find other files than those that were checked.
+    """
+    with _explain_loading_errors(base, _list_loading_errors()):
+        model, found = kind.from_pretrained(
+            None, config=config, state_dict=weights, output_loading_info=True, **options, **LOCAL
+        )
+        model.name_or_path = model.config.name_or_path = str(base.folder)
+        if model.can_generate():
+            model.generation_config = _read_generation_config(base)
+    return model, sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+
+
+def _read_generation_config(base: Base) -> Any:
+    """Read the settings of generation, from their own file or else from the model's configuration."""
+    from transformers import GenerationConfig
+
+    own = base.folder / "generation_config.json"
+    if own.is_file():
+        return GenerationConfig.from_dict(read_json(own))
+    return GenerationConfig.from_model_config(read_json(base.folder / "config.json"))
+
+
+def _check_unchanged(base: Base) -> None:
+    """Check that the files of a base are still those that were read when it was found."""
+    fingerprint = compute_fingerprint(base.folder)
+    if base.digest != compute_base_digest(base.folder, fingerprint):
+        raise IntegrityError(
+            f"base {base.name}: files in {base.folder} were changed while it was loaded",
+            "run the command again when nothing writes to the folder",
+        )
 
 
 def load_tokenizer(base: Base) -> Any:

@@ -67,7 +67,7 @@ class Bank:
         Returns:
             The bank.
         """
-        content: list[Any] = [LAYOUT, plan.base.fingerprint, plan.contents]
+        content: list[Any] = [LAYOUT, plan.base.digest, plan.contents]
         shaping = plan.recipe.method.find_options(ShapesExperts)
         if any(value is not None for value in shaping.values()):  # Such options may name experts.
             content += [shaping, [expert.label for expert in plan.experts]]

@@ -157,7 +157,7 @@ class _Evaluator:
         methods = plan.recipe.methods if plan else []
         by_task = any("task" in method.strategy.needs for method in methods)
         surroundings: dict[str, Any] = {
-            "composition": plan.digest if plan else [self.base.fingerprint, self.dtype],
+            "composition": plan.digest if plan else [self.base.digest, self.dtype],
             "scorer": self.scorer.name,
             "device": self.device.partition(":")[0],
             "versions": read_versions(),
@@ -237,7 +237,7 @@ def _find_common_base(plans: Mapping[str, Plan]) -> Base:
     """Return the base of all plans; refuse plans with different bases or dtypes."""
     if not plans:
         raise UsageError("no recipes were given", "pass a recipe file: recipe.yaml")
-    bases = {plan.base.fingerprint: plan.base for plan in plans.values()}
+    bases = {plan.base.digest: plan.base for plan in plans.values()}
     dtypes = {plan.dtype for plan in plans.values()}
     if len(bases) > 1 or len(dtypes) > 1:
         found = sorted({b.name for b in bases.values()} | (dtypes if len(dtypes) > 1 else set()))

@@ -11,14 +11,21 @@ from experthub.hub.errors import IntegrityError
 from experthub.hub.files.json_files import read_json
 from experthub.hub.formats.adapter import ADAPTER_CONFIG
 
+# Keys by which transformers would use code or other files, and a value that does no harm.
+ELSEWHERE = {
+    "auto_map": None,
+    "transformers_weights": "model.safetensors",
+    "configuration_files": ["config.json"],
+    "fast_tokenizer_files": ["tokenizer.json"],
+}
 CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json")
 
 
 def check_model(folder: Path) -> dict[str, Any]:
     """Check the configuration files of a model folder.
 
-    It rejects `auto_map` (classes in Python files), attention kernels of a model hub, weights under
-    another name than the fingerprinted one, and an adapter beside the model.
+    It rejects `auto_map` (classes in Python files), attention kernels of a model hub, other files
+    than those that the base's digest covers, and an adapter beside the model.
 
     Args:
         folder: The folder.
@@ -59,10 +66,10 @@ def _check_config(config: dict[str, Any], name: str) -> None:
             continue
         for key, inner in value.items():
             kernel = key.endswith("_implementation") and "/" in str(inner)
-            named = key in ("auto_map", "transformers_weights") and inner
+            named = key in ELSEWHERE and inner and inner != ELSEWHERE[key]
             if kernel or named or re.fullmatch(r"_\w*_implementation_internal", key):
                 raise IntegrityError(
-                    f"{name}: {key} is {short(inner)}, which names code or other weights",
+                    f"{name}: {key} is {short(inner)}, which names code or other files",
                     "remove the key if transformers itself has the model; other code is never run",
                 )
             left.append(inner)

@@ -25,7 +25,8 @@ class RouterRecord(Closed):
         method: The router.
         options: The options of the router.
         experts: The experts, in the order that the tensors use.
-        embedder: The fingerprint of the base that embedded an index.
+        embedder: The digest of the base that embedded an index; the fingerprint of its weights in
+            files of earlier versions.
         data: The digest of the examples that the state was made from.
         history: The loss of each step, if the state was trained.
     """

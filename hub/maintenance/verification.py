@@ -11,7 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experthub.hub.bases.base_sources import fetch_again, list_damaged_files, list_package_folders
+from experthub.hub.bases.base_sources import (
+    fetch_again,
+    list_damaged_files,
+    list_own_folders,
+    list_package_folders,
+)
 from experthub.hub.errors import HubError, IntegrityError
 from experthub.hub.files import checksummed_text
 from experthub.hub.files.atomic import walk_files
@@ -207,8 +212,16 @@ def _hash_file(path: Path) -> str | None:
 
 
 def _check_bases(session: Session, found: Findings, repair: bool) -> None:
-    """Hash the files of every base that was fetched."""
+    """Hash the files of every base: those that were fetched, and those in folders of the user."""
     for name, entry in session.registry.list_bases().items():
+        near = session.registry.find_base_folder(name)
+        for folder in list_own_folders(entry, near):
+            session.report(f"hashing the base {name}", 0, 0)
+            if not list_damaged_files(folder, entry.fingerprint):
+                continue
+            found.bases[name] = [str(folder)]
+            if repair:
+                found.problems.append(f"{name}: restore {folder}, which the hub does not write")
         for folder in list_package_folders(name, entry):
             session.report(f"hashing the base {name}", 0, 0)
             wrong = list_damaged_files(folder, entry.fingerprint)

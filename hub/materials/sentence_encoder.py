@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from experthub.hub.bases.base import Base
 from experthub.hub.bases.base_sources import find
 from experthub.hub.bases.loading import load_model, load_tokenizer
 from experthub.hub.errors import IntegrityError, UsageError
@@ -19,11 +20,16 @@ class SentenceEncoder:
     Args:
         model: The encoder.
         tokenizer: Its tokenizer.
-        fingerprint: The fingerprint of its weights.
+        base: The base that it was loaded from.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, fingerprint: str) -> None:
-        self.model, self.tokenizer, self.fingerprint = model, tokenizer, fingerprint
+    def __init__(self, model: Any, tokenizer: Any, base: Base) -> None:
+        self.model, self.tokenizer, self.base = model, tokenizer, base
+
+    @property
+    def fingerprint(self) -> str:
+        """The digest of the base: of its weights, its configuration and its tokenizer."""
+        return self.base.digest
 
     @classmethod
     def load(cls, name: str, session: Session) -> SentenceEncoder:
@@ -44,18 +50,19 @@ class SentenceEncoder:
             raise UsageError(
                 f"embedder {name} is not a sentence encoder", "use the encoder all-minilm-l6-v2"
             )
-        return cls(load_model(base, "float32", None), load_tokenizer(base), base.fingerprint)
+        return cls(load_model(base, "float32", None), load_tokenizer(base), base)
 
     def check(self, fingerprint: str | None) -> None:
         """Check that an index was made by this encoder.
 
         Args:
-            fingerprint: The fingerprint of the encoder that made the index; None without an index.
+            fingerprint: The fingerprint of the encoder that made the index. Earlier versions stored
+                the fingerprint of its weights. None without an index.
 
         Raises:
             IntegrityError: The index was made by another encoder.
         """
-        if fingerprint not in (None, self.fingerprint):
+        if fingerprint not in (None, self.fingerprint, self.base.fingerprint):
             raise IntegrityError(
                 f"the index was made by the sentence encoder {str(fingerprint)[:19]}, "
                 f"and embedder: names {self.fingerprint[:19]}",

@@ -25,6 +25,7 @@ from experthub.hub.registry.registry_file import BaseEntry, RegistryFile
 from experthub.hub.session import Session
 from experthub.hub.states.states import store_state
 from experthub.hub.tasks.task_files import read_task
+from experthub.hub.transfer.remotes._hf_files import HfSource
 from pydantic import ValidationError
 
 Pins = Literal["locked", "frozen"]
@@ -120,12 +121,20 @@ def plan_of(
     held = Lock.read(lock_path(path))
     if held.recipe != compute_recipe_digest(path):
         raise ConflictError(f"{path} has changed since it was locked", f"run hub lock {path}")
+    if held.version == 1:
+        session.report(
+            f"note: {lock_path(path)} covers the weights of {held.base.name}, but not its "
+            f"configuration and its tokenizer; run hub lock {path} to cover them",
+            0,
+            0,
+        )
     contents = [member.content for member in held.members]
     if pins == "locked":
         contents = [_check_meaning(content, session.registry, path) for content in contents]
     else:
         own = _make_locked_registry(held, path, recipe)
         session = Session(own, session.store, session.device, session.report)
+        recipe = recipe.model_copy(update={"base": _pin_commit(recipe.base, held)})
     data = None
     if held.data:
         use = recipe.data or DataUse.model_validate(held.data.use)
@@ -135,12 +144,32 @@ def plan_of(
     if found and pins == "locked" and recipe.stored:
         found = _check_meaning(found, session.registry, path)
     plan = resolve(recipe, session=session, pinned=contents, data=data, found=found)
-    if plan.digest != held.composition:
-        raise ConflictError(
-            f"{path} resolves to {plan.digest[:19]}, and its lock says {held.composition[:19]}",
-            f"run hub lock {path}: the base or the lock was changed",
-        )
+    _check_composition(plan, held, path)
     return plan
+
+
+def _check_composition(plan: Plan, held: Lock, path: Path) -> None:
+    """Refuse a plan that is not the one that a lock pins, and say what has changed."""
+    digest = plan.weights_digest if held.version == 1 else plan.digest
+    if digest == held.composition:
+        return
+    here, there = plan.base, held.base
+    what = "the base or the lock was changed"
+    if here.fingerprint != there.fingerprint:
+        what = f"the weights of {here.name} were changed"
+    elif there.digest and here.digest != there.digest:
+        what = f"the configuration, the tokenizer or a processor of {here.name} was changed"
+    raise ConflictError(
+        f"{path} resolves to {digest[:19]}, and its lock says {held.composition[:19]}: {what}",
+        f"restore the base, or run hub lock {path}",
+    )
+
+
+def _pin_commit(source: str, held: Lock) -> str:
+    """Return a source of a base, at the commit that a lock pins if it is a repository."""
+    if held.base.commit is None or not source.startswith("hf:"):
+        return source
+    return f"hf:{HfSource.parse(source).repository}@{held.base.commit}"
 
 
 def _read_task_digest(locked: LockedTask, pins: Pins) -> str:
@@ -176,8 +205,9 @@ def _make_locked_registry(held: Lock, path: Path, recipe: Recipe) -> Registry:
     base = held.base
     if Reference.parse(recipe.base).folder or Reference.parse(recipe.base).remote:
         return Registry(())
+    sources = [_pin_commit(source, held) for source in base.sources]
     entry = BaseEntry(
-        sources=base.sources, sha256=base.sha256, fingerprint=base.fingerprint, aka=[recipe.base]
+        sources=sources, sha256=base.sha256, fingerprint=base.fingerprint, aka=[recipe.base]
     )
     try:
         known = RegistryFile(version=1, bases={base.name: entry})

@@ -11,24 +11,27 @@ from experthub.hub.files import checksummed_text, yaml_files
 from experthub.hub.files.atomic import hub_home
 from experthub.hub.files.yaml_files import Closed
 from experthub.hub.formats.records import Digest, Sha256
-from experthub.hub.recipes.plan import Plan
+from experthub.hub.recipes.plan import VERSION, Plan
 from experthub.hub.recipes.recipe import STATE_KEYS
 from experthub.hub.registry.content import Content
 from experthub.hub.registry.expert import make_source_absolute, make_source_relative
 from experthub.hub.store.leases import hold_lease
 from experthub.hub.store.roots import remember_lock
-from pydantic import Field
+from pydantic import Field, StringConstraints, model_validator
 
 SUFFIX = ".lock.yaml"
+Commit = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]
 
 
 class LockedBase(Closed):
-    """The base in a lock: its name, its fingerprint, and where to get it."""
+    """The base in a lock: its name, its fingerprint and digest, and where to get it."""
 
     name: str
     fingerprint: Digest
+    digest: Digest | None = None
     sources: Annotated[list[str], Field(min_length=1)]
     sha256: Sha256 | None = None
+    commit: Commit | None = None
 
 
 class LockedExpert(Closed):
@@ -81,14 +84,17 @@ class LockedData(Closed):
 
 
 class Lock(Closed):
-    """The file `<recipe>.lock.yaml`, version 1.
+    """The file `<recipe>.lock.yaml`, version 2 or 1.
+
+    Of the base, version 1 covers the weights only. Version 2 also covers its configuration, its
+    tokenizer and its processors.
 
     Attributes:
         recipe: The digest of the recipe's values; comments and layout do not count.
         composition: The digest of the plan, which covers everything that changes the composed weights.
     """
 
-    version: Literal[1]
+    version: Literal[1, 2]
     recipe: Digest
     composition: Digest
     base: LockedBase
@@ -103,6 +109,13 @@ class Lock(Closed):
     data: LockedData | None = None
     coefficients: LockedExpert | None = None
     router: LockedExpert | None = None
+
+    @model_validator(mode="after")
+    def _check_base(self) -> Lock:
+        """Check that a lock of version 2 has the digest of its base."""
+        if self.version == VERSION and self.base.digest is None:
+            raise ValueError("base needs a digest")
+        return self
 
     @classmethod
     def read(cls, path: Path) -> Lock:

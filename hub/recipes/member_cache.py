@@ -53,7 +53,7 @@ class MemberCache:
             The cache, whether its file exists or not.
         """
         digests = [content.digest for content in contents]
-        key = digest_of([CACHE_VERSION, base.fingerprint, allow_mismatch, digests])[7:23]
+        key = digest_of([CACHE_VERSION, base.digest, allow_mismatch, digests])[7:23]
         return cls(hub_home() / "banks" / "members" / f"{key}.json")
 
     def load_members(self, named: Sequence[tuple[Content, float]]) -> list[Member] | None:

@@ -14,6 +14,8 @@ from experthub.hub.recipes.planned_experts import Member, PlannedExpert
 from experthub.hub.recipes.recipe import Recipe
 from experthub.hub.registry.content import Content
 
+VERSION = 2  # of the composition's digest and of lock files. Version 1 covered weights only.
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -29,6 +31,7 @@ class Plan:
         memory: Bytes of the composed model, with the experts that routing keeps beside it.
         data: The data that the method learns from.
         found: The stored state of the method, if the recipe names one or a lock pins one.
+        unused: The names of the base's stored weights that its model does not use.
         parts: A plan for each part of a recipe with parts.
     """
 
@@ -41,6 +44,7 @@ class Plan:
     memory: int
     data: PlannedData | None = None
     found: Content | None = None
+    unused: tuple[str, ...] = ()
     parts: tuple[Plan, ...] = ()
 
     @property
@@ -87,9 +91,19 @@ class Plan:
     @property
     def digest(self) -> str:
         """The name of the composition by content: the same digest and code give the same bits."""
-        content: dict[str, Any] = {
+        return self._compute_digest(VERSION, self.base.digest)
+
+    @property
+    def weights_digest(self) -> str:
+        """The digest of version 1, which of the base covers the weights only, for old lock files."""
+        return self._compute_digest(1, self.base.fingerprint)
+
+    def _compute_digest(self, version: int, base: str) -> str:
+        """Compute the digest of everything that is composed."""
+        content = {
             **self._options,
-            "base": self.base.fingerprint,
+            "version": version,
+            "base": base,
             "experts": self.contents,
         }
         if self.recipe.stored and self.found:
@@ -112,7 +126,6 @@ class Plan:
     def _options(self) -> dict[str, Any]:
         """The keys of the recipe except base and experts."""
         return {
-            "version": 1,
             **_record_methods(self.recipe),
             "targets": self.recipe.targets,
             "dtype": self.dtype,
@@ -123,11 +136,18 @@ class Plan:
     @property
     def lock(self) -> dict[str, Any]:
         """The content of a lock file: everything in the composition, by digest."""
-        base = {"name": self.base.name, "fingerprint": self.base.fingerprint}
+        base = self.base
         return {
-            "version": 1,
+            "version": VERSION,
             "composition": self.digest,
-            "base": base | {"sources": list(self.base.sources), "sha256": self.base.sha256},
+            "base": {
+                "name": base.name,
+                "fingerprint": base.fingerprint,
+                "digest": base.digest,
+                "sources": list(base.sources),
+                "sha256": base.sha256,
+                "commit": base.commit,
+            },
             "experts": [_record_expert(expert) for expert in self.experts],
             **self._options,
             **({"data": self.data.record()} if self.data else {}),
@@ -146,6 +166,7 @@ class Plan:
             "parameters": list(self.parameters),
             "reads_bytes": self.reads,
             "memory_bytes": self.memory,
+            "unused_weights": list(self.unused),
         }
 
 

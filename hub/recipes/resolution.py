@@ -10,6 +10,7 @@ from typing import Any
 
 from experthub.hub.bases.base import Base
 from experthub.hub.bases.base_sources import find
+from experthub.hub.bases.used_weights import find_unused_weights
 from experthub.hub.errors import HubError, IntegrityError, UsageError
 from experthub.hub.files.patterns import limit_matching_time
 from experthub.hub.kinds import StoredExpert, kinds
@@ -64,6 +65,7 @@ def resolve(
     # Names are checked before anything is downloaded.
     contents = list(pinned or (find_content(use, session) for use in recipe.uses))
     base = find(recipe.base, session)
+    unused = tuple(find_unused_weights(base))
     reader = _ExpertReader(session, base, recipe.allow_base_mismatch)
     uses = zip(contents, recipe.uses, strict=True)
     members = iter(reader.read_members([*uses], packed and recipe.route is not None))
@@ -88,7 +90,7 @@ def resolve(
     if any(one.route for one in recipes):
         memory += sum(m.size for e in experts for m in e.members)
     whole = tuple(sorted(name for own in targets for name in own))
-    plan = Plan(recipe, base, experts, whole, dtype, reads, memory, data, found)
+    plan = Plan(recipe, base, experts, whole, dtype, reads, memory, data, found, unused)
     if recipe.parts is None:
         return plan
     pairs = zip(recipes, targets, strict=True)

@@ -11,7 +11,7 @@ from experthub.hub.recipes.plan import Plan
 from experthub.hub.states.state_format import format_of
 from torch import Tensor
 
-PROGRESS = "state.safetensors"
+PROGRESS, FOUND = "state.safetensors", "found"
 
 
 def run_folder(plan: Plan) -> Path:
@@ -23,7 +23,7 @@ def run_folder(plan: Plan) -> Path:
     Returns:
         The folder, whether it exists or not.
     """
-    return hub_home() / "runs" / f"{format_of(plan).kind}-{plan.digest[7:23]}"
+    return _locate_run(plan, plan.digest)
 
 
 def state_folder(plan: Plan) -> Path:
@@ -35,7 +35,27 @@ def state_folder(plan: Plan) -> Path:
     Returns:
         The folder, which exists once the state was made.
     """
-    return run_folder(plan) / "found"
+    own, earlier = run_folder(plan), _locate_run(plan, plan.weights_digest)
+    found = earlier if (earlier / FOUND).is_dir() and not (own / FOUND).is_dir() else own
+    return found / FOUND
+
+
+def covers_weights_only(plan: Plan, folder: Path) -> bool:
+    """Tell whether a state was kept under the digest of version 1, which covers only weights.
+
+    Args:
+        plan: A plan of one method.
+        folder: The folder that `state_folder` returned.
+
+    Returns:
+        True if the configuration of the base may have been another when the state was made.
+    """
+    return folder.parent != run_folder(plan)
+
+
+def _locate_run(plan: Plan, digest: str) -> Path:
+    """Return the folder of a run by the digest of its composition."""
+    return hub_home() / "runs" / f"{format_of(plan).kind}-{digest[7:23]}"
 
 
 def load_progress(plan: Plan) -> dict[str, Tensor] | None:

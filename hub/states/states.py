@@ -15,7 +15,12 @@ from experthub.hub.recipes.plan import Plan
 from experthub.hub.registry.content import Content
 from experthub.hub.registry.expert import Expert
 from experthub.hub.session import Session
-from experthub.hub.states.run_state import PROGRESS, run_folder, state_folder
+from experthub.hub.states.run_state import (
+    PROGRESS,
+    covers_weights_only,
+    run_folder,
+    state_folder,
+)
 from experthub.hub.states.state_format import StateRecord, format_of
 from experthub.hub.store.folder import read_folder
 from experthub.hub.transfer.describe import write_description
@@ -45,9 +50,7 @@ def resolve_state(plan: Plan, session: Session) -> Any:
         return _make(plan, session)
     if plan.found is not None:
         return load_state(plan, plan.found, session)[1]
-    folder = state_folder(plan)
-    if not folder.is_dir():
-        _keep(plan, _make(plan, session))
+    folder = _find_or_make(plan, session)
     with _explain_damage(folder):
         record, state = format_of(plan).read(folder)
     _check_fits(record, plan, str(folder))
@@ -87,12 +90,25 @@ def store_state(plan: Plan, session: Session) -> Content:
     Raises:
         UsageError: There is no data to make the state from.
     """
-    folder = state_folder(plan)
-    if not folder.is_dir():
-        _keep(plan, _make(plan, session))
+    folder = _find_or_make(plan, session)
     with _explain_damage(folder):
         digest, _ = session.store.add(folder)
     return Content(f"file:{folder}", digest, (f"file:{folder}",), None)
+
+
+def _find_or_make(plan: Plan, session: Session) -> Path:
+    """Return the folder of the state, which is made now unless an earlier run has made it."""
+    folder = state_folder(plan)
+    if not folder.is_dir():
+        _keep(plan, _make(plan, session))
+    elif covers_weights_only(plan, folder):
+        session.report(
+            f"note: {folder} was made by an earlier version, which compared the weights of "
+            f"{plan.base.name}, but not its configuration; remove it to make it again",
+            0,
+            0,
+        )
+    return folder
 
 
 def _make(plan: Plan, session: Session) -> Any:

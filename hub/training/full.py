@@ -84,7 +84,7 @@ def train_full(
         )
     objective = make_objective(found, session.device)
     record: dict[str, Any] = {"method": "full", **asdict(settings), "embeddings": embeddings}
-    key = {"kind": "full", "base": found.fingerprint, "task": read.digest, **record}
+    key = {"kind": "full", "base": found.digest, "task": read.digest, **record}
     run = create_checkpoint_folder(name, key)
     loss = fit_task(model, objective, read, settings, run, session.report)
     if out is not None:

@@ -146,7 +146,7 @@ def train_skills(
     numbers = {**asdict(shape), **asdict(settings), "router_lr": router_lr}
     key = {
         "kind": "skills",
-        "base": found.fingerprint,
+        "base": found.digest,
         "tasks": [t.digest for t in read],
         **numbers,
     }

@@ -93,7 +93,7 @@ def train_lora(
     )
     adapted = get_peft_model(model, config)
     record = {**asdict(settings), "rank": rank, "alpha": config.lora_alpha}
-    key = {"kind": "lora", "base": found.fingerprint, "task": read.digest, **record}
+    key = {"kind": "lora", "base": found.digest, "task": read.digest, **record}
     run = create_checkpoint_folder(name, key)
     loss = fit_task(adapted, objective, read, settings, run, session.report)
     with create_folder(run / "expert") as folder:

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import yaml
 from experthub import hub
+from frozen.earlier import earlier_lock, earlier_text, earlier_values
 from torch import Tensor
 
 HERE = Path(__file__).parent
@@ -239,7 +240,7 @@ class Observer:
             if kind in KINDS
         )
         composition = hub.compose(path, **self.shared)
-        found.always["digest"] = composition.plan.digest
+        found.always["digest"] = composition.plan.weights_digest
         self._lock(name, composition, found)
         self._outputs(composition, recipe, methods, found)
         routed = any("route" in part for part in recipe.get("parts", [recipe]))
@@ -279,7 +280,7 @@ class Observer:
             code, _, err = run_hub("lock", f"{name}.yaml")
             assert code == 0, err
         text = lock.read_text()
-        found.lock = placeless(text, self.project)
+        found.lock = placeless(earlier_lock(text, self.project), self.project)
         for pins in ("locked", "frozen"):
             again = hub.plan_of(f"{name}.yaml", pins, **self.shared).digest
             assert again == composition.plan.digest, f"{name} is another one when it is {pins}"
@@ -293,6 +294,12 @@ class Observer:
             for file in sorted(stored.glob("*.safetensors")) + sorted(stored.glob("*.json")):
                 if file.name != "expert.json":
                     found.here["state"][file.name] = sha256(file.read_bytes())
+            record = stored / "router.json"
+            if record.is_file() and json.loads(record.read_text()).get("embedder"):
+                # It names the encoder by its digest now, so that the state has another one.
+                del found.here["state"]["digest"]
+                text = earlier_text(record.read_text(), self.project)
+                found.here["state"]["router.json"] = sha256(text.encode())
 
     def _outputs(
         self, composition: Any, recipe: dict[str, Any], methods: list[Any], found: Found
@@ -325,6 +332,8 @@ class Observer:
             except hub.HubError:
                 found.always[f"saved as {form}"] = "refused"
                 continue
+            lock = folder / "recipe.lock.yaml"
+            lock.write_text(earlier_lock(lock.read_text(), self.project))
             files = files_of(folder, self.project)
             found.always[f"saved as {form}"] = sorted(files)
             found.here[f"saved as {form}"] = files
@@ -452,7 +461,7 @@ def command(name: str, project: Path) -> Found:
     assert code == 0, err
     found = Found()
     part = found.always if name.startswith(CERTAIN) else found.here
-    printed = cleaned(json.loads(out), project)
+    printed = cleaned(earlier_values(json.loads(out), project), project)
     if name in LISTS:  # without what comes with the package
         key = LISTS[name]
         printed[key] = [item for item in printed[key] if "<project>" in str(item["sources"])]

@@ -548,8 +548,9 @@ def test_base_from_the_hugging_face_hub(server: Server, home: Path, base_folder:
         server, home, ["pull", "tiny", "--json"], ["pull", "tiny"], HUB_OFFLINE="1"
     )
     assert first[0] == 0, first
-    expected = bases.read(base_folder, "x").fingerprint
-    assert json.loads(first[1])["pulled"] == [{"name": "tiny", "digest": expected}]
+    read = bases.read(base_folder, "x")
+    expected = {"name": "tiny", "digest": read.digest, "fingerprint": read.fingerprint}
+    assert json.loads(first[1])["pulled"] == [expected]
     asked = {path.rsplit("/", 1)[1] for path in server.paths() if "/resolve/" in path}
     assert "model.safetensors" in asked
     assert not asked & {"pytorch_model.bin", "code.py"}

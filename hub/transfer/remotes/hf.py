@@ -127,6 +127,18 @@ def find_fetched(source: str, folder: Path, patterns: tuple[str, ...] = MODEL) -
     return found if COMMIT.fullmatch(commit) and found.is_dir() else None
 
 
+def read_commit(folder: Path) -> str | None:
+    """Read the commit in the name of a folder that `fetch` made.
+
+    Args:
+        folder: Any folder.
+
+    Returns:
+        The commit, 40 hexadecimal digits; None if the name is not that of such a folder.
+    """
+    return folder.name[:40] if FOLDER.fullmatch(folder.name) else None
+
+
 def _locate_folder(place: HfSource, commit: str, folder: Path, patterns: tuple[str, ...]) -> Path:
     """Return the folder for the files of one commit; other patterns have another folder."""
     return folder / place.repository.replace("/", "--") / f"{commit}-{_hash_patterns(patterns)}"

@@ -1,0 +1,68 @@
+"""The digest of a base, which covers everything that changes what the base computes."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from experthub.hub.files.digests import canonical_json, digest_of, sha256_of
+from experthub.hub.files.json_files import read_json
+
+SCHEMA = 2  # Schema 1 is the fingerprint alone, which covers the weights.
+CONFIGS = ("config.json", "generation_config.json")
+# These keys say who wrote a configuration, and where it lay; they do not change a result.
+RECORDS = ("transformers_version", "_name_or_path")
+TEMPLATES = "additional_chat_templates"
+READ_BY_TRANSFORMERS = (
+    # Tokenizers: their settings, and every vocabulary file that a class of transformers reads.
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "tiktoken.model", "tekken.json"),
+    *("spiece.model", "sentencepiece.bpe.model", "sentencepiece.model", "spm.model"),
+    *("spm_char.model", "source.spm", "target.spm", "bpe.codes", "dict.txt", "byte_maps.json"),
+    *("vocab-src.json", "vocab-tgt.json", "target_vocab.json", "entity_vocab.json"),
+    *("emoji.json", "normalizer.json", "prophetnet.tokenizer"),
+    *("word_pronunciation.json", "word_shape.json"),
+    # Chat templates.
+    *("chat_template.jinja", "chat_template.json"),
+    # Processors of images, videos and sounds.
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+    "audio_tokenizer_config.json",
+)
+
+
+def compute_base_digest(folder: Path, fingerprint: str) -> str:
+    """Compute the digest of a base in a folder.
+
+    It is the digest of `{"schema": 2, "fingerprint": ..., "files": {name: sha256}}`. The files are
+    the configurations, and those of the tokenizer, the chat templates and the processors that are
+    present. A configuration is hashed as canonical JSON without the keys in `RECORDS`, so that
+    saving a base again does not change its digest.
+
+    Args:
+        folder: The model folder.
+        fingerprint: The fingerprint of its weights, see `compute_fingerprint`.
+
+    Returns:
+        The digest, `sha256:` and 64 hexadecimal digits.
+
+    Raises:
+        IntegrityError: A configuration is damaged.
+    """
+    files = {name: _hash_config(folder / name) for name in CONFIGS if (folder / name).is_file()}
+    extra = sorted(folder.glob(f"{TEMPLATES}/*.jinja"))
+    paths = [*(folder / name for name in READ_BY_TRANSFORMERS), *extra]
+    files |= {p.relative_to(folder).as_posix(): sha256_of(p) for p in paths if p.is_file()}
+    return digest_of({"schema": SCHEMA, "fingerprint": fingerprint, "files": files})
+
+
+def _hash_config(path: Path) -> str:
+    """Hash a configuration by its values, without the keys that only record something."""
+    return hashlib.sha256(canonical_json(_remove_records(read_json(path)))).hexdigest()
+
+
+def _remove_records(value: Any) -> Any:
+    """Remove the keys in `RECORDS`, also from nested configurations."""
+    if isinstance(value, dict):
+        return {k: _remove_records(v) for k, v in value.items() if k not in RECORDS}
+    return [_remove_records(one) for one in value] if isinstance(value, list) else value
