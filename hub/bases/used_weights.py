@@ -1,4 +1,4 @@
-"""Which weights of a base its model uses, and which it lacks."""
+"""The comparison of the weights that a base stores with those that its model uses."""
 
 from __future__ import annotations
 

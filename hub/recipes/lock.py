@@ -161,7 +161,7 @@ def _check_composition(plan: Plan, held: Lock, path: Path) -> None:
         what = f"the configuration, the tokenizer or a processor of {here.name} was changed"
     raise ConflictError(
         f"{path} resolves to {digest[:19]}, and its lock says {held.composition[:19]}: {what}",
-        f"restore the base, or run hub lock {path}",
+        f"run hub lock {path}, or restore the base",
     )
 
 

@@ -11,7 +11,7 @@ from experthub.hub.files import checksummed_text, yaml_files
 from experthub.hub.files.atomic import hub_home
 from experthub.hub.files.yaml_files import Closed
 from experthub.hub.formats.records import Digest, Sha256
-from experthub.hub.recipes.plan import VERSION, Plan
+from experthub.hub.recipes.plan import LOCK_VERSION, Plan
 from experthub.hub.recipes.recipe import STATE_KEYS
 from experthub.hub.registry.content import Content
 from experthub.hub.registry.expert import make_source_absolute, make_source_relative
@@ -113,7 +113,7 @@ class Lock(Closed):
     @model_validator(mode="after")
     def _check_base(self) -> Lock:
         """Check that a lock of version 2 has the digest of its base."""
-        if self.version == VERSION and self.base.digest is None:
+        if self.version == LOCK_VERSION and self.base.digest is None:
             raise ValueError("base needs a digest")
         return self
 

@@ -14,7 +14,7 @@ from experthub.hub.recipes.planned_experts import Member, PlannedExpert
 from experthub.hub.recipes.recipe import Recipe
 from experthub.hub.registry.content import Content
 
-VERSION = 2  # of the composition's digest and of lock files. Version 1 covered weights only.
+LOCK_VERSION = 2  # of the composition's digest and of lock files. Version 1 covered weights only.
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Plan:
     @property
     def digest(self) -> str:
         """The name of the composition by content: the same digest and code give the same bits."""
-        return self._compute_digest(VERSION, self.base.digest)
+        return self._compute_digest(LOCK_VERSION, self.base.digest)
 
     @property
     def weights_digest(self) -> str:
@@ -138,7 +138,7 @@ class Plan:
         """The content of a lock file: everything in the composition, by digest."""
         base = self.base
         return {
-            "version": VERSION,
+            "version": LOCK_VERSION,
             "composition": self.digest,
             "base": {
                 "name": base.name,
