@@ -6,7 +6,7 @@ RECIPES := $(addprefix examples/demo/, task_arithmetic.yaml uniform.yaml phatgoo
 
 PEERS := $(patsubst tests/peers/%.txt, build/peers/%/.installed, $(wildcard tests/peers/*.txt))
 
-.PHONY: demo demo-controls demo-skills demo-near demo-learned suite-encoder suite-vision routers-encoder routers-smollm2 skills-encoder suggest-judge peers test test-all docs experts clean
+.PHONY: demo demo-controls demo-skills demo-near demo-learned suite-encoder suite-vision routers-encoder routers-smollm2 skills-encoder suggest-judge peers test test-all attack docs experts clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -118,6 +118,19 @@ test: .venv/.installed
 
 test-all: test
 	$(BIN)/pytest -m slow
+
+# Run every attack among the tests against the built wheel, in an environment without the checkout,
+# and print how many there were.
+ATTACK := build/attack
+attack: .venv/.installed
+	rm -rf $(ATTACK) build/lib
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir $(ATTACK) .
+	$(PYTHON) -m venv --without-pip $(ATTACK)/venv
+	$(BIN)/python -m pip --python $(ATTACK)/venv install --quiet --disable-pip-version-check \
+		--no-deps --no-index $(ATTACK)/*.whl
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> "$$($(ATTACK)/venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/tests.pth"
+	$(ATTACK)/venv/bin/python -m pytest -q -m attack
 
 docs: .venv/.installed
 	$(BIN)/python docs/generate.py

@@ -30,6 +30,17 @@ from safetensors.torch import save_file
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say how many attacks were tried, and how many of them got in."""
+    calls = {
+        outcome: [r for r in terminalreporter.getreports(outcome) if "attack" in r.keywords]
+        for outcome in ("passed", "failed")
+    }
+    tried = sum(len(reports) for reports in calls.values())
+    if tried:
+        terminalreporter.write_line(f"attacks: {tried} tried, {len(calls['failed'])} got in")
+
+
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty HUB_HOME, and a current folder without a registry."""

@@ -22,6 +22,7 @@ from experthub.hub.tasks.task_files import write_task
 from experthub.hub.transfer.describe import write_description
 from safetensors.torch import load_file, save_file
 
+pytestmark = pytest.mark.attack
 CACHES = ("home/fingerprints", "home/locks", "home/hf")
 ADAPTER = "adapter_model.safetensors"
 LINEAR = "merge: {method: linear}"

@@ -39,6 +39,7 @@ from hf_server import HfServer
 from hf_store import write
 from safetensors.torch import load_file, save_file
 
+pytestmark = pytest.mark.attack
 Make = Callable[..., Path]
 Rows = list[dict[str, Any]]
 ROOT = Path(__file__).resolve().parents[2]

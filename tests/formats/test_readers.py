@@ -53,6 +53,7 @@ from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as some
 from safetensors.torch import save
 
+pytestmark = pytest.mark.attack
 EXAMPLES = int(os.environ.get("HUB_EXAMPLES", "300"))
 SECONDS = 20.0  # until a reader counts as one that hangs; the slowest take less than one
 HEX = "0123456789abcdef" * 4
