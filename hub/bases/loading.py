@@ -140,6 +140,7 @@ def load_tokenizer(base: Base) -> Any:
         The tokenizer, as transformers loads it.
 
     Raises:
+        IntegrityError: A file was changed since the base was found.
         HubError: The base has no tokenizer, or transformers cannot load it.
     """
     if not base.has_tokenizer:
@@ -152,7 +153,9 @@ def load_tokenizer(base: Base) -> Any:
 
     # The package tokenizers raises Exception itself, so that no narrower class can be named.
     with _explain_loading_errors(base, (Exception,)):
-        return AutoTokenizer.from_pretrained(base.folder, **LOCAL)
+        tokenizer = AutoTokenizer.from_pretrained(base.folder, **LOCAL)
+    _check_unchanged(base)
+    return tokenizer
 
 
 def find_linear_modules(base: Base) -> dict[str, bool]:

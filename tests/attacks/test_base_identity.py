@@ -18,7 +18,7 @@ from experthub import hub
 from experthub.hub.bases import base as bases
 from experthub.hub.bases.base_sources import find
 from experthub.hub.bases.identity import READ_BY_TRANSFORMERS
-from experthub.hub.bases.loading import load_model
+from experthub.hub.bases.loading import load_model, load_tokenizer
 from experthub.hub.bases.used_weights import find_unused_weights
 from experthub.hub.errors import HubError, IntegrityError
 from experthub.hub.files import yaml_files
@@ -272,6 +272,8 @@ def test_files_that_change_between_the_plan_and_loading_are_refused(recipe: Path
         change(Path("base"))
         with pytest.raises(IntegrityError):
             hub.compose(plan)
+        with pytest.raises(IntegrityError, match="were changed"):
+            load_tokenizer(plan.base)
         shutil.rmtree("base")
         Path("kept").rename("base")
 
