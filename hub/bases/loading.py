@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from experthub.hub.bases.base import Base
 from experthub.hub.errors import HubError, UsageError
+from experthub.hub.transfer.remotes.no_network import forbid_network
 from experthub.merge import is_linear, is_transposed
 
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -75,7 +76,7 @@ def find_linear_modules(base: Base) -> dict[str, bool]:
         HubError: Transformers has no class for the base.
     """
     kind, config = _find_class(base)
-    with torch.device("meta"):
+    with torch.device("meta"), forbid_network():
         modules = kind(config).named_modules()
     return {name: is_transposed(module) for name, module in modules if is_linear(module)}
 
@@ -131,7 +132,7 @@ def _find_class(base: Base) -> tuple[Any, Any]:
 def _explain_loading_errors(base: Base, errors: tuple[type[Exception], ...]) -> Iterator[None]:
     """Turn errors that transformers raises while it loads a base into a HubError."""
     try:
-        with hide_progress_bars():
+        with hide_progress_bars(), forbid_network():
             yield
     except errors as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
