@@ -12,7 +12,7 @@ from typing import Any
 
 from _bench import THREADS
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TQDM_DISABLE": "1"}
 
 
@@ -44,7 +44,7 @@ class Peer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | variables,
+            env=make_environment() | variables,
         )
         self.versions = self.ask("versions")
 
@@ -74,6 +74,11 @@ class Peer:
         self._process.communicate()
 
 
+def make_environment() -> dict[str, str]:
+    """Return the variables of this process without tokens, which no other program needs."""
+    return {k: v for k, v in os.environ.items() if k != "PYTHONPATH" and "TOKEN" not in k}
+
+
 def environment(
     folder: Path, packages: tuple[str, ...], pins: tuple[str, ...] = (), whole: bool = False
 ) -> Path:
@@ -97,10 +102,11 @@ def environment(
     python = folder / "bin" / "python"
     if not mark.is_file() or mark.read_text().splitlines() != wanted:
         shutil.rmtree(folder, ignore_errors=True)
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        isolated = {"check": True, "cwd": sys.prefix, "env": make_environment()}
+        subprocess.run([sys.executable, "-P", "-I", "-m", "venv", folder.absolute()], **isolated)
         how = ["--no-deps"] if whole else ["-c", constraints]
-        install = [python, "-m", "pip", "install", "-qq", *how, *wanted]
-        subprocess.run(install, check=True, stdout=sys.stderr)
+        install = [python.absolute(), "-P", "-I", "-m", "pip", "install", "-qq", *how, *wanted]
+        subprocess.run(install, stdout=sys.stderr, **isolated)
         mark.write_text("\n".join(wanted))
     return python
 

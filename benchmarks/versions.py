@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from _bench import LINEARS
+from _peer import make_environment
 from _version import EXPERTS
 from safetensors.torch import save_file
 
@@ -140,10 +140,13 @@ class Version:
     def __init__(self, checkout: Path, folder: Path) -> None:
         python = checkout.resolve() / ".venv" / "bin" / "python"
         command = [python, "-W", "ignore", HERE / "_version.py", folder]
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         self.checkout = checkout
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=make_environment(),
         )
 
     def run(self, case: str) -> float:

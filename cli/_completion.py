@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, get_args
 
 import typer
+from experthub.hub.files.safe_text import is_reference
 
 if TYPE_CHECKING:
     from experthub.hub.registry.registry import Registry
@@ -22,8 +24,10 @@ def list_experts(ctx: typer.Context, incomplete: str) -> list[str]:
     """
     known = _read_registry(ctx)
     if "@" in incomplete:
-        return [e.reference for e in known.list_experts()] if known else []
-    return sorted({e.name for e in known.list_experts()} | set(known.list_bases())) if known else []
+        return _keep_safe(e.reference for e in known.list_experts()) if known else []
+    if known is None:
+        return []
+    return _keep_safe(sorted({e.name for e in known.list_experts()} | set(known.list_bases())))
 
 
 def list_bases(ctx: typer.Context) -> list[str]:
@@ -36,7 +40,12 @@ def list_bases(ctx: typer.Context) -> list[str]:
         The names.
     """
     known = _read_registry(ctx)
-    return list(known.list_bases()) if known else []
+    return _keep_safe(known.list_bases()) if known else []
+
+
+def _keep_safe(names: Iterable[str]) -> list[str]:
+    """Keep the names that no shell evaluates: zsh evaluates the completions that it gets."""
+    return [name for name in names if is_reference(name)]
 
 
 def _read_registry(ctx: typer.Context) -> Registry | None:
@@ -58,7 +67,7 @@ def list_tasks() -> list[str]:
     """
     from experthub.hub.tasks.task_files import list_references
 
-    return list_references()
+    return _keep_safe(list_references())
 
 
 def list_splits() -> list[str]:
@@ -100,4 +109,4 @@ def list_methods() -> list[str]:
             names += [p.stem for p in Path(folder).glob("[!_]*.py")]
     for group in ("experthub.merges", "experthub.routers"):
         names += [point.name for point in entry_points(group=group)]
-    return sorted(names)
+    return _keep_safe(sorted(names))

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from experthub.hub.files.safe_text import escape, escape_block, escape_json
+
 if TYPE_CHECKING:
     from experthub.hub.progress import Report
     from experthub.hub.recipes.lock import Pins
@@ -47,28 +49,26 @@ def print_json(value: dict[str, Any], compact: bool = False) -> None:
         compact: Print it on one line.
     """
     indent = None if compact else 2
-    sys.stdout.write(json.dumps({"schema": 1, **value}, indent=indent, ensure_ascii=False) + "\n")
-
-
-def escape(text: str) -> str:
-    """Escape characters that are not printable, such as those that move a cursor or hide text.
-
-    Args:
-        text: A text that may come from somebody else.
-
-    Returns:
-        The text as it can be printed safely.
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    text = json.dumps({"schema": 1, **value}, indent=indent, ensure_ascii=False)
+    sys.stdout.write(escape_json(text) + "\n")
 
 
 def print_lines(lines: Sequence[str]) -> None:
-    """Print lines on standard output.
+    """Print lines on standard output, without control characters.
 
     Args:
         lines: The lines.
     """
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    sys.stdout.write("".join(f"{escape(line)}\n" for line in lines))
+
+
+def print_text(text: str) -> None:
+    """Print a text of several lines, without control characters if a terminal shows it.
+
+    Args:
+        text: The text. A file or a pipe gets it as it is.
+    """
+    sys.stdout.write((escape_block(text) if sys.stdout.isatty() else text) + "\n")
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -84,7 +84,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         right = column.startswith(">")
-        table.add_column(column.removeprefix(">"), justify="right" if right else "left")
+        table.add_column(escape(column.removeprefix(">")), justify="right" if right else "left")
     for row in rows:
         table.add_row(*map(escape, row))
     width = None if sys.stdout.isatty() else 1000  # Lines in a pipe are never wrapped.
@@ -99,7 +99,7 @@ def print_fields(fields: dict[str, str]) -> None:
         fields: Name -> value.
     """
     width = max(map(len, fields), default=0)
-    print_lines([f"{name:<{width}}  {escape(value)}" for name, value in fields.items() if value])
+    print_lines([f"{name:<{width}}  {value}" for name, value in fields.items() if value])
 
 
 def format_megabytes(size: int) -> str:
@@ -115,12 +115,12 @@ def format_megabytes(size: int) -> str:
 
 
 def print_message(message: str) -> None:
-    """Print a message for the user on standard error.
+    """Print a message of one line for the user on standard error, without control characters.
 
     Args:
         message: The message.
     """
-    sys.stderr.write(message + "\n")
+    sys.stderr.write(escape(message) + "\n")
 
 
 @contextmanager
@@ -137,7 +137,7 @@ def show_progress() -> Iterator[Report]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.fields[count]}"),
         TimeElapsedColumn(),
@@ -146,6 +146,7 @@ def show_progress() -> Iterator[Report]:
         tasks: dict[str, Any] = {}
 
         def show(what: str, done: int, size: int) -> None:
+            what = escape(what)
             if what.startswith("note: "):  # A note stays when the bars are gone.
                 bars.console.print(what, markup=False, highlight=False)
                 return

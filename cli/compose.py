@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -21,6 +20,7 @@ from experthub.cli._output import (
     print_json,
     print_message,
     print_table,
+    print_text,
 )
 from experthub.cli._session import open_session
 
@@ -195,7 +195,7 @@ def generate(
     if json:
         print_json({"prompt": prompt, "text": text, "recipe": composition.plan.digest})
     else:
-        sys.stdout.write(text + "\n")
+        print_text(text)
 
 
 def register(app: typer.Typer) -> None:

@@ -26,8 +26,8 @@ from experthub.cli import (
     trace,
     train,
 )
-from experthub.cli._output import escape
 from experthub.hub.errors import HubError
+from experthub.hub.files.safe_text import escape, escape_block
 
 # Click's UsageError, wherever typer keeps it.
 CommandLineError: type[Any] = typer.BadParameter.mro()[1]
@@ -92,8 +92,8 @@ def _explain_usage_error(error: Any) -> str:
     """Format a usage error as an error and a hint; a command without arguments gets its help."""
     text = str(error.format_message())
     if text.startswith("Usage:"):
-        return f"{text}\n"
-    text = " ".join(text.split()).rstrip(".")
+        return f"{escape_block(text)}\n"
+    text = escape(" ".join(text.split()).rstrip("."))
     command = error.ctx.command_path if error.ctx else "hub"
     return f"error: {text[:1].lower()}{text[1:]}\nhint: see {command} --help\n"
 

@@ -21,8 +21,13 @@ def load_plugins() -> list[str]:
         ImportError: A merge or a router cannot be loaded.
     """
     len(kinds)  # The length needs all kinds.
+    broken: dict[str, Exception] = dict(kinds.broken)
     for module, catalogue in (("merge", "merges"), ("routing", "routers")):
         if entry_points(group=f"experthub.{catalogue}"):
-            len(getattr(import_module(f"experthub.{module}"), catalogue))
+            methods = getattr(import_module(f"experthub.{module}"), catalogue)
+            len(methods)
+            broken |= methods.broken
+    for error in broken.values():
+        raise error
     groups = ("experthub.kinds", "experthub.merges", "experthub.routers")
     return sorted(point.name for group in groups for point in entry_points(group=group))

@@ -9,7 +9,7 @@ from importlib.metadata import entry_points
 from typing import Any, Generic, Protocol, TypeVar
 
 from experthub.merge._options import Option, Role, read_options
-from experthub.merge._plugin_error import PluginError
+from experthub.merge._plugin_error import PluginError, report_broken
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Traits = TypeVar("Traits")
@@ -190,12 +190,14 @@ class Catalogue(Mapping[str, Strategy[Traits]]):
         group: The entry-point group.
         traits: A function that makes the traits of a method from the other arguments of `register`.
         reserved: The keys beside the options in a recipe, which no option can have as its name.
+        broken: The entry points that cannot be loaded, by name. They are left out.
     """
 
     kind: str
     group: str
     traits: Callable[..., Traits]
     reserved: tuple[str, ...] = ("method",)
+    broken: dict[str, PluginError] = field(default_factory=dict)
     _strategies: dict[str, Strategy[Traits]] = field(default_factory=dict)
     _plugins_loaded: bool = False
 
@@ -266,23 +268,27 @@ class Catalogue(Mapping[str, Strategy[Traits]]):
         return enter
 
     def _load_plugins(self) -> dict[str, Strategy[Traits]]:
-        """Import the methods of other packages once, and return all strategies."""
+        """Import the methods of other packages once, and return all that can be imported."""
         if not self._plugins_loaded:
             self._plugins_loaded = True  # A method may read the catalogue while it is imported.
+            self.broken.clear()
             for point in entry_points(group=self.group):
                 before = dict(self._strategies)
                 try:
                     point.load()
                 except BaseException as error:
-                    # The next access loads the entry point again, and raises the same error.
-                    self._plugins_loaded, self._strategies = False, before
-                    if isinstance(error, Exception | SystemExit):
-                        raise PluginError(point, error) from error
-                    raise
+                    self._strategies = before  # Without what it registered before it failed.
+                    if not isinstance(error, Exception | SystemExit):
+                        self._plugins_loaded = False
+                        raise
+                    self.broken[point.name] = report_broken(point, error)
         return self._strategies
 
     def __getitem__(self, name: str) -> Strategy[Traits]:
-        return self._load_plugins()[name]
+        found = self._load_plugins()
+        if name not in found and name in self.broken:
+            raise self.broken[name]
+        return found[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._load_plugins()))

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from experthub.hub.errors import HubError
+from experthub.hub.formats.model_config import check_configs
+from experthub.hub.transfer.remotes.no_network import forbid_network
 
 
 def convert_gguf(weights: Path, target: Path) -> None:
@@ -17,22 +19,25 @@ def convert_gguf(weights: Path, target: Path) -> None:
 
     Raises:
         HubError: The package gguf is not installed.
+        IntegrityError: A configuration beside the GGUF file names code or other files.
     """
+    check_configs(weights.parent)
     try:
         import gguf  # noqa: F401
     except ImportError:
         raise HubError("the package gguf is not installed", "run pip install gguf") from None
-    from experthub.hub.bases.loading import hide_progress_bars
+    from experthub.hub.bases.loading import LOCAL, hide_progress_bars
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place: dict[str, Any] = {
         "pretrained_model_name_or_path": str(weights.parent),
         "gguf_file": weights.name,
+        **LOCAL,
     }
-    with hide_progress_bars():
+    with hide_progress_bars(), forbid_network():
         model = AutoModelForCausalLM.from_pretrained(**place, dtype="float32")
-    AutoTokenizer.from_pretrained(**place).save_pretrained(target)
+        AutoTokenizer.from_pretrained(**place).save_pretrained(target)
     model.config.architectures = [type(model).__name__]
     del model.config.quantization_config
     model.config.save_pretrained(target)

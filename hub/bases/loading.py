@@ -15,6 +15,7 @@ from experthub.hub.errors import HubError, IntegrityError, UsageError
 from experthub.hub.files.json_files import read_json
 from experthub.hub.formats.safetensors_header import read_header
 from experthub.hub.formats.safetensors_reader import DTYPES
+from experthub.hub.transfer.remotes.no_network import forbid_network
 from experthub.merge import is_linear, is_transposed
 from safetensors import safe_open
 
@@ -171,7 +172,7 @@ def find_linear_modules(base: Base) -> dict[str, bool]:
         HubError: Transformers has no class for the base.
     """
     kind, config = _find_class(base)
-    with torch.device("meta"):
+    with torch.device("meta"), forbid_network():
         modules = kind(config).named_modules()
     return {name: is_transposed(module) for name, module in modules if is_linear(module)}
 
@@ -227,7 +228,7 @@ def _find_class(base: Base) -> tuple[Any, Any]:
 def _explain_loading_errors(base: Base, errors: tuple[type[Exception], ...]) -> Iterator[None]:
     """Turn errors that transformers raises while it loads a base into a HubError."""
     try:
-        with hide_progress_bars():
+        with hide_progress_bars(), forbid_network():
             yield
     except errors as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__

@@ -8,6 +8,7 @@ from typing import Any
 
 from experthub.hub.errors import HubError
 from experthub.hub.files.atomic import open_atomically
+from experthub.hub.files.safe_text import escape
 
 
 def plot_result(result: dict[str, Any], path: Path) -> None:
@@ -44,9 +45,9 @@ def plot_result(result: dict[str, Any], path: Path) -> None:
                 weight="bold" if clear else "normal",
                 color="white" if dark else "black",
             )
-    axes.set_xticks(range(len(names)), names, rotation=20, ha="left")
+    axes.set_xticks(range(len(names)), map(_label, names), rotation=20, ha="left")
     axes.xaxis.tick_top()
-    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axes.set_yticks(range(len(rows)), [_label(name) for name, _ in rows])
     axes.axhline(len(rows) - 1.5, color="black", linewidth=1)
     n = sum(row["n"] for row in result["tasks"])
     axes.set_xlabel(
@@ -70,10 +71,10 @@ def plot_routing(found: dict[str, Any], name: str, path: Path) -> None:
     layers, experts = found["layers"], found["experts"]
     figure, axes = _create_figure(0.55 * len(experts) + 3, 0.2 * len(layers) + 2.2)
     image = axes.imshow(found["weights"], cmap="viridis", vmin=0, aspect="auto")
-    axes.set_xticks(range(len(experts)), experts, rotation=35, ha="right")
+    axes.set_xticks(range(len(experts)), map(_label, experts), rotation=35, ha="right")
     axes.set_yticks(range(len(layers)), layers)
     axes.set_ylabel("layer")
-    axes.set_title(f"{name}: mean weight over {found['tokens']} tokens", fontsize=10)
+    axes.set_title(f"{_label(name)}: mean weight over {found['tokens']} tokens", fontsize=10)
     figure.colorbar(image, ax=axes)
     _save(figure, path)
 
@@ -101,9 +102,9 @@ def plot_coefficients(
     limit = max((abs(value) for row in values for value in row), default=0) or 1.0
     columns = [list(column) for column in zip(*values, strict=True)]
     image = axes.imshow(columns, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
-    axes.set_xticks(range(len(experts)), experts, rotation=35, ha="right")
-    axes.set_yticks(range(len(blocks)), shown, fontsize=7 if len(blocks) > 20 else 9)
-    axes.set_title(f"{name}: coefficients", fontsize=10)
+    axes.set_xticks(range(len(experts)), map(_label, experts), rotation=35, ha="right")
+    axes.set_yticks(range(len(blocks)), map(_label, shown), fontsize=7 if len(blocks) > 20 else 9)
+    axes.set_title(f"{_label(name)}: coefficients", fontsize=10)
     figure.colorbar(image, ax=axes)
     _save(figure, path)
 
@@ -126,11 +127,16 @@ def plot_similarity(rows: list[list[float]], experts: list[str], by: str, path: 
         for j, value in enumerate(row):
             color = "white" if abs(value) > 0.6 else "black"
             axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=color, fontsize=8)
-    axes.set_xticks(range(len(experts)), experts, rotation=35, ha="right")
-    axes.set_yticks(range(len(experts)), experts)
+    axes.set_xticks(range(len(experts)), map(_label, experts), rotation=35, ha="right")
+    axes.set_yticks(range(len(experts)), map(_label, experts))
     axes.set_title(f"cosines between experts by {by}", fontsize=10)
     figure.colorbar(image, ax=axes)
     _save(figure, path)
+
+
+def _label(name: str) -> str:
+    """Return a name as matplotlib shows it, without formulas between dollar signs."""
+    return escape(name).replace("$", r"\$")
 
 
 def _is_constant(column: tuple[str, ...]) -> bool:

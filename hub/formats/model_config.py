@@ -11,21 +11,35 @@ from experthub.hub.errors import IntegrityError
 from experthub.hub.files.json_files import read_json
 from experthub.hub.formats.adapter import ADAPTER_CONFIG
 
-# Keys by which transformers would use code or other files, and a value that does no harm.
-ELSEWHERE = {
-    "auto_map": None,
+CONFIGS = (
+    "config.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
+# Keys by which transformers or timm loads from elsewhere, for `backbone` even with local_files_only,
+# and values of them that do no harm.
+# transformers 5.0.0 passes `backbone_kwargs` to from_pretrained, where `trust_remote_code: true`
+# runs code of that repository. From 5.1.0 on it is passed to a configuration only, and transformers
+# reads nothing but the repository's config.json, which the hub refuses, too.
+ELSEWHERE: dict[str, Any] = {
+    "backbone": None,
+    "backbone_kwargs": None,
+    "use_pretrained_backbone": None,
+    "use_timm_backbone": None,
+    "checkpoint_path": None,
     "transformers_weights": "model.safetensors",
     "configuration_files": ["config.json"],
     "fast_tokenizer_files": ["tokenizer.json"],
 }
-CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json")
 
 
 def check_model(folder: Path) -> dict[str, Any]:
     """Check the configuration files of a model folder.
 
-    It rejects `auto_map` (classes in Python files), attention kernels of a model hub, other files
-    than those that the base's digest covers, and an adapter beside the model.
+    It rejects all that `check_configs` rejects, and a class that is not named by a text.
 
     Args:
         folder: The folder.
@@ -34,17 +48,9 @@ def check_model(folder: Path) -> dict[str, Any]:
         The content of `config.json`.
 
     Raises:
-        IntegrityError: A file names code or other weights, or is malformed.
+        IntegrityError: A file names code, another repository or other files, or is malformed.
     """
-    # transformers would also load an adapter beside the model, and an adapter has no fingerprint.
-    if (folder / ADAPTER_CONFIG).exists():
-        raise IntegrityError(
-            f"{folder} holds a model and {ADAPTER_CONFIG}, which transformers would load, too",
-            "move the adapter to a folder of its own, and add it as an expert",
-        )
-    for name in CONFIGS:
-        if (folder / name).is_file():
-            _check_config(read_json(folder / name), f"{folder / name}")
+    check_configs(folder)
     config = read_json(folder / "config.json")
     names = config.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
@@ -55,8 +61,32 @@ def check_model(folder: Path) -> dict[str, Any]:
     return config
 
 
+def check_configs(folder: Path) -> None:
+    """Check the configuration files that lie beside weights, before transformers sees the folder.
+
+    It rejects `auto_map` (classes in Python files), attention kernels of a model hub, backbones of
+    other repositories, other files than those that the base's digest covers, and an adapter beside
+    the model.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        IntegrityError: A file names code, another repository or other files, or is malformed.
+    """
+    # transformers would also load an adapter beside the model, and an adapter has no fingerprint.
+    if (folder / ADAPTER_CONFIG).exists():
+        raise IntegrityError(
+            f"{folder} holds a model and {ADAPTER_CONFIG}, which transformers would load, too",
+            "move the adapter to a folder of its own, and add it as an expert",
+        )
+    for name in CONFIGS:
+        if (folder / name).is_file():
+            _check_config(read_json(folder / name), f"{folder / name}")
+
+
 def _check_config(config: dict[str, Any], name: str) -> None:
-    """Reject a configuration in which any key names code or other weights."""
+    """Reject a configuration in which any key names code, another repository or other files."""
     left: list[Any] = [config]
     while left:
         value = left.pop()
@@ -66,10 +96,14 @@ def _check_config(config: dict[str, Any], name: str) -> None:
             continue
         for key, inner in value.items():
             kernel = key.endswith("_implementation") and "/" in str(inner)
-            named = key in ELSEWHERE and inner and inner != ELSEWHERE[key]
-            if kernel or named or re.fullmatch(r"_\w*_implementation_internal", key):
+            code = kernel or (key == "auto_map" and inner)
+            # timm loads the names `hf-hub:org/name` and `local-dir:path` from elsewhere.
+            elsewhere = key == "architecture" and re.search("[:/]", str(inner))
+            elsewhere = elsewhere or (inner and inner != ELSEWHERE.get(key, inner))
+            if code or elsewhere or re.fullmatch(r"_\w*_implementation_internal", key):
+                what = "another repository or file" if elsewhere else "code"
                 raise IntegrityError(
-                    f"{name}: {key} is {short(inner)}, which names code or other files",
+                    f"{name}: {key} is {short(inner)}, which names {what}",
                     "remove the key if transformers itself has the model; other code is never run",
                 )
             left.append(inner)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from pathlib import Path
+from reprlib import repr as short
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from experthub.hub.errors import HubError, IntegrityError
+from experthub.hub.errors import HubError, IntegrityError, UsageError
 from experthub.hub.formats.adapter import Adapted, check_shapes
+from experthub.hub.kinds.broken_kind import report_broken_kind
 
 if TYPE_CHECKING:
     from experthub.merge import Delta
@@ -188,7 +190,8 @@ class Kinds(Mapping[str, ExpertKind]):
     """The catalogue of kinds by name, in the order in which a folder is recognised.
 
     Other packages add kinds by the entry-point group `experthub.kinds`. They come after the
-    built-in ones. They are imported when a name or a folder belongs to no known kind.
+    built-in ones. They are imported when a name or a folder belongs to no known kind. Those that
+    cannot be imported are reported and left out.
     """
 
     group = "experthub.kinds"
@@ -196,6 +199,7 @@ class Kinds(Mapping[str, ExpertKind]):
     def __init__(self) -> None:
         self._kinds: dict[str, ExpertKind] = {}
         self._plugins_loaded = False
+        self.broken: dict[str, HubError] = {}
 
     def register(self, kind: ExpertKind) -> ExpertKind:
         """Add a kind to the catalogue.
@@ -250,37 +254,39 @@ class Kinds(Mapping[str, ExpertKind]):
         )
 
     def _load_plugins(self) -> dict[str, ExpertKind]:
-        """Import the kinds of other packages once, and return all kinds."""
+        """Import the kinds of other packages once, and return all that can be imported."""
         if not self._plugins_loaded:
             self._plugins_loaded = True  # A kind may read the catalogue while it is imported.
+            self.broken.clear()
             for point in entry_points(group=self.group):
                 before = dict(self._kinds)
                 try:
                     point.load()
                 except BaseException as error:
-                    # The next access loads the entry point again, and raises the same error.
-                    self._plugins_loaded, self._kinds = False, before
-                    if isinstance(error, Exception | SystemExit):
-                        raise _explain(point, error) from error
-                    raise
+                    self._kinds = before  # Without what it registered before it failed.
+                    if not isinstance(error, Exception | SystemExit):
+                        self._plugins_loaded = False
+                        raise
+                    self.broken[point.name] = report_broken_kind(point, error)
         return self._kinds
 
     def __getitem__(self, name: str) -> ExpertKind:
-        return self._kinds.get(name) or self._load_plugins()[name]
+        found = self._kinds.get(name) or self._load_plugins().get(name)
+        if found is None:
+            raise self.broken.get(name) or UsageError(
+                f"unknown kind {short(name)}; known kinds: {', '.join(self)}",
+                "install the package that adds this kind",
+            )
+        return found
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._kinds or name in self._load_plugins()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._load_plugins())
 
     def __len__(self) -> int:
         return len(self._load_plugins())
-
-
-def _explain(point: EntryPoint, error: BaseException) -> HubError:
-    """Explain why an entry point cannot be loaded, like the `PluginError` of methods."""
-    package = point.dist.name if point.dist else point.value
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    place = f"the entry point {point.name!r} ({point.group}) of the package {package}"
-    return HubError(f"{place} cannot be loaded: {reason}", f"repair or uninstall {package}")
 
 
 def _find_marked(names: set[str], known: Iterable[ExpertKind]) -> ExpertKind | None:

@@ -178,6 +178,8 @@ def read_method(kind: Literal["merge", "route"], value: Any) -> Method | None:
         hint = suggest_name(name, catalogue) or "run hub methods"
         if name in other:
             hint = f"write it under '{other.kind}:', because {name} is a {other.kind}"
+        for broken in catalogue.broken.values():  # One of them may be the package of the method.
+            hint = f"{broken.hint} if it has this method; otherwise {hint}"
         raise error_at(f"unknown {kind} method {name!r}", "method", hint)
     strategy = catalogue[name]
     ways = strategy.traits.routing.combines if kind == "route" else ("outputs",)

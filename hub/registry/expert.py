@@ -37,6 +37,8 @@ def _check_kind(name: str) -> str:
 
 
 KindName = Annotated[str, AfterValidator(_check_kind)]
+# An entry may be of a kind whose package is absent here: it must not block the other entries.
+StatedKind = Annotated[str, StringConstraints(pattern="^[a-z][a-z0-9_]{0,59}$")]
 
 
 def list_file_patterns() -> tuple[str, ...]:
@@ -99,7 +101,7 @@ class Expert(Closed):
 
     name: Name
     version: Annotated[int, Field(ge=1, lt=10**9)] = 1
-    kind: KindName = "lora"
+    kind: StatedKind = "lora"
     base: str
     sources: Annotated[list[str], Field(min_length=1)]
     digest: Digest

@@ -66,9 +66,12 @@ def _list_experts(base: str, registry: Registry) -> list[Expert]:
     wanted = _canonicalise_base(base, registry)
     names = dict.fromkeys(e.name for e in registry.list_experts())
     newest = [registry.find_expert(Reference.parse(name)) for name in names]
-    return [
-        e for e in newest if _canonicalise_base(e.base, registry) == wanted and kinds[e.kind].load
-    ]
+    return [e for e in newest if _canonicalise_base(e.base, registry) == wanted and _is_change(e)]
+
+
+def _is_change(expert: Expert) -> bool:
+    """Tell whether an expert is of a known kind that changes weights."""
+    return expert.kind in kinds and kinds[expert.kind].load is not None
 
 
 def _canonicalise_base(base: str, registry: Registry) -> str:
@@ -98,7 +101,7 @@ def _find_base(experts: Sequence[str], registry: Registry) -> str:
         references = [Reference.parse(text) for text in experts]
         known = [registry.find_expert(reference) for reference in references if reference.name]
     else:
-        known = [expert for expert in registry.list_experts() if kinds[expert.kind].load]
+        known = [expert for expert in registry.list_experts() if _is_change(expert)]
     bases = sorted({_canonicalise_base(expert.base, registry) for expert in known})
     if len(bases) == 1:
         return bases[0]

@@ -9,6 +9,7 @@ from experthub.hub.errors import ConflictError, UsageError
 from experthub.hub.files import yaml_files
 from experthub.hub.files.atomic import write_text
 from experthub.hub.files.path_checks import check_file
+from experthub.hub.files.safe_text import escape
 from experthub.hub.files.spelling import suggest_name
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.recipes.recipe import Recipe
@@ -92,7 +93,7 @@ def write_recipe(
     near = path.resolve().parent
     experts = [_shorten_folders(entry, near) for entry in recipe["experts"]]
     shortened = {**recipe, "base": _shorten_folder(recipe["base"], near), "experts": experts}
-    write_text(path, f"# {comment}\n{yaml_files.dump(shortened)}")
+    write_text(path, f"# {escape(comment)}\n{yaml_files.dump(shortened)}")
     return plan
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ from typing import Annotated, Literal, cast, get_args
 
 from experthub.hub.errors import HubError, UsageError
 from experthub.hub.files.digests import canonical_json, digest_of
+from experthub.hub.files.safe_text import WORD
 from experthub.hub.files.spelling import check_choice
 from experthub.hub.files.yaml_files import Closed
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 Split = Literal["train", "validation", "test", "all"]
 CHOICE = "\n  choice: "
@@ -22,7 +24,8 @@ class Card(Closed):
     """The description of a task: card.yaml.
 
     Attributes:
-        name: The name of the task within its suite.
+        name: The name of the task within its suite: words as in names of experts, upper case
+            allowed, joined by `/`.
         source: The dataset that the task is made from.
         license: The licence of the dataset.
         category: A word that describes the task.
@@ -40,6 +43,17 @@ class Card(Closed):
     metric: str = "accuracy"
     template: str = "{input}\nAnswer:"
     labels: list[str] | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        """Reject a name that a path, a shell or a terminal would interpret."""
+        if not re.fullmatch(rf"{WORD}(/{WORD})*", name):
+            raise ValueError(
+                f"{name[:100]!r} is not a name of a task; use letters, digits, '.', '_' and '-', "
+                "and '/' between parts"
+            )
+        return name
 
     @model_validator(mode="after")
     def _check_template(self) -> Card:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from experthub.hub.errors import ConflictError, HubError, IntegrityError, NotFou
 from experthub.hub.files import checksummed_text, yaml_files
 from experthub.hub.files.atomic import create_folder, hub_home, walk_files, write_text
 from experthub.hub.files.digests import sha256_of
+from experthub.hub.files.safe_text import WORD, is_reference
 from experthub.hub.files.spelling import find_similar
 from experthub.hub.tasks.task import Card, Example, Task
 from pydantic import ValidationError
@@ -27,9 +29,12 @@ def tasks_folder() -> Path:
 
 
 def _locate_task(suite: str, name: str) -> Path:
-    """Return the folder of an imported task; reject names that lead out of the tasks' folder."""
-    if {"", ".", ".."} & {*suite.split("/"), *name.split("/")}:
-        raise UsageError(f"'{suite}:{name}' is not a task", "write suite:name, or name a folder")
+    """Return the folder of an imported task; reject names that a path or a shell would interpret."""
+    if not re.fullmatch(rf"{WORD}:{WORD}(/{WORD})*", f"{suite}:{name}"):
+        raise UsageError(
+            f"{suite + ':' + name!r} is not a task",
+            "write suite:name with letters, digits, '.', '_' and '-', or name a folder",
+        )
     return tasks_folder() / suite / name
 
 
@@ -103,14 +108,15 @@ def read_task_folder(folder: Path, reference: str) -> Task:
 
 
 def list_references() -> list[str]:
-    """List the references of all imported tasks.
+    """List the references of all imported tasks; other folders than imports make are omitted.
 
     Returns:
         `suite:name` of each task, sorted.
     """
     root = tasks_folder()
     folders = [p.parent.relative_to(root) for p in walk_files(root) if p.name == CARD]
-    return sorted(f"{f.parts[0]}:{'/'.join(f.parts[1:])}" for f in folders if len(f.parts) > 1)
+    names = (f"{f.parts[0]}:{'/'.join(f.parts[1:])}" for f in folders if len(f.parts) > 1)
+    return sorted(filter(is_reference, names))
 
 
 def write_task(

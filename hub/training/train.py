@@ -26,6 +26,7 @@ from experthub.hub.training.fit import Settings, fit_task
 from experthub.hub.training.objectives import is_frozen, make_objective
 from experthub.hub.transfer.describe import create_checkpoint_folder, describe
 from experthub.hub.transfer.pull import pull
+from experthub.hub.transfer.remotes.no_network import forbid_network
 from experthub.merge import LowRank
 from experthub.routing import ExpertStack, RoutedLinear, make_gate, uniform
 from torch import Tensor, nn
@@ -91,7 +92,8 @@ def train_lora(
         target_modules="all-linear",
         exclude_modules=[n for n, _ in model.named_modules() if is_frozen(n, causal)] or None,
     )
-    adapted = get_peft_model(model, config)
+    with forbid_network():
+        adapted = get_peft_model(model, config)
     record = {**asdict(settings), "rank": rank, "alpha": config.lora_alpha}
     key = {"kind": "lora", "base": found.digest, "task": read.digest, **record}
     run = create_checkpoint_folder(name, key)
@@ -102,7 +104,9 @@ def train_lora(
         # These are sets in peft. Their order differs between processes, and the digest would, too.
         written.target_modules = sorted(written.target_modules)
         written.exclude_modules = sorted(written.exclude_modules or ()) or None
-        adapted.save_pretrained(folder)
+        # The default looks for the base's name at the Hub, to compare the vocabularies.
+        with forbid_network():
+            adapted.save_pretrained(folder, save_embedding_layers=False)
         half = {n: t.bfloat16() for n, t in load_file(folder / ADAPTER).items()}
         save_file(half, folder / ADAPTER, metadata={"format": "pt"})
         (folder / "README.md").unlink(missing_ok=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 from experthub.hub.files import yaml_files
+from experthub.hub.files.safe_text import escape, is_reference
 from experthub.hub.formats.adapter import ADAPTER, GATES
 from experthub.hub.kinds import ExpertKind, kinds
 from experthub.hub.registry.expert import Expert, Identity
@@ -40,15 +43,33 @@ def format_model_card(
             *expert.tags,
         ],
     }
-    given = {key: value for key, value in metadata.items() if value}
+    given = {key: _escape_values(value) for key, value in metadata.items() if value}
     parts = [
         f"---\n{yaml_files.dump(given)}---\n",
-        f"# {expert.name}\n\n{expert.description}\n",
+        f"# {expert.name}\n\n{_as_text(expert.description)}\n",
         _format_facts(expert, identity, base),
         _format_scores(expert),
         _format_usage(repository, base, kind),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _escape_values(value: Any) -> Any:
+    """Escape what is not printable in a text, or in each text of a list."""
+    return [escape(text) for text in value] if isinstance(value, list) else escape(value)
+
+
+def _as_text(text: str) -> str:
+    """Return a text of somebody else as one line of Markdown that shows it as it is."""
+    line = re.sub(r"([\\`*\[\]<>|~&])", r"\\\1", escape(" ".join(text.split())))
+    return re.sub(r"^([#=+-]|[0-9]+(?=[.)]))", r"\\\1" if line[:1] in "#=+-" else r"\1\\", line)
+
+
+def _as_code(value: object) -> str:
+    """Return a value as code in a cell of a table; a longer fence allows backticks in it."""
+    text = escape(str(value)).replace("|", "\\|")
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if "`" in text else f"{fence}{text}{fence}"
 
 
 def _format_facts(expert: Expert, identity: Identity, base: str) -> str:
@@ -63,7 +84,7 @@ def _format_facts(expert: Expert, identity: Identity, base: str) -> str:
     }
     training = {k: v for k, v in expert.training.items() if not isinstance(v, dict)}
     rows["training"] = ", ".join(f"{k} {v}" for k, v in training.items()) or None
-    lines = [f"| {name} | `{value}` |" for name, value in rows.items() if value]
+    lines = [f"| {name} | {_as_code(value)} |" for name, value in rows.items() if value]
     return "\n".join(["| | |", "| --- | --- |", *lines]) + "\n"
 
 
@@ -78,7 +99,8 @@ def _format_scores(expert: Expert) -> str:
         "| --- | --- | --: | --: | --: |",
     ]
     rows = [
-        f"| {s.task} | {s.split} | {s.n} | {s.base:.3f} | {s.expert:.3f} |" for s in expert.scores
+        f"| {_as_text(s.task)} | {_as_text(s.split)} | {s.n} | {s.base:.3f} | {s.expert:.3f} |"
+        for s in expert.scores
     ]
     return "\n".join([*head, *rows]) + "\n"
 
@@ -99,7 +121,7 @@ A recipe names it under `{kind.key}:`, beside the experts that it was made for:
 `hub compose recipe.yaml` composes it with a recipe:
 
 ```yaml
-base: {base}
+base: {base if is_reference(base) else json.dumps(base)}
 experts: [hf:{repository}]
 merge: {{method: linear}}
 ```
@@ -111,7 +133,7 @@ peft loads the file `{ADAPTER}`:
 ```python
 from peft import PeftModel
 
-model = PeftModel.from_pretrained(base, "{repository}")  # base: the model {base}
+model = PeftModel.from_pretrained(base, {json.dumps(repository)})  # base: the model {escape(base)}
 ```
 """
     return text

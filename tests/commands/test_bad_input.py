@@ -725,7 +725,7 @@ def unknown_key_of_a_card(place: Place) -> Words:
     return ["tasks", "import", task_folder(place, "name: t\nsource: s\nlicence: mit\n")]
 
 
-@case(2, "'local:../../../escaped' is not a task", "suite:name")
+@case(2, "'../../../escaped' is not a name of a task", "docs/registry.md")
 def task_name_that_leaves_the_folder(place: Place) -> Words:
     line = '{"id": "0", "input": "x", "choices": ["a", "b"], "answer": 0}\n'
     folder = task_folder(place, "name: ../../../escaped\nsource: s\n", line)

@@ -52,26 +52,37 @@ def broken(
     monkeypatch.syspath_prepend(str(folder))
     for catalogue in (kinds, merges, routers):
         monkeypatch.setattr(catalogue, "_plugins_loaded", False)
+        monkeypatch.setattr(catalogue, "broken", {})
     return group, reason
 
 
-def test_a_broken_package_is_named(
-    broken: tuple[str, str], expert_folder: Make, base_folder: Path, home: Path
+def test_a_broken_package_is_named_and_left_out(
+    broken: tuple[str, str],
+    expert_folder: Make,
+    base_folder: Path,
+    home: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Each command ends with one line, which does not blame the recipe, every time."""
+    """One warning for all commands; what does not use the package works."""
     group, reason = broken
-    Path("r.yaml").write_text(
-        f"base: {base_folder}\nexperts: [{expert_folder()}]\nmerge:\n  method: linear\n"
-    )
+    text = f"base: {base_folder}\nexperts: [{expert_folder()}]\nmerge:\n  method: "
+    Path("r.yaml").write_text(f"{text}linear\n")
+    Path("theirs.yaml").write_text(f"{text}entry\n")
+    Path("unknown.yaml").write_text(f"{text}own\n")
     Path("empty").mkdir()
-    commands = [["methods"], ["compose", "r.yaml"], ["methods"]]
-    if group == "experthub.kinds":
-        commands = [["add", "empty", "--name", "x", "--base", base_folder]] * 2
-    for words in commands:
-        ran = run_hub(*words)
-        assert ran.code == 1 and reason in ran.err, ran.err
-        assert ran.err.startswith(f"error: the entry point 'entry' ({group}) of the package fancy")
+    place = f"the entry point 'entry' ({group}) of the package fancy cannot be loaded: "
+    for words in (["methods"], ["compose", "r.yaml"], ["list"], ["methods"]):
+        assert run_hub(*words).code == 0, words
+    ran = run_hub("add", "empty", "--name", "x", "--base", base_folder)
+    assert ran.code == 3 and "holds no adapter_model.safetensors" in ran.err
+    assert [m.partition(reason)[0].partition(place)[0] for m in caplog.messages] == ["warning: "]
+    assert reason in caplog.text and "repair or uninstall fancy" in caplog.text
+    if group == "experthub.merges":
+        ran = run_hub("compose", "theirs.yaml")
+        assert ran.code == 1 and ran.err.startswith(f"error: {place}") and reason in ran.err
         assert ran.err.endswith("\nhint: repair or uninstall fancy\n")
+        ran = run_hub("compose", "unknown.yaml")
+        assert ran.code == 2 and "hint: repair or uninstall fancy if it has this method" in ran.err
     checks = {check["name"]: check for check in run_hub("doctor", "--json").json["checks"]}
     assert checks["plugins"]["status"] == "problem" and reason in checks["plugins"]["found"]
     assert checks["plugins"]["next"] == "repair or uninstall fancy"

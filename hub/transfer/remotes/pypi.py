@@ -17,6 +17,9 @@ from experthub.hub.transfer.remotes._http import open_client, redact_url
 from experthub.hub.transfer.remotes._limits import Progress, check_online, ignore_progress
 
 JSON_API = "application/vnd.pypi.simple.v1+json"
+# The variables by which pip and Python find folders, besides pip's own. All others may be secret.
+PIP_READS = {"HOME", "PATH", "XDG_CONFIG_HOME", "XDG_CONFIG_DIRS", "LANG", "LC_ALL", "TMPDIR"}
+PIP_READS |= {"APPDATA", "LOCALAPPDATA", "PROGRAMDATA", "SYSTEMROOT", "TEMP", "USERPROFILE"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,8 @@ class PypiSource:
 def find_index_url() -> str:
     """Find the package index that pip uses, by its files, environment and default.
 
-    Only pip's help shows this. A wide terminal keeps the address on one line.
+    Only pip's help shows this. A wide terminal keeps the address on one line. Python runs isolated,
+    so that no `pip.py` of the current folder or of PYTHONPATH takes the place of pip.
 
     Returns:
         The URL without a slash at the end.
@@ -67,12 +71,13 @@ def find_index_url() -> str:
     """
     try:
         text = subprocess.run(
-            [sys.executable, "-m", "pip", "download", "--help"],
+            [sys.executable, "-P", "-I", "-m", "pip", "download", "--help"],
             capture_output=True,
             text=True,
             timeout=60,
             check=False,
-            env={**os.environ, "COLUMNS": "10000"},
+            cwd=sys.prefix,
+            env=_make_environment(),
         ).stdout
     except (OSError, subprocess.TimeoutExpired):
         text = ""
@@ -82,6 +87,14 @@ def find_index_url() -> str:
             "pip does not show which package index it uses", "install pip: python -m ensurepip"
         )
     return found.group(1).rstrip("/")
+
+
+def _make_environment() -> dict[str, str]:
+    """Make pip's environment: what says where its configuration is, and no token."""
+    kept = {k: v for k, v in os.environ.items() if k.startswith("PIP_") or k in PIP_READS}
+    if file := kept.get("PIP_CONFIG_FILE"):  # pip runs in another folder.
+        kept["PIP_CONFIG_FILE"] = str(Path(file).absolute())
+    return {**kept, "COLUMNS": "10000"}
 
 
 def fetch(
