@@ -102,4 +102,6 @@ def read_leases(root: Path) -> Iterator[str]:
             if dead:
                 path.unlink()
             else:
-                yield from re.findall(r"^[0-9a-f]{64}$", path.read_text("ascii", errors="replace"), re.M)
+                yield from re.findall(
+                    r"^[0-9a-f]{64}$", path.read_text("ascii", errors="replace"), re.M
+                )

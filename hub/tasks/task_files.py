@@ -28,7 +28,8 @@ def tasks_folder() -> Path:
 
 def _locate_task(suite: str, name: str) -> Path:
     """Return the folder of an imported task; reject names that lead out of the tasks' folder."""
-    if {"", ".", ".."} & {*suite.split("/"), *name.split("/")}:
+    parts = (*suite.split("/"), *name.split("/"))
+    if any(not part or part.startswith(".") for part in parts):  # A draft begins with a dot, too.
         raise UsageError(f"'{suite}:{name}' is not a task", "write suite:name, or name a folder")
     return tasks_folder() / suite / name
 
@@ -111,6 +112,22 @@ def list_references() -> list[str]:
     root = tasks_folder()
     folders = [p.parent.relative_to(root) for p in walk_files(root) if p.name == CARD]
     return sorted(f"{f.parts[0]}:{'/'.join(f.parts[1:])}" for f in folders if len(f.parts) > 1)
+
+
+def is_named_by_card(folder: Path) -> bool:
+    """Tell whether a folder holds a task of the folder's own name; a draft of a task has another.
+
+    Args:
+        folder: A folder with the name of a draft.
+
+    Returns:
+        Whether its card has the name.
+    """
+    try:
+        card = yaml_files.read(folder / CARD).value
+    except (OSError, HubError):
+        return False
+    return isinstance(card, dict) and str(card.get("name")).rpartition("/")[2] == folder.name
 
 
 def write_task(

@@ -197,9 +197,7 @@ def add_folder(
     return expert
 
 
-def _find_same(
-    name: str, digest: str, given: Mapping[str, str], session: Session
-) -> Expert | None:
+def _find_same(name: str, digest: str, given: Mapping[str, str], session: Session) -> Expert | None:
     """Return the entry that has this name and content; refuse fields that it has otherwise."""
     experts = session.registry.list_experts()
     same = [e for e in experts if (e.name, e.digest) == (name, digest)]
