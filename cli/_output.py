@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from experthub.hub.files.digests import encode_json
 
 if TYPE_CHECKING:
     from experthub.hub.progress import Report
@@ -45,9 +46,12 @@ def print_json(value: dict[str, Any], compact: bool = False) -> None:
     Args:
         value: The document.
         compact: Print it on one line.
+
+    Raises:
+        IntegrityError: A number is NaN or infinite. Nothing is printed.
     """
     indent = None if compact else 2
-    sys.stdout.write(json.dumps({"schema": 1, **value}, indent=indent, ensure_ascii=False) + "\n")
+    sys.stdout.write(encode_json({"schema": 1, **value}, indent=indent) + "\n")
 
 
 def escape(text: str) -> str:

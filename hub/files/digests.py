@@ -100,6 +100,22 @@ def find_not_finite(value: object, place: str = "") -> Iterator[tuple[str, float
         yield place, value
 
 
+def replace_not_finite(value: Any) -> Any:
+    """Replace NaN and infinity in plain values by None.
+
+    Args:
+        value: The values.
+
+    Returns:
+        The values with None in their place.
+    """
+    if isinstance(value, dict):
+        return {key: replace_not_finite(own) for key, own in value.items()}
+    if isinstance(value, list):
+        return [replace_not_finite(own) for own in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def format_json(value: object) -> str:
     """Format a value as indented JSON for people.
 

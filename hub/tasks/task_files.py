@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from experthub.hub.errors import ConflictError, HubError, IntegrityError, NotFoundError, UsageError
 from experthub.hub.files import checksummed_text, yaml_files
 from experthub.hub.files.atomic import create_folder, hub_home, walk_files, write_text
-from experthub.hub.files.digests import sha256_of
+from experthub.hub.files.digests import encode_json, sha256_of
 from experthub.hub.files.spelling import find_similar
 from experthub.hub.tasks.task import Card, Example, Task
 from pydantic import ValidationError
@@ -169,7 +168,7 @@ def write_task(
         record = card.model_dump(mode="json", exclude_none=True)
         write_text(draft / CARD, yaml_files.dump(record))
         lines = (e.model_dump(exclude_none=True) for e in task.examples)
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        text = "".join(encode_json(line) + "\n" for line in lines)
         write_text(draft / EXAMPLES, text)
         files = {name: sha256_of(draft / name) for name in (CARD, EXAMPLES)}
         before = checksummed_text.read_manifest(target)
