@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from experthub.hub.formats import safetensors_header
 from experthub.hub.store import folder as door
 from experthub.hub.store.store import Store
 from kinds_of_folders import MAKERS, break_numbers
+from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.attack
 KINDS = sorted(MAKERS)
@@ -139,6 +141,35 @@ def test_a_truncated_map(kind: str, tmp_path: Path, base_folder: Path, home: Pat
     )
     assert done.returncode in (0, 3), (done.returncode, done.stderr)
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("which", ["base", "tuned"])
+def test_a_model_that_is_cut_during_a_difference(
+    which: str, tmp_path: Path, base_folder: Path, home: Path
+) -> None:
+    """The models of a difference stay where they are, and so they are read, not mapped."""
+    base, tuned = (shutil.copytree(base_folder, tmp_path / name) for name in ("base", "tuned"))
+    weights = load_file(tuned / "model.safetensors")
+    save_file({n: t + 1 for n, t in weights.items()}, tuned / "model.safetensors")
+    script = (
+        "import os, sys\n"
+        "from experthub.hub.finetunes import difference\n"
+        "before = difference.find_changed\n"
+        "def cut(*given):\n"
+        "    os.truncate(sys.argv[3], 8)\n"
+        "    return before(*given)\n"
+        "difference.find_changed = cut\n"
+        "from experthub.cli.main import app\n"
+        "app(['diff', *sys.argv[1:3], '--name', 'mine'])\n"
+    )
+    cut = (base if which == "base" else tuned) / "model.safetensors"
+    done = subprocess.run(
+        [sys.executable, "-c", script, base, tuned, cut],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 3 and "was cut" in done.stderr, (done.returncode, done.stderr)
 
 
 @pytest.mark.parametrize("kind", KINDS)
