@@ -1,4 +1,4 @@
-"""What changes between the check of a file and its use: nothing unchecked gets into the store."""
+"""Changes between the check of a file and its use: nothing unchecked gets into the store."""
 
 from __future__ import annotations
 

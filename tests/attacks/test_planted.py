@@ -1,4 +1,4 @@
-"""What somebody else put into the hub's home or into a shared folder: links, names, false digests."""
+"""Links, names and false digests that somebody else put into the hub's home or a shared folder."""
 
 from __future__ import annotations
 
