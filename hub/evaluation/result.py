@@ -9,7 +9,7 @@ from itertools import combinations
 from typing import Any
 
 import numpy
-from experthub.hub.errors import HubError
+from experthub.hub.errors import IntegrityError
 from experthub.hub.evaluation.statistics import bootstrap, bootstrap_groups, wilson_interval
 from experthub.hub.files.digests import digest_of
 from experthub.hub.readers.scorer import Measure, Question, Scores
@@ -58,14 +58,14 @@ class Outcome:
             The outcome.
 
         Raises:
-            HubError: A score is NaN or infinite.
+            IntegrityError: A score is NaN or infinite.
         """
         rows, right, logprobs = [], [], []
         for example, question, found in zip(examples, questions, scores, strict=True):
             choices = [choice.removeprefix(" ") for choice in question.choices]
             row = numpy.asarray(found.by(measure, choices))
             if not bool(numpy.isfinite(row).all()):
-                raise HubError(
+                raise IntegrityError(
                     f"the model returns NaN or infinity for task {task.reference}",
                     "set smaller weights for the experts in the recipe"
                     if dtype == "float32"

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from experthub.hub.files.digests import format_json
 from experthub.hub.files.file_locks import lock_if_unused
 
 DRAFT = re.compile(r"\..+\.[0-9a-f]{16}", re.S)  # the name of a file or folder being written
@@ -29,7 +30,7 @@ def hub_home() -> Path:
 
 
 @contextmanager
-def open_atomically(path: Path, mode: int = 0o644) -> Iterator[IO[bytes]]:
+def open_atomically(path: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
     """Open a binary file that appears under its name complete, or not at all.
 
     If the file system supports it, the file has no name while it is written. A killed process
@@ -37,7 +38,7 @@ def open_atomically(path: Path, mode: int = 0o644) -> Iterator[IO[bytes]]:
 
     Args:
         path: The file to write; its folder is created if it does not exist.
-        mode: The permissions of the file.
+        mode: The permissions of the file, from which the umask takes some away.
 
     Yields:
         The open file.
@@ -46,11 +47,10 @@ def open_atomically(path: Path, mode: int = 0o644) -> Iterator[IO[bytes]]:
     folder = os.open(path.parent, os.O_RDONLY)
     draft: Path | None = None
     try:
-        handle, draft = _open_draft(path)
+        handle, draft = _open_draft(path, mode)
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
-            os.fchmod(handle, mode)
             os.fsync(handle)
             draft = draft or _link(handle, path, folder)
             if draft:
@@ -64,15 +64,15 @@ def open_atomically(path: Path, mode: int = 0o644) -> Iterator[IO[bytes]]:
         os.close(folder)
 
 
-def _open_draft(path: Path) -> tuple[int, Path | None]:
+def _open_draft(path: Path, mode: int) -> tuple[int, Path | None]:
     """Open a new file for writing; return its handle, and its path if it has a name."""
     try:
-        return os.open(path.parent, os.O_TMPFILE | os.O_WRONLY, 0o600), None
+        return os.open(path.parent, os.O_TMPFILE | os.O_WRONLY, mode), None
     except (AttributeError, OSError):
         sweep(path)
     while True:
         draft = _draft_of(path)
-        handle = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        handle = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode)
         fcntl.flock(handle, fcntl.LOCK_EX)
         if os.fstat(handle).st_nlink:  # No process removed the draft before it was locked.
             return handle, draft
@@ -198,18 +198,6 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, format_json(value))
 
 
-def format_json(value: object) -> str:
-    """Format a value as indented JSON for people.
-
-    Args:
-        value: Plain values.
-
-    Returns:
-        The JSON text with a newline at its end.
-    """
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-
-
 @contextmanager
 def open_draft_folder(path: Path) -> Iterator[Path]:
     """Create a locked folder beside a path, and remove it after the block.
@@ -253,13 +241,14 @@ def create_folder(path: Path, replace: bool = False) -> Iterator[Path]:
         OSError: The name is taken by a file, or the folder cannot be written.
     """
     with open_draft_folder(path) as draft:
+        mode = _read_usual_mode(draft)
         yield draft
         for file in draft.rglob("*"):
             if file.is_file():
-                file.chmod(0o644)
+                file.chmod(mode & 0o666)
                 sync_file(file)
         sync_folder(draft)
-        draft.chmod(0o755)
+        draft.chmod(mode)
         if path.is_dir() and not any(path.iterdir()):
             path.rmdir()
         old = _draft_of(path)
@@ -273,6 +262,15 @@ def create_folder(path: Path, replace: bool = False) -> Iterator[Path]:
             raise
         remove(old)
     sync_folder(path.parent)
+
+
+def _read_usual_mode(folder: Path) -> int:
+    """Return the mode of a new folder, which the umask decides; only this user sees the probe."""
+    probe = folder / "mode"
+    probe.mkdir()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.rmdir()
+    return mode
 
 
 def sync_file(path: Path) -> None:

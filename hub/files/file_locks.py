@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from experthub.hub.files.plain_files import open_plain
+
 
 @contextmanager
 def hold_lock(path: Path, shared: bool = False) -> Iterator[None]:
@@ -21,7 +23,7 @@ def hold_lock(path: Path, shared: bool = False) -> Iterator[None]:
         Nothing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
+    with open_plain(path, "ab") as file:
         fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         yield
 
@@ -38,7 +40,7 @@ def lock_if_unused(path: Path) -> Iterator[bool]:
         False if the path does not exist or another process holds its lock.
     """
     try:
-        handle = os.open(path, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         yield False
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from experthub.hub.errors import UsageError
+from experthub.hub.errors import HubError, UsageError
 from experthub.hub.finetunes.two_models import ParameterValues
 from torch import Tensor
 
@@ -63,6 +63,26 @@ class Form:
         """
         chosen = {key: value for key, value in asdict(self).items() if value is not None}
         return {key: value for key, value in chosen.items() if key != "max_shard_size"}
+
+
+def check_kept(name: str, delta: Tensor, stored: Tensor, form: Form) -> None:
+    """Refuse a change that is too small for the dtype in which it is stored.
+
+    Args:
+        name: The parameter.
+        delta: Its change.
+        stored: The change as it is stored.
+        form: The form, which has the dtype.
+
+    Raises:
+        HubError: The stored change is zero, and the change is not.
+    """
+    if bool(delta.any()) and not bool(stored.any()):
+        largest = float(delta.abs().max())
+        raise HubError(
+            f"the change of {name}, at most {largest:.3g}, is zero in {form.dtype}",
+            f"use --dtype {'bfloat16' if form.dtype == 'float16' else 'float32'}",
+        )
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from experthub.hub.bases.base import Base
 from experthub.hub.errors import HubError
-from experthub.hub.finetunes.form import ApproximationError, Form
+from experthub.hub.finetunes.form import ApproximationError, Form, check_kept
 from experthub.hub.finetunes.two_models import ChangedParameter, StoredWeights, read_pair
 from experthub.hub.formats.adapter import PREFIX
 from experthub.hub.formats.adapter_writer import write_adapter
@@ -62,7 +62,9 @@ def write_lora(
                 raise HubError(
                     f"the change of {name} overflows {form.dtype}", "use --dtype float32"
                 )
-            error.add(name, read, low.b.float() @ low.a.float())
+            dense = low.b.float() @ low.a.float()
+            check_kept(name, read.delta, dense, form)
+            error.add(name, read, dense)
             place = PREFIX + modules[name]
             stored = low.transpose() if conv else low
             tensors[f"{place}.lora_A.weight"] = stored.a

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import torch
 from experthub.hub.bases.base import Base
 from experthub.hub.bases.fingerprint import list_weight_files
 from experthub.hub.errors import HubError, IntegrityError
 from experthub.hub.files.spelling import suggest_name
-from experthub.hub.formats.safetensors_header import FLOATS, read_header
+from experthub.hub.formats.safetensors_header import FLOATS, TensorInfo, read_header
+from experthub.hub.formats.safetensors_reader import read_tensor
 from experthub.hub.progress import Report
 from torch import Tensor
 
@@ -45,20 +46,16 @@ def open_weights(base: Base) -> StoredWeights:
     Returns:
         Its weights, none of which is read yet.
     """
-    from safetensors import safe_open
-
-    places: dict[str, Any] = {}
+    places: dict[str, tuple[Path, TensorInfo]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     others: dict[str, tuple[int, ...]] = {}
     for path in list_weight_files(base.folder):
-        file = safe_open(path, framework="pt")
         for name, info in read_header(path).items():
-            places[name] = file
+            places[name] = path, info
             (shapes if info.dtype in FLOATS else others)[name] = info.shape
 
     def read(name: str) -> Tensor:
-        tensor: Tensor = places[name].get_tensor(name)
-        return tensor
+        return read_tensor(*places[name])
 
     return StoredWeights(base.name, shapes, read, others, base.tied)
 

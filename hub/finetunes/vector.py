@@ -11,7 +11,7 @@ import torch
 from experthub.hub.bases.base import Base
 from experthub.hub.errors import HubError
 from experthub.hub.files.atomic import write_json
-from experthub.hub.finetunes.form import ApproximationError, Form
+from experthub.hub.finetunes.form import ApproximationError, Form, check_kept
 from experthub.hub.finetunes.two_models import ChangedParameter, StoredWeights, read_pair
 from experthub.hub.formats.safetensors_writer import SafetensorsLayout, create_safetensors
 from experthub.hub.formats.task_vector import SHAPES, SHARD, SHARD_INDEX, TASK_VECTOR, unpack_mask
@@ -72,6 +72,7 @@ def write_task_vector(
                         f"the change of {name} overflows {form.dtype}",
                         "use --dtype bfloat16 or --dtype float32",
                     )
+                check_kept(name, read.delta, stored, form)
                 error.add(name, read, stored)
                 done += 1
                 report("writing the difference", done, len(changed))

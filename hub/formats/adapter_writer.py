@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from experthub.hub.errors import HubError
 from experthub.hub.files.atomic import write_json
 from experthub.hub.formats.adapter import ADAPTER, ADAPTER_CONFIG, FACTOR
 from safetensors.torch import save_file
 from torch import Tensor
+
+LOSS = 2.0**-22  # Float32 rounds the factor, the scale and their product, each by up to 2**-24.
 
 
 def write_adapter(
@@ -59,6 +62,46 @@ def write_adapter(
         "base_model_name_or_path": base,
     }
     write_json(folder / ADAPTER_CONFIG, settings)
+
+
+def fold_exactly(b: Tensor, scale: float) -> Tensor | None:
+    """Multiply the factor B of a LoRA by the scale without any rounding.
+
+    Args:
+        b: The factor.
+        scale: The scale.
+
+    Returns:
+        The product in the dtype of the factor; None if the dtype cannot hold it exactly.
+    """
+    folded = b * scale
+    return folded if torch.equal(folded.double(), b.double() * scale) else None
+
+
+def fold_scale(b: Tensor, scale: float, module: str) -> Tensor:
+    """Multiply the factor B of a LoRA by the scale in float32.
+
+    Args:
+        b: The factor.
+        scale: The scale.
+        module: The path of the module, for the error.
+
+    Returns:
+        The product in float32.
+
+    Raises:
+        HubError: Float32 cannot hold the product: it overflows, or its largest number would lose
+            digits.
+    """
+    folded, exact = b.float() * scale, b.double() * scale
+    lost, largest = (tensor.abs().amax() for tensor in (folded.double() - exact, exact))
+    if not bool(lost <= LOSS * largest):
+        raise HubError(
+            f"{module}: the scale {scale:g} cannot be folded into lora_B, whose largest number "
+            f"would be {float(largest):.3g} in float32",
+            "train the expert again with a lora_alpha closer to its rank",
+        )
+    return folded
 
 
 def _parse(name: str) -> tuple[str, int]:

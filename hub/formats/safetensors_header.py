@@ -21,7 +21,7 @@ from types import MappingProxyType
 from typing import Any
 
 from experthub.hub.errors import IntegrityError
-from experthub.hub.files.digests import CHUNK
+from experthub.hub.files.digests import CHUNK, read_chunks
 
 MAX_HEADER = 8 << 20
 MAX_TENSORS = 100_000
@@ -30,9 +30,10 @@ NAME = re.compile(r"[A-Za-z0-9_.\-]{1,1000}")
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
 SIZES["BOOL"] = 1
 FLOATS = ("F64", "F32", "F16", "BF16")
-# The bits of the exponent. A number whose exponent bits are all set is infinity or NaN.
-EXPONENTS = {
-    "F64": ("<u8", 0x7FF0_0000_0000_0000),
+# The bits, without the sign, of the first number that is infinity or NaN; larger bits are NaN, too.
+# For float64 it is the first number that is infinity in float32, in which the hub computes.
+TOO_LARGE = {
+    "F64": ("<u8", 0x47EF_FFFF_F000_0000),
     "F32": ("<u4", 0x7F80_0000),
     "F16": ("<u2", 0x7C00),
     "BF16": ("<u2", 0x7F80),
@@ -200,28 +201,34 @@ def _parse_tensor(name: str, fields: dict[str, Any], offset: int) -> TensorInfo:
 
 
 def check_finite(path: Path, tensors: Header) -> None:
-    """Check that no tensor of a file holds NaN or infinity.
+    """Check that every number in a file is finite, and stays so in float32, in which experts are used.
 
     Args:
         path: The path of the safetensors file.
         tensors: The header of the file.
 
     Raises:
-        IntegrityError: A tensor holds NaN or infinity. The message names the first one.
+        IntegrityError: A tensor holds NaN, infinity or a larger number than float32 can hold, or
+            the file is cut. The message names the first such tensor.
     """
     import numpy
 
-    for name, info in tensors.items():
-        if info.dtype not in EXPONENTS or info.bytes == 0:
-            continue
-        kind, mask = EXPONENTS[info.dtype]
-        count = info.bytes // SIZES[info.dtype]
-        bits = numpy.memmap(path, dtype=kind, mode="r", offset=info.begin, shape=(count,))
-        if bool(((bits & mask) == mask).any()):
-            raise IntegrityError(
-                f"{path}: tensor {name} holds NaN or infinity",
-                "train or export the expert again: such weights break every composition",
-            )
+    with path.open("rb") as file:  # It is not mapped: a map of a file that is cut ends the process.
+        for name, info in tensors.items():
+            if info.dtype not in TOO_LARGE:
+                continue
+            (kind, first), size, width = TOO_LARGE[info.dtype], 0, SIZES[info.dtype]
+            for chunk in read_chunks(file, info.begin, info.bytes):
+                size += len(chunk)
+                bits = numpy.frombuffer(chunk, dtype=kind, count=len(chunk) // width)
+                if bool(((bits & ((1 << 8 * width - 1) - 1)) >= first).any()):
+                    large = ", or numbers that float32 cannot hold" if width == 8 else ""
+                    raise IntegrityError(
+                        f"{path}: tensor {name} holds NaN or infinity{large}",
+                        "train or export the expert again: such weights break every composition",
+                    )
+            if size != info.bytes:
+                raise IntegrityError(f"{path} is damaged: tensor {name} is cut", HINT)
 
 
 def hash_tensors(files: Iterable[Path]) -> list[tuple[str, str, tuple[int, ...], str]]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from mmap import mmap
+from pathlib import Path
 
 import torch
-from experthub.hub.formats.safetensors_header import parse_header
+from experthub.hub.errors import IntegrityError
+from experthub.hub.files.digests import read_chunks
+from experthub.hub.formats.safetensors_header import HINT, TensorInfo, parse_header
 from torch import Tensor
 
 DTYPES = {
@@ -15,8 +18,38 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
     "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
+
+
+def read_tensor(path: Path, info: TensorInfo) -> Tensor:
+    """Read one tensor of a file that belongs to somebody else.
+
+    The file is not mapped: if a mapped file is cut, reading it ends the process.
+
+    Args:
+        path: The path of the safetensors file.
+        info: The declaration of the tensor in its header.
+
+    Returns:
+        The tensor.
+
+    Raises:
+        IntegrityError: The file is shorter than its header says.
+    """
+    data = bytearray()
+    with path.open("rb") as file:
+        for chunk in read_chunks(file, info.begin, info.bytes):
+            data += chunk
+    if len(data) != info.bytes:
+        raise IntegrityError(f"{path} was cut while it was read", HINT)
+    if not data:
+        return torch.empty(info.shape, dtype=DTYPES[info.dtype])
+    return torch.frombuffer(data, dtype=DTYPES[info.dtype]).view(info.shape)
 
 
 class Tensors:

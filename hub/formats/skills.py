@@ -49,7 +49,7 @@ class SkillsRecord(Closed):
     n_skills: Annotated[int, Field(ge=1)]
     n_heads: Annotated[int, Field(ge=1)]
     rank: Annotated[int, Field(ge=1)]
-    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    alpha: Annotated[float, Field(gt=0, lt=1e6)]
     tasks: Annotated[list[str], Field(min_length=1)]
     target_modules: Annotated[list[str], Field(min_length=1)]
     base: str

@@ -24,6 +24,7 @@ from experthub.hub.store.leases import COLLECTING, read_leases
 from experthub.hub.store.objects import TRASH
 from experthub.hub.store.roots import ARCHIVES, read_locked_digests
 from experthub.hub.store.store import Store
+from experthub.hub.tasks.task_files import is_named_by_card
 
 GRACE = 3600.0
 STALE = 7 * 24 * 3600.0  # The age in seconds at which unused downloads and banks are deleted.
@@ -167,13 +168,23 @@ def _find_leftovers(root: Path) -> Iterator[Path]:
     places = [folder for pattern in PLACES for folder in sorted(root.glob(pattern))]
     places += [Path(place) for place, _, _ in os.walk(root / "tasks")]
     for folder in places:
-        yield from find_drafts(folder)
+        if _is_inside(folder / "x", root):
+            yield from (p for p in find_drafts(folder) if not is_named_by_card(p))
     downloads = [p for p in (*root.glob("partial/*"), *root.glob("hf/*/.*/*")) if p.is_file()]
     packed = [p for p in root.glob(f"{BANKS}/*/*") if not p.name.startswith(".")]
-    for path in sorted([*downloads, *packed]):
+    for path in sorted(p for p in (*downloads, *packed) if _is_inside(p, root)):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime >= STALE:
                 yield path
+
+
+def _is_inside(path: Path, root: Path) -> bool:
+    """Tell whether no link below the folders at the top of the hub's home leads to a path.
+
+    The user may keep a whole folder, such as `banks`, on another disk.
+    """
+    parts = path.relative_to(root).parts
+    return not any(root.joinpath(*parts[:n]).is_symlink() for n in range(2, len(parts)))
 
 
 def find_removable(name: str, registry: Registry) -> list[Expert]:

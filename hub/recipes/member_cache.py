@@ -104,12 +104,12 @@ class MemberCache:
         """Read the file; return None if there is none or if it is damaged."""
         try:
             found = read_json(self.path)
-            check = found.pop("check", None)
+            whole = found.pop("check", None) == digest_of(found)
         except (HubError, OSError):
             return None
         with suppress(OSError):
             os.utime(self.path)  # hub gc deletes files that were not used for a week.
-        return found if check == digest_of(found) else None
+        return found if whole else None
 
 
 def _parse_adapted(rows: list[list[Any]]) -> tuple[Adapted, ...]:

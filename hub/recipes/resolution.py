@@ -150,9 +150,9 @@ def find_content(use: ExpertUse, session: Session) -> Content:
     reference = Reference.parse(use.expert)
     if reference.name:
         return Content.from_expert(session.registry.find_expert(reference))
-    with open_source(use.expert, Path.cwd(), session.report) as (folder, hashed):
-        digest, _ = session.store.add(folder, hashed=hashed)
-        task = read_description(folder).get("task")
+    with open_source(use.expert, Path.cwd(), session.report) as found:
+        digest, _ = session.store.add(found.folder, found.stated, hashed=found.hashed)
+        task = read_description(found.folder).get("task")
     source = make_source_absolute(use.expert, Path.cwd())
     return Content(use.expert, digest, (source,), task if isinstance(task, str) else None)
 

@@ -9,13 +9,13 @@ from reprlib import repr as short
 from typing import Annotated, Any, Literal
 
 from experthub.hub.errors import UsageError
-from experthub.hub.files.digests import digest_of
+from experthub.hub.files.digests import digest_of, find_not_finite, replace_not_finite
 from experthub.hub.files.yaml_files import Closed
 from experthub.hub.formats.adapter import GATES
 from experthub.hub.formats.records import Digest, Sha256
 from experthub.hub.kinds import kinds
 from experthub.hub.kinds.kind import FILE
-from pydantic import AfterValidator, Field, StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints, field_validator
 from pydantic_core import PydanticCustomError
 
 NAME = r"[a-z0-9][a-z0-9._-]{0,95}"
@@ -111,6 +111,19 @@ class Expert(Closed):
     tags: list[str] = []
     training: dict[str, Any] = {}
     scores: list[Score] = []
+
+    @field_validator("scores")
+    @classmethod
+    def _keep_numbers(cls, scores: list[Score]) -> list[Score]:
+        """Drop scores that are NaN or infinite: they say nothing, and JSON cannot hold them."""
+        return [s for s in scores if not any(find_not_finite(s.model_dump()))]
+
+    @field_validator("training")
+    @classmethod
+    def _keep_plain(cls, training: dict[str, Any]) -> dict[str, Any]:
+        """Replace NaN and infinity in the results of a training by None."""
+        found: dict[str, Any] = replace_not_finite(training)
+        return found
 
     @property
     def reference(self) -> str:

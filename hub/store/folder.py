@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from experthub.hub.errors import IntegrityError, NotFoundError
-from experthub.hub.files.digests import sha256_of
+from experthub.hub.files.digests import find_not_finite, sha256_of
 from experthub.hub.files.json_files import read_json
 from experthub.hub.formats.safetensors_header import check_finite, read_header
 from experthub.hub.kinds import kinds
@@ -69,10 +69,16 @@ def read_description(folder: Path) -> dict[str, Any]:
         The fields, which are not validated. An empty mapping if there is no such file.
 
     Raises:
-        IntegrityError: The file is damaged.
+        IntegrityError: The file is damaged, or has NaN or infinity.
     """
     path = folder / DESCRIPTION
-    return read_json(path) if path.is_file() else {}
+    found = read_json(path) if path.is_file() else {}
+    for place, number in find_not_finite(found):
+        raise IntegrityError(
+            f"{path}: {place} is {number}, which is not a finite number",
+            "remove the number from expert.json, or measure it again",
+        )
+    return found
 
 
 def _read_declared(folder: Path) -> Identity | None:

@@ -81,7 +81,7 @@ def _create_lease(root: Path) -> Lease:
     """Create and lock the lease file of this process."""
     folder = root / LEASES
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / f"{os.getpid()}-{secrets.token_hex(8)}").open("ab")
+    file = (folder / f"{os.getpid()}-{secrets.token_hex(8)}").open("xb")
     fcntl.flock(file, fcntl.LOCK_EX)
     return Lease(file)
 
@@ -102,4 +102,6 @@ def read_leases(root: Path) -> Iterator[str]:
             if dead:
                 path.unlink()
             else:
-                yield from re.findall(r"^[0-9a-f]{64}$", path.read_text("ascii"), re.M)
+                yield from re.findall(
+                    r"^[0-9a-f]{64}$", path.read_text("ascii", errors="replace"), re.M
+                )

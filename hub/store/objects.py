@@ -91,6 +91,24 @@ class ObjectStore:
                 )
         return target
 
+    def link_to(self, sha256: str, target: Path) -> bool:
+        """Create a hard link to an object in a folder of the hub.
+
+        Args:
+            sha256: The sha256 of the object as 64 hexadecimal digits.
+            target: The path of the link.
+
+        Returns:
+            Whether the object is stored and the file system supports links.
+        """
+        try:
+            if self._restore(self.path(sha256)):
+                os.link(self.path(sha256), target)
+                return True
+        except OSError:
+            pass
+        return False
+
     def _restore(self, path: Path) -> bool:
         """Tell whether an object is stored; move it back first if it is in the trash."""
         if path.is_file():
@@ -159,7 +177,7 @@ def _link(source: Path, target: Path) -> bool:
     """Create a hard link to a file that is on the disk, if the file system can."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        source.chmod(0o444)
+        source.chmod(source.stat().st_mode & 0o444)  # The umask may have removed more.
         os.utime(source)  # A collection keeps what was used recently.
         os.link(source, target)
     except FileExistsError:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from mmap import ACCESS_COPY, mmap
@@ -19,6 +20,7 @@ from experthub.hub.registry.expert import Identity
 from experthub.hub.store.folder import read_folder
 from experthub.hub.store.leases import hold_lease
 from experthub.hub.store.objects import ObjectStore, explain_damage, parse_sha256
+from experthub.hub.store.received import copy_folder
 from pydantic import ValidationError
 
 MAX_RECORD = 8 << 20  # bytes
@@ -154,7 +156,7 @@ class Store(ObjectStore):
         renew: Set[str] = frozenset(),
         hashed: Mapping[str, str] = MappingProxyType({}),
     ) -> tuple[str, Identity]:
-        """Check an expert's folder, and copy its files into the store.
+        """Copy an expert's folder into the store; the copy is checked before it gets its place.
 
         Args:
             folder: The folder.
@@ -170,14 +172,42 @@ class Store(ObjectStore):
             NotFoundError: There is no such folder.
             IntegrityError: The folder holds no valid expert, or an expert with another digest.
         """
-        identity = read_folder(folder, hashed)
-        if expected and identity.digest != expected:
-            raise IntegrityError(
-                f"{folder} is {identity.digest[:19]}, expected {expected[:19]}",
-                "add the changed content as a new version, or get the original content",
-            )
-        self.take(folder, identity, renew, hashed)
+        with self.receive(folder, renew, hashed) as (draft, own):
+            identity = read_folder(draft, own)
+            if expected and identity.digest != expected:
+                raise IntegrityError(
+                    f"{folder} is {identity.digest[:19]}, expected {expected[:19]}",
+                    "add the changed content as a new version, or get the original content",
+                )
+            self.take(draft, identity, renew, own)
         return identity.digest, identity
+
+    @contextmanager
+    def receive(
+        self,
+        folder: Path,
+        renew: Set[str] = frozenset(),
+        hashed: Mapping[str, str] = MappingProxyType({}),
+    ) -> Iterator[tuple[Path, Mapping[str, str]]]:
+        """Make a folder that nobody else can change out of an expert's folder, to check and take it.
+
+        Args:
+            folder: The folder.
+            renew: The sha256 of damaged objects, which are replaced.
+            hashed: The sha256 of files by name, as for `add`. The folder is then used as it is.
+
+        Yields:
+            The folder to read, and the sha256 of its files by name.
+
+        Raises:
+            NotFoundError: There is no such folder.
+            IntegrityError: The folder holds no expert of a known kind.
+        """
+        if hashed:
+            yield folder, hashed
+        else:
+            with copy_folder(folder, self, renew) as found:
+                yield found
 
     def take(
         self,
@@ -186,10 +216,10 @@ class Store(ObjectStore):
         renew: Set[str] = frozenset(),
         hashed: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """Copy the files of a folder into the store after `read_folder` has checked them.
+        """Take the files of a folder into the store after `read_folder` has checked them.
 
         Args:
-            folder: The folder.
+            folder: A folder that `receive` yielded.
             identity: The identity that `read_folder` returned.
             renew: The sha256 of damaged objects, which are replaced.
             hashed: The sha256 of files by name, as for `add`.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from experthub.hub.errors import ConflictError, HubError, IntegrityError, NotFoundError, UsageError
 from experthub.hub.files import checksummed_text, yaml_files
 from experthub.hub.files.atomic import create_folder, hub_home, walk_files, write_text
-from experthub.hub.files.digests import sha256_of
+from experthub.hub.files.digests import encode_json, sha256_of
 from experthub.hub.files.safe_text import WORD, is_reference
 from experthub.hub.files.spelling import find_similar
 from experthub.hub.tasks.task import Card, Example, Task
@@ -119,6 +118,22 @@ def list_references() -> list[str]:
     return sorted(filter(is_reference, names))
 
 
+def is_named_by_card(folder: Path) -> bool:
+    """Tell whether a folder holds a task of the folder's own name; a draft of a task has another.
+
+    Args:
+        folder: A folder with the name of a draft.
+
+    Returns:
+        Whether its card has the name.
+    """
+    try:
+        card = yaml_files.read(folder / CARD).value
+    except (OSError, HubError):
+        return False
+    return isinstance(card, dict) and str(card.get("name")).rpartition("/")[2] == folder.name
+
+
 def write_task(
     suite: str,
     card: Card,
@@ -158,7 +173,7 @@ def write_task(
         record = card.model_dump(mode="json", exclude_none=True)
         write_text(draft / CARD, yaml_files.dump(record))
         lines = (e.model_dump(exclude_none=True) for e in task.examples)
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        text = "".join(encode_json(line) + "\n" for line in lines)
         write_text(draft / EXAMPLES, text)
         files = {name: sha256_of(draft / name) for name in (CARD, EXAMPLES)}
         before = checksummed_text.read_manifest(target)

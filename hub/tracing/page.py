@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from experthub.hub.files.digests import encode_json
 from experthub.hub.tracing.trace import Trace
 from torch import Tensor
 
@@ -31,7 +31,7 @@ def render_page(trace: Trace) -> str:
     data["modules"] = [[m.name, m.layer] for m in trace.modules]
     data["weights"] = [pack_weights(weights_TE) for weights_TE in trace.weights_MTE]
     # Without any "<", the data cannot close the script element that holds it.
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    text = encode_json(data, separators=(",", ":")).replace("<", "\\u003c")
     return TEMPLATE.read_text(encoding="utf-8").replace("__TRACE__", text, 1)
 
 

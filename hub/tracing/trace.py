@@ -20,7 +20,8 @@ from experthub.hub.composition.generation import (
     generate_ids,
     tokenise_prompt,
 )
-from experthub.hub.errors import UsageError
+from experthub.hub.composition.overflow import refuse_overflow
+from experthub.hub.errors import IntegrityError, UsageError
 from experthub.hub.files.json_files import read_json
 from experthub.hub.files.patterns import check_pattern, limit_matching_time
 from experthub.hub.readers.similarity import MAX_TOKENS
@@ -145,6 +146,7 @@ def trace(
         UsageError: The composition is a merge, the base does not read text alone, there is no
             prompt, a prompt is empty or too long, there is not one task for each prompt, or no
             module matches.
+        IntegrityError: The model or a router computes NaN or infinity.
 
     Example:
         from experthub import hub
@@ -252,7 +254,8 @@ def _run_model(
             :-1
         ]  # The last token is generated but never read.
     ids_1T = torch.tensor([ids], device=composition.model.device)
-    composition.model(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T))
+    with refuse_overflow(composition):
+        composition.model(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T))
     return []
 
 
@@ -271,6 +274,13 @@ def _assemble(
     modules = [
         TracedModule(name, find_layer(name), model.get_submodule(name).experts) for name in whole
     ]
+    for name, w_TE in whole.items():
+        if not bool(torch.isfinite(w_TE).all()):
+            token = int((~torch.isfinite(w_TE)).any(1).nonzero()[0])
+            raise IntegrityError(
+                f"the router of {name} computes NaN or infinity for token {token}",
+                "set smaller weights for the experts, or dtype: float32, in the recipe",
+            )
     left_out = tuple(name for name in parts if name not in whole)
     return Trace(
         composition.plan, tuple(tokens), tuple(modules), torch.stack(list(whole.values())), left_out

@@ -9,9 +9,9 @@ from types import MappingProxyType
 from typing import Any
 
 from experthub.hub.bases.base import Base
-from experthub.hub.errors import ConflictError, NotFoundError
-from experthub.hub.files.atomic import format_json, hub_home, write_json, write_text
-from experthub.hub.files.digests import digest_of
+from experthub.hub.errors import ConflictError, IntegrityError, NotFoundError
+from experthub.hub.files.atomic import hub_home, write_json, write_text
+from experthub.hub.files.digests import digest_of, format_json
 from experthub.hub.formats.records import validate_record
 from experthub.hub.kinds import kinds
 from experthub.hub.registry.content import Content
@@ -144,6 +144,7 @@ def add_folder(
     source: str | None = None,
     file: Path | None = None,
     hashed: Mapping[str, str] = MappingProxyType({}),
+    stated: str | None = None,
 ) -> Expert:
     """Copy a folder that somebody wrote into the store, and register it under a name.
 
@@ -160,51 +161,77 @@ def add_folder(
         source: The source of the folder. The default is the folder itself.
         file: The registry file to write to. The default is the user's own registry.
         hashed: The sha256 of files by name, as for `Store.add`.
+        stated: The digest that the source states, if it states one.
 
     Returns:
         The expert as it is registered.
 
     Raises:
-        IntegrityError: The files or `expert.json` are malformed.
+        IntegrityError: The files or `expert.json` are malformed, or have another digest than stated.
         ConflictError: The name and version are registered with other content, or the name has this
             content with another base, task or description.
     """
-    registry, store = session.registry, session.store
-    experts = registry.list_experts()
-    identity = read_folder(folder, hashed)
-    digest = identity.digest
-    same = [e for e in experts if (e.name, e.digest) == (name, digest)]
-    given = {"base": base, "task": task, "description": description}
-    given = {key: value for key, value in given.items() if value is not None}
-    if version is None and same and file is None:
-        for key, value in given.items():
-            if (there := getattr(same[-1], key)) != value:
-                raise ConflictError(
-                    f"{same[-1].reference} has this content, with the {key} {there or '(none)'}",
-                    f"run hub rm {same[-1].reference} before, or add it under another name",
-                )
-        store.take(folder, identity, hashed=hashed)
-        return same[-1]
-    stated = read_description(folder)
-    own = stated.get("version") if stated.get("name") == name else None
-    entry = {key: stated[key] for key in Expert.model_fields if key in stated}
-    entry |= {
-        "name": name,
-        "version": version or own or find_next_version(name, experts),
-        "kind": identity.kind,
-        "base": base or stated.get("base") or _find_base_name(folder, identity, registry),
-        "sources": [source or _make_source(folder, file)],
-        "digest": digest,
-    }
-    entry |= given
-    hint = "correct the field, or remove it"
-    expert = validate_record(Expert, entry, folder / DESCRIPTION, hint)
-    check_conflict(expert, experts)
-    check_writable(expert)
-    store.take(folder, identity, hashed=hashed)
+    fields = {"base": base, "task": task, "description": description}
+    given = {key: value for key, value in fields.items() if value is not None}
+    with session.store.receive(folder, hashed=hashed) as (draft, own):
+        identity = read_folder(draft, own)
+        if stated and identity.digest != stated:
+            raise IntegrityError(
+                f"{source or folder} is stated to be {stated[:19]}, and its files are "
+                f"{identity.digest[:19]}",
+                "ask whoever shared it to push it again",
+            )
+        same = _find_same(name, identity.digest, given, session) if not (version or file) else None
+        if same is None:
+            entry = _make_entry(draft, name, identity, session.registry, version, given)
+            entry["sources"] = [source or _make_source(folder, file)]
+            hint = "correct the field, or remove it"
+            expert = validate_record(Expert, entry, draft / DESCRIPTION, hint)
+            check_conflict(expert, session.registry.list_experts())
+            check_writable(expert)
+        session.store.take(draft, identity, hashed=own)
+    if same is not None:
+        return same
     register(expert, file)
     session.refresh()
     return expert
+
+
+def _find_same(name: str, digest: str, given: Mapping[str, str], session: Session) -> Expert | None:
+    """Return the entry that has this name and content; refuse fields that it has otherwise."""
+    experts = session.registry.list_experts()
+    same = [e for e in experts if (e.name, e.digest) == (name, digest)]
+    for key, value in given.items() if same else ():
+        if (there := getattr(same[-1], key)) != value:
+            raise ConflictError(
+                f"{same[-1].reference} has this content, with the {key} {there or '(none)'}",
+                f"run hub rm {same[-1].reference} before, or add it under another name",
+            )
+    return same[-1] if same else None
+
+
+def _make_entry(
+    folder: Path,
+    name: str,
+    identity: Identity,
+    registry: Registry,
+    version: int | None,
+    given: dict[str, str],
+) -> dict[str, Any]:
+    """Make the fields of an entry, except its sources, from a folder's `expert.json` and `given`."""
+    stated = read_description(folder)
+    own = stated.get("version") if stated.get("name") == name else None
+    entry: dict[str, Any] = {key: stated[key] for key in Expert.model_fields if key in stated}
+    entry |= {
+        "name": name,
+        "version": version or own or find_next_version(name, registry.list_experts()),
+        "kind": identity.kind,
+        "base": given.get("base")
+        or stated.get("base")
+        or _find_base_name(folder, identity, registry),
+        "digest": identity.digest,
+    }
+    return entry | given
 
 
 def register_state(content: Content, name: str, session: Session) -> Expert:
@@ -222,8 +249,8 @@ def register_state(content: Content, name: str, session: Session) -> Expert:
         ConflictError: The name and version are registered with other content.
     """
     source = content.sources[0]
-    with open_source(source, Path.cwd()) as (folder, hashed):
-        return add_folder(folder, name, session, source=source, hashed=hashed)
+    with open_source(source, Path.cwd()) as found:
+        return add_folder(found.folder, name, session, source=source, hashed=found.hashed)
 
 
 def _make_source(folder: Path, file: Path | None) -> str:

@@ -55,8 +55,8 @@ def fetch(content: Content, session: Session, renew: Set[str] = frozenset()) -> 
     for source in content.sources:
         try:
             session.report(f"pulling {content.reference} from {source}", 0, 0)
-            with open_source(source, Path.cwd(), session.report) as (folder, hashed):
-                session.store.add(folder, content.digest, renew, hashed)
+            with open_source(source, Path.cwd(), session.report) as found:
+                session.store.add(found.folder, content.digest, renew, found.hashed)
             return
         except HubError as error:
             problems.append(error)

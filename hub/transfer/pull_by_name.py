@@ -72,7 +72,8 @@ def _list_members(reference: Reference) -> list[str]:
 
 def _pull_unregistered(source: str, session: Session, as_name: str | None) -> Expert:
     """Store and register an expert that is not registered."""
-    with open_source(source, Path.cwd(), session.report) as (folder, hashed):
+    with open_source(source, Path.cwd(), session.report) as found:
+        folder = found.folder
         stated, reference = read_description(folder).get("name"), Reference.parse(source)
         place = (reference.member or reference.remote).partition("@")[0] or str(reference.folder)
         own = re.sub(r"[^a-z0-9._-]+", "-", place.rpartition("/")[2].lower())
@@ -84,7 +85,12 @@ def _pull_unregistered(source: str, session: Session, as_name: str | None) -> Ex
             )
         if source.startswith("hf:"):
             source = f"{source.partition('@')[0]}@{folder.name[:40]}"  # The present commit.
-        expert = add_folder(folder, check_name(name), session, source=source, hashed=hashed)
+        expert = add_folder(
+            *(folder, check_name(name), session),
+            source=source,
+            hashed=found.hashed,
+            stated=found.stated,
+        )
     known = add_source(expert, source)
     session.refresh()
     return known

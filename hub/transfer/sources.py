@@ -4,14 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from experthub.hub.errors import HubError
 from experthub.hub.files.atomic import hub_home, open_draft_folder
-from experthub.hub.formats.oci_layout import OciLayout, is_layout
+from experthub.hub.formats.oci_layout import EXPERT_DIGEST, OciLayout, is_layout
 from experthub.hub.progress import Report, silent
 from experthub.hub.registry.expert import Reference, list_file_patterns
 from experthub.hub.transfer.remotes import hf
+
+
+@dataclass(frozen=True)
+class OpenedSource:
+    """The files of a source.
+
+    Args:
+        folder: The folder that has them.
+        hashed: The sha256 of the files by name, which were computed just now, if the folder belongs
+            to the hub; otherwise empty.
+        stated: The digest of the expert that the source states, or None.
+    """
+
+    folder: Path
+    hashed: Mapping[str, str]
+    stated: str | None = None
 
 
 def fetch_source(
@@ -53,9 +70,7 @@ def _fetch(
 
 
 @contextmanager
-def open_source(
-    source: str, near: Path, report: Report = silent
-) -> Iterator[tuple[Path, Mapping[str, str]]]:
+def open_source(source: str, near: Path, report: Report = silent) -> Iterator[OpenedSource]:
     """Make an expert's files available as a folder during the block.
 
     Args:
@@ -65,8 +80,7 @@ def open_source(
         report: A progress callback.
 
     Yields:
-        The folder. If the folder belongs to the hub: also the sha256 of its files by name, which
-        were hashed just now.
+        The files.
 
     Raises:
         HubError: The source cannot be fetched.
@@ -78,7 +92,7 @@ def open_source(
         hashed = hf.verify_fetched(place)
     if not is_layout(place):
         with _name_source_in_errors(source, place):
-            yield place, hashed
+            yield OpenedSource(place, hashed)
         return
     with (
         open_draft_folder(hub_home() / "drafts" / "unpacked") as folder,
@@ -86,7 +100,8 @@ def open_source(
     ):
         layout = OciLayout.read(place)
         member = layout.find(Reference.parse(source, near).member)
-        yield folder, layout.unpack(member, folder)
+        hashed = layout.unpack(member, folder)
+        yield OpenedSource(folder, hashed, layout.experts[member].annotations[EXPERT_DIGEST])
 
 
 @contextmanager

@@ -632,5 +632,5 @@ def test_eval_refuses_numbers_that_mean_nothing(
     save_file({"model.norm.weight": norm * 0 + 3e38}, vector / "task_vector.safetensors")
     path = recipe("huge", base_folder, "merge: {method: task_arithmetic, scale: 1}", str(vector))
     ran = run_hub("eval", path, "--tasks", tiny_task, "--limit", "2")
-    assert ran.code == 1 and ran.out == ""
+    assert ran.code == 3 and ran.out == ""
     assert "NaN or infinity" in ran.lines("error:")[0]

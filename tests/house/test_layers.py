@@ -20,7 +20,6 @@ WRITING = re.compile(
 )
 # Modules that create empty lock files, or move and link whole files within the store.
 MOVES = {
-    "hub/files/file_locks.py": {"open"},
     "hub/maintenance/collection.py": {"rename"},
     "hub/store/leases.py": {"open"},
     "hub/store/objects.py": {"link", "rename"},

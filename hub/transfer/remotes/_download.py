@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experthub.hub.errors import IntegrityError
+from experthub.hub.files.plain_files import open_plain
 from experthub.hub.transfer.remotes._http import open_client, redact_url, retry
 from experthub.hub.transfer.remotes._limits import (
     Progress,
@@ -89,7 +90,7 @@ def download(
 def _open_locked(path: Path) -> Iterator[BufferedRandom]:
     """Open and lock a file for appending; open it again if its last owner moved it away."""
     while True:
-        with path.open("a+b") as file:
+        with open_plain(path, "a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             try:
                 same = os.path.samestat(os.fstat(file.fileno()), path.stat())

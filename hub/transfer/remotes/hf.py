@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from experthub.hub.errors import HubError, IntegrityError
-from experthub.hub.files.atomic import remove, sync_file, sync_folder, write_text
+from experthub.hub.files.atomic import open_atomically, remove, sync_file, sync_folder, write_text
 from experthub.hub.files.checksummed_text import MANIFEST, read_manifest, write_manifest
 from experthub.hub.files.digests import sha256_of
 from experthub.hub.files.file_locks import hold_lock
@@ -216,6 +216,8 @@ def _fetch_all(
     done = dict.fromkeys((file.name for file in files), 0)
     size = sum(file.size for file in files)
     draft = target.with_name(f".{target.name}")
+    if not draft.is_dir() or draft.is_symlink():
+        remove(draft)  # Somebody else may have put a link there.
     draft.mkdir(parents=True, exist_ok=True)
 
     def fetch_one(file: RemoteFile) -> str:
@@ -232,11 +234,12 @@ def _fetch_all(
                     f"{redact_url(url)} differs from the file that its repository lists",
                     "try again: the file was changed at its source or during the transfer",
                 )
-            path.write_bytes(content)
+            with open_atomically(path) as whole:
+                whole.write(content)
             found = hashlib.sha256(content).hexdigest()
         else:
             found = file.sha256
-            if not path.is_file() or sha256_of(path) != found:
+            if path.is_symlink() or not path.is_file() or sha256_of(path) != found:
                 _download_large(url, file, _download_folder(target), path, track)
         track(file.size, 0)
         return found
@@ -245,7 +248,7 @@ def _fetch_all(
         digests = list(pool.map(fetch_one, files))
     hashed = {file.name: sha256 for file, sha256 in zip(files, digests, strict=True)}
     for path in draft.iterdir():
-        sync_file(path) if path.name in hashed else path.unlink()
+        sync_file(path) if path.name in hashed else remove(path)
     write_manifest(draft, hashed)
     remove(target)
     draft.rename(target)
