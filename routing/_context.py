@@ -7,8 +7,8 @@ input, P probes, E experts of the recipe, L layers.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, field
+from threading import local
 from typing import Any
 
 import torch
@@ -25,7 +25,6 @@ class ForwardPass:
     """One forward pass of a composed model: the rows that it reads, and the decisions about them.
 
     Args:
-        owner: The forward passes of the same model.
         rows: The number of rows B; None if it is unknown.
         tokens: The number of tokens S of each row.
         real: Which tokens `[B, S]` are not padding; None means all.
@@ -33,10 +32,9 @@ class ForwardPass:
             are read, and are used for all following tokens.
         off: Whether the model computes as its base, without any expert.
         base: The key/value cache of the base alone, for routers that read its hidden states.
-        outer: The forward pass, of this or of another composed model, inside which this one runs.
+        outer: The forward pass of the same model inside which this one runs.
     """
 
-    owner: ForwardPasses
     rows: int | None = None
     tokens: int = 0
     real: Tensor | None = None
@@ -97,21 +95,27 @@ class ForwardPass:
         return found
 
 
-# A model is shared by threads, so what a forward pass knows is never stored on the model. Every thread
-# and every asyncio task has its own value of a context variable.
-_innermost: ContextVar[ForwardPass | None] = ContextVar("innermost forward pass", default=None)
-
-
-@dataclass(eq=False)
 class ForwardPasses:
     """The forward passes of one composed model; each thread sees its own alone.
 
-    Args:
+    A model is shared by threads, so what is known about a forward pass is not stored on the model. A
+    forward pass never leaves its thread, and torch.compile can trace thread-local data.
+
+    Attributes:
         announced: Whether hooks of the model begin and end every forward pass. A model without such
             hooks has routers that need nothing but the input of their module.
     """
 
-    announced: bool = False
+    def __init__(self) -> None:
+        self.announced = False
+        self._thread = local()
+
+    def __getstate__(self) -> dict[str, bool]:
+        """Return what a copy gets: no forward pass that runs."""
+        return {"announced": self.announced}
+
+    def __setstate__(self, state: dict[str, bool]) -> None:
+        self.announced, self._thread = state["announced"], local()
 
     def begin(self) -> ForwardPass:
         """Begin a forward pass in this thread.
@@ -119,27 +123,25 @@ class ForwardPasses:
         Returns:
             The forward pass, which is the current one until it ends.
         """
-        begun = ForwardPass(self, outer=_innermost.get())
-        _innermost.set(begun)
+        begun = ForwardPass(outer=self.find())
+        self._thread.current = begun
         return begun
 
     def end(self, ended: ForwardPass) -> None:
-        """End a forward pass of this thread, and those inside that did not end.
+        """End a forward pass of this thread.
 
         Args:
-            ended: The forward pass.
+            ended: The forward pass, which is the current one.
         """
-        _innermost.set(ended.outer)
+        self._thread.current = ended.outer
 
     def find(self) -> ForwardPass | None:
-        """Find the forward pass of the model that runs in this thread.
+        """Find the forward pass that runs in this thread.
 
         Returns:
             The innermost one; None if the model does not run.
         """
-        found = _innermost.get()
-        while found is not None and found.owner is not self:
-            found = found.outer
+        found: ForwardPass | None = getattr(self._thread, "current", None)
         return found
 
 
@@ -168,7 +170,7 @@ class Context:
             tokens: The number of tokens of each of these rows.
         """
         self.passes, self.route = passes or ForwardPasses(), route
-        self._alone = ForwardPass(self.passes, rows, tokens)
+        self._alone = ForwardPass(rows, tokens)
         self._n_groups = 0
 
     def name_group(self) -> RowKey:

@@ -114,14 +114,15 @@ class _Rows:
     Args:
         ids: The inputs `[B, S]`.
         real: A mask `[B, S]` of the tokens that are not padding.
-        named: The tasks of the rows, or one for all; None if the caller named none.
+        find_tasks: A function that returns the tasks of the rows, or one for all; None if the caller
+            named none.
         read_texts: A function that decodes `ids` and `real` into texts.
         read_hidden: A function that computes the base's last hidden states.
     """
 
     ids: Tensor
     real: Tensor
-    named: tuple[str, ...] | None
+    find_tasks: Callable[[], tuple[str, ...] | None]
     read_texts: Callable[[Tensor, Tensor], list[str]] | None
     read_hidden: Callable[[], Tensor]
 
@@ -142,7 +143,7 @@ class _Rows:
     @property
     def tasks(self) -> list[str]:
         """The task of each row; an empty text if the caller named none."""
-        rows, named = len(self.ids), self.named
+        rows, named = len(self.ids), self.find_tasks()
         if named is None:
             return [""] * rows
         if len(named) not in (1, rows):
@@ -268,7 +269,7 @@ class Watch:
             rows = _Rows(
                 given,
                 real,
-                _named.get().get(self.name),
+                lambda: _named.get().get(self.name),
                 hook.read_texts,
                 lambda: _read_hidden(now, module, args, kwargs, kept),
             )
@@ -293,8 +294,9 @@ class Watch:
 
 def _refuse_checkpoints(module: Any) -> None:
     """Refuse gradient checkpointing, which calls modules again when the forward pass has ended."""
-    training = module.training and torch.is_grad_enabled()
-    if training and getattr(module, "is_gradient_checkpointing", False):
+    if not (module.training and torch.is_grad_enabled()):
+        return
+    if any(getattr(one, "gradient_checkpointing", False) for one in module.modules()):
         raise UsageError(
             "a router that decides for whole rows cannot be used with gradient checkpointing",
             "call model.gradient_checkpointing_disable()",
