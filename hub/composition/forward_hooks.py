@@ -244,7 +244,8 @@ class Watch:
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Begin a forward pass: find out which rows are read, and let routers decide for them."""
         now = self.passes.find()
-        if now is not None and now.off:
+        if now is not None and now.off and now.rows is None:
+            now.rows = 0  # `_read_hidden` began this one, and makes no decision about its rows.
             return
         now = self.passes.begin()
         _refuse_checkpoints(module)
@@ -271,9 +272,26 @@ class Watch:
                 real,
                 lambda: _named.get().get(self.name),
                 hook.read_texts,
-                lambda: _read_hidden(now, module, args, kwargs, kept),
+                lambda: self._read_hidden(now, module, args, kwargs, kept),
             )
             hook.context.select(hook.select(rows))
+
+    def _read_hidden(
+        self, now: ForwardPass, module: nn.Module, args: Any, kwargs: Any, kept: RowCache | None
+    ) -> Tensor:
+        """Compute the base's last hidden states `[B, S, H]` of the tokens that are read now."""
+        own = {k: v for k, v in kwargs.items() if not k.startswith("output_")}
+        own["past_key_values"] = kept.base if kept else None
+        plain = self.passes.begin()
+        plain.off = True
+        try:
+            with torch.no_grad():
+                read = module(*args, **own)
+        finally:
+            self.passes.end(plain)
+        now.base = getattr(read, "past_key_values", None)
+        hidden: Tensor = read.last_hidden_state
+        return hidden
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """End a forward pass: store what is known about the rows in the key/value cache."""
@@ -288,7 +306,11 @@ class Watch:
             cache.layers.append(kept)
         if kept is not None:
             passing = {hook.context.route for hook in self.hooked if hook.by_token}
-            kept.rows = {key: own for key, own in now.kept.items() if key[0] not in passing}
+            kept.rows = {
+                key: own
+                for key, own in now.kept.items()
+                if key[0] not in passing and own.ndim > 1  # `[E]` holds for all rows alike.
+            }
             kept.base = now.base
 
 
@@ -301,23 +323,6 @@ def _refuse_checkpoints(module: Any) -> None:
             "a router that decides for whole rows cannot be used with gradient checkpointing",
             "call model.gradient_checkpointing_disable()",
         )
-
-
-def _read_hidden(
-    now: ForwardPass, module: nn.Module, args: Any, kwargs: Any, kept: RowCache | None
-) -> Tensor:
-    """Compute the base's last hidden states `[B, S, H]` of the tokens that are read now."""
-    own = {k: v for k, v in kwargs.items() if not k.startswith("output_")}
-    own["past_key_values"] = kept.base if kept else None
-    now.off = True
-    try:
-        with torch.no_grad():
-            read = module(*args, **own)
-    finally:
-        now.off = False
-    now.base = getattr(read, "past_key_values", None)
-    hidden: Tensor = read.last_hidden_state
-    return hidden
 
 
 def _find_row_cache(cache: Any) -> RowCache | None:
