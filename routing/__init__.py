@@ -1,6 +1,6 @@
 """Input-dependent mixing of experts; imports torch and `experthub.merge`."""
 
-from experthub.routing._context import Context, ModelRouter
+from experthub.routing._context import Context, ForwardPass, ForwardPasses, ModelRouter, RowKey
 from experthub.routing._expert_rows import ExpertRows
 from experthub.routing._group import Group
 from experthub.routing._packed import PackedExperts, group_modules, pack_experts
@@ -50,6 +50,8 @@ __all__ = [
     "Embedder",
     "ExpertRows",
     "ExpertStack",
+    "ForwardPass",
+    "ForwardPasses",
     "Group",
     "Kernel",
     "ModelRouter",
@@ -61,6 +63,7 @@ __all__ = [
     "RouterMaterials",
     "RouterTraits",
     "Routing",
+    "RowKey",
     "Select",
     "SigmoidGate",
     "SkilledLinear",

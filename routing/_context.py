@@ -8,42 +8,40 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from threading import local
+from typing import Any
 
 import torch
 from experthub.routing._router import Weights
 from torch import Tensor
 
-VALUES, EXPERTS = "values", "experts"  # Keys of `Context.kept`.
+# The name of a route, and what was decided: by a group of modules, or for the whole model.
+RowKey = tuple[str, Hashable]
+VALUES, EXPERTS = "values", "experts"  # Keys of the decisions of a router of the whole model.
 
 
 @dataclass(eq=False)
-class Context:
-    """The rows that a composed model reads at this moment, shared by all of its routed modules.
+class ForwardPass:
+    """One forward pass of a composed model: the rows that it reads, and the decisions about them.
 
     Args:
-        rows: The number of rows B; None outside of the model's forward pass.
+        rows: The number of rows B; None if it is unknown.
         tokens: The number of tokens S of each row.
         real: Which tokens `[B, S]` are not padding; None means all.
         kept: Decisions about every row `[B, ...]`. They are made when the first tokens of the rows
             are read, and are used for all following tokens.
         off: Whether the model computes as its base, without any expert.
+        base: The key/value cache of the base alone, for routers that read its hidden states.
+        outer: The forward pass of the same model inside which this one runs.
     """
 
     rows: int | None = None
     tokens: int = 0
     real: Tensor | None = None
-    kept: dict[Hashable, Tensor] = field(default_factory=dict)
+    kept: dict[RowKey, Tensor] = field(default_factory=dict)
     off: bool = False
-
-    def select(self, weights: Weights) -> None:
-        """Set the weights that `ModelRouter` returns for every row.
-
-        Args:
-            weights: Weights of the recipe's experts, as a `Select` function returns them.
-        """
-        self.kept[VALUES] = weights.values
-        if weights.experts is not None:
-            self.kept[EXPERTS] = weights.experts
+    base: Any = None
+    outer: ForwardPass | None = None
 
     def infer_shape(self, leading: Sequence[int]) -> tuple[int, int]:
         """Infer the number of rows and the tokens per row of a module's inputs.
@@ -57,23 +55,23 @@ class Context:
         Raises:
             ValueError: The inputs are not those of the current batch.
         """
-        count = torch.Size(leading).numel()
-        rows = self.rows or (leading[0] if len(leading) > 1 else count)
-        tokens = count // max(rows, 1)
+        size = torch.Size(leading).numel()
+        rows = self.rows or (leading[0] if len(leading) > 1 else size)
+        tokens = size // max(rows, 1)
         known = not self.rows or not self.tokens or tokens in (1, self.tokens)
-        if rows * tokens != count or not known:
+        if rows * tokens != size or not known:
             raise ValueError(
-                f"expected the inputs of {rows} rows of {self.tokens} tokens, found {count} inputs"
+                f"expected the inputs of {rows} rows of {self.tokens} tokens, found {size} inputs"
             )
         return rows, tokens
 
-    def pool_scores(self, key: Hashable, scores: Tensor, leading: Sequence[int]) -> Tensor:
+    def pool_scores(self, key: RowKey, scores: Tensor, leading: Sequence[int]) -> Tensor:
         """Average scores over the tokens of each row, without padding.
 
         Within the model's forward pass the result is kept, and later calls with the key return it.
 
         Args:
-            key: Identifies the module whose scores these are.
+            key: The name of the route, and the module whose scores these are.
             scores: The scores `[T, G, P]` of the inputs.
             leading: The leading dimensions of the inputs.
 
@@ -95,6 +93,125 @@ class Context:
         if self.rows is not None:
             self.kept[key] = found
         return found
+
+
+class ForwardPasses:
+    """The forward passes of one composed model; each thread sees its own alone.
+
+    A model is shared by threads, so what is known about a forward pass is not stored on the model. A
+    forward pass never leaves its thread, and torch.compile can trace thread-local data.
+
+    Attributes:
+        announced: Whether hooks of the model begin and end every forward pass. A model without such
+            hooks has routers that need nothing but the input of their module.
+    """
+
+    def __init__(self) -> None:
+        self.announced = False
+        self._thread = local()
+
+    def __getstate__(self) -> dict[str, bool]:
+        """Return what a copy gets: no forward pass that runs."""
+        return {"announced": self.announced}
+
+    def __setstate__(self, state: dict[str, bool]) -> None:
+        self.announced, self._thread = state["announced"], local()
+
+    def begin(self) -> ForwardPass:
+        """Begin a forward pass in this thread.
+
+        Returns:
+            The forward pass, which is the current one until it ends.
+        """
+        begun = ForwardPass(outer=self.find())
+        self._thread.current = begun
+        return begun
+
+    def end(self, ended: ForwardPass) -> None:
+        """End a forward pass of this thread.
+
+        Args:
+            ended: The forward pass, which is the current one.
+        """
+        self._thread.current = ended.outer
+
+    def find(self) -> ForwardPass | None:
+        """Find the forward pass that runs in this thread.
+
+        Returns:
+            The innermost one; None if the model does not run.
+        """
+        found: ForwardPass | None = getattr(self._thread, "current", None)
+        return found
+
+
+class Context:
+    """The link between the routed modules of one route and the forward pass that runs.
+
+    Attributes:
+        passes: The forward passes of the composed model.
+        route: The name of the route among those of the model.
+    """
+
+    def __init__(
+        self,
+        passes: ForwardPasses | None = None,
+        route: str = "",
+        *,
+        rows: int | None = None,
+        tokens: int = 0,
+    ) -> None:
+        """Link a route to a model.
+
+        Args:
+            passes: The forward passes of the model; None for modules that are used without a model.
+            route: The name of the route.
+            rows: The number of rows that modules without a model read; None if it is unknown.
+            tokens: The number of tokens of each of these rows.
+        """
+        self.passes, self.route = passes or ForwardPasses(), route
+        self._alone = ForwardPass(rows, tokens)
+        self._n_groups = 0
+
+    def name_group(self) -> RowKey:
+        """Name one more group of modules of the route, equally whenever the recipe is composed."""
+        self._n_groups += 1
+        return self.route, self._n_groups
+
+    @property
+    def off(self) -> bool:
+        """Whether the model computes as its base, without any expert."""
+        found = self.passes.find()
+        return found is not None and found.off
+
+    @property
+    def current(self) -> ForwardPass:
+        """The forward pass that runs in this thread.
+
+        Raises:
+            ValueError: The model does not run in this thread.
+        """
+        if not self.passes.announced:
+            return self._alone
+        found = self.passes.find()
+        if found is None:
+            raise ValueError(
+                "expected a module inside a forward pass of the composed model, found it called "
+                "alone: run the whole model, without gradient checkpointing, because its router "
+                "decides for whole rows"
+            )
+        return found
+
+    def select(self, weights: Weights) -> None:
+        """Set the weights that `ModelRouter` returns for every row.
+
+        Args:
+            weights: Weights of the recipe's experts, as a `Select` function returns them.
+        """
+        kept = self.current.kept
+        kept[self.route, VALUES] = weights.values
+        if weights.experts is not None:
+            kept[self.route, EXPERTS] = weights.experts
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,25 +249,24 @@ class ModelRouter:
             ValueError: No weights were chosen, because the composed model is not running, or the
                 inputs are not those of the current batch.
         """
-        kept = self.context.kept
-        if VALUES not in kept:
+        now, route = self.context.current, self.context.route
+        if (route, VALUES) not in now.kept:
             raise ValueError(
                 "expected weights of the current batch, found none: run the whole composed model, "
                 "because its router decides once for the model"
             )
-        found = Weights(kept[VALUES], kept.get(EXPERTS))
+        found = Weights(now.kept[route, VALUES], now.kept.get((route, EXPERTS)))
         if len(self.experts) < self.n_experts:
             found = Weights(found.dense(self.n_experts)[..., list(self.experts)])
         if found.values.ndim == 1:
             return found
-        rows, tokens = self.context.infer_shape([len(scores)])
+        rows, tokens = now.infer_shape([len(scores)])
         if self.layer is None:
             return found.add_module_axis().repeat_rows(tokens)
         shared = found.values.shape[2] == 1  # All layers use the same weights.
         values = found.values[:, :, 0 if shared else self.layer].flatten(0, 1)
         if len(values) != len(scores):
             raise ValueError(
-                f"expected all {self.context.tokens} tokens of {rows} rows, "
-                f"found {len(scores)} inputs"
+                f"expected all {now.tokens} tokens of {rows} rows, found {len(scores)} inputs"
             )
         return Weights(values).add_module_axis()

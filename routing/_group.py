@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from experthub.merge import Combine
-from experthub.routing._context import Context
+from experthub.routing._context import Context, ForwardPass
 from experthub.routing._expert_rows import ExpertRows
 from experthub.routing._packed import PackedExperts
 from experthub.routing._router import TopK, Weights
@@ -103,11 +103,18 @@ class Group:
         self.packed, self.dtype, self.combine, self.trained = packed, dtype, combine, trained
         self.size, self.n_experts = len(packed.b), len(packed.experts)
         self.context = context or Context()
+        self.passes, self.key = self.context.passes, self.context.name_group()
         all_rows = self.n_experts * packed.a.rank <= FEW_ROWS
         self.kernels = KernelChoice(
             many="all" if all_rows else "sampled", forced="all" if trained is not None else kernel
         )
-        self._held: tuple[Tensor, Mixed, set[int]] | None = None
+        # An input, its forward pass, whether gradients are computed, the products, and the modules that
+        # were not called with it yet.
+        self._held: tuple[Tensor, ForwardPass | None, bool, Mixed, set[int]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy gets: all but the products that are held for a running forward pass."""
+        return {**vars(self), "_held": None}
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a function to each tensor, such as a move to another device.
@@ -132,9 +139,11 @@ class Group:
         Returns:
             The changed outputs `y`.
         """
-        if self.context.off:
+        now = self.passes.find() if self.passes.announced else None
+        if now is not None and now.off:
             return y
-        mixed, y_TO, b = self._mix_once(x, module), y.view(-1, y.shape[-1]), self.packed.b[module]
+        mixed = self._mix_once(x, module, now)
+        y_TO, b = y.view(-1, y.shape[-1]), self.packed.b[module]
         if mixed.experts_G is None:
             add_all(y_TO, mixed.z_G[module], b.own)
         else:
@@ -156,16 +165,26 @@ class Group:
         weights = weights.expand(len(x_TI), self.size, self.n_experts)[:, module]
         return weights.reshape(*x.shape[:-1], self.n_experts)
 
-    def _mix_once(self, x: Tensor, module: int) -> Mixed:
-        """Keep the mixed products of an input until each module was called with the same tensor."""
+    def _mix_once(self, x: Tensor, module: int, now: ForwardPass | None) -> Mixed:
+        """Keep the mixed products of an input until each module was called with the same tensor.
+
+        Threads may replace each other's products, which are then computed again. Products of another
+        forward pass are never used.
+        """
         if self.size == 1:
             return self._mix(x)
-        held = self._held
-        if held is None or held[0] is not x or module not in held[2]:
-            held = x, self._mix(x), set(range(self.size))
-        held[2].discard(module)
-        self._held = held if held[2] else None
-        return held[1]
+        held, graph = self._held, torch.is_grad_enabled()
+        if (
+            held is None
+            or held[0] is not x
+            or held[1] is not now
+            or held[2] != graph
+            or module not in held[4]
+        ):
+            held = x, now, graph, self._mix(x), set(range(self.size))
+        held[4].discard(module)
+        self._held = held if held[4] else None
+        return held[3]
 
     def _mix(self, x: Tensor) -> Mixed:
         """Compute `A x` times the weights for all modules."""
@@ -227,9 +246,9 @@ class Group:
         router = self.packed.router
         if not router.pooled:
             return router.weights(scores)
-        leading = x.shape[:-1]
-        found = router.weights(self.context.pool_scores(id(self), scores, leading))
-        return found.repeat_rows(self.context.infer_shape(leading)[1])
+        leading, now = x.shape[:-1], self.context.current
+        found = router.weights(now.pool_scores(self.key, scores, leading))
+        return found.repeat_rows(now.infer_shape(leading)[1])
 
     def _choose_kernel(self, x_TI: Tensor) -> Kernel:
         """Choose the kernel for some inputs."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from threading import Lock
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from experthub.merge import is_linear, is_transposed
 from safetensors import safe_open
 
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+# The blocks that hide progress bars now, and whether bars were shown before the first of them.
+_hiding, _shown, _progress_bars = 0, True, Lock()
 
 
 def load_model(base: Base, dtype: str, device: str | None) -> Any:
@@ -197,16 +200,25 @@ def check_device(device: str | None) -> None:
 
 @contextmanager
 def hide_progress_bars() -> Iterator[None]:
-    """Hide the progress bars of transformers inside the block; the hub shows its own."""
+    """Hide the progress bars of transformers inside the block; the hub shows its own.
+
+    The setting is one of the process, so the last of several threads restores it.
+    """
+    global _hiding, _shown
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    with _progress_bars:
+        if not _hiding:
+            _shown = logging.is_progress_bar_enabled()
+            logging.disable_progress_bar()
+        _hiding += 1
     try:
         yield
     finally:
-        if shown:
-            logging.enable_progress_bar()
+        with _progress_bars:
+            _hiding -= 1
+            if _shown and not _hiding:
+                logging.enable_progress_bar()
 
 
 def _find_class(base: Base) -> tuple[Any, Any]:

@@ -12,6 +12,7 @@ from experthub.hub.bases.loading import load_model
 from experthub.hub.bases.tying import tie_again, untie
 from experthub.hub.composition.bank import find_bank
 from experthub.hub.composition.composition import Composition
+from experthub.hub.composition.forward_hooks import Watch
 from experthub.hub.composition.routes import route
 from experthub.hub.composition.weights import Contents, load_task_vector
 from experthub.hub.errors import HubError, IntegrityError, UsageError, explain_errors
@@ -62,7 +63,7 @@ def assemble(
             _check_orientation(target, plan)
         session.report(f"composing {len(plan.experts)} experts", 0, 0)
         merged: list[TaskVector] = []
-        routes = []
+        routes, watch = [], Watch()
         # Merges come first, so that routed modules get the changed weights.
         units = sorted(zip(plan.units, banks, strict=True), key=lambda one: one[0].routed)
         for unit, bank in units:
@@ -71,10 +72,10 @@ def assemble(
                     merged.append(_merge(unit, contents, state))
                     _add(target, merged[-1], unit)
                 else:
-                    routes.append(route(target, unit, contents, state, bank, session))
+                    routes.append(route(target, unit, contents, state, bank, session, watch))
         merged += [one.folded for one in routes if one.folded is not None]
         whole = None if plan.routed else _unite(merged)
-        return Composition(target, plan, whole, state, tuple(routes))
+        return Composition(target, plan, whole, state, tuple(routes), watch)
 
 
 def _merge(plan: Plan, contents: Contents, state: Any) -> TaskVector:

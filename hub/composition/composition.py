@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from experthub.hub.composition.export import save_model
+from experthub.hub.composition.forward_hooks import Watch
 from experthub.hub.composition.routes import Routes
 from experthub.hub.errors import UsageError
 from experthub.hub.recipes.plan import Plan
@@ -32,6 +33,7 @@ class Composition:
     merged: TaskVector | None = None
     state: Any = None
     _routes: tuple[Routes, ...] = ()
+    _watch: Watch = field(default_factory=Watch)
 
     @property
     def lock(self) -> dict[str, Any]:
@@ -60,6 +62,10 @@ class Composition:
     def tasks(self, names: Sequence[str] | str) -> Iterator[None]:
         """Set the task of each row of the batches in the block, for a router that chooses by task.
 
+        The tasks hold for the thread and the asyncio task of the block. A thread that is started in
+        the block does not see them; `asyncio.to_thread` passes them on. They also hold for copies of
+        the model.
+
         Args:
             names: One name for each row, or one for all rows. A name is the label of an expert in
                 the recipe, or the task that an expert was trained on.
@@ -68,15 +74,8 @@ class Composition:
             >>> with composition.tasks("bigbench:implicatures"):  # doctest: +SKIP
             ...     composition.model.generate(**batch)
         """
-        watches = [routes.watch for routes in self._routes]
-        before = [watch.tasks for watch in watches]
-        for watch in watches:
-            watch.tasks = (names,) if isinstance(names, str) else tuple(names)
-        try:
+        with self._watch.name_tasks(names):
             yield
-        finally:
-            for watch, tasks in zip(watches, before, strict=True):
-                watch.tasks = tasks
 
     def save(self, folder: Path | str, format: Literal["hf", "peft"] = "hf") -> Path:
         """Write a merged model as a folder that transformers loads, or as one PEFT adapter.

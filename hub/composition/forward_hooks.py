@@ -9,13 +9,17 @@ Shapes: B rows, S tokens, H hidden features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
+from uuid import uuid4
 
 import torch
 from experthub.hub.errors import UsageError
-from experthub.routing import Context, Select
+from experthub.routing import Context, ForwardPass, ForwardPasses, RowKey, Select
 from torch import Tensor, nn
 
 INPUTS = ("input_ids", "inputs_embeds", "pixel_values")  # The arguments that hold what is read.
@@ -28,11 +32,11 @@ class RowCache:
     Its methods and its flags are those that transformers expects of a cache layer.
 
     Args:
-        rows: Tensors `[B, ...]` by name.
+        rows: Decisions `[B, ...]` of routers about each row.
         base: The cache of the base's own forward pass, for routers that read hidden states.
     """
 
-    rows: dict[Hashable, Tensor] = field(default_factory=dict)
+    rows: dict[RowKey, Tensor] = field(default_factory=dict)
     base: Any = None
     is_sliding: bool = False
     is_compileable: bool = True
@@ -110,14 +114,15 @@ class _Rows:
     Args:
         ids: The inputs `[B, S]`.
         real: A mask `[B, S]` of the tokens that are not padding.
-        named: The tasks of the rows, or one for all; None if the caller named none.
+        find_tasks: A function that returns the tasks of the rows, or one for all; None if the caller
+            named none.
         read_texts: A function that decodes `ids` and `real` into texts.
         read_hidden: A function that computes the base's last hidden states.
     """
 
     ids: Tensor
     real: Tensor
-    named: tuple[str, ...] | None
+    find_tasks: Callable[[], tuple[str, ...] | None]
     read_texts: Callable[[Tensor, Tensor], list[str]] | None
     read_hidden: Callable[[], Tensor]
 
@@ -138,7 +143,7 @@ class _Rows:
     @property
     def tasks(self) -> list[str]:
         """The task of each row; an empty text if the caller named none."""
-        rows, named = len(self.ids), self.named
+        rows, named = len(self.ids), self.find_tasks()
         if named is None:
             return [""] * rows
         if len(named) not in (1, rows):
@@ -159,34 +164,58 @@ class _Rows:
 
 
 @dataclass
-class Watch:
-    """The forward hooks of one composition.
+class RouteHook:
+    """One route of a composed model, as the model's forward hooks see it.
 
     Args:
-        context: What the routed modules of the composition know about the batch.
+        context: The link from the routed modules to the forward pass.
         select: A router that decides for the whole model; None if all decide at their modules.
         by_token: Whether `select` returns weights for every token of every forward pass. Otherwise
             it returns weights for rows, once, when their first tokens are read.
         read_texts: A function that decodes token ids `[B, S]` and a mask of real tokens into texts.
-        tasks: The tasks of the rows, as the caller named them.
     """
 
     context: Context
     select: Select | None = None
     by_token: bool = False
     read_texts: Callable[[Tensor, Tensor], list[str]] | None = None
-    tasks: tuple[str, ...] | None = None
-    _handles: list[Any] = field(default_factory=list)
-    _base: Any = None
 
-    def attach(self, model: Any) -> None:
+
+# The tasks of the rows, by the model that they were named for. A model is shared by threads, so they
+# are kept by thread and by asyncio task.
+_named: ContextVar[Mapping[str, tuple[str, ...]]] = ContextVar(
+    "named tasks", default=MappingProxyType({})
+)
+
+
+@dataclass
+class Watch:
+    """The forward hooks of one composed model.
+
+    Nothing about the rows of a forward pass is stored here, because threads share the model.
+
+    Args:
+        passes: The forward passes of the model.
+        hooked: The routes that need hooks.
+        name: The name under which tasks are named; copies of the model share it.
+    """
+
+    passes: ForwardPasses = field(default_factory=ForwardPasses)
+    hooked: list[RouteHook] = field(default_factory=list)
+    name: str = field(default_factory=lambda: uuid4().hex)
+    _handles: list[Any] = field(default_factory=list)
+
+    def attach(self, model: Any, route: RouteHook) -> None:
         """Hook a transformers model, at its base model, which every model with a head calls.
 
         Args:
             model: The composed model.
+            route: One route of the model.
         """
+        self.hooked.append(route)
+        self.passes.announced = True
         inner: nn.Module = model.base_model
-        self._handles = [
+        self._handles = self._handles or [
             inner.register_forward_pre_hook(self._before, with_kwargs=True),
             inner.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         ]
@@ -197,11 +226,29 @@ class Watch:
             handle.remove()
         self._handles.clear()
 
+    @contextmanager
+    def name_tasks(self, names: Sequence[str] | str) -> Iterator[None]:
+        """Name the tasks of the rows that this thread's forward passes in the block read.
+
+        Args:
+            names: One name for each row, or one for all rows.
+        """
+        before = _named.get().get(self.name)
+        _named.set({**_named.get(), self.name: (names,) if isinstance(names, str) else (*names,)})
+        try:
+            yield
+        finally:
+            others = {key: own for key, own in _named.get().items() if key != self.name}
+            _named.set(others if before is None else {**others, self.name: before})
+
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Tell the routed modules which rows the model is about to read."""
-        context = self.context
-        if context.off:
+        """Begin a forward pass: find out which rows are read, and let routers decide for them."""
+        now = self.passes.find()
+        if now is not None and now.off and now.rows is None:
+            now.rows = 0  # `_read_hidden` began this one, and makes no decision about its rows.
             return
+        now = self.passes.begin()
+        _refuse_checkpoints(module)
         kept = _find_row_cache(kwargs.get("past_key_values"))
         named = (kwargs[name] for name in INPUTS if kwargs.get(name) is not None)
         given = args[0] if args else next(named, None)
@@ -209,54 +256,73 @@ class Watch:
             raise UsageError(
                 "the model was called without inputs", f"pass one of {', '.join(INPUTS)}"
             )
-        context.rows = len(given)
-        context.tokens = given.shape[1] if given.ndim in (2, 3) else 0
-        context.real = _find_real_tokens(kwargs.get("attention_mask"), context.tokens)
-        context.kept = kept.rows if kept else {}
-        if self.select is None or (context.kept and not self.by_token):
-            return
-        real = context.real
+        now.rows = len(given)
+        now.tokens = given.shape[1] if given.ndim in (2, 3) else 0
+        now.real = _find_real_tokens(kwargs.get("attention_mask"), now.tokens)
+        now.kept = dict(kept.rows) if kept else {}
+        decided = {route for route, _ in now.kept}
+        real = now.real
         if real is None:
             real = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
-        rows = _Rows(
-            given,
-            real,
-            self.tasks,
-            self.read_texts,
-            lambda: self._read_hidden(module, args, kwargs, kept),
-        )
-        context.select(self.select(rows))
+        for hook in self.hooked:
+            if hook.select is None or (hook.context.route in decided and not hook.by_token):
+                continue
+            rows = _Rows(
+                given,
+                real,
+                lambda: _named.get().get(self.name),
+                hook.read_texts,
+                lambda: self._read_hidden(now, module, args, kwargs, kept),
+            )
+            hook.context.select(hook.select(rows))
 
     def _read_hidden(
-        self, module: nn.Module, args: Any, kwargs: Any, kept: RowCache | None
+        self, now: ForwardPass, module: nn.Module, args: Any, kwargs: Any, kept: RowCache | None
     ) -> Tensor:
         """Compute the base's last hidden states `[B, S, H]` of the tokens that are read now."""
         own = {k: v for k, v in kwargs.items() if not k.startswith("output_")}
         own["past_key_values"] = kept.base if kept else None
-        self.context.off = True
+        plain = self.passes.begin()
+        plain.off = True
         try:
             with torch.no_grad():
                 read = module(*args, **own)
         finally:
-            self.context.off = False
-        self._base = getattr(read, "past_key_values", None)
+            self.passes.end(plain)
+        now.base = getattr(read, "past_key_values", None)
         hidden: Tensor = read.last_hidden_state
         return hidden
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """Store what is known about the rows in the key/value cache."""
-        context = self.context
-        if context.off:
+        """End a forward pass: store what is known about the rows in the key/value cache."""
+        now = self.passes.find()
+        if now is None or now.off:
             return
+        self.passes.end(now)
         cache = getattr(output, "past_key_values", None)
         kept = _find_row_cache(cache)
         if kept is None and cache is not None and cache.layers:
             kept = RowCache(is_sliding=bool(getattr(cache.layers[0], "is_sliding", False)))
             cache.layers.append(kept)
         if kept is not None:
-            kept.rows = {} if self.by_token else context.kept
-            kept.base = self._base
-        context.rows, context.real, context.kept, self._base = None, None, {}, None
+            passing = {hook.context.route for hook in self.hooked if hook.by_token}
+            kept.rows = {
+                key: own
+                for key, own in now.kept.items()
+                if key[0] not in passing and own.ndim > 1  # `[E]` holds for all rows alike.
+            }
+            kept.base = now.base
+
+
+def _refuse_checkpoints(module: Any) -> None:
+    """Refuse gradient checkpointing, which calls modules again when the forward pass has ended."""
+    if not (module.training and torch.is_grad_enabled()):
+        return
+    if any(getattr(one, "gradient_checkpointing", False) for one in module.modules()):
+        raise UsageError(
+            "a router that decides for whole rows cannot be used with gradient checkpointing",
+            "call model.gradient_checkpointing_disable()",
+        )
 
 
 def _find_row_cache(cache: Any) -> RowCache | None:

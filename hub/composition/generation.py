@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from threading import Lock
 from typing import Any
 
 from experthub.hub.bases.base import Base
@@ -12,6 +13,8 @@ from experthub.hub.errors import UsageError
 from experthub.hub.readers.similarity import tokenise
 
 COLDEST, HOTTEST = 1e-4, 1e4  # The temperatures of sampling, besides 0.
+# Transformers samples with the random generator of the process, so threads take turns.
+_sampling = Lock()
 
 
 def generate_text(
@@ -117,7 +120,7 @@ def generate_ids(
 ) -> list[int]:
     """Generate the tokens that follow other tokens.
 
-    Sampling is seeded with the recipe's seed.
+    Sampling is seeded with the recipe's seed. Threads that sample take turns.
 
     Args:
         composition: A composed causal language model.
@@ -137,18 +140,21 @@ def generate_ids(
 
     if not ids:
         raise UsageError("the prompt is empty", "pass a text with --prompt")
-    torch.manual_seed(composition.plan.recipe.seed)
-    sampling = (
-        {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    )
     given = torch.tensor([ids], device=composition.model.device)
+    settings = {
+        "input_ids": given,
+        "attention_mask": torch.ones_like(given),
+        "max_new_tokens": max_new_tokens,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     with refuse_overflow(composition):
-        written = composition.model.generate(
-            input_ids=given,
-            attention_mask=torch.ones_like(given),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-            **sampling,
-        )
+        if temperature:
+            with _sampling:
+                torch.manual_seed(composition.plan.recipe.seed)
+                written = composition.model.generate(
+                    **settings, do_sample=True, temperature=temperature
+                )
+        else:
+            written = composition.model.generate(**settings, do_sample=False)
     new: list[int] = written[0, len(ids) :].tolist()
     return new

@@ -9,39 +9,35 @@ from typing import Any
 import torch
 from experthub.hub.bases.loading import load_tokenizer
 from experthub.hub.composition.bank import Bank, NamedGroup
-from experthub.hub.composition.forward_hooks import Watch
+from experthub.hub.composition.forward_hooks import RouteHook, Watch
 from experthub.hub.composition.kernels import choose_kernels
+from experthub.hub.composition.selection import TextReader, make_selection
 from experthub.hub.composition.skills import (
+    TaskSelection,
     add_to_modules,
     check_skills,
     fold_task,
     load_inventory,
-    select_task,
     stack_tasks,
 )
 from experthub.hub.composition.stacking import Stacking
 from experthub.hub.composition.weights import Contents
 from experthub.hub.errors import UsageError, explain_errors
-from experthub.hub.materials.sentence_encoder import SentenceEncoder
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.session import Session
 from experthub.hub.store.store import Store
 from experthub.merge import TaskVector
 from experthub.routing import (
     FLOAT32_CPU_KERNELS,
-    Batch,
     Context,
     Kernel,
     ModelRouter,
-    Pool,
     RoutedLinear,
-    Select,
     State,
-    Weights,
     attach_experts,
     parse_kernel,
 )
-from torch import Tensor, nn
+from torch import nn
 
 
 @dataclass
@@ -49,14 +45,14 @@ class Routes:
     """The changes that a route made to a model.
 
     Args:
+        watch: The hooks around the model's forward pass, which all of its routes share.
         originals: The modules that were replaced, by path.
-        watch: The hooks around the forward pass.
         folded: The task vector that was added to weights instead, for a route that is the same for
             every input.
     """
 
+    watch: Watch
     originals: dict[str, nn.Module] = field(default_factory=dict)
-    watch: Watch = field(default_factory=lambda: Watch(Context()))
     folded: TaskVector | None = None
 
     def undo(self, model: Any) -> None:
@@ -78,6 +74,7 @@ def route(
     state: State | None,
     bank: Bank | None,
     session: Session,
+    watch: Watch,
 ) -> Routes:
     """Replace every routed module of a model.
 
@@ -89,6 +86,7 @@ def route(
         bank: The bank from which the packed experts are read, and into which they are written if it
             is not complete. None packs them in memory.
         session: The store, the registry for an embedder, and the progress callback.
+        watch: The hooks around the model's forward pass, which all of its routes share.
 
     Returns:
         The changes, which can be undone.
@@ -99,11 +97,10 @@ def route(
     """
     kernel = _check_kernel(model, plan)
     if plan.skilled:
-        return _route_skills(model, plan, contents, session.store)
+        return _route_skills(model, plan, contents, session.store, watch)
     method, state = plan.recipe.method, state or State()
-    routes = Routes()
-    context = routes.watch.context
-    select = _make_selection(model, plan, state, session)
+    routes, context = Routes(watch), _make_context(watch, plan)
+    select = make_selection(model, plan, state, session)
     modules = dict(model.named_modules())
 
     def pack() -> Iterator[NamedGroup]:
@@ -125,8 +122,16 @@ def route(
     if kernel is None:
         choose_kernels(groups)
     if select is not None or any(group.packed.router.pooled for group in groups):
-        _attach(routes.watch, model, plan, select)
+        _attach(watch, model, plan, RouteHook(context, select))
     return routes
+
+
+def _make_context(watch: Watch, plan: Plan) -> Context:
+    """Link a route to its model. Its name is the same in every model of the recipe.
+
+    A key/value cache has the decisions of routes by their names.
+    """
+    return Context(watch.passes, f"{plan.digest} {plan.parameters[0]}")
 
 
 def _check_kernel(model: Any, plan: Plan) -> Kernel | None:
@@ -142,13 +147,13 @@ def _check_kernel(model: Any, plan: Plan) -> Kernel | None:
     return kernel
 
 
-def _route_skills(model: Any, plan: Plan, contents: Contents, store: Store) -> Routes:
+def _route_skills(model: Any, plan: Plan, contents: Contents, store: Store, watch: Watch) -> Routes:
     """Fold an inventory of skills into the weights for one task, or route over all its tasks."""
     inventory = load_inventory(plan, contents, store)
     check_skills(plan, inventory.record)
     known = inventory.record.tasks
     task = known[0] if plan.task is None and len(known) == 1 else plan.task
-    routes = Routes()
+    routes = Routes(watch)
     if task is not None:
         routes.folded = fold_task(plan, inventory, task)
         routes.originals = add_to_modules(model, routes.folded)
@@ -159,47 +164,18 @@ def _route_skills(model: Any, plan: Plan, contents: Contents, store: Store) -> R
             f"{plan.experts[0].label} for each example",
             f"set task: to one task of the inventory, such as {known[0]}",
         )
-    context = routes.watch.context
+    context = _make_context(watch, plan)
     for name, stack in stack_tasks(plan, inventory):
         module = model.get_submodule(name)
         router = ModelRouter(context, stack.experts, stack.n_experts)
         linear = RoutedLinear.from_stack(module, stack, router, "outputs", context=context)
         model.set_submodule(name, linear)
         routes.originals[name] = module
-    routes.watch.select = select_task(inventory.record)
-    routes.watch.attach(model)
+    watch.attach(model, RouteHook(context, TaskSelection(tuple(known))))
     return routes
 
 
-def _make_selection(model: Any, plan: Plan, state: State, session: Session) -> Select | None:
-    """Make the router if it decides once for the whole model; return None for other routers."""
-    method = plan.recipe.method
-    if method.strategy.traits.routing.depth == "module":
-        return None
-
-    def load_embedder(name: str) -> SentenceEncoder:
-        embedder = SentenceEncoder.load(name, session)
-        embedder.check(state.embedder)
-        return embedder
-
-    pool = Pool(
-        tuple(expert.label for expert in plan.experts),
-        tuple(tuple(m.task for m in e.members if m.task) for e in plan.experts),
-        {name: tensor.to(model.device) for name, tensor in state.tensors.items()},
-        load_embedder,
-    )
-    select: Select = method.strategy.call(pool, **method.options)
-
-    def select_explained(batch: Batch) -> Weights:
-        with explain_errors(method.method):
-            weights = select(batch)
-        experts = None if weights.experts is None else batch.place(weights.experts)
-        return Weights(batch.place(weights.values), experts)
-
-    return select_explained
-
-
-def _attach(watch: Watch, model: Any, plan: Plan, select: Select | None) -> None:
+def _attach(watch: Watch, model: Any, plan: Plan, hook: RouteHook) -> None:
     """Hook the model for a router that needs more than the inputs of modules."""
     method = plan.recipe.method
     if model.config.is_encoder_decoder or not (plan.base.is_causal or plan.base.is_encoder):
@@ -208,22 +184,8 @@ def _attach(watch: Watch, model: Any, plan: Plan, select: Select | None) -> None
             f"{plan.base.name} is a {type(model).__name__}",
             "use another base, or a router that chooses for each token",
         )
-    watch.select = select
-    if select is not None:
-        watch.by_token = method.strategy.traits.routing.input == "token"
+    if hook.select is not None:
+        hook.by_token = method.strategy.traits.routing.input == "token"
         if method.strategy.needs_own_tasks:
-            watch.read_texts = _make_decoder(plan)
-    watch.attach(model)
-
-
-def _make_decoder(plan: Plan) -> Any:
-    """Make a function that decodes token ids `[B, S]` where a mask of real tokens is true."""
-    tokenizer = load_tokenizer(plan.base)
-
-    def decode(ids_BS: Tensor, real_BS: Tensor) -> list[str]:
-        pairs = zip(ids_BS.tolist(), real_BS.tolist(), strict=True)
-        rows = [[i for i, real in zip(row, kept, strict=True) if real] for row, kept in pairs]
-        texts: list[str] = tokenizer.batch_decode(rows, skip_special_tokens=True)
-        return texts
-
-    return decode
+            hook.read_texts = TextReader(load_tokenizer(plan.base))
+    watch.attach(model, hook)

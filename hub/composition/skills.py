@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from experthub.hub.formats.skills import SKILLS, SKILLS_JSON, SkillsRecord, read
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.store.store import Store
 from experthub.merge import LowRank, TaskVector
-from experthub.routing import AVERAGE, SERVED_BY, Batch, ExpertStack, Select, Skills, Weights
+from experthub.routing import AVERAGE, SERVED_BY, Batch, ExpertStack, Skills, Weights
 from torch import nn
 
 
@@ -148,21 +149,18 @@ def stack_tasks(plan: Plan, inventory: Inventory) -> Iterator[tuple[str, ExpertS
         yield name, ExpertStack.of(deltas, len(tasks))
 
 
-def select_task(record: SkillsRecord) -> Select:
-    """Make the function that selects the LoRA of each row's task.
+@dataclass(frozen=True)
+class TaskSelection:
+    """A `Select` function that selects the LoRA of each row's task among those of `stack_tasks`.
 
     Args:
-        record: The description of the inventory.
-
-    Returns:
-        A function from rows to weights over the stacks of `stack_tasks`. Tasks that the inventory
-        does not know get the average.
+        tasks: The tasks that the inventory knows. Other tasks get the average.
     """
-    places = {task: e for e, task in enumerate(record.tasks)}
 
-    def select(batch: Batch) -> Weights:
-        names = batch.tasks
+    tasks: tuple[str, ...]
+
+    def __call__(self, batch: Batch) -> Weights:
+        """Return the weights of the rows."""
+        places, names = {task: e for e, task in enumerate(self.tasks)}, batch.tasks
         chosen = torch.tensor([[places.get(name, len(places))] for name in names])
         return Weights(batch.place(torch.ones(len(names), 1)), batch.place(chosen))
-
-    return select

@@ -9,6 +9,7 @@ Shapes: B texts, T tokens, D features, C choices.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from threading import Lock
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor
 SCALE = 20.0  # Factor of the cosine, as in the training of sentence-transformers.
 MAX_TOKENS = 256
 BATCH = 32
+# A tokenizer stores how it cuts and pads, and fails if another thread reads a text at that moment.
+_tokenising = Lock()
 
 
 class Similarity(ReadsInput):
@@ -71,7 +74,8 @@ def tokenise(
         The token ids.
     """
     limit = {} if whole else {"truncation": True, "max_length": MAX_TOKENS}
-    return tuple(tokenizer(text, add_special_tokens=add_special_tokens, **limit)["input_ids"])
+    with _tokenising:
+        return tuple(tokenizer(text, add_special_tokens=add_special_tokens, **limit)["input_ids"])
 
 
 @torch.no_grad()
@@ -90,13 +94,14 @@ def embed(model: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
     rows: list[Tensor] = [torch.empty(0)] * len(texts)
     for start in range(0, len(order), BATCH):
         part = order[start : start + BATCH]
-        batch = tokenizer(
-            [texts[i] for i in part],
-            padding=True,
-            truncation=True,
-            max_length=MAX_TOKENS,
-            return_tensors="pt",
-        ).to(next(model.parameters()).device)
+        with _tokenising:
+            batch = tokenizer(
+                [texts[i] for i in part],
+                padding=True,
+                truncation=True,
+                max_length=MAX_TOKENS,
+                return_tensors="pt",
+            ).to(next(model.parameters()).device)
         for i, row in zip(part, pool(model, batch), strict=True):
             rows[i] = row
     return torch.stack(rows)

@@ -10,15 +10,24 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
+from threading import Lock
 
 import torch
 from experthub.routing._expert_rows import ExpertRows
 from torch import Tensor, nn
 
+_first = Lock()  # The filters of warnings belong to the process.
 
-@cache
+
 def _silence_csr_warning() -> None:
     """Make one CSR tensor silently: at the first one, torch warns that the layout is in beta."""
+    with _first:
+        _make_csr_once()
+
+
+@cache
+def _make_csr_once() -> None:
+    """Make a CSR tensor while warnings are ignored."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         none = torch.zeros(0, dtype=torch.long)

@@ -3,34 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import run_hub, tiny_bert
-from experthub import hub
-from experthub.hub.tasks.task import Card, Example, example_id
-from experthub.hub.tasks.task_files import write_task
-from experthub.merge import Strategy
+from every_router import composed, make_recipe
+from every_router import some_ids as ids
 from experthub.routing import routers
-from torch import Tensor
 
 ROUTERS = [pytest.param(s, id=name) for name, s in routers.items()]
-SMALL = {"steps": 2, "examples": 4, "size": 8}
-
-
-def made_task(name: str, words: list[str]) -> str:
-    """A task whose inputs are of a few words."""
-    examples = []
-    for number in range(60):
-        text = " ".join(words[(number * 7 + i * 3) % len(words)] for i in range(4)) + f" {number}"
-        choices = ["yes", "no"]
-        key = example_id(text, choices)
-        examples.append(Example(id=key, input=text, choices=choices, answer=number % 2))
-    card = Card(name=name, source="made-up", template="{input}", labels=["yes", "no"])
-    return write_task("made", card, examples)
 
 
 @pytest.fixture(params=ROUTERS)
@@ -38,46 +20,13 @@ def recipe(
     request: Any, base_folder: Path, expert_folder: Callable[..., Path], tmp_path: Path
 ) -> dict[str, Any]:
     """A recipe that offers what the router says that it needs."""
-    strategy: Strategy[Any] = request.param
-    tasks = [made_task("animals", ["cat", "dog", "cow"]), made_task("colours", ["RED", "BLUE"])]
-    options: dict[str, Any] = {k: v for k, v in SMALL.items() if k in strategy.options}
-    if "embedder" in strategy.options:
-        options["embedder"] = str(tiny_bert(tmp_path / "encoder"))
-    recipe: dict[str, Any] = {"base": str(base_folder)}
-    if "skills" in strategy.needs:
-        shape = hub.InventoryShape(router=strategy.name, skills=2, rank=2)
-        settings = hub.Settings(steps=2, batch_size=2)
-        hub.train_skills(str(base_folder), tasks, "inventory", shape, settings)
-        recipe["experts"] = ["inventory"]
-    else:
-        names = [f"expert-{seed}" for seed in range(2)]
-        for seed, (name, task) in enumerate(zip(names, tasks, strict=True)):
-            words = ("--name", name, "--base", base_folder, "--task", task)
-            assert run_hub("add", expert_folder(seed), *words).code == 0
-        recipe["experts"] = [{"expert": name, "weight": 0.2} for name in names]
-    if strategy.needs_data:
-        labels = strategy.needs_labels(strategy.bind(options))
-        recipe["data"] = {"tasks": tasks, "labels": labels, "limit": 4}
-    return recipe | {"route": {"method": strategy.name, **options}}
-
-
-@contextmanager
-def composed(recipe: dict[str, Any], device: str | None = None) -> Iterator[Any]:
-    """Compose a recipe; a router by task is told the task of every row."""
-    made = hub.compose(recipe, device=device)
-    by_task = routers[recipe["route"]["method"]].traits.routing.input == "task"
-    with made.tasks("made:colours") if by_task else nullcontext():
-        yield made
+    return make_recipe(request.param, base_folder, expert_folder, tmp_path)
 
 
 @pytest.fixture
 def composition(recipe: dict[str, Any]) -> Iterator[Any]:
     with composed(recipe) as made:
         yield made
-
-
-def ids(count: int, length: int) -> Tensor:
-    return torch.randint(5, 60, (count, length), generator=torch.Generator().manual_seed(3))
 
 
 @torch.no_grad()
