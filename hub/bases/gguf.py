@@ -23,6 +23,7 @@ def convert_gguf(weights: Path, target: Path) -> None:
     except ImportError:
         raise HubError("the package gguf is not installed", "run pip install gguf") from None
     from experthub.hub.bases.loading import hide_progress_bars
+    from experthub.hub.bases.model_size import limit_model_size
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -30,7 +31,10 @@ def convert_gguf(weights: Path, target: Path) -> None:
         "pretrained_model_name_or_path": str(weights.parent),
         "gguf_file": weights.name,
     }
-    with hide_progress_bars():
+    with weights.open("rb") as file:
+        tensors = int.from_bytes(file.read(16)[8:], "little")  # After the mark and the version.
+    entries = 8 * weights.stat().st_size  # Every entry has at least one bit.
+    with hide_progress_bars(), limit_model_size(target.name, min(tensors, 100_000), entries):
         model = AutoModelForCausalLM.from_pretrained(**place, dtype="float32")
     AutoTokenizer.from_pretrained(**place).save_pretrained(target)
     model.config.architectures = [type(model).__name__]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from typing import Any
 
 import torch
 from experthub.hub.bases.base import Base
+from experthub.hub.bases.model_size import limit_model_size
 from experthub.hub.errors import HubError, UsageError
+from experthub.hub.formats.safetensors_header import FLOATS
 from experthub.merge import is_linear, is_transposed
 
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -32,7 +35,7 @@ def load_model(base: Base, dtype: str, device: str | None) -> Any:
     """
     check_device(device)
     kind, config = _find_class(base)
-    with _explain_loading_errors(base, _list_loading_errors()):
+    with _explain_loading_errors(base, _list_loading_errors()), _limit_size(base):
         model = kind.from_pretrained(base.folder, config=config, dtype=dtype, **LOCAL)
     return model.to(device or "cpu").eval().requires_grad_(False)
 
@@ -75,7 +78,7 @@ def find_linear_modules(base: Base) -> dict[str, bool]:
         HubError: Transformers has no class for the base.
     """
     kind, config = _find_class(base)
-    with torch.device("meta"):
+    with torch.device("meta"), _limit_size(base):
         modules = kind(config).named_modules()
     return {name: is_transposed(module) for name, module in modules if is_linear(module)}
 
@@ -96,6 +99,14 @@ def check_device(device: str | None) -> None:
             f"cannot use the device {device!r}: {str(error).splitlines()[0]}",
             "use cpu, or install a torch that supports the device",
         ) from None
+
+
+def _limit_size(base: Base) -> AbstractContextManager[None]:
+    """Stop the building of a model that is much larger than the base's files."""
+    entries = sum(map(math.prod, base.shapes.values()))
+    # Quantised weights are packed: one stored integer holds several entries.
+    packed = 1 if base.dtype in FLOATS else 16
+    return limit_model_size(base.name, len(base.shapes), packed * entries)
 
 
 @contextmanager

@@ -11,6 +11,9 @@ from experthub.hub.errors import IntegrityError
 from experthub.hub.files.json_files import read_json
 from experthub.hub.formats.adapter import ADAPTER_CONFIG
 
+MAX_COUNT = 100_000
+# Keys of counts: transformers makes lists and modules of so many parts.
+COUNT = re.compile(r"(\w*_)?(layers?|blocks?|experts?|heads?|groups?|stages?|depths?)")
 CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json")
 
 
@@ -18,7 +21,8 @@ def check_model(folder: Path) -> dict[str, Any]:
     """Check the configuration files of a model folder.
 
     It rejects `auto_map` (classes in Python files), attention kernels of a model hub, weights under
-    another name than the fingerprinted one, and an adapter beside the model.
+    another name than the fingerprinted one, an adapter beside the model, and numbers of layers that
+    no model has.
 
     Args:
         folder: The folder.
@@ -27,7 +31,7 @@ def check_model(folder: Path) -> dict[str, Any]:
         The content of `config.json`.
 
     Raises:
-        IntegrityError: A file names code or other weights, or is malformed.
+        IntegrityError: A file names code or other weights, has a huge count, or is malformed.
     """
     # transformers would also load an adapter beside the model, and an adapter has no fingerprint.
     if (folder / ADAPTER_CONFIG).exists():
@@ -49,7 +53,7 @@ def check_model(folder: Path) -> dict[str, Any]:
 
 
 def _check_config(config: dict[str, Any], name: str) -> None:
-    """Reject a configuration in which any key names code or other weights."""
+    """Reject a configuration in which any key names code or other weights, or a huge count."""
     left: list[Any] = [config]
     while left:
         value = left.pop()
@@ -58,6 +62,12 @@ def _check_config(config: dict[str, Any], name: str) -> None:
         if not isinstance(value, dict):
             continue
         for key, inner in value.items():
+            counts = inner if isinstance(inner, list) else [inner]
+            if COUNT.fullmatch(key) and any(type(n) is int and n > MAX_COUNT for n in counts):
+                raise IntegrityError(
+                    f"{name}: {key} is {short(inner)}, more than {MAX_COUNT}",
+                    "correct the number, or fetch the base again",
+                )
             kernel = key.endswith("_implementation") and "/" in str(inner)
             named = key in ("auto_map", "transformers_weights") and inner
             if kernel or named or re.fullmatch(r"_\w*_implementation_internal", key):
