@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from experthub.hub.bases.base import Base
-from experthub.hub.errors import ConflictError, NotFoundError
+from experthub.hub.errors import ConflictError, IntegrityError, NotFoundError
 from experthub.hub.files.atomic import format_json, hub_home, write_json, write_text
 from experthub.hub.files.digests import digest_of
 from experthub.hub.formats.records import validate_record
 from experthub.hub.kinds import kinds
 from experthub.hub.registry.content import Content
 from experthub.hub.registry.entries import (
+    MAX_VERSION,
     check_conflict,
+    check_version,
     check_writable,
     find_next_version,
     register,
@@ -69,7 +71,7 @@ def describe(
         kept = like.model_dump(include={"license", "description", "tags"})
     expert = Expert(
         name=name,
-        version=version or find_next_version(name, experts),
+        version=check_version(name, version) if version else find_next_version(name, experts),
         kind=identity.kind,
         base=base.name,
         digest=identity.digest,
@@ -144,6 +146,7 @@ def add_folder(
     source: str | None = None,
     file: Path | None = None,
     hashed: Mapping[str, str] = MappingProxyType({}),
+    check: Callable[[Expert], None] = lambda expert: None,
 ) -> Expert:
     """Copy a folder that somebody wrote into the store, and register it under a name.
 
@@ -160,12 +163,14 @@ def add_folder(
         source: The source of the folder. The default is the folder itself.
         file: The registry file to write to. The default is the user's own registry.
         hashed: The sha256 of files by name, as for `Store.add`.
+        check: A function that raises an error if the entry must not be registered.
 
     Returns:
         The expert as it is registered.
 
     Raises:
-        IntegrityError: The files or `expert.json` are malformed.
+        IntegrityError: The files or `expert.json` are malformed, or state a version that is too
+            large.
         ConflictError: The name and version are registered with other content, or the name has this
             content with another base, task or description.
     """
@@ -187,10 +192,17 @@ def add_folder(
         return same[-1]
     stated = read_description(folder)
     own = stated.get("version") if stated.get("name") == name else None
+    if version is None and isinstance(own, int) and own > MAX_VERSION:
+        raise IntegrityError(
+            f"{folder / DESCRIPTION}: the version {own} is above {MAX_VERSION}",
+            "correct the version, or choose another name with --name",
+        )
     entry = {key: stated[key] for key in Expert.model_fields if key in stated}
     entry |= {
         "name": name,
-        "version": version or own or find_next_version(name, experts),
+        "version": check_version(name, version)
+        if version
+        else own or find_next_version(name, experts),
         "kind": identity.kind,
         "base": base or stated.get("base") or _find_base_name(folder, identity, registry),
         "sources": [source or _make_source(folder, file)],
@@ -199,6 +211,7 @@ def add_folder(
     entry |= given
     hint = "correct the field, or remove it"
     expert = validate_record(Expert, entry, folder / DESCRIPTION, hint)
+    check(expert)
     check_conflict(expert, experts)
     check_writable(expert)
     store.take(folder, identity, hashed=hashed)
