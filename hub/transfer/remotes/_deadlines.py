@@ -15,7 +15,7 @@ SECONDS = 120.0  # The time for an answer, and for each PROGRESS bytes of a down
 PROGRESS = 64 << 10
 
 
-class Watch:
+class Stopwatch:
     """A clock that cuts the connection of one request when the time is over.
 
     httpx limits the time of each single read, and a server that sends a byte a second never
@@ -75,7 +75,7 @@ class Watch:
             self.expired = True
             self._cut()
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Stopwatch:
         """Start the clock."""
         self._start()
         return self

@@ -11,7 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from experthub.hub.errors import AuthError, HubError, IntegrityError, NotFoundError
-from experthub.hub.transfer.remotes._deadlines import PROGRESS, Watch
+from experthub.hub.transfer.remotes._deadlines import PROGRESS, Stopwatch
 
 if TYPE_CHECKING:
     import httpx
@@ -56,7 +56,9 @@ def open_client(headers: dict[str, str] | None = None) -> Iterator[httpx.Client]
             verify=_load_certificates(),
             timeout=60,
             headers={"Accept-Encoding": "identity"} | (headers or {}),
-            limits=httpx.Limits(max_keepalive_connections=0),  # A Watch cuts its own connection.
+            limits=httpx.Limits(
+                max_keepalive_connections=0
+            ),  # A Stopwatch cuts its own connection.
         ) as session:
             yield session
     except httpx.HTTPStatusError as error:
@@ -82,7 +84,7 @@ def request(
 
     Yields:
         The answer, and the bytes of its body in chunks. Each `PROGRESS` bytes must arrive in the
-        time of a `Watch`.
+        time of a `Stopwatch`.
 
     Raises:
         httpx.HTTPError: The server does not answer, or answers with an error.
@@ -94,24 +96,24 @@ def request(
         for chunk in answer.iter_raw():  # Chunks of any size: all bytes before an error are kept.
             count += len(chunk)
             if count >= PROGRESS:
-                watch.extend()
+                stopwatch.extend()
                 count = 0
             yield chunk
 
-    with Watch(redact_url(url)) as watch:
-        answer = _follow(session, url, headers, watch)
+    with Stopwatch(redact_url(url)) as stopwatch:
+        answer = _follow(session, url, headers, stopwatch)
         with closing(answer):
             answer.raise_for_status()
             yield answer, read()
 
 
 def _follow(
-    session: httpx.Client, url: str, headers: dict[str, str] | None, watch: Watch
+    session: httpx.Client, url: str, headers: dict[str, str] | None, stopwatch: Stopwatch
 ) -> httpx.Response:
     """Send a request and follow redirections. Their bodies are not read."""
     import httpx
 
-    asked = session.build_request("GET", url, headers=headers, extensions={"trace": watch})
+    asked = session.build_request("GET", url, headers=headers, extensions={"trace": stopwatch})
     for _ in range(MAX_REDIRECTIONS):
         answer = session.send(asked, stream=True)
         if answer.next_request is None:
@@ -138,7 +140,7 @@ def read_answer(
     Raises:
         httpx.HTTPError: The server does not answer, or answers with an error.
         IntegrityError: The body is compressed, or is longer than `MAX_ANSWER` bytes.
-        HubError: The body does not arrive in the time of a `Watch`.
+        HubError: The body does not arrive in the time of a `Stopwatch`.
     """
     with request(session, url, headers) as (answer, _):
         encoding = answer.headers.get("Content-Encoding", "identity")
