@@ -14,7 +14,9 @@ from typing import Any
 from experthub.hub.bases.base import Base
 from experthub.hub.errors import HubError, IntegrityError
 
-SECONDS = 5  # Processor time of the rendering; a usual template takes a thousandth of a second.
+RENDER_SECONDS = (
+    5  # Processor time of the rendering; a usual template takes a thousandth of a second.
+)
 MAX_MEMORY = 2 << 30  # bytes of the process
 MAX_TEXT = 1 << 20  # characters of the result
 STARTING_SECONDS = 120  # The time of the whole process, most of which is the import.
@@ -65,7 +67,7 @@ def render_chat(base: Base, tokenizer: Any, prompt: str) -> str:
         "chat_template": template,
         "add_generation_prompt": True,
     }
-    limits = {"seconds": SECONDS, "memory": MAX_MEMORY, "characters": MAX_TEXT}
+    limits = {"seconds": RENDER_SECONDS, "memory": MAX_MEMORY, "characters": MAX_TEXT}
     found = _run(json.dumps(limits | {"arguments": arguments}, default=str))
     if "text" in found:
         return str(found["text"])
@@ -75,7 +77,7 @@ def render_chat(base: Base, tokenizer: Any, prompt: str) -> str:
             hint,
         )
     raise IntegrityError(
-        f"base {base.name}: its chat template needs more than {SECONDS} s, "
+        f"base {base.name}: its chat template needs more than {RENDER_SECONDS} s, "
         f"{MAX_MEMORY >> 20} MiB or {MAX_TEXT} characters",
         hint,
     )

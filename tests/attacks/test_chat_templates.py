@@ -38,7 +38,7 @@ TEMPLATES = {
 
 @pytest.mark.parametrize("what", TEMPLATES)
 def test_templates_end(what: str, base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template, "SECONDS", 1)
+    monkeypatch.setattr(chat_template, "RENDER_SECONDS", 1)
     tokenizer = load_tokenizer(base)
     tokenizer.chat_template, code = TEMPLATES[what]
     with pytest.raises(HubError) as caught:

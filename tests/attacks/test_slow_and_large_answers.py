@@ -110,7 +110,7 @@ def test_dripping_servers_are_cut(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_deadlines, "SECONDS", 0.5)
+    monkeypatch.setattr(_deadlines, "ANSWER_SECONDS", 0.5)
     server = serve(lambda path: drip(*DRIPS[what]))
     with pytest.raises(HubError, match="too slowly"):
         if where == "hub":

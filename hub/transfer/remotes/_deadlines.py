@@ -11,8 +11,8 @@ from typing import Any
 
 from experthub.hub.errors import HubError
 
-SECONDS = 120.0  # The time for an answer, and for each PROGRESS bytes of a download.
-PROGRESS = 64 << 10
+ANSWER_SECONDS = 120.0  # The time for an answer, and for each LEAST_PROGRESS bytes of a download.
+LEAST_PROGRESS = 64 << 10
 
 
 class Stopwatch:
@@ -34,7 +34,7 @@ class Stopwatch:
 
     def extend(self) -> None:
         """Start the time again, because the answer has made progress."""
-        self._end = time.monotonic() + SECONDS
+        self._end = time.monotonic() + ANSWER_SECONDS
 
     def __call__(self, event: str, info: dict[str, Any]) -> None:
         """Remember a new connection.
@@ -94,6 +94,6 @@ class Stopwatch:
                 connection.close()
         if self.expired and (error is None or isinstance(error, Exception)):
             raise HubError(
-                f"{self.what} answers too slowly: fewer than {PROGRESS} bytes in {SECONDS:g} s",
+                f"{self.what} answers too slowly: fewer than {LEAST_PROGRESS} bytes in {ANSWER_SECONDS:g} s",
                 "try again later, or use another source; a download continues where it stopped",
             ) from None

@@ -11,12 +11,12 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from experthub.hub.errors import AuthError, HubError, IntegrityError, NotFoundError
-from experthub.hub.transfer.remotes._deadlines import PROGRESS, Stopwatch
+from experthub.hub.transfer.remotes._deadlines import LEAST_PROGRESS, Stopwatch
 
 if TYPE_CHECKING:
     import httpx
 
-TRIES = 5  # The number of tries in a row that may bring fewer than PROGRESS bytes.
+TRIES = 5  # The number of tries in a row that may bring fewer than LEAST_PROGRESS bytes.
 WAIT = 0.5  # The seconds before the second try; every later wait is twice as long.
 BUSY = (429, 500, 502, 503, 504)
 MAX_REDIRECTIONS = 20
@@ -83,7 +83,7 @@ def request(
         headers: The headers of this request.
 
     Yields:
-        The answer, and the bytes of its body in chunks. Each `PROGRESS` bytes must arrive in the
+        The answer, and the bytes of its body in chunks. Each `LEAST_PROGRESS` bytes must arrive in the
         time of a `Stopwatch`.
 
     Raises:
@@ -95,7 +95,7 @@ def request(
         count = 0
         for chunk in answer.iter_raw():  # Chunks of any size: all bytes before an error are kept.
             count += len(chunk)
-            if count >= PROGRESS:
+            if count >= LEAST_PROGRESS:
                 stopwatch.extend()
                 count = 0
             yield chunk
@@ -187,7 +187,7 @@ def retry(call: Callable[[], Any], size: Callable[[], int]) -> Any:
 
     Args:
         call: The function.
-        size: Returns the number of bytes that arrived so far. A try that brought `PROGRESS` bytes
+        size: Returns the number of bytes that arrived so far. A try that brought `LEAST_PROGRESS` bytes
             is not counted as failed.
 
     Returns:
@@ -216,7 +216,7 @@ def retry(call: Callable[[], Any], size: Callable[[], int]) -> Any:
             failure = error
         grew = size() - before
         reached = reached or grew > 0
-        tries = TRIES if grew >= PROGRESS else tries - 1
+        tries = TRIES if grew >= LEAST_PROGRESS else tries - 1
         if not tries:
             raise failure
         time.sleep(wait)
