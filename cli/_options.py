@@ -30,6 +30,7 @@ FrozenOption = Annotated[
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Show what would be done, and change nothing.")
 ]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")]
 TaskOption = Annotated[
     str,
     typer.Option(help="The task: suite:name, or a folder.", autocompletion=_completion.list_tasks),

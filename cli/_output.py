@@ -126,6 +126,21 @@ def print_message(message: str) -> None:
     sys.stderr.write(escape(message) + "\n")
 
 
+def ask(question: str) -> bool:
+    """Ask the user a question on the terminal.
+
+    Args:
+        question: The question.
+
+    Returns:
+        True if the answer is yes. False for any other answer, or without a terminal.
+    """
+    if not sys.stdin.isatty():
+        return False
+    print_message(f"{question} [y/N] ")
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
 @contextmanager
 def show_progress() -> Iterator[Report]:
     """Open a progress callback that shows bars on a terminal, and occasional lines elsewhere.

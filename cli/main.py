@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -50,7 +52,9 @@ class HubApp(typer.Typer):
         everything = self.registered_commands, self.registered_groups
         self._keep_only(next(iter(args[0] if args else sys.argv[1:]), ""))
         try:
-            code = super().__call__(*args, prog_name="hub", standalone_mode=False, **options)
+            with warnings.catch_warnings():
+                warnings.showwarning = partial(_show_warning, warnings.showwarning)
+                code = super().__call__(*args, prog_name="hub", standalone_mode=False, **options)
             sys.exit(code if isinstance(code, int) else 0)
         except CommandLineError as error:
             sys.stderr.write(_explain_usage_error(error))
@@ -86,6 +90,14 @@ class HubApp(typer.Typer):
         groups = [g for g in self.registered_groups if g.name == word]
         if commands or groups:
             self.registered_commands, self.registered_groups = commands, groups
+
+
+def _show_warning(otherwise: Any, message: Any, category: Any, *place: Any, **options: Any) -> None:
+    """Show a warning of the hub as a note, and any other warning as before."""
+    if category.__name__ == "UnsafeFileWarning":
+        sys.stderr.write(f"note: {escape(str(message))}\n")
+    else:
+        otherwise(message, category, *place, **options)
 
 
 def _explain_usage_error(error: Any) -> str:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from experthub.cli import _completion
-from experthub.cli._options import DryRunOption, JsonOption, RegistryOption
-from experthub.cli._output import print_json, print_lines, print_message, print_table
+from experthub.cli._options import DryRunOption, JsonOption, RegistryOption, YesOption
+from experthub.cli._output import ask, print_json, print_lines, print_message, print_table
 from experthub.cli._session import open_session
+from experthub.hub.files.safe_text import escape
+
+if TYPE_CHECKING:
+    from experthub.hub.session import Session
 
 
 def pull(
@@ -31,44 +36,59 @@ def pull(
             help="Refuse downloads above this size: 500MB, 2GiB or a number of bytes.",
         ),
     ] = None,
+    yes: YesOption = False,
     json: JsonOption = False,
     registry: RegistryOption = None,
 ) -> None:
     """Fetch experts or bases, verify them, and store them.
 
-    What is stored already is not fetched again. An interrupted download continues.
+    What is stored already is not fetched again. An interrupted download continues. If an expert
+    calls itself by a name that belongs to an expert from another place, you are asked first.
 
     Examples: hub pull sentiment; hub pull smollm2-135m-instruct sentiment intent-recognition@1;
     hub pull hf:someone/boolq-lora@main --name boolq --max-size 500MB; hub pull file:/mnt/experts#intents@2
     """
     from experthub.hub.errors import UsageError
-    from experthub.hub.transfer.pull_by_name import pull_by_name
+    from experthub.hub.registry.entries import NameConflictError
     from experthub.hub.transfer.remotes._limits import limit_download_size, parse_size
 
     pulled: list[dict[str, str]] = []
     if name and len(names) > 1:
         raise UsageError("--name is for one expert", "pull the experts one by one")
     limit = parse_size(max_size) if max_size else None
-    with open_session(registry) as session, limit_download_size(limit):
-        for wanted in names:
-            if wanted in session.registry.list_bases():
-                from experthub.hub.bases.base_sources import find
-
-                if name:
-                    raise UsageError(
-                        f"{wanted} is a base, and --name is for experts", "remove --name"
-                    )
-                base = find(wanted, session)
-                pulled.append(
-                    {"name": wanted, "digest": base.digest, "fingerprint": base.fingerprint}
-                )
-            else:
-                for expert in pull_by_name(wanted, session, as_name=name):
-                    pulled.append({"name": expert.reference, "digest": expert.digest})
+    accepted: set[str] = set()
+    for wanted in names:
+        while True:
+            try:
+                with open_session(registry) as session, limit_download_size(limit):
+                    pulled += _pull_one(wanted, session, name, lambda r: yes or r in accepted)
+                break
+            except NameConflictError as error:  # The progress bars are closed here.
+                if not ask(f"{escape(error.message)}: replace it?"):
+                    raise
+                accepted.add(error.reference)
     if json:
         print_json({"pulled": pulled})
     else:
         print_lines([f"{p['name']}  {p['digest']}" for p in pulled])
+
+
+def _pull_one(
+    wanted: str, session: Session, name: str | None, accept: Callable[[str], bool]
+) -> list[dict[str, str]]:
+    """Pull a base, or the experts that a reference refers to; list their names and digests."""
+    from experthub.hub.errors import UsageError
+    from experthub.hub.transfer.pull_by_name import pull_by_name
+
+    if wanted not in session.registry.list_bases():
+        experts = pull_by_name(wanted, session, as_name=name, accept=accept)
+        return [{"name": expert.reference, "digest": expert.digest} for expert in experts]
+    from experthub.hub.bases.base_sources import find
+
+    if name:
+        raise UsageError(f"{wanted} is a base, and --name is for experts", "remove --name")
+    base = find(wanted, session)
+    return [{"name": wanted, "digest": base.digest, "fingerprint": base.fingerprint}]
 
 
 def push(
@@ -176,6 +196,7 @@ def export(
 
 def import_(
     file: Annotated[Path, typer.Argument(help="The archive FILE.tar.")],
+    yes: YesOption = False,
     json: JsonOption = False,
 ) -> None:
     """Import the experts of an archive that hub export wrote.
@@ -188,7 +209,7 @@ def import_(
 
     if not file.is_file():
         raise NotFoundError(f"{file} does not exist", "name a file that hub export wrote")
-    pull([f"file:{file}"], json=json)
+    pull([f"file:{file}"], yes=yes, json=json)
 
 
 def register(app: typer.Typer) -> None:

@@ -7,17 +7,15 @@ from typing import Annotated
 
 import typer
 from experthub.cli import _completion
-from experthub.cli._options import DryRunOption, JsonOption, RegistryOption
+from experthub.cli._options import DryRunOption, JsonOption, RegistryOption, YesOption
 from experthub.cli._output import (
+    ask,
     format_megabytes,
     print_json,
     print_lines,
-    print_message,
     print_table,
 )
 from experthub.cli._session import open_session
-
-YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")]
 
 
 def verify(
@@ -189,8 +187,7 @@ def _confirm(question: str, yes: bool) -> None:
         raise UsageError(
             f"cannot ask for confirmation without a terminal: {question}", "pass --yes"
         )
-    print_message(f"{question} [y/N] ")
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+    if not ask(question):
         raise UsageError("nothing was done", "pass --yes, or answer y")
 
 

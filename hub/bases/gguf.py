@@ -27,6 +27,7 @@ def convert_gguf(weights: Path, target: Path) -> None:
     except ImportError:
         raise HubError("the package gguf is not installed", "run pip install gguf") from None
     from experthub.hub.bases.loading import LOCAL, hide_progress_bars
+    from experthub.hub.bases.model_size import limit_model_size
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -35,7 +36,11 @@ def convert_gguf(weights: Path, target: Path) -> None:
         "gguf_file": weights.name,
         **LOCAL,
     }
-    with hide_progress_bars(), forbid_network():
+    with weights.open("rb") as file:
+        tensors = int.from_bytes(file.read(16)[8:], "little")  # After the mark and the version.
+    entries = 8 * weights.stat().st_size  # Every entry has at least one bit.
+    limit = limit_model_size(target.name, min(tensors, 100_000), entries)
+    with hide_progress_bars(), forbid_network(), limit:
         model = AutoModelForCausalLM.from_pretrained(**place, dtype="float32")
         AutoTokenizer.from_pretrained(**place).save_pretrained(target)
     model.config.architectures = [type(model).__name__]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from threading import Lock
 from typing import Any
@@ -12,9 +13,10 @@ import torch
 from experthub.hub.bases.base import Base
 from experthub.hub.bases.fingerprint import compute_fingerprint, list_weight_files
 from experthub.hub.bases.identity import compute_base_digest
+from experthub.hub.bases.model_size import limit_model_size
 from experthub.hub.errors import HubError, IntegrityError, UsageError
 from experthub.hub.files.json_files import read_json
-from experthub.hub.formats.safetensors_header import read_header
+from experthub.hub.formats.safetensors_header import FLOATS, read_header
 from experthub.hub.formats.safetensors_reader import DTYPES
 from experthub.hub.transfer.remotes.no_network import forbid_network
 from experthub.merge import is_linear, is_transposed
@@ -104,7 +106,7 @@ def _build(
 
     Transformers gets no folder: in a folder it would find other files than those that were checked.
     """
-    with _explain_loading_errors(base, _list_loading_errors()):
+    with _explain_loading_errors(base, _list_loading_errors()), _limit_size(base):
         model, found = kind.from_pretrained(
             None, config=config, state_dict=weights, output_loading_info=True, **options, **LOCAL
         )
@@ -175,7 +177,7 @@ def find_linear_modules(base: Base) -> dict[str, bool]:
         HubError: Transformers has no class for the base.
     """
     kind, config = _find_class(base)
-    with torch.device("meta"), forbid_network():
+    with torch.device("meta"), forbid_network(), _limit_size(base):
         modules = kind(config).named_modules()
     return {name: is_transposed(module) for name, module in modules if is_linear(module)}
 
@@ -196,6 +198,14 @@ def check_device(device: str | None) -> None:
             f"cannot use the device {device!r}: {str(error).splitlines()[0]}",
             "use cpu, or install a torch that supports the device",
         ) from None
+
+
+def _limit_size(base: Base) -> AbstractContextManager[None]:
+    """Stop the building of a model that is much larger than the base's files."""
+    entries = sum(map(math.prod, base.shapes.values()))
+    # Quantised weights are packed: one stored integer holds several entries.
+    packed = 1 if base.dtype in FLOATS else 16
+    return limit_model_size(base.name, len(base.shapes), packed * entries)
 
 
 @contextmanager

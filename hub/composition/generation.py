@@ -7,6 +7,7 @@ from typing import Any
 
 from experthub.hub.bases.base import Base
 from experthub.hub.bases.loading import load_tokenizer
+from experthub.hub.composition.chat_template import render_chat
 from experthub.hub.composition.composition import Composition
 from experthub.hub.composition.overflow import refuse_overflow
 from experthub.hub.errors import UsageError
@@ -100,13 +101,12 @@ def tokenise_prompt(base: Base, tokenizer: Any, prompt: str, chat: bool) -> list
 
     Raises:
         UsageError: The tokenizer has no chat template.
+        HubError: The chat template cannot be used, or exceeds the limits of `render_chat`.
     """
     if chat and not tokenizer.chat_template:
         raise UsageError(f"{base.name} has no chat template", "remove --chat")
     if chat:
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
+        prompt = render_chat(base, tokenizer, prompt)
     # The text of a chat template contains the special tokens already.
     return list(tokenise(tokenizer, prompt, base.is_causal, add_special_tokens=not chat))
 

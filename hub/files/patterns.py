@@ -29,9 +29,12 @@ def check_pattern(text: str) -> str:
     if len(text) > LONGEST:
         raise ValueError(f"a regular expression of {len(text)} characters is too long")
     try:
-        re.compile(f"({text})")
-        re.compile(text)
-    except (re.error, RecursionError, OverflowError) as error:
+        with limit_matching_time():  # Large classes of characters take minutes to compile.
+            re.compile(f"({text})")
+            re.compile(text)
+    except (re.error, RecursionError, OverflowError, TimeoutError) as error:
+        if isinstance(error, TimeoutError) and _is_limited():
+            raise  # The time of the outer block is over, too.
         raise ValueError(f"{short(text)} is not a regular expression: {error}") from None
     return text
 
@@ -41,7 +44,7 @@ def limit_matching_time() -> Iterator[None]:
     """Limit the processor time of a block, because some patterns make `re` run forever.
 
     Only a signal can interrupt a match, and only the main thread receives signals. In other
-    threads the time is not limited.
+    threads the time is not limited. A block inside another one shares its time.
 
     Yields:
         Nothing.
@@ -49,13 +52,14 @@ def limit_matching_time() -> Iterator[None]:
     Raises:
         TimeoutError: The block used too much processor time.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if _is_limited() or threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(*_: object) -> None:
         raise TimeoutError("matching takes too long")
 
+    stop.limits_matching = True  # type: ignore[attr-defined]
     before = signal.signal(signal.SIGVTALRM, stop)
     signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
     try:
@@ -63,6 +67,11 @@ def limit_matching_time() -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
+
+
+def _is_limited() -> bool:
+    """Tell whether the code runs inside a block of `limit_matching_time`."""
+    return hasattr(signal.getsignal(signal.SIGVTALRM), "limits_matching")
 
 
 def matches_any(name: str, patterns: Iterable[str]) -> bool:

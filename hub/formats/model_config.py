@@ -11,6 +11,9 @@ from experthub.hub.errors import IntegrityError
 from experthub.hub.files.json_files import read_json
 from experthub.hub.formats.adapter import ADAPTER_CONFIG
 
+MAX_COUNT = 100_000
+# Keys of counts: transformers makes lists and modules of so many parts.
+COUNT = re.compile(r"(\w*_)?(layers?|blocks?|experts?|heads?|groups?|stages?|depths?)")
 CONFIGS = (
     "config.json",
     "tokenizer_config.json",
@@ -48,7 +51,8 @@ def check_model(folder: Path) -> dict[str, Any]:
         The content of `config.json`.
 
     Raises:
-        IntegrityError: A file names code, another repository or other files, or is malformed.
+        IntegrityError: A file names code, another repository or other files, has a huge count, or
+            is malformed.
     """
     check_configs(folder)
     config = read_json(folder / "config.json")
@@ -65,8 +69,8 @@ def check_configs(folder: Path) -> None:
     """Check the configuration files that lie beside weights, before transformers sees the folder.
 
     It rejects `auto_map` (classes in Python files), attention kernels of a model hub, backbones of
-    other repositories, other files than those that the base's digest covers, and an adapter beside
-    the model.
+    other repositories, other files than those that the base's digest covers, an adapter beside the
+    model, and numbers of layers that no model has.
 
     Args:
         folder: The folder.
@@ -86,7 +90,7 @@ def check_configs(folder: Path) -> None:
 
 
 def _check_config(config: dict[str, Any], name: str) -> None:
-    """Reject a configuration in which any key names code, another repository or other files."""
+    """Reject a configuration in which any key names code or files elsewhere, or a huge count."""
     left: list[Any] = [config]
     while left:
         value = left.pop()
@@ -95,6 +99,12 @@ def _check_config(config: dict[str, Any], name: str) -> None:
         if not isinstance(value, dict):
             continue
         for key, inner in value.items():
+            counts = inner if isinstance(inner, list) else [inner]
+            if COUNT.fullmatch(key) and any(type(n) is int and n > MAX_COUNT for n in counts):
+                raise IntegrityError(
+                    f"{name}: {key} is {short(inner)}, more than {MAX_COUNT}",
+                    "correct the number, or fetch the base again",
+                )
             kernel = key.endswith("_implementation") and "/" in str(inner)
             code = kernel or (key == "auto_map" and inner)
             # timm loads the names `hf-hub:org/name` and `local-dir:path` from elsewhere.

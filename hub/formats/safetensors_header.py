@@ -11,7 +11,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,6 +25,7 @@ from experthub.hub.files.digests import CHUNK, read_chunks
 
 MAX_HEADER = 8 << 20
 MAX_TENSORS = 100_000
+MAX_SIDES = 32
 MAX_THREADS = 8
 NAME = re.compile(r"[A-Za-z0-9_.\-]{1,1000}")
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
@@ -187,17 +188,30 @@ def _parse_tensor(name: str, fields: dict[str, Any], offset: int) -> TensorInfo:
     dtype, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
     if dtype not in SIZES:
         raise ValueError(f"tensor {name} has the dtype {short(dtype)}")
-    most = 1
-    for number in (*shape, begin, end):
+    for number in (begin, end):
         if type(number) is not int or not 0 <= number < 1 << 62:
-            raise ValueError(f"tensor {name} has the shape {short(shape)} at {begin}..{end}")
-    for side in shape:
-        most *= side or 1
-        if most >= 1 << 62:  # Checked early: a product of a million sides takes minutes.
-            raise ValueError(f"tensor {name} has the shape {short(shape)}, which overflows")
+            raise ValueError(f"tensor {name} has the shape {short(shape)} at {short((begin, end))}")
+    check_shape(name, shape)
     if end - begin != math.prod(shape) * SIZES[dtype]:
         raise ValueError(f"tensor {name} has {end - begin} bytes for {dtype} {short(shape)}")
     return TensorInfo(dtype, tuple(shape), offset + begin, offset + end)
+
+
+def check_shape(name: str, shape: Sequence[Any]) -> None:
+    """Check a shape that a file states, before anything is computed with it.
+
+    Args:
+        name: The name of the tensor, for the error.
+        shape: The shape.
+
+    Raises:
+        ValueError: There are more than `MAX_SIDES` sides, a side is not an integer of at least 0,
+            or the product of the sides overflows.
+    """
+    sides = shape if len(shape) <= MAX_SIDES else ()
+    wrong = len(shape) > MAX_SIDES or any(type(n) is not int or not 0 <= n < 1 << 62 for n in sides)
+    if wrong or math.prod(side or 1 for side in sides) >= 1 << 62:
+        raise ValueError(f"tensor {name} has the shape {short(shape)}, which is not possible")
 
 
 def check_finite(path: Path, tensors: Header) -> None:

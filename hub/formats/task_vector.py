@@ -16,6 +16,7 @@ from experthub.hub.files.json_files import read_json
 from experthub.hub.formats.safetensors_header import (
     FLOATS,
     Header,
+    check_shape,
     read_header,
     read_header_text,
 )
@@ -213,8 +214,12 @@ def _read_sparse_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     except (ValueError, AttributeError, TypeError, RecursionError):
         raise _malformed(path, f"{SHAPES} in its metadata is not a JSON object of shapes") from None
     for name, shape in shapes.items():
-        if not all(type(side) is int and 0 < side < 1 << 40 for side in shape):
-            raise _malformed(path, f"{SHAPES} in its metadata gives {name} the shape {list(shape)}")
+        try:
+            check_shape(short(name), shape)
+            if 0 in shape:
+                raise ValueError(f"tensor {short(name)} has no entries")
+        except ValueError as fact:
+            raise _malformed(path, f"{SHAPES} in its metadata: {fact}") from None
     return shapes
 
 

@@ -11,9 +11,11 @@ from experthub.hub.errors import ConflictError, IntegrityError, UsageError
 from experthub.hub.files import checksummed_text
 from experthub.hub.files.atomic import hub_home, write_text
 from experthub.hub.files.file_locks import hold_lock
-from experthub.hub.registry.expert import NAME, Expert
+from experthub.hub.registry.expert import NAME, Expert, find_origin
 from experthub.hub.registry.layers import entry_path
 from experthub.hub.registry.registry_file import RegistryFile, format_file, read_file
+
+MAX_VERSION = 999_999  # of an expert that is registered; a registry file may have up to 9 digits
 
 
 def _lock_registries() -> AbstractContextManager[None]:
@@ -124,6 +126,69 @@ def check_conflict(expert: Expert, experts: Iterable[Expert]) -> None:
             )
 
 
+class NameConflictError(ConflictError):
+    """An error for content that would take over a name from an expert of another origin.
+
+    Args:
+        expert: The entry of the content.
+        known: The newest entry that has the name.
+    """
+
+    def __init__(self, expert: Expert, known: Expert) -> None:
+        name, source = expert.name, expert.sources[0]
+        super().__init__(
+            f"{source} would become {expert.reference}, but {known.reference} "
+            f"came from another place, {known.sources[0]}",
+            f"keep both with hub pull {source} --name NAME, or pass --yes to replace {name}",
+        )
+        self.reference = expert.reference
+
+
+def check_origin(expert: Expert, experts: Iterable[Expert]) -> None:
+    """Check that content may have its name.
+
+    It may if no entry has the name, or if an entry with the name has the same content or came from
+    the same place. A bare name refers to the newest version. Any other content would therefore
+    silently replace the expert that the user knows.
+
+    Args:
+        expert: The entry of the content.
+        experts: The known entries.
+
+    Raises:
+        NameConflictError: The name belongs to experts from other places.
+    """
+    same = [known for known in experts if known.name == expert.name]
+    origins = set(map(find_origin, expert.sources))
+    trusted = any(
+        known.digest == expert.digest or origins & set(map(find_origin, known.sources))
+        for known in same
+    )
+    if same and not trusted:
+        raise NameConflictError(expert, max(same, key=lambda known: known.version))
+
+
+def check_version(name: str, version: int) -> int:
+    """Check that a version is not so large that no newer one could follow it.
+
+    Args:
+        name: The name of the expert.
+        version: The version.
+
+    Returns:
+        The same version.
+
+    Raises:
+        UsageError: The version is above `MAX_VERSION`.
+    """
+    if version > MAX_VERSION:
+        raise UsageError(
+            f"the version {version} of {name} is above {MAX_VERSION}",
+            f"use a smaller version or another name; hub rm {name}@VERSION removes a wrong version",
+        )
+    return version
+
+
 def find_next_version(name: str, experts: Iterable[Expert]) -> int:
     """Find the version that follows the newest version of a name.
 
@@ -133,8 +198,12 @@ def find_next_version(name: str, experts: Iterable[Expert]) -> int:
 
     Returns:
         The next version; 1 for a new name.
+
+    Raises:
+        UsageError: The newest version is the largest one that is allowed.
     """
-    return max((e.version for e in experts if e.name == name), default=0) + 1
+    newest = max((e.version for e in experts if e.name == name), default=0)
+    return check_version(name, newest + 1)
 
 
 def check_name(name: str) -> str:

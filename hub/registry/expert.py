@@ -236,6 +236,21 @@ class Reference:
         return cls(text, name, int(version) if version else None, digest or "")
 
 
+def find_origin(source: str) -> str:
+    """Find the place that a source belongs to.
+
+    Args:
+        source: The source.
+
+    Returns:
+        The source without the revision of a repository, or the expert of a shared folder.
+    """
+    if source.startswith("file:"):
+        reference = Reference.parse(source)
+        return str(reference.folder and reference.folder.resolve())
+    return source.partition("@")[0]
+
+
 def make_source_absolute(source: str, folder: Path) -> str:
     """Make a source absolute, so that it refers to the same place from every folder.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experthub.hub.errors import HubError, NotFoundError
+from experthub.hub.files.ownership import is_safe
 from experthub.hub.files.spelling import suggest_name
 from experthub.hub.registry.expert import Expert, Reference
 from experthub.hub.registry.layers import Layer, read_layer, read_user_layer, user_folder
@@ -31,7 +32,8 @@ class Registry:
     def read(cls, file: Path | None = None, without: Set[Path] = frozenset()) -> Registry:
         """Read all layers: `file`, the project's registry, the user's own and the starter registry.
 
-        The project's registry is the nearest `registry.yaml` in the current folder or above it.
+        The project's registry is the nearest `registry.yaml` in the current folder or above it. It is
+        omitted with a warning if it may be another user's, see `find_danger`.
 
         Args:
             file: A registry file that comes before all others.
@@ -49,6 +51,9 @@ class Registry:
         here = Path.cwd()
         near = (folder / "registry.yaml" for folder in (here, *here.parents))
         project = next((path for path in near if path.is_file()), None)
+        named = file is not None and project is not None and file.resolve() == project.resolve()
+        if project and not named and not is_safe(project, f"pass --registry {project}"):
+            project = None
         starter = Path(__file__).parents[1] / "registry.yaml"
         before = {path.resolve(): path for path in (file, project) if path}
         layers = [read_layer(path) for path in before.values()]

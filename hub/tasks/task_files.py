@@ -10,6 +10,7 @@ from experthub.hub.errors import ConflictError, HubError, IntegrityError, NotFou
 from experthub.hub.files import checksummed_text, yaml_files
 from experthub.hub.files.atomic import create_folder, hub_home, walk_files, write_text
 from experthub.hub.files.digests import encode_json, sha256_of
+from experthub.hub.files.ownership import find_danger
 from experthub.hub.files.safe_text import WORD, is_reference
 from experthub.hub.files.spelling import find_similar
 from experthub.hub.tasks.task import Card, Example, Task
@@ -48,6 +49,7 @@ def read_task(reference: str) -> Task:
 
     Raises:
         NotFoundError: There is no such task; the hint suggests a similar name.
+        UsageError: A folder that is named without `./` may be another user's.
         IntegrityError: The task's files are damaged.
         HubError: The task has no examples.
     """
@@ -66,6 +68,11 @@ def read_task(reference: str) -> Task:
         named = [known for known in list_references() if known.endswith(f":{reference}")]
         hint = f"did you mean {named[0]!r}?" if named else f"name a folder that contains a {CARD}"
         raise NotFoundError(f"there is no task {reference}", hint)
+    if not reference.startswith(("/", ".")) and (danger := find_danger(Path(reference) / CARD)):
+        raise UsageError(
+            f"the task {reference} is not read, because {danger}",
+            f"write ./{reference} if you trust it",
+        )
     return read_task_folder(Path(reference), reference)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +16,9 @@ from experthub.hub.formats.records import validate_record
 from experthub.hub.kinds import kinds
 from experthub.hub.registry.content import Content
 from experthub.hub.registry.entries import (
+    MAX_VERSION,
     check_conflict,
+    check_version,
     check_writable,
     find_next_version,
     register,
@@ -69,7 +71,7 @@ def describe(
         kept = like.model_dump(include={"license", "description", "tags"})
     expert = Expert(
         name=name,
-        version=version or find_next_version(name, experts),
+        version=check_version(name, version) if version else find_next_version(name, experts),
         kind=identity.kind,
         base=base.name,
         digest=identity.digest,
@@ -145,6 +147,7 @@ def add_folder(
     file: Path | None = None,
     hashed: Mapping[str, str] = MappingProxyType({}),
     stated: str | None = None,
+    check: Callable[[Expert], None] = lambda expert: None,
 ) -> Expert:
     """Copy a folder that somebody wrote into the store, and register it under a name.
 
@@ -162,12 +165,14 @@ def add_folder(
         file: The registry file to write to. The default is the user's own registry.
         hashed: The sha256 of files by name, as for `Store.add`.
         stated: The digest that the source states, if it states one.
+        check: A function that raises an error if the entry must not be registered.
 
     Returns:
         The expert as it is registered.
 
     Raises:
-        IntegrityError: The files or `expert.json` are malformed, or have another digest than stated.
+        IntegrityError: The files or `expert.json` are malformed, have another digest than stated,
+            or state a version that is too large.
         ConflictError: The name and version are registered with other content, or the name has this
             content with another base, task or description.
     """
@@ -187,6 +192,7 @@ def add_folder(
             entry["sources"] = [source or _make_source(folder, file)]
             hint = "correct the field, or remove it"
             expert = validate_record(Expert, entry, draft / DESCRIPTION, hint)
+            check(expert)
             check_conflict(expert, session.registry.list_experts())
             check_writable(expert)
         session.store.take(draft, identity, hashed=own)
@@ -221,10 +227,17 @@ def _make_entry(
     """Make the fields of an entry, except its sources, from a folder's `expert.json` and `given`."""
     stated = read_description(folder)
     own = stated.get("version") if stated.get("name") == name else None
+    if version is None and isinstance(own, int) and own > MAX_VERSION:
+        raise IntegrityError(
+            f"{folder / DESCRIPTION}: the version {own} is above {MAX_VERSION}",
+            "correct the version, or choose another name with --name",
+        )
     entry: dict[str, Any] = {key: stated[key] for key in Expert.model_fields if key in stated}
     entry |= {
         "name": name,
-        "version": version or own or find_next_version(name, registry.list_experts()),
+        "version": check_version(name, version)
+        if version
+        else own or find_next_version(name, registry.list_experts()),
         "kind": identity.kind,
         "base": given.get("base")
         or stated.get("base")

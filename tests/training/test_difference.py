@@ -420,7 +420,7 @@ def damaged(file: Path, kind: str) -> None:
         ("shapes", "no shape"),
         ("extra", "which has no mask"),
         ("text", "not a JSON object"),
-        ("huge", "gives w the shape"),
+        ("huge", "entries need"),
         ("nan", "NaN"),
     ],
 )

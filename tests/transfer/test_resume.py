@@ -170,7 +170,7 @@ def flip(content: bytes) -> bytes:
 FAULTS: dict[str, tuple[dict[str, Any], int]] = {
     "slow": (SLOWLY, 0),
     "cut": ({"cut": 3_000_000}, 0),
-    "length too large": ({"length": 20 * MIB}, 0),
+    "length too large": ({"length": 20 * MIB}, 3),
     "lost": ({"lose": True}, 0),
     "busy": ({"status": 429}, 0),
     "down": ({"status": 503}, 0),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from experthub.hub.errors import IntegrityError
 from experthub.hub.files.plain_files import open_plain
-from experthub.hub.transfer.remotes._http import open_client, redact_url, retry
+from experthub.hub.transfer.remotes._http import open_client, redact_url, request, retry
 from experthub.hub.transfer.remotes._limits import (
     Progress,
     check_online,
@@ -55,8 +55,8 @@ def download(
 
     Raises:
         HubError: `HUB_OFFLINE` is set, or the server did not deliver the file.
-        IntegrityError: The file is larger than the user allows, or has another sha256. In the
-            second case it is deleted.
+        IntegrityError: The file is larger than the user allows, or has another size or sha256. In
+            the last case it is deleted.
     """
     check_online(redact_url(url))
     if not SHA256.fullmatch(sha256):  # It becomes the name of a file.
@@ -137,27 +137,49 @@ def _append(
     session: httpx.Client, url: str, growing: HashedFile, progress: Progress, limit: int | None
 ) -> None:
     """Download the bytes of a file that are still missing."""
+    import httpx
+
     start = growing.size
     if limit is not None and start == limit:
         return
-    # Some servers call a .tar.gz gzip-encoded. It must not be decompressed.
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
-    with session.stream("GET", url, headers=headers) as answer:
-        if answer.status_code == 416:  # No bytes are missing; the caller checks the sha256.
-            return
-        answer.raise_for_status()
-        if start and answer.status_code != 206:
-            growing.clear()
-            start = 0
-        size = limit or start + int(answer.headers.get("Content-Length", 0))
-        check_size(redact_url(url), size)
-        for chunk in answer.iter_raw():  # Chunks of any size: all bytes before an error are kept.
-            growing.write(chunk)
-            start += len(chunk)
-            progress(start, size)
-            if limit is not None and start > limit:
-                return
-            check_size(redact_url(url), start)
+    headers = {"Range": f"bytes={start}-"} if start else {}
+    try:
+        with request(session, url, headers) as (answer, chunks):
+            if start and answer.status_code != 206:
+                growing.clear()
+                start = 0
+            size = _find_size(answer, start) or limit or 0
+            _check_stated_size(url, size, limit)
+            check_size(redact_url(url), size)
+            for chunk in chunks:
+                growing.write(chunk)
+                start += len(chunk)
+                progress(start, size)
+                if limit is not None and start > limit:
+                    return
+                check_size(redact_url(url), start)
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code != 416:  # 416: no bytes are missing, if the sha256 is right.
+            raise
+
+
+def _find_size(answer: httpx.Response, start: int) -> int:
+    """Return the size of the whole file that an answer states; 0 if it states none."""
+    whole = re.fullmatch(
+        r"bytes [0-9]+-[0-9]+/([0-9]{1,18})", answer.headers.get("Content-Range", "")
+    )
+    stated = answer.headers.get("Content-Length", "")
+    left = int(stated) if re.fullmatch("[0-9]{1,18}", stated) else -start
+    return int(whole.group(1)) if whole and answer.status_code == 206 else start + left
+
+
+def _check_stated_size(url: str, size: int, wanted: int | None) -> None:
+    """Refuse a file of a wrong size before its bytes are downloaded."""
+    if wanted is not None and size != wanted:
+        raise IntegrityError(
+            f"{redact_url(url)} has {size} bytes, expected {wanted}",
+            "try again, or use another source: the file was changed",
+        )
 
 
 def fetch_small(session: httpx.Client, url: str, size: int) -> bytes:
@@ -179,9 +201,9 @@ def fetch_small(session: httpx.Client, url: str, size: int) -> bytes:
 
     def fetch() -> bytes:
         content = bytearray()
-        with session.stream("GET", url, headers={"Accept-Encoding": "identity"}) as answer:
-            answer.raise_for_status()
-            for chunk in answer.iter_raw():
+        with request(session, url) as (answer, chunks):
+            _check_stated_size(url, _find_size(answer, 0) or size, size)
+            for chunk in chunks:
                 content += chunk
                 if len(content) > size:
                     break

@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experthub.hub.errors import AuthError, HubError, IntegrityError, NotFoundError
-from experthub.hub.transfer.remotes._http import retry
+from experthub.hub.transfer.remotes._http import read_answer, retry
 
 if TYPE_CHECKING:
     import httpx
-
-MAX_ANSWER = 16 << 20  # bytes of an answer that is not a file
 
 
 def read_endpoint() -> str:
@@ -87,17 +85,12 @@ def request_json(session: httpx.Client, url: str, source: str) -> tuple[Any, str
         AuthError: The repository is gated, or the token may not read it.
         NotFoundError: The repository or the revision does not exist, or is private.
         HubError: The Hub answered with another error, or not with JSON.
-        IntegrityError: The answer is too long, or its next page is on another host.
+        IntegrityError: The answer is too long or compressed, or its next page is on another host.
     """
     import httpx
 
-    def ask() -> tuple[httpx.Response, bytearray]:
-        with session.stream("GET", url) as answer:
-            answer.raise_for_status()
-            return answer, _read_content(answer, source)
-
     try:
-        answer, content = retry(ask, lambda: 0)
+        answer, content = retry(lambda: read_answer(session, url, source), lambda: 0)
         return _parse_json(content, source), _find_next_page(answer, url, source)
     except httpx.HTTPStatusError as error:
         answer = error.response
@@ -113,18 +106,6 @@ def request_json(session: httpx.Client, url: str, source: str) -> tuple[Any, str
     raise HubError(f"{source} answered {status}", "try again later, or check HF_ENDPOINT")
 
 
-def _read_content(answer: httpx.Response, source: str) -> bytearray:
-    """Read an answer of limited length."""
-    content = bytearray()
-    for chunk in answer.iter_bytes():
-        content += chunk
-        if len(content) > MAX_ANSWER:
-            raise IntegrityError(
-                f"{source}: the answer is longer than {MAX_ANSWER} bytes", "check HF_ENDPOINT"
-            )
-    return content
-
-
 def _find_next_page(answer: httpx.Response, asked: str, source: str) -> str | None:
     """Return the URL of the next page. It must be on the same host, which gets the token, too."""
     link = answer.links.get("next", {}).get("url")
@@ -138,7 +119,7 @@ def _find_next_page(answer: httpx.Response, asked: str, source: str) -> str | No
     return str(url)
 
 
-def _parse_json(content: bytearray, source: str) -> Any:
+def _parse_json(content: bytes, source: str) -> Any:
     """Parse an answer as JSON."""
     try:
         return json.loads(content)

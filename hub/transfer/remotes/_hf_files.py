@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ USUAL = (".gitattributes", ".gitignore", "*.md", "LICENSE*")  # These are omitte
 MAX_SMALL = 8 << 20  # bytes of a file that git stores itself
 MAX_LARGE = 1 << 40  # bytes of a file in the large file storage
 MAX_ENTRIES, MAX_PAGES = 10_000, 100
+LIST_SECONDS = 600.0  # The time for all pages of a list of files.
 COMMIT = re.compile(r"[0-9a-f]{40}")
 REPOSITORY = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}"
 REVISION = r"[A-Za-z0-9_][A-Za-z0-9_./-]{0,119}"
@@ -118,6 +120,7 @@ def _list_rows(
     """Yield the entries at the top of a repository, page by page."""
     url: str | None = place.api_url(f"tree/{commit}?recursive=false&expand=false")
     pages = count = 0
+    end = time.monotonic() + LIST_SECONDS
     while url:
         rows, following = request_json(session, url, source)
         pages += 1
@@ -127,6 +130,11 @@ def _list_rows(
         if count > MAX_ENTRIES or pages > MAX_PAGES:
             raise HubError(
                 f"{source} has more than {MAX_ENTRIES} files", "check that it is a model"
+            )
+        if time.monotonic() > end:
+            raise HubError(
+                f"{source}: the list of its files took more than {LIST_SECONDS:g} s",
+                "try again later, or check HF_ENDPOINT",
             )
         yield from (row for row in rows if isinstance(row, dict))
         url = following
@@ -200,6 +208,7 @@ def _check_row(name: str, row: dict[str, Any], source: str) -> RemoteFile:
     blob = row.get("oid")
     wrong = (
         not isinstance(size, int)
+        or (sha256 is not None and row.get("size", size) != size)
         or not 0 <= size <= (MAX_SMALL if sha256 is None else MAX_LARGE)
         or (sha256 is not None and not SHA256.fullmatch(sha256))
         or (sha256 is None and not (isinstance(blob, str) and COMMIT.fullmatch(blob)))

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import html
+import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urljoin
 
 from experthub.hub.errors import HubError, NotFoundError, UsageError
 from experthub.hub.transfer.remotes._download import download
-from experthub.hub.transfer.remotes._http import open_client, redact_url
+from experthub.hub.transfer.remotes._http import open_client, read_answer, redact_url
 from experthub.hub.transfer.remotes._limits import Progress, check_online, ignore_progress
 
 JSON_API = "application/vnd.pypi.simple.v1+json"
 # The variables by which pip and Python find folders, besides pip's own. All others may be secret.
 PIP_READS = {"HOME", "PATH", "XDG_CONFIG_HOME", "XDG_CONFIG_DIRS", "LANG", "LC_ALL", "TMPDIR"}
 PIP_READS |= {"APPDATA", "LOCALAPPDATA", "PROGRAMDATA", "SYSTEMROOT", "TEMP", "USERPROFILE"}
+IndexEntry = tuple[str, str, str, int | None]  # The name, the URL, the sha256 and the size.
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,35 @@ def _make_environment() -> dict[str, str]:
     return {**kept, "COLUMNS": "10000"}
 
 
+def _parse_json_page(page: bytes, url: str) -> list[IndexEntry]:
+    """List the files on a page of an index in JSON (PEP 691, with the sizes of PEP 700)."""
+    try:
+        return [
+            (
+                str(file["filename"]),
+                str(file["url"]),
+                str(file["hashes"].get("sha256", "")),
+                size if type(size := file.get("size")) is int else None,
+            )
+            for file in json.loads(page)["files"]
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise HubError(
+            f"{url} is not a list of files: {type(error).__name__}: {str(error)[:200]}",
+            "check the package index that pip uses",
+        ) from None
+
+
+def _parse_html_page(page: str) -> Iterator[IndexEntry]:
+    """Yield the files on a page of an index in HTML. The time grows linearly with the page."""
+    for part in page.split("<a ")[1:]:
+        tag, _, rest = part.partition(">")
+        link = tag.partition('href="')[2].partition('"')[0]
+        url, _, digest = link.partition("#sha256=")
+        if digest.isalnum():
+            yield rest.partition("<")[0].strip(), html.unescape(url), digest, None
+
+
 def fetch(
     package: str,
     version: str,
@@ -125,31 +157,21 @@ def fetch(
     """
     check_online(f"{package}=={version}")
     with open_client() as session:
-        page = session.get(
-            f"{find_index_url()}/{package}/", headers={"Accept": f"{JSON_API}, text/html;q=0.5"}
-        )
-        page.raise_for_status()
-        if JSON_API in page.headers.get("Content-Type", ""):
-            try:
-                files = [
-                    (str(f["filename"]), str(f["url"]), str(f["hashes"].get("sha256", "")))
-                    for f in page.json()["files"]
-                ]
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise HubError(
-                    f"{redact_url(page.url)} is not a list of files: {error!r}",
-                    "check the package index that pip uses",
-                ) from None
-        else:
-            links = re.findall(r'<a [^>]*href="([^"#]+)#sha256=(\w+)"[^>]*>([^<]+)</a>', page.text)
-            files = [(name.strip(), html.unescape(url), digest) for url, digest, name in links]
-        page_url = str(page.url)
+        url = f"{find_index_url()}/{package}/"
+        wanted = {"Accept": f"{JSON_API}, text/html;q=0.5"}
+        answer, page = read_answer(session, url, redact_url(url), wanted)
+    page_url = str(answer.url)
+    if JSON_API in answer.headers.get("Content-Type", ""):
+        files = _parse_json_page(page, redact_url(page_url))
+    else:
+        files = list(_parse_html_page(page.decode(errors="replace")))
     stem = re.escape(re.sub(r"[-_.]+", "-", package)).replace(r"\-", "[-_.]+")
-    for name, url, digest in files:
+    for name, url, digest, size in files:
         if re.fullmatch(rf"{stem}-{re.escape(version)}(-.*)?{re.escape(ending)}", name, re.I):
             if not digest:
                 raise HubError(f"the package index has no sha256 of {name}", "use another index")
-            return download(urljoin(page_url, url), sha256 or digest, folder, progress)
+            place = urljoin(page_url, url)
+            return download(place, sha256 or digest, folder, progress, size=size)
     raise NotFoundError(
         f"the package index has no {ending} file of {package}=={version}", "check the version"
     )
