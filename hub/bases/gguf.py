@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from experthub.hub.errors import HubError
+from experthub.hub.errors import HubError, IntegrityError
+from experthub.hub.formats.gguf_header import check_gguf
 
 
 def convert_gguf(weights: Path, target: Path) -> None:
@@ -16,8 +19,10 @@ def convert_gguf(weights: Path, target: Path) -> None:
         target: The folder that the files are written into; it must exist.
 
     Raises:
+        IntegrityError: The file is damaged, or transformers cannot read it.
         HubError: The package gguf is not installed.
     """
+    check_gguf(weights)
     try:
         import gguf  # noqa: F401
     except ImportError:
@@ -30,9 +35,9 @@ def convert_gguf(weights: Path, target: Path) -> None:
         "pretrained_model_name_or_path": str(weights.parent),
         "gguf_file": weights.name,
     }
-    with hide_progress_bars():
+    with hide_progress_bars(), _explain_damage(weights.name, (Exception,)):
         model = AutoModelForCausalLM.from_pretrained(**place, dtype="float32")
-    AutoTokenizer.from_pretrained(**place).save_pretrained(target)
+        AutoTokenizer.from_pretrained(**place).save_pretrained(target)
     model.config.architectures = [type(model).__name__]
     del model.config.quantization_config
     model.config.save_pretrained(target)
@@ -44,3 +49,16 @@ def convert_gguf(weights: Path, target: Path) -> None:
         if not (keep and name in tied)
     }
     save_file(state, target / "model.safetensors", metadata={"format": "pt"})
+
+
+@contextmanager
+def _explain_damage(name: str, errors: tuple[type[Exception], ...]) -> Iterator[None]:
+    """Turn errors of transformers, gguf and tokenizers into one; the last raises Exception itself."""
+    try:
+        yield
+    except errors as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise IntegrityError(
+            f"{name} cannot be read as a model: {reason}",
+            "use a GGUF file of an architecture that transformers can read, or safetensors",
+        ) from None

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from experthub.hub.bases.base import Base
+from experthub.hub.bases.tokenizer import CheckedTokenizer
 from experthub.hub.errors import HubError, UsageError
 from experthub.merge import is_linear, is_transposed
 
@@ -44,7 +45,7 @@ def load_tokenizer(base: Base) -> Any:
         base: The base.
 
     Returns:
-        The tokenizer, as transformers loads it.
+        The tokenizer, as transformers loads it, with errors that name the base.
 
     Raises:
         HubError: The base has no tokenizer, or transformers cannot load it.
@@ -59,7 +60,8 @@ def load_tokenizer(base: Base) -> Any:
 
     # The package tokenizers raises Exception itself, so that no narrower class can be named.
     with _explain_loading_errors(base, (Exception,)):
-        return AutoTokenizer.from_pretrained(base.folder, **LOCAL)
+        found = AutoTokenizer.from_pretrained(base.folder, **LOCAL)
+    return CheckedTokenizer(found, base.name, base.folder, base.shapes)
 
 
 def find_linear_modules(base: Base) -> dict[str, bool]:

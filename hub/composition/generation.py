@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from experthub.hub.bases.base import Base
 from experthub.hub.bases.loading import load_tokenizer
 from experthub.hub.composition.composition import Composition
-from experthub.hub.errors import UsageError
+from experthub.hub.errors import HubError, UsageError
 from experthub.hub.readers.similarity import tokenise
+
+# The errors that transformers raises for settings that it cannot use.
+GENERATION_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def generate_text(
@@ -118,12 +133,28 @@ def generate_ids(
         {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     )
     given = torch.tensor([ids], device=composition.model.device)
-    written = composition.model.generate(
-        input_ids=given,
-        attention_mask=torch.ones_like(given),
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        **sampling,
-    )
-    new: list[int] = written[0, len(ids) :].tolist()
+    with _explain_generation(composition.plan.base):
+        written = composition.model.generate(
+            input_ids=given,
+            attention_mask=torch.ones_like(given),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            num_beams=1,
+            num_return_sequences=1,
+            **sampling,
+        )
+        new: list[int] = written[0, len(ids) :].tolist()
     return new
+
+
+@contextmanager
+def _explain_generation(base: Base) -> Iterator[None]:
+    """Turn errors of transformers into a HubError: a base comes with settings of its own."""
+    try:
+        yield
+    except GENERATION_ERRORS as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise HubError(
+            f"base {base.name}: transformers cannot generate with it: {reason}",
+            f"correct or remove {base.folder / 'generation_config.json'}",
+        ) from None

@@ -37,6 +37,7 @@ from experthub.routing import (
     RoutedLinear,
     Select,
     State,
+    StateTensors,
     Weights,
     attach_experts,
     parse_kernel,
@@ -185,8 +186,9 @@ def _make_selection(model: Any, plan: Plan, state: State, session: Session) -> S
     pool = Pool(
         tuple(expert.label for expert in plan.experts),
         tuple(tuple(m.task for m in e.members if m.task) for e in plan.experts),
-        {name: tensor.to(model.device) for name, tensor in state.tensors.items()},
+        StateTensors({name: t.to(model.device) for name, t in state.tensors.items()}),
         load_embedder,
+        len(plan.layers),
     )
     select: Select = method.strategy.call(pool, **method.options)
 
