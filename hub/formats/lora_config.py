@@ -185,7 +185,9 @@ def is_targeted(config: dict[str, Any], module: str) -> bool:
     for place in places or [r".*?\.[^.]*"]:
         found = re.match(rf"{place}\.(?P<idx>\d+)\.", module)
         if found:  # An alternative of the pattern may match without the number.
-            return found["idx"] is not None and int(found["idx"]) in ([layers] if isinstance(layers, int) else layers)
+            return found["idx"] is not None and int(found["idx"]) in (
+                [layers] if isinstance(layers, int) else layers
+            )
     return False
 
 

@@ -71,7 +71,9 @@ def test_a_state_with_a_wrong_tensor(name: str, wrong: str) -> None:
         pool = Pool(LABELS, ((), ()), StateTensors(state), lambda name: None)  # type: ignore[arg-type,return-value]
         with pytest.raises(StateError, match="state|classifier"):
             strategy = routers[name]
-            strategy.call(pool, **(strategy.bind(options) if hasattr(strategy, "bind") else options))
+            strategy.call(
+                pool, **(strategy.bind(options) if hasattr(strategy, "bind") else options)
+            )
 
 
 @pytest.mark.parametrize("owners", [[0, 1, 2], [-1, 0, 1], [2**40, 0, 0]])
@@ -142,7 +144,10 @@ BROKEN: dict[str, tuple[str, Edit]] = {
     "token of a wrong type": ("tokenizer_config.json", lambda t: t.update(eos_token={"a": 1})),
     "template with an error": ("tokenizer_config.json", lambda t: t.update(chat_template="{% for")),
     "template of numbers": ("tokenizer_config.json", lambda t: t.update(chat_template=5)),
-    "template with a name": ("tokenizer_config.json", lambda t: t.update(chat_template="{{ a.b }}")),
+    "template with a name": (
+        "tokenizer_config.json",
+        lambda t: t.update(chat_template="{{ a.b }}"),
+    ),
     "template that raises": (
         "tokenizer_config.json",
         lambda t: t.update(chat_template="{{ raise_exception('no') }}"),
@@ -343,7 +348,9 @@ def test_an_error_does_not_tell_the_password_of_a_proxy(monkeypatch: pytest.Monk
     assert "secret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("endpoint", ["http://.", "http://a..b", f"http://{'a' * 70}.b", "x", "://"])
+@pytest.mark.parametrize(
+    "endpoint", ["http://.", "http://a..b", f"http://{'a' * 70}.b", "x", "://"]
+)
 def test_an_endpoint_that_is_none(
     endpoint: str, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -355,7 +362,11 @@ def test_an_endpoint_that_is_none(
 
 
 def test_a_layers_pattern_whose_alternative_has_no_number() -> None:
-    config = {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "a|layers"}
+    config = {
+        "target_modules": ["q_proj"],
+        "layers_to_transform": [0],
+        "layers_pattern": "a|layers",
+    }
     assert not is_targeted(config, "a.layers.0.q_proj")
     assert is_targeted(config | {"layers_pattern": ["x", "layers"]}, "layers.0.q_proj")
 

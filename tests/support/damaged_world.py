@@ -17,7 +17,9 @@ from experthub.hub.tasks.task import Card, Example, example_id
 from experthub.hub.tasks.task_files import write_task
 from safetensors.torch import load_file, save_file
 
-MODULES = [f"model.layers.{layer}.self_attn.{leaf}" for layer in (0, 1) for leaf in ("q_proj", "v_proj")]
+MODULES = [
+    f"model.layers.{layer}.self_attn.{leaf}" for layer in (0, 1) for leaf in ("q_proj", "v_proj")
+]
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 TASK = ("--task", "local:parity")
 QUICK = ("--steps", "1", "--examples", "2", "--batch-size", "2")
@@ -123,7 +125,9 @@ def build(root: Path) -> World:
     world = World(root)
     tiny_llama(world.base)
     config = json.loads((world.base / "tokenizer_config.json").read_text())
-    (world.base / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": TEMPLATE}))
+    (world.base / "tokenizer_config.json").write_text(
+        json.dumps(config | {"chat_template": TEMPLATE})
+    )
     tiny_bert(world.encoder)
     shutil.copytree(world.base, world.finetuned)
     tensors = load_file(world.finetuned / "model.safetensors")
@@ -149,7 +153,9 @@ def build(root: Path) -> World:
     for name in ("a", "b", "v", "s"):
         done("add", world.root / name, "--name", name, "--base", "tiny", *TASK)
     for name, (command, method, data) in MAKE.items():
-        text = f"base: tiny\nexperts: [a, b]\n{method}\n{data}".replace("ENCODER", str(world.encoder))
+        text = f"base: tiny\nexperts: [a, b]\n{method}\n{data}".replace(
+            "ENCODER", str(world.encoder)
+        )
         (world.work / "make.yaml").write_text(text)
         done(command, "make.yaml", "--name", name)
     (world.work / "make.yaml").unlink()
