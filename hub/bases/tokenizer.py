@@ -72,7 +72,14 @@ class CheckedTokenizer:
         return found
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write the files of the tokenizer; refuse ids that would take minutes to write."""
+        """Write the files of the tokenizer.
+
+        Args:
+            folder: The folder.
+
+        Raises:
+            HubError: An id is so large that writing would take minutes, or a file cannot be written.
+        """
         largest = max(self.get_vocab().values(), default=0)
         if largest >= MAX_IDS:
             raise HubError(
