@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experthub.hub.files.digests import encode_json
@@ -39,6 +42,24 @@ def choose_pins(locked: bool, frozen: bool) -> Pins | None:
             "use --frozen alone to read no registry, or --locked alone to check the registries",
         )
     return "locked" if locked else "frozen" if frozen else None
+
+
+def open_streams() -> None:
+    """Open the standard streams that the caller closed, and let no character stop the output."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def drop_output() -> None:
+    """Drop the output that cannot be written, so that Python does not try again when it exits."""
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+        return
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_json(value: dict[str, Any], compact: bool = False) -> None:

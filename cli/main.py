@@ -28,6 +28,7 @@ from experthub.cli import (
     trace,
     train,
 )
+from experthub.cli._output import drop_output, open_streams
 from experthub.hub.errors import HubError
 from experthub.hub.files.safe_text import escape, escape_block
 
@@ -49,12 +50,14 @@ class HubApp(typer.Typer):
             raise Interrupted
 
         signal.signal(signal.SIGINT, interrupt)
+        open_streams()
         everything = self.registered_commands, self.registered_groups
         self._keep_only(next(iter(args[0] if args else sys.argv[1:]), ""))
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = partial(_show_warning, warnings.showwarning)
                 code = super().__call__(*args, prog_name="hub", standalone_mode=False, **options)
+            sys.stdout.flush()
             sys.exit(code if isinstance(code, int) else 0)
         except CommandLineError as error:
             sys.stderr.write(_explain_usage_error(error))
@@ -67,7 +70,11 @@ class HubApp(typer.Typer):
             if hint:
                 sys.stderr.write(f"hint: {escape(hint)}\n")
             sys.exit(getattr(error, "code", 1))
+        except BrokenPipeError:
+            drop_output()
+            sys.exit(1)  # As typer does, without a message: the reader wanted no more.
         except OSError as error:
+            drop_output()
             if os.environ.get("HUB_DEBUG") == "1":
                 raise
             sys.stderr.write(

@@ -69,6 +69,7 @@ def explain_errors(what: str = "") -> Iterator[None]:
 
     Raises:
         HubError: The block raised a MethodFailure.
+        IntegrityError: The block raised a StateError.
         UsageError: The block raised another ValueError. The hint of a MethodError is kept.
     """
     try:
@@ -77,4 +78,6 @@ def explain_errors(what: str = "") -> Iterator[None]:
         message = f"{what}: {error}" if what else str(error)
         hint = getattr(error, "hint", "") or "change the recipe's weights or options"
         kind = UsageError if getattr(error, "is_usage", True) else HubError
+        if getattr(error, "is_damage", False):
+            kind = IntegrityError
         raise kind(message, hint) from None

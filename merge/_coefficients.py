@@ -54,7 +54,7 @@ def assign_blocks(names: Iterable[str], granularity: str) -> dict[str, str]:
         return {n: m.group() if m else n.rpartition(".")[0] or n for n, m in found.items()}
     try:
         pattern = re.compile(granularity)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(
             f"option 'granularity': expected task, layer, block, partition or a regular "
             f"expression, found {granularity!r}: {error}"

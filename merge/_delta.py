@@ -19,10 +19,11 @@ class LowRank:
     Args:
         a: The factor A `[R, I]`.
         b: The factor B `[O, R]`, in the dtype and on the device of A.
-        scale: Any finite number; for a LoRA it is `alpha / r`.
+        scale: Any number that the dtype can hold; for a LoRA it is `alpha / r`.
 
     Raises:
-        ValueError: The ranks, dtypes or devices of the factors differ.
+        ValueError: The ranks, dtypes or devices of the factors differ, or the dtype cannot hold the
+            scale.
 
     Example:
         >>> LowRank(torch.ones(1, 3), torch.ones(2, 1), scale=0.5).dense()
@@ -44,6 +45,8 @@ class LowRank:
             raise ValueError(f"expected one float dtype, found {self.a.dtype} and {self.b.dtype}")
         if self.a.device != self.b.device:
             raise ValueError(f"expected one device, found {self.a.device} and {self.b.device}")
+        if not abs(self.scale) <= torch.finfo(self.a.dtype).max:
+            raise ValueError(f"expected a factor that fits {self.a.dtype}, found {self.scale:g}")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -216,7 +219,7 @@ def truncate(delta: Delta, rank: int | None = None, energy: float | None = None)
 
     Raises:
         ValueError: Both or none of `rank` and `energy` are given, one of them is out of its range,
-            or the change is not a matrix.
+            or the change is not a matrix or not finite.
     """
     if (rank is None) == (energy is None):
         raise ValueError(f"expected a rank or an energy, found {rank} and {energy}")
@@ -238,6 +241,9 @@ def truncate(delta: Delta, rank: int | None = None, energy: float | None = None)
 
 def _svd(delta: Delta) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the singular vectors and values of a change in double precision."""
+    factors = (delta.a, delta.b) if isinstance(delta, LowRank) else (delta.d,)
+    if not all(bool(torch.isfinite(factor).all()) for factor in factors):
+        raise ValueError("expected finite changes, found NaN or infinity")
     if isinstance(delta, LowRank):
         q_b, r_b = torch.linalg.qr(delta.b.double() * delta.scale)
         q_a, r_a = torch.linalg.qr(delta.a.double().T)

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import torch
 from experthub.merge._attached_experts import AttachedExperts
-from experthub.merge._catalogue import Options
+from experthub.merge._catalogue import MethodFailure, Options
 from experthub.merge._coefficients import make_zero_coefficients
 from experthub.merge._delta import Dense
 from experthub.merge._linear_modules import is_plain_linear, is_transposed
@@ -220,5 +220,11 @@ def _solve(
             right_IO += weight * scaled_II @ (delta if transposed else delta.T)
     # Features that no input has leave the equations without a unique answer.
     left_II.diagonal().add_(1e-8 * left_II.diagonal().mean().clamp(min=1e-30))
-    found_IO = torch.linalg.solve(left_II, right_IO)
+    try:
+        found_IO = torch.linalg.solve(left_II, right_IO)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        raise MethodFailure(
+            f"the regression of {name} has no single solution",
+            "use positive weights, or more examples",
+        ) from None
     return Dense((found_IO if transposed else found_IO.T).to(dtype).contiguous())

@@ -11,6 +11,7 @@ from experthub.routing._router import ExpertStack, Router, TopK, Weights, standa
 from experthub.routing._routers import RouterTraits, Routing, routers
 from experthub.routing._skilled_linear import BatchTasks, SkilledLinear
 from experthub.routing._skills import AVERAGE, MULTI_HEADED, SERVED_BY, Skills, check_heads
+from experthub.routing._state import StateError, StateTensors, read_tensor
 from experthub.routing.arrow import arrow, subtract_general
 from experthub.routing.average_activation import average_activation
 from experthub.routing.best_individual import best_individual
@@ -69,6 +70,8 @@ __all__ = [
     "SkilledLinear",
     "Skills",
     "State",
+    "StateError",
+    "StateTensors",
     "TopK",
     "Weights",
     "arrow",
@@ -90,6 +93,7 @@ __all__ = [
     "parse_kernel",
     "phatgoose",
     "poly",
+    "read_tensor",
     "record_routing",
     "retrieval",
     "routers",

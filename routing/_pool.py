@@ -159,12 +159,14 @@ class Pool:
         state: The tensors that the router prepared.
         load_embedder: A function that loads a sentence encoder by name. It refuses an encoder that
             did not make the index.
+        n_layers: The number of layers of the model that have something to route; None if unknown.
     """
 
     labels: tuple[str, ...] = ()
     tasks: tuple[tuple[str, ...], ...] = ()
     state: Mapping[str, Tensor] = field(default_factory=dict)
     load_embedder: Callable[[str], Embedder] = _load_no_embedder
+    n_layers: int | None = None
 
     @property
     def n_experts(self) -> int:

@@ -180,6 +180,8 @@ def _compute_prototype(delta: LowRank) -> Tensor:
     `O((O + I) r^2)`.
     """
     a_rI, b_Or = delta.a.double(), delta.b.double()
+    if not bool(torch.isfinite(a_rI).all() and torch.isfinite(b_Or).all()):
+        raise MethodFailure("the factors of an expert overflow float32", "use smaller weights")
     q_Ir, r_rr = torch.linalg.qr(a_rI.T)
     half = b_Or @ r_rr.T
     values, vectors = torch.linalg.eigh(half.T @ half)

@@ -15,6 +15,7 @@ from experthub.merge import ExamplesPerTask, Options, Range, ShapesState
 from experthub.routing._pool import RouterMaterials, State
 from experthub.routing._router import ExpertStack, Router
 from experthub.routing._routers import Routing, routers
+from experthub.routing._state import StateError, read_tensor
 from experthub.routing.phatgoose import phatgoose
 from torch import Tensor
 
@@ -70,7 +71,16 @@ def average_activation(
     Returns:
         The router of the module.
     """
-    zeros = torch.zeros(stack.width)
-    means = [stack.state.get(f"{e}.{stack.module}", zeros).float() for e in stack.experts]
+    means = [_read_mean(stack, e) for e in stack.experts]
     gated = replace(stack, gates_EI=torch.stack(means))
     return phatgoose(gated, top_k=top_k, temperature=temperature)
+
+
+def _read_mean(stack: ExpertStack, expert: int) -> Tensor:
+    """Read the mean input `[I]` of one expert; zeros if no example has reached the module."""
+    name = f"{expert}.{stack.module}"
+    if name not in stack.state:
+        if not any(other.startswith(f"{expert}.") for other in stack.state):
+            raise StateError(f"the state has no tensors of expert {expert}")
+        return torch.zeros(stack.width)
+    return read_tensor(stack.state, name, stack.width)

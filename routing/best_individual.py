@@ -7,6 +7,7 @@ from experthub.merge import Options
 from experthub.routing._pool import Pool, RouterMaterials, Select, State, one_hot
 from experthub.routing._router import Weights
 from experthub.routing._routers import Routing, routers
+from experthub.routing._state import read_tensor
 
 
 def _score(materials: RouterMaterials, options: Options) -> State:
@@ -42,5 +43,6 @@ def best_individual(pool: Pool) -> Select:
     Returns:
         The weights of every input: 1 for the best expert.
     """
-    weights = Weights(one_hot(int(pool.state["scores"].argmax()), pool.n_experts))
+    scores_E = read_tensor(pool.state, "scores", pool.n_experts)
+    weights = Weights(one_hot(int(scores_E.argmax()), pool.n_experts))
     return lambda batch: weights

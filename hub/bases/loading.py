@@ -14,6 +14,7 @@ from experthub.hub.bases.base import Base
 from experthub.hub.bases.fingerprint import compute_fingerprint, list_weight_files
 from experthub.hub.bases.identity import compute_base_digest
 from experthub.hub.bases.model_size import limit_model_size
+from experthub.hub.bases.tokenizer import CheckedTokenizer
 from experthub.hub.errors import HubError, IntegrityError, UsageError
 from experthub.hub.files.json_files import read_json
 from experthub.hub.formats.safetensors_header import FLOATS, read_header
@@ -143,7 +144,7 @@ def load_tokenizer(base: Base) -> Any:
         base: The base.
 
     Returns:
-        The tokenizer, as transformers loads it.
+        The tokenizer, as transformers loads it, with errors that name the base.
 
     Raises:
         IntegrityError: A file was changed since the base was found.
@@ -159,9 +160,9 @@ def load_tokenizer(base: Base) -> Any:
 
     # The package tokenizers raises Exception itself, so that no narrower class can be named.
     with _explain_loading_errors(base, (Exception,)):
-        tokenizer = AutoTokenizer.from_pretrained(base.folder, **LOCAL)
+        found = AutoTokenizer.from_pretrained(base.folder, **LOCAL)
     _check_unchanged(base)
-    return tokenizer
+    return CheckedTokenizer(found, base.name, base.folder, base.shapes)
 
 
 def find_linear_modules(base: Base) -> dict[str, bool]:

@@ -45,8 +45,8 @@ class RowCache:
     is_initialized: bool = True
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Apply a function to the tensor of every name."""
-        self.rows = {name: change(tensor) for name, tensor in self.rows.items()}
+        """Apply a function to the tensor of every name, but for weights `[E]` of all rows alike."""
+        self.rows = {n: change(t) if t.ndim > 1 else t for n, t in self.rows.items()}
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only some rows.

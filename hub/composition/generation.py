@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from threading import Lock
 from typing import Any
 
@@ -10,12 +12,24 @@ from experthub.hub.bases.loading import load_tokenizer
 from experthub.hub.composition.chat_template import render_chat
 from experthub.hub.composition.composition import Composition
 from experthub.hub.composition.overflow import refuse_overflow
-from experthub.hub.errors import UsageError
+from experthub.hub.errors import HubError, UsageError
 from experthub.hub.readers.similarity import tokenise
 
 COLDEST, HOTTEST = 1e-4, 1e4  # The temperatures of sampling, besides 0.
 # Transformers samples with the random generator of the process, so threads take turns.
 _sampling = Lock()
+# The errors that transformers raises for settings that it cannot use.
+GENERATION_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def generate_text(
@@ -146,8 +160,10 @@ def generate_ids(
         "attention_mask": torch.ones_like(given),
         "max_new_tokens": max_new_tokens,
         "pad_token_id": tokenizer.pad_token_id,
+        "num_beams": 1,
+        "num_return_sequences": 1,
     }
-    with refuse_overflow(composition):
+    with _explain_generation(composition.plan.base), refuse_overflow(composition):
         if temperature:
             with _sampling:
                 torch.manual_seed(composition.plan.recipe.seed)
@@ -156,5 +172,18 @@ def generate_ids(
                 )
         else:
             written = composition.model.generate(**settings, do_sample=False)
-    new: list[int] = written[0, len(ids) :].tolist()
+        new: list[int] = written[0, len(ids) :].tolist()
     return new
+
+
+@contextmanager
+def _explain_generation(base: Base) -> Iterator[None]:
+    """Turn errors of transformers into a HubError: a base comes with settings of its own."""
+    try:
+        yield
+    except GENERATION_ERRORS as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise HubError(
+            f"base {base.name}: transformers cannot generate with it: {reason}",
+            f"correct or remove {base.folder / 'generation_config.json'}",
+        ) from None

@@ -11,7 +11,7 @@ from experthub.hub.materials.sentence_encoder import SentenceEncoder
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.session import Session
 from experthub.merge import Options
-from experthub.routing import Batch, Pool, Select, State, Weights, routers
+from experthub.routing import Batch, Pool, Select, State, StateTensors, Weights, routers
 from torch import Tensor
 
 
@@ -75,7 +75,7 @@ class Selection:
         """
         if device not in self._made:
             state = {name: tensor.to(device) for name, tensor in self.pool.state.items()}
-            pool = replace(self.pool, state=state)
+            pool = replace(self.pool, state=StateTensors(state))
             self._made[device] = routers[self.method].call(pool, **self.options)
         return self._made[device]
 
@@ -128,6 +128,7 @@ def make_selection(model: Any, plan: Plan, state: State, session: Session) -> Se
         tuple(tuple(m.task for m in e.members if m.task) for e in plan.experts),
         dict(state.tensors),
         EncoderLoader(session, state.embedder),
+        len(plan.layers),
     )
     made = Selection(method.method, method.options, pool)
     made.prepare(model.device)

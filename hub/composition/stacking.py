@@ -20,6 +20,7 @@ from experthub.routing import (
     Router,
     Select,
     State,
+    StateTensors,
     group_modules,
     pack_experts,
 )
@@ -108,7 +109,7 @@ class Stacking:
                 ExpertStack.of(deltas, len(vectors), found or None),
                 module=name,
                 labels=tuple(expert.label for expert in plan.experts),
-                state=self.state.tensors,
+                state=StateTensors(self.state.tensors),
             )
             adapt = strategy.traits.adapt
             return stack if adapt is None else adapt(stack, plan.recipe.method.options)

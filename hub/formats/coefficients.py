@@ -8,12 +8,13 @@ from typing import Annotated, Any, Literal
 from experthub.hub.errors import IntegrityError
 from experthub.hub.files.yaml_files import Closed
 from experthub.hub.formats.records import Digest, Finite, StateExpert, read_record
-from experthub.hub.formats.safetensors_header import read_header
+from experthub.hub.formats.safetensors_header import TensorInfo, read_header
 from pydantic import Field
 
 COEFFICIENTS = "coefficients.safetensors"
 COEFFICIENTS_JSON = "coefficients.json"
 TENSOR = "coefficients"
+MAX_GROUPS = 256
 HINT = "get both files again, or learn the coefficients again"
 
 
@@ -67,10 +68,16 @@ def read_coefficients(record: Path, tensors: Path) -> CoefficientsRecord:
     info = header.get(TENSOR)
     wanted = (len(found.experts), len(found.blocks))
     fits = info is not None and info.dtype in ("F32", "F64") and info.shape[:2] == wanted
-    if len(header) != 1 or info is None or not fits or len(info.shape) not in (2, 3):
+    # A third dimension holds the groups of a partition.
+    if len(header) != 1 or info is None or not fits or len(info.shape) > 3 or not _has_groups(info):
         raise IntegrityError(
             f"{tensors}: expected one tensor {TENSOR!r} {list(wanted)}, "
             f"found { ({name: list(i.shape) for name, i in header.items()}) }",
             HINT,
         )
     return found
+
+
+def _has_groups(info: TensorInfo) -> bool:
+    """Tell whether the third dimension, if there is one, is a number of groups."""
+    return len(info.shape) == 2 or 1 <= info.shape[2] <= MAX_GROUPS

@@ -184,8 +184,10 @@ def is_targeted(config: dict[str, Any], module: str) -> bool:
     places = [rf"(?:^|.*?\.){p}" for p in ([named] if isinstance(named, str) else named)]
     for place in places or [r".*?\.[^.]*"]:
         found = re.match(rf"{place}\.(?P<idx>\d+)\.", module)
-        if found:
-            return int(found["idx"]) in ([layers] if isinstance(layers, int) else layers)
+        if found:  # An alternative of the pattern may match without the number.
+            return found["idx"] is not None and int(found["idx"]) in (
+                [layers] if isinstance(layers, int) else layers
+            )
     return False
 
 

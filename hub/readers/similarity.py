@@ -13,6 +13,7 @@ from threading import Lock
 from typing import Any
 
 import torch
+from experthub.hub.errors import UsageError
 from experthub.hub.readers.reader import HeadCache, ReadsInput
 from experthub.hub.readers.scorer import Question, Scores
 from torch import Tensor
@@ -89,6 +90,9 @@ def embed(model: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
 
     Returns:
         The unit embeddings `[B, D]`, float32.
+
+    Raises:
+        UsageError: A text has no tokens.
     """
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     rows: list[Tensor] = [torch.empty(0)] * len(texts)
@@ -102,6 +106,8 @@ def embed(model: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
                 max_length=MAX_TOKENS,
                 return_tensors="pt",
             ).to(next(model.parameters()).device)
+        if not batch["input_ids"].numel():
+            raise UsageError(f"a text has no tokens: {texts[part[0]][:80]!r}", "write some text")
         for i, row in zip(part, pool(model, batch), strict=True):
             rows[i] = row
     return torch.stack(rows)
@@ -119,5 +125,5 @@ def pool(model: Any, batch: Any) -> Tensor:
     """
     hidden_BTD = model(**batch).last_hidden_state.float()
     mask_BT1 = batch["attention_mask"][..., None].float()
-    mean_BD = (hidden_BTD * mask_BT1).sum(1) / mask_BT1.sum(1)
+    mean_BD = (hidden_BTD * mask_BT1).sum(1) / mask_BT1.sum(1).clamp(min=1)
     return torch.nn.functional.normalize(mean_BD, dim=-1)

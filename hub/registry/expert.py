@@ -216,6 +216,11 @@ class Reference:
         """
         if "\0" in text:
             raise UsageError(f"{text[:200]!r} is not a reference", "remove the NUL characters")
+        # Python reads names of files that are not UTF-8 as U+DC80 to U+DCFF.
+        if re.search(r"[\ud800-\udc7f\udd00-\udfff]", text):
+            raise UsageError(
+                f"{text[:200]!r} is not a reference", "write it as text: it has half a character"
+            )
         if text.startswith(("./", "../", "/")) or text in (".", ".."):
             return cls(text, folder=(folder or Path.cwd()) / text)
         if text.startswith("file:"):

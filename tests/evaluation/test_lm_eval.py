@@ -104,7 +104,7 @@ def sides(
     folder = tiny_llama(tmp_path_factory.mktemp("model"), vocab_size=300)
     change = {"merging": merging, "beginning": beginning}.get(request.param)
     base = bases.read(edited(folder, change) if change else folder, "tiny")
-    tokenizer, model = load_tokenizer(base), load_model(base, "float32", "cpu")
+    tokenizer, model = load_tokenizer(base).tokenizer, load_model(base, "float32", "cpu")
     peer = harness.LmEval(CACHE, folder, tmp_path_factory.mktemp("tasks"))
     found = {}
     for group, rows in QUESTIONS.items():

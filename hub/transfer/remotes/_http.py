@@ -47,23 +47,30 @@ def open_client(headers: dict[str, str] | None = None) -> Iterator[httpx.Client]
     Raises:
         AuthError: The server refused the token.
         NotFoundError: The server does not have what was requested.
-        HubError: The server did not answer, or answered with another error.
+        HubError: The proxy cannot be used. Or the server did not answer, or answered with another
+            error.
     """
     import httpx
 
     try:
-        with httpx.Client(
+        client = httpx.Client(
             verify=_load_certificates(),
             timeout=60,
             headers={"Accept-Encoding": "identity"} | (headers or {}),
-            limits=httpx.Limits(
-                max_keepalive_connections=0
-            ),  # A Stopwatch cuts its own connection.
-        ) as session:
+            # A Stopwatch cuts its own connection.
+            limits=httpx.Limits(max_keepalive_connections=0),
+        )
+    except (ImportError, ValueError, httpx.InvalidURL) as error:
+        raise HubError(
+            f"the proxy of the environment cannot be used: {redact_url(error)}",
+            "correct HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY: a proxy is http://host:port",
+        ) from None
+    try:
+        with client as session:
             yield session
     except httpx.HTTPStatusError as error:
         raise _explain_status(error) from None
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:  # A host that is no name.
         url = getattr(getattr(error, "_request", None), "url", "") or "the server"
         raise HubError(
             f"no answer from {redact_url(url)}: {str(error) or type(error).__name__}",

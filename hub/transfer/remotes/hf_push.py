@@ -96,17 +96,18 @@ def push(
     except _list_transport_errors() as error:
         raise HubError(
             f"cannot push to {name}: {' '.join(str(error).split())[:200]}",
-            "check the network and HF_ENDPOINT; pushing again sends only what is missing",
+            "check the network, the proxy and HF_ENDPOINT; pushing again sends only what is missing",
         ) from None
     return str(made.oid)
 
 
 def _list_transport_errors() -> tuple[type[Exception], ...]:
     """List the errors of the client if no answer arrives; its versions use several packages."""
-    found: list[type[Exception]] = [OSError]
+    found: list[type[Exception]] = [OSError, ImportError, ValueError]  # The last two: a bad proxy.
     for package in ("httpx", "httpx2"):
         with suppress(ImportError):
-            found.append(import_module(package).HTTPError)
+            client = import_module(package)
+            found += [client.HTTPError, client.InvalidURL]
     return tuple(found)
 
 

@@ -1,0 +1,128 @@
+"""Tokenizers of bases, whose errors become one sentence when they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from experthub.hub.errors import HubError
+from torch import Tensor
+
+EMBEDDINGS = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "word_embeddings.weight",
+    "embed_in.weight",
+    "token_embedding.weight",
+    "shared.weight",
+)
+
+
+MAX_IDS = 1 << 22  # The largest vocabularies have about a million tokens.
+
+
+class CheckedTokenizer:
+    """A tokenizer of transformers whose files may be damaged.
+
+    A damaged vocabulary, setting or chat template often shows only when a text is read or written.
+    The package tokenizers raises Exception itself, so that no narrower class can be named. An error
+    that says already what is wrong, a HubError, is not changed.
+
+    Args:
+        tokenizer: The tokenizer.
+        name: The name of its base, for errors.
+        folder: The folder of its files, for errors.
+        shapes: The shape of each parameter of the base.
+    """
+
+    def __init__(
+        self, tokenizer: Any, name: str, folder: Path, shapes: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        self.tokenizer, self.name, self.folder = tokenizer, name, folder
+        rows = [s[0] for n, s in shapes.items() if n.endswith(EMBEDDINGS) and len(s) == 2]
+        self.n_ids = max(rows, default=None)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the tokenizer. A method raises HubError for every error."""
+        found = getattr(vars(self)["tokenizer"], name)
+        return self._explain_call(found, name) if callable(found) else found
+
+    def __len__(self) -> int:
+        """Return the number of tokens, added ones included."""
+        return len(self.tokenizer)
+
+    def __call__(self, *texts: Any, **options: Any) -> Any:
+        """Tokenise texts, and check that the base has an embedding of every token."""
+        found = self._explain_call(self.tokenizer, "read a text")(*texts, **options)
+        with self._explain("read a text"):
+            largest = _find_largest(found["input_ids"])
+        if largest < 0 and any(text.strip() for text in _flatten(texts[0])):
+            raise HubError(
+                f"base {self.name}: its tokenizer makes no tokens of a text",
+                f"check the vocabulary of the tokenizer in {self.folder}, or get it again",
+            )
+        if self.n_ids is not None and largest >= self.n_ids:
+            raise HubError(
+                f"base {self.name}: its tokenizer makes the token {largest}, "
+                f"and the model has {self.n_ids} embeddings",
+                f"get the tokenizer of this model again, into {self.folder}",
+            )
+        return found
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the files of the tokenizer.
+
+        Args:
+            folder: The folder.
+
+        Raises:
+            HubError: An id is so large that writing would take minutes, or a file cannot be written.
+        """
+        largest = max(self.get_vocab().values(), default=0)
+        if largest >= MAX_IDS:
+            raise HubError(
+                f"base {self.name}: its tokenizer has the id {largest}, at most {MAX_IDS - 1} is read",
+                f"get the tokenizer of this model again, into {self.folder}",
+            )
+        self._explain_call(self.tokenizer.save_pretrained, "be saved")(folder)
+
+    def _explain_call(self, call: Callable[..., Any], what: str) -> Callable[..., Any]:
+        """Wrap a function of the tokenizer, so that it raises HubError."""
+
+        def explained(*args: Any, **options: Any) -> Any:
+            with self._explain(what):
+                return call(*args, **options)
+
+        return explained
+
+    @contextmanager
+    def _explain(self, what: str) -> Iterator[None]:
+        """Turn errors of the tokenizer into a HubError."""
+        try:
+            yield
+        except HubError:
+            raise
+        except BaseException as error:
+            # A panic in the Rust code of tokenizers is a BaseException without a public name.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise HubError(
+                f"base {self.name}: its tokenizer cannot {what.replace('_', ' ')}: {reason}",
+                f"check the files of the tokenizer in {self.folder}, or get them again",
+            ) from None
+
+
+def _flatten(texts: Any) -> list[str]:
+    """Return one text or several as a list."""
+    return [texts] if isinstance(texts, str) else list(texts)
+
+
+def _find_largest(ids: Any) -> int:
+    """Find the largest id in the ids of one text or of several; -1 if there are none."""
+    if isinstance(ids, Tensor):
+        return int(ids.max()) if ids.numel() else -1
+    rows = [ids] if not ids or isinstance(ids[0], int) else ids
+    return max((max(row) for row in rows if len(row)), default=-1)
