@@ -220,13 +220,16 @@ class OciLayout:
     def _read_chunks(self, wanted: Descriptor) -> Iterator[bytes]:
         """Yield the bytes of a blob; raise an error at the end if its digest differs."""
         section = self._find_section(_blob_path(wanted))
+        damaged = IntegrityError(f"{self.place}: blob {wanted.digest[7:19]} is damaged", HINT)
+        if section.size != wanted.size:
+            raise damaged
         digest = hashlib.sha256()
         with section.path.open("rb") as file:
             for chunk in read_chunks(file, section.offset, section.size):
                 digest.update(chunk)
                 yield chunk
-        if section.size != wanted.size or f"sha256:{digest.hexdigest()}" != wanted.digest:
-            raise IntegrityError(f"{self.place}: blob {wanted.digest[7:19]} is damaged", HINT)
+        if f"sha256:{digest.hexdigest()}" != wanted.digest:
+            raise damaged
 
     def _find_section(self, name: str) -> Section:
         """Find the place of a file."""

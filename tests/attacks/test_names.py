@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import make_expert, run_hub
 from experthub.hub.errors import HubError
+from experthub.hub.formats import oci_layout
 from experthub.hub.registry.expert import Expert, Reference
 from experthub.hub.registry.registry import Registry
 from experthub.hub.store.folder import read_folder
@@ -164,3 +165,23 @@ def test_no_version_follows_the_last_one(base_folder: Path, tmp_path: Path) -> N
     assert run_hub("add", first, *add, "--version", "999999").code == 0
     ran = run_hub("add", second, *add)
     assert ran.code == 2 and "hub rm" in ran.err
+
+
+def test_a_blob_of_a_wrong_size_is_not_read(
+    expert_folder: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The size of a blob in a shared folder is compared before its bytes are hashed."""
+    source = stranger("shared", expert_folder, tmp_path)
+    blobs = (Path(source.removeprefix("file:")) / "blobs" / "sha256").iterdir()
+    largest = max(blobs, key=lambda path: path.stat().st_size)
+    with largest.open("ab") as file:
+        file.truncate(1 << 34)
+    read: list[int] = []
+    real = oci_layout.read_chunks
+    monkeypatch.setattr(
+        oci_layout,
+        "read_chunks",
+        lambda file, start, size: (read.append(size), real(file, start, size))[1],
+    )
+    ran = run_hub("pull", source)
+    assert ran.code == 3 and "is damaged" in ran.err and max(read) < 1 << 20
