@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from threading import Lock
 from typing import Any
 
@@ -11,7 +12,7 @@ from experthub.hub.bases.base import Base
 from experthub.hub.bases.loading import load_tokenizer
 from experthub.hub.composition.chat_template import render_chat
 from experthub.hub.composition.composition import Composition
-from experthub.hub.composition.overflow import refuse_overflow
+from experthub.hub.composition.overflow import check_logits
 from experthub.hub.errors import HubError, UsageError
 from experthub.hub.readers.similarity import tokenise
 
@@ -151,6 +152,7 @@ def generate_ids(
         IntegrityError: The model computes NaN or infinity.
     """
     import torch
+    from transformers import LogitsProcessorList
 
     if not ids:
         raise UsageError("the prompt is empty", "pass a text with --prompt")
@@ -162,8 +164,9 @@ def generate_ids(
         "pad_token_id": tokenizer.pad_token_id,
         "num_beams": 1,
         "num_return_sequences": 1,
+        "logits_processor": LogitsProcessorList([partial(check_logits, composition)]),
     }
-    with _explain_generation(composition.plan.base), refuse_overflow(composition):
+    with _explain_generation(composition.plan.base):
         if temperature:
             with _sampling:
                 torch.manual_seed(composition.plan.recipe.seed)

@@ -32,24 +32,56 @@ def refuse_overflow(composition: Composition) -> Iterator[None]:
     def check(model: Any, args: tuple[Any, ...], inputs: dict[str, Any], output: Any) -> None:
         found = getattr(output, "logits", None)
         found = getattr(output, "last_hidden_state", None) if found is None else found
-        if found is None or bool((found < torch.inf).all()):  # NaN is not less than anything.
-            return
-        handle.remove()  # The search calls the model again.
-        place = _find_first(model, args, inputs)
-        dtype = composition.plan.dtype
-        raise IntegrityError(
-            "the composed model computes NaN or infinity"
-            + (f"; they occur first in the output of {place}" if place else ""),
-            "set smaller weights for the experts in the recipe"
-            if dtype == "float32"
-            else "set dtype: float32 in the recipe",
-        )
+        if found is not None and not _are_numbers(found):
+            handle.remove()  # The search calls the model again.
+            raise _explain_overflow(composition, args, inputs)
 
     handle = composition.model.register_forward_hook(check, with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
+
+
+def check_logits(composition: Composition, ids: Tensor, logits: Tensor) -> Tensor:
+    """Refuse logits that are not numbers, at a step of `generate`.
+
+    Unlike `refuse_overflow`, it adds nothing to the model, which other threads may use.
+
+    Args:
+        composition: The composition.
+        ids: The ids `[B, S]` of the tokens so far.
+        logits: The logits `[B, vocabulary]` of the next tokens.
+
+    Returns:
+        The logits.
+
+    Raises:
+        IntegrityError: A logit is NaN or infinity. The message names the first module in whose
+            output they occur.
+    """
+    if not _are_numbers(logits):
+        raise _explain_overflow(composition, (), {"input_ids": ids})
+    return logits
+
+
+def _are_numbers(values: Tensor) -> bool:
+    """Tell whether no value is NaN or infinity. NaN is not less than anything."""
+    return bool((values < torch.inf).all())
+
+
+def _explain_overflow(
+    composition: Composition, args: tuple[Any, ...], inputs: dict[str, Any]
+) -> IntegrityError:
+    """Make the error for a model that computes NaN or infinity for these inputs."""
+    place = _find_first(composition.model, args, inputs)
+    return IntegrityError(
+        "the composed model computes NaN or infinity"
+        + (f"; they occur first in the output of {place}" if place else ""),
+        "set smaller weights for the experts in the recipe"
+        if composition.plan.dtype == "float32"
+        else "set dtype: float32 in the recipe",
+    )
 
 
 @torch.no_grad()

