@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from experthub.hub.errors import IntegrityError
 
 MAX_JSON_BYTES = 64 << 20  # The longest JSON files list the tensors of the largest models.
+MAX_DEPTH = 100
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -21,10 +23,13 @@ def read_json(path: Path) -> dict[str, Any]:
         The object as a mapping.
 
     Raises:
-        IntegrityError: The file is too large, or is not a JSON object.
+        IntegrityError: The file is too large or nested too deep, holds a text that is not Unicode,
+            or is not a JSON object.
     """
     try:
-        value = json.loads(read_small(path).decode())
+        text = read_small(path).decode()
+        value = json.loads(text)
+        _check_values(value, text)
     except (ValueError, RecursionError) as error:
         raise IntegrityError(
             f"{path} is damaged: {error}", "fetch it again from its source"
@@ -34,6 +39,25 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path} is damaged: not a JSON object", "fetch it again from its source"
         )
     return value
+
+
+def _check_values(value: Any, text: str) -> None:
+    """Raise ValueError for values that could not be written again: too deep, or not Unicode."""
+    if re.search(r"\\u[dD][89a-fA-F]", text):  # It may be half of a surrogate pair.
+        json.dumps(value, ensure_ascii=False).encode()
+    if text.count("{") + text.count("[") <= MAX_DEPTH:
+        return
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for one in level
+            if isinstance(one, dict | list)
+            for inner in (one.values() if isinstance(one, dict) else one)
+        ]
+        if not level:
+            return
+    raise ValueError(f"more than {MAX_DEPTH} values are inside of each other")
 
 
 def read_small(path: Path) -> bytes:

@@ -90,7 +90,7 @@ def detr(folder: Path) -> Base:
     content = {"model_type": "vitmatte", "architectures": ["VitMatteForImageMatting"]}
     content |= {"backbone": "evil/backbone"}
     (folder / "config.json").write_text(json.dumps(content))
-    return Base("vision", folder, "", {}, 0, "F32")
+    return Base("vision", folder, "", "", {}, 0, "F32")
 
 
 @pytest.mark.parametrize("load", [find_linear_modules, lambda b: load_model(b, "float32", None)])

@@ -261,7 +261,7 @@ def test_a_damaged_wheel(name: str, tmp_path: Path) -> None:
     path = wheel(tmp_path)
     spoil(path, *WHEELS[name])
     (tmp_path / "out").mkdir()
-    with pytest.raises(IntegrityError, match="cannot be unpacked"):
+    with pytest.raises(IntegrityError, match=r"cannot be unpacked|compressed to"):
         unpack_model(path, "p/model.safetensors", tmp_path / "out")
 
 
@@ -270,7 +270,7 @@ def test_a_wheel_whose_compressed_bytes_are_damaged(compression: int, tmp_path: 
     path = wheel(tmp_path, compression)
     spoil(path, (LOCAL, 52, b"\xff" * 12))
     (tmp_path / "out").mkdir()
-    with pytest.raises(IntegrityError, match="cannot be unpacked"):
+    with pytest.raises(IntegrityError, match=r"cannot be unpacked|compressed to"):
         unpack_model(path, "p/model.safetensors", tmp_path / "out")
 
 
