@@ -14,6 +14,7 @@ from experthub.hub.composition.bank import find_bank
 from experthub.hub.composition.composition import Composition
 from experthub.hub.composition.forward_hooks import Watch
 from experthub.hub.composition.routes import route
+from experthub.hub.composition.saving import refuse_saving
 from experthub.hub.composition.weights import Contents, load_task_vector
 from experthub.hub.errors import HubError, IntegrityError, UsageError, explain_errors
 from experthub.hub.recipes.plan import Plan
@@ -75,6 +76,8 @@ def assemble(
                     routes.append(route(target, unit, contents, state, bank, session, watch))
         merged += [one.folded for one in routes if one.folded is not None]
         whole = None if plan.routed else _unite(merged)
+        if whole is None:
+            refuse_saving(target)
         return Composition(target, plan, whole, state, tuple(routes), watch)
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from experthub.hub.composition.export import save_model
 from experthub.hub.composition.forward_hooks import Watch
 from experthub.hub.composition.routes import Routes
+from experthub.hub.composition.saving import allow_saving, refuse_save
 from experthub.hub.errors import UsageError
 from experthub.hub.recipes.plan import Plan
 from experthub.merge import TaskVector
@@ -43,6 +44,8 @@ class Composition:
     def detach(self) -> Any:
         """Put the original modules of a routed model back, bit for bit.
 
+        No other thread may run the model at that time.
+
         Returns:
             The model, which is the base again.
 
@@ -56,6 +59,7 @@ class Composition:
             )
         for routes in self._routes:
             routes.undo(self.model)
+        allow_saving(self.model)
         return self.model
 
     @contextmanager
@@ -96,8 +100,5 @@ class Composition:
             >>> composition.save("merged", format="peft")  # doctest: +SKIP
         """
         if self.merged is None:
-            raise UsageError(
-                "a routed model cannot be saved as one set of weights",
-                "compose the recipe where the model is used, or write merge: instead of route:",
-            )
+            refuse_save()
         return save_model(self.model, self.plan, self.merged, Path(folder), format)
