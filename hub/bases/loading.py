@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
-from threading import Lock
+from logging import LogRecord, getLogger
+from threading import Lock, get_ident
 from typing import Any
 
 import torch
@@ -107,7 +108,7 @@ def _build(
 
     Transformers gets no folder: in a folder it would find other files than those that were checked.
     """
-    with _explain_loading_errors(base, _list_loading_errors()), _limit_size(base):
+    with _explain_loading_errors(base, _list_loading_errors()), _limit_size(base), _hide_report():
         model, found = kind.from_pretrained(
             None, config=config, state_dict=weights, output_loading_info=True, **options, **LOCAL
         )
@@ -230,6 +231,22 @@ def hide_progress_bars() -> Iterator[None]:
             _hiding -= 1
             if _shown and not _hiding:
                 logging.enable_progress_bar()
+
+
+@contextmanager
+def _hide_report() -> Iterator[None]:
+    """Hide the table of missing and unused weights inside the block, in this thread only."""
+    own = get_ident()
+
+    def is_shown(record: LogRecord) -> bool:
+        return get_ident() != own or "LOAD REPORT" not in record.getMessage()
+
+    logger = getLogger("transformers.modeling_utils")
+    logger.addFilter(is_shown)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_shown)
 
 
 def _find_class(base: Base) -> tuple[Any, Any]:
