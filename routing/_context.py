@@ -174,13 +174,17 @@ class Context:
         self._n_groups = 0
 
     def name_group(self) -> RowKey:
-        """Name one more group of modules of the route, equally whenever the recipe is composed."""
+        """Name one more group of modules of the route, equally whenever the recipe is composed.
+
+        Returns:
+            The name of the route, and the number of the group.
+        """
         self._n_groups += 1
         return self.route, self._n_groups
 
     @property
     def off(self) -> bool:
-        """Whether the model computes as its base, without any expert."""
+        """True if the model computes as its base, without any expert."""
         found = self.passes.find()
         return found is not None and found.off
 

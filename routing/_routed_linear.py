@@ -87,6 +87,9 @@ class RoutedLinear(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> RoutedLinear:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, parameter in self._parameters.items():
+            if name in self.base._parameters:  # Torch may have replaced it instead of changing it.
+                self.base._parameters[name] = parameter
         if self.position == 0:
             self.group.apply(fn)
         return self

@@ -18,93 +18,12 @@ from typing import Any
 from uuid import uuid4
 
 import torch
+from experthub.hub.composition.row_cache import RowCache, find_row_cache
 from experthub.hub.errors import UsageError
-from experthub.routing import Context, ForwardPass, ForwardPasses, RowKey, Select
+from experthub.routing import Context, ForwardPass, ForwardPasses, Select
 from torch import Tensor, nn
 
 INPUTS = ("input_ids", "inputs_embeds", "pixel_values")  # The arguments that hold what is read.
-
-
-@dataclass
-class RowCache:
-    """A layer of a key/value cache that holds what is known about each row, and no keys.
-
-    Its methods and its flags are those that transformers expects of a cache layer.
-
-    Args:
-        rows: Decisions `[B, ...]` of routers about each row.
-        base: The cache of the base's own forward pass, for routers that read hidden states.
-    """
-
-    rows: dict[RowKey, Tensor] = field(default_factory=dict)
-    base: Any = None
-    is_sliding: bool = False
-    is_compileable: bool = True
-    is_croppable: bool = True
-    supports_early_init: bool = False
-    is_initialized: bool = True
-
-    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Apply a function to the tensor of every name, but for weights `[E]` of all rows alike."""
-        self.rows = {n: change(t) if t.ndim > 1 else t for n, t in self.rows.items()}
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep only some rows.
-
-        Args:
-            indices: The positions of the rows `[n]`.
-        """
-        self._change(lambda tensor: tensor[indices])
-        if self.base is not None:
-            self.base.batch_select_indices(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row.
-
-        Args:
-            repeats: The number of copies of each row.
-        """
-        self._change(lambda tensor: tensor.repeat_interleave(repeats, 0))
-        if self.base is not None:
-            self.base.batch_repeat_interleave(repeats)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Put the rows into another order, as a beam search does.
-
-        Args:
-            beam_idx: The position `[B]` of the row that comes to each place.
-        """
-        self._change(lambda tensor: tensor.index_select(0, beam_idx))
-        if self.base is not None:
-            self.base.reorder_cache(beam_idx)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last tokens; what is known about a row does not depend on them.
-
-        Args:
-            tokens_to_remove: The number of tokens.
-        """
-        if self.base is not None:
-            self.base.crop(tokens_to_remove)
-
-    def reset(self) -> None:
-        """Forget all rows."""
-        self.rows = {}
-        self.base = None
-
-    def get_seq_length(self) -> int:
-        """Return the number of cached tokens.
-
-        Returns:
-            0, because this layer holds no keys.
-        """
-        return 0
-
-    def offload(self) -> None:
-        """Do nothing: there are no keys to move to the CPU."""
-
-    def prefetch(self) -> None:
-        """Do nothing: there are no keys to move to the device."""
 
 
 @dataclass(frozen=True)
@@ -249,7 +168,7 @@ class Watch:
             return
         now = self.passes.begin()
         _refuse_checkpoints(module)
-        kept = _find_row_cache(kwargs.get("past_key_values"))
+        kept = find_row_cache(kwargs.get("past_key_values"))
         named = (kwargs[name] for name in INPUTS if kwargs.get(name) is not None)
         given = args[0] if args else next(named, None)
         if given is None:
@@ -261,12 +180,12 @@ class Watch:
         now.real = _find_real_tokens(kwargs.get("attention_mask"), now.tokens)
         now.kept = dict(kept.rows) if kept else {}
         decided = {route for route, _ in now.kept}
-        real = now.real
-        if real is None:
-            real = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
         for hook in self.hooked:
             if hook.select is None or (hook.context.route in decided and not hook.by_token):
                 continue
+            real = now.real
+            if real is None:
+                real = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
             rows = _Rows(
                 given,
                 real,
@@ -300,7 +219,7 @@ class Watch:
             return
         self.passes.end(now)
         cache = getattr(output, "past_key_values", None)
-        kept = _find_row_cache(cache)
+        kept = find_row_cache(cache)
         if kept is None and cache is not None and cache.layers:
             kept = RowCache(is_sliding=bool(getattr(cache.layers[0], "is_sliding", False)))
             cache.layers.append(kept)
@@ -323,12 +242,6 @@ def _refuse_checkpoints(module: Any) -> None:
             "a router that decides for whole rows cannot be used with gradient checkpointing",
             "call model.gradient_checkpointing_disable()",
         )
-
-
-def _find_row_cache(cache: Any) -> RowCache | None:
-    """Find the layer of a key/value cache that holds what is known about its rows."""
-    layers = getattr(cache, "layers", ())
-    return next((layer for layer in layers if isinstance(layer, RowCache)), None)
 
 
 def _find_real_tokens(mask: Tensor | None, tokens: int) -> Tensor | None:

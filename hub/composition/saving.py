@@ -41,7 +41,7 @@ def refuse_saving(model: nn.Module) -> None:
         for name in SAVING:
             if hasattr(module, name):
                 setattr(module, name, refuse_save)
-    model.register_state_dict_pre_hook(_warn)
+    model.register_state_dict_pre_hook(_warn)  # type: ignore[no-untyped-call]
 
 
 def allow_saving(model: nn.Module) -> None:

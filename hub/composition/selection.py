@@ -63,6 +63,7 @@ class Selection:
     options: Options
     pool: Pool
     _made: dict[torch.device, Select] = field(default_factory=dict)
+    _nothing: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def prepare(self, device: torch.device) -> Select:
         """Return the router for one device; make it if it was not made yet.
@@ -82,7 +83,7 @@ class Selection:
     def __call__(self, batch: Batch) -> Weights:
         """Return the weights of the rows."""
         with explain_errors(self.method):
-            weights = self.prepare(batch.place(torch.empty(0)).device)(batch)
+            weights = self.prepare(batch.place(self._nothing).device)(batch)
         experts = None if weights.experts is None else batch.place(weights.experts)
         return Weights(batch.place(weights.values), experts)
 

@@ -115,6 +115,16 @@ def test_a_cast_model_is_the_same_within_rounding(composition: Any, dtype: torch
     assert bool(back.isfinite().all())
 
 
+@pytest.mark.parametrize("composition", [routers["smear"], routers["task"]], indirect=True)
+def test_a_cast_that_replaces_parameters(composition: Any) -> None:
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        found = read(composition, composition.model.to(torch.bfloat16))
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    assert found.dtype == torch.bfloat16 and bool(found.isfinite().all())
+
+
 def test_nothing_saves_the_base_in_place_of_a_routed_model(
     composition: Any, tmp_path: Path
 ) -> None:

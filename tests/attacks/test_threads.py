@@ -98,7 +98,7 @@ def test_threads_get_what_each_gets_alone(
         mask[1, : number % 4] = 0  # Padding on the left.
         with name_task(composition, recipe, number):
             ids = composition.model.generate(
-                input_ids=ids * mask, attention_mask=mask, max_new_tokens=4, **ways
+                input_ids=ids * mask, attention_mask=mask, max_new_tokens=3, **ways
             )
         return ids
 
@@ -106,7 +106,7 @@ def test_threads_get_what_each_gets_alone(
     assert count_wrong(reading, CALLS) == 0
     ways = [{"do_sample": False}, {"do_sample": False, "num_beams": 3}]
     writing = [lambda n=n: write(n, ways[n % 2]) for n in range(8)]
-    assert count_wrong(writing, 32) == 0
+    assert count_wrong(writing, 16) == 0
 
 
 @pytest.mark.parametrize("method", SHARED)

@@ -66,7 +66,7 @@ def make_recipe(
 
 
 def is_by_task(recipe: dict[str, Any]) -> bool:
-    """Whether the caller names the task of every row."""
+    """Tell whether the caller names the task of every row."""
     by_task: bool = routers[recipe["route"]["method"]].traits.routing.input == "task"
     return by_task
 
