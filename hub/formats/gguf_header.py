@@ -12,7 +12,7 @@ MAGIC, VERSIONS = b"GGUF", (2, 3)
 # The bytes of a value by the number of its type. Strings (8) and arrays (9) state their length.
 WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 STRING, ARRAY = 8, 9
-MAX_SIDES = 4
+MAX_GGUF_SIDES = 4
 MAX_ENTRIES = 1 << 40  # The entries of one tensor.
 
 
@@ -52,7 +52,7 @@ class _Scanner:
         for _ in range(n_tensors):
             self._skip_string()
             sides = self._number("<I")
-            if not 0 <= sides <= MAX_SIDES:
+            if not 0 <= sides <= MAX_GGUF_SIDES:
                 raise ValueError(f"a tensor has {sides} dimensions")
             entries = 1
             for _ in range(sides):
