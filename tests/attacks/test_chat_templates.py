@@ -40,7 +40,7 @@ TEMPLATES = {
 def test_templates_end(what: str, base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_template, "RENDER_SECONDS", 1)
     tokenizer = load_tokenizer(base)
-    tokenizer.tokenizer.chat_template, code = TEMPLATES[what]
+    tokenizer.chat_template, code = TEMPLATES[what]
     with pytest.raises(HubError) as caught:
         tokenise_prompt(base, tokenizer, "x", chat=True)
     assert caught.value.code == code, caught.value.message
@@ -49,7 +49,7 @@ def test_templates_end(what: str, base: Base, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_template_renders_as_transformers_renders_it(base: Base) -> None:
     tokenizer = load_tokenizer(base)
-    tokenizer.tokenizer.chat_template = (
+    tokenizer.chat_template = (
         "{{ bos_token }}{% for m in messages %}<{{ m.role }}> {{ m.content | trim }} {{ eos_token }}"
         "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
     )
@@ -64,6 +64,6 @@ def test_code_in_the_current_folder_is_not_run(base: Base) -> None:
     for name in ("json", "resource", "transformers", "jinja2"):
         Path(f"{name}.py").write_text("open('ran', 'w').close()")
     tokenizer = load_tokenizer(base)
-    tokenizer.tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.chat_template = "{{ messages[0].content }}"
     assert chat_template.render_chat(base, tokenizer, json.dumps({"a": 1})) == '{"a": 1}'
     assert not Path("ran").exists()

