@@ -4,6 +4,9 @@ BIN := .venv/bin
 DEMO := build/demo
 RECIPES := $(addprefix examples/demo/, task_arithmetic.yaml uniform.yaml phatgoose.yaml)
 
+# Tests run in up to four processes, and each takes the next test when it is idle.
+PARALLEL := -n logical --maxprocesses=4 --dist worksteal
+
 PEERS := $(patsubst tests/peers/%.txt, build/peers/%/.installed, $(wildcard tests/peers/*.txt))
 
 .PHONY: demo demo-controls demo-skills demo-near demo-learned suite-encoder suite-vision routers-encoder routers-smollm2 skills-encoder suggest-judge peers test test-all attack docs experts clean
@@ -114,7 +117,7 @@ test: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest $(PARALLEL) -m "not slow"
 
 test-all: test
 	$(BIN)/pytest -m slow
@@ -130,7 +133,7 @@ attack: .venv/.installed
 		--no-deps --no-index $(ATTACK)/*.whl
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 		> "$$($(ATTACK)/venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/tests.pth"
-	$(ATTACK)/venv/bin/python -m pytest -q -m attack
+	$(ATTACK)/venv/bin/python -m pytest -q $(PARALLEL) -m attack
 
 docs: .venv/.installed
 	$(BIN)/python docs/generate.py
