@@ -123,8 +123,9 @@ def _describe_unused(plan: Plan) -> dict[str, str]:
     """Describe the stored weights of the base that its model does not use."""
     if not plan.unused:
         return {}
-    more = f" and {len(plan.unused) - 3} more" if len(plan.unused) > 3 else ""
-    return {"not used": f"{', '.join(plan.unused[:3])}{more}, of the base's weights"}
+    count = len(plan.unused)
+    weights = f"{count} weights of the base, such as" if count > 1 else "1 weight of the base:"
+    return {"not used": f"{weights} {plan.unused[0]}"}
 
 
 def _describe_methods(plan: Plan) -> dict[str, str]:

@@ -64,7 +64,7 @@ def pull(
                     pulled += _pull_one(wanted, session, name, lambda r: yes or r in accepted)
                 break
             except NameConflictError as error:  # The progress bars are closed here.
-                if not ask(f"{escape(error.message)}: replace it?"):
+                if not ask(f"{escape(error.message)}: accept it?"):
                     raise
                 accepted.add(error.reference)
     if json:

@@ -72,7 +72,7 @@ to do.
 | --- | --- |
 | `HUB_HOME` | the folder of the store, registry, bases, tasks and runs; `~/.experthub` by default |
 | `HUB_OFFLINE` | if set to anything but `0`, every download is refused before a socket is opened |
-| `HUB_SAFE_FOLDERS` | folders of other users whose `registry.yaml` and tasks are read, separated by colons |
+| `HUB_SAFE_FOLDERS` | folders whose `registry.yaml` or task is read although another user may write there, separated by colons |
 | `HUB_DEBUG` | if set to `1`, errors show their traceback |
 | `HF_TOKEN`, `HF_ENDPOINT` | the token and the server for `hf:` sources, as in `huggingface_hub` |
 

@@ -27,6 +27,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 SHOWN = ("torch", "transformers", "peft", "safetensors", "tokenizers", "huggingface_hub")
+VARIABLES = ("HUB_HOME", "HUB_SAFE_FOLDERS", "HF_TOKEN", "HF_ENDPOINT")
 LITTLE = 1 << 30  # Bytes of free disk space; a base and its conversion can need more.
 # The files that `hub --install-completion` writes, relative to the user's home.
 COMPLETIONS = {
@@ -270,7 +271,7 @@ def _check_bases(registry: Registry) -> Check:
 
 def _check_variables() -> Check:
     """Report which environment variables are set, without their values, which may be secret."""
-    is_set = {name: bool(os.environ.get(name)) for name in ("HUB_HOME", "HF_TOKEN", "HF_ENDPOINT")}
+    is_set = {name: bool(os.environ.get(name)) for name in VARIABLES}
     is_set |= {"HUB_OFFLINE": is_offline(), "HUB_DEBUG": os.environ.get("HUB_DEBUG") == "1"}
     found = ", ".join(f"{name} {'set' if yes else 'not set'}" for name, yes in is_set.items())
     path = token_path()

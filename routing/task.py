@@ -41,6 +41,12 @@ def task(pool: Pool, *, unknown: Literal["average", "base", "refuse"] = "average
             if name in known:
                 values_BE[row] = one_hot(known[name], pool.n_experts)
             elif unknown == "refuse":
+                if not name:
+                    raise MethodError(
+                        "no task was named for this call of the model",
+                        "call the model in a block of with composition.tasks(TASK), "
+                        "in the thread that runs it",
+                    )
                 raise MethodError(
                     f"no expert was trained on the task {name!r}",
                     f"set unknown: average, or name one of {', '.join(known)}",

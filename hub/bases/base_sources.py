@@ -63,7 +63,7 @@ def find(name: str, session: Session) -> Base:
             f"and the registry says {entry.fingerprint[:19]}",
             f"remove {folder} to fetch it again"
             if folder.is_relative_to(hub_home())
-            else "correct the sources or the fingerprint of the base in the registry",
+            else f"restore {folder}, or correct the sources or the fingerprint in the registry",
         )
     return base
 

@@ -80,7 +80,7 @@ def check_temperature(temperature: float) -> None:
     """
     if temperature and not COLDEST <= temperature <= HOTTEST:
         raise UsageError(
-            f"the temperature is {temperature:g}",
+            f"the temperature {temperature:g} is out of range",
             f"set 0, or a number from {COLDEST:g} to {HOTTEST:g}",
         )
 
@@ -154,7 +154,10 @@ def generate_ids(
     import torch
 
     if not ids:
-        raise UsageError("the prompt is empty", "pass a text with --prompt")
+        raise UsageError(
+            "the prompt is empty",
+            "pass a text with --prompt; with --chat, check the chat template of the base, too",
+        )
     given = torch.tensor([ids], device=composition.model.device)
     settings = {
         "input_ids": given,

@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from experthub.hub.bases.base import Base
 from experthub.hub.errors import ConflictError, NotFoundError, UsageError
 from experthub.hub.files import yaml_files
+from experthub.hub.files.atomic import hub_home
 from experthub.hub.files.digests import digest_of
 from experthub.hub.recipes.entries import DataUse, ExpertUse
 from experthub.hub.recipes.examples import PlannedData
@@ -161,8 +163,15 @@ def _check_composition(plan: Plan, held: Lock, path: Path) -> None:
         what = f"the configuration, the tokenizer or a processor of {here.name} was changed"
     raise ConflictError(
         f"{path} resolves to {digest[:19]}, and its lock says {held.composition[:19]}: {what}",
-        f"run hub lock {path}, or restore the base",
+        f"{_describe_restoring(here)}, or run hub lock {path} to accept the change",
     )
+
+
+def _describe_restoring(base: Base) -> str:
+    """Describe how a user restores a base, as the beginning of a hint."""
+    if base.folder.resolve().is_relative_to(hub_home().resolve()):
+        return "run hub verify --repair to restore the base"
+    return f"restore {base.folder}"
 
 
 def _pin_commit(source: str, held: Lock) -> str:

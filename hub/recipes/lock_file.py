@@ -132,7 +132,7 @@ class Lock(Closed):
             UsageError: The file is malformed; the message names the file and the line.
         """
         if not path.is_file():
-            raise NotFoundError(f"there is no lock {path}", "make it with hub lock")
+            raise NotFoundError(f"there is no lock {path}", "run hub lock RECIPE to write it")
         lock = yaml_files.validate(cls, yaml_files.read(path), "docs/recipes.md")
         return lock._map_sources(lambda source: make_source_absolute(source, path.resolve().parent))
 

@@ -135,11 +135,12 @@ class NameConflictError(ConflictError):
     """
 
     def __init__(self, expert: Expert, known: Expert) -> None:
-        name, source = expert.name, expert.sources[0]
+        source = expert.sources[0]
         super().__init__(
             f"{source} would become {expert.reference}, but {known.reference} "
             f"came from another place, {known.sources[0]}",
-            f"keep both with hub pull {source} --name NAME, or pass --yes to replace {name}",
+            f"choose another name with hub pull {source} --name NAME, "
+            f"or pass --yes to accept {expert.reference}",
         )
         self.reference = expert.reference
 

@@ -45,9 +45,10 @@ def copy_folder(
         IntegrityError: The folder holds no expert of a known kind, or a name in it is not a file.
     """
     if not folder.is_dir():
-        raise NotFoundError(
-            f"there is no folder {folder}", "name the folder that holds the adapter"
-        )
+        hint = "name the folder that holds the adapter"
+        if "#" in folder.name:
+            hint = "write file:PLACE#name@version for one expert of a shared folder or archive"
+        raise NotFoundError(f"there is no folder {folder}", hint)
     patterns = (*kinds.recognise(folder).files, GATES, DESCRIPTION)
     names = sorted(path.name for path in folder.iterdir() if matches_any(path.name, patterns))
     with open_draft_folder(objects.root / "drafts" / "received") as draft:

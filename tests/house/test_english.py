@@ -106,6 +106,7 @@ VERBS = {
     "repair",
     "repeat",
     "replace",
+    "restore",
     "route",
     "run",
     "save",

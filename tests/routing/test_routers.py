@@ -97,7 +97,10 @@ def test_a_batch_of_several_tasks(pool: dict[str, Any]) -> None:
     plain = transformers.AutoModelForCausalLM.from_pretrained(pool["recipe"]["base"])
     assert torch.equal(logits(base, ROWS), logits(plain, ROWS))
     refusing = routed(pool, "task", unknown="refuse")
-    with pytest.raises(UsageError, match="no expert was trained on the task ''"):
+    with pytest.raises(UsageError, match="no task was named for this call"):
+        logits(refusing.model, ROWS)
+    unknown = refusing.tasks("nonsense")
+    with pytest.raises(UsageError, match="no expert was trained on the task 'nonsense'"), unknown:
         logits(refusing.model, ROWS)
 
 
