@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from experthub.hub.files.atomic import sweep
 from experthub.hub.files.file_locks import hold_lock, lock_if_unused
 
 LEASES, COLLECTING = "leases", "locks/collecting"
+RECEIVED = "drafts/received"  # Drafts of what is copied into the store begin with this path.
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ _own_leases: dict[Path, Lease] = {}
 def hold_lease(root: Path) -> Iterator[Lease]:
     """Open this process's lease. No collection runs during the block.
 
-    The first call also removes the leases of dead processes.
+    The first call also removes the leases of dead processes, and the copies that they left.
 
     Args:
         root: The root folder of the store.
@@ -71,6 +73,7 @@ def hold_lease(root: Path) -> Iterator[Lease]:
             before = own.held if own else set()
             for _ in read_leases(root):
                 pass
+            sweep(root / RECEIVED)
             own = _create_lease(root)
             own.add(before)
             _own_leases[root] = own

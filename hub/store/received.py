@@ -21,6 +21,7 @@ from experthub.hub.files.plain_files import open_plain
 from experthub.hub.formats.adapter import GATES
 from experthub.hub.kinds import kinds
 from experthub.hub.registry.expert import DESCRIPTION
+from experthub.hub.store.leases import RECEIVED
 from experthub.hub.store.objects import ObjectStore
 
 
@@ -51,7 +52,7 @@ def copy_folder(
         raise NotFoundError(f"there is no folder {folder}", hint)
     patterns = (*kinds.recognise(folder).files, GATES, DESCRIPTION)
     names = sorted(path.name for path in folder.iterdir() if matches_any(path.name, patterns))
-    with open_draft_folder(objects.root / "drafts" / "received") as draft:
+    with open_draft_folder(objects.root / RECEIVED) as draft:
         hashed: dict[str, str] = {}
         linked: list[str] = []
         try:
