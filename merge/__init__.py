@@ -25,6 +25,7 @@ from experthub.merge._linear_modules import is_linear, is_transposed, orient
 from experthub.merge._materials import Data, MergeMaterials, Minimizer, Progress
 from experthub.merge._merges import MergeTraits, merges
 from experthub.merge._options import (
+    EncoderName,
     ExamplesPerTask,
     LateOption,
     Option,
@@ -63,6 +64,7 @@ __all__ = [
     "Data",
     "Delta",
     "Dense",
+    "EncoderName",
     "ExamplesPerTask",
     "ExpertOutline",
     "Fit",

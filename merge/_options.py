@@ -59,6 +59,7 @@ ShapesExperts = Role("the option changes the experts' weights before they are ro
 RecipeSeed = Role("the recipe's seed is the default")
 ExamplesPerTask = Role("the option limits how many examples of each task the method sees")
 TaskName = Role("the option fixes the task, so that every input gets the same weights")
+EncoderName = Role("the option names a base that embeds texts, on which the result depends")
 LateOption = Role(
     "the default value is not part of a digest, because older recipes lack the option"
 )

@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import torch
-from experthub.merge import ExamplesPerTask, Range, ShapesState
+from experthub.merge import EncoderName, ExamplesPerTask, Range, ShapesState
 from experthub.routing._pool import Batch, Pool, Select
 from experthub.routing._router import Weights
 from experthub.routing._routers import Routing, routers
@@ -32,7 +32,7 @@ def lora_retriever(
     *,
     top_k: Annotated[int, Range(1)] = 3,
     examples: Annotated[int, Range(1), ShapesState, ExamplesPerTask] = 20,
-    embedder: str = "all-minilm-l6-v2",
+    embedder: Annotated[str, EncoderName] = "all-minilm-l6-v2",
 ) -> Select:
     """Use the top k experts by the cosine between the input and the mean of their examples.
 

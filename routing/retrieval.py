@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import torch
-from experthub.merge import ExamplesPerTask, Options, Range, ShapesState
+from experthub.merge import EncoderName, ExamplesPerTask, Options, Range, ShapesState
 from experthub.routing._pool import Batch, Embedder, Pool, RouterMaterials, Select, State
 from experthub.routing._router import Weights
 from experthub.routing._routers import Routing, routers
@@ -96,7 +96,7 @@ def retrieval(
     pool: Pool,
     *,
     examples: Annotated[int, Range(1), ShapesState, ExamplesPerTask] = 128,
-    embedder: str = "all-minilm-l6-v2",
+    embedder: Annotated[str, EncoderName] = "all-minilm-l6-v2",
 ) -> Select:
     """Use the one expert that was trained on the example most similar to the input.
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from experthub.hub.bases.fingerprint import compute_fingerprint, list_weight_files
 from experthub.hub.bases.identity import compute_base_digest
-from experthub.hub.errors import NotFoundError
+from experthub.hub.errors import IntegrityError, NotFoundError
 from experthub.hub.files.json_files import read_json
 from experthub.hub.formats.model_config import check_model
-from experthub.hub.formats.safetensors_header import read_header
+from experthub.hub.formats.safetensors_header import TensorInfo, read_header
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 CAUSAL = ("ForCausalLM", "LMHeadModel")
@@ -109,7 +109,16 @@ def read(folder: Path, name: str) -> Base:
         )
     config = check_model(folder)
     files = list_weight_files(folder)
-    tensors = {n: info for file in files for n, info in read_header(file).items()}
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        for tensor, info in read_header(file).items():
+            # The fingerprint does not tell in which of two files a tensor is.
+            if tensor in tensors:
+                raise IntegrityError(
+                    f"{folder}: the tensor {tensor} is in {file.name} and in another shard",
+                    "save the model again, or fetch it again",
+                )
+            tensors[tensor] = info
     shapes = {n: info.shape for n, info in tensors.items()}
     tied: dict[str, str] = {}
     causal = _find_architecture(config).endswith(CAUSAL)

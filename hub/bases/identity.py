@@ -11,7 +11,7 @@ from experthub.hub.files.json_files import read_json
 
 SCHEMA = 2  # Schema 1 is the fingerprint alone, which covers the weights.
 CONFIGS = ("config.json", "generation_config.json")
-# These keys say who wrote a configuration, and where it lay; they do not change a result.
+# These keys say who wrote a configuration, and where it lay; see `_list_records`.
 RECORDS = ("transformers_version", "_name_or_path")
 TEMPLATES = "additional_chat_templates"
 READ_BY_TRANSFORMERS = (
@@ -49,20 +49,31 @@ def compute_base_digest(folder: Path, fingerprint: str) -> str:
     Raises:
         IntegrityError: A configuration is damaged.
     """
-    files = {name: _hash_config(folder / name) for name in CONFIGS if (folder / name).is_file()}
+    records = _list_records(folder)
+    files = {n: _hash_config(folder / n, records) for n in CONFIGS if (folder / n).is_file()}
     extra = sorted(folder.glob(f"{TEMPLATES}/*.jinja"))
     paths = [*(folder / name for name in READ_BY_TRANSFORMERS), *extra]
     files |= {p.relative_to(folder).as_posix(): sha256_of(p) for p in paths if p.is_file()}
     return digest_of({"schema": SCHEMA, "fingerprint": fingerprint, "files": files})
 
 
-def _hash_config(path: Path) -> str:
+def _list_records(folder: Path) -> tuple[str, ...]:
+    """List the keys of configurations that change no result.
+
+    With `fix_mistral_regex`, transformers changes the tokenizer of older models, by their version.
+    """
+    path = folder / "tokenizer_config.json"
+    by_version = path.is_file() and read_json(path).get("fix_mistral_regex")
+    return tuple(key for key in RECORDS if not (by_version and key == "transformers_version"))
+
+
+def _hash_config(path: Path, records: tuple[str, ...]) -> str:
     """Hash a configuration by its values, without the keys that only record something."""
-    return hashlib.sha256(canonical_json(_remove_records(read_json(path)))).hexdigest()
+    return hashlib.sha256(canonical_json(_remove_records(read_json(path), records))).hexdigest()
 
 
-def _remove_records(value: Any) -> Any:
-    """Remove the keys in `RECORDS`, also from nested configurations."""
+def _remove_records(value: Any, records: tuple[str, ...]) -> Any:
+    """Remove keys, also from nested configurations."""
     if isinstance(value, dict):
-        return {k: _remove_records(v) for k, v in value.items() if k not in RECORDS}
-    return [_remove_records(one) for one in value] if isinstance(value, list) else value
+        return {k: _remove_records(v, records) for k, v in value.items() if k not in records}
+    return [_remove_records(v, records) for v in value] if isinstance(value, list) else value

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from logging import LogRecord, getLogger
+from pathlib import Path
 from threading import Lock, get_ident
 from typing import Any
 
@@ -130,8 +131,7 @@ def _read_generation_config(base: Base) -> Any:
 
 def _check_unchanged(base: Base) -> None:
     """Check that the files of a base are still those that were read when it was found."""
-    fingerprint = compute_fingerprint(base.folder)
-    if base.digest != compute_base_digest(base.folder, fingerprint):
+    if base.digest != compute_base_digest(base.folder, compute_fingerprint(base.folder)):
         raise IntegrityError(
             f"base {base.name}: files in {base.folder} were changed while it was loaded",
             "run the command again when nothing writes to the folder",
@@ -164,6 +164,21 @@ def load_tokenizer(base: Base) -> Any:
         found = AutoTokenizer.from_pretrained(base.folder, **LOCAL)
     _check_unchanged(base)
     return CheckedTokenizer(found, base.name, base.folder, base.shapes)
+
+
+def write_model(base: Base, model: Any, folder: Path) -> None:
+    """Write the configurations and the weights of a model that was made from a base.
+
+    Args:
+        base: The base.
+        model: The model.
+        folder: The folder.
+
+    Raises:
+        HubError: Transformers cannot save the model.
+    """
+    with _explain_loading_errors(base, _list_loading_errors(), "save"):
+        model.save_pretrained(folder)
 
 
 def find_linear_modules(base: Base) -> dict[str, bool]:
@@ -265,15 +280,15 @@ def _find_class(base: Base) -> tuple[Any, Any]:
 
 
 @contextmanager
-def _explain_loading_errors(base: Base, errors: tuple[type[Exception], ...]) -> Iterator[None]:
-    """Turn errors that transformers raises while it loads a base into a HubError."""
+def _explain_loading_errors(base: Base, errors: Any, what: str = "load") -> Iterator[None]:
+    """Turn errors that transformers raises while it loads or saves a base into a HubError."""
     try:
         with hide_progress_bars(), forbid_network():
             yield
     except errors as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise HubError(
-            f"base {base.name}: transformers cannot load it: {reason}",
+            f"base {base.name}: transformers cannot {what} it: {reason}",
             f"check the files in {base.folder}; code that comes with a model is never run",
         ) from None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from experthub.hub.bases.loading import hide_progress_bars, load_tokenizer
+from experthub.hub.bases.loading import load_tokenizer, write_model
 from experthub.hub.errors import UsageError
 from experthub.hub.files import yaml_files
 from experthub.hub.files.atomic import create_folder, write_text
@@ -46,8 +46,7 @@ def save_model(
         if format == "peft":
             _save_peft(plan, merged, draft)
         else:
-            with hide_progress_bars():
-                model.save_pretrained(draft)
+            write_model(plan.base, model, draft)
             if plan.base.has_tokenizer:
                 load_tokenizer(plan.base).save_pretrained(draft)
         write_text(draft / "recipe.lock.yaml", yaml_files.dump(plan.lock))

@@ -166,6 +166,9 @@ def generate_ids(
         "pad_token_id": tokenizer.pad_token_id,
         "num_beams": 1,
         "num_return_sequences": 1,
+        # A base may set these. A router would then read guessed tokens as part of the prompt.
+        "assistant_early_exit": None,
+        "prompt_lookup_num_tokens": None,
         "logits_processor": [partial(check_logits, composition)],
     }
     with _explain_generation(composition.plan.base):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experthub.hub.bases.base import Base
+from experthub.hub.bases.base_sources import find
 from experthub.hub.bases.loading import load_model, load_tokenizer
 from experthub.hub.composition.compose import compose
 from experthub.hub.composition.composition import Composition
@@ -36,6 +37,7 @@ from experthub.hub.recipes.resolution import resolve
 from experthub.hub.session import Session
 from experthub.hub.tasks.task import Chosen, Split, Task
 from experthub.hub.tasks.task_files import read_task
+from experthub.merge import EncoderName
 
 
 def evaluate(
@@ -161,6 +163,7 @@ class _Evaluator:
             "scorer": self.scorer.name,
             "device": self.device.partition(":")[0],
             "versions": read_versions(),
+            **(_record_state(plan, self.session) if plan else {}),
         }
         composed: Composition | None = None
         found = []
@@ -188,6 +191,14 @@ class _Evaluator:
         if plan is None:
             return None
         return compose(plan, model=self.model, session=self.session)
+
+
+def _record_state(plan: Plan, session: Session) -> dict[str, Any]:
+    """Record what the scores depend on besides the digest: the encoders and the pinned state."""
+    names = [n for m in plan.recipe.methods for n in m.find_options(EncoderName).values() if n]
+    encoders = [find(name, session).digest for name in names]
+    record = {"embedders": encoders, "state": plan.found and plan.found.digest}
+    return {key: value for key, value in record.items() if value}
 
 
 def check_tasks(

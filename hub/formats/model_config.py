@@ -13,7 +13,9 @@ from experthub.hub.formats.adapter import ADAPTER_CONFIG
 
 MAX_COUNT = 100_000
 # Keys of counts: transformers makes lists and modules of so many parts.
-COUNT = re.compile(r"(\w*_)?(layers?|blocks?|experts?|heads?|groups?|stages?|depths?)")
+COUNT = re.compile(
+    r"(\w*_)?(layers?|blocks?|experts?|heads?|groups?|stages?|depths?|labels?|early_exit)"
+)
 CONFIGS = (
     "config.json",
     "tokenizer_config.json",

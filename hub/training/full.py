@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from experthub.hub.bases.base_sources import find
-from experthub.hub.bases.loading import hide_progress_bars, load_model, load_tokenizer
+from experthub.hub.bases.loading import load_model, load_tokenizer, write_model
 from experthub.hub.errors import HubError
 from experthub.hub.files.atomic import create_folder
 from experthub.hub.files.path_checks import check_free
@@ -88,8 +88,8 @@ def train_full(
     run = create_checkpoint_folder(name, key)
     loss = fit_task(model, objective, read, settings, run, session.report)
     if out is not None:
-        with create_folder(out) as folder, hide_progress_bars():
-            model.save_pretrained(folder)
+        with create_folder(out) as folder:
+            write_model(found, model, folder)
             if found.has_tokenizer:
                 load_tokenizer(found).save_pretrained(folder)
     record |= {"examples": min(settings.examples, len(read.split("train"))), "loss": loss}

@@ -20,6 +20,7 @@ from experthub.hub.bases.base_sources import find
 from experthub.hub.bases.identity import READ_BY_TRANSFORMERS
 from experthub.hub.bases.loading import load_model, load_tokenizer
 from experthub.hub.bases.used_weights import find_unused_weights
+from experthub.hub.composition.generation import generate_text
 from experthub.hub.errors import HubError, IntegrityError
 from experthub.hub.files import yaml_files
 from experthub.hub.recipes.lock_file import Lock, lock_path
@@ -393,3 +394,56 @@ def test_find_gives_the_digest(recipe: Path) -> None:
     assert found.digest.startswith("sha256:") and found.digest != found.fingerprint
     with pytest.raises(HubError):
         find("./nowhere", hub.Session())
+
+
+def test_a_tensor_in_two_shards_is_refused(recipe: Path) -> None:
+    """The fingerprint does not name files, so exchanged names would exchange the weights."""
+    name, state = "model.layers.0.self_attn.q_proj.weight", load_file("base/model.safetensors")
+    save_file(state, "base/a.safetensors")
+    save_file({name: state[name] + 1}, "base/b.safetensors")
+    Path("base/model.safetensors").unlink()
+    index = {"weight_map": {name: "a.safetensors", "other": "b.safetensors"}}
+    Path("base/model.safetensors.index.json").write_text(json.dumps(index))
+    ran = run_hub("compose", recipe)
+    assert ran.code == 3 and f"{name} is in b.safetensors" in ran.err
+
+
+def test_the_version_counts_where_transformers_reads_it(recipe: Path) -> None:
+    def digest(version: str) -> str:
+        edit("config.json", transformers_version=version)(Path("base"))
+        return bases.read(Path("base"), "x").digest
+
+    assert digest("4.50.0") == digest("5.1.0")
+    edit("tokenizer_config.json", fix_mistral_regex=True)(Path("base"))
+    assert digest("4.50.0") != digest("5.1.0")
+
+
+def test_cached_scores_are_of_the_present_encoder(recipe: Path, tiny_task: str) -> None:
+    tiny_bert(Path("encoder"))
+    for number in (1, 2):
+        words = ["--name", f"mine-{number}", "--task", tiny_task, "--base", "./base"]
+        assert run_hub("add", f"expert-{number}", *words).code == 0
+    route = {"method": "retrieval", "embedder": "./encoder", "examples": 4}
+    content = {"base": "./base", "experts": ["mine-1", "mine-2"], "route": route}
+    recipe.write_text(yaml_files.dump(content))
+    assert run_hub("lock", recipe).code == 0
+    words = ["eval", recipe, "--tasks", tiny_task, "--split", "test", "--json"]
+    assert run_hub(*words).code == 0
+    edit("config.json", layer_norm_eps=50.0)(Path("encoder"))
+    for pins in ([], ["--frozen"]):
+        ran = run_hub(*words, *pins)
+        assert ran.code == 3 and "made by the sentence encoder" in ran.err
+
+
+@pytest.mark.parametrize("key", ["prompt_lookup_num_tokens", "assistant_early_exit"])
+def test_guessed_tokens_choose_no_expert(key: str, recipe: Path) -> None:
+    """Transformers appends its guesses to the prompt, with these settings, before a router reads it."""
+    content = {"base": "./base", "experts": ["./expert-1", "./expert-2"]}
+
+    def written() -> list[str]:
+        made = hub.compose({**content, "route": {"method": "smear"}})
+        return [generate_text(made, "ab" * n + "a", max_new_tokens=8) for n in range(1, 7)]
+
+    before = written()
+    edit("generation_config.json", **{key: 3 if "lookup" in key else 1})(Path("base"))
+    assert written() == before

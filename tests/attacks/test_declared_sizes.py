@@ -151,6 +151,7 @@ def test_a_block_inside_another_shares_its_time(monkeypatch: pytest.MonkeyPatch)
         {"num_hidden_layers": 3_000_000},
         {"num_hidden_layers": 50_000},
         {"num_hidden_layers": 10**15},
+        {"num_labels": 10**30},
         {"vocab_size": 10**9},
         {"hidden_size": 10**8},
         {"intermediate_size": 10**12},
@@ -185,3 +186,11 @@ def test_configurations_of_huge_models_are_refused(
         base = bases.read(folder, "huge")
         load_model(base, "float32", None) if load else find_linear_modules(base)
     assert caught.value.code in (1, 3) and len(caught.value.message) < 500
+
+
+def test_an_early_exit_after_many_layers_is_refused(tmp_path: Path) -> None:
+    """transformers sets the number of layers to it while it generates."""
+    folder = tiny_llama(tmp_path / "base")
+    (folder / "generation_config.json").write_text(json.dumps({"assistant_early_exit": 2**31}))
+    with pytest.raises(IntegrityError, match="assistant_early_exit"):
+        bases.read(folder, "huge")

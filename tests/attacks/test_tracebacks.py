@@ -216,6 +216,16 @@ def test_a_broken_base(
         assert ran.code != 0
 
 
+def test_a_setting_that_only_saving_reads(sound: Path, home: Path, expert_folder: Make) -> None:
+    base = home.parent / "broken"
+    shutil.copytree(sound, base)
+    config = json.loads((base / "config.json").read_text()) | {"distributed_config": True}
+    (base / "config.json").write_text(json.dumps(config))
+    recipe = home.parent / "work" / "recipe.yaml"
+    recipe.write_text(f"base: {base}\nexperts: [{expert_folder(1)}]\nmerge: {{method: linear}}\n")
+    check(run_hub("compose", recipe, "--out", "out"), 1, "cannot save it")
+
+
 def test_a_template_that_is_not_text(sound: Path, home: Path, expert_folder: Make) -> None:
     base = home.parent / "broken"
     shutil.copytree(sound, base)
