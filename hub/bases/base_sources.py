@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from experthub.hub.bases.gguf import convert_gguf
 from experthub.hub.bases.wheel import DIGESTS, unpack_model
 from experthub.hub.errors import HubError, IntegrityError, UsageError
 from experthub.hub.files.atomic import create_folder, hub_home, write_json
-from experthub.hub.files.checksummed_text import find_changed_files
+from experthub.hub.files.checksummed_text import find_changed_files, read_manifest
 from experthub.hub.files.digests import sha256_of
 from experthub.hub.files.file_locks import hold_lock
 from experthub.hub.files.json_files import read_json
@@ -38,7 +39,8 @@ def find(name: str, session: Session) -> Base:
 
     Raises:
         NotFoundError: No registry knows the name, or there is no such model folder.
-        IntegrityError: The weights are not those that the registry records.
+        IntegrityError: The weights are not those that the registry records, or a file that the hub
+            fetched was changed.
     """
     registry, report = session.registry, session.report
     if not registry.has_base(name):
@@ -49,10 +51,12 @@ def find(name: str, session: Session) -> Base:
         if reference.remote:
             entry = BaseEntry(sources=[name])
             folder = _fetch(name, entry, "remote", Path.cwd(), report)
+            _refuse_changed_files(name, folder)
             return replace(read(folder, name), sources=(name,), commit=_find_commit(folder))
     known, entry = registry.find_base(name)
     near = registry.find_base_folder(known)
     folder = _fetch_any(known, entry, near, report)
+    _refuse_changed_files(known, folder)
     sources = tuple(make_source_absolute(source, near) for source in entry.sources)
     found = read(folder, known)
     commit = _find_commit(folder)
@@ -66,6 +70,25 @@ def find(name: str, session: Session) -> Base:
             else f"restore {folder}, or correct the sources or the fingerprint in the registry",
         )
     return base
+
+
+def _refuse_changed_files(name: str, folder: Path) -> None:
+    """Refuse a base whose configuration or tokenizer was changed since the hub fetched it.
+
+    The weights, which are large, are compared by their fingerprint, and by `hub verify`.
+    """
+    if not folder.is_relative_to(hub_home()):
+        return
+    if (folder / DIGESTS).is_file():
+        stated: Mapping[str, str] = read_json(folder / DIGESTS)
+    else:
+        stated = (read_manifest(folder) or {}).get("files", {})
+    small = {file: digest for file, digest in stated.items() if not file.endswith(".safetensors")}
+    if changed := find_changed_files(folder, small):
+        raise IntegrityError(
+            f"base {name}: {', '.join(changed)} in {folder} was changed since it was fetched",
+            "run hub verify --repair",
+        )
 
 
 def _find_commit(folder: Path) -> str | None:

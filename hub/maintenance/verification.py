@@ -19,13 +19,14 @@ from experthub.hub.bases.base_sources import (
 )
 from experthub.hub.errors import HubError, IntegrityError
 from experthub.hub.files import checksummed_text
-from experthub.hub.files.atomic import walk_files
+from experthub.hub.files.atomic import sweep, walk_files
 from experthub.hub.files.digests import sha256_of
 from experthub.hub.maintenance.damage import DamagedItem, find_damaged_folders, find_damaged_texts
 from experthub.hub.recipes.lock_file import Lock
 from experthub.hub.registry.content import Content
 from experthub.hub.registry.registry import Registry
 from experthub.hub.session import Session
+from experthub.hub.store.leases import RECEIVED
 from experthub.hub.store.roots import ARCHIVES, list_lock_files
 from experthub.hub.store.store import Store
 from experthub.hub.transfer.pull import fetch
@@ -107,6 +108,7 @@ def verify(session: Session, file: Path | None = None, *, repair: bool = False) 
     _check_bases(session, found, repair)
     _check_folders(session, found, repair)
     if repair:
+        sweep(store.root / RECEIVED)  # A killed repair may have left a copy.
         _repair_objects(wrong, broken, session, found)
     return found
 

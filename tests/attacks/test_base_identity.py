@@ -389,6 +389,26 @@ def test_two_bases_of_the_same_weights_are_not_compared(recipe: Path, tiny_task:
     assert ran.code == 2 and "different bases" in ran.err
 
 
+@pytest.mark.parametrize("change", [swap_vocabulary, edit("config.json", rms_norm_eps=0.5)])
+def test_a_fetched_base_that_was_changed_is_refused(
+    change: Callable[[Path], None], recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with HfServer(tmp_path / "server") as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        api = HfApi(endpoint=server.url, token="hf_write")
+        api.create_repo("alice/b")
+        publish(api, Path("base"))
+        content = yaml_files.read(recipe).value
+        recipe.write_text(yaml_files.dump(content | {"base": "hf:alice/b"}))
+        assert run_hub("compose", recipe).code == 0
+        (folder,) = Path(os.environ["HUB_HOME"]).glob("hf/alice--b/*-*")
+        change(folder)
+        ran = run_hub("compose", recipe)
+        assert ran.code == 3 and "was changed since it was fetched" in ran.err
+        assert run_hub("verify", "--repair").code == 0
+        assert run_hub("compose", recipe).code == 0
+
+
 def test_find_gives_the_digest(recipe: Path) -> None:
     found = find("./base", hub.Session())
     assert found.digest.startswith("sha256:") and found.digest != found.fingerprint
