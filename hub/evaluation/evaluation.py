@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from experthub.hub.bases.base import Base
-from experthub.hub.bases.base_sources import find
 from experthub.hub.bases.loading import load_model, load_tokenizer
 from experthub.hub.composition.compose import compose
 from experthub.hub.composition.composition import Composition
@@ -37,7 +36,6 @@ from experthub.hub.recipes.resolution import resolve
 from experthub.hub.session import Session
 from experthub.hub.tasks.task import Chosen, Split, Task
 from experthub.hub.tasks.task_files import read_task
-from experthub.merge import EncoderName
 
 
 def evaluate(
@@ -163,7 +161,7 @@ class _Evaluator:
             "scorer": self.scorer.name,
             "device": self.device.partition(":")[0],
             "versions": read_versions(),
-            **(_record_state(plan, self.session) if plan else {}),
+            **(_record_state(plan) if plan else {}),
         }
         composed: Composition | None = None
         found = []
@@ -193,12 +191,9 @@ class _Evaluator:
         return compose(plan, model=self.model, session=self.session)
 
 
-def _record_state(plan: Plan, session: Session) -> dict[str, Any]:
-    """Record what the scores depend on besides the digest: the encoders and the pinned state."""
-    names = [n for m in plan.recipe.methods for n in m.find_options(EncoderName).values() if n]
-    encoders = [find(name, session).digest for name in names]
-    record = {"embedders": encoders, "state": plan.found and plan.found.digest}
-    return {key: value for key, value in record.items() if value}
+def _record_state(plan: Plan) -> dict[str, Any]:
+    """Record the pinned state of the method, on which the scores depend besides the digest."""
+    return {"state": plan.found.digest} if plan.found else {}
 
 
 def check_tasks(

@@ -130,7 +130,7 @@ def plan_of(
             0,
             0,
         )
-    contents = [member.content for member in held.members]
+    contents, outer = [member.content for member in held.members], session
     if pins == "locked":
         contents = [_check_meaning(content, session.registry, path) for content in contents]
     else:
@@ -145,7 +145,7 @@ def plan_of(
     found = kept.content if kept else None
     if found and pins == "locked" and recipe.stored:
         found = _check_meaning(found, session.registry, path)
-    plan = resolve(recipe, session=session, pinned=contents, data=data, found=found)
+    plan = resolve(recipe, session=session, pinned=contents, data=data, found=found, encoders=outer)
     _check_composition(plan, held, path)
     return plan
 
@@ -157,6 +157,8 @@ def _check_composition(plan: Plan, held: Lock, path: Path) -> None:
         return
     here, there = plan.base, held.base
     what = "the base or the lock was changed"
+    if plan.encoders:
+        what = "the base, an encoder of texts or the lock was changed"
     if here.fingerprint != there.fingerprint:
         what = f"the weights of {here.name} were changed"
     elif there.digest and here.digest != there.digest:

@@ -32,6 +32,7 @@ class Plan:
         data: The data that the method learns from.
         found: The stored state of the method, if the recipe names one or a lock pins one.
         unused: The names of the base's stored weights that its model does not use.
+        encoders: The digests of the bases that embed texts for the method.
         parts: A plan for each part of a recipe with parts.
     """
 
@@ -45,6 +46,7 @@ class Plan:
     data: PlannedData | None = None
     found: Content | None = None
     unused: tuple[str, ...] = ()
+    encoders: tuple[str, ...] = ()
     parts: tuple[Plan, ...] = ()
 
     @property
@@ -91,20 +93,22 @@ class Plan:
     @property
     def digest(self) -> str:
         """The name of the composition by content: the same digest and code give the same bits."""
-        return self._compute_digest(LOCK_VERSION, self.base.digest)
+        more = {"encoders": list(self.encoders)} if self.encoders else {}
+        return self._compute_digest(LOCK_VERSION, self.base.digest, **more)
 
     @property
     def weights_digest(self) -> str:
         """The digest of version 1, which of the base covers the weights only, for old lock files."""
         return self._compute_digest(1, self.base.fingerprint)
 
-    def _compute_digest(self, version: int, base: str) -> str:
+    def _compute_digest(self, version: int, base: str, **more: Any) -> str:
         """Compute the digest of everything that is composed."""
         content = {
             **self._options,
             "version": version,
             "base": base,
             "experts": self.contents,
+            **more,
         }
         if self.recipe.stored and self.found:
             content[self.recipe.state_key] = self.found.digest

@@ -27,6 +27,7 @@ from experthub.hub.session import Session
 from experthub.hub.store.folder import read_description
 from experthub.hub.transfer.pull import pull
 from experthub.hub.transfer.sources import open_source
+from experthub.merge import EncoderName
 from experthub.routing import parse_kernel
 
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "F32": 4, "BF16": 2, "F16": 2}
@@ -40,6 +41,7 @@ def resolve(
     data: PlannedData | None = None,
     found: Content | None = None,
     packed: bool = False,
+    encoders: Session | None = None,
 ) -> Plan:
     """Look up, fetch and check everything that a recipe names.
 
@@ -51,6 +53,8 @@ def resolve(
         found: A stored state of the method. No data is needed with it.
         packed: Accept experts that are known but not in the store, because a bank may hold them.
             If there is no such bank, the caller pulls them.
+        encoders: The session in whose registry the encoders of texts are looked up. The default is
+            `session`.
 
     Returns:
         The plan.
@@ -90,7 +94,9 @@ def resolve(
     if any(one.route for one in recipes):
         memory += sum(m.size for e in experts for m in e.members)
     whole = tuple(sorted(name for own in targets for name in own))
-    plan = Plan(recipe, base, experts, whole, dtype, reads, memory, data, found, unused)
+    names = [n for one in recipes for n in one.method.find_options(EncoderName).values() if n]
+    embedding = tuple(find(name, encoders or session).digest for name in names)
+    plan = Plan(recipe, base, experts, whole, dtype, reads, memory, data, found, unused, embedding)
     if recipe.parts is None:
         return plan
     pairs = zip(recipes, targets, strict=True)

@@ -101,7 +101,8 @@ def test_killed_before_every_step(case: Case, home: Path, temporary: Path) -> No
         killed += killing.run(*words, before=step).killed
         check(case, words, home, temporary)
     print(f"\n{type(case).__name__}: killed before {killed} of {total} steps")
-    assert killed >= len(chosen) - 2, "threads may need a step less"
+    fewer = max(2, len(chosen) // 10)
+    assert killed >= len(chosen) - fewer, "threads may need a step less, and so may other damage"
 
 
 def one_error(ran: Ran, code: int) -> None:
