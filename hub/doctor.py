@@ -30,11 +30,8 @@ SHOWN = ("torch", "transformers", "peft", "safetensors", "tokenizers", "huggingf
 VARIABLES = ("HUB_HOME", "HUB_SAFE_FOLDERS", "HF_TOKEN", "HF_ENDPOINT")
 LITTLE = 1 << 30  # Bytes of free disk space; a base and its conversion can need more.
 # The files that `hub --install-completion` writes, relative to the user's home.
-COMPLETIONS = {
-    "bash": ".bash_completions/hub.sh",
-    "zsh": ".zfunc/_hub",
-    "fish": ".config/fish/completions/hub.fish",
-}
+COMPLETIONS = {"bash": ".bash_completions/hub.sh", "zsh": ".zfunc/_hub"}
+COMPLETIONS |= {"fish": ".config/fish/completions/hub.fish"}
 
 
 @dataclass(frozen=True)
