@@ -52,6 +52,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip fsync, because no file of these tests has to outlast a loss of power."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
 def tiny_llama(folder: Path, seed: int = 0, tied: bool = True, **changes: Any) -> Path:
     """A random two-layer Llama with a byte-level tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

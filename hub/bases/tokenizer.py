@@ -7,19 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from experthub.hub.bases.base import EMBEDDINGS
 from experthub.hub.errors import HubError
 from torch import Tensor
 
-EMBEDDINGS = (
-    "embed_tokens.weight",
-    "wte.weight",
-    "word_embeddings.weight",
-    "embed_in.weight",
-    "token_embedding.weight",
-    "shared.weight",
-)
-
-
+# Not only those that a causal model ties to its outputs.
+TOKEN_EMBEDDINGS = (*EMBEDDINGS, "token_embedding.weight", "shared.weight")
 MAX_IDS = 1 << 22  # The largest vocabularies have about a million tokens.
 
 
@@ -40,7 +33,7 @@ class CheckedTokenizer:
     def __init__(
         self, tokenizer: Any, name: str, folder: Path, shapes: Mapping[str, tuple[int, ...]]
     ) -> None:
-        rows = [s[0] for n, s in shapes.items() if n.endswith(EMBEDDINGS) and len(s) == 2]
+        rows = [s[0] for n, s in shapes.items() if n.endswith(TOKEN_EMBEDDINGS) and len(s) == 2]
         own = {"tokenizer": tokenizer, "name": name, "folder": folder}
         vars(self).update(own, n_ids=max(rows, default=None))
 

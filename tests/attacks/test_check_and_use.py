@@ -18,19 +18,13 @@ from experthub.hub.store.store import Store
 from kinds_of_folders import MAKERS, break_numbers
 from safetensors.torch import load_file, save_file
 
-pytestmark = pytest.mark.attack
+pytestmark = [pytest.mark.attack, pytest.mark.usefixtures("hurried")]
 KINDS = sorted(MAKERS)
 WAYS: dict[str, Callable[[Path], tuple[str | Path, ...]]] = {
     "add": lambda folder: ("add", folder, "--name", "mine"),
     "pull": lambda folder: ("pull", f"file:{folder}", "--name", "mine"),
     "recipe": lambda folder: ("compose", folder.parent / "recipe.yaml"),
 }
-
-
-@pytest.fixture(autouse=True)
-def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skip fsync, because no file of these tests has to outlast a loss of power."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 def linked(folder: Path) -> dict[Path, Path]:

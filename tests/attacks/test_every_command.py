@@ -67,9 +67,8 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.fixture(autouse=True)
-def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skip fsync, because no file of these tests has to outlast a loss of power."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
+def offline(hurried: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reach no server."""
     monkeypatch.setenv("HUB_OFFLINE", "1")
 
 

@@ -26,15 +26,9 @@ from hf_server import HfServer
 from pydantic import ValidationError
 from test_hostile import publish
 
-pytestmark = pytest.mark.attack
+pytestmark = [pytest.mark.attack, pytest.mark.usefixtures("hurried")]
 Make = Callable[..., Path]
 DRAFT_NAME = ".x.0123456789abcdef"
-
-
-@pytest.fixture(autouse=True)
-def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skip fsync, because no file of these tests has to outlast a loss of power."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture
@@ -80,15 +74,21 @@ def test_a_partial_file_that_leads_elsewhere(
     assert run_hub("pull", "hf:alice/mine").code == 0, "the hint works"
 
 
+def pull_and_forget(home: Path) -> Path:
+    """Pull the served expert, remove all of it, and return the folder that the next pull makes."""
+    assert run_hub("pull", "hf:alice/mine").code == 0
+    (target,) = (p for p in (home / "hf" / "alice--mine").iterdir() if "-" in p.name)
+    for folder in (target, home / "objects", home / "registry"):
+        shutil.rmtree(folder)
+    return target
+
+
 def test_the_draft_of_a_repository_that_leads_elsewhere(
     server: HfServer, home: Path, victim: Path, expert_folder: Make
 ) -> None:
     """Whatever a draft held besides the repository's files was deleted, also behind a link."""
     serve_expert(server, expert_folder)
-    assert run_hub("pull", "hf:alice/mine").code == 0
-    (target,) = (p for p in (home / "hf" / "alice--mine").iterdir() if "-" in p.name)
-    for folder in (target, home / "objects", home / "registry"):
-        shutil.rmtree(folder)
+    target = pull_and_forget(home)
     outside = victim.parent / "outside"
     outside.mkdir()
     (outside / "letter").write_text("precious")
@@ -102,10 +102,7 @@ def test_a_file_in_the_draft_of_a_repository_that_leads_elsewhere(
     server: HfServer, home: Path, victim: Path, expert_folder: Make
 ) -> None:
     serve_expert(server, expert_folder)
-    assert run_hub("pull", "hf:alice/mine").code == 0
-    (target,) = (p for p in (home / "hf" / "alice--mine").iterdir() if "-" in p.name)
-    for folder in (target, home / "objects", home / "registry"):
-        shutil.rmtree(folder)
+    target = pull_and_forget(home)
     draft = target.with_name(f".{target.name}")
     draft.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors", "stray"):

@@ -39,7 +39,7 @@ from hf_server import HfServer
 from hf_store import write
 from safetensors.torch import load_file, save_file
 
-pytestmark = pytest.mark.attack
+pytestmark = [pytest.mark.attack, pytest.mark.usefixtures("hurried")]
 Make = Callable[..., Path]
 Rows = list[dict[str, Any]]
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,12 +50,6 @@ CONFIG, WEIGHTS, GATES = (
 )
 SECRET = "hf_Secret0123456789"
 TREE, REVISION = "/tree/", "/revision/main$"
-
-
-@pytest.fixture(autouse=True)
-def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skip fsync, because no file of these tests has to outlast a loss of power."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture
