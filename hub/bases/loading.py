@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from importlib import import_module
-from logging import LogRecord, getLogger
-from pathlib import Path
-from threading import Lock, get_ident
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,6 +13,11 @@ from experthub.hub.bases.fingerprint import compute_fingerprint, list_weight_fil
 from experthub.hub.bases.identity import compute_base_digest
 from experthub.hub.bases.model_size import limit_model_size
 from experthub.hub.bases.tokenizer import CheckedTokenizer
+from experthub.hub.bases.transformers_calls import (
+    explain_loading_errors,
+    hide_report,
+    list_loading_errors,
+)
 from experthub.hub.errors import HubError, IntegrityError, UsageError
 from experthub.hub.files.json_files import read_json
 from experthub.hub.formats.safetensors_header import FLOATS, read_header
@@ -26,8 +27,6 @@ from experthub.merge import is_linear, is_transposed
 from safetensors import safe_open
 
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-# The blocks that hide progress bars now, and whether bars were shown before the first of them.
-_hiding, _shown, _progress_bars = 0, True, Lock()
 
 
 def load_model(base: Base, dtype: str, device: str | None) -> Any:
@@ -49,13 +48,13 @@ def load_model(base: Base, dtype: str, device: str | None) -> Any:
     check_device(device)
     kind, config = _find_class(base)
     weights: dict[str, Any] = {}
-    with _explain_loading_errors(base, _list_loading_errors()):
+    with explain_loading_errors(base, list_loading_errors()):
         for file in list_weight_files(base.folder):
             stored: Any = safe_open(file, "pt")
             weights |= {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118
     model, missing, _ = _build(base, kind, config, weights, dtype=dtype)
     refuse_missing(base, missing)
-    _check_unchanged(base)
+    check_unchanged(base)
     return model.to(device or "cpu").eval().requires_grad_(False)
 
 
@@ -109,7 +108,7 @@ def _build(
 
     Transformers gets no folder: in a folder it would find other files than those that were checked.
     """
-    with _explain_loading_errors(base, _list_loading_errors()), _limit_size(base), _hide_report():
+    with explain_loading_errors(base, list_loading_errors()), _limit_size(base), hide_report():
         model, found = kind.from_pretrained(
             None, config=config, state_dict=weights, output_loading_info=True, **options, **LOCAL
         )
@@ -129,8 +128,15 @@ def _read_generation_config(base: Base) -> Any:
     return GenerationConfig.from_model_config(read_json(base.folder / "config.json"))
 
 
-def _check_unchanged(base: Base) -> None:
-    """Check that the files of a base are still those that were read when it was found."""
+def check_unchanged(base: Base) -> None:
+    """Check that the files of a base are still those that were read when it was found.
+
+    Args:
+        base: The base.
+
+    Raises:
+        IntegrityError: A file was changed.
+    """
     if base.digest != compute_base_digest(base.folder, compute_fingerprint(base.folder)):
         raise IntegrityError(
             f"base {base.name}: files in {base.folder} were changed while it was loaded",
@@ -160,25 +166,10 @@ def load_tokenizer(base: Base) -> Any:
     from transformers import AutoTokenizer
 
     # The package tokenizers raises Exception itself, so that no narrower class can be named.
-    with _explain_loading_errors(base, (Exception,)):
+    with explain_loading_errors(base, (Exception,)):
         found = AutoTokenizer.from_pretrained(base.folder, **LOCAL)
-    _check_unchanged(base)
+    check_unchanged(base)
     return CheckedTokenizer(found, base.name, base.folder, base.shapes)
-
-
-def write_model(base: Base, model: Any, folder: Path) -> None:
-    """Write the configurations and the weights of a model that was made from a base.
-
-    Args:
-        base: The base.
-        model: The model.
-        folder: The folder.
-
-    Raises:
-        HubError: Transformers cannot save the model.
-    """
-    with _explain_loading_errors(base, _list_loading_errors(), "save"):
-        model.save_pretrained(folder)
 
 
 def find_linear_modules(base: Base) -> dict[str, bool]:
@@ -225,45 +216,6 @@ def _limit_size(base: Base) -> AbstractContextManager[None]:
     return limit_model_size(base.name, len(base.shapes), packed * entries)
 
 
-@contextmanager
-def hide_progress_bars() -> Iterator[None]:
-    """Hide the progress bars of transformers inside the block; the hub shows its own.
-
-    The setting is one of the process, so the last of several threads restores it.
-    """
-    global _hiding, _shown
-    from transformers.utils import logging
-
-    with _progress_bars:
-        if not _hiding:
-            _shown = logging.is_progress_bar_enabled()
-            logging.disable_progress_bar()
-        _hiding += 1
-    try:
-        yield
-    finally:
-        with _progress_bars:
-            _hiding -= 1
-            if _shown and not _hiding:
-                logging.enable_progress_bar()
-
-
-@contextmanager
-def _hide_report() -> Iterator[None]:
-    """Hide the table of missing and unused weights inside the block, in this thread only."""
-    own = get_ident()
-
-    def is_shown(record: LogRecord) -> bool:
-        return get_ident() != own or "LOAD REPORT" not in record.getMessage()
-
-    logger = getLogger("transformers.modeling_utils")
-    logger.addFilter(is_shown)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_shown)
-
-
 def _find_class(base: Base) -> tuple[Any, Any]:
     """Find the transformers class that a base's configuration names, and load the configuration."""
     import transformers
@@ -275,26 +227,5 @@ def _find_class(base: Base) -> tuple[Any, Any]:
             f"base {base.name}: transformers has no class {base.architecture or '(none stated)'}",
             f"name a class of transformers under architectures in {base.folder / 'config.json'}",
         )
-    with _explain_loading_errors(base, _list_loading_errors()):
+    with explain_loading_errors(base, list_loading_errors()):
         return kind, transformers.AutoConfig.from_pretrained(base.folder, **LOCAL)
-
-
-@contextmanager
-def _explain_loading_errors(base: Base, errors: Any, what: str = "load") -> Iterator[None]:
-    """Turn errors that transformers raises while it loads or saves a base into a HubError."""
-    try:
-        with hide_progress_bars(), forbid_network():
-            yield
-    except errors as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise HubError(
-            f"base {base.name}: transformers cannot {what} it: {reason}",
-            f"check the files in {base.folder}; code that comes with a model is never run",
-        ) from None
-
-
-def _list_loading_errors() -> tuple[type[Exception], ...]:
-    """List the errors that transformers raises if it cannot load a model."""
-    strict: type[Exception] = import_module("huggingface_hub.errors").StrictDataclassError
-    wrong = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError)
-    return (*wrong, OSError, RuntimeError, TypeError, ValueError, strict)
