@@ -9,6 +9,7 @@ import typer
 from experthub.cli import _completion
 from experthub.cli._options import JsonOption, QuietOption, RegistryOption
 from experthub.cli._output import print_fields, print_json, print_lines, print_table
+from experthub.cli._session import open_session
 
 if TYPE_CHECKING:
     from experthub.hub.registry.expert import Expert
@@ -199,19 +200,19 @@ def add(
     Examples: hub add ./my-lora --name my-lora; hub add ./my-lora --name my-lora --task bigbench:snarks
     """
     from experthub.hub.registry.entries import check_name
-    from experthub.hub.session import Session
     from experthub.hub.transfer.describe import add_folder
 
-    expert = add_folder(
-        folder,
-        check_name(name),
-        Session(),
-        version=version,
-        base=base,
-        task=task,
-        description=description,
-        file=registry,
-    )
+    with open_session() as session:
+        expert = add_folder(
+            folder,
+            check_name(name),
+            session,
+            version=version,
+            base=base,
+            task=task,
+            description=description,
+            file=registry,
+        )
     if json:
         print_json({"expert": _make_record(expert)})
     else:

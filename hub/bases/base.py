@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from experthub.hub.bases.identity import compute_base_digest
 from experthub.hub.errors import IntegrityError, NotFoundError
 from experthub.hub.files.json_files import read_json
 from experthub.hub.formats.model_config import check_model
+from experthub.hub.formats.quantisation import Quantisation, read_quantisation
 from experthub.hub.formats.safetensors_header import TensorInfo, read_header
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
@@ -37,6 +38,7 @@ class Base:
         sha256: The sha256 of the source's file, if the registry records it.
         commit: The commit of the repository that the folder was fetched from; None for others.
         tied: Maps each parameter that is not stored to the parameter whose weights it shares.
+        quantisation: The way in which the weights are quantised; None if they are not.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Base:
     sha256: str | None = None
     commit: str | None = None
     tied: Mapping[str, str] = field(default_factory=dict)
+    quantisation: Quantisation | None = None
 
     @property
     def has_tokenizer(self) -> bool:
@@ -132,6 +135,19 @@ def read(folder: Path, name: str) -> Base:
     )
     size = sum(info.bytes for info in tensors.values())
     dtype = dtypes[-1] if dtypes else "F32"
+    quantisation = read_quantisation(config)
+    if quantisation is not None:  # The dtype of most tensors says nothing about packed weights.
+        stated = str(config.get("dtype") or config.get("torch_dtype"))
+        dtype = {"bfloat16": "BF16", "float16": "F16"}.get(stated, "F32")
     fingerprint = compute_fingerprint(folder)
     digest = compute_base_digest(folder, fingerprint)
-    return Base(name, folder, fingerprint, digest, shapes, size, dtype, tied=tied)
+    base = Base(
+        *(name, folder, fingerprint, digest, shapes, size, dtype),
+        tied=tied,
+        quantisation=quantisation,
+    )
+    if quantisation is None:
+        return base
+    from experthub.hub.bases.building import list_shapes
+
+    return replace(base, shapes=list_shapes(base))

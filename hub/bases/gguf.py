@@ -31,9 +31,8 @@ def convert_gguf(weights: Path, target: Path) -> None:
         import gguf  # noqa: F401
     except ImportError:
         raise HubError("the package gguf is not installed", "run pip install gguf") from None
-    from experthub.hub.bases.loading import LOCAL
+    from experthub.hub.bases.building import LOCAL, hide_progress_bars
     from experthub.hub.bases.model_size import limit_model_size
-    from experthub.hub.bases.transformers_calls import hide_progress_bars
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

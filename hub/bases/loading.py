@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from experthub.hub.bases.base import Base
-from experthub.hub.bases.fingerprint import compute_fingerprint, list_weight_files
-from experthub.hub.bases.identity import compute_base_digest
-from experthub.hub.bases.model_size import limit_model_size
-from experthub.hub.bases.tokenizer import CheckedTokenizer
-from experthub.hub.bases.transformers_calls import (
+from experthub.hub.bases.building import (
+    LOCAL,
+    build_model,
     explain_loading_errors,
-    hide_report,
+    find_class,
+    limit_size,
     list_loading_errors,
 )
+from experthub.hub.bases.fingerprint import compute_fingerprint, list_weight_files
+from experthub.hub.bases.identity import compute_base_digest
+from experthub.hub.bases.quantised import check_loadable
+from experthub.hub.bases.tokenizer import CheckedTokenizer
 from experthub.hub.errors import HubError, IntegrityError, UsageError
-from experthub.hub.files.json_files import read_json
-from experthub.hub.formats.safetensors_header import FLOATS, read_header
+from experthub.hub.formats.safetensors_header import read_header
 from experthub.hub.formats.safetensors_reader import DTYPES
 from experthub.hub.transfer.remotes.no_network import forbid_network
 from experthub.merge import is_linear, is_transposed
 from safetensors import safe_open
-
-LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 def load_model(base: Base, dtype: str, device: str | None) -> Any:
@@ -46,22 +44,29 @@ def load_model(base: Base, dtype: str, device: str | None) -> Any:
         HubError: Transformers cannot load the base.
     """
     check_device(device)
-    kind, config = _find_class(base)
+    kind, config = find_class(base)
     weights: dict[str, Any] = {}
     with explain_loading_errors(base, list_loading_errors()):
         for file in list_weight_files(base.folder):
             stored: Any = safe_open(file, "pt")
             weights |= {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118
-    model, missing, _ = _build(base, kind, config, weights, dtype=dtype)
+    check_loadable(base)
+    where = {"": device or "cpu"} if base.quantisation else None
+    model, missing, _ = build_model(base, kind, config, weights, dtype=dtype, device_map=where)
     refuse_missing(base, missing)
     check_unchanged(base)
-    return model.to(device or "cpu").eval().requires_grad_(False)
+    if where is None:
+        model = model.to(device or "cpu")
+    elif base.quantisation and base.quantisation.dequantised:
+        model._weight_conversions = None  # Transformers would quantise the weights when it saves.
+    return model.eval().requires_grad_(False)
 
 
 def compare_names(base: Base) -> tuple[list[str], list[str]]:
     """Compare the weights that a base's model has with those that its files have.
 
-    No weight is read: the model is built without storage.
+    No weight is read: the model is built without storage. The packed weights of a quantised base
+    are compared only when they are loaded.
 
     Args:
         base: The base.
@@ -73,13 +78,15 @@ def compare_names(base: Base) -> tuple[list[str], list[str]]:
     Raises:
         HubError: Transformers cannot build the model, or a shape differs.
     """
-    kind, config = _find_class(base)
+    if base.quantisation is not None:
+        return [], []
+    kind, config = find_class(base)
     empty = {
         name: torch.empty(info.shape, dtype=DTYPES.get(info.dtype, torch.float32), device="meta")
         for file in list_weight_files(base.folder)
         for name, info in read_header(file).items()
     }
-    _, missing, unused = _build(base, kind, config, empty, dtype="float32", device_map="meta")
+    _, missing, unused = build_model(base, kind, config, empty, dtype="float32", device_map="meta")
     return missing, unused
 
 
@@ -99,33 +106,6 @@ def refuse_missing(base: Base, missing: Sequence[str]) -> None:
             f"{base.architecture}, such as {missing[0]}",
             f"correct {base.folder / 'config.json'}, or save the whole model again",
         )
-
-
-def _build(
-    base: Base, kind: Any, config: Any, weights: dict[str, Any], **options: Any
-) -> tuple[Any, list[str], list[str]]:
-    """Build a model from the weights that are given; also return the missing and the unused names.
-
-    Transformers gets no folder: in a folder it would find other files than those that were checked.
-    """
-    with explain_loading_errors(base, list_loading_errors()), _limit_size(base), hide_report():
-        model, found = kind.from_pretrained(
-            None, config=config, state_dict=weights, output_loading_info=True, **options, **LOCAL
-        )
-        model.name_or_path = model.config.name_or_path = str(base.folder)
-        if model.can_generate():
-            model.generation_config = _read_generation_config(base)
-    return model, sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
-
-
-def _read_generation_config(base: Base) -> Any:
-    """Read the settings of generation, from their own file or else from the model's configuration."""
-    from transformers import GenerationConfig
-
-    own = base.folder / "generation_config.json"
-    if own.is_file():
-        return GenerationConfig.from_dict(read_json(own))
-    return GenerationConfig.from_model_config(read_json(base.folder / "config.json"))
 
 
 def check_unchanged(base: Base) -> None:
@@ -184,8 +164,8 @@ def find_linear_modules(base: Base) -> dict[str, bool]:
     Raises:
         HubError: Transformers has no class for the base.
     """
-    kind, config = _find_class(base)
-    with torch.device("meta"), forbid_network(), _limit_size(base):
+    kind, config = find_class(base)
+    with torch.device("meta"), forbid_network(), limit_size(base):
         modules = kind(config).named_modules()
     return {name: is_transposed(module) for name, module in modules if is_linear(module)}
 
@@ -206,26 +186,3 @@ def check_device(device: str | None) -> None:
             f"cannot use the device {device!r}: {str(error).splitlines()[0]}",
             "use cpu, or install a torch that supports the device",
         ) from None
-
-
-def _limit_size(base: Base) -> AbstractContextManager[None]:
-    """Stop the building of a model that is much larger than the base's files."""
-    entries = sum(map(math.prod, base.shapes.values()))
-    # Quantised weights are packed: one stored integer holds several entries.
-    packed = 1 if base.dtype in FLOATS else 16
-    return limit_model_size(base.name, len(base.shapes), packed * entries)
-
-
-def _find_class(base: Base) -> tuple[Any, Any]:
-    """Find the transformers class that a base's configuration names, and load the configuration."""
-    import transformers
-
-    kind: Any = getattr(transformers, base.architecture or "-", None)
-    known = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
-    if not known:
-        raise HubError(
-            f"base {base.name}: transformers has no class {base.architecture or '(none stated)'}",
-            f"name a class of transformers under architectures in {base.folder / 'config.json'}",
-        )
-    with explain_loading_errors(base, list_loading_errors()):
-        return kind, transformers.AutoConfig.from_pretrained(base.folder, **LOCAL)

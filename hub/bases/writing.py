@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from experthub.hub.bases.base import Base
+from experthub.hub.bases.building import explain_loading_errors, list_loading_errors
 from experthub.hub.bases.loading import check_unchanged
-from experthub.hub.bases.transformers_calls import explain_loading_errors, list_loading_errors
 from experthub.hub.files.atomic import open_atomically
 from experthub.hub.files.digests import CHUNK
 from experthub.hub.formats.model_files import list_companions

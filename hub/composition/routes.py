@@ -106,14 +106,14 @@ def route(
     def pack() -> Iterator[NamedGroup]:
         # A bank stores probes apart from the experts' factors, and lies on the CPU.
         like = torch.empty(0, dtype=model.dtype) if bank else None
-        stacking = Stacking(plan, modules, contents, state, select, context, like)
+        stacking = Stacking(plan, modules, contents, state, select, context, model.dtype, like)
         return stacking.pack_groups(session.report)
 
     groups = []
     for names, packed in bank.load_groups(pack, context) if bank else pack():
         bases = [modules[name] for name in names]
         with explain_errors(names[0]):
-            linears = attach_experts(bases, packed, method.combine, kernel, context)
+            linears = attach_experts(bases, packed, method.combine, kernel, context, model.dtype)
         for name, linear in zip(names, linears, strict=True):
             owner, _, leaf = name.rpartition(".")
             setattr(modules[owner], leaf, linear)

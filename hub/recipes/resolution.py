@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -10,9 +11,12 @@ from typing import Any
 
 from experthub.hub.bases.base import Base
 from experthub.hub.bases.base_sources import find
+from experthub.hub.bases.quantised import check_loadable, check_merge
 from experthub.hub.bases.used_weights import find_unused_weights
 from experthub.hub.errors import HubError, IntegrityError, UsageError
+from experthub.hub.files.json_files import read_json
 from experthub.hub.files.patterns import limit_matching_time
+from experthub.hub.formats.adapter import ADAPTER_CONFIG
 from experthub.hub.kinds import StoredExpert, kinds
 from experthub.hub.recipes.compatibility import check_disjoint, check_method
 from experthub.hub.recipes.entries import DataUse, ExpertUse, NestedMerge, list_members
@@ -31,6 +35,7 @@ from experthub.merge import EncoderName
 from experthub.routing import parse_kernel
 
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "F32": 4, "BF16": 2, "F16": 2}
+WIDTH |= {"F8_E4M3": 1, "F8_E5M2": 1}
 
 
 def resolve(
@@ -69,6 +74,8 @@ def resolve(
     # Names are checked before anything is downloaded.
     contents = list(pinned or (find_content(use, session) for use in recipe.uses))
     base = find(recipe.base, session)
+    if base.quantisation is not None:
+        _check_quantised(recipe, base, contents, session)
     unused = tuple(find_unused_weights(base))
     reader = _ExpertReader(session, base, recipe.allow_base_mismatch)
     uses = zip(contents, recipe.uses, strict=True)
@@ -91,6 +98,10 @@ def resolve(
         data = _plan_data(recipe, experts)
     reads = base.tensor_bytes + sum(m.size for e in experts for m in e.members)
     memory = base.tensor_bytes * WIDTH[dtype] // WIDTH.get(base.dtype, 4)
+    if base.quantisation is not None:
+        entries = sum(math.prod(s) for name, s in base.shapes.items() if name not in base.tied)
+        dequantised = base.quantisation.dequantised
+        memory = entries * WIDTH[dtype] if dequantised else base.tensor_bytes
     if any(one.route for one in recipes):
         memory += sum(m.size for e in experts for m in e.members)
     whole = tuple(sorted(name for own in targets for name in own))
@@ -101,6 +112,21 @@ def resolve(
         return plan
     pairs = zip(recipes, targets, strict=True)
     return replace(plan, parts=tuple(replace(plan, recipe=r, parameters=own) for r, own in pairs))
+
+
+def _check_quantised(
+    recipe: Recipe, base: Base, contents: Sequence[Content], session: Session
+) -> None:
+    """Refuse a recipe that cannot use a quantised base; the hint names what the experts want."""
+    merges = any(m.kind == "merge" or "skills" in m.strategy.needs for m in recipe.methods)
+    named = []
+    for content, identity in zip(contents, pull(session, *contents), strict=True):
+        if ADAPTER_CONFIG in identity.files:
+            settings = read_json(session.store.verify_file(content.digest, ADAPTER_CONFIG))
+            named.append(str(settings.get("base_model_name_or_path")))
+    if merges:
+        check_merge(base, named)
+    check_loadable(base, named)
 
 
 def _note_renamed(recipe: Recipe, session: Session) -> None:

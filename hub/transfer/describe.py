@@ -24,7 +24,6 @@ from experthub.hub.registry.entries import (
     register,
 )
 from experthub.hub.registry.expert import DESCRIPTION, Expert, Identity, make_source_relative
-from experthub.hub.registry.registry import Registry
 from experthub.hub.session import Session
 from experthub.hub.store.folder import read_description, read_folder
 from experthub.hub.transfer.sources import open_source
@@ -188,7 +187,7 @@ def add_folder(
             )
         same = _find_same(name, identity.digest, given, session) if not (version or file) else None
         if same is None:
-            entry = _make_entry(draft, name, identity, session.registry, version, given)
+            entry = _make_entry(draft, name, identity, session, version, given)
             entry["sources"] = [source or _make_source(folder, file)]
             hint = "correct the field, or remove it"
             expert = validate_record(Expert, entry, draft / DESCRIPTION, hint)
@@ -220,7 +219,7 @@ def _make_entry(
     folder: Path,
     name: str,
     identity: Identity,
-    registry: Registry,
+    session: Session,
     version: int | None,
     given: dict[str, str],
 ) -> dict[str, Any]:
@@ -237,11 +236,11 @@ def _make_entry(
         "name": name,
         "version": check_version(name, version)
         if version
-        else own or find_next_version(name, registry.list_experts()),
+        else own or find_next_version(name, session.registry.list_experts()),
         "kind": identity.kind,
         "base": given.get("base")
         or stated.get("base")
-        or _find_base_name(folder, identity, registry),
+        or _find_base_name(folder, identity, session),
         "digest": identity.digest,
     }
     return entry | given
@@ -272,12 +271,18 @@ def _make_source(folder: Path, file: Path | None) -> str:
     return make_source_relative(whole, file.resolve().parent) if file else whole
 
 
-def _find_base_name(folder: Path, identity: Identity, registry: Registry) -> str:
-    """Return the base that a folder's files name, under its name in the registry if it has one."""
+def _find_base_name(folder: Path, identity: Identity, session: Session) -> str:
+    """Return the base that a folder's files name, under its name in the registry if it has one.
+
+    An adapter that was trained on a quantised copy of a base gets the base itself, with a note.
+    """
     named = kinds[identity.kind].base_name(folder)
     if not named:
         return "unknown"
     try:
-        return registry.find_base(named)[0]
+        return session.registry.find_base(named)[0]
     except NotFoundError:
-        return named
+        original = session.registry.find_original_base(named)
+    if original is not None:
+        session.report(f"note: {named} is taken for a quantised copy of {original}", 0, 0)
+    return original or named
