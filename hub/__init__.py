@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from experthub.hub.bases.adding import add_base
     from experthub.hub.composition.compose import compose
     from experthub.hub.composition.composition import Composition
     from experthub.hub.errors import HubError
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from experthub.hub.training.train import train_gate, train_lora
 
 _HOMES = {
+    "add_base": "bases.adding",
     "Composition": "composition.composition",
     "Difference": "finetunes.difference",
     "Expert": "registry.expert",
@@ -74,6 +76,7 @@ __all__ = [
     "Store",
     "Trace",
     "adapt",
+    "add_base",
     "cluster",
     "compose",
     "diff",

@@ -106,6 +106,12 @@ def read(folder: Path, name: str) -> Base:
         IntegrityError: The configuration or the weights cannot be used.
     """
     if not (folder / "config.json").is_file():
+        files = sorted(path.name for path in folder.glob("*.gguf"))
+        if files:
+            raise NotFoundError(
+                f"{folder} has no config.json, but {len(files)} GGUF files",
+                f"name the file, {folder / files[0]}",
+            )
         raise NotFoundError(
             f"there is no model folder {folder}",
             "name a folder that contains a config.json, or a base that hub list --bases shows",

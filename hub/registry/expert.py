@@ -229,7 +229,7 @@ class Reference:
             member = found.group(1) if found else ""
             place = place.removesuffix(f"#{member}")
             return cls(text, folder=(folder or Path.cwd()) / place, member=member)
-        if re.match(r"(hf|pypi|s3|oci):", text):
+        if re.match(r"(hf|pypi|s3|oci|ollama):", text):
             return cls(text, remote=text)
         found = re.fullmatch(rf"({NAME})(?:@(?:([0-9]{{1,9}})|(sha256:[0-9a-f]{{8,64}})))?", text)
         if not found:
