@@ -76,9 +76,9 @@ def compose(
                     "use the recipe with hub generate, hub eval or hub.compose, "
                     "or set merge: instead of route:",
                 )
-            from experthub.hub.composition.compose import compose as compose_model
+            from experthub.hub.composition.compose import write_model
 
-            compose_model(resolved, session=session).save(out, kind)
+            write_model(resolved, out, kind, session)
     if json:
         print_json({"plan": resolved.record()} | ({"out": str(out)} if out and not plan else {}))
     else:

@@ -20,8 +20,8 @@ from experthub.hub.errors import HubError, IntegrityError, UsageError, explain_e
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.session import Session
 from experthub.hub.transfer.pull import pull
-from experthub.merge import TaskVector, find_uses, is_transposed
-from torch import nn
+from experthub.merge import Delta, TaskVector, find_uses, is_transposed
+from torch import Tensor, nn
 
 
 def assemble(
@@ -61,7 +61,7 @@ def assemble(
         else:
             target = _copy_model(model, plan.dtype, device)
         if not packed:  # Packed experts were checked when they were packed.
-            _check_orientation(target, plan)
+            check_orientation(target, plan)
         session.report(f"composing {len(plan.experts)} experts", 0, 0)
         merged: list[TaskVector] = []
         routes, watch = [], Watch()
@@ -70,7 +70,7 @@ def assemble(
         for unit, bank in units:
             with torch.no_grad(), explain_errors(unit.recipe.method.method):
                 if unit.recipe.merge:
-                    merged.append(_merge(unit, contents, state))
+                    merged.append(merge_experts(unit, contents, state))
                     _add(target, merged[-1], unit)
                 else:
                     routes.append(route(target, unit, contents, state, bank, session, watch))
@@ -81,8 +81,20 @@ def assemble(
         return Composition(target, plan, whole, state, tuple(routes), watch)
 
 
-def _merge(plan: Plan, contents: Contents, state: Any) -> TaskVector:
-    """Merge the experts of a plan into one task vector, lazily."""
+def merge_experts(plan: Plan, contents: Contents, state: Any) -> TaskVector:
+    """Merge the experts of a plan into one task vector, lazily.
+
+    Args:
+        plan: A plan with one merge.
+        contents: The experts' files.
+        state: The state of the method; None for a method without state.
+
+    Returns:
+        The task vector.
+
+    Raises:
+        ValueError: The method returned something else.
+    """
     method = plan.recipe.method
     vectors = [load_task_vector(expert, plan, contents) for expert in plan.experts]
     weights = torch.tensor([expert.weight for expert in plan.experts])
@@ -130,10 +142,17 @@ def _copy_modules(module: Any, made: dict[int, Any] | None = None) -> Any:
     return made[id(module)]
 
 
-def _check_orientation(model: Any, plan: Plan) -> None:
+def check_orientation(model: Any, plan: Plan) -> None:
     """Refuse a fan_in_fan_out that does not fit its module.
 
     The shape of a square weight does not show in which orientation it is stored.
+
+    Args:
+        model: The model, which may be without storage.
+        plan: The plan.
+
+    Raises:
+        HubError: An expert states another orientation than its module has.
     """
     modules, changed = dict(model.named_modules()), set(plan.parameters)
     for member in plan.members:
@@ -155,15 +174,34 @@ def _add(model: Any, merged: TaskVector, plan: Plan) -> None:
     places = find_uses(model, merged)
     for name in merged:
         # The sum is a new tensor: the base's weights are mapped from its file, and may be shared.
-        changed = merged[name].add_to(model.get_parameter(name))
+        changed = add_change(model.get_parameter(name), merged[name], name, plan.dtype)
         parameter = nn.Parameter(changed, requires_grad=False)
         for module, leaf in places[name]:
             module.register_parameter(leaf, parameter)
-        # The sum over a tensor with an entry that is not finite is not finite either. It may also
-        # overflow over finite entries, so every entry is tested only in that case.
-        if not math.isfinite(changed.sum()) and not bool(torch.isfinite(changed).all()):
-            raise IntegrityError(
-                f"{name} overflows {plan.dtype}", "use smaller weights, or set dtype: float32"
-            )
     if tied is not None:
         tie_again(model, tied)
+
+
+def add_change(weight: Tensor, change: Delta, name: str, dtype: str) -> Tensor:
+    """Add a change to a weight.
+
+    Args:
+        weight: The weight; it is not changed.
+        change: The change.
+        name: The name of the weight, for the error.
+        dtype: The dtype of the model, for the error.
+
+    Returns:
+        The sum, in the weight's dtype.
+
+    Raises:
+        IntegrityError: The sum overflows.
+    """
+    changed = change.add_to(weight)
+    # The sum over a tensor with an entry that is not finite is not finite either. It may also
+    # overflow over finite entries, so every entry is tested only in that case.
+    if not math.isfinite(changed.sum()) and not bool(torch.isfinite(changed).all()):
+        raise IntegrityError(
+            f"{name} overflows {dtype}", "use smaller weights, or set dtype: float32"
+        )
+    return changed
