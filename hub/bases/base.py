@@ -84,9 +84,20 @@ class Base:
         return self.folder.resolve().name if self.name == str(self.folder) else self.name
 
     @property
-    def peft_task_type(self) -> str:
-        """The task type that an adapter of this base has in PEFT's format."""
-        return "CAUSAL_LM" if self.is_causal else "FEATURE_EXTRACTION"
+    def peft_task_type(self) -> str | None:
+        """The task type that an adapter of this base has in PEFT's format; None if it has none.
+
+        PEFT calls models of its types with texts alone. Its type of classifiers is not used: an
+        adapter of that type has to contain the classifier.
+        """
+        if self.is_causal:
+            return "CAUSAL_LM"
+        config = read_json(self.folder / "config.json")
+        if self.names.main_input != "input_ids" or "vision_config" in config:
+            return None
+        if config.get("is_encoder_decoder"):
+            return "SEQ_2_SEQ_LM"
+        return "FEATURE_EXTRACTION" if self.is_encoder else None
 
     @property
     def is_causal(self) -> bool:

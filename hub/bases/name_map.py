@@ -102,6 +102,7 @@ def _make_names(base: StoredModel, key: str, rename: Any) -> ModelNames:
         linear={
             name: is_transposed(module) for name, module in modules.items() if is_linear(module)
         },
+        main_input=model.main_input_name,
         transposed=frozenset(n for n, m in modules.items() if getattr(m, "is_transposed", False)),
         moved={name: place for name, place in moved.items() if place != name},
         aliases=aliases,

@@ -119,6 +119,7 @@ class ModelNames:
         shapes: The shape of each parameter, in the model's order; tied ones included.
         tied: The output embedding, if it is not stored, with the parameter whose weights it shares.
         linear: The linear modules, each with whether its weight is stored as `[I, O]` (Conv1D).
+        main_input: The name of the model's first input, such as `input_ids`.
         transposed: The modules that hold stacks of matrices as `[N, I, O]`.
         moved: The places of the stored tensors that are not parameters under their own names.
         aliases: The places of tensors that older files of this architecture have.
@@ -130,6 +131,7 @@ class ModelNames:
     shapes: Mapping[str, Shape]
     tied: Mapping[str, str]
     linear: Mapping[str, bool]
+    main_input: str
     transposed: frozenset[str]
     moved: Mapping[str, Place]
     aliases: Mapping[str, Place]
@@ -195,6 +197,7 @@ class ModelNames:
             "shapes": [[name, list(shape)] for name, shape in self.shapes.items()],
             "tied": dict(self.tied),
             "linear": dict(self.linear),
+            "main_input": self.main_input,
             "transposed": sorted(self.transposed),
             "moved": {name: _record_place(place) for name, place in self.moved.items()},
             "aliases": {name: _record_place(place) for name, place in self.aliases.items()},
@@ -209,6 +212,7 @@ class ModelNames:
             shapes={name: tuple(shape) for name, shape in record["shapes"]},
             tied=record["tied"],
             linear=record["linear"],
+            main_input=record["main_input"],
             transposed=frozenset(record["transposed"]),
             moved={name: _parse_place(place) for name, place in record["moved"].items()},
             aliases={name: _parse_place(place) for name, place in record["aliases"].items()},

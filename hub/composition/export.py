@@ -83,6 +83,7 @@ def _save_peft(plan: Plan, merged: TaskVector, folder: Path) -> None:
         tensors,
         base=plan.base.name,
         task_type=plan.base.peft_task_type,
+        model_class=plan.base.architecture,
         transposed=any(names.linear.get(module) for module in nests),
         pad=True,
         parameters={module: nest for module, nest in nests.items() if module not in names.linear},

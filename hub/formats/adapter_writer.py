@@ -24,6 +24,7 @@ def write_adapter(
     *,
     base: str,
     task_type: str | None,
+    model_class: str = "",
     transposed: bool,
     pad: bool,
     parameters: Mapping[str, Sequence[str]] = MappingProxyType({}),
@@ -36,6 +37,7 @@ def write_adapter(
             N matrices has `[N, R, I]` and `[N, O, R]`.
         base: The name of the base.
         task_type: PEFT's type of the task, such as `CAUSAL_LM`.
+        model_class: The class of the model, which PEFT needs where there is no type of the task.
         transposed: Whether the modules store their weights as `[I, O]` (Conv1D).
         pad: Pad all factors with zeros to the largest rank. Otherwise modules with smaller ranks
             are listed in the configuration, which some programs cannot read.
@@ -57,6 +59,7 @@ def write_adapter(
     settings: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": task_type,
+        **({} if task_type or not model_class else {"auto_mapping": _name_class(model_class)}),
         "r": rank,
         "lora_alpha": rank,
         **patterns,
@@ -118,6 +121,11 @@ def _parse(name: str) -> tuple[str, int]:
     if found is None:
         raise ValueError(f"{name!r} is not the name of a factor of a LoRA")
     return found[1], -2 if "A" in found.groups()[1:] else -1
+
+
+def _name_class(model_class: str) -> dict[str, str]:
+    """Return the entry by which PEFT's AutoPeftModel finds the class of the model."""
+    return {"base_model_class": model_class, "parent_library": "transformers"}
 
 
 def _flatten(tensor: Tensor, side: int) -> Tensor:
