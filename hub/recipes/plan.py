@@ -84,7 +84,7 @@ class Plan:
     @property
     def adapted(self) -> set[str]:
         """The names of the parameters that a LoRA changes."""
-        return {f"{a.module}.weight" for member in self.members for a in member.adapted}
+        return {a.parameter for member in self.members for a in member.adapted}
 
     @cached_property
     def contents(self) -> list[Any]:

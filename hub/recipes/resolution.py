@@ -11,7 +11,6 @@ from typing import Any
 
 from experthub.hub.bases.base import Base
 from experthub.hub.bases.base_sources import find
-from experthub.hub.bases.used_weights import find_unused_weights
 from experthub.hub.errors import HubError, IntegrityError, UsageError
 from experthub.hub.files.patterns import limit_matching_time
 from experthub.hub.kinds import StoredExpert, kinds
@@ -68,7 +67,7 @@ def resolve(
     # Names are checked before anything is downloaded.
     contents = list(pinned or (find_content(use, session) for use in recipe.uses))
     base = find(recipe.base, session)
-    unused = tuple(find_unused_weights(base))
+    unused = base.names.unused
     reader = _ExpertReader(session, base, recipe.allow_base_mismatch)
     uses = zip(contents, recipe.uses, strict=True)
     members = iter(reader.read_members([*uses], packed and recipe.route is not None))
@@ -80,7 +79,7 @@ def resolve(
     targets = [_find_targets(one, experts, base) for one in recipes]
     check_disjoint(recipes, targets)
     for one, parameters in zip(recipes, targets, strict=True):
-        check_method(one, experts, parameters)
+        check_method(one, experts, parameters, base.names.linear.keys())
     dtype = recipe.dtype or {"BF16": "bfloat16", "F16": "float16"}.get(base.dtype, "float32")
     if recipe.stored and found is None:
         found = find_content(ExpertUse(expert=recipe.stored), session)

@@ -19,7 +19,7 @@ from experthub.hub.bases import base as bases
 from experthub.hub.bases.base_sources import find
 from experthub.hub.bases.identity import READ_BY_TRANSFORMERS
 from experthub.hub.bases.loading import load_model, load_tokenizer
-from experthub.hub.bases.used_weights import find_unused_weights
+from experthub.hub.bases.name_map import read_names
 from experthub.hub.composition.generation import generate_text
 from experthub.hub.errors import HubError, IntegrityError
 from experthub.hub.files import yaml_files
@@ -325,7 +325,7 @@ def test_a_base_is_loaded_as_transformers_alone_loads_it(
         model.save_pretrained(folder, max_shard_size="20KB")
         assert (folder / "model.safetensors.index.json").is_file()
     base = bases.read(folder, "base")
-    assert find_unused_weights(base) == []
+    assert read_names(base).unused == ()
     for dtype in ("float32", "bfloat16"):
         ours = load_model(base, dtype, None)
         alone = getattr(transformers, kind[1]).from_pretrained(folder, dtype=dtype)
