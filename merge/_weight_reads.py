@@ -10,10 +10,11 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from types import CodeType, FunctionType
+from typing import Any, cast
 
 from experthub.merge._linear_modules import is_linear
 from torch import nn
@@ -65,16 +66,18 @@ def find_weight_reads(model: nn.Module) -> dict[str, WeightRead]:
         parts = path.split(".")
         for depth in range(len(parts) - 1, -1, -1):
             owner, below = ".".join(parts[:depth]), ".".join(parts[depth:])
-            reads = _read_class(type(modules[owner]))
-            name = next((n for n in reads if n == below or (n[0] == "." and path.endswith(n))), None)
+            reads = _read_class(cast(Hashable, type(modules[owner])))
+            name = next(
+                (n for n in reads if n == below or (n[0] == "." and path.endswith(n))), None
+            )
             if name is not None:
                 found[path] = WeightRead(owner, *reads[name])
                 break
     return found
 
 
-@lru_cache(maxsize=None)
-def _read_class(kind: type[nn.Module]) -> dict[str, tuple[bool, bool]]:
+@cache
+def _read_class(kind: Any) -> dict[str, tuple[bool, bool]]:
     """Find the attributes of a class whose weight its methods read.
 
     Returns:
@@ -112,7 +115,7 @@ def _list_methods(kind: type[nn.Module]) -> Iterator[FunctionType]:
                     yield function
 
 
-@lru_cache(maxsize=None)
+@cache
 def _read_function(function: FunctionType) -> tuple[dict[str, bool], set[str]]:
     """Find the attributes whose weight a method reads, and those that it uses in another way.
 
@@ -133,7 +136,11 @@ def _read_function(function: FunctionType) -> tuple[dict[str, bool], set[str]]:
         if not isinstance(above[node], ast.Attribute):
             used.add(name)
         own = name.removesuffix(".weight")
-        if own not in (name, "") and isinstance(node.ctx, ast.Load) and not _reads_no_entry(node, above):
+        if (
+            own not in (name, "")
+            and isinstance(node.ctx, ast.Load)
+            and not _reads_no_entry(node, above)
+        ):
             products[own] = products.get(own, False) or _is_product(node, above)
     return products, used
 

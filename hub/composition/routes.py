@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from experthub.hub.bases.loading import load_tokenizer
 from experthub.hub.composition.bank import Bank, NamedGroup
-from experthub.hub.composition.forward_hooks import RouteHook, Watch
+from experthub.hub.composition.forward_hooks import Watch
 from experthub.hub.composition.kernels import choose_kernels
+from experthub.hub.composition.rows import RouteHook
 from experthub.hub.composition.selection import TextReader, make_selection
 from experthub.hub.composition.skills import (
     TaskSelection,
@@ -23,6 +24,7 @@ from experthub.hub.composition.skills import (
 from experthub.hub.composition.stacking import Stacking
 from experthub.hub.composition.weight_reads import WeightReads
 from experthub.hub.composition.weights import Contents
+from experthub.hub.composition.whole_prompts import split_prompts
 from experthub.hub.errors import UsageError, explain_errors
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.session import Session
@@ -66,6 +68,7 @@ class Routes:
         """
         self.watch.remove()
         self.reads.remove()
+        split_prompts(model)
         for name, module in self.originals.items():
             model.set_submodule(name, module)
         self.originals.clear()
@@ -194,7 +197,8 @@ def _route_skills(model: Any, plan: Plan, contents: Contents, store: Store, watc
         linear = RoutedLinear.from_stack(module, stack, router, "outputs", context=context)
         model.set_submodule(name, linear)
         routes.originals[name] = module
-    watch.attach(model, RouteHook(context, TaskSelection(tuple(known))))
+    select = TaskSelection(tuple(known))
+    watch.attach(model, RouteHook(context, select, n_experts=len(known) + 1))
     return routes
 
 
@@ -211,4 +215,6 @@ def _attach(watch: Watch, model: Any, plan: Plan, hook: RouteHook) -> None:
         hook.by_token = method.strategy.traits.routing.input == "token"
         if method.strategy.needs_own_tasks:
             hook.read_texts = TextReader(load_tokenizer(plan.base))
+        if hook.read_texts is not None or "task" in method.strategy.needs:
+            hook.n_experts = len(plan.experts)
     watch.attach(model, hook)

@@ -44,11 +44,11 @@ class _ReadWeights(TorchFunctionMode):
 
     def enter(self, module: nn.Module, args: Any) -> None:
         """Enter the mode, before the forward pass of the owner."""
-        self.__enter__()
+        self.__enter__()  # type: ignore[no-untyped-call]
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Leave the mode, after the forward pass of the owner."""
-        self.__exit__(None, None, None)
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def pause(self, module: nn.Module, args: Any) -> None:
         """Let a routed module use its weight, before the module itself is called."""
@@ -59,7 +59,11 @@ class _ReadWeights(TorchFunctionMode):
         self._thread.calls -= 1
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Call a function of torch; add the experts if it multiplies with a routed weight."""
         kwargs = kwargs or {}

@@ -171,9 +171,7 @@ LATENT = {
     "n_shared_experts": 1,
 }
 TOWERS = {
-    "text_config": {
-        k: v for k, v in TEXT.items() if k not in ("num_key_value_heads", "head_dim")
-    },
+    "text_config": {k: v for k, v in TEXT.items() if k not in ("num_key_value_heads", "head_dim")},
     "vision_config": VISION,
     "projection_dim": 16,
 }
@@ -206,9 +204,7 @@ ARCHITECTURES = {
         "BloomForCausalLM",
         {"vocab_size": 260, "hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.2},
     ),
-    "falcon": Architecture(
-        "FalconForCausalLM", {**NO_HEADS, "bos_token_id": 1, "eos_token_id": 2}
-    ),
+    "falcon": Architecture("FalconForCausalLM", {**NO_HEADS, "bos_token_id": 1, "eos_token_id": 2}),
     "mixtral": Architecture("MixtralForCausalLM", {**TEXT, "num_local_experts": 4}),
     "qwen3_moe": Architecture("Qwen3MoeForCausalLM", {**TEXT, **ROUTED_EXPERTS}),
     "deepseek_v3": Architecture("DeepseekV3ForCausalLM", LATENT),
@@ -250,9 +246,7 @@ ARCHITECTURES = {
             "w_init_variance_scale": 0.5,
         },
     ),
-    "lfm2": Architecture(
-        "Lfm2ForCausalLM", {**TEXT, "layer_types": ["conv", "full_attention"]}
-    ),
+    "lfm2": Architecture("Lfm2ForCausalLM", {**TEXT, "layer_types": ["conv", "full_attention"]}),
     "zamba2": Architecture(
         "Zamba2ForCausalLM",
         {
