@@ -47,7 +47,7 @@ def load_model(base: Base, dtype: str, device: str | None) -> Any:
         HubError: Transformers cannot load the base.
     """
     check_device(device)
-    kind, config = _find_class(base)
+    kind, config = find_class(base)
     weights: dict[str, Any] = {}
     with _explain_loading_errors(base, _list_loading_errors()):
         for file in list_weight_files(base.folder):
@@ -74,7 +74,7 @@ def compare_names(base: Base) -> tuple[list[str], list[str]]:
     Raises:
         HubError: Transformers cannot build the model, or a shape differs.
     """
-    kind, config = _find_class(base)
+    kind, config = find_class(base)
     empty = {
         name: torch.empty(info.shape, dtype=DTYPES.get(info.dtype, torch.float32), device="meta")
         for file in list_weight_files(base.folder)
@@ -109,7 +109,7 @@ def _build(
 
     Transformers gets no folder: in a folder it would find other files than those that were checked.
     """
-    with _explain_loading_errors(base, _list_loading_errors()), _limit_size(base), _hide_report():
+    with _explain_loading_errors(base, _list_loading_errors()), limit_size(base), _hide_report():
         model, found = kind.from_pretrained(
             None, config=config, state_dict=weights, output_loading_info=True, **options, **LOCAL
         )
@@ -193,8 +193,8 @@ def find_linear_modules(base: Base) -> dict[str, bool]:
     Raises:
         HubError: Transformers has no class for the base.
     """
-    kind, config = _find_class(base)
-    with torch.device("meta"), forbid_network(), _limit_size(base):
+    kind, config = find_class(base)
+    with torch.device("meta"), forbid_network(), limit_size(base):
         modules = kind(config).named_modules()
     return {name: is_transposed(module) for name, module in modules if is_linear(module)}
 
@@ -217,7 +217,7 @@ def check_device(device: str | None) -> None:
         ) from None
 
 
-def _limit_size(base: Base) -> AbstractContextManager[None]:
+def limit_size(base: Base) -> AbstractContextManager[None]:
     """Stop the building of a model that is much larger than the base's files."""
     entries = sum(map(math.prod, base.shapes.values()))
     # Quantised weights are packed: one stored integer holds several entries.
@@ -264,7 +264,7 @@ def _hide_report() -> Iterator[None]:
         logger.removeFilter(is_shown)
 
 
-def _find_class(base: Base) -> tuple[Any, Any]:
+def find_class(base: Base) -> tuple[Any, Any]:
     """Find the transformers class that a base's configuration names, and load the configuration."""
     import transformers
 

@@ -18,6 +18,7 @@ from typing import Any
 from uuid import uuid4
 
 import torch
+from experthub.hub.composition.prompt_length import GenerateByPrompt, select_prompt
 from experthub.hub.composition.row_cache import RowCache, find_row_cache
 from experthub.hub.errors import UsageError
 from experthub.routing import Context, ForwardPass, ForwardPasses, Select
@@ -134,6 +135,8 @@ class Watch:
         self.hooked.append(route)
         self.passes.announced = True
         inner: nn.Module = model.base_model
+        if hasattr(type(model), "generate"):
+            model.generate = GenerateByPrompt(model)
         self._handles = self._handles or [
             inner.register_forward_pre_hook(self._before, with_kwargs=True),
             inner.register_forward_hook(self._after, with_kwargs=True, always_call=True),
@@ -177,13 +180,14 @@ class Watch:
             )
         now.rows = len(given)
         now.tokens = given.shape[1] if given.ndim in (2, 3) else 0
-        now.real = _find_real_tokens(kwargs.get("attention_mask"), now.tokens)
+        whole = _find_real_tokens(kwargs.get("attention_mask"), now.tokens)
+        now.real = select_prompt(whole, now.rows, now.tokens, given.device)
         now.kept = dict(kept.rows) if kept else {}
         decided = {route for route, _ in now.kept}
         for hook in self.hooked:
             if hook.select is None or (hook.context.route in decided and not hook.by_token):
                 continue
-            real = now.real
+            real = whole if hook.by_token else now.real
             if real is None:
                 real = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
             rows = _Rows(

@@ -62,6 +62,7 @@ class Routes:
             model: The composed model, which is changed in place.
         """
         self.watch.remove()
+        vars(model).pop("generate", None)
         for name, module in self.originals.items():
             model.set_submodule(name, module)
         self.originals.clear()
