@@ -69,7 +69,10 @@ class PlanMaterials:
     @cached_property
     def _reader(self) -> Reader:
         """The reader of the base."""
-        return reader_for(self.plan.base, self.session.device, lambda: self._model)
+        session = self.session
+        return reader_for(
+            self.plan.base, session.device, lambda: self._model, report=session.report
+        )
 
     def place(self, tensor: Tensor) -> Tensor:
         """Move a tensor to the device of the model.
