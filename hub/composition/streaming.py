@@ -11,9 +11,9 @@ from experthub.hub.bases.building import (
     explain_loading_errors,
     find_class,
     list_loading_errors,
+    refuse_missing,
 )
 from experthub.hub.bases.fingerprint import list_weight_files
-from experthub.hub.bases.loading import refuse_missing
 from experthub.hub.bases.writing import copy_companions
 from experthub.hub.composition.assembly import add_change, check_orientation, merge_experts
 from experthub.hub.composition.weights import Contents
