@@ -36,16 +36,29 @@ def count_graph_bytes(config: Mapping[str, Any], tokens: int, answers: int) -> i
     Returns:
         The number of bytes.
     """
+    hidden = _find(config, "hidden", 0)
+    by_token = PER_HIDDEN * hidden + PER_INNER * _find(config, "inner", 4 * hidden)
+    numbers = tokens * _find(config, "layers", 1) * by_token
+    return WIDTH * (numbers + PER_LOGIT * answers * count_words(config))
+
+
+def count_words(config: Mapping[str, Any]) -> int:
+    """Count the words of a model's vocabulary.
+
+    Args:
+        config: The configuration of the model as plain values.
+
+    Returns:
+        The number; 0 if the configuration states none.
+    """
+    return _find(config, "words", 0)
+
+
+def _find(config: Mapping[str, Any], what: str, default: int) -> int:
+    """Find a size in a configuration, first in that of its text model."""
     parts = [config.get("text_config"), config.get("vision_config"), config]
-
-    def find(what: str, default: int) -> int:
-        stated = (p.get(name) for p in parts if isinstance(p, Mapping) for name in NAMES[what])
-        return next((n for n in stated if isinstance(n, int) and n > 0), default)
-
-    hidden = find("hidden", 0)
-    by_token = PER_HIDDEN * hidden + PER_INNER * find("inner", 4 * hidden)
-    numbers = tokens * find("layers", 1) * by_token + PER_LOGIT * answers * find("words", 0)
-    return WIDTH * numbers
+    stated = (p.get(name) for p in parts if isinstance(p, Mapping) for name in NAMES[what])
+    return next((n for n in stated if isinstance(n, int) and n > 0), default)
 
 
 def count_logits_bytes(model: int, position: int) -> int:

@@ -31,7 +31,8 @@ def count_positions(model: Any) -> int:
     Returns:
         The number of positions, at least 1, see `count_logits_bytes`.
     """
-    words, width = model.config.get_text_config().vocab_size, model.dtype.itemsize
+    words: int = model.config.get_text_config().vocab_size
+    width: int = model.dtype.itemsize
     whole = sum(p.numel() * p.itemsize for p in model.parameters())
     return max(1, count_logits_bytes(whole, words * width) // (words * width))
 

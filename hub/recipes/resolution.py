@@ -18,6 +18,7 @@ from experthub.hub.recipes.compatibility import check_disjoint, check_method
 from experthub.hub.recipes.entries import DataUse, ExpertUse, NestedMerge, list_members
 from experthub.hub.recipes.examples import PlannedData
 from experthub.hub.recipes.member_cache import MemberCache
+from experthub.hub.recipes.memory import estimate_memory
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.recipes.planned_experts import Member, PlannedExpert, is_large
 from experthub.hub.recipes.recipe import Recipe
@@ -29,8 +30,6 @@ from experthub.hub.transfer.pull import pull
 from experthub.hub.transfer.sources import open_source
 from experthub.merge import EncoderName
 from experthub.routing import parse_kernel
-
-WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "F32": 4, "BF16": 2, "F16": 2}
 
 
 def resolve(
@@ -90,9 +89,8 @@ def resolve(
     if data is None and recipe.stored is None:
         data = _plan_data(recipe, experts)
     reads = base.tensor_bytes + sum(m.size for e in experts for m in e.members)
-    memory = base.tensor_bytes * WIDTH[dtype] // WIDTH.get(base.dtype, 4)
-    if any(one.route for one in recipes):
-        memory += sum(m.size for e in experts for m in e.members)
+    learned = None if found is not None else data
+    memory = estimate_memory(recipes, base, experts, targets, dtype, learned)
     whole = tuple(sorted(name for own in targets for name in own))
     names = [n for one in recipes for n in one.method.find_options(EncoderName).values() if n]
     embedding = tuple(find(name, encoders or session).digest for name in names)
