@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from threading import local
 from typing import Any
 
@@ -54,25 +53,3 @@ def select_prompt(real_BS: Tensor | None, rows: int, tokens: int, device: Any) -
         return real_BS
     within_BS = (torch.arange(tokens, device=device) < lengths).expand(rows, tokens)
     return within_BS if real_BS is None else real_BS & within_BS
-
-
-@dataclass(eq=False)
-class GenerateByPrompt:
-    """A function in place of a model's `generate`, under which routers choose by the prompt alone.
-
-    Prompt lookup and assistants put guessed tokens behind the prompt in the first forward pass.
-
-    Args:
-        model: The composed model.
-    """
-
-    model: Any
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the `generate` of the model's class."""
-        named = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
-        given = args[0] if args else next((found for found in named if found is not None), None)
-        if not isinstance(given, Tensor) or given.ndim < 2:
-            return type(self.model).generate(self.model, *args, **kwargs)
-        with decide_by(given.shape[1]):
-            return type(self.model).generate(self.model, *args, **kwargs)

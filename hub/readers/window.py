@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 from experthub.hub.bases.base import Base
-from experthub.hub.bases.loading import find_class, limit_size
+from experthub.hub.bases.building import find_class, limit_size
 from experthub.hub.errors import UsageError
 from experthub.hub.files.json_files import read_json
 from experthub.hub.progress import Report, silent
