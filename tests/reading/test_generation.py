@@ -98,7 +98,12 @@ def test_a_long_prompt_is_cut_or_refused(tmp_path: Path) -> None:
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
     letters(tmp_path / "base", "<s> $A")
     expert = make_expert(
-        tmp_path / "e", tmp_path / "base", 1, targets=("attn.c_proj",), gates=False, fan_in_fan_out=True
+        tmp_path / "e",
+        tmp_path / "base",
+        1,
+        targets=("attn.c_proj",),
+        gates=False,
+        fan_in_fan_out=True,
     )
     recipe = {"base": str(tmp_path / "base"), "experts": [str(expert)]}
     composition = hub.compose(recipe | {"merge": {"method": "task_arithmetic", "scale": 0.0}})

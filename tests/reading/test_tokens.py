@@ -96,7 +96,9 @@ def test_a_choice_has_all_of_its_text_and_no_special_token(
             assert fast.decode(choice).strip().endswith(after)
             # Only a token that spans the boundary brings text of the prompt with it.
             spans = (
-                kind == "bytes" and prompt.strip().endswith(":") and fast.decode(choice).startswith(":")
+                kind == "bytes"
+                and prompt.strip().endswith(":")
+                and fast.decode(choice).startswith(":")
             )
             assert fast.decode(choice).strip() == after or spans
 
