@@ -45,6 +45,7 @@ class ImageRow:
     pixels: Tensor
     choices: Any
     size = 1
+    answers = 0
 
     def vary(self, seed: int) -> ImageRow:
         """Move the image by some pixels and add noise; never mirror it, because of letters.

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from experthub.hub.readers.forward_errors import explain_forward_errors
+from experthub.hub.readers.graph_memory import BATCH_POSITIONS
 from experthub.hub.readers.logprobs import count_positions, sum_logprobs
 from experthub.hub.readers.reader import ReadsPrompt
 from experthub.hub.readers.scorer import Question, Scores
@@ -16,7 +17,7 @@ from experthub.hub.readers.window import Window
 
 __all__ = ["LIKELIHOOD_BATCH_TOKENS", "Encoded", "Likelihood", "encode", "score_choices"]
 
-LIKELIHOOD_BATCH_TOKENS = 2048
+LIKELIHOOD_BATCH_TOKENS = BATCH_POSITIONS
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def score_choices(
 
     The prompts of a batch run once with a key/value cache. Then the choices run, each with a copy
     of its prompt's cache. Prompts of similar length share a batch to keep padding small. The logits
-    of a forward pass take at most `LOGITS_BYTES`.
+    of a forward pass take at most `count_logits_bytes`.
 
     Args:
         model: The causal language model.

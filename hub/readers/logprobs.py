@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from experthub.hub.composition.prompt_length import decide_by
+from experthub.hub.readers.graph_memory import count_logits_bytes
 from experthub.hub.readers.reader import find_pad_token, pad, repeat_rows
 from experthub.hub.readers.tokens import Encoded
 from experthub.hub.readers.window import has_reserved_positions
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-LOGITS_BYTES = 1 << 27  # The largest logits of one forward pass, in bytes.
 OnMask = Callable[[Tensor], None]
 
 
@@ -29,10 +29,12 @@ def count_positions(model: Any) -> int:
         model: The model.
 
     Returns:
-        The number of positions, at least 1, by the budget `LOGITS_BYTES`.
+        The number of positions, at least 1, see `count_logits_bytes`.
     """
-    size: int = model.config.get_text_config().vocab_size * model.dtype.itemsize
-    return max(1, LOGITS_BYTES // size)
+    words: int = model.config.get_text_config().vocab_size
+    width: int = model.dtype.itemsize
+    whole = sum(p.numel() * p.itemsize for p in model.parameters())
+    return max(1, count_logits_bytes(whole, words * width) // (words * width))
 
 
 def shares_prompts(model: Any) -> bool:
@@ -92,17 +94,19 @@ def sum_logprobs(
     choices = [choice for item in items for choice in item.choices]
     rows = repeat_rows([len(item.choices) for item in items], device)
     heads = torch.tensor([choice[0] for choice in choices], device=device)
-    sums: Tensor = first[rows, heads].float() - _sum_exponentials(first)[rows]
-    longest = max(map(len, choices)) - 1
-    if not longest:
+    sums: Tensor = _widen(first[rows, heads]) - _sum_exponentials(first)[rows]
+    longer = [i for i, choice in enumerate(choices) if len(choice) > 1]
+    if not longer:
         return sums
     cache, parts = read.past_key_values, []
-    step = max(1, count_positions(model) // longest)
-    for at in range(0, len(rows), step):
-        own = slice(at, at + step)
-        held = cache if step >= len(rows) else _copy_cache(cache)
-        parts.append(_sum_remaining(model, held, choices[own], rows[own], prompt_mask, on_mask))
-    return sums + torch.cat(parts)
+    del read, first  # The logits of the prompts make room for those of the choices.
+    step = max(1, count_positions(model) // (max(map(len, choices)) - 1))
+    for at in range(0, len(longer), step):
+        own = longer[at : at + step]
+        held = cache if step >= len(longer) else _copy_cache(cache)
+        chosen = [choices[i] for i in own]
+        parts.append(_sum_remaining(model, held, chosen, rows[own], prompt_mask, on_mask))
+    return sums.index_add(0, torch.tensor(longer, device=device), torch.cat(parts))
 
 
 def _sum_remaining(
@@ -116,7 +120,6 @@ def _sum_remaining(
     """Sum the log-probabilities of every choice's tokens after the first."""
     cache.batch_select_indices(rows)
     token = find_pad_token(model)
-    # A choice of one token has nothing to read here, and padding in place of it.
     inputs, real = pad([choice[:-1] for choice in choices], rows.device, token=token)
     targets, _ = pad([choice[1:] for choice in choices], rows.device)
     start = prompt_mask.sum(1)[rows]
@@ -176,19 +179,24 @@ def _group_pairs(
 
 
 def _choose(logits_BKV: Tensor, targets_BK: Tensor) -> Tensor:
-    """Compute the log-probabilities `[B, K]` of tokens in float32."""
-    chosen = logits_BKV.gather(-1, targets_BK[..., None])[..., 0].float()
-    return chosen - _sum_exponentials(logits_BKV)
+    """Compute the log-probabilities `[B, K]` of tokens, at least in float32."""
+    chosen = logits_BKV.gather(-1, targets_BK[..., None])[..., 0]
+    return _widen(chosen) - _sum_exponentials(logits_BKV)
+
+
+def _widen(values: Tensor) -> Tensor:
+    """Convert values to float32, unless they are in float64."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def _sum_exponentials(logits: Tensor) -> Tensor:
-    """Compute the logarithm of the sum of exponentials of logits `[..., V]`, in float32.
+    """Compute the logarithm of the sum of exponentials of logits `[..., V]`.
 
     Row by row, because copies of all logits would take twice their memory.
     """
     flat = logits.flatten(0, -2)
     step = max(1, (1 << 22) // flat.shape[-1])
-    parts = [part.float().logsumexp(-1) for part in torch.split(flat, step)]
+    parts = [_widen(part).logsumexp(-1) for part in torch.split(flat, step)]
     return torch.cat(parts).view(logits.shape[:-1])
 
 

@@ -5,14 +5,17 @@ Shapes: N inputs, T tokens, C choices, L labels of a classifier.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from experthub.hub.readers.forward_errors import explain_forward_errors
+from experthub.hub.readers.graph_memory import GRAPH_BYTES, count_graph_bytes, count_patches
 from experthub.hub.readers.scorer import Question, Scores
 from experthub.hub.tasks.task import Example, Task
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 BATCH_TOKENS = 4096  # Tokens of a batch, with padding; an image counts as one token.
 
@@ -23,6 +26,11 @@ class Row(Protocol):
     @property
     def size(self) -> int:
         """The number of tokens; inputs of similar size share a batch."""
+        ...
+
+    @property
+    def answers(self) -> int:
+        """The number of tokens of all choices that the model reads; 0 if it reads none."""
         ...
 
     def vary(self, seed: int) -> Row:
@@ -191,13 +199,19 @@ def read_all(reader: Reader, model: Any, rows: Sequence[Row], width: int | None 
         width: The largest number of choices; None if all batches have the same number.
 
     Returns:
-        Logits `[N, width]` in the order of the rows, on the device of the model.
+        Logits `[N, width]` in the order of the rows, on the device of the model. With gradients,
+        inputs that would keep much memory are read again in the backward pass.
     """
     order = sorted(range(len(rows)), key=lambda i: rows[i].size)
+    batches, whole = _batches(order, rows), reader.read
+    if torch.is_grad_enabled():
+        batches = _batches_with_gradients(order, rows, model.config.to_dict())
+        if len(batches) > 1:
+            whole = partial(checkpoint, reader.read, use_reentrant=False)
     parts = []
-    for batch in _batches(order, rows):
+    for batch in batches:
         with explain_forward_errors(model):
-            logits_NC = reader.read(model, [rows[i] for i in batch])
+            logits_NC = whole(model, [rows[i] for i in batch])
         missing = 0 if width is None else width - logits_NC.shape[1]
         parts.append(torch.nn.functional.pad(logits_NC, (0, missing), value=float("-inf")))
     back = torch.empty(len(order), dtype=torch.long)
@@ -205,16 +219,41 @@ def read_all(reader: Reader, model: Any, rows: Sequence[Row], width: int | None 
     return torch.cat(parts)[back]
 
 
-def _batches(order: Sequence[int], rows: Sequence[Row]) -> Iterator[list[int]]:
+def _batches(order: Sequence[int], rows: Sequence[Row]) -> list[list[int]]:
     """Group inputs by size into batches of at most `BATCH_TOKENS` tokens with padding."""
-    batch: list[int] = []
+    batches: list[list[int]] = [[]]
     for index in order:
-        if batch and rows[index].size * (len(batch) + 1) > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
+        if batches[-1] and rows[index].size * (len(batches[-1]) + 1) > BATCH_TOKENS:
+            batches.append([])
+        batches[-1].append(index)
+    return batches
+
+
+def _batches_with_gradients(
+    order: Sequence[int], rows: Sequence[Row], config: Mapping[str, Any]
+) -> list[list[int]]:
+    """Group inputs by size into batches that keep at most `GRAPH_BYTES` for the backward pass.
+
+    If all batches together keep no more, the model reads them as without gradients.
+    """
+
+    def count(chosen: Sequence[int]) -> int:
+        answers = sum(rows[i].answers for i in chosen)
+        tokens = sum(rows[i].size if rows[i].size > 1 else patches for i in chosen)
+        return count_graph_bytes(config, tokens + answers, answers)
+
+    patches = count_patches(config)
+    batches = _batches(order, rows)
+    if count(order) <= GRAPH_BYTES:
+        return batches
+    found: list[list[int]] = []
+    for batch in batches:
+        found.append([])
+        for index in batch:
+            if found[-1] and count([*found[-1], index]) > GRAPH_BYTES:
+                found.append([])
+            found[-1].append(index)
+    return found
 
 
 def split_by_row(values: Tensor, counts: Sequence[int]) -> Tensor:

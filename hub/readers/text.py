@@ -34,10 +34,17 @@ DROPPED = 0.15  # The share of tokens that a variation of a text omits.
 
 @dataclass(frozen=True)
 class TokenRow:
-    """A text as token ids, with its choices in the form of its reader."""
+    """A text as token ids, with its choices in the form of its reader.
+
+    Args:
+        tokens: The token ids of the text.
+        choices: The choices.
+        answers: The number of tokens of all choices, if the model reads them.
+    """
 
     tokens: tuple[int, ...]
     choices: Any
+    answers: int = 0
 
     @property
     def size(self) -> int:
@@ -78,7 +85,8 @@ class LanguageModel(ReadsPrompt):
             The token ids of the prompt and of the choices.
         """
         encoded = encode(self.tokenizer, question.text, question.choices, self.window)
-        return TokenRow(encoded[0].prompt, encoded)
+        answers = sum(len(choice) for item in encoded for choice in item.choices)
+        return TokenRow(encoded[0].prompt, encoded, answers)
 
     def read(self, model: Any, rows: Sequence[TokenRow]) -> Tensor:
         """Compute the logits of a batch.
@@ -130,7 +138,8 @@ class Seq2Seq(ReadsPrompt):
         longest, window = max(map(len, choices)), self.window
         if window is not None and window.size is not None and longest > window.size:
             window.refuse(f"a choice has {longest} tokens", "use a task with shorter choices")
-        return TokenRow(tokenise(self.tokenizer, question.text, window), choices)
+        text = tokenise(self.tokenizer, question.text, window)
+        return TokenRow(text, choices, sum(map(len, choices)))
 
     def read(self, model: Any, rows: Sequence[TokenRow]) -> Tensor:
         """Compute the logits of a batch.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,7 @@ from experthub.hub.recipes.compatibility import check_disjoint, check_method
 from experthub.hub.recipes.entries import DataUse, ExpertUse, NestedMerge, list_members
 from experthub.hub.recipes.examples import PlannedData
 from experthub.hub.recipes.member_cache import MemberCache
+from experthub.hub.recipes.memory import estimate_memory
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.recipes.planned_experts import Member, PlannedExpert, is_large
 from experthub.hub.recipes.recipe import Recipe
@@ -32,9 +32,6 @@ from experthub.hub.store.folder import read_description
 from experthub.hub.transfer.pull import pull
 from experthub.hub.transfer.sources import open_source
 from experthub.routing import parse_kernel
-
-WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "F32": 4, "BF16": 2, "F16": 2}
-WIDTH |= {"F8_E4M3": 1, "F8_E5M2": 1}
 
 
 def resolve(
@@ -95,13 +92,8 @@ def resolve(
     if data is None and recipe.stored is None:
         data = _plan_data(recipe, experts)
     reads = base.tensor_bytes + sum(m.size for e in experts for m in e.members)
-    memory = base.tensor_bytes * WIDTH[dtype] // WIDTH.get(base.dtype, 4)
-    if base.quantisation is not None:
-        entries = sum(math.prod(s) for name, s in base.shapes.items() if name not in base.tied)
-        dequantised = base.quantisation.dequantised
-        memory = entries * WIDTH[dtype] if dequantised else base.tensor_bytes
-    if any(one.route for one in recipes):
-        memory += sum(m.size for e in experts for m in e.members)
+    learned = None if found is not None else data
+    memory = estimate_memory(recipes, base, experts, targets, dtype, learned)
     whole = tuple(sorted(name for own in targets for name in own))
     embedding = {n: encoders.get(n) or find(n, session) for n in recipe.encoder_names}
     plan = Plan(recipe, base, experts, whole, dtype, reads, memory, data, found, unused, embedding)
