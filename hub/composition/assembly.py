@@ -17,6 +17,7 @@ from experthub.hub.composition.routes import route
 from experthub.hub.composition.saving import refuse_saving
 from experthub.hub.composition.weights import Contents, load_task_vector
 from experthub.hub.errors import HubError, IntegrityError, UsageError, explain_errors
+from experthub.hub.formats.adapter import Adapted
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.session import Session
 from experthub.hub.transfer.pull import pull
@@ -138,7 +139,7 @@ def _check_orientation(model: Any, plan: Plan) -> None:
     modules, changed = dict(model.named_modules()), set(plan.parameters)
     for member in plan.members:
         for adapted in member.adapted:
-            if f"{adapted.module}.weight" not in changed or adapted.embedding:
+            if adapted.parameter not in changed or not _is_own_weight(adapted):
                 continue
             module = modules[adapted.module]
             if is_transposed(module) != adapted.transposed:
@@ -147,6 +148,11 @@ def _check_orientation(model: Any, plan: Plan) -> None:
                     f"and {adapted.module} is a {type(module).__name__}",
                     "correct it in adapter_config.json: true for a Conv1D, false for a Linear",
                 )
+
+
+def _is_own_weight(change: Adapted) -> bool:
+    """Tell whether a change is of the weight of a linear module, in the module's own orientation."""
+    return not change.embedding and not change.targeted and change.piece is None
 
 
 def _add(model: Any, merged: TaskVector, plan: Plan) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from uuid import uuid4
 
 import torch
+from experthub.hub.composition.prompt_length import select_prompt
 from experthub.hub.composition.real_tokens import find_real_tokens
 from experthub.hub.composition.row_cache import CACHES, RowCache, find_cache, find_row_cache
 from experthub.hub.composition.rows import RouteHook, Rows, named_tasks
@@ -113,13 +114,15 @@ class Watch:
         now.past = dict(kept.past) if kept else {}
         decided = {route for route, _ in now.kept}
         new = [hook for hook in self.hooked if hook.by_token or hook.context.route not in decided]
+        whole = None
         if now.tokens and any(not hook.by_token for hook in new):
             mask, positions = given.get("attention_mask"), given.get("position_ids")
-            now.real = find_real_tokens(mask, positions, cache, now.rows, now.tokens)
+            whole = find_real_tokens(mask, positions, cache, now.rows, now.tokens)
+            now.real = select_prompt(whole, now.rows, now.tokens, read.device)
         for hook in new:
             if hook.select is None:
                 continue
-            real = now.real
+            real = whole if hook.by_token else now.real
             if real is None:
                 real = torch.ones(read.shape[:2], dtype=torch.bool, device=read.device)
             rows = Rows(

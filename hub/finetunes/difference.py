@@ -9,7 +9,6 @@ from typing import Any
 
 from experthub.hub.bases.base import Base
 from experthub.hub.bases.base_sources import find
-from experthub.hub.bases.loading import find_linear_modules
 from experthub.hub.errors import HubError
 from experthub.hub.files.atomic import create_folder
 from experthub.hub.finetunes.form import MAX_SHARD_SIZE, Form
@@ -158,7 +157,7 @@ def store_difference(
             f"{tuned.name} has the same weights as {base.name}: nothing has changed",
             "name the base first, then the fine-tuned model",
         )
-    transposed = find_linear_modules(base) if form.low_rank else {}
+    transposed = base.names.linear
     with create_folder(run / "expert") as folder:
         if form.low_rank:
             error, more = write_lora(

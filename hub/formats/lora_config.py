@@ -23,6 +23,7 @@ HONOURED = {
     "exclude_modules",
     "layers_to_transform",
     "layers_pattern",
+    "target_parameters",
 }
 # Keys that do not change the function that the adapter computes.
 HARMLESS = {
@@ -49,7 +50,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "modules_to_save": (None, []),
     "trainable_token_indices": (None, [], {}),
     "layer_replication": (None, []),
-    "target_parameters": (None, []),
     "alora_invocation_tokens": (None, []),
     "use_qalora": (False,),
     "use_bdlora": (None, False),
@@ -81,6 +81,7 @@ class _HonouredKeys(BaseModel):
     exclude_modules: Pattern | list[str] | None = None
     layers_to_transform: int | list[int] | None = None
     layers_pattern: Pattern | list[Pattern] | None = None
+    target_parameters: list[str] | None = None
 
 
 def check_config(config: dict[str, Any]) -> None:
@@ -189,6 +190,24 @@ def is_targeted(config: dict[str, Any], module: str) -> bool:
                 [layers] if isinstance(layers, int) else layers
             )
     return False
+
+
+def list_targeted_leaves(config: dict[str, Any], module: str) -> list[str]:
+    """List the parameters of a module that PEFT's target_parameters may select.
+
+    Args:
+        config: The content of `adapter_config.json`.
+        module: The path of the module.
+
+    Returns:
+        The names of the parameters in the module, sorted. The module need not have all of them.
+    """
+    found = set()
+    for target in config.get("target_parameters") or ():
+        owner, _, leaf = target.rpartition(".")
+        if not owner or module == owner or module.endswith(f".{owner}"):
+            found.add(leaf)
+    return sorted(found)
 
 
 def _matches(target: Any, module: str) -> bool:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
 from reprlib import repr as short
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from experthub.hub.bases.names import ModelNames, Piece
 from experthub.hub.errors import HubError, IntegrityError, UsageError
-from experthub.hub.formats.adapter import Adapted, check_shapes
+from experthub.hub.formats.adapter import Adapted
 from experthub.hub.kinds.broken_kind import report_broken_kind
+from experthub.hub.kinds.placement import HINT, place_changes
 
 if TYPE_CHECKING:
     from experthub.merge import Delta
@@ -32,7 +34,12 @@ class BaseShapes(Protocol):
         ...
 
     @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def names(self) -> ModelNames:
+        """The names of its parameters in files and in modules."""
+        ...
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The shape of each parameter."""
         ...
 
@@ -49,13 +56,13 @@ class Footprint:
     Args:
         shapes: The shape of each parameter that the expert changes.
         adapted: The changes of modules, for a low-rank expert.
-        gated: The modules that have a gate.
+        gated: The modules that have a gate, each with the name of the gate's tensor.
         skill_tasks: The tasks of an inventory of skills.
     """
 
     shapes: Shapes
     adapted: tuple[Adapted, ...] = ()
-    gated: frozenset[str] = frozenset()
+    gated: Mapping[str, str] = field(default_factory=dict)
     skill_tasks: tuple[str, ...] = ()
 
 
@@ -98,22 +105,23 @@ class StoredExpert:
         found: Result = self.memo[id(of)][1]
         return found
 
-    def check_low_rank(self, adapted: tuple[Adapted, ...]) -> Shapes:
-        """Check low-rank changes against the base.
+    def check_low_rank(self, adapted: tuple[Adapted, ...]) -> tuple[Shapes, tuple[Adapted, ...]]:
+        """Find the parameters that low-rank changes are of, and check their shapes.
 
         Args:
-            adapted: The changes of modules.
+            adapted: The changes under the names of the expert's file.
 
         Returns:
-            The shape of each parameter that the expert changes.
+            The shape of each parameter that the expert changes, and the changes under the names of
+            the base's modules.
 
         Raises:
             HubError: The base lacks a module, or its weight has another shape.
         """
 
-        def compute() -> Shapes:
-            check_shapes(adapted, self.base.shapes, self.name, self.base.name)
-            return {f"{a.module}.weight": a.shape for a in adapted}
+        def compute() -> tuple[Shapes, tuple[Adapted, ...]]:
+            placed = place_changes(adapted, self.base.names, self.name, self.base.name)
+            return {a.parameter: tuple(self.base.shapes[a.parameter]) for a in placed}, placed
 
         return self.compute_once(adapted, compute)
 
@@ -121,27 +129,37 @@ class StoredExpert:
         """Check changes of whole parameters against the base.
 
         Args:
-            shapes: The shape of the change of each parameter.
+            shapes: The shape of each change under its name in the expert's file.
 
         Returns:
-            The same shapes, and the shapes of parameters that share a changed weight.
+            The shapes of the parameters that change, those that share a changed weight included.
 
         Raises:
             HubError: The base lacks a parameter, or it has another shape.
         """
-        found = dict(shapes)
-        for use, stored in self.base.tied.items():
-            if stored in shapes:
-                found.setdefault(use, shapes[stored])
-        for name, shape in found.items():
-            own = self.base.shapes.get(name)
+        found: Shapes = {}
+        for name, shape in shapes.items():
+            place = self.base.names.locate(name)
+            pieces = [place] if isinstance(place, str) else place or ()
+            own = _find_shape(pieces[0], self.base) if pieces else None
             if own != shape:
                 raise HubError(
                     f"{self.name} changes {name} {list(shape)}, but {self.base.name} has "
                     + ("no such parameter" if own is None else f"{list(own)}"),
-                    "use the base that the expert was trained on",
+                    HINT,
                 )
+            for piece in pieces:
+                parameter = piece if isinstance(piece, str) else piece.parameter
+                found[parameter] = tuple(self.base.shapes[parameter])
+        for use, stored in self.base.tied.items():
+            if stored in found:
+                found.setdefault(use, found[stored])
         return found
+
+
+def _find_shape(place: str | Piece, base: BaseShapes) -> tuple[int, ...]:
+    """Return the shape of a tensor that stands for a parameter or for a piece of one."""
+    return tuple(base.shapes[place]) if isinstance(place, str) else place.shape
 
 
 Changes = Mapping[str, Callable[[], "Delta"]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from experthub.hub.errors import IntegrityError
 from experthub.hub.files.json_files import read_json
@@ -19,9 +19,7 @@ from experthub.hub.formats.adapter import (
     read_gates,
 )
 from experthub.hub.kinds.kind import BaseShapes, Changes, ExpertKind, Footprint, StoredExpert, kinds
-
-if TYPE_CHECKING:
-    from experthub.merge import Delta
+from experthub.hub.kinds.placement import make_delta
 
 
 def _check(folder: Path) -> list[str]:
@@ -41,27 +39,31 @@ def _footprint(expert: StoredExpert) -> Footprint:
     """Read which modules an adapter changes, and which modules have a gate."""
     config = expert.verify(ADAPTER_CONFIG)
     adapted = read_adapter(config, expert.locate(ADAPTER), expert.name)
-    shapes = expert.check_low_rank(adapted)
+    shapes, placed = expert.check_low_rank(adapted)
     if GATES not in expert.files:
-        return Footprint(shapes, adapted)
+        return Footprint(shapes, placed)
     gates = read_gates(expert.locate(GATES))
-    return Footprint(shapes, adapted, expert.compute_once(gates, lambda: frozenset(gates)))
+    return Footprint(
+        shapes, placed, expert.compute_once(gates, lambda: _place_gates(expert, gates))
+    )
+
+
+def _place_gates(expert: StoredExpert, gates: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """Return the module that each gate belongs to, with the name of the gate's tensor."""
+    located = {module: expert.base.names.locate_module(module) for module in gates}
+    return {place: f"{module}.gate" for module, place in located.items() if place}
 
 
 def _load(contents: Mapping[str, Any], footprint: Footprint, base: BaseShapes) -> Changes:
     """Return for each adapted weight a function that makes its low-rank change in float32."""
     from experthub.hub.formats.safetensors_reader import Tensors
-    from experthub.merge import LowRank
 
     tensors = Tensors(contents[ADAPTER])
-
-    def change(adapted: Adapted) -> Delta:
-        a, b = tensors[adapted.a].float(), tensors[adapted.b].float()
-        found = LowRank(a, b, adapted.scale)
-        # B A is the change of the module. Conv1D and embeddings store its transpose.
-        return found.transpose() if adapted.transposed or adapted.embedding else found
-
-    return {f"{a.module}.weight": partial(change, a) for a in footprint.adapted}
+    found: dict[str, list[Adapted]] = {}
+    for change in footprint.adapted:
+        found.setdefault(change.parameter, []).append(change)
+    shapes = footprint.shapes
+    return {name: partial(make_delta, own, tensors, shapes[name]) for name, own in found.items()}
 
 
 def _base_name(folder: Path) -> str | None:

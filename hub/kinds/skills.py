@@ -17,8 +17,8 @@ def _check(folder: Path) -> list[str]:
 def _footprint(expert: StoredExpert) -> Footprint:
     """Read which modules an inventory changes, and which tasks it has."""
     record, adapted = read_skills(expert.verify(SKILLS_JSON), expert.locate(SKILLS))
-    shapes = expert.check_low_rank(adapted)
-    return Footprint(shapes, adapted, skill_tasks=tuple(record.tasks))
+    shapes, placed = expert.check_low_rank(adapted)
+    return Footprint(shapes, placed, skill_tasks=tuple(record.tasks))
 
 
 INVENTORY = kinds.register(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,8 +60,8 @@ class Member:
         return self.footprint.adapted
 
     @property
-    def gated(self) -> frozenset[str]:
-        """The modules that have a gate."""
+    def gated(self) -> Mapping[str, str]:
+        """The modules that have a gate, each with the name of the gate's tensor."""
         return self.footprint.gated
 
     @property
