@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from architectures import ARCHITECTURES
+from routed_architectures import ARCHITECTURES
 from conftest import tiny_llama
 from every_router import TASKS, make_recipe
 from experthub import hub
