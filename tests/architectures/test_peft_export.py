@@ -68,7 +68,9 @@ def test_peft_loads_and_calls_what_is_exported(name: str, tmp_path: Path) -> Non
     found = first(loaded(**architecture.inputs()))
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     again = peft.PeftModel.from_pretrained(model, tmp_path / "out").eval()
-    torch.testing.assert_close(first(again(**architecture.inputs())), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        first(again(**architecture.inputs())), expected, atol=1e-4, rtol=1e-4
+    )
 
 
 def test_the_base_is_named_as_others_find_it(base_folder: Path, tmp_path: Path) -> None:

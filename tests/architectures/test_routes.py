@@ -11,7 +11,17 @@ import torch
 from experthub import hub
 from experthub.hub.composition.weight_reads import WeightReads
 from experthub.hub.errors import HubError, UsageError
-from experthub.merge import LowRank, find_weight_reads, is_linear, is_transposed
+from experthub.hub.recipes.recipe import Recipe
+from experthub.hub.recipes.resolution import resolve
+from experthub.merge import (
+    AttachedExperts,
+    Coefficients,
+    LowRank,
+    TaskVector,
+    find_weight_reads,
+    is_linear,
+    is_transposed,
+)
 from experthub.routing import ExpertStack, RoutedLinear, routers
 from routed_architectures import ARCHITECTURES, Architecture
 from torch import Tensor, nn
@@ -133,9 +143,6 @@ def test_routers_of_whole_rows_are_refused_by_the_plan(name: str, tmp_path: Path
     get_peft_model(model, LoraConfig(target_modules=targets)).save_pretrained(tmp_path / "lora")
     experts = [{"expert": str(tmp_path / "lora"), "as": one} for one in ("a", "b")]
     recipe = {"base": str(tmp_path / "base"), "experts": experts, "route": {"method": "task"}}
-    from experthub.hub.recipes.recipe import Recipe
-    from experthub.hub.recipes.resolution import resolve
-
     with pytest.raises(HubError, match="chooses for whole examples of a language model"):
         resolve(Recipe.of(recipe))
 
@@ -162,3 +169,21 @@ def test_detaching_gives_the_base_bit_for_bit(name: str, tmp_path: Path) -> None
     assert any(not torch.equal(one, two) for one, two in zip(found, expected, strict=True))
     for one, two in zip(compute(composition.detach(), architecture), expected, strict=True):
         assert torch.equal(one, two)
+
+
+def test_a_learned_merge_reaches_a_weight_that_is_read() -> None:
+    mamba = ARCHITECTURES["mamba"]
+    model = mamba.build().requires_grad_(False)
+    name = "backbone.layers.0.mixer.dt_proj.weight"
+    outputs, inputs = model.get_parameter(name).shape
+    change = LowRank(torch.randn(3, inputs) * 0.2, torch.randn(outputs, 3) * 0.2)
+    vector = TaskVector("base", {name: lambda: change})
+    weight = model.get_parameter(name).detach().clone()
+    like = Coefficients(torch.tensor([[0.5]]), ("model",), "task")
+    with AttachedExperts(model, [vector], like) as attached:
+        attached.set(like.values)
+        found = model(**mamba.inputs()).logits.detach()
+    model.get_submodule(name.removesuffix(".weight")).weight = nn.Parameter(
+        weight + 0.5 * change.dense(), requires_grad=False
+    )
+    torch.testing.assert_close(found, model(**mamba.inputs()).logits, atol=1e-5, rtol=1e-5)

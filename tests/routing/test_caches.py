@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from routed_architectures import ARCHITECTURES
 from conftest import tiny_llama
 from every_router import TASKS, make_recipe
 from experthub import hub
@@ -20,6 +19,7 @@ from experthub.hub.recipes.recipe import Recipe
 from experthub.hub.recipes.resolution import resolve
 from experthub.hub.session import Session
 from experthub.routing import State, routers
+from routed_architectures import ARCHITECTURES
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import StaticCache
@@ -199,3 +199,19 @@ def test_weights_by_token_serve_modules_that_expand_the_whole_cache(
             for part in ids.split([7, 1, 1, 1, 1, 1], 1)
         ]
         torch.testing.assert_close(torch.cat(found, 1), whole, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_one_graph_follows_texts_and_tasks(by_row: Any, other_base: Path) -> None:
+    if "llama" not in str(other_base):
+        pytest.skip("one architecture is enough")
+    tasks = make_rows()[1]
+    compiled = torch.compile(by_row.model, backend="eager", fullgraph=True)
+    for order in (tasks, tasks[::-1], tasks):
+        for seed in (1, 2):
+            random = torch.Generator().manual_seed(seed)
+            ids = torch.randint(5, 250, (3, 8), generator=random)
+            with by_row.tasks(order):
+                found = compiled(input_ids=ids, use_cache=False).logits
+                wanted = by_row.model(input_ids=ids, use_cache=False).logits
+            torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
