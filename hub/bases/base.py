@@ -19,6 +19,7 @@ from experthub.hub.formats.safetensors_header import TensorInfo, read_header
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 CAUSAL = ("ForCausalLM", "LMHeadModel")
+ROW_INPUTS = ("input_ids", "pixel_values")  # The first inputs of models that a route can watch.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
 
 
@@ -40,6 +41,7 @@ class Base:
         sha256: The sha256 of the source's file, if the registry records it.
         commit: The commit of the repository that the folder was fetched from; None for others.
         quantisation: The way in which the weights are quantised; None if they are not.
+        aka: Other names of the base in the registry, such as `org/name` on the Hugging Face Hub.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Base:
     sha256: str | None = None
     commit: str | None = None
     quantisation: Quantisation | None = None
+    aka: tuple[str, ...] = ()
 
     @cached_property
     def names(self) -> ModelNames:
@@ -87,6 +90,20 @@ class Base:
         return self.folder.resolve().name if self.name == str(self.folder) else self.name
 
     @property
+    def public_name(self) -> str:
+        """The name by which other programs find the base: that of its repository, if it has one."""
+        hubs = (s.removeprefix("hf:").partition("@")[0] for s in self.sources if s[:3] == "hf:")
+        return next(iter((*self.aka, *hubs)), self.name)
+
+    @property
+    def reads_rows(self) -> bool:
+        """True if all modules read the rows of one input, so that a router can decide for rows."""
+        config = read_json(self.folder / "config.json")
+        towers = [v for v in config.values() if isinstance(v, dict) and "model_type" in v]
+        one_input = self.names.main_input in ROW_INPUTS and not config.get("is_encoder_decoder")
+        return one_input and not towers and (self.is_causal or self.is_encoder)
+
+    @property
     def peft_task_type(self) -> str | None:
         """The task type that an adapter of this base has in PEFT's format; None if it has none.
 
@@ -96,11 +113,15 @@ class Base:
         if self.is_causal:
             return "CAUSAL_LM"
         config = read_json(self.folder / "config.json")
-        if self.names.main_input != "input_ids" or "vision_config" in config:
-            return None
         if config.get("is_encoder_decoder"):
-            return "SEQ_2_SEQ_LM"
-        return "FEATURE_EXTRACTION" if self.is_encoder else None
+            generates = self.architecture.endswith("ForConditionalGeneration")
+            return "SEQ_2_SEQ_LM" if generates and self._reads_text else None
+        return "FEATURE_EXTRACTION" if self.reads_rows and self._reads_text else None
+
+    @property
+    def _reads_text(self) -> bool:
+        """True if the model's first input is text."""
+        return self.names.main_input == "input_ids"
 
     @property
     def is_causal(self) -> bool:

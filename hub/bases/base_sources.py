@@ -73,7 +73,7 @@ def find(name: str, session: Session) -> Base:
     sources = tuple(make_source_absolute(source, near) for source in entry.sources)
     found = read(folder, known)
     commit = _find_commit(folder)
-    base = replace(found, sources=sources, sha256=entry.sha256, commit=commit)
+    base = replace(found, sources=sources, sha256=entry.sha256, commit=commit, aka=tuple(entry.aka))
     if entry.fingerprint and base.fingerprint != entry.fingerprint:
         raise IntegrityError(
             f"base {known}: its weights are {base.fingerprint[:19]}, "

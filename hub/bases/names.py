@@ -125,6 +125,8 @@ class ModelNames:
         aliases: The places of tensors that older files of this architecture have.
         missing: The weights that the files lack.
         unused: The stored weights that the model does not use.
+        uncalled: The linear modules that the model never calls, and whose weight it reads in a way that
+            no product with it could replace.
         rename: A function that applies transformers' rules to a name that no file has.
     """
 
@@ -137,6 +139,7 @@ class ModelNames:
     aliases: Mapping[str, Place]
     missing: tuple[str, ...]
     unused: tuple[str, ...]
+    uncalled: frozenset[str]
     rename: Callable[[str], Sequence[str]] = field(compare=False)
 
     def locate(self, name: str) -> Place | None:
@@ -203,6 +206,7 @@ class ModelNames:
             "aliases": {name: _record_place(place) for name, place in self.aliases.items()},
             "missing": list(self.missing),
             "unused": list(self.unused),
+            "uncalled": sorted(self.uncalled),
         }
 
     @classmethod
@@ -218,6 +222,7 @@ class ModelNames:
             aliases={name: _parse_place(place) for name, place in record["aliases"].items()},
             missing=tuple(record["missing"]),
             unused=tuple(record["unused"]),
+            uncalled=frozenset(record["uncalled"]),
             rename=rename,
         )
 

@@ -79,7 +79,7 @@ def _save_peft(plan: Plan, merged: TaskVector, folder: Path) -> None:
     write_adapter(
         folder,
         tensors,
-        base=plan.base.name,
+        base=plan.base.public_name,
         task_type=plan.base.peft_task_type,
         model_class=plan.base.architecture,
         transposed=any(names.linear.get(module) for module in nests),

@@ -184,7 +184,7 @@ def _route_skills(model: Any, plan: Plan, contents: Contents, store: Store, watc
         routes.folded = fold_task(plan, inventory, task)
         routes.originals = add_to_modules(model, routes.folded)
         return routes
-    if model.config.is_encoder_decoder or plan.base.architecture == "CLIPModel":
+    if not plan.base.reads_rows:
         raise UsageError(
             f"{plan.base.name} is a {type(model).__name__}, which cannot choose the skills of "
             f"{plan.experts[0].label} for each example",
@@ -205,12 +205,6 @@ def _route_skills(model: Any, plan: Plan, contents: Contents, store: Store, watc
 def _attach(watch: Watch, model: Any, plan: Plan, hook: RouteHook) -> None:
     """Hook the model for a router that needs more than the inputs of modules."""
     method = plan.recipe.method
-    if model.config.is_encoder_decoder or not (plan.base.is_causal or plan.base.is_encoder):
-        raise UsageError(
-            f"{method.method} chooses for whole examples of a language model or an encoder, and "
-            f"{plan.base.name} is a {type(model).__name__}",
-            "use another base, or a router that chooses for each token",
-        )
     if hook.select is not None:
         hook.by_token = method.strategy.traits.routing.input == "token"
         if method.strategy.needs_own_tasks:

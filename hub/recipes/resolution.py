@@ -83,7 +83,7 @@ def resolve(
     targets = [_find_targets(one, experts, base) for one in recipes]
     check_disjoint(recipes, targets)
     for one, parameters in zip(recipes, targets, strict=True):
-        check_method(one, experts, parameters, base.names.linear.keys())
+        check_method(one, experts, parameters, base)
     dtype = recipe.dtype or {"BF16": "bfloat16", "F16": "float16"}.get(base.dtype, "float32")
     if recipe.stored and found is None:
         found = find_content(ExpertUse(expert=recipe.stored), session)
