@@ -35,6 +35,14 @@ TaskOption = Annotated[
     str,
     typer.Option(help="The task: suite:name, or a folder.", autocompletion=_completion.list_tasks),
 ]
+LongOption = Annotated[
+    str,
+    typer.Option(
+        "--long",
+        help="Texts with more tokens than the base can read: cut them with a note, or refuse.",
+        autocompletion=_completion.list_rules_for_long_texts,
+    ),
+]
 TASKS_HELP = (
     "Tasks: suite:name, a folder, or @FILE with one task per line. "
     "Repeat the option, or separate tasks by commas or spaces."

@@ -125,7 +125,7 @@ def build_model(
     Raises:
         HubError: Transformers cannot build the model, or a shape differs.
     """
-    with explain_loading_errors(base, list_loading_errors()), _limit_size(base), _hide_report():
+    with explain_loading_errors(base, list_loading_errors()), limit_size(base), _hide_report():
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         model, found = kind.from_pretrained(
             None, config=config, state_dict=weights, **options, **LOCAL
@@ -152,7 +152,7 @@ def _read_generation_config(base: StoredModel) -> Any:
     return GenerationConfig.from_model_config(read_json(base.folder / "config.json"))
 
 
-def _limit_size(base: StoredModel) -> AbstractContextManager[None]:
+def limit_size(base: StoredModel) -> AbstractContextManager[None]:
     """Stop the building of a model that is much larger than the base's files."""
     entries = sum(map(math.prod, base.stored.values()))
     # Quantised weights are packed: one stored integer holds several entries.

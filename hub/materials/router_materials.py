@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from experthub.hub.bases.base_sources import find
 from experthub.hub.bases.loading import load_model
 from experthub.hub.composition.assembly import assemble
 from experthub.hub.errors import UsageError
@@ -68,7 +69,10 @@ class PlanMaterials:
     @cached_property
     def _reader(self) -> Reader:
         """The reader of the base."""
-        return reader_for(self.plan.base, self.session.device, lambda: self._model)
+        session = self.session
+        return reader_for(
+            self.plan.base, session.device, lambda: self._model, report=session.report
+        )
 
     def place(self, tensor: Tensor) -> Tensor:
         """Move a tensor to the device of the model.
@@ -93,7 +97,7 @@ class PlanMaterials:
         Raises:
             UsageError: The base is not a sentence encoder.
         """
-        return SentenceEncoder.load(name, self.session)
+        return SentenceEncoder.load(self.plan.encoders.get(name) or find(name, self.session))
 
     def read_texts(self, expert: int) -> list[str]:
         """Return the texts of examples of an expert's own tasks.

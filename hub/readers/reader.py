@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
+from experthub.hub.readers.forward_errors import explain_forward_errors
 from experthub.hub.readers.scorer import Question, Scores
 from experthub.hub.tasks.task import Example, Task
 from torch import Tensor
@@ -195,7 +196,8 @@ def read_all(reader: Reader, model: Any, rows: Sequence[Row], width: int | None 
     order = sorted(range(len(rows)), key=lambda i: rows[i].size)
     parts = []
     for batch in _batches(order, rows):
-        logits_NC = reader.read(model, [rows[i] for i in batch])
+        with explain_forward_errors(model):
+            logits_NC = reader.read(model, [rows[i] for i in batch])
         missing = 0 if width is None else width - logits_NC.shape[1]
         parts.append(torch.nn.functional.pad(logits_NC, (0, missing), value=float("-inf")))
     back = torch.empty(len(order), dtype=torch.long)
@@ -278,20 +280,38 @@ def repeat_rows(counts: Sequence[int], device: Any) -> Tensor:
     return torch.tensor([row for row, n in enumerate(counts) for _ in range(n)], device=device)
 
 
-def pad(rows: Sequence[Sequence[int]], device: Any, left: bool = False) -> tuple[Tensor, Tensor]:
-    """Pad token ids with 0.
+def find_pad_token(model: Any) -> int | None:
+    """Find the token that a model takes for padding.
+
+    Some models find the end of a text by it, or count positions by it.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The token id; None if the configuration names none.
+    """
+    found: int | None = getattr(model.config.get_text_config(), "pad_token_id", None)
+    return found
+
+
+def pad(
+    rows: Sequence[Sequence[int]], device: Any, left: bool = False, token: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Pad token ids.
 
     Args:
         rows: The token ids of each text.
         device: The device of the result.
         left: Whether padding comes before the tokens.
+        token: The token id of padding, see `find_pad_token`. None and -1 mean 0.
 
     Returns:
         The token ids `[N, T]`, and a mask `[N, T]` that is false for padding.
     """
-    width = max(map(len, rows))
-    filled = [([0] * (width - len(row)), row) for row in rows]
-    ids = [[*zeros, *row] if left else [*row, *zeros] for zeros, row in filled]
+    width, filler = max(map(len, rows)), max(0, token or 0)
+    filled = [([filler] * (width - len(row)), row) for row in rows]
+    ids = [[*fill, *row] if left else [*row, *fill] for fill, row in filled]
     lengths_N1 = torch.tensor([[len(row)] for row in rows], device=device)
     places_T = torch.arange(width, device=device)
     real_NT = places_T >= width - lengths_N1 if left else places_T < lengths_N1

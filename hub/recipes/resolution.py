@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from experthub.hub.bases.base import Base
@@ -26,7 +27,6 @@ from experthub.hub.session import Session
 from experthub.hub.store.folder import read_description
 from experthub.hub.transfer.pull import pull
 from experthub.hub.transfer.sources import open_source
-from experthub.merge import EncoderName
 from experthub.routing import parse_kernel
 
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "F32": 4, "BF16": 2, "F16": 2}
@@ -40,7 +40,7 @@ def resolve(
     data: PlannedData | None = None,
     found: Content | None = None,
     packed: bool = False,
-    encoders: Session | None = None,
+    encoders: Mapping[str, Base] = MappingProxyType({}),
 ) -> Plan:
     """Look up, fetch and check everything that a recipe names.
 
@@ -52,8 +52,7 @@ def resolve(
         found: A stored state of the method. No data is needed with it.
         packed: Accept experts that are known but not in the store, because a bank may hold them.
             If there is no such bank, the caller pulls them.
-        encoders: The session in whose registry the encoders of texts are looked up. The default is
-            `session`.
+        encoders: Encoders of texts that were found already, by their names in the recipe.
 
     Returns:
         The plan.
@@ -93,8 +92,7 @@ def resolve(
     if any(one.route for one in recipes):
         memory += sum(m.size for e in experts for m in e.members)
     whole = tuple(sorted(name for own in targets for name in own))
-    names = [n for one in recipes for n in one.method.find_options(EncoderName).values() if n]
-    embedding = tuple(find(name, encoders or session).digest for name in names)
+    embedding = {n: encoders.get(n) or find(n, session) for n in recipe.encoder_names}
     plan = Plan(recipe, base, experts, whole, dtype, reads, memory, data, found, unused, embedding)
     if recipe.parts is None:
         return plan
