@@ -120,6 +120,20 @@ def build_model(
     """Build a model from the weights that are given; also return the missing and the unused names.
 
     Transformers gets no folder: in a folder it would find other files than those that were checked.
+
+    Args:
+        base: The base.
+        kind: The class of transformers.
+        config: Its configuration.
+        weights: The weights by their stored names.
+        **options: More options of `from_pretrained`.
+
+    Returns:
+        The model, the names of its weights that are not given, and the names of the given weights
+        that it does not use.
+
+    Raises:
+        HubError: Transformers cannot build the model, or a shape differs.
     """
     with explain_loading_errors(base, list_loading_errors()), limit_size(base), _hide_report():
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -197,7 +211,17 @@ def _hide_report() -> Iterator[None]:
 
 
 def find_class(base: StoredModel) -> tuple[Any, Any]:
-    """Find the transformers class that a base's configuration names, and load the configuration."""
+    """Find the transformers class that a base's configuration names, and load the configuration.
+
+    Args:
+        base: The base.
+
+    Returns:
+        The class and the configuration.
+
+    Raises:
+        HubError: Transformers has no such class, or cannot read the configuration.
+    """
     import transformers
 
     kind: Any = getattr(transformers, base.architecture or "-", None)
@@ -216,7 +240,19 @@ def find_class(base: StoredModel) -> tuple[Any, Any]:
 
 @contextmanager
 def explain_loading_errors(base: StoredModel, errors: Any, what: str = "load") -> Iterator[None]:
-    """Turn errors that transformers raises while it loads or saves a base into a HubError."""
+    """Turn errors that transformers raises while it loads or saves a base into a HubError.
+
+    Args:
+        base: The base.
+        errors: The types of the errors.
+        what: What transformers does: `load` or `save`.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        HubError: Transformers raised one of these errors.
+    """
     try:
         with hide_progress_bars(), forbid_network():
             yield
@@ -229,7 +265,11 @@ def explain_loading_errors(base: StoredModel, errors: Any, what: str = "load") -
 
 
 def list_loading_errors() -> tuple[type[Exception], ...]:
-    """List the errors that transformers raises if it cannot load a model."""
+    """List the errors that transformers raises if it cannot load a model.
+
+    Returns:
+        The types of the errors.
+    """
     strict: type[Exception] = import_module("huggingface_hub.errors").StrictDataclassError
     wrong = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError)
     return (*wrong, OSError, RuntimeError, TypeError, ValueError, strict)

@@ -61,12 +61,23 @@ class Piece:
         _copy(stored, into.permute(order), [runs for _, runs in kept])
 
     def record(self) -> list[Any]:
-        """Return the fields as plain values, for a JSON file."""
+        """Return the fields as plain values, for a JSON file.
+
+        Returns:
+            The values, in the order of the fields.
+        """
         return [self.parameter, list(self.shape), self.fixed, self.axes]
 
     @classmethod
     def parse(cls, record: list[Any]) -> Piece:
-        """Return the piece that `record` described."""
+        """Make a piece from the values that `record` returned.
+
+        Args:
+            record: The values.
+
+        Returns:
+            The piece.
+        """
         parameter, shape, fixed, axes = record
         parsed = [
             None if axis is None else (axis[0], tuple((r[0], r[1], r[2]) for r in axis[1]))
@@ -94,6 +105,9 @@ def join_pieces(parts: Iterable[tuple[Tensor, Piece | None]], shape: Shape) -> T
 
     Returns:
         The parameter, with zeros where no piece is.
+
+    Raises:
+        ValueError: There is no tensor.
     """
     found: Tensor | None = None
     for tensor, piece in parts:
@@ -195,7 +209,11 @@ class ModelNames:
         return found
 
     def record(self) -> dict[str, Any]:
-        """Return the fields as plain values, for a JSON file."""
+        """Return the fields as plain values, for a JSON file.
+
+        Returns:
+            The values by the names of the fields.
+        """
         return {
             "shapes": [[name, list(shape)] for name, shape in self.shapes.items()],
             "tied": dict(self.tied),
@@ -211,7 +229,15 @@ class ModelNames:
 
     @classmethod
     def parse(cls, record: dict[str, Any], rename: Callable[[str], Sequence[str]]) -> ModelNames:
-        """Return the names that `record` described."""
+        """Make the names from the values that `record` returned.
+
+        Args:
+            record: The values.
+            rename: A function that applies transformers' rules to a name that no file has.
+
+        Returns:
+            The names.
+        """
         return cls(
             shapes={name: tuple(shape) for name, shape in record["shapes"]},
             tied=record["tied"],

@@ -18,8 +18,9 @@ from experthub.hub.formats.adapter import (
     read_adapter,
     read_gates,
 )
-from experthub.hub.kinds.kind import BaseShapes, Changes, ExpertKind, Footprint, StoredExpert, kinds
+from experthub.hub.kinds.kind import Changes, ExpertKind, kinds
 from experthub.hub.kinds.placement import make_delta
+from experthub.hub.kinds.stored_expert import BaseShapes, Footprint, StoredExpert
 
 
 def _check(folder: Path) -> list[str]:

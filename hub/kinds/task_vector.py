@@ -18,7 +18,8 @@ from experthub.hub.formats.task_vector import (
     read_task_vector,
     unpack_mask,
 )
-from experthub.hub.kinds.kind import BaseShapes, Changes, ExpertKind, Footprint, StoredExpert, kinds
+from experthub.hub.kinds.kind import Changes, ExpertKind, kinds
+from experthub.hub.kinds.stored_expert import BaseShapes, Footprint, StoredExpert
 
 if TYPE_CHECKING:
     from experthub.merge import Delta
