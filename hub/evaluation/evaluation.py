@@ -24,8 +24,8 @@ from experthub.hub.evaluation.result import (
     list_samples,
     read_versions,
 )
+from experthub.hub.readers.batching import ReaderScorer
 from experthub.hub.readers.likelihood import Likelihood
-from experthub.hub.readers.reader import ReaderScorer
 from experthub.hub.readers.reader_for import reader_for
 from experthub.hub.readers.scorer import Long, Measure, Scorer, Scores
 from experthub.hub.readers.similarity import Similarity

@@ -15,7 +15,8 @@ from experthub.hub.bases.loading import load_tokenizer
 from experthub.hub.errors import UsageError
 from experthub.hub.files.json_files import read_json
 from experthub.hub.progress import Report, silent
-from experthub.hub.readers.reader import Reader, find_pad_token, pad, read_all
+from experthub.hub.readers.batching import read_all
+from experthub.hub.readers.reader import Reader, find_pad_token, pad
 from experthub.hub.readers.scorer import Question
 from experthub.hub.readers.similarity import pool
 from experthub.hub.readers.text import TokenRow
