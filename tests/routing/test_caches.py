@@ -201,6 +201,7 @@ def test_weights_by_token_serve_modules_that_expand_the_whole_cache(
         torch.testing.assert_close(torch.cat(found, 1), whole, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_one_graph_follows_texts_and_tasks(by_row: Any, other_base: Path) -> None:
     if "llama" not in str(other_base):
