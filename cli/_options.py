@@ -16,7 +16,10 @@ RegistryOption = Annotated[
 ]
 DeviceOption = Annotated[
     str | None,
-    typer.Option("--device", help="The device of the model: cpu, cuda, cuda:1 or mps."),
+    typer.Option(
+        "--device",
+        help="The device of the model: cpu, cuda, cuda:1, mps, or auto (all of them and the disk).",
+    ),
 ]
 LockedOption = Annotated[
     bool,

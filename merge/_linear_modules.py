@@ -67,7 +67,9 @@ def make_like(module: nn.Module, dtype: torch.dtype) -> Tensor:
     """
     weight = cast(Tensor, module.weight)
     own = weight.dtype if weight.is_floating_point() and weight.itemsize > 1 else dtype
-    return torch.empty(0, dtype=own, device=weight.device)
+    # The weight of a module that accelerate offloaded comes to this device when it is called.
+    where = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return torch.empty(0, dtype=own, device=weight.device if where is None else where)
 
 
 def orient(change: LowRank, module: nn.Module) -> LowRank:

@@ -45,14 +45,14 @@ def locate_converted(source: str, entry: BaseEntry, name: str, near: Path) -> Pa
         pypi.PypiSource.parse_parts(source)
         key = entry.sha256 or hashlib.sha256(source.encode()).hexdigest()
         return hub_home() / "bases" / f"{name}-{key[:12]}"
-    key = entry.sha256 if name else None
-    made = hub_home() / "bases" / f"{name}-{(key or '')[:12]}"
-    if key and made.is_dir():  # The file may be gone after it was converted.
+    pinned = entry.sha256 if name else None
+    made = hub_home() / "bases" / f"{name}-{(pinned or '')[:12]}"
+    if pinned and made.is_dir():  # The file may be gone after it was converted.
         return made
     files = find_gguf_files(source, near)
     if not files:
         return None
-    key = key or hash_files(files)
+    key = pinned or hash_files(files)
     return made.with_name(f"{name or name_after(files)}-{key[:12]}")
 
 

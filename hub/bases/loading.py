@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from experthub.hub.bases.tokenizer import CheckedTokenizer
 from experthub.hub.errors import HubError, IntegrityError, UsageError
 from safetensors import safe_open
 
+AUTO = "auto"  # The device of a model that accelerate divides among devices, memory and disk.
+
 
 def load_model(base: Base, dtype: str, device: str | None) -> Any:
     """Load a base as a frozen transformers model in eval mode.
@@ -28,7 +31,8 @@ def load_model(base: Base, dtype: str, device: str | None) -> Any:
     Args:
         base: The base.
         dtype: `float32`, `bfloat16` or `float16`.
-        device: The torch device of the model. None means `cpu`.
+        device: The torch device of the model. None means `cpu`. `auto` lets accelerate divide the
+            model among all devices, the memory and the disk.
 
     Returns:
         The model, in the class that the base's configuration names.
@@ -46,8 +50,13 @@ def load_model(base: Base, dtype: str, device: str | None) -> Any:
         for file in list_weight_files(base.folder):
             stored: Any = safe_open(file, "pt")
             weights |= {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118
-    where = {"": device or "cpu"} if base.quantisation else None
-    model, missing, _ = build_model(base, kind, config, weights, dtype=dtype, device_map=where)
+    where = AUTO if device == AUTO else {"": device or "cpu"} if base.quantisation else None
+    options: dict[str, Any] = {"dtype": dtype, "device_map": where}
+    offloaded = TemporaryDirectory(prefix="experthub-") if device == AUTO else None
+    if offloaded is not None:
+        options["offload_folder"] = offloaded.name
+    model, missing, _ = build_model(base, kind, config, weights, **options)
+    model._offloaded = offloaded  # The folder is removed when the model is.
     refuse_missing(base, missing)
     check_unchanged(base)
     if where is None:
@@ -105,13 +114,13 @@ def check_device(device: str | None) -> None:
     """Check that torch can use a device here.
 
     Args:
-        device: The name of the device. None means `cpu`.
+        device: The name of the device. None means `cpu`; `auto` is always possible.
 
     Raises:
         UsageError: Torch cannot use it.
     """
     try:
-        torch.empty(0, device=device or "cpu")
+        torch.empty(0, device=device if device and device != AUTO else "cpu")
     except (RuntimeError, AssertionError) as error:
         raise UsageError(
             f"cannot use the device {device!r}: {str(error).splitlines()[0]}",

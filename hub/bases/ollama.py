@@ -11,7 +11,7 @@ from experthub.hub.files.json_files import read_json
 from experthub.hub.files.spelling import suggest_name
 
 MODEL_LAYER = "application/vnd.ollama.image.model"
-PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
+NAME_PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
 BLOB = re.compile(r"sha256-[0-9a-f]{64}")
 
 
@@ -32,7 +32,9 @@ def find_blob(source: str) -> Path:
         NotFoundError: Ollama has no such model here.
         IntegrityError: The manifest is damaged, or its blob is missing.
     """
-    found = re.fullmatch(rf"ollama:(?:({PART})/)?(?:({PART})/)?({PART})(?::({PART}))?", source)
+    found = re.fullmatch(
+        rf"ollama:(?:({NAME_PART})/)?(?:({NAME_PART})/)?({NAME_PART})(?::({NAME_PART}))?", source
+    )
     if not found:
         raise UsageError(
             f"{source[:200]!r} is not a source", "write ollama:NAME or ollama:NAME:TAG"

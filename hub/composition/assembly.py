@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from experthub.hub.bases.loading import load_model
+from experthub.hub.bases.loading import AUTO, load_model
 from experthub.hub.bases.tying import tie_again, untie
 from experthub.hub.composition.bank import find_bank
 from experthub.hub.composition.composition import Composition
@@ -46,10 +46,16 @@ def assemble(
         The composed model and its plan.
 
     Raises:
-        UsageError: The loaded base has another dtype or is on another device.
+        UsageError: The loaded base has another dtype or is on another device, or a merge is wanted
+            on the device `auto`.
         IntegrityError: The content of an expert is damaged, or a merged weight overflows.
         HubError: The experts do not fit the model.
     """
+    if session.device == AUTO and any(unit.recipe.merge or unit.folds for unit in plan.units):
+        raise UsageError(
+            "a merge changes weights that --device auto may leave on the disk",
+            "write the model with hub compose --out, which needs little memory, or use a route",
+        )
     banks = [find_bank(unit) for unit in plan.units]
     packed = all(bank is not None and bank.is_complete for bank in banks)
     if not packed and any(banks):
@@ -116,7 +122,10 @@ def _unite(vectors: Sequence[TaskVector]) -> TaskVector:
 
 def _copy_model(model: Any, dtype: str, device: str | None) -> Any:
     """Copy a model that the caller loaded, without its tensors; refuse another dtype or device."""
-    found, wanted = model.device, torch.device(device or model.device)
+    found, wanted = (
+        model.device,
+        torch.device(device if device and device != AUTO else model.device),
+    )
     # A device without an index, such as cuda, means every device of its type.
     elsewhere = wanted.type != found.type or wanted.index not in (None, found.index or 0)
     if str(model.dtype) != f"torch.{dtype}" or elsewhere:

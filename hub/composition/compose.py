@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+from experthub.hub.bases.loading import AUTO
 from experthub.hub.composition.assembly import assemble
 from experthub.hub.composition.composition import Composition
 from experthub.hub.composition.streaming import write_merge
@@ -73,5 +74,6 @@ def write_model(plan: Plan, out: Path, format: Literal["hf", "peft"], session: S
         HubError: An expert or the base cannot be used; the class of the error says how.
     """
     state = resolve_state(plan, session)
-    if format == "peft" or session.device or not write_merge(plan, session, state, out):
+    in_memory = format == "peft" or session.device not in (None, "cpu", AUTO)
+    if in_memory or not write_merge(plan, session, state, out):
         assemble(plan, session, state).save(out, format)

@@ -132,7 +132,8 @@ def _write_weights(
             size = 0
         shards[-1].append(name)
         size += saved[name].nbytes
-    count, places, done = len(shards), {}, 0
+    places: dict[str, str] = {}
+    count, done = len(shards), 0
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors"
         tensors = {n: (NAMES[saved[n].dtype], tuple(saved[n].shape)) for n in names}
@@ -163,4 +164,4 @@ def _write_tensor(
         tensor = tensor.to(dtype)
     if merged is not None:
         tensor = add_change(tensor, merged[name], name, plan.dtype)
-    writer.put(name, memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+    writer.put(name, tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

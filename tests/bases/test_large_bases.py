@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import torch
 import transformers
 from conftest import make_expert, run_hub, tiny_bert, tiny_llama
 from experthub import hub
+from experthub.hub.bases import loading
 from experthub.hub.composition import streaming
 from experthub.hub.composition.compose import write_model
+from experthub.hub.errors import UsageError
 from experthub.hub.files import yaml_files
 from experthub.hub.recipes.recipe import Recipe
 from experthub.hub.recipes.resolution import resolve
@@ -177,3 +180,25 @@ def test_a_streamed_merge_needs_far_less_memory_than_the_model(tmp_path: Path) -
     peak = 1024 * int(done.stdout.split()[-1])
     # Python, torch and transformers alone need about 0.5 GB.
     assert peak < 0.75 * size, (peak, size)
+
+
+def test_a_route_runs_on_a_base_that_is_offloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights stay on the disk until their module is called; the logits are the same."""
+    base = tiny_llama(tmp_path / "base", tied=False)
+    experts = [str(make_expert(tmp_path / f"expert-{e}", base, e)) for e in (1, 2)]
+    recipe: dict[str, Any] = {"base": str(base), "experts": experts}
+    routed = recipe | {"route": {"method": "phatgoose"}}
+    expected = hub.compose(routed).model
+    limited = partial(loading.build_model, max_memory={"cpu": 60_000})
+    monkeypatch.setattr(loading, "build_model", limited)
+    composition = hub.compose(routed, device="auto")
+    devices = {parameter.device.type for parameter in composition.model.parameters()}
+    assert "meta" in devices
+    ids = torch.tensor([[5, 77, 130, 9, 200, 33, 41]])
+    with torch.no_grad():
+        found, wanted = composition.model(input_ids=ids).logits, expected(input_ids=ids).logits
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    with pytest.raises(UsageError, match="--device auto may leave on the disk"):
+        hub.compose(recipe | {"merge": {"method": "linear"}}, device="auto")

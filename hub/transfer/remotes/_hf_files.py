@@ -39,8 +39,8 @@ LIST_SECONDS = 600.0  # The time for all pages of a list of files.
 COMMIT = re.compile(r"[0-9a-f]{40}")
 REPOSITORY = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}"
 REVISION = r"[A-Za-z0-9_][A-Za-z0-9_./-]{0,119}"
-PART = r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}"
-NAME = re.compile(rf"{PART}(?:/{PART})?")
+FILE_PART = r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}"
+NAME = re.compile(rf"{FILE_PART}(?:/{FILE_PART})?")
 
 
 @dataclass(frozen=True)
