@@ -9,6 +9,7 @@ import typer
 from experthub.cli import _completion
 from experthub.cli._options import JsonOption, QuietOption, RegistryOption
 from experthub.cli._output import print_fields, print_json, print_lines, print_table
+from experthub.cli._session import open_session
 
 if TYPE_CHECKING:
     from experthub.hub.registry.expert import Expert
@@ -186,6 +187,9 @@ def add(
         ),
     ] = None,
     description: Annotated[str | None, typer.Option(help="A description in one line.")] = None,
+    subfolder: Annotated[
+        str, typer.Option(help="The sub-folder of the adapter, if there are several.")
+    ] = "",
     json: JsonOption = False,
     registry: Annotated[
         Path | None,
@@ -195,23 +199,25 @@ def add(
     """Copy the folder of an expert into the store under a name.
 
     All files are checked first. The entry is written to your own registry, or to --registry.
+    Adapters of other types and programs are converted if that is exact; see hub convert.
 
-    Examples: hub add ./my-lora --name my-lora; hub add ./my-lora --name my-lora --task bigbench:snarks
+    Examples: hub add ./my-lora --name my-lora; hub add ./my-lora --name my-lora --task bigbench:snarks;
+    hub add ./run --subfolder checkpoint-500 --name mine
     """
-    from experthub.hub.registry.entries import check_name
-    from experthub.hub.session import Session
-    from experthub.hub.transfer.describe import add_folder
+    from experthub.hub.transfer.adding import add_expert
 
-    expert = add_folder(
-        folder,
-        check_name(name),
-        Session(),
-        version=version,
-        base=base,
-        task=task,
-        description=description,
-        file=registry,
-    )
+    with open_session() as session:
+        expert = add_expert(
+            folder,
+            name,
+            session,
+            version=version,
+            base=base,
+            task=task,
+            description=description,
+            subfolder=subfolder,
+            file=registry,
+        )
     if json:
         print_json({"expert": _make_record(expert)})
     else:

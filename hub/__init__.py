@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from experthub.hub.composition.compose import compose
     from experthub.hub.composition.composition import Composition
+    from experthub.hub.conversion.convert import Conversion, convert
     from experthub.hub.errors import HubError
     from experthub.hub.evaluation.evaluation import evaluate
     from experthub.hub.finetunes.difference import Difference, diff
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Composition": "composition.composition",
+    "Conversion": "conversion.convert",
     "Difference": "finetunes.difference",
     "Expert": "registry.expert",
     "HubError": "errors",
@@ -47,6 +49,7 @@ _HOMES = {
     "adapt": "training.adaptation",
     "cluster": "selection.clusters",
     "compose": "composition.compose",
+    "convert": "conversion.convert",
     "diff": "finetunes.difference",
     "evaluate": "evaluation.evaluation",
     "plan_of": "recipes.lock",
@@ -61,6 +64,7 @@ _HOMES = {
 
 __all__ = [
     "Composition",
+    "Conversion",
     "Difference",
     "Expert",
     "HubError",
@@ -76,6 +80,7 @@ __all__ = [
     "adapt",
     "cluster",
     "compose",
+    "convert",
     "diff",
     "evaluate",
     "plan_of",
