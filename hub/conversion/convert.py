@@ -141,7 +141,9 @@ def convert_into(
         stored = StoredBase(lambda: _find_base(named, found, session), str(found.folder))
         foreign = _read(found, adapter, opened, pickles, stored)
         start = _find_initial(found, initial)
-        changes = read_changes(foreign, stored, start and _read(start, None, opened, False))
+        changes = read_changes(
+            foreign, stored, _read(start, None, opened, False) if start else None
+        )
         figures = _write(changes, stored, folder, form, session)
     if sha256_of(found.weights) != before:
         raise IntegrityError(

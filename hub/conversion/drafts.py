@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,12 +159,9 @@ def write_dense(
     found = base.base
 
     def read(name: str) -> Tensor:
-        delta = deltas[name]
-        before = base.parameter(name)
-        if delta is None:
-            return before
+        delta, value = deltas[name], base.parameter(name)
         with _explain(changes, name):
-            return before + delta()
+            return value if delta is None else value + delta()
 
     tuned = StoredWeights(changes.adapter.name, found.shapes, read, {}, found.tied)
     changed = []
@@ -180,23 +178,17 @@ def write_dense(
     return error.record() | more
 
 
-def _list_parameters(changes: Changes, base: StoredBase) -> dict[str, Any]:
+def _list_parameters(changes: Changes, base: StoredBase) -> dict[str, Callable[[], Tensor] | None]:
     """Return for each changed parameter a function that computes its change as it is stored."""
-    deltas: dict[str, Any] = {}
+    deltas: dict[str, Callable[[], Tensor] | None] = {}
     for path, module in changes.modules.items():
-
-        def weight(path: str = path) -> Tensor:
-            delta = changes.kind.change(changes.modules[path])
-            dense = delta.d if isinstance(delta, Dense) else delta.dense()
-            return dense.T if dense.ndim == 2 and base.is_transposed(path) else dense
-
-        base.parameter(f"{path}.weight")
-        deltas[f"{path}.weight"] = weight
+        base.parameter(f"{path}.weight")  # Its error names the module.
+        deltas[f"{path}.weight"] = partial(_compute_stored, changes, base, path)
         with _explain(changes, path):
             bias = changes.kind.bias(module)
         if bias is not None:
             base.parameter(f"{path}.bias")
-            deltas[f"{path}.bias"] = lambda bias=bias: bias
+            deltas[f"{path}.bias"] = partial(torch.clone, bias)
     for name, at in changes.dense.items():
         before = base.parameter(name)
         after = changes.adapter.tensors[at].double()
@@ -207,18 +199,18 @@ def _list_parameters(changes: Changes, base: StoredBase) -> dict[str, Any]:
                 "use the base that the adapter was trained on",
             )
         if not torch.equal(before, after):
-            deltas[name] = lambda name=name, at=at: (
-                changes.adapter.tensors[at].double() - base.parameter(name)
-            )
+            deltas[name] = partial(torch.sub, after, before)
     for use, held in base.base.tied.items():
-        if held in deltas and use not in deltas and not _is_dense_part(changes, held):
+        if held in deltas and use not in deltas and held not in changes.dense:
             deltas[use] = None  # The adapter changes one use of the weight only.
     return deltas
 
 
-def _is_dense_part(changes: Changes, name: str) -> bool:
-    """Tell whether the adapter replaces a whole parameter."""
-    return name in changes.dense
+def _compute_stored(changes: Changes, base: StoredBase, path: str) -> Tensor:
+    """Compute the change of a module's weight in the orientation in which the base stores it."""
+    delta = changes.kind.change(changes.modules[path])
+    dense = delta.d if isinstance(delta, Dense) else delta.dense()
+    return dense.T if dense.ndim == 2 and base.is_transposed(path) else dense
 
 
 def _name_errors(changes: Changes) -> Iterator[tuple[str, Any]]:

@@ -119,7 +119,7 @@ def find_in_subfolders(place: Path) -> list[FoundAdapter]:
     Returns:
         The adapters, sorted by path.
     """
-    folders = [path for path in sorted(place.glob("*/")) + sorted(place.glob("*/*/"))]
+    folders = [*sorted(place.glob("*/")), *sorted(place.glob("*/*/"))]
     found = [_recognise_folder(path) for path in folders[:MAX_FOLDERS] if not path.is_symlink()]
     adapters = [one for one in found if one is not None]
     others = [a for a in adapters if not a.folder.name.startswith("checkpoint-")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ def read(found: FoundAdapter, base: StoredBase | None) -> ForeignAdapter:
                 values = _undo_permutation(values, heads.get(path.rpartition(".")[2]))
         if match[2] == "a":
             ranks[path] = int(values.shape[0])
-        tensors[f"{PREFIX}{path}.{name}"] = lambda values=values.contiguous(): values
+        tensors[f"{PREFIX}{path}.{name}"] = partial(torch.Tensor.contiguous, values)
     alpha = float(fields.get("adapter.lora.alpha") or 0)
     config: dict[str, Any] = {
         "peft_type": "LORA",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from reprlib import repr as short
 from typing import Any
 
@@ -64,9 +65,7 @@ def read(found: FoundAdapter) -> ForeignAdapter:
             )
         if match[2] == "lora_a":
             rank = tensor.shape[1]
-        tensors[PREFIX + _rename(match[1], match[2])] = lambda reader=reader: (
-            reader().T.contiguous() if reader().ndim == 2 else reader()
-        )
+        tensors[PREFIX + _rename(match[1], match[2])] = partial(_read_transposed, reader)
     scale = _read_scale(found)
     config |= {
         "peft_type": "LORA",
@@ -78,6 +77,11 @@ def read(found: FoundAdapter) -> ForeignAdapter:
         ),
     }
     return ForeignAdapter(str(found.folder), config, LazyTensors(tensors))
+
+
+def _read_transposed(reader: Callable[[], Tensor]) -> Tensor:
+    """Read a factor in peft's orientation; a vector stays as it is."""
+    return reader().T.contiguous() if reader().ndim == 2 else reader()
 
 
 def _rename(module: str, factor: str) -> str:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import resource
 import struct
 import sys
+from pathlib import Path
 from typing import Any
 
 NEW_USER, NEW_NET = 0x10000000, 0x40000000
@@ -52,8 +54,8 @@ def limit_resources(size: int) -> None:
     """
     used = 0
     if sys.platform == "linux":
-        with open("/proc/self/statm", encoding="ascii") as file:
-            used = int(file.read().split()[0]) * resource.getpagesize()
+        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[0]
+        used = int(pages) * resource.getpagesize()
     for limit, value in (
         (resource.RLIMIT_AS, used + 4 * size + SPARE),
         (resource.RLIMIT_CPU, 120 + size // (10 << 20)),
@@ -83,6 +85,21 @@ def find_tensors(value: Any, tensor: Any) -> dict[str, Any]:
     return found
 
 
+def show_reason(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Write an error as one line, which the parent shows.
+
+    Args:
+        kind: The class of the error.
+        error: The error.
+        trace: Its traceback, which nobody needs.
+    """
+    reason = f"{kind.__name__}: {' '.join(str(error).split())[:300]}"
+    if kind.__name__ == "UnpicklingError":  # torch's own text explains how to run the code.
+        named = re.search(r"GLOBAL (\S{1,200})", str(error))
+        reason = f"it calls {named[1]}" if named else "it is not a file of tensors"
+    sys.stderr.write(reason)
+
+
 def main(source: str, target: str) -> None:
     """Read the pickle, and write its tensors.
 
@@ -94,8 +111,8 @@ def main(source: str, target: str) -> None:
     import torch
     from safetensors.torch import save_file
 
-    size = os.path.getsize(source)
-    allow_writes_in(os.path.dirname(target))
+    size = Path(source).stat().st_size
+    allow_writes_in(str(Path(target).parent))
     limit_resources(size)
     sys.addaudithook(refuse_event)
     found = find_tensors(torch.load(source, map_location="cpu", weights_only=True), torch.Tensor)
@@ -106,8 +123,5 @@ def main(source: str, target: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(*sys.argv[1:3])
-    except BaseException as error:  # The parent shows the reason.
-        sys.stderr.write(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-        sys.exit(1)
+    sys.excepthook = show_reason
+    main(*sys.argv[1:3])

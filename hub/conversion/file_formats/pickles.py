@@ -57,7 +57,11 @@ def read_pickle(found: FoundAdapter, adapter: str | None, opened: ExitStack) -> 
         raise _refuse(found, reason)
     if target.is_symlink() or not target.is_file():
         raise _refuse(found, "its process wrote no tensors")
-    read = make_adapter(open_tensors(target), found, adapter)
+    try:
+        read = make_adapter(open_tensors(target), found, adapter)
+    except IntegrityError as error:
+        error.message = error.message.replace(str(target), str(found.weights))
+        raise
     read.notes.append(f"read {found.weights.name}, a pickle, in a process of its own")
     return read
 

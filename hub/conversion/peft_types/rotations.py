@@ -12,7 +12,8 @@ from torch import Tensor
 def _cayley(skew: Tensor) -> Tensor:
     """Return `(I - S) (I + S)^-1` of skew-symmetric matrices `[..., n, n]`."""
     eye = torch.eye(skew.shape[-1], dtype=skew.dtype)
-    return torch.linalg.solve(eye + skew, eye - skew, left=False)
+    found: Tensor = torch.linalg.solve(eye + skew, eye - skew, left=False)
+    return found
 
 
 def _neumann(skew: Tensor, terms: int) -> Tensor:
