@@ -174,3 +174,44 @@ def reload_merged(base: Path, folder: Path) -> Any:
         warnings.simplefilter("ignore")
         made = peft.PeftModel.from_pretrained(load(base), folder).double().eval()
         return made.merge_and_unload()
+
+
+def lacks_biases(kind: str, base: Path, architecture: str) -> bool:
+    """Whether the adapter changes biases of modules, one of which has none."""
+    if kind != "LoRA, biases of B":
+        return False
+    names = dict(load(base).named_parameters())
+    modules = [n.removesuffix(".weight") for n in names if n.endswith(".weight")]
+    ends = tuple(f".{target}" for target in TARGETS[architecture])
+    return any(f"{m}.bias" not in names for m in modules if m.endswith(ends))
+
+
+def read_deltas(folder: Path) -> dict[str, torch.Tensor]:
+    """The changes of parameters in a folder of the hub, in float64."""
+    from experthub.hub.formats.adapter import read_adapter
+    from safetensors.torch import load_file
+
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        return {k: v.double() for k, v in load_file(folder / "task_vector.safetensors").items()}
+    found, tensors = {}, load_file(file)
+    for one in read_adapter(folder / "adapter_config.json", file, "x"):
+        change = one.scale * tensors[one.b].double() @ tensors[one.a].double()
+        found[f"{one.module}.weight"] = change.T if one.transposed or one.embedding else change
+    return found
+
+
+def measure(base: Path, adapter: Path, out: Path) -> tuple[float, float, Any]:
+    """Convert an adapter; return the largest difference to peft, the largest change, and the result."""
+    from experthub import hub
+
+    made = hub.convert(adapter, out)
+    got, before = read_deltas(out), dict(load(base).named_parameters())
+    difference = largest = 0.0
+    for name, parameter in reload_merged(base, adapter).named_parameters():
+        true = (parameter - before[name].double()).detach()
+        change = got.pop(name, None)
+        difference = max(difference, float((true if change is None else change - true).abs().max()))
+        largest = max(largest, float(true.abs().max()))
+    assert not any(bool(rest.any()) for rest in got.values()), f"more changes: {sorted(got)}"
+    return difference, largest, made
