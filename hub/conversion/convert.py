@@ -161,6 +161,7 @@ def convert_into(
         "sha256": before,
         **figures,
     }
+    made_from |= {"base": named} if named else {}
     return kind.name, made_from, foreign.notes
 
 

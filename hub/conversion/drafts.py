@@ -110,8 +110,8 @@ def write_low_rank(
         task_type=config.get("task_type"),
         transposed=bool(config.get("fan_in_fan_out")),
         pad=False,
-        others=others,
-        modules_to_save=config.get("modules_to_save"),
+        dense=others,
+        keys={k: config[k] for k in ("modules_to_save",) if config.get(k)},
     )
     return {
         "relative_error": _ratio(missed, total),

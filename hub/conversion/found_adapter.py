@@ -10,7 +10,7 @@ from typing import Any
 from experthub.hub.errors import HubError, IntegrityError, NotFoundError
 from experthub.hub.files.json_files import read_json
 from experthub.hub.formats.adapter import ADAPTER, ADAPTER_CONFIG, FACTOR
-from experthub.hub.formats.lora_config import is_plain_init
+from experthub.hub.formats.lora_config import REFUSED, is_plain_init
 from experthub.hub.formats.safetensors_header import read_header, read_header_text
 from experthub.hub.kinds import kinds
 from experthub.hub.kinds.kind import PICKLES
@@ -53,9 +53,10 @@ class FoundAdapter:
         config = self.config
         if self.format != "peft" or config.get("peft_type", "LORA") != "LORA":
             return False
-        if self.weights.name != ADAPTER or config.get("use_dora") or config.get("lora_bias"):
-            return False
-        if config.get("bias", "none") != "none":
+        for key in ("use_dora", "bias", "lora_bias"):
+            if key in REFUSED and config.get(key, REFUSED[key][0][0]) not in REFUSED[key][0]:
+                return False
+        if self.weights.name != ADAPTER:
             return False
         if "peft_type" not in config or not is_plain_init(config.get("init_lora_weights")):
             return False

@@ -23,10 +23,12 @@ class NativeFolder:
     Args:
         opened: The folder, and what is known of it.
         made_from: The record of the conversion, or an empty mapping if there was none.
+        base: The name of the base of a converted adapter, if the adapter or the user names it.
     """
 
     opened: OpenedSource
     made_from: dict[str, Any] = field(default_factory=dict)
+    base: str | None = None
 
 
 @contextmanager
@@ -69,7 +71,10 @@ def open_native(
         session.report(f"note: converted {found.folder}, {what}, into a {kind}", 0, 0)
         for text in notes:
             session.report(f"note: {text}", 0, 0)
-        yield NativeFolder(OpenedSource(draft, MappingProxyType({})), made_from)
+        named = str(base or made_from.pop("base", None) or "") or None
+        if named and session.registry.has_base(named):
+            named = session.registry.find_base(named)[0]
+        yield NativeFolder(OpenedSource(draft, MappingProxyType({})), made_from, named)
 
 
 def _note(found: FoundAdapter, session: Session, base: str | None) -> None:

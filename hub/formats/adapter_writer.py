@@ -25,8 +25,8 @@ def write_adapter(
     task_type: str | None,
     transposed: bool,
     pad: bool,
-    others: Mapping[str, Tensor] = MappingProxyType({}),
-    modules_to_save: Any = None,
+    dense: Mapping[str, Tensor] = MappingProxyType({}),
+    keys: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Write the two files of a LoRA whose alpha equals the rank, so that every scale is 1.
 
@@ -38,8 +38,8 @@ def write_adapter(
         transposed: Whether the modules store their weights as `[I, O]` (Conv1D).
         pad: Pad all factors with zeros to the largest rank. Otherwise modules with smaller ranks
             are listed in the configuration, which some programs cannot read.
-        others: Tensors of whole modules.
-        modules_to_save: The names of these modules.
+        dense: The tensors of dense parts under PEFT's names.
+        keys: The keys of the configuration that belong to the dense parts.
     """
     places = {name: _parse(name) for name in tensors}
     ranks = {module: tensors[name].shape[side] for name, (module, side) in places.items()}
@@ -49,10 +49,8 @@ def write_adapter(
     # module matches by that.
     patterns = {} if pad else {"rank_pattern": smaller, "alpha_pattern": smaller}
     stored = {n: _pad(t, rank, places[n][1]) if pad else t for n, t in tensors.items()}
-    stored |= others
-    save_file(
-        {n: t.contiguous() for n, t in stored.items()}, folder / ADAPTER, metadata={"format": "pt"}
-    )
+    whole = {n: t.contiguous() for n, t in {**stored, **dense}.items()}
+    save_file(whole, folder / ADAPTER, metadata={"format": "pt"})
     settings: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -66,9 +64,8 @@ def write_adapter(
         "fan_in_fan_out": transposed,
         "target_modules": sorted(ranks),
         "base_model_name_or_path": base,
+        **keys,
     }
-    if modules_to_save:
-        settings["modules_to_save"] = modules_to_save
     write_json(folder / ADAPTER_CONFIG, settings)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from experthub.hub.conversion.opening import open_native
 from experthub.hub.registry.entries import check_name
@@ -24,6 +25,7 @@ def add_expert(
     description: str | None = None,
     subfolder: str = "",
     file: Path | None = None,
+    **more: Any,
 ) -> Expert:
     """Copy an expert into the store, and register it under a name.
 
@@ -37,6 +39,7 @@ def add_expert(
         description: One line about the expert.
         subfolder: The sub-folder that holds the adapter, if there are several.
         file: The registry file to write to. The default is the user's own registry.
+        **more: Further arguments of `add_folder`.
 
     Returns:
         The expert as it is registered.
@@ -55,10 +58,11 @@ def add_expert(
             name,
             session,
             version=version,
-            base=base,
+            base=base or native.base,
             task=task,
             description=description,
             source=make_source_relative(whole, file.resolve().parent) if file else whole,
             file=file,
             made_from=native.made_from,
+            **more,
         )

@@ -129,6 +129,7 @@ def _pull_unregistered(
             hashed=found.hashed,
             stated=found.stated,
             made_from=native.made_from,
+            base=native.base,
             check=check,
         )
     # A stranger with a copy of a known expert does not become a place that its name came from.

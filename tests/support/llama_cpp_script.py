@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 
 def main(model: str, adapter: str, target: str) -> None:
@@ -37,8 +38,7 @@ def main(model: str, adapter: str, target: str) -> None:
         found[name] = [
             logits[i] for i in range(lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(loaded)))
         ]
-    with open(target, "w", encoding="utf-8") as file:
-        json.dump(found, file)
+    Path(target).write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":
