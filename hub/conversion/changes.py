@@ -130,7 +130,9 @@ def read_changes(
     before, _ = _group(initial.tensors, kind) if initial else ({}, {})
     if not groups:
         raise IntegrityError(
-            f"{adapter.name} holds no tensors of {kind.name}", "check that the file is complete"
+            f"{adapter.name}: peft_type is {short(adapter.config.get('peft_type'))}, "
+            "and the file holds no tensors of it",
+            "check that the file is complete",
         )
     shared = {
         name: adapter.tensors[at].double() for name, at in rest.items() if name in kind.shared

@@ -176,7 +176,8 @@ def _read(
     if found.format == "pickle":
         if not pickles:
             raise IntegrityError(
-                f"{found.weights} is a pickle, and reading a pickle can run code",
+                f"{found.folder} holds {found.weights.name}, a pickle, and no safetensors: "
+                "reading a pickle can run code",
                 f"run hub convert {found.folder} OUT, which reads it in a process without network "
                 "and files, then hub add OUT",
             )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experthub.hub.errors import HubError, IntegrityError, NotFoundError
+from experthub.hub.errors import HubError, NotFoundError
 from experthub.hub.files.json_files import read_json
 from experthub.hub.formats.adapter import ADAPTER, ADAPTER_CONFIG, FACTOR
 from experthub.hub.formats.lora_config import REFUSED, is_plain_init
@@ -61,7 +61,7 @@ class FoundAdapter:
         if "peft_type" not in config or not is_plain_init(config.get("init_lora_weights")):
             return False
         names = [name for name in read_header(self.weights) if "lora_" in name]
-        return bool(names) and all(map(FACTOR.fullmatch, names))
+        return all(map(FACTOR.fullmatch, names))  # Without any, its own error is the best.
 
 
 def find_adapter(place: Path, subfolder: str = "") -> FoundAdapter:
@@ -103,8 +103,8 @@ def find_adapter(place: Path, subfolder: str = "") -> FoundAdapter:
         )
     if place.is_dir():
         kinds.recognise(place)  # Its error names what a folder needs.
-    raise IntegrityError(
-        f"{place} is no adapter that the hub knows",
+    raise NotFoundError(
+        f"there is no folder {place}, and no adapter in it",
         "name a safetensors or GGUF file, or the folder that the training wrote",
     )
 

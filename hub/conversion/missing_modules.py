@@ -45,7 +45,7 @@ def describe_missing(found: FoundAdapter, base: str | None, registry: Registry) 
         with limit_matching_time():
             wanted = _list_targeted(found.config, folder) if folder else set()
             missing = sorted((wanted or _guess(found.config, modules)) - modules)
-    except (HubError, TimeoutError, re.error, OSError, ValueError):
+    except (HubError, TimeoutError, re.error, OSError, ValueError, TypeError, AttributeError):
         return ""  # Whoever uses the adapter reports it.
     if not missing:
         return ""

@@ -86,7 +86,7 @@ def test_a_recipe_may_name_such_a_folder(llama: Path, tmp_path: Path) -> None:
 
 def test_a_pickle_is_refused_without_the_explicit_command(llama: Path, tmp_path: Path) -> None:
     write_pickle(llama, tmp_path / "a", 0)
-    with pytest.raises(IntegrityError, match="is a pickle") as caught:
+    with pytest.raises(IntegrityError, match="a pickle, and no safetensors") as caught:
         add_expert(tmp_path / "a", "mine", Session())
     assert "hub convert" in caught.value.hint
 

@@ -100,7 +100,7 @@ def test_embeddings_change_one_use_of_a_tied_weight(dora: bool, tmp_path: Path) 
 def test_the_adapter_before_the_training_undoes_any_initialisation(
     word: str, base_of: Any, tmp_path: Path
 ) -> None:
-    """As peft subtracts it: `W + change = W - s B0 A0 + s B A`."""
+    """Subtract as peft does: `W + change = W - s B0 A0 + s B A`."""
     base = base_of("llama")
     make_adapter("LoRA", base, tmp_path / "before", "llama")
     make_adapter("LoRA", base, tmp_path / "after", "llama", lora_dropout=0.1)

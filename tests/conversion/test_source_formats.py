@@ -110,7 +110,7 @@ def test_mlx_refused(change: dict[str, Any], error: str, llama: Path, tmp_path: 
 
 
 def test_metadata_that_are_null_are_none(llama: Path, tmp_path: Path) -> None:
-    """As mlx writes them."""
+    """Read a header as mlx writes it."""
     folder = write_mlx(llama, tmp_path / "a", 0)
     path = folder / "adapters.safetensors"
     data = path.read_bytes()

@@ -177,7 +177,7 @@ def reload_merged(base: Path, folder: Path) -> Any:
 
 
 def lacks_biases(kind: str, base: Path, architecture: str) -> bool:
-    """Whether the adapter changes biases of modules, one of which has none."""
+    """Tell whether the adapter changes biases of modules, one of which has none."""
     if kind != "LoRA, biases of B":
         return False
     names = dict(load(base).named_parameters())

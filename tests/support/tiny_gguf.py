@@ -81,7 +81,7 @@ def write_gguf_lora(path: Path, kv_heads: int, alpha: float = 5.0) -> Path:
 
 
 def read_changes(path: Path) -> dict[str, NDArray[np.float32]]:
-    """What llama.cpp adds to each weight of a GGUF model: `alpha / r * b a`, embeddings transposed."""
+    """Read what llama.cpp adds to each weight: `alpha / r * b a`, transposed for embeddings."""
     import gguf
 
     file = gguf.GGUFReader(path)

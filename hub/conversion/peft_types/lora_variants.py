@@ -84,6 +84,11 @@ def _dense(module: AdaptedModule) -> Delta:
     change = _low_rank(module)
     names = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
     magnitude = next((module.tensors[n] for n in names if n in module.tensors), None)
+    if magnitude is None and module.config.get("use_dora"):
+        raise IntegrityError(
+            f"use_dora is True, and {module.path} has no magnitudes in the file",
+            "check that the file is complete",
+        )
     if magnitude is None:
         return Dense(change.dense())
     weight = module.base.weight(module.path)
@@ -96,6 +101,11 @@ def _dense(module: AdaptedModule) -> Delta:
 def _bias(module: AdaptedModule) -> Tensor | None:
     """Return the change of the bias by the bias of B."""
     own = module.tensors.get("lora_B.bias")
+    if own is None and module.config.get("lora_bias") and "lora_A.weight" in module.tensors:
+        raise IntegrityError(
+            f"lora_bias is True, and {module.path} has no bias in the file",
+            "check that the file is complete",
+        )
     if own is None:
         return None
     if module.base.bias(module.path) is None:
