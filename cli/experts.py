@@ -159,6 +159,9 @@ def add(
         ),
     ] = None,
     description: Annotated[str | None, typer.Option(help="A description in one line.")] = None,
+    subfolder: Annotated[
+        str, typer.Option(help="The sub-folder of the adapter, if there are several.")
+    ] = "",
     json: JsonOption = False,
     registry: Annotated[
         Path | None,
@@ -168,21 +171,23 @@ def add(
     """Copy the folder of an expert into the store under a name.
 
     All files are checked first. The entry is written to your own registry, or to --registry.
+    Adapters of other types and programs are converted if that is exact; see hub convert.
 
-    Examples: hub add ./my-lora --name my-lora; hub add ./my-lora --name my-lora --task bigbench:snarks
+    Examples: hub add ./my-lora --name my-lora; hub add ./my-lora --name my-lora --task bigbench:snarks;
+    hub add ./run --subfolder checkpoint-500 --name mine
     """
-    from experthub.hub.registry.entries import check_name
-    from experthub.hub.transfer.describe import add_folder
+    from experthub.hub.transfer.adding import add_expert
 
     with open_session() as session:
-        expert = add_folder(
+        expert = add_expert(
             folder,
-            check_name(name),
+            name,
             session,
             version=version,
             base=base,
             task=task,
             description=description,
+            subfolder=subfolder,
             file=registry,
         )
     if json:

@@ -16,6 +16,7 @@ from experthub.cli import (
     cluster,
     coefficients,
     compose,
+    convert,
     difference,
     doctor,
     evaluate,
@@ -165,6 +166,7 @@ def _main(
 experts.register(app)
 share.register(app)
 difference.register(app)
+convert.register(app)
 methods.register(app)
 compose.register(app)
 coefficients.register(app)

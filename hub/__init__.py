@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from experthub.hub.bases.adding import add_base
     from experthub.hub.composition.compose import compose
     from experthub.hub.composition.composition import Composition
+    from experthub.hub.conversion.convert import Conversion, convert
     from experthub.hub.errors import HubError
     from experthub.hub.evaluation.evaluation import evaluate
     from experthub.hub.finetunes.difference import Difference, diff
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "add_base": "bases.adding",
     "Composition": "composition.composition",
+    "Conversion": "conversion.convert",
     "Difference": "finetunes.difference",
     "Expert": "registry.expert",
     "HubError": "errors",
@@ -49,6 +51,7 @@ _HOMES = {
     "adapt": "training.adaptation",
     "cluster": "selection.clusters",
     "compose": "composition.compose",
+    "convert": "conversion.convert",
     "diff": "finetunes.difference",
     "evaluate": "evaluation.evaluation",
     "plan_of": "recipes.lock",
@@ -63,6 +66,7 @@ _HOMES = {
 
 __all__ = [
     "Composition",
+    "Conversion",
     "Difference",
     "Expert",
     "HubError",
@@ -79,6 +83,7 @@ __all__ = [
     "add_base",
     "cluster",
     "compose",
+    "convert",
     "diff",
     "evaluate",
     "plan_of",

@@ -28,6 +28,8 @@ def write_adapter(
     transposed: bool,
     pad: bool,
     parameters: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    dense: Mapping[str, Tensor] = MappingProxyType({}),
+    keys: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Write the two files of a LoRA whose alpha equals the rank, so that every scale is 1.
 
@@ -43,6 +45,8 @@ def write_adapter(
             are listed in the configuration, which some programs cannot read.
         parameters: The modules that are not linear, each with the names of its parameters that
             change. Its factors are under its path, with `.base_layer` for each outer parameter.
+        dense: The tensors of dense parts under PEFT's names.
+        keys: The keys of the configuration that belong to the dense parts.
     """
     places = {name: _parse(name) for name in tensors}
     ranks = {module: tensors[name].shape[side] for name, (module, side) in places.items()}
@@ -53,6 +57,7 @@ def write_adapter(
     patterns = {} if pad else {"rank_pattern": smaller, "alpha_pattern": smaller}
     stored = {n: _pad(t, rank, places[n][1]) if pad else t for n, t in tensors.items()}
     flat = {n: _flatten(t, places[n][1]).contiguous() for n, t in stored.items()}
+    flat |= {name: tensor.contiguous() for name, tensor in dense.items()}
     save_file(flat, folder / ADAPTER, metadata={"format": "pt"})
     modules = sorted(m for m in ranks if re.sub(r"(\.base_layer)+$", "", m) not in parameters)
     targeted = sorted(name for own in parameters.values() for name in own)
@@ -71,6 +76,7 @@ def write_adapter(
         "target_modules": modules,
         **({"target_parameters": targeted} if targeted else {}),
         "base_model_name_or_path": base,
+        **keys,
     }
     write_json(folder / ADAPTER_CONFIG, settings)
 

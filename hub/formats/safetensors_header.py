@@ -140,7 +140,8 @@ def parse_header(text: bytes, size: int) -> Header:
         )
         if len(fields) - ("__metadata__" in fields) > MAX_TENSORS:
             raise ValueError(f"{len(fields)} tensors, at most {MAX_TENSORS} are allowed")
-        _check_metadata(fields.get("__metadata__", {}))
+        if fields.get("__metadata__") is not None:  # mlx writes null.
+            _check_metadata(fields["__metadata__"])
         tensors = {
             name: _parse_tensor(name, f, 8 + length)
             for name, f in fields.items()

@@ -12,6 +12,7 @@ from typing import Any
 from experthub.hub.bases.base import Base
 from experthub.hub.bases.base_sources import find
 from experthub.hub.bases.quantised import check_loadable, check_merge
+from experthub.hub.conversion.opening import open_native
 from experthub.hub.errors import HubError, IntegrityError, UsageError
 from experthub.hub.files.json_files import read_json
 from experthub.hub.files.patterns import limit_matching_time
@@ -171,7 +172,11 @@ def find_content(use: ExpertUse, session: Session) -> Content:
     reference = Reference.parse(use.expert)
     if reference.name:
         return Content.from_expert(session.registry.find_expert(reference))
-    with open_source(use.expert, Path.cwd(), session.report) as found:
+    with (
+        open_source(use.expert, Path.cwd(), session.report) as opened,
+        open_native(opened, session) as native,
+    ):
+        found = native.opened
         digest, _ = session.store.add(found.folder, found.stated, hashed=found.hashed)
         task = read_description(found.folder).get("task")
     source = make_source_absolute(use.expert, Path.cwd())

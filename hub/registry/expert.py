@@ -91,6 +91,8 @@ class Expert(Closed):
         tags: Words to search for.
         training: The settings and results of the training.
         scores: The scores on tasks.
+        made_from: The format, the type and the sha256 of the adapter that was converted into the
+            expert, and the error of the conversion. Empty if nothing was converted.
 
     Example:
         >>> from experthub.hub import Expert
@@ -111,6 +113,7 @@ class Expert(Closed):
     tags: list[str] = []
     training: dict[str, Any] = {}
     scores: list[Score] = []
+    made_from: dict[str, Any] = {}
 
     @field_validator("scores")
     @classmethod

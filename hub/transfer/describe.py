@@ -146,6 +146,7 @@ def add_folder(
     file: Path | None = None,
     hashed: Mapping[str, str] = MappingProxyType({}),
     stated: str | None = None,
+    made_from: Mapping[str, Any] = MappingProxyType({}),
     check: Callable[[Expert], None] = lambda expert: None,
 ) -> Expert:
     """Copy a folder that somebody wrote into the store, and register it under a name.
@@ -164,6 +165,7 @@ def add_folder(
         file: The registry file to write to. The default is the user's own registry.
         hashed: The sha256 of files by name, as for `Store.add`.
         stated: The digest that the source states, if it states one.
+        made_from: The record of the conversion that made the folder, if one did.
         check: A function that raises an error if the entry must not be registered.
 
     Returns:
@@ -189,6 +191,7 @@ def add_folder(
         if same is None:
             entry = _make_entry(draft, name, identity, session, version, given)
             entry["sources"] = [source or _make_source(folder, file)]
+            entry |= {"made_from": dict(made_from)} if made_from else {}
             hint = "correct the field, or remove it"
             expert = validate_record(Expert, entry, draft / DESCRIPTION, hint)
             check(expert)
