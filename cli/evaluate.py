@@ -34,6 +34,13 @@ TasksOption = Annotated[
         autocompletion=_completion.list_tasks,
     ),
 ]
+SplitOption = Annotated[
+    str,
+    typer.Option(
+        help="The split: train, validation, test or all.",
+        autocompletion=_completion.list_splits,
+    ),
+]
 ScoreOption = Annotated[
     str,
     typer.Option(
@@ -75,13 +82,7 @@ def eval_(
         list[str], typer.Argument(help="The recipes; their file names become the columns.")
     ],
     tasks: TasksOption = None,
-    split: Annotated[
-        str,
-        typer.Option(
-            help="The split: train, validation, test or all.",
-            autocompletion=_completion.list_splits,
-        ),
-    ] = "test",
+    split: SplitOption = "test",
     limit: Annotated[
         int | None, typer.Option(help="The largest number of examples per task.", min=1)
     ] = None,

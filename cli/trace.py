@@ -39,6 +39,10 @@ TaskOption = Annotated[
         autocompletion=_completion.list_tasks,
     ),
 ]
+LimitOption = Annotated[
+    int, typer.Option(help="The largest number of examples of the task.", min=1)
+]
+TopOption = Annotated[int, typer.Option(help="The number of experts shown for each token.", min=1)]
 GenerateOption = Annotated[
     int,
     typer.Option(
@@ -63,15 +67,11 @@ def trace(
     recipe: RecipeArgument,
     prompts: PromptOption = None,
     task: TaskOption = None,
-    limit: Annotated[
-        int, typer.Option(help="The largest number of examples of the task.", min=1)
-    ] = 4,
+    limit: LimitOption = 4,
     generate: GenerateOption = 0,
     chat: ChatOption = False,
     module: ModuleOption = None,
-    top: Annotated[
-        int, typer.Option(help="The number of experts shown for each token.", min=1)
-    ] = 3,
+    top: TopOption = 3,
     long: LongOption = "cut",
     html: HtmlOption = None,
     open_: OpenOption = False,
