@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from experthub.hub.bases.fingerprint import compute_fingerprint, list_weight_files
 from experthub.hub.bases.identity import compute_base_digest
@@ -13,6 +13,9 @@ from experthub.hub.errors import IntegrityError, NotFoundError
 from experthub.hub.files.json_files import read_json
 from experthub.hub.formats.model_config import check_model
 from experthub.hub.formats.safetensors_header import TensorInfo, read_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 CAUSAL = ("ForCausalLM", "LMHeadModel")
@@ -37,6 +40,7 @@ class Base:
         sha256: The sha256 of the source's file, if the registry records it.
         commit: The commit of the repository that the folder was fetched from; None for others.
         tied: Maps each parameter that is not stored to the parameter whose weights it shares.
+        lacks: The parameters that the files lack and that the experts of a plan bring along.
     """
 
     name: str
@@ -50,6 +54,23 @@ class Base:
     sha256: str | None = None
     commit: str | None = None
     tied: Mapping[str, str] = field(default_factory=dict)
+    lacks: frozenset[str] = frozenset()
+
+    def read_weight(self, name: str) -> Tensor:
+        """Read a parameter from the files.
+
+        Args:
+            name: The name of the parameter.
+
+        Returns:
+            The tensor, in the dtype in which it is stored.
+
+        Raises:
+            HubError: The files lack the parameter, or store it quantised.
+        """
+        from experthub.hub.bases.stored_weights import read_stored
+
+        return read_stored(self.folder, name, self.tied, self.name)
 
     @property
     def has_tokenizer(self) -> bool:

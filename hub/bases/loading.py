@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from logging import LogRecord, getLogger
@@ -34,7 +34,7 @@ def load_model(base: Base, dtype: str, device: str | None) -> Any:
     """Load a base as a frozen transformers model in eval mode.
 
     Args:
-        base: The base.
+        base: The base. Weights that it lacks, and that experts bring along, are zero.
         dtype: `float32`, `bfloat16` or `float16`.
         device: The torch device of the model. None means `cpu`.
 
@@ -54,12 +54,15 @@ def load_model(base: Base, dtype: str, device: str | None) -> Any:
             stored: Any = safe_open(file, "pt")
             weights |= {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118
     model, missing, _ = _build(base, kind, config, weights, dtype=dtype)
-    refuse_missing(base, missing)
+    refuse_missing(base, [name for name in missing if name not in base.lacks])
+    with torch.no_grad():
+        for name in missing:
+            model.get_parameter(name).zero_()
     _check_unchanged(base)
     return model.to(device or "cpu").eval().requires_grad_(False)
 
 
-def compare_names(base: Base) -> tuple[list[str], list[str]]:
+def compare_names(base: Base) -> tuple[dict[str, tuple[int, ...]], list[str]]:
     """Compare the weights that a base's model has with those that its files have.
 
     No weight is read: the model is built without storage.
@@ -68,8 +71,8 @@ def compare_names(base: Base) -> tuple[list[str], list[str]]:
         base: The base.
 
     Returns:
-        The names of the model's weights that the files lack, and of the stored weights that the
-        model does not use.
+        The model's weights that the files lack, with their shapes, and the names of the stored
+        weights that the model does not use.
 
     Raises:
         HubError: Transformers cannot build the model, or a shape differs.
@@ -80,11 +83,12 @@ def compare_names(base: Base) -> tuple[list[str], list[str]]:
         for file in list_weight_files(base.folder)
         for name, info in read_header(file).items()
     }
-    _, missing, unused = _build(base, kind, config, empty, dtype="float32", device_map="meta")
-    return missing, unused
+    model, missing, unused = _build(base, kind, config, empty, dtype="float32", device_map="meta")
+    own = model.state_dict()
+    return {name: tuple(own[name].shape) for name in missing}, unused
 
 
-def refuse_missing(base: Base, missing: Sequence[str]) -> None:
+def refuse_missing(base: Base, missing: Collection[str]) -> None:
     """Refuse a base whose files lack weights, which transformers would make up at random.
 
     Args:
@@ -97,7 +101,7 @@ def refuse_missing(base: Base, missing: Sequence[str]) -> None:
     if missing:
         raise IntegrityError(
             f"base {base.name}: its files lack {len(missing)} of the weights of "
-            f"{base.architecture}, such as {missing[0]}",
+            f"{base.architecture}, such as {min(missing)}",
             f"correct {base.folder / 'config.json'}, or save the whole model again",
         )
 

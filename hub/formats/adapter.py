@@ -1,4 +1,4 @@
-"""Reading LoRA adapters in PEFT's format, and gates.
+"""Reading the low-rank changes of LoRA adapters in PEFT's format, and gates.
 
 Only headers and JSON are read. An adapter is read exactly, or rejected with the reason.
 """
@@ -6,7 +6,6 @@ Only headers and JSON are read. An adapter is read exactly, or rejected with the
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 from experthub.hub.errors import HubError, IntegrityError
 from experthub.hub.files.json_files import read_json, read_small
 from experthub.hub.files.patterns import limit_matching_time
+from experthub.hub.formats.dense_parts import FACTOR, find_dense_part, find_scale
 from experthub.hub.formats.lora_config import check_config, is_targeted, match_pattern
 from experthub.hub.formats.safetensors_header import (
     FLOATS,
@@ -29,8 +29,6 @@ from experthub.hub.formats.safetensors_header import (
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER = "adapter_model.safetensors"
 GATES = "phatgoose_gates.safetensors"
-PREFIX = "base_model.model."
-FACTOR = re.compile(rf"{re.escape(PREFIX)}(.+)\.(?:lora_([AB])\.weight|lora_embedding_([AB]))")
 
 
 @dataclass(frozen=True)
@@ -105,10 +103,8 @@ def _pair_factors(config: dict[str, Any], header: Header) -> list[Adapted]:
     for tensor, info in header.items():
         found = FACTOR.fullmatch(tensor)
         if not found:
-            raise IntegrityError(
-                f"tensor {tensor!r} is not a part of a plain LoRA",
-                "train without DoRA, biases and modules_to_save, which are not low-rank changes",
-            )
+            find_dense_part(config, header, tensor)  # It refuses what is no dense part either.
+            continue
         if info.dtype not in FLOATS or len(info.shape) != 2:
             raise IntegrityError(
                 f"tensor {tensor} is {info.dtype} {list(info.shape)}, "
@@ -154,8 +150,7 @@ def _make_change(
             f"and its configuration says {declared}",
             "correct r or rank_pattern in adapter_config.json",
         )
-    alpha = match_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
-    scale = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    scale = find_scale(config, module)
     transposed = embedding or bool(config.get("fan_in_fan_out"))
     shape = (inputs, outputs) if transposed else (outputs, inputs)
     return Adapted(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from experthub.hub.errors import HubError
 from experthub.hub.files.atomic import write_json
-from experthub.hub.formats.adapter import ADAPTER, ADAPTER_CONFIG, FACTOR
+from experthub.hub.formats.adapter import ADAPTER, ADAPTER_CONFIG
+from experthub.hub.formats.dense_parts import FACTOR
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,6 +26,8 @@ def write_adapter(
     task_type: str | None,
     transposed: bool,
     pad: bool,
+    dense: Mapping[str, Tensor] = MappingProxyType({}),
+    keys: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Write the two files of a LoRA whose alpha equals the rank, so that every scale is 1.
 
@@ -35,6 +39,8 @@ def write_adapter(
         transposed: Whether the modules store their weights as `[I, O]` (Conv1D).
         pad: Pad all factors with zeros to the largest rank. Otherwise modules with smaller ranks
             are listed in the configuration, which some programs cannot read.
+        dense: The tensors of dense parts under PEFT's names.
+        keys: The keys of the configuration that belong to the dense parts.
     """
     places = {name: _parse(name) for name in tensors}
     ranks = {module: tensors[name].shape[side] for name, (module, side) in places.items()}
@@ -44,9 +50,8 @@ def write_adapter(
     # module matches by that.
     patterns = {} if pad else {"rank_pattern": smaller, "alpha_pattern": smaller}
     stored = {n: _pad(t, rank, places[n][1]) if pad else t for n, t in tensors.items()}
-    save_file(
-        {n: t.contiguous() for n, t in stored.items()}, folder / ADAPTER, metadata={"format": "pt"}
-    )
+    whole = {n: t.contiguous() for n, t in {**stored, **dense}.items()}
+    save_file(whole, folder / ADAPTER, metadata={"format": "pt"})
     settings: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -60,6 +65,7 @@ def write_adapter(
         "fan_in_fan_out": transposed,
         "target_modules": sorted(ranks),
         "base_model_name_or_path": base,
+        **keys,
     }
     write_json(folder / ADAPTER_CONFIG, settings)
 

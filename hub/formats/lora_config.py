@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from reprlib import repr as short
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from experthub.hub.errors import IntegrityError
 from experthub.hub.formats.records import Pattern
@@ -23,10 +23,14 @@ HONOURED = {
     "exclude_modules",
     "layers_to_transform",
     "layers_pattern",
+    "bias",
+    "lora_bias",
+    "modules_to_save",
+    "trainable_token_indices",
+    "task_type",
 }
 # Keys that do not change the function that the adapter computes.
 HARMLESS = {
-    "task_type",
     "peft_version",
     "base_model_name_or_path",
     "revision",
@@ -44,10 +48,6 @@ HARMLESS = {
 # Keys that change the function, with the values that do not change it.
 REFUSED: dict[str, tuple[Any, ...]] = {
     "use_dora": (False,),
-    "bias": ("none",),
-    "lora_bias": (False,),
-    "modules_to_save": (None, []),
-    "trainable_token_indices": (None, [], {}),
     "layer_replication": (None, []),
     "target_parameters": (None, []),
     "alora_invocation_tokens": (None, []),
@@ -60,8 +60,10 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "velora_config": (None,),
     "monteclora_config": (None,),
 }
+OUTPUTS = ("lm_head", "embed_out", "proj_out")
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", None)
 
+Token = Annotated[int, Field(ge=0, lt=2**31)]
 Rank = Annotated[int, Field(gt=0, lt=1e6)]
 Alpha = Annotated[float, Field(gt=0, lt=1e6)]
 
@@ -81,6 +83,10 @@ class _HonouredKeys(BaseModel):
     exclude_modules: Pattern | list[str] | None = None
     layers_to_transform: int | list[int] | None = None
     layers_pattern: Pattern | list[Pattern] | None = None
+    bias: Literal["none", "all", "lora_only"] | None = "none"
+    lora_bias: bool | None = False
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[Token] | dict[str, list[Token]] | None = None
 
 
 def check_config(config: dict[str, Any]) -> None:
@@ -117,10 +123,6 @@ def check_config(config: dict[str, Any]) -> None:
         raise IntegrityError(
             f"init_lora_weights is {short(config['init_lora_weights'])}, which changes the base",
             "save the adapter with peft's path_initial_model_for_weight_conversion",
-        )
-    if config.get("ensure_weight_tying"):
-        raise IntegrityError(
-            "ensure_weight_tying is set in its configuration", "train without ensure_weight_tying"
         )
     try:
         _HonouredKeys.model_validate(config)
@@ -169,6 +171,8 @@ def is_targeted(config: dict[str, Any], module: str) -> bool:
     Returns:
         Whether the module is adapted.
     """
+    if config.get("ensure_weight_tying") and module.endswith(OUTPUTS):
+        return True  # PEFT adapts the output embedding that is tied to a target.
     exclude = config.get("exclude_modules")
     if exclude and _matches(exclude, module):
         return False

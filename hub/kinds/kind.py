@@ -8,55 +8,19 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from reprlib import repr as short
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from experthub.hub.errors import HubError, IntegrityError, UsageError
 from experthub.hub.formats.adapter import Adapted, check_shapes
 from experthub.hub.kinds.broken_kind import report_broken_kind
+from experthub.hub.kinds.footprint import BaseShapes, Footprint, Shapes
 
 if TYPE_CHECKING:
     from experthub.merge import Delta
 
 FILE = r"[a-z_]{1,60}(-[0-9]{5}-of-[0-9]{5})?\.(json|safetensors|safetensors\.index\.json)"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-Shapes = dict[str, tuple[int, ...]]
 Result = TypeVar("Result")
-
-
-class BaseShapes(Protocol):
-    """The properties of a base that a kind can use: names and shapes, but no weights."""
-
-    @property
-    def name(self) -> str:
-        """The name of the base."""
-        ...
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each parameter."""
-        ...
-
-    @property
-    def tied(self) -> Mapping[str, str]:
-        """The parameters that are not stored, each with the one whose weights it shares."""
-        ...
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """The changes that an expert makes to its base, as read from the headers of its files.
-
-    Args:
-        shapes: The shape of each parameter that the expert changes.
-        adapted: The changes of modules, for a low-rank expert.
-        gated: The modules that have a gate.
-        skill_tasks: The tasks of an inventory of skills.
-    """
-
-    shapes: Shapes
-    adapted: tuple[Adapted, ...] = ()
-    gated: frozenset[str] = frozenset()
-    skill_tasks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,8 +31,8 @@ class StoredExpert:
         name: The name of the expert in errors.
         files: The names of its files.
         base: The base.
-        locate: A function that returns the path of a file. The bytes are not verified, so use it
-            only to read headers.
+        locate: A function that returns the path of a file. The bytes are not verified; they are when
+            the changes are loaded.
         verify: A function that hashes a file and returns its path.
         memo: The results of `compute_once` for this base.
     """
@@ -164,6 +128,7 @@ class ExpertKind:
         load: A function of the opened files by name, the footprint and the base. It returns for
             each parameter a function that makes its change. None for a kind that is not one change
             of the weights.
+        load_dense: As `load`, for the dense parts of low-rank experts.
         mapped: The files that `load` reads as a whole. It gets their bytes as an `mmap`.
         opened: Shell patterns of larger files. `load` gets their paths, and opens them itself.
         low_rank: Whether every change is low-rank.
@@ -179,6 +144,7 @@ class ExpertKind:
     key: str = "experts"
     footprint: Callable[[StoredExpert], Footprint] | None = None
     load: Callable[[Mapping[str, Any], Footprint, BaseShapes], Changes] | None = None
+    load_dense: Callable[[Mapping[str, Any], Footprint, BaseShapes], Changes] | None = None
     mapped: tuple[str, ...] = ()
     opened: tuple[str, ...] = ()
     low_rank: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,9 @@ from experthub.hub.formats.adapter import (
     read_adapter,
     read_gates,
 )
-from experthub.hub.kinds.kind import BaseShapes, Changes, ExpertKind, Footprint, StoredExpert, kinds
+from experthub.hub.formats.dense_parts import read_dense_parts
+from experthub.hub.kinds.footprint import BaseShapes, Footprint
+from experthub.hub.kinds.kind import Changes, ExpertKind, StoredExpert, kinds
 
 if TYPE_CHECKING:
     from experthub.merge import Delta
@@ -41,11 +44,17 @@ def _footprint(expert: StoredExpert) -> Footprint:
     """Read which modules an adapter changes, and which modules have a gate."""
     config = expert.verify(ADAPTER_CONFIG)
     adapted = read_adapter(config, expert.locate(ADAPTER), expert.name)
-    shapes = expert.check_low_rank(adapted)
-    if GATES not in expert.files:
-        return Footprint(shapes, adapted)
-    gates = read_gates(expert.locate(GATES))
-    return Footprint(shapes, adapted, expert.compute_once(gates, lambda: frozenset(gates)))
+    found = Footprint(expert.check_low_rank(adapted), adapted)
+    if GATES in expert.files:
+        gates = read_gates(expert.locate(GATES))
+        found = replace(found, gated=expert.compute_once(gates, lambda: frozenset(gates)))
+    if not (parts := read_dense_parts(config, expert.locate(ADAPTER), expert.name)):
+        return found
+    from experthub.hub.kinds.dense_changes import check_dense_parts
+
+    dense, copies = check_dense_parts(expert, parts)
+    shapes = found.shapes | {name: expert.base.shapes[name] for name in dense}
+    return replace(found, shapes=shapes, dense=dense, copies=copies)
 
 
 def _load(contents: Mapping[str, Any], footprint: Footprint, base: BaseShapes) -> Changes:
@@ -64,6 +73,14 @@ def _load(contents: Mapping[str, Any], footprint: Footprint, base: BaseShapes) -
     return {f"{a.module}.weight": partial(change, a) for a in footprint.adapted}
 
 
+def _load_dense(contents: Mapping[str, Any], footprint: Footprint, base: BaseShapes) -> Changes:
+    """Return for each parameter with dense parts a function that makes its change in float32."""
+    from experthub.hub.formats.safetensors_reader import Tensors
+    from experthub.hub.kinds.dense_changes import load_dense_changes
+
+    return load_dense_changes(Tensors(contents[ADAPTER]), footprint.dense, base)
+
+
 def _base_name(folder: Path) -> str | None:
     """Return the name of the base in an adapter's configuration."""
     named = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
@@ -79,6 +96,7 @@ LORA = kinds.register(
         check=_check,
         footprint=_footprint,
         load=_load,
+        load_dense=_load_dense,
         mapped=(ADAPTER,),
         low_rank=True,
         peft=True,

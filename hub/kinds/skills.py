@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from experthub.hub.formats.skills import SKILLS, SKILLS_JSON, read_skills
-from experthub.hub.kinds.kind import ExpertKind, Footprint, StoredExpert, kinds
+from experthub.hub.kinds.footprint import Footprint
+from experthub.hub.kinds.kind import ExpertKind, StoredExpert, kinds
 
 
 def _check(folder: Path) -> list[str]:

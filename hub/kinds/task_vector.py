@@ -17,7 +17,8 @@ from experthub.hub.formats.task_vector import (
     read_task_vector,
     unpack_mask,
 )
-from experthub.hub.kinds.kind import BaseShapes, Changes, ExpertKind, Footprint, StoredExpert, kinds
+from experthub.hub.kinds.footprint import BaseShapes, Footprint
+from experthub.hub.kinds.kind import Changes, ExpertKind, StoredExpert, kinds
 
 if TYPE_CHECKING:
     from experthub.merge import Delta

@@ -84,7 +84,8 @@ class MemberCache:
         Args:
             members: The members, in the order of the contents that `for_composition` was given.
         """
-        if not all(kinds[member.kind] is LORA for member in members):
+        plain = (kinds[m.kind] is LORA and not m.footprint.dense for m in members)
+        if not all(plain):
             return
         adapted: dict[int, int] = {}
         gated: dict[frozenset[str], int] = {}

@@ -25,7 +25,7 @@ class Plan:
         recipe: The recipe.
         base: The base.
         experts: The experts of the recipe.
-        parameters: The names of the parameters that will change.
+        parameters: The names of the parameters that the method changes.
         dtype: The dtype of the composed model.
         reads: Bytes of weights that will be read.
         memory: Bytes of the composed model, with the experts that routing keeps beside it.
@@ -34,6 +34,7 @@ class Plan:
         unused: The names of the base's stored weights that its model does not use.
         encoders: The digests of the bases that embed texts for the method.
         parts: A plan for each part of a recipe with parts.
+        dense: The names of the parameters that are taken from one expert as they are.
     """
 
     recipe: Recipe
@@ -48,6 +49,7 @@ class Plan:
     unused: tuple[str, ...] = ()
     encoders: tuple[str, ...] = ()
     parts: tuple[Plan, ...] = ()
+    dense: tuple[str, ...] = ()
 
     @property
     def units(self) -> tuple[Plan, ...]:
@@ -82,8 +84,20 @@ class Plan:
 
     @property
     def adapted(self) -> set[str]:
-        """The names of the parameters that a LoRA changes."""
-        return {f"{a.module}.weight" for member in self.members for a in member.adapted}
+        """The names of the parameters that a LoRA changes, by its factors or its dense parts."""
+        low = {f"{a.module}.weight" for member in self.members for a in member.adapted}
+        return low.union(*(member.footprint.dense for member in self.members))
+
+    @property
+    def takes_dense(self) -> bool:
+        """True if dense parts are taken from one expert, and not combined by the method."""
+        return self.recipe.route is not None or self.recipe.dense_parts is not None
+
+    @property
+    def dense_expert(self) -> PlannedExpert:
+        """The expert whose dense parts are taken as they are."""
+        named = self.recipe.dense_parts
+        return next((e for e in self.experts if e.label == named), self.experts[0])
 
     @cached_property
     def contents(self) -> list[Any]:
@@ -135,6 +149,7 @@ class Plan:
             "dtype": self.dtype,
             "seed": self.recipe.seed,
             "allow_base_mismatch": self.recipe.allow_base_mismatch,
+            **({"dense_parts": self.recipe.dense_parts} if self.recipe.dense_parts else {}),
         }
 
     @property

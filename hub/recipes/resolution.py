@@ -10,11 +10,12 @@ from typing import Any
 
 from experthub.hub.bases.base import Base
 from experthub.hub.bases.base_sources import find
-from experthub.hub.bases.used_weights import find_unused_weights
+from experthub.hub.bases.used_weights import compare_stored
 from experthub.hub.errors import HubError, IntegrityError, UsageError
 from experthub.hub.files.patterns import limit_matching_time
 from experthub.hub.kinds import StoredExpert, kinds
 from experthub.hub.recipes.compatibility import check_disjoint, check_method
+from experthub.hub.recipes.dense_checks import check_dense_parts, check_equal_parts
 from experthub.hub.recipes.entries import DataUse, ExpertUse, NestedMerge, list_members
 from experthub.hub.recipes.examples import PlannedData
 from experthub.hub.recipes.member_cache import MemberCache
@@ -69,7 +70,9 @@ def resolve(
     # Names are checked before anything is downloaded.
     contents = list(pinned or (find_content(use, session) for use in recipe.uses))
     base = find(recipe.base, session)
-    unused = tuple(find_unused_weights(base))
+    names = compare_stored(base)
+    if names.missing:  # Experts may bring these weights along.
+        base = replace(base, shapes=base.shapes | names.missing, lacks=frozenset(names.missing))
     reader = _ExpertReader(session, base, recipe.allow_base_mismatch)
     uses = zip(contents, recipe.uses, strict=True)
     members = iter(reader.read_members([*uses], packed and recipe.route is not None))
@@ -77,11 +80,14 @@ def resolve(
         _plan_expert(entry, [next(members) for _ in list_members(entry)])
         for entry in recipe.experts
     )
+    check_dense_parts(recipe, experts, base)
     recipes = [recipe.of_part(part) for part in recipe.parts] if recipe.parts else [recipe]
-    targets = [_find_targets(one, experts, base) for one in recipes]
+    targets = [_find_targets(one, experts) for one in recipes]
     check_disjoint(recipes, targets)
-    for one, parameters in zip(recipes, targets, strict=True):
+    places = [_separate_dense(one, experts, own) for one, own in zip(recipes, targets, strict=True)]
+    for one, (parameters, dense) in zip(recipes, places, strict=True):
         check_method(one, experts, parameters)
+        check_equal_parts(one, experts, dense)
     dtype = recipe.dtype or {"BF16": "bfloat16", "F16": "float16"}.get(base.dtype, "float32")
     if recipe.stored and found is None:
         found = find_content(ExpertUse(expert=recipe.stored), session)
@@ -93,14 +99,29 @@ def resolve(
     memory = base.tensor_bytes * WIDTH[dtype] // WIDTH.get(base.dtype, 4)
     if any(one.route for one in recipes):
         memory += sum(m.size for e in experts for m in e.members)
-    whole = tuple(sorted(name for own in targets for name in own))
-    names = [n for one in recipes for n in one.method.find_options(EncoderName).values() if n]
-    embedding = tuple(find(name, encoders or session).digest for name in names)
-    plan = Plan(recipe, base, experts, whole, dtype, reads, memory, data, found, unused, embedding)
+    whole, dense = (
+        tuple(sorted({n for own in sorts for n in own})) for sorts in zip(*places, strict=True)
+    )
+    embedders = [n for one in recipes for n in one.method.find_options(EncoderName).values() if n]
+    plan = Plan(
+        recipe,
+        base,
+        experts,
+        whole,
+        dtype,
+        reads,
+        memory,
+        data,
+        found,
+        names.unused,
+        tuple(find(name, encoders or session).digest for name in embedders),
+        dense=dense,
+    )
     if recipe.parts is None:
         return plan
-    pairs = zip(recipes, targets, strict=True)
-    return replace(plan, parts=tuple(replace(plan, recipe=r, parameters=own) for r, own in pairs))
+    pairs = zip(recipes, places, strict=True)
+    parts = (replace(plan, recipe=r, parameters=own, dense=rest) for r, (own, rest) in pairs)
+    return replace(plan, parts=tuple(parts))
 
 
 def _note_renamed(recipe: Recipe, session: Session) -> None:
@@ -213,7 +234,15 @@ class _ExpertReader:
             memo=self.memo,
         )
         size = sum(info.size for info in identity.files.values())
-        return Member(found, kind.name, use.weight, size, kind.footprint(stored))
+        footprint = kind.footprint(stored)
+        if footprint.copies:
+            self.session.report(
+                f"note: {reference}: {len(footprint.copies)} tensors repeat weights of the base and "
+                f"are not used: {', '.join(footprint.copies[:3])}",
+                0,
+                0,
+            )
+        return Member(found, kind.name, use.weight, size, footprint)
 
 
 def _plan_expert(entry: ExpertUse | NestedMerge, members: list[Member]) -> PlannedExpert:
@@ -231,9 +260,19 @@ def _remove_version(reference: str) -> str:
     return reference if reference.startswith("/") else reference.partition("@")[0]
 
 
-def _find_targets(
-    recipe: Recipe, experts: tuple[PlannedExpert, ...], base: Base
-) -> tuple[str, ...]:
+def _separate_dense(
+    recipe: Recipe, experts: tuple[PlannedExpert, ...], targets: tuple[str, ...]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Separate the parameters that the method changes from those that are taken from one expert."""
+    if recipe.route is None and recipe.dense_parts is None:
+        return targets, ()
+    members = [member for expert in experts for member in expert.members]
+    own: set[str] = set().union(*(member.own_changes for member in members))
+    dense: set[str] = set().union(*(member.footprint.dense for member in members))
+    return tuple(n for n in targets if n in own), tuple(n for n in targets if n in dense)
+
+
+def _find_targets(recipe: Recipe, experts: tuple[PlannedExpert, ...]) -> tuple[str, ...]:
     """Find the parameters that the recipe changes."""
     shapes = {id(m.changes): m.changes for expert in experts for m in expert.members}
     names = sorted({name for changes in shapes.values() for name in changes})

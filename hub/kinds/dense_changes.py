@@ -1,0 +1,131 @@
+"""The dense parts of low-rank experts: their checks against a base, and their changes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from experthub.hub.errors import HubError
+from experthub.hub.formats.adapter import ADAPTER
+from experthub.hub.formats.dense_parts import DensePart, group_parts
+from experthub.hub.formats.safetensors_header import read_header
+from experthub.hub.formats.safetensors_reader import read_tensor
+from experthub.merge import Dense
+
+if TYPE_CHECKING:
+    from experthub.hub.formats.safetensors_reader import Tensors
+    from experthub.hub.kinds.footprint import BaseShapes
+    from experthub.hub.kinds.kind import Changes, StoredExpert
+    from torch import Tensor
+
+Parts = dict[str, tuple[DensePart, ...]]
+
+
+def check_dense_parts(
+    expert: StoredExpert, parts: Sequence[DensePart]
+) -> tuple[Parts, tuple[str, ...]]:
+    """Check dense parts against the base, and separate those that only repeat its weights.
+
+    Args:
+        expert: The stored expert.
+        parts: The parts of its adapter.
+
+    Returns:
+        The parts by parameter, with the checksums of their content, and the names of the tensors
+        that are copies of the base's weights.
+
+    Raises:
+        HubError: The base lacks a parameter, or it has another shape.
+    """
+    path, tied = expert.locate(ADAPTER), expert.base.tied
+    header = read_header(path)
+    used: list[DensePart] = []
+    copies: list[DensePart] = []
+    for part in parts:
+        _check_shape(expert, part)
+        value = read_tensor(path, header[part.tensor])
+        content = value.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        read = replace(part, digest=hashlib.sha256(content).hexdigest())
+        (copies if _is_copy(part, value, expert.base) else used).append(read)
+    # A copy counts if another part changes the weight that it is tied to, for all of its uses.
+    shared = {p.parameter for p in used if p.way in ("copy", "rows")}
+    pairs = {*tied.items(), *((stored, use) for use, stored in tied.items())}
+    kept = {one for one, other in pairs if other in shared}
+    used += [part for part in copies if part.parameter in kept]
+    found = group_parts(used)
+    for name, other in pairs:
+        if name in shared:
+            found.setdefault(other, found[name])
+    return found, tuple(p.tensor for p in copies if p.parameter not in kept)
+
+
+def _check_shape(expert: StoredExpert, part: DensePart) -> None:
+    """Refuse a part that does not fit its parameter in the base."""
+    own = expert.base.shapes.get(part.parameter)
+    fits = own == part.shape
+    if part.way == "rows" and own is not None:
+        fits = own[1:] == part.shape[1:] and max(part.rows) < own[0]
+    if fits:
+        return
+    what = f"row {max(part.rows)}" if part.way == "rows" else f"{list(part.shape)}"
+    raise HubError(
+        f"{expert.name} has a {part.parameter} {what}, but {expert.base.name} has "
+        + ("no such parameter" if own is None else f"{list(own)}"),
+        _suggest(part.parameter, own),
+    )
+
+
+def _suggest(parameter: str, own: tuple[int, ...] | None) -> str:
+    """Write the hint for a dense part that does not fit."""
+    if own is None and parameter.endswith(".bias"):
+        return "use the base that the expert was trained on; a new bias cannot be added to a module"
+    return (
+        "use the base that the expert was trained on, saved in the class of its task: for a "
+        "classifier AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=N)"
+        ".save_pretrained(FOLDER)"
+    )
+
+
+def _is_copy(part: DensePart, value: Tensor, base: BaseShapes) -> bool:
+    """Tell whether a part repeats the base's weight, exactly or rounded to a narrower dtype."""
+    if part.way == "add" or part.parameter in base.lacks:
+        return False
+    own = base.read_weight(part.parameter)
+    if part.way == "rows":
+        own = own[list(part.rows)]
+    return torch.equal(own.to(value.dtype), value) or torch.equal(value.to(own.dtype), own)
+
+
+def load_dense_changes(
+    tensors: Tensors, parts: Mapping[str, tuple[DensePart, ...]], base: BaseShapes
+) -> Changes:
+    """Return for each parameter with dense parts a function that makes its change in float32.
+
+    Args:
+        tensors: The tensors of the adapter.
+        parts: The dense parts by parameter.
+        base: The base.
+
+    Returns:
+        Parameter -> function that returns `saved - base`. A parameter that the base lacks does not
+        change: it is given to the model before.
+    """
+
+    def change(parameter: str) -> Dense:
+        before = base.read_weight(parameter).float()
+        after, more = before.clone(), torch.zeros(())
+        for part in parts[parameter]:
+            value = tensors[part.tensor].float()
+            if part.way == "rows":
+                after[list(part.rows)] = value
+            elif part.way == "add":
+                more = more + value * part.scale
+            else:
+                after = value
+        return Dense(after - before + more)
+
+    return {name: partial(change, name) for name in parts if name not in base.lacks}

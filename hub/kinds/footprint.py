@@ -1,0 +1,64 @@
+"""The changes that an expert makes to its base, and the properties of a base that a kind can use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from experthub.hub.formats.adapter import Adapted
+from experthub.hub.formats.dense_parts import DensePart
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+class BaseShapes(Protocol):
+    """The properties of a base that a kind can use: names, shapes, and weights one by one."""
+
+    @property
+    def name(self) -> str:
+        """The name of the base."""
+        ...
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter."""
+        ...
+
+    @property
+    def tied(self) -> Mapping[str, str]:
+        """The parameters that are not stored, each with the one whose weights it shares."""
+        ...
+
+    @property
+    def lacks(self) -> frozenset[str]:
+        """The parameters that the files lack and that experts bring along."""
+        ...
+
+    def read_weight(self, name: str) -> Tensor:
+        """Read a parameter, in the dtype in which it is stored."""
+        ...
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """The changes that an expert makes to its base, as read from the headers of its files.
+
+    Args:
+        shapes: The shape of each parameter that the expert changes.
+        adapted: The changes of modules, for a low-rank expert.
+        gated: The modules that have a gate.
+        skill_tasks: The tasks of an inventory of skills.
+        dense: The dense parts of a low-rank expert, by parameter.
+        copies: The tensors that only repeat weights of the base, and are not used.
+    """
+
+    shapes: Shapes
+    adapted: tuple[Adapted, ...] = ()
+    gated: frozenset[str] = frozenset()
+    skill_tasks: tuple[str, ...] = ()
+    dense: Mapping[str, tuple[DensePart, ...]] = field(default_factory=dict)
+    copies: tuple[str, ...] = ()
