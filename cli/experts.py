@@ -8,10 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from experthub.cli import _completion
 from experthub.cli._options import JsonOption, QuietOption, RegistryOption
-from experthub.cli._output import print_fields, print_json, print_lines, print_table
+from experthub.cli._output import (
+    print_fields,
+    print_json,
+    print_lines,
+    print_message,
+    print_table,
+)
+from experthub.cli._session import open_session
 
 if TYPE_CHECKING:
-    from experthub.hub.registry.expert import Expert
+    from experthub.hub.registry.expert import Expert, Proof
+    from experthub.hub.session import Session
 
 
 def list_(
@@ -186,6 +194,13 @@ def add(
         ),
     ] = None,
     description: Annotated[str | None, typer.Option(help="A description in one line.")] = None,
+    proof: Annotated[
+        bool | None,
+        typer.Option(
+            "--proof/--no-proof",
+            help="Compare the expert with peft; by default if the base is here and at most 2 GiB.",
+        ),
+    ] = None,
     json: JsonOption = False,
     registry: Annotated[
         Path | None,
@@ -194,28 +209,47 @@ def add(
 ) -> None:
     """Copy the folder of an expert into the store under a name.
 
-    All files are checked first. The entry is written to your own registry, or to --registry.
+    All files are checked first. The entry is written to your own registry, or to --registry. If the
+    base is on this machine, the outputs of the composed expert are compared with those of peft. An
+    expert that differs is refused.
 
     Examples: hub add ./my-lora --name my-lora; hub add ./my-lora --name my-lora --task bigbench:snarks
     """
     from experthub.hub.registry.entries import check_name
-    from experthub.hub.session import Session
     from experthub.hub.transfer.describe import add_folder
 
-    expert = add_folder(
-        folder,
-        check_name(name),
-        Session(),
-        version=version,
-        base=base,
-        task=task,
-        description=description,
-        file=registry,
-    )
+    with open_session() as session:
+        expert = add_folder(
+            folder,
+            check_name(name),
+            session,
+            version=version,
+            base=base,
+            task=task,
+            description=description,
+            file=registry,
+            prove=lambda expert: _prove(expert, folder, session, proof),
+        )
     if json:
         print_json({"expert": _make_record(expert)})
     else:
         print_lines([expert.reference])
+        if expert.proof:
+            found = expert.proof
+            print_message(
+                f"equal to {found.against} within {found.max_difference:.1e} ({found.dtype})"
+            )
+
+
+def _prove(expert: Expert, folder: Path, session: Session, proof: bool | None) -> Proof | None:
+    """Compare an adapter in PEFT's format with peft, unless --no-proof is set."""
+    from experthub.hub.kinds import kinds
+
+    if proof is False or not kinds[expert.kind].peft:
+        return None
+    from experthub.hub.proofs.proof import load_with_peft, prove
+
+    return prove(expert, load_with_peft(folder), session, requested=proof is True)
 
 
 def register(app: typer.Typer) -> None:

@@ -73,7 +73,7 @@ def _refuse_different(one: PlannedExpert, other: PlannedExpert, name: str, why: 
     """Make the error for two experts whose dense parts differ."""
     return HubError(
         f"{one.label} and {other.label} have different {name}, and {why}",
-        f"take the dense parts of one expert with dense_parts: {one.label} or dense_parts: {other.label}",
+        f"set dense_parts: {one.label} or dense_parts: {other.label} to take the dense parts of one expert",
     )
 
 

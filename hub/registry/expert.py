@@ -75,6 +75,20 @@ class Score(Closed):
     delta_ci95: tuple[float, float] | None = Field(default=None, strict=False)
 
 
+class Proof(Closed):
+    """The result of a comparison with the library that an expert comes from.
+
+    Args:
+        against: The name and version of the library.
+        max_difference: The largest difference of the outputs on a fixed input.
+        dtype: The dtype in which both models ran.
+    """
+
+    against: str
+    max_difference: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    dtype: str
+
+
 class Expert(Closed):
     """A registry entry: it maps a name and a version to a digest, and says where the content is.
 
@@ -91,6 +105,7 @@ class Expert(Closed):
         tags: Words to search for.
         training: The settings and results of the training.
         scores: The scores on tasks.
+        proof: The comparison with the expert's own library, if it was made here.
 
     Example:
         >>> from experthub.hub import Expert
@@ -111,6 +126,7 @@ class Expert(Closed):
     tags: list[str] = []
     training: dict[str, Any] = {}
     scores: list[Score] = []
+    proof: Proof | None = None
 
     @field_validator("scores")
     @classmethod
