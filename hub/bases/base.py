@@ -11,6 +11,7 @@ from experthub.hub.bases.fingerprint import compute_fingerprint, list_weight_fil
 from experthub.hub.bases.identity import compute_base_digest
 from experthub.hub.errors import IntegrityError, NotFoundError
 from experthub.hub.files.json_files import read_json
+from experthub.hub.formats.added_tokens import AddedVocabulary
 from experthub.hub.formats.model_config import check_model
 from experthub.hub.formats.safetensors_header import TensorInfo, read_header
 
@@ -41,6 +42,7 @@ class Base:
         commit: The commit of the repository that the folder was fetched from; None for others.
         tied: Maps each parameter that is not stored to the parameter whose weights it shares.
         lacks: The parameters that the files lack and that the experts of a plan bring along.
+        added: What the experts of a plan add to the vocabulary.
     """
 
     name: str
@@ -55,6 +57,14 @@ class Base:
     commit: str | None = None
     tied: Mapping[str, str] = field(default_factory=dict)
     lacks: frozenset[str] = frozenset()
+    added: AddedVocabulary | None = None
+
+    @property
+    def vocabulary(self) -> frozenset[str]:
+        """The parameters whose rows are tokens."""
+        from experthub.hub.bases.vocabulary import find_vocabulary
+
+        return find_vocabulary(self)
 
     def read_weight(self, name: str) -> Tensor:
         """Read a parameter from the files.

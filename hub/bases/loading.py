@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from logging import LogRecord, getLogger
@@ -19,6 +19,7 @@ from experthub.hub.bases.model_size import limit_model_size
 from experthub.hub.bases.tokenizer import CheckedTokenizer
 from experthub.hub.errors import HubError, IntegrityError, UsageError
 from experthub.hub.files.json_files import read_json
+from experthub.hub.formats.added_tokens import NewToken
 from experthub.hub.formats.safetensors_header import FLOATS, read_header
 from experthub.hub.formats.safetensors_reader import DTYPES
 from experthub.hub.transfer.remotes.no_network import forbid_network
@@ -47,9 +48,9 @@ def load_model(base: Base, dtype: str, device: str | None) -> Any:
         HubError: Transformers cannot load the base.
     """
     check_device(device)
-    kind, config = _find_class(base)
+    kind, config = find_class(base)
     weights: dict[str, Any] = {}
-    with _explain_loading_errors(base, _list_loading_errors()):
+    with explain_loading_errors(base, list_loading_errors()):
         for file in list_weight_files(base.folder):
             stored: Any = safe_open(file, "pt")
             weights |= {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118
@@ -77,7 +78,7 @@ def compare_names(base: Base) -> tuple[dict[str, tuple[int, ...]], list[str]]:
     Raises:
         HubError: Transformers cannot build the model, or a shape differs.
     """
-    kind, config = _find_class(base)
+    kind, config = find_class(base)
     empty = {
         name: torch.empty(info.shape, dtype=DTYPES.get(info.dtype, torch.float32), device="meta")
         for file in list_weight_files(base.folder)
@@ -113,7 +114,7 @@ def _build(
 
     Transformers gets no folder: in a folder it would find other files than those that were checked.
     """
-    with _explain_loading_errors(base, _list_loading_errors()), _limit_size(base), _hide_report():
+    with explain_loading_errors(base, list_loading_errors()), _limit_size(base), _hide_report():
         model, found = kind.from_pretrained(
             None, config=config, state_dict=weights, output_loading_info=True, **options, **LOCAL
         )
@@ -146,7 +147,7 @@ def load_tokenizer(base: Base) -> Any:
     """Load the tokenizer of a base.
 
     Args:
-        base: The base.
+        base: The base. The tokens that experts add to it are added.
 
     Returns:
         The tokenizer, as transformers loads it, with errors that name the base.
@@ -164,10 +165,27 @@ def load_tokenizer(base: Base) -> Any:
     from transformers import AutoTokenizer
 
     # The package tokenizers raises Exception itself, so that no narrower class can be named.
-    with _explain_loading_errors(base, (Exception,)):
+    with explain_loading_errors(base, (Exception,)):
         found = AutoTokenizer.from_pretrained(base.folder, **LOCAL)
+        if base.added is not None:
+            add_tokens(found, base.added.tokens)
     _check_unchanged(base)
-    return CheckedTokenizer(found, base.name, base.folder, base.shapes)
+    rows = base.added.rows if base.added else None
+    return CheckedTokenizer(found, base.name, base.folder, base.shapes, rows)
+
+
+def add_tokens(tokenizer: Any, tokens: Iterable[NewToken]) -> None:
+    """Add tokens to a tokenizer, unless it has them.
+
+    Args:
+        tokenizer: A tokenizer of transformers, which is changed in place.
+        tokens: The tokens; they get the next free ids in this order.
+    """
+    from tokenizers import AddedToken
+
+    for token in tokens:
+        added = AddedToken(token.content, special=token.special, normalized=False)
+        tokenizer.add_tokens([added], special_tokens=token.special)
 
 
 def write_model(base: Base, model: Any, folder: Path) -> None:
@@ -181,7 +199,7 @@ def write_model(base: Base, model: Any, folder: Path) -> None:
     Raises:
         HubError: Transformers cannot save the model.
     """
-    with _explain_loading_errors(base, _list_loading_errors(), "save"):
+    with explain_loading_errors(base, list_loading_errors(), "save"):
         model.save_pretrained(folder)
 
 
@@ -197,7 +215,7 @@ def find_linear_modules(base: Base) -> dict[str, bool]:
     Raises:
         HubError: Transformers has no class for the base.
     """
-    kind, config = _find_class(base)
+    kind, config = find_class(base)
     with torch.device("meta"), forbid_network(), _limit_size(base):
         modules = kind(config).named_modules()
     return {name: is_transposed(module) for name, module in modules if is_linear(module)}
@@ -268,7 +286,7 @@ def _hide_report() -> Iterator[None]:
         logger.removeFilter(is_shown)
 
 
-def _find_class(base: Base) -> tuple[Any, Any]:
+def find_class(base: Base) -> tuple[Any, Any]:
     """Find the transformers class that a base's configuration names, and load the configuration."""
     import transformers
 
@@ -279,12 +297,12 @@ def _find_class(base: Base) -> tuple[Any, Any]:
             f"base {base.name}: transformers has no class {base.architecture or '(none stated)'}",
             f"name a class of transformers under architectures in {base.folder / 'config.json'}",
         )
-    with _explain_loading_errors(base, _list_loading_errors()):
+    with explain_loading_errors(base, list_loading_errors()):
         return kind, transformers.AutoConfig.from_pretrained(base.folder, **LOCAL)
 
 
 @contextmanager
-def _explain_loading_errors(base: Base, errors: Any, what: str = "load") -> Iterator[None]:
+def explain_loading_errors(base: Base, errors: Any, what: str = "load") -> Iterator[None]:
     """Turn errors that transformers raises while it loads or saves a base into a HubError."""
     try:
         with hide_progress_bars(), forbid_network():
@@ -297,7 +315,7 @@ def _explain_loading_errors(base: Base, errors: Any, what: str = "load") -> Iter
         ) from None
 
 
-def _list_loading_errors() -> tuple[type[Exception], ...]:
+def list_loading_errors() -> tuple[type[Exception], ...]:
     """List the errors that transformers raises if it cannot load a model."""
     strict: type[Exception] = import_module("huggingface_hub.errors").StrictDataclassError
     wrong = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError)

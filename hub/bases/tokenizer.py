@@ -28,12 +28,19 @@ class CheckedTokenizer:
         name: The name of its base, for errors.
         folder: The folder of its files, for errors.
         shapes: The shape of each parameter of the base.
+        added: The number of embeddings, if experts add some.
     """
 
     def __init__(
-        self, tokenizer: Any, name: str, folder: Path, shapes: Mapping[str, tuple[int, ...]]
+        self,
+        tokenizer: Any,
+        name: str,
+        folder: Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        added: int | None = None,
     ) -> None:
         rows = [s[0] for n, s in shapes.items() if n.endswith(TOKEN_EMBEDDINGS) and len(s) == 2]
+        rows = rows if added is None else [added]
         own = {"tokenizer": tokenizer, "name": name, "folder": folder}
         vars(self).update(own, n_ids=max(rows, default=None))
 

@@ -56,7 +56,7 @@ def assemble(
         HubError: The experts do not fit the model.
     """
     banks = [find_bank(unit) for unit in plan.units]
-    whole = plan.base.lacks or any(unit.dense for unit in plan.units)
+    whole = plan.base.lacks or plan.vocabulary or any(unit.dense for unit in plan.units)
     packed = not whole and all(bank is not None and bank.is_complete for bank in banks)
     if not packed and any(banks):
         pull(session, *(member.content for member in plan.members))
@@ -94,13 +94,15 @@ def assemble(
 
 
 def complete_base(model: Any, plan: Plan, contents: Contents) -> None:
-    """Give a model the weights that its base lacks and that the experts bring along.
+    """Give a model the weights and the tokens that its base lacks and that the experts bring along.
 
     Args:
         model: The base's model, which is changed in place.
         plan: The plan.
         contents: The experts' files.
     """
+    if (embeddings := contents.open_embeddings(plan)) is not None:
+        embeddings.complete(model)
     for name, value in load_lacking(plan, contents).items():
         owner, _, leaf = name.rpartition(".")
         own = value.to(model.get_parameter(name))

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from experthub.hub.composition.vocabulary import Embeddings
 from experthub.hub.errors import UsageError
 from experthub.hub.files.patterns import matches_any
 from experthub.hub.formats.adapter import ADAPTER, GATES
@@ -36,6 +37,7 @@ class Contents:
     def __init__(self, members: Sequence[Member], store: Store, gates: bool) -> None:
         self._pool = ThreadPoolExecutor(READERS)
         self._files: dict[tuple[str, str], Future[Any]] = {}
+        self._embeddings: Embeddings | None = None
         for member in members:
             kind = kinds[member.kind]
             for name in kind.mapped:
@@ -73,6 +75,26 @@ class Contents:
             names = [name for of, name in self._files if of == member.digest]
             return {n: self[member.digest, n] for n in names if matches_any(n, kind.opened)}
         return {name: self[member.digest, name] for name in kind.mapped}
+
+    def open_embeddings(self, plan: Plan) -> Embeddings | None:
+        """Return the rows of tokens in a plan's composition.
+
+        Args:
+            plan: The plan of the members.
+
+        Returns:
+            The embeddings; None if the plan has the vocabulary of its base.
+        """
+        if self._embeddings is None and plan.vocabulary is not None:
+            members = {member.digest: member for member in plan.members}
+            self._embeddings = Embeddings(
+                plan.base,
+                plan.vocabulary,
+                lambda digest: (
+                    _load_dense_changes(members[digest], plan, self) if digest in members else None
+                ),
+            )
+        return self._embeddings
 
     def __enter__(self) -> Contents:
         return self
@@ -116,7 +138,7 @@ def load_dense_vector(plan: Plan, contents: Contents) -> TaskVector:
     expert, keep = plan.dense_expert, set(plan.dense)
 
     def load(member: Member) -> TaskVector:
-        changes = _load_dense_parts(member, plan, contents)
+        changes = _align(member, plan, contents, _load_dense_parts(member, plan, contents))
         load = {name: change for name, change in changes.items() if name in keep}
         return TaskVector(plan.base.fingerprint, load, seed=member.digest)
 
@@ -158,6 +180,20 @@ def _load_dense_parts(member: Member, plan: Plan, contents: Contents) -> Changes
     return load(contents.collect(member), member.footprint, plan.base)
 
 
+def _load_dense_changes(member: Member, plan: Plan, contents: Contents) -> Changes:
+    """Return the changes of a stored expert that are not low-rank."""
+    kind = kinds[member.kind]
+    if kind.low_rank or kind.load is None:
+        return _load_dense_parts(member, plan, contents)
+    return kind.load(contents.collect(member), member.footprint, plan.base)
+
+
+def _align(member: Member, plan: Plan, contents: Contents, changes: Changes) -> Changes:
+    """Return changes by the rows of the composition's vocabulary."""
+    embeddings = contents.open_embeddings(plan)
+    return changes if embeddings is None else embeddings.align(member.digest, changes)
+
+
 def _load_vector(member: Member, plan: Plan, contents: Contents) -> TaskVector:
     """Load the change of a stored expert as a lazy task vector, limited to the plan's parameters."""
     kind, keep = kinds[member.kind], set(plan.parameters)
@@ -166,9 +202,11 @@ def _load_vector(member: Member, plan: Plan, contents: Contents) -> TaskVector:
             f"{member.reference} is {kind.label}, which is not one change of the weights",
             "remove it, or write a route that has no other expert",
         )
-    changes = dict(kind.load(contents.collect(member), member.footprint, plan.base))
+    loaded = kind.load(contents.collect(member), member.footprint, plan.base)
+    changes = dict(_align(member, plan, contents, loaded))
     if not plan.takes_dense:
-        for name, change in _load_dense_parts(member, plan, contents).items():
+        parts = _load_dense_parts(member, plan, contents)
+        for name, change in _align(member, plan, contents, parts).items():
             changes[name] = (
                 partial(_add_changes, changes[name], change) if name in changes else change
             )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -103,7 +105,7 @@ def evaluate(
         _refuse_trained(plans, [one.task for one in chosen])
     dtype = next(iter(plans.values())).dtype
     planned = plan_controls(plans, session) if controls else None
-    evaluator = _Evaluator(base, dtype, session, cache)
+    evaluator = _Evaluator(replace(base, added=None), dtype, session, cache)
     outcomes = {
         name: evaluator.score_tasks(name, plan, chosen, score)
         for name, plan in {BASE: None, **plans}.items()
@@ -154,6 +156,8 @@ class _Evaluator:
         self, name: str, plan: Plan | None, chosen: Sequence[Chosen], measure: Measure
     ) -> list[Outcome]:
         """Score the base, or the composition of a plan, on every task."""
+        if plan and plan.base.added != self.base.added:
+            return self._add_tokens(plan.base).score_tasks(name, plan, chosen, measure)
         methods = plan.recipe.methods if plan else []
         by_task = any("task" in method.strategy.needs for method in methods)
         surroundings: dict[str, Any] = {
@@ -182,6 +186,13 @@ class _Evaluator:
                 scores += known
                 self.session.report(what, len(scores), len(questions))
             found.append(Outcome.of(one.task, one.examples, questions, scores, measure, self.dtype))
+        return found
+
+    def _add_tokens(self, base: Base) -> _Evaluator:
+        """Return an evaluator of the same model that reads texts with the tokens of its experts."""
+        found = copy.copy(self)
+        found.base = base
+        vars(found).pop("scorer", None)
         return found
 
     def _compose(self, plan: Plan | None) -> Composition | None:

@@ -35,6 +35,23 @@ HEADS = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
+# The ends of names of parameters whose rows are tokens. Beside such parts, an adapter's folder has the
+# tokenizer that it was trained with.
+TOKEN_ROWS = tuple(
+    f"{name}.weight"
+    for name in (
+        "embed_tokens",
+        "wte",
+        "word_embeddings",
+        "embed_in",
+        "token_embedding",
+        "tok_embeddings",
+        "shared",
+        "lm_head",
+        "embed_out",
+        "proj_out",
+    )
+)
 # The keys of the configuration that describe dense parts.
 DENSE_KEYS = (
     "bias",

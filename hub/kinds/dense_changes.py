@@ -14,6 +14,7 @@ from experthub.hub.formats.adapter import ADAPTER
 from experthub.hub.formats.dense_parts import DensePart, group_parts
 from experthub.hub.formats.safetensors_header import read_header
 from experthub.hub.formats.safetensors_reader import read_tensor
+from experthub.hub.kinds.footprint import fits_vocabulary
 from experthub.merge import Dense
 
 if TYPE_CHECKING:
@@ -66,10 +67,8 @@ def check_dense_parts(
 def _check_shape(expert: StoredExpert, part: DensePart) -> None:
     """Refuse a part that does not fit its parameter in the base."""
     own = expert.base.shapes.get(part.parameter)
-    fits = own == part.shape
-    if part.way == "rows" and own is not None:
-        fits = own[1:] == part.shape[1:] and max(part.rows) < own[0]
-    if fits:
+    shape = count_rows((part,), own) if own else part.shape
+    if own == shape or (own and fits_vocabulary(part.parameter, shape, expert.base)):
         return
     what = f"row {max(part.rows)}" if part.way == "rows" else f"{list(part.shape)}"
     raise HubError(
@@ -77,6 +76,23 @@ def _check_shape(expert: StoredExpert, part: DensePart) -> None:
         + ("no such parameter" if own is None else f"{list(own)}"),
         _suggest(part.parameter, own),
     )
+
+
+def count_rows(parts: Sequence[DensePart], own: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape that dense parts give to a parameter.
+
+    Args:
+        parts: The dense parts of the parameter.
+        own: The shape in the base.
+
+    Returns:
+        The shape, with as many rows as the parts need.
+    """
+    whole = next((part.shape for part in reversed(parts) if part.way != "rows"), None)
+    rows = [1 + max(part.rows) for part in parts if part.way == "rows" and part.rows]
+    rest = next((part.shape[1:] for part in parts), own[1:])
+    first = whole[0] if whole else own[0]
+    return (max([first, *rows]), *rest) if own else ()
 
 
 def _suggest(parameter: str, own: tuple[int, ...] | None) -> str:
@@ -96,8 +112,29 @@ def _is_copy(part: DensePart, value: Tensor, base: BaseShapes) -> bool:
         return False
     own = base.read_weight(part.parameter)
     if part.way == "rows":
-        own = own[list(part.rows)]
-    return torch.equal(own.to(value.dtype), value) or torch.equal(value.to(own.dtype), own)
+        own = own[list(part.rows)] if max(part.rows, default=-1) < len(own) else own[:0]
+    own = own[: len(value)]
+    return (own.shape == value.shape and torch.equal(own.to(value.dtype), value)) or torch.equal(
+        value.to(own.dtype), own
+    )
+
+
+def fit_rows(value: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Cut the rows of a parameter, or add rows of zeros.
+
+    Args:
+        value: The parameter.
+        shape: The shape of the result.
+
+    Returns:
+        The parameter itself if it has that shape, or else a new tensor.
+    """
+    if tuple(value.shape) == shape:
+        return value
+    found = value.new_zeros(shape)
+    count = min(len(value), shape[0])
+    found[:count] = value[:count]
+    return found
 
 
 def load_dense_changes(
@@ -111,12 +148,14 @@ def load_dense_changes(
         base: The base.
 
     Returns:
-        Parameter -> function that returns `saved - base`. A parameter that the base lacks does not
+        Parameter -> function that returns `saved - base`, where rows that the base lacks count as
+        zeros. A parameter that the base lacks does not
         change: it is given to the model before.
     """
 
     def change(parameter: str) -> Dense:
-        before = base.read_weight(parameter).float()
+        own = base.read_weight(parameter).float()
+        before = fit_rows(own, count_rows(parts[parameter], tuple(own.shape)))
         after, more = before.clone(), torch.zeros(())
         for part in parts[parameter]:
             value = tensors[part.tensor].float()
@@ -125,7 +164,7 @@ def load_dense_changes(
             elif part.way == "add":
                 more = more + value * part.scale
             else:
-                after = value
+                after = fit_rows(value, tuple(before.shape)).clone()
         return Dense(after - before + more)
 
     return {name: partial(change, name) for name in parts if name not in base.lacks}

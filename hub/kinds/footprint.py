@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from experthub.hub.formats.adapter import Adapted
+from experthub.hub.formats.added_tokens import MAX_ADDED, NewToken
 from experthub.hub.formats.dense_parts import DensePart
 
 if TYPE_CHECKING:
@@ -38,6 +39,11 @@ class BaseShapes(Protocol):
         """The parameters that the files lack and that experts bring along."""
         ...
 
+    @property
+    def vocabulary(self) -> frozenset[str]:
+        """The parameters whose rows are tokens."""
+        ...
+
     def read_weight(self, name: str) -> Tensor:
         """Read a parameter, in the dtype in which it is stored."""
         ...
@@ -54,6 +60,8 @@ class Footprint:
         skill_tasks: The tasks of an inventory of skills.
         dense: The dense parts of a low-rank expert, by parameter.
         copies: The tensors that only repeat weights of the base, and are not used.
+        rows: The number of rows of each parameter that has another vocabulary than the base.
+        tokens: The tokens that the expert's tokenizer has beside its vocabulary.
     """
 
     shapes: Shapes
@@ -62,3 +70,35 @@ class Footprint:
     skill_tasks: tuple[str, ...] = ()
     dense: Mapping[str, tuple[DensePart, ...]] = field(default_factory=dict)
     copies: tuple[str, ...] = ()
+    rows: Mapping[str, int] = field(default_factory=dict)
+    tokens: tuple[NewToken, ...] = ()
+
+
+def fits_vocabulary(parameter: str, shape: tuple[int, ...], base: BaseShapes) -> bool:
+    """Tell whether a parameter differs from the base's in the number of its tokens only.
+
+    Args:
+        parameter: The name of the parameter.
+        shape: Its shape in an expert.
+        base: The base.
+
+    Returns:
+        True if both have tokens as rows and are equal in the other dimensions.
+    """
+    own = base.shapes.get(parameter)
+    if own is None or shape[1:] != own[1:] or not 0 < shape[0] <= own[0] + MAX_ADDED:
+        return False
+    return parameter in base.vocabulary
+
+
+def count_other_rows(shapes: Mapping[str, tuple[int, ...]], base: BaseShapes) -> dict[str, int]:
+    """Count the rows of the parameters that have another vocabulary than the base.
+
+    Args:
+        shapes: The shapes of an expert's changes, which were checked.
+        base: The base.
+
+    Returns:
+        The rows of each such parameter.
+    """
+    return {n: shape[0] for n, shape in shapes.items() if shape != base.shapes[n]}

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from experthub.hub.errors import HubError, IntegrityError, UsageError
 from experthub.hub.formats.adapter import Adapted, check_shapes
+from experthub.hub.formats.added_tokens import EXPERT_TOKENIZER, NewToken, read_added_tokens
 from experthub.hub.kinds.broken_kind import report_broken_kind
-from experthub.hub.kinds.footprint import BaseShapes, Footprint, Shapes
+from experthub.hub.kinds.footprint import BaseShapes, Footprint, Shapes, fits_vocabulary
 
 if TYPE_CHECKING:
     from experthub.merge import Delta
@@ -62,6 +63,18 @@ class StoredExpert:
         found: Result = self.memo[id(of)][1]
         return found
 
+    def read_tokens(self) -> tuple[NewToken, ...]:
+        """Read the tokens that the expert's tokenizer has beside its vocabulary.
+
+        Returns:
+            The tokens, in the order of their ids; none for an expert without such files.
+
+        Raises:
+            IntegrityError: A file is malformed.
+        """
+        files = {file: self.verify(file) for file in EXPERT_TOKENIZER if file in self.files}
+        return read_added_tokens(files, self.name) if files else ()
+
     def check_low_rank(self, adapted: tuple[Adapted, ...]) -> Shapes:
         """Check low-rank changes against the base.
 
@@ -76,8 +89,10 @@ class StoredExpert:
         """
 
         def compute() -> Shapes:
-            check_shapes(adapted, self.base.shapes, self.name, self.base.name)
-            return {f"{a.module}.weight": a.shape for a in adapted}
+            found: Shapes = {f"{a.module}.weight": a.shape for a in adapted}
+            resized = {n: s for n, s in found.items() if fits_vocabulary(n, s, self.base)}
+            check_shapes(adapted, {**self.base.shapes, **resized}, self.name, self.base.name)
+            return found
 
         return self.compute_once(adapted, compute)
 
@@ -99,7 +114,7 @@ class StoredExpert:
                 found.setdefault(use, shapes[stored])
         for name, shape in found.items():
             own = self.base.shapes.get(name)
-            if own != shape:
+            if own != shape and not fits_vocabulary(name, shape, self.base):
                 raise HubError(
                     f"{self.name} changes {name} {list(shape)}, but {self.base.name} has "
                     + ("no such parameter" if own is None else f"{list(own)}"),
@@ -122,6 +137,7 @@ class ExpertKind:
         files: The names of all its files, as shell patterns. Every kind may also have gates.
         check: A function that checks the files of this kind in a folder and returns their names. It
             raises IntegrityError for files that could not be loaded later.
+        companions: The names of files that `check` may return besides, which are not its own.
         key: The key of a recipe that names one such expert.
         footprint: A function that reads from headers what a stored expert changes. None for a kind
             that is not listed under `experts:`.
@@ -141,6 +157,7 @@ class ExpertKind:
     marks: tuple[str, ...]
     files: tuple[str, ...]
     check: Callable[[Path], list[str]]
+    companions: tuple[str, ...] = ()
     key: str = "experts"
     footprint: Callable[[StoredExpert], Footprint] | None = None
     load: Callable[[Mapping[str, Any], Footprint, BaseShapes], Changes] | None = None

@@ -19,8 +19,9 @@ from experthub.hub.formats.adapter import (
     read_adapter,
     read_gates,
 )
-from experthub.hub.formats.dense_parts import read_dense_parts
-from experthub.hub.kinds.footprint import BaseShapes, Footprint
+from experthub.hub.formats.added_tokens import EXPERT_TOKENIZER, read_added_tokens
+from experthub.hub.formats.dense_parts import TOKEN_ROWS, read_dense_parts
+from experthub.hub.kinds.footprint import BaseShapes, Footprint, count_other_rows
 from experthub.hub.kinds.kind import Changes, ExpertKind, StoredExpert, kinds
 
 if TYPE_CHECKING:
@@ -34,27 +35,33 @@ def _check(folder: Path) -> list[str]:
             f"{folder} has no {ADAPTER_CONFIG}", "copy the file that peft wrote beside the weights"
         )
     adapted = read_adapter(folder / ADAPTER_CONFIG, folder / ADAPTER, str(folder))
+    parts = read_dense_parts(folder / ADAPTER_CONFIG, folder / ADAPTER, str(folder))
+    names = [ADAPTER, ADAPTER_CONFIG]
+    if any(part.parameter.endswith(TOKEN_ROWS) for part in parts):
+        own = {n: folder / n for n in EXPERT_TOKENIZER if (folder / n).is_file()}
+        read_added_tokens(own, str(folder))
+        names += own
     if not (folder / GATES).is_file():
-        return [ADAPTER, ADAPTER_CONFIG]
+        return names
     check_gates(read_gates(folder / GATES), adapted, str(folder))
-    return [ADAPTER, ADAPTER_CONFIG, GATES]
+    return [*names, GATES]
 
 
 def _footprint(expert: StoredExpert) -> Footprint:
     """Read which modules an adapter changes, and which modules have a gate."""
     config = expert.verify(ADAPTER_CONFIG)
     adapted = read_adapter(config, expert.locate(ADAPTER), expert.name)
-    found = Footprint(expert.check_low_rank(adapted), adapted)
+    found = Footprint(expert.check_low_rank(adapted), adapted, tokens=expert.read_tokens())
     if GATES in expert.files:
         gates = read_gates(expert.locate(GATES))
         found = replace(found, gated=expert.compute_once(gates, lambda: frozenset(gates)))
-    if not (parts := read_dense_parts(config, expert.locate(ADAPTER), expert.name)):
-        return found
-    from experthub.hub.kinds.dense_changes import check_dense_parts
+    if parts := read_dense_parts(config, expert.locate(ADAPTER), expert.name):
+        from experthub.hub.kinds.dense_changes import check_dense_parts, count_rows
 
-    dense, copies = check_dense_parts(expert, parts)
-    shapes = found.shapes | {name: expert.base.shapes[name] for name in dense}
-    return replace(found, shapes=shapes, dense=dense, copies=copies)
+        dense, copies = check_dense_parts(expert, parts)
+        own = {name: count_rows(dense[name], expert.base.shapes[name]) for name in dense}
+        found = replace(found, shapes=found.shapes | own, dense=dense, copies=copies)
+    return replace(found, rows=count_other_rows(found.shapes, expert.base))
 
 
 def _load(contents: Mapping[str, Any], footprint: Footprint, base: BaseShapes) -> Changes:
@@ -93,6 +100,7 @@ LORA = kinds.register(
         label="a LoRA",
         marks=(ADAPTER,),
         files=(ADAPTER_CONFIG, ADAPTER),
+        companions=EXPERT_TOKENIZER,
         check=_check,
         footprint=_footprint,
         load=_load,

@@ -14,11 +14,12 @@ SEED, ROWS, TOKENS = 20, 2, 12
 SAMPLES = 8000  # Half a second of sound.
 
 
-def make_inputs(model: Any) -> dict[str, Tensor]:
+def make_inputs(model: Any, tokens: int) -> dict[str, Tensor]:
     """Make a fixed input that a model can read: tokens, pixels or sound.
 
     Args:
         model: A transformers model.
+        tokens: The number of tokens to draw from; 0 for all tokens of the model.
 
     Returns:
         The arguments of its forward pass.
@@ -31,7 +32,7 @@ def make_inputs(model: Any) -> dict[str, Tensor]:
     main = model.main_input_name
     found: dict[str, Tensor] = {}
     if main == "input_ids":
-        found["input_ids"] = _draw_tokens(config, random)
+        found["input_ids"] = _draw_tokens(config, tokens, random)
         if "pixel_values" in names and hasattr(model, "get_text_features"):
             found["pixel_values"] = _draw_pixels(config, random)
     elif main == "pixel_values":
@@ -47,13 +48,13 @@ def make_inputs(model: Any) -> dict[str, Tensor]:
             "pass --no-proof",
         )
     if config.is_encoder_decoder:
-        found["decoder_input_ids"] = _draw_tokens(config, random)
+        found["decoder_input_ids"] = _draw_tokens(config, tokens, random)
     return {name: value.to(model.device) for name, value in found.items()}
 
 
-def _draw_tokens(config: Any, random: torch.Generator) -> Tensor:
+def _draw_tokens(config: Any, tokens: int, random: torch.Generator) -> Tensor:
     """Draw tokens that stand for no image and no sound."""
-    size = int(config.get_text_config().vocab_size)
+    size = tokens or int(config.get_text_config().vocab_size)
     ids = torch.randint(0, size, (ROWS, TOKENS), generator=random)
     for key in ("image_token_id", "video_token_id", "audio_token_id", "image_token_index"):
         marker = getattr(config, key, None)
@@ -71,18 +72,18 @@ def _draw_pixels(config: Any, random: torch.Generator) -> Tensor:
     return torch.randn(ROWS, channels, height, width, generator=random)
 
 
-def compute_outputs(model: Any) -> dict[str, Tensor]:
-    """Run a model on its fixed input.
+def compute_outputs(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Run a model on an input.
 
     Args:
         model: A transformers model, or one of peft.
+        inputs: The arguments of its forward pass.
 
     Returns:
         Its outputs that are float tensors, by name: logits, hidden states, embeddings.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     with torch.no_grad():
-        found: Mapping[str, Any] = model.eval()(**make_inputs(inner), return_dict=True)
+        found: Mapping[str, Any] = model.eval()(**inputs, return_dict=True)
     return {
         name: value.float()
         for name, value in found.items()

@@ -14,9 +14,10 @@ import torch
 from experthub.hub.bases.base import Base
 from experthub.hub.bases.base_sources import find, is_available_locally
 from experthub.hub.bases.loading import load_model
+from experthub.hub.bases.vocabulary import resize_model
 from experthub.hub.composition.compose import compose
 from experthub.hub.errors import HubError, IntegrityError
-from experthub.hub.proofs.inputs import compare_outputs, compute_outputs
+from experthub.hub.proofs.inputs import compare_outputs, compute_outputs, make_inputs
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.recipes.recipe import Recipe
 from experthub.hub.recipes.resolution import resolve
@@ -25,6 +26,7 @@ from experthub.hub.registry.expert import Expert, Proof
 from experthub.hub.session import Session
 from experthub.hub.transfer.remotes.no_network import forbid_network
 from experthub.merge import linear
+from torch import Tensor
 
 # The errors of transformers and of other libraries for what they cannot load or run.
 ERRORS = (
@@ -38,6 +40,7 @@ ERRORS = (
     TypeError,
     ValueError,
 )
+Outputs = dict[str, Tensor]
 DTYPE = "float32"
 TOLERANCE = 1e-4  # The largest difference, as a share of the largest output; at least of 1.
 LARGE = 2 << 30  # Bytes of a base in float32, above which a proof is made on request only.
@@ -101,14 +104,50 @@ def prove(
         plan = _plan_alone(expert, _find_local_base(expert, session, requested), session)
         session.report(f"comparing with {reference.against}", 0, 0)
         with torch.random.fork_rng(devices=[]), forbid_network(), _explain_errors(reference):
-            ours = compute_outputs(compose(plan, session=session).model)
-            theirs = compute_outputs(reference.load(load_model(plan.base, DTYPE, session.device)))
+            ours, theirs = _run_both(plan, reference, session)
     except CannotProveError as error:
         if requested:
             raise
         session.report(f"note: not compared with {reference.against}: {error.message}", 0, 0)
         return None
     return _judge(expert, reference, *compare_outputs(ours, theirs))
+
+
+def _run_both(plan: Plan, reference: Reference, session: Session) -> tuple[Outputs, Outputs]:
+    """Compute the outputs of the composition and of the reference, one model after the other.
+
+    Both have the tokens of the base in the same rows; other rows are left out.
+    """
+    model = compose(plan, session=session).model
+    rows, seen = _count_tokens(plan)
+    inputs = make_inputs(model, seen)
+    ours = compute_outputs(model, inputs)
+    del model
+    other = load_model(plan.base, DTYPE, session.device)
+    if rows:
+        resize_model(other, rows)
+    theirs = compute_outputs(reference.load(other), inputs)
+    cut = {name for name in ours.keys() & theirs.keys() if seen and "logits" in name}
+    found = [
+        {n: value[..., :seen] if n in cut else value for n, value in outputs.items()}
+        for outputs in (ours, theirs)
+    ]
+    return found[0], found[1]
+
+
+def _count_tokens(plan: Plan) -> tuple[int, int]:
+    """Count the rows of the expert's embeddings, and the first of them that are rows of both models.
+
+    Both are 0 for an expert with the vocabulary of its base.
+    """
+    if plan.vocabulary is None:
+        return 0, 0
+    (member,) = plan.members
+    rows = max(member.footprint.rows.values(), default=plan.vocabulary.own)
+    places = plan.vocabulary.sources[member.digest]
+    moved = [row for row, source in places.items() if row != source]
+    moved += [source for row, source in places.items() if row != source and source >= 0]
+    return rows, min([rows, plan.vocabulary.rows, *moved])
 
 
 class CannotProveError(HubError):

@@ -12,6 +12,7 @@ from experthub.hub.files.digests import digest_of
 from experthub.hub.recipes.examples import PlannedData
 from experthub.hub.recipes.planned_experts import Member, PlannedExpert
 from experthub.hub.recipes.recipe import Recipe
+from experthub.hub.recipes.vocabulary import Vocabulary
 from experthub.hub.registry.content import Content
 
 LOCK_VERSION = 2  # of the composition's digest and of lock files. Version 1 covered weights only.
@@ -35,6 +36,7 @@ class Plan:
         encoders: The digests of the bases that embed texts for the method.
         parts: A plan for each part of a recipe with parts.
         dense: The names of the parameters that are taken from one expert as they are.
+        vocabulary: The vocabulary, if experts have another one than the base.
     """
 
     recipe: Recipe
@@ -50,6 +52,7 @@ class Plan:
     encoders: tuple[str, ...] = ()
     parts: tuple[Plan, ...] = ()
     dense: tuple[str, ...] = ()
+    vocabulary: Vocabulary | None = None
 
     @property
     def units(self) -> tuple[Plan, ...]:

@@ -13,6 +13,7 @@ from experthub.hub.bases.base_sources import find
 from experthub.hub.bases.used_weights import compare_stored
 from experthub.hub.errors import HubError, IntegrityError, UsageError
 from experthub.hub.files.patterns import limit_matching_time
+from experthub.hub.formats.added_tokens import AddedVocabulary
 from experthub.hub.kinds import StoredExpert, kinds
 from experthub.hub.recipes.compatibility import check_disjoint, check_method
 from experthub.hub.recipes.dense_checks import check_dense_parts, check_equal_parts
@@ -22,6 +23,7 @@ from experthub.hub.recipes.member_cache import MemberCache
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.recipes.planned_experts import Member, PlannedExpert, is_large
 from experthub.hub.recipes.recipe import Recipe
+from experthub.hub.recipes.vocabulary import plan_vocabulary
 from experthub.hub.registry.content import Content
 from experthub.hub.registry.expert import Identity, Reference, make_source_absolute
 from experthub.hub.session import Session
@@ -81,6 +83,9 @@ def resolve(
         for entry in recipe.experts
     )
     check_dense_parts(recipe, experts, base)
+    vocabulary = plan_vocabulary(base, [m for e in experts for m in e.members])
+    if vocabulary is not None:
+        base = replace(base, added=AddedVocabulary(vocabulary.rows, vocabulary.tokens))
     recipes = [recipe.of_part(part) for part in recipe.parts] if recipe.parts else [recipe]
     targets = [_find_targets(one, experts) for one in recipes]
     check_disjoint(recipes, targets)
@@ -116,6 +121,7 @@ def resolve(
         names.unused,
         tuple(find(name, encoders or session).digest for name in embedders),
         dense=dense,
+        vocabulary=vocabulary,
     )
     if recipe.parts is None:
         return plan

@@ -53,6 +53,16 @@ def list_file_patterns() -> tuple[str, ...]:
     return (*changes, GATES, *others, DESCRIPTION)
 
 
+def list_fetched_files() -> tuple[str, ...]:
+    """List the names of the files that are fetched with an expert of any kind.
+
+    Returns:
+        Shell patterns, those of `list_file_patterns` first.
+    """
+    more = [name for kind in kinds.values() for name in kind.companions]
+    return (*list_file_patterns(), *dict.fromkeys(more))
+
+
 class Score(Closed):
     """The scores of an expert and of its base on one split of a task.
 
