@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from experthub.hub.errors import HubError, IntegrityError
 from experthub.hub.files.spelling import suggest_name
 from experthub.hub.formats.safetensors_header import FLOATS, TensorInfo, read_header
 from experthub.hub.formats.safetensors_reader import read_tensor
+from experthub.hub.kinds.dense_changes import fit_rows
 from experthub.hub.progress import Report
 from torch import Tensor
 
@@ -75,7 +76,11 @@ class Pair:
     tuned: str
 
 
-def pair_parameters(base: StoredWeights, tuned: StoredWeights) -> list[Pair]:
+def pair_parameters(
+    base: StoredWeights,
+    tuned: StoredWeights,
+    list_vocabulary: Callable[[], Collection[str]] = frozenset,
+) -> list[Pair]:
     """Pair the parameters of two models.
 
     Tied weights are one parameter if both models tie them, and two parameters otherwise.
@@ -83,6 +88,8 @@ def pair_parameters(base: StoredWeights, tuned: StoredWeights) -> list[Pair]:
     Args:
         base: The base's weights.
         tuned: The fine-tuned weights.
+        list_vocabulary: A function that returns the parameters whose rows are tokens. Their number
+            of rows may differ.
 
     Returns:
         The pairs, sorted by name.
@@ -105,10 +112,11 @@ def pair_parameters(base: StoredWeights, tuned: StoredWeights) -> list[Pair]:
             )
     for pair in pairs:
         here, there = base.shapes[pair.base], tuned.shapes[pair.tuned]
-        if here != there:
+        resized = here[1:] == there[1:] and here != there and pair.name in list_vocabulary()
+        if here != there and not resized:
             raise HubError(
                 f"{pair.name} is {list(here)} in {base.name} and {list(there)} in {tuned.name}",
-                "check whether the vocabulary was resized; a difference needs equal shapes",
+                "name two models of one size; only the number of tokens may differ",
             )
     for name, shape in base.others.items():
         if name in tuned.others and not (
@@ -145,7 +153,7 @@ def read_pair(pair: Pair, base: StoredWeights, tuned: StoredWeights) -> Paramete
         tuned: The fine-tuned weights.
 
     Returns:
-        Both values and their difference.
+        Both values and their difference. Rows that the base lacks count as zeros.
 
     Raises:
         IntegrityError: A value is NaN or infinite.
@@ -160,6 +168,7 @@ def read_pair(pair: Pair, base: StoredWeights, tuned: StoredWeights) -> Paramete
         values.append(value.to(torch.promote_types(value.dtype, torch.float32)))
     wide = torch.promote_types(values[0].dtype, values[1].dtype)
     before, after = values[0].to(wide), values[1].to(wide)
+    before = fit_rows(before, tuple(after.shape))
     return ParameterValues(before, after, after - before)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from experthub.hub.errors import IntegrityError
+from experthub.hub.files.atomic import write_json
 from experthub.hub.files.json_files import read_json
 
 ADDED_TOKENS = "added_tokens.json"
@@ -78,6 +79,19 @@ def read_added_tokens(files: Mapping[str, Path], name: str) -> tuple[NewToken, .
             "save the tokenizer again with save_pretrained",
         )
     return tuple(sorted(found.values()))
+
+
+def write_added_tokens(folder: Path, tokens: Sequence[NewToken]) -> None:
+    """Write the files that list added tokens.
+
+    Args:
+        folder: An existing folder.
+        tokens: The tokens. No file is written without any.
+    """
+    if tokens:
+        write_json(folder / ADDED_TOKENS, {token.content: token.id for token in tokens})
+    if special := [token.content for token in tokens if token.special]:
+        write_json(folder / SPECIAL_TOKENS, {"additional_special_tokens": special})
 
 
 def _read_file(content: dict[str, Any], file: str) -> list[NewToken]:

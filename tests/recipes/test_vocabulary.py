@@ -219,3 +219,31 @@ def test_huge_indices_of_tokens_are_refused(tmp_path: Path) -> None:
     (one / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(HubError, match="row 1073741824"):
         compose(base, one)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+def test_a_fine_tuned_model_with_more_tokens_has_a_difference(name: str, tmp_path: Path) -> None:
+    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    kind = make_base(base, name)
+    write_tokenizer(base)
+    model = kind.from_pretrained(base)
+    model.resize_token_embeddings(V + 2, mean_resizing=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(tuned)
+    write_tokenizer(tuned, "<a>", "<b>")
+    found = run_hub("diff", base, tuned, "--name", "mine")
+    assert found.code == 0, found.err
+    for wrong in (("--rank", "4"), ("--sparse", "0.5")):
+        refused = run_hub("diff", base, tuned, "--name", "other", *wrong)
+        assert refused.code == 2, refused.err
+    composed = hub.compose({"base": str(base), "experts": ["mine"], "merge": {"method": "linear"}})
+    torch.testing.assert_close(run(name, composed.model), run(name, model), atol=1e-5, rtol=1e-5)
+    ids = torch.tensor([[5, V, V + 1, 7]])
+    with torch.no_grad():
+        right, logits = model(ids).logits, composed.model(ids).logits
+    torch.testing.assert_close(logits, right, atol=1e-5, rtol=1e-5)
+    tokenizer = load_tokenizer(composed.plan.base)
+    assert tokenizer("<a><b>")["input_ids"] == [V, V + 1]
+    assert tokenizer.decode([V, 5], skip_special_tokens=True) == tokenizer.decode([5])
