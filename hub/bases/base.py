@@ -59,13 +59,6 @@ class Base:
     lacks: frozenset[str] = frozenset()
     added: AddedVocabulary | None = None
 
-    @property
-    def vocabulary(self) -> frozenset[str]:
-        """The parameters whose rows are tokens."""
-        from experthub.hub.bases.vocabulary import find_vocabulary
-
-        return find_vocabulary(self)
-
     def read_weight(self, name: str) -> Tensor:
         """Read a parameter from the files.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from logging import LogRecord, getLogger
@@ -16,10 +16,9 @@ from experthub.hub.bases.base import Base
 from experthub.hub.bases.fingerprint import compute_fingerprint, list_weight_files
 from experthub.hub.bases.identity import compute_base_digest
 from experthub.hub.bases.model_size import limit_model_size
-from experthub.hub.bases.tokenizer import CheckedTokenizer
+from experthub.hub.bases.tokenizer import CheckedTokenizer, add_tokens
 from experthub.hub.errors import HubError, IntegrityError, UsageError
 from experthub.hub.files.json_files import read_json
-from experthub.hub.formats.added_tokens import NewToken
 from experthub.hub.formats.safetensors_header import FLOATS, read_header
 from experthub.hub.formats.safetensors_reader import DTYPES
 from experthub.hub.transfer.remotes.no_network import forbid_network
@@ -172,20 +171,6 @@ def load_tokenizer(base: Base) -> Any:
     _check_unchanged(base)
     rows = base.added.rows if base.added else None
     return CheckedTokenizer(found, base.name, base.folder, base.shapes, rows)
-
-
-def add_tokens(tokenizer: Any, tokens: Iterable[NewToken]) -> None:
-    """Add tokens to a tokenizer, unless it has them.
-
-    Args:
-        tokenizer: A tokenizer of transformers, which is changed in place.
-        tokens: The tokens; they get the next free ids in this order.
-    """
-    from tokenizers import AddedToken
-
-    for token in tokens:
-        added = AddedToken(token.content, special=token.special, normalized=False)
-        tokenizer.add_tokens([added], special_tokens=token.special)
 
 
 def write_model(base: Base, model: Any, folder: Path) -> None:

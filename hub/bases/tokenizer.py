@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from experthub.hub.bases.base import EMBEDDINGS
 from experthub.hub.errors import HubError
+from experthub.hub.formats.added_tokens import NewToken
 from torch import Tensor
 
 # Not only those that a causal model ties to its outputs.
@@ -120,6 +121,20 @@ class CheckedTokenizer:
                 f"base {self.name}: its tokenizer cannot {what.replace('_', ' ')}: {reason}",
                 f"check the files of the tokenizer in {self.folder}, or get them again",
             ) from None
+
+
+def add_tokens(tokenizer: Any, tokens: Iterable[NewToken]) -> None:
+    """Add tokens to a tokenizer, unless it has them.
+
+    Args:
+        tokenizer: A tokenizer of transformers, which is changed in place.
+        tokens: The tokens; they get the next free ids in this order.
+    """
+    from tokenizers import AddedToken
+
+    for token in tokens:
+        added = AddedToken(token.content, special=token.special, normalized=False)
+        tokenizer.add_tokens([added], special_tokens=token.special)
 
 
 def _flatten(texts: Any) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 from experthub.hub.bases.base import Base
 from experthub.hub.bases.base_sources import find
 from experthub.hub.bases.loading import find_linear_modules
+from experthub.hub.bases.vocabulary import find_vocabulary
 from experthub.hub.errors import HubError, UsageError
 from experthub.hub.files.atomic import create_folder
 from experthub.hub.finetunes.form import MAX_SHARD_SIZE, Form
@@ -167,7 +168,7 @@ def store_difference(
     """
     report = session.report
     untouched = open_weights(base)
-    pairs = pair_parameters(untouched, tuned, lambda: base.vocabulary)
+    pairs = pair_parameters(untouched, tuned, lambda: find_vocabulary(base))
     resized = [p.name for p in pairs if untouched.shapes[p.base] != tuned.shapes[p.tuned]]
     if resized and (form.low_rank or form.sparse is not None):
         raise UsageError(

@@ -19,7 +19,8 @@ from experthub.hub.files.patterns import matches_any
 from experthub.hub.files.spelling import suggest_name
 from experthub.hub.formats import tar
 from experthub.hub.formats.records import Digest
-from experthub.hub.registry.expert import NAME, list_fetched_files
+from experthub.hub.registry.expert import NAME
+from experthub.hub.registry.file_patterns import list_fetched_files
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 MARK, INDEX = "oci-layout", "index.json"

@@ -14,7 +14,6 @@ from experthub.hub.formats.adapter import ADAPTER
 from experthub.hub.formats.dense_parts import DensePart, group_parts
 from experthub.hub.formats.safetensors_header import read_header
 from experthub.hub.formats.safetensors_reader import read_tensor
-from experthub.hub.kinds.footprint import fits_vocabulary
 from experthub.merge import Dense
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def _check_shape(expert: StoredExpert, part: DensePart) -> None:
     """Refuse a part that does not fit its parameter in the base."""
     own = expert.base.shapes.get(part.parameter)
     shape = count_rows((part,), own) if own else part.shape
-    if own == shape or (own and fits_vocabulary(part.parameter, shape, expert.base)):
+    if own == shape or (own and expert.fits_vocabulary(part.parameter, shape)):
         return
     what = f"row {max(part.rows)}" if part.way == "rows" else f"{list(part.shape)}"
     raise HubError(

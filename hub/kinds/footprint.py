@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from experthub.hub.formats.adapter import Adapted
-from experthub.hub.formats.added_tokens import MAX_ADDED, NewToken
+from experthub.hub.formats.added_tokens import NewToken
 from experthub.hub.formats.dense_parts import DensePart
 
 if TYPE_CHECKING:
@@ -39,11 +39,6 @@ class BaseShapes(Protocol):
         """The parameters that the files lack and that experts bring along."""
         ...
 
-    @property
-    def vocabulary(self) -> frozenset[str]:
-        """The parameters whose rows are tokens."""
-        ...
-
     def read_weight(self, name: str) -> Tensor:
         """Read a parameter, in the dtype in which it is stored."""
         ...
@@ -72,23 +67,6 @@ class Footprint:
     copies: tuple[str, ...] = ()
     rows: Mapping[str, int] = field(default_factory=dict)
     tokens: tuple[NewToken, ...] = ()
-
-
-def fits_vocabulary(parameter: str, shape: tuple[int, ...], base: BaseShapes) -> bool:
-    """Tell whether a parameter differs from the base's in the number of its tokens only.
-
-    Args:
-        parameter: The name of the parameter.
-        shape: Its shape in an expert.
-        base: The base.
-
-    Returns:
-        True if both have tokens as rows and are equal in the other dimensions.
-    """
-    own = base.shapes.get(parameter)
-    if own is None or shape[1:] != own[1:] or not 0 < shape[0] <= own[0] + MAX_ADDED:
-        return False
-    return parameter in base.vocabulary
 
 
 def count_other_rows(shapes: Mapping[str, tuple[int, ...]], base: BaseShapes) -> dict[str, int]:

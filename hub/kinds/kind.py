@@ -12,9 +12,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from experthub.hub.errors import HubError, IntegrityError, UsageError
 from experthub.hub.formats.adapter import Adapted, check_shapes
-from experthub.hub.formats.added_tokens import EXPERT_TOKENIZER, NewToken, read_added_tokens
+from experthub.hub.formats.added_tokens import (
+    EXPERT_TOKENIZER,
+    MAX_ADDED,
+    NewToken,
+    read_added_tokens,
+)
 from experthub.hub.kinds.broken_kind import report_broken_kind
-from experthub.hub.kinds.footprint import BaseShapes, Footprint, Shapes, fits_vocabulary
+from experthub.hub.kinds.footprint import BaseShapes, Footprint, Shapes
 
 if TYPE_CHECKING:
     from experthub.merge import Delta
@@ -36,6 +41,7 @@ class StoredExpert:
             the changes are loaded.
         verify: A function that hashes a file and returns its path.
         memo: The results of `compute_once` for this base.
+        list_vocabulary: A function that returns the base's parameters whose rows are tokens.
     """
 
     name: str
@@ -44,6 +50,7 @@ class StoredExpert:
     locate: Callable[[str], Path]
     verify: Callable[[str], Path]
     memo: dict[int, tuple[object, Any]]
+    list_vocabulary: Callable[[], Collection[str]] = frozenset
 
     def compute_once(self, of: object, compute: Callable[[], Result]) -> Result:
         """Compute a function of an object once, if many experts share the object.
@@ -75,6 +82,21 @@ class StoredExpert:
         files = {file: self.verify(file) for file in EXPERT_TOKENIZER if file in self.files}
         return read_added_tokens(files, self.name) if files else ()
 
+    def fits_vocabulary(self, parameter: str, shape: tuple[int, ...]) -> bool:
+        """Tell whether a parameter differs from the base's in the number of its tokens only.
+
+        Args:
+            parameter: The name of the parameter.
+            shape: Its shape in the expert.
+
+        Returns:
+            True if both have tokens as rows and are equal in the other dimensions.
+        """
+        own = self.base.shapes.get(parameter)
+        if own is None or shape[1:] != own[1:] or not 0 < shape[0] <= own[0] + MAX_ADDED:
+            return False
+        return parameter in self.list_vocabulary()
+
     def check_low_rank(self, adapted: tuple[Adapted, ...]) -> Shapes:
         """Check low-rank changes against the base.
 
@@ -90,7 +112,7 @@ class StoredExpert:
 
         def compute() -> Shapes:
             found: Shapes = {f"{a.module}.weight": a.shape for a in adapted}
-            resized = {n: s for n, s in found.items() if fits_vocabulary(n, s, self.base)}
+            resized = {n: s for n, s in found.items() if self.fits_vocabulary(n, s)}
             check_shapes(adapted, {**self.base.shapes, **resized}, self.name, self.base.name)
             return found
 
@@ -114,7 +136,7 @@ class StoredExpert:
                 found.setdefault(use, shapes[stored])
         for name, shape in found.items():
             own = self.base.shapes.get(name)
-            if own != shape and not fits_vocabulary(name, shape, self.base):
+            if own != shape and not self.fits_vocabulary(name, shape):
                 raise HubError(
                     f"{self.name} changes {name} {list(shape)}, but {self.base.name} has "
                     + ("no such parameter" if own is None else f"{list(own)}"),

@@ -84,7 +84,9 @@ class MemberCache:
         Args:
             members: The members, in the order of the contents that `for_composition` was given.
         """
-        plain = (kinds[m.kind] is LORA and not m.footprint.dense for m in members)
+        plain = (
+            kinds[m.kind] is LORA and not (m.footprint.dense or m.footprint.rows) for m in members
+        )
         if not all(plain):
             return
         adapted: dict[int, int] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,18 +10,18 @@ from typing import Any
 from experthub.hub.bases.base import Base
 from experthub.hub.bases.base_sources import find
 from experthub.hub.bases.used_weights import compare_stored
-from experthub.hub.errors import HubError, IntegrityError, UsageError
-from experthub.hub.files.patterns import limit_matching_time
+from experthub.hub.bases.vocabulary import find_vocabulary
+from experthub.hub.errors import IntegrityError, UsageError
 from experthub.hub.formats.added_tokens import AddedVocabulary
 from experthub.hub.kinds import StoredExpert, kinds
-from experthub.hub.recipes.compatibility import check_disjoint, check_method
-from experthub.hub.recipes.dense_checks import check_dense_parts, check_equal_parts
+from experthub.hub.recipes.dense_checks import check_dense_parts
 from experthub.hub.recipes.entries import DataUse, ExpertUse, NestedMerge, list_members
 from experthub.hub.recipes.examples import PlannedData
 from experthub.hub.recipes.member_cache import MemberCache
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.recipes.planned_experts import Member, PlannedExpert, is_large
 from experthub.hub.recipes.recipe import Recipe
+from experthub.hub.recipes.targets import divide_parameters
 from experthub.hub.recipes.vocabulary import plan_vocabulary
 from experthub.hub.registry.content import Content
 from experthub.hub.registry.expert import Identity, Reference, make_source_absolute
@@ -71,10 +70,7 @@ def resolve(
     _note_renamed(recipe, session)
     # Names are checked before anything is downloaded.
     contents = list(pinned or (find_content(use, session) for use in recipe.uses))
-    base = find(recipe.base, session)
-    names = compare_stored(base)
-    if names.missing:  # Experts may bring these weights along.
-        base = replace(base, shapes=base.shapes | names.missing, lacks=frozenset(names.missing))
+    base, unused = _find_base(recipe, session)
     reader = _ExpertReader(session, base, recipe.allow_base_mismatch)
     uses = zip(contents, recipe.uses, strict=True)
     members = iter(reader.read_members([*uses], packed and recipe.route is not None))
@@ -87,12 +83,7 @@ def resolve(
     if vocabulary is not None:
         base = replace(base, added=AddedVocabulary(vocabulary.rows, vocabulary.tokens))
     recipes = [recipe.of_part(part) for part in recipe.parts] if recipe.parts else [recipe]
-    targets = [_find_targets(one, experts) for one in recipes]
-    check_disjoint(recipes, targets)
-    places = [_separate_dense(one, experts, own) for one, own in zip(recipes, targets, strict=True)]
-    for one, (parameters, dense) in zip(recipes, places, strict=True):
-        check_method(one, experts, parameters)
-        check_equal_parts(one, experts, dense)
+    places = divide_parameters(recipes, experts)
     dtype = recipe.dtype or {"BF16": "bfloat16", "F16": "float16"}.get(base.dtype, "float32")
     if recipe.stored and found is None:
         found = find_content(ExpertUse(expert=recipe.stored), session)
@@ -118,7 +109,7 @@ def resolve(
         memory,
         data,
         found,
-        names.unused,
+        unused,
         tuple(find(name, encoders or session).digest for name in embedders),
         dense=dense,
         vocabulary=vocabulary,
@@ -128,6 +119,15 @@ def resolve(
     pairs = zip(recipes, places, strict=True)
     parts = (replace(plan, recipe=r, parameters=own, dense=rest) for r, (own, rest) in pairs)
     return replace(plan, parts=tuple(parts))
+
+
+def _find_base(recipe: Recipe, session: Session) -> tuple[Base, tuple[str, ...]]:
+    """Find the base of a recipe, and the names of its stored weights that the model does not use."""
+    base = find(recipe.base, session)
+    names = compare_stored(base)
+    if names.missing:  # Experts may bring these weights along.
+        base = replace(base, shapes=base.shapes | names.missing, lacks=frozenset(names.missing))
+    return base, names.unused
 
 
 def _note_renamed(recipe: Recipe, session: Session) -> None:
@@ -238,6 +238,7 @@ class _ExpertReader:
             locate=lambda name: self.session.store.path(digests[name]),
             verify=lambda name: self.session.store.verify_object(digests[name]),
             memo=self.memo,
+            list_vocabulary=lambda: find_vocabulary(self.base),
         )
         size = sum(info.size for info in identity.files.values())
         footprint = kind.footprint(stored)
@@ -264,34 +265,3 @@ def _plan_expert(entry: ExpertUse | NestedMerge, members: list[Member]) -> Plann
 def _remove_version(reference: str) -> str:
     """Remove the version or the revision from a reference; an @ in a path belongs to the path."""
     return reference if reference.startswith("/") else reference.partition("@")[0]
-
-
-def _separate_dense(
-    recipe: Recipe, experts: tuple[PlannedExpert, ...], targets: tuple[str, ...]
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Separate the parameters that the method changes from those that are taken from one expert."""
-    if recipe.route is None and recipe.dense_parts is None:
-        return targets, ()
-    members = [member for expert in experts for member in expert.members]
-    own: set[str] = set().union(*(member.own_changes for member in members))
-    dense: set[str] = set().union(*(member.footprint.dense for member in members))
-    return tuple(n for n in targets if n in own), tuple(n for n in targets if n in dense)
-
-
-def _find_targets(recipe: Recipe, experts: tuple[PlannedExpert, ...]) -> tuple[str, ...]:
-    """Find the parameters that the recipe changes."""
-    shapes = {id(m.changes): m.changes for expert in experts for m in expert.members}
-    names = sorted({name for changes in shapes.values() for name in changes})
-    if recipe.targets is None:
-        return tuple(names)
-    try:
-        with limit_matching_time():
-            chosen = [n for n in names if re.fullmatch(recipe.targets, n.rpartition(".")[0])]
-    except TimeoutError as error:
-        raise UsageError(f"targets {recipe.targets!r}: {error}", "simplify the pattern") from None
-    if not chosen:
-        raise HubError(
-            f"targets {recipe.targets!r} matches no module that the experts change",
-            f"match a module that they change, such as {names[0].rpartition('.')[0]}",
-        )
-    return tuple(chosen)

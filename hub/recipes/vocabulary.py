@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from experthub.hub.bases.base import Base
-from experthub.hub.bases.loading import add_tokens, load_tokenizer
+from experthub.hub.bases.loading import load_tokenizer
+from experthub.hub.bases.tokenizer import add_tokens
+from experthub.hub.bases.vocabulary import find_vocabulary
 from experthub.hub.errors import HubError
 from experthub.hub.formats.added_tokens import NewToken
 from experthub.hub.recipes.planned_experts import Member
@@ -57,7 +59,7 @@ def plan_vocabulary(base: Base, members: Sequence[Member]) -> Vocabulary | None:
     known = {member.digest: member for member in members}
     if not any(m.footprint.rows or m.footprint.tokens for m in known.values()):
         return None
-    parameters = base.vocabulary
+    parameters = find_vocabulary(base)
     own = max(base.shapes[name][0] for name in parameters if name in base.shapes)
     heights = {d: max(m.footprint.rows.values(), default=own) for d, m in known.items()}
     usable = {

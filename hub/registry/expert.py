@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 from experthub.hub.errors import UsageError
 from experthub.hub.files.digests import digest_of, find_not_finite, replace_not_finite
 from experthub.hub.files.yaml_files import Closed
-from experthub.hub.formats.adapter import GATES
 from experthub.hub.formats.records import Digest, Sha256
 from experthub.hub.kinds import kinds
 from experthub.hub.kinds.kind import FILE
@@ -39,28 +38,6 @@ def _check_kind(name: str) -> str:
 KindName = Annotated[str, AfterValidator(_check_kind)]
 # An entry may be of a kind whose package is absent here: it must not block the other entries.
 StatedKind = Annotated[str, StringConstraints(pattern="^[a-z][a-z0-9_]{0,59}$")]
-
-
-def list_file_patterns() -> tuple[str, ...]:
-    """List the names of the files that an expert of any kind may have.
-
-    Returns:
-        Shell patterns. Folders that were fetched from a model hub are named after a hash of the
-        patterns in this order, so the order must not change.
-    """
-    changes = [name for kind in kinds.values() if kind.load for name in kind.files]
-    others = [name for kind in kinds.values() if not kind.load for name in kind.files]
-    return (*changes, GATES, *others, DESCRIPTION)
-
-
-def list_fetched_files() -> tuple[str, ...]:
-    """List the names of the files that are fetched with an expert of any kind.
-
-    Returns:
-        Shell patterns, those of `list_file_patterns` first.
-    """
-    more = [name for kind in kinds.values() for name in kind.companions]
-    return (*list_file_patterns(), *dict.fromkeys(more))
 
 
 class Score(Closed):

@@ -11,7 +11,8 @@ from experthub.hub.errors import HubError
 from experthub.hub.files.atomic import hub_home, open_draft_folder
 from experthub.hub.formats.oci_layout import EXPERT_DIGEST, OciLayout, is_layout
 from experthub.hub.progress import Report, silent
-from experthub.hub.registry.expert import Reference, list_fetched_files
+from experthub.hub.registry.expert import Reference
+from experthub.hub.registry.file_patterns import list_fetched_files
 from experthub.hub.transfer.remotes import hf
 
 

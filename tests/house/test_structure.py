@@ -21,7 +21,8 @@ MAX_FILE, MAX_FUNCTION = 300, 60  # lines
 # Modules of cli defer everything: a command imports what it needs itself.
 DEFERRED = {
     "hub.bases.gguf": {"hub.bases.loading", "hub.bases.model_size"},
-    "hub.kinds.lora": {"hub.formats.safetensors_reader", "merge"},
+    "hub.bases.base": {"hub.bases.stored_weights"},
+    "hub.kinds.lora": {"hub.formats.safetensors_reader", "hub.kinds.dense_changes", "merge"},
     "hub.kinds.task_vector": {"merge"},
     "hub.recipes.method": {"merge", "routing"},
 }

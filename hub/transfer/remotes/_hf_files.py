@@ -12,7 +12,7 @@ from urllib.parse import quote
 from experthub.hub.errors import HubError, IntegrityError, UsageError
 from experthub.hub.files.patterns import matches_any
 from experthub.hub.kinds.kind import PICKLES
-from experthub.hub.registry.expert import list_file_patterns
+from experthub.hub.registry.file_patterns import list_file_patterns
 from experthub.hub.transfer.remotes._download import SHA256
 from experthub.hub.transfer.remotes._hf_api import read_endpoint, request_json
 

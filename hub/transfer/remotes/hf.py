@@ -22,7 +22,7 @@ from experthub.hub.files.checksummed_text import MANIFEST, read_manifest, write_
 from experthub.hub.files.digests import sha256_of
 from experthub.hub.files.file_locks import hold_lock
 from experthub.hub.files.path_checks import ensure_space
-from experthub.hub.registry.expert import list_fetched_files, list_file_patterns
+from experthub.hub.registry.file_patterns import list_fetched_files, list_file_patterns
 from experthub.hub.transfer.remotes._download import download, fetch_small
 from experthub.hub.transfer.remotes._hf_api import make_headers, read_endpoint
 from experthub.hub.transfer.remotes._hf_files import (
