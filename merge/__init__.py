@@ -45,6 +45,7 @@ from experthub.merge._task_vector import (
     map_tensors,
     unite_vectors,
 )
+from experthub.merge._weight_reads import WeightRead, find_weight_reads
 from experthub.merge.adamerging import adamerging
 from experthub.merge.atlas import atlas
 from experthub.merge.dare import dare
@@ -88,6 +89,7 @@ __all__ = [
     "Strategy",
     "TaskName",
     "TaskVector",
+    "WeightRead",
     "adamerging",
     "assign_blocks",
     "atlas",
@@ -98,6 +100,7 @@ __all__ = [
     "dare",
     "find_base",
     "find_uses",
+    "find_weight_reads",
     "fisher",
     "gram_matrix",
     "inner_product",

@@ -99,16 +99,17 @@ class RoutedLinear(nn.Module):
         """The original module."""
         return self._base[0]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Compute the outputs of the base and of the experts.
 
         Args:
             x: Inputs `[..., I]`.
+            y: The outputs of the base `[..., O]`, which are changed; None computes them.
 
         Returns:
             `[..., O]` in the base's dtype.
         """
-        return self.group.add_to(self._base[0](x), x, self.position)
+        return self.group.add_to(self._base[0](x) if y is None else y, x, self.position)
 
     def compute_weights(self, x: Tensor) -> Tensor:
         """Compute the weights that the router gives to the experts.

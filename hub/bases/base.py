@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experthub.hub.bases.fingerprint import compute_fingerprint, list_weight_files
 from experthub.hub.bases.identity import compute_base_digest
+from experthub.hub.bases.names import ModelNames
 from experthub.hub.errors import IntegrityError, NotFoundError
 from experthub.hub.files.json_files import read_json
 from experthub.hub.formats.added_tokens import AddedVocabulary
@@ -34,14 +36,13 @@ class Base:
             checked against it.
         digest: The digest of everything that changes what the base computes, see
             `compute_base_digest`.
-        shapes: Parameter name -> shape, tied output embeddings included.
+        stored: The shapes of the stored tensors by the names that they have in the files.
         tensor_bytes: The size of all stored tensors in bytes.
         dtype: The dtype that most tensors are stored in, as safetensors names it.
         sources: The sources from which the base can be fetched again.
         sha256: The sha256 of the source's file, if the registry records it.
         commit: The commit of the repository that the folder was fetched from; None for others.
-        tied: Maps each parameter that is not stored to the parameter whose weights it shares.
-        lacks: The parameters that the files lack and that the experts of a plan bring along.
+        completed: Whether the experts of a plan bring along the weights that the files lack.
         added: What the experts of a plan add to the vocabulary.
     """
 
@@ -49,18 +50,17 @@ class Base:
     folder: Path
     fingerprint: str
     digest: str
-    shapes: dict[str, tuple[int, ...]]
+    stored: dict[str, tuple[int, ...]]
     tensor_bytes: int
     dtype: str
     sources: tuple[str, ...] = ()
     sha256: str | None = None
     commit: str | None = None
-    tied: Mapping[str, str] = field(default_factory=dict)
-    lacks: frozenset[str] = frozenset()
+    completed: bool = False
     added: AddedVocabulary | None = None
 
     def read_weight(self, name: str) -> Tensor:
-        """Read a parameter from the files.
+        """Read a parameter of the model from the files.
 
         Args:
             name: The name of the parameter.
@@ -73,7 +73,29 @@ class Base:
         """
         from experthub.hub.bases.stored_weights import read_stored
 
-        return read_stored(self.folder, name, self.tied, self.name)
+        return read_stored(self.folder, self.names, name, self.name)
+
+    @property
+    def lacks(self) -> frozenset[str]:
+        """The parameters that the files lack."""
+        return frozenset(self.names.missing)
+
+    @cached_property
+    def names(self) -> ModelNames:
+        """The names of the model's parameters. The first use builds the model without storage."""
+        from experthub.hub.bases.name_map import read_names
+
+        return read_names(self)
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of each parameter of the model, tied output embeddings included."""
+        return self.names.shapes
+
+    @property
+    def tied(self) -> Mapping[str, str]:
+        """The parameters that are not stored, each with the one whose weights it shares."""
+        return self.names.tied
 
     @property
     def has_tokenizer(self) -> bool:
@@ -91,9 +113,20 @@ class Base:
         return self.folder.resolve().name if self.name == str(self.folder) else self.name
 
     @property
-    def peft_task_type(self) -> str:
-        """The task type that an adapter of this base has in PEFT's format."""
-        return "CAUSAL_LM" if self.is_causal else "FEATURE_EXTRACTION"
+    def peft_task_type(self) -> str | None:
+        """The task type that an adapter of this base has in PEFT's format; None if it has none.
+
+        PEFT calls models of its types with texts alone. Its type of classifiers is not used: an
+        adapter of that type has to contain the classifier.
+        """
+        if self.is_causal:
+            return "CAUSAL_LM"
+        config = read_json(self.folder / "config.json")
+        if self.names.main_input != "input_ids" or "vision_config" in config:
+            return None
+        if config.get("is_encoder_decoder"):
+            return "SEQ_2_SEQ_LM"
+        return "FEATURE_EXTRACTION" if self.is_encoder else None
 
     @property
     def is_causal(self) -> bool:
@@ -131,7 +164,7 @@ def read(folder: Path, name: str) -> Base:
             f"there is no model folder {folder}",
             "name a folder that contains a config.json, or a base that hub list --bases shows",
         )
-    config = check_model(folder)
+    check_model(folder)
     files = list_weight_files(folder)
     tensors: dict[str, TensorInfo] = {}
     for file in files:
@@ -143,14 +176,7 @@ def read(folder: Path, name: str) -> Base:
                     "save the model again, or fetch it again",
                 )
             tensors[tensor] = info
-    shapes = {n: info.shape for n, info in tensors.items()}
-    tied: dict[str, str] = {}
-    causal = _find_architecture(config).endswith(CAUSAL)
-    if causal and config.get("tie_word_embeddings", False) and "lm_head.weight" not in shapes:
-        embeddings = [n for n in shapes if n.endswith(EMBEDDINGS)]
-        if len(embeddings) == 1:
-            tied["lm_head.weight"] = embeddings[0]
-            shapes["lm_head.weight"] = shapes[embeddings[0]]
+    stored = {n: info.shape for n, info in tensors.items()}
     dtypes = sorted(
         {i.dtype for i in tensors.values()}, key=[i.dtype for i in tensors.values()].count
     )
@@ -158,4 +184,4 @@ def read(folder: Path, name: str) -> Base:
     dtype = dtypes[-1] if dtypes else "F32"
     fingerprint = compute_fingerprint(folder)
     digest = compute_base_digest(folder, fingerprint)
-    return Base(name, folder, fingerprint, digest, shapes, size, dtype, tied=tied)
+    return Base(name, folder, fingerprint, digest, stored, size, dtype)

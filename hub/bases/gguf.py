@@ -31,7 +31,7 @@ def convert_gguf(weights: Path, target: Path) -> None:
         import gguf  # noqa: F401
     except ImportError:
         raise HubError("the package gguf is not installed", "run pip install gguf") from None
-    from experthub.hub.bases.loading import LOCAL, hide_progress_bars
+    from experthub.hub.bases.building import LOCAL, hide_progress_bars
     from experthub.hub.bases.model_size import limit_model_size
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer

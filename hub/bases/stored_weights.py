@@ -6,23 +6,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experthub.hub.bases.fingerprint import list_weight_files
+from experthub.hub.bases.names import ModelNames, join_pieces
 from experthub.hub.errors import HubError
-from experthub.hub.formats.safetensors_header import FLOATS, read_header
+from experthub.hub.formats.safetensors_header import FLOATS, TensorInfo, read_header
 from experthub.hub.formats.safetensors_reader import read_tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import Tensor
 
 
-def read_stored(folder: Path, name: str, tied: Mapping[str, str], base: str) -> Tensor:
-    """Read a parameter of a model folder.
+def read_stored(folder: Path, names: ModelNames, parameter: str, base: str) -> Tensor:
+    """Read a parameter of a model from its folder.
 
     Args:
         folder: The model folder.
-        name: The name of the parameter.
-        tied: The parameters that are not stored, each with the one whose weights it shares.
+        names: The names of the model's parameters.
+        parameter: The name of the parameter.
         base: The name of the base in errors.
 
     Returns:
@@ -31,12 +30,17 @@ def read_stored(folder: Path, name: str, tied: Mapping[str, str], base: str) -> 
     Raises:
         HubError: The files lack the parameter, or store it quantised.
     """
-    stored = tied.get(name, name)
-    for file in list_weight_files(folder):
-        info = read_header(file).get(stored)
-        if info is not None and info.dtype in FLOATS:
-            return read_tensor(file, info)
+    places: dict[str, tuple[Path, TensorInfo]] = {
+        name: (file, info)
+        for file in list_weight_files(folder)
+        for name, info in read_header(file).items()
+        if info.dtype in FLOATS
+    }
+    stored = names.tied.get(parameter, parameter)
+    if sources := names.find_sources(places).get(stored):
+        parts = ((read_tensor(*places[name]), piece) for name, piece in sources)
+        return join_pieces(parts, tuple(names.shapes[stored]))
     raise HubError(
-        f"base {base} does not store {name} as floating-point numbers",
+        f"base {base} does not store {parameter} as floating-point numbers",
         "use the base in float32, bfloat16 or float16",
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from experthub.hub.bases.base import Base
-from experthub.hub.bases.loading import find_class
+from experthub.hub.bases.building import find_class
 from experthub.hub.transfer.remotes.no_network import forbid_network
 
 

@@ -23,6 +23,7 @@ from experthub.hub.composition.weights import (
     load_task_vector,
 )
 from experthub.hub.errors import HubError, IntegrityError, UsageError, explain_errors
+from experthub.hub.formats.adapter import Adapted
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.session import Session
 from experthub.hub.transfer.pull import pull
@@ -163,7 +164,7 @@ def _check_orientation(model: Any, plan: Plan) -> None:
     modules, changed = dict(model.named_modules()), set(plan.parameters)
     for member in plan.members:
         for adapted in member.adapted:
-            if f"{adapted.module}.weight" not in changed or adapted.embedding:
+            if adapted.parameter not in changed or not _is_own_weight(adapted):
                 continue
             module = modules[adapted.module]
             if is_transposed(module) != adapted.transposed:
@@ -174,11 +175,21 @@ def _check_orientation(model: Any, plan: Plan) -> None:
                 )
 
 
+def _is_own_weight(change: Adapted) -> bool:
+    """Tell whether a change is of the weight of a linear module, in the module's own orientation."""
+    return not change.embedding and not change.targeted and change.piece is None
+
+
 def _add(model: Any, merged: TaskVector, plan: Plan) -> None:
     """Add a task vector to the weights of a model."""
     tied = untie(model, merged, plan.adapted)
     places = find_uses(model, merged)
     for name in merged:
+        if len(places[name]) > 1 and name in plan.separate:
+            raise HubError(
+                f"{name} belongs to {len(places[name])} modules, and an adapter changes one of them",
+                "leave it out with targets:, or merge the adapter with peft and use hub diff",
+            )
         # The sum is a new tensor: the base's weights are mapped from its file, and may be shared.
         changed = merged[name].add_to(model.get_parameter(name))
         parameter = nn.Parameter(changed, requires_grad=False)

@@ -56,29 +56,38 @@ def save_model(
 
 def _save_peft(plan: Plan, merged: TaskVector, folder: Path) -> None:
     """Write the merged change as one LoRA of one rank."""
-    deltas = {name: merged[name] for name in merged}
-    how = {f"{a.module}.weight": a for m in plan.members for a in m.adapted}
-    low = {n: d for n, d in deltas.items() if isinstance(d, LowRank) and n in how}
-    if len(low) < len(deltas) or any(how[n].embedding for n in low):
-        raise UsageError(
-            "the merge is not a low-rank change of linear modules, and the format peft needs one",
-            "use the format hf",
-        )
+    names = plan.base.names
+    embeddings = {a.parameter for m in plan.members for a in m.adapted if a.embedding}
+    nests: dict[str, list[str]] = {}
+    factors: dict[str, LowRank] = {}
+    order = {name: place for place, name in enumerate(names.shapes)}
+    for name in sorted(merged, key=order.__getitem__):
+        delta, (module, _, leaf) = merged[name], name.rpartition(".")
+        if not isinstance(delta, LowRank) or name in embeddings:
+            raise UsageError(
+                "the merge is not a low-rank change of linear modules, and the format peft needs one",
+                "use the format hf",
+            )
+        stored = LowRank(delta.a, fold_scale(delta.b, delta.scale, module))
+        is_weight = leaf == "weight" and module in names.linear
+        turned = names.linear[module] if is_weight else module in names.transposed
+        factors[name] = stored.transpose() if turned else stored
+        nests.setdefault(module, []).append(name)
     tensors: dict[str, Tensor] = {}
-    for name, delta in low.items():
-        stored = LowRank(delta.a, fold_scale(delta.b, delta.scale, name.removesuffix(".weight")))
-        if how[name].transposed:
-            stored = stored.transpose()
-        module = PREFIX + name.removesuffix(".weight")
-        tensors[f"{module}.lora_A.weight"] = stored.a
-        tensors[f"{module}.lora_B.weight"] = stored.b
+    for module, nest in nests.items():
+        for level, name in enumerate(reversed(nest)):  # PEFT wraps the first parameter first.
+            wrapper = PREFIX + module + ".base_layer" * level
+            tensors[f"{wrapper}.lora_A.weight"] = factors[name].a
+            tensors[f"{wrapper}.lora_B.weight"] = factors[name].b
     write_adapter(
         folder,
         tensors,
         base=plan.base.name,
         task_type=plan.base.peft_task_type,
-        transposed=any(how[n].transposed for n in low),
+        model_class=plan.base.architecture,
+        transposed=any(names.linear.get(module) for module in nests),
         pad=True,
+        parameters={module: nest for module, nest in nests.items() if module not in names.linear},
     )
 
 
@@ -112,6 +121,11 @@ def export_portable(expert: Expert, folder: Path, session: Session) -> Path:
     check_free(folder)
     config = store.verify_file(expert.digest, ADAPTER_CONFIG)
     adapted = read_adapter(config, store.locate(expert.digest, ADAPTER), expert.reference)
+    if any(change.targeted for change in adapted):
+        raise UsageError(
+            f"{expert.reference} adapts parameters by target_parameters, which only peft can load",
+            "write a merge of it with hub compose --out, or use the expert's own files in peft",
+        )
     stored = Tensors(store.read(expert.digest, ADAPTER))
     tensors: dict[str, Tensor] = {}
     exact = [fold_exactly(stored[change.b], change.scale) for change in adapted]

@@ -237,8 +237,8 @@ def load_gates(expert: PlannedExpert, contents: Contents) -> dict[str, Tensor]:
         if not member.gated:
             continue
         tensors = Tensors(contents[member.digest, GATES])
-        for module in member.gated:
-            found.setdefault(module, []).append(tensors[f"{module}.gate"].float())
+        for module, gate in member.gated.items():
+            found.setdefault(module, []).append(tensors[gate].float())
     if expert.merge is None:
         return {module: rows[0] for module, rows in found.items()}
     return {module: standardise(torch.stack(rows)).mean(0) for module, rows in found.items()}

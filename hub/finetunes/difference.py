@@ -9,7 +9,6 @@ from typing import Any
 
 from experthub.hub.bases.base import Base
 from experthub.hub.bases.base_sources import find
-from experthub.hub.bases.loading import find_linear_modules
 from experthub.hub.bases.vocabulary import find_vocabulary
 from experthub.hub.errors import HubError, UsageError
 from experthub.hub.files.atomic import create_folder
@@ -182,7 +181,7 @@ def store_difference(
             f"{tuned.name} has the same weights as {base.name}: nothing has changed",
             "name the base first, then the fine-tuned model",
         )
-    transposed = find_linear_modules(base) if form.low_rank else {}
+    transposed = base.names.linear
     with create_folder(run / "expert") as folder:
         if form.low_rank:
             error, more = write_lora(

@@ -78,6 +78,7 @@ def write_lora(
         tensors,
         base=base.name,
         task_type=base.peft_task_type,
+        model_class=base.architecture,
         transposed=conv,
         pad=False,
     )

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import torch
 from experthub.hub.bases.base import Base
+from experthub.hub.bases.building import refuse_missing
 from experthub.hub.bases.fingerprint import list_weight_files
+from experthub.hub.bases.name_map import is_covered
+from experthub.hub.bases.names import join_pieces
 from experthub.hub.errors import HubError, IntegrityError
 from experthub.hub.files.spelling import suggest_name
 from experthub.hub.formats.safetensors_header import FLOATS, TensorInfo, read_header
@@ -27,7 +30,7 @@ class StoredWeights:
         name: The name of the model in messages.
         shapes: The shapes of the floating-point tensors by name.
         read: A function that reads a tensor by name.
-        others: The shapes of all other tensors by name.
+        others: The shapes of all other tensors that the model uses by name.
         tied: A parameter that is not stored -> the stored one that it is tied to.
     """
 
@@ -48,15 +51,27 @@ def open_weights(base: Base) -> StoredWeights:
         Its weights, none of which is read yet.
     """
     places: dict[str, tuple[Path, TensorInfo]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    others: dict[str, tuple[int, ...]] = {}
     for path in list_weight_files(base.folder):
         for name, info in read_header(path).items():
             places[name] = path, info
-            (shapes if info.dtype in FLOATS else others)[name] = info.shape
+    names = base.names
+    refuse_missing(base, names.missing)
+    sources = names.find_sources(n for n, (_, info) in places.items() if info.dtype in FLOATS)
+    taken = {stored for parts in sources.values() for stored, _ in parts} | set(names.unused)
+    # Buffers are compared, too: a model with other statistics is not the base with other weights.
+    others = {n: i.shape for n, (_, i) in places.items() if i.dtype not in FLOATS or n not in taken}
+    shapes = {name: tuple(names.shapes[name]) for name in sources}
+    for name, parts in sources.items():
+        if not is_covered([piece for _, piece in parts], shapes[name]):
+            raise HubError(
+                f"{base.name}: the files hold only a part of {name}", "save the whole model again"
+            )
 
     def read(name: str) -> Tensor:
-        return read_tensor(*places[name])
+        if name in others:
+            return read_tensor(*places[name])
+        parts = ((read_tensor(*places[stored]), piece) for stored, piece in sources[name])
+        return join_pieces(parts, shapes[name])
 
     return StoredWeights(base.name, shapes, read, others, base.tied)
 
@@ -123,8 +138,9 @@ def pair_parameters(
             shape == tuned.others[name] and torch.equal(base.read(name), tuned.read(name))
         ):
             raise HubError(
-                f"{name} differs, and is not a floating-point tensor",
-                "load both models and save them in float32; quantised weights have no difference",
+                f"{name} differs, and is not a parameter in floating point",
+                "load both models and save them in float32; quantised weights and buffers have no "
+                "difference that an expert can hold",
             )
     return sorted(pairs, key=lambda pair: pair.name)
 

@@ -6,7 +6,6 @@ PEFT writes them for modules_to_save, trained biases, trained tokens, and embedd
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any, Literal
 from experthub.hub.errors import HubError, IntegrityError
 from experthub.hub.files.json_files import read_small
 from experthub.hub.files.patterns import limit_matching_time
-from experthub.hub.formats.lora_config import match_pattern
+from experthub.hub.formats.lora_config import find_rank_and_scale
 from experthub.hub.formats.safetensors_header import (
     FLOATS,
     Header,
@@ -160,7 +159,7 @@ def find_dense_part(config: Mapping[str, Any], header: Header, tensor: str) -> D
     if module.endswith(".lora_B") and leaf == "bias" and config.get("lora_bias"):
         place = module.removesuffix(".lora_B")
         return DensePart(
-            f"{place}.bias", tensor, "add", info.shape, scale=find_scale(config, place)
+            f"{place}.bias", tensor, "add", info.shape, scale=find_rank_and_scale(config, place)[1]
         )
     saved = _is_saved(config, module) or ".modules_to_save." in name
     for inner in (".modules_to_save", ".token_adapter.base_layer", ".base_layer"):
@@ -174,21 +173,6 @@ def find_dense_part(config: Mapping[str, Any], header: Header, tensor: str) -> D
             f"rename it to {PREFIX}{module}.base_layer.{leaf}, or remove it",
         )
     return DensePart(name, tensor, "replace" if saved else "copy", info.shape)
-
-
-def find_scale(config: Mapping[str, Any], module: str) -> float:
-    """Find the factor of a module's low-rank change.
-
-    Args:
-        config: The content of `adapter_config.json`.
-        module: The path of the module.
-
-    Returns:
-        `alpha / r`, or `alpha / sqrt(r)` for rank-stabilised LoRA.
-    """
-    rank = match_pattern(config.get("rank_pattern"), module, config.get("r", 8))
-    alpha = match_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _find_trained_tokens(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
 from reprlib import repr as short
 from typing import Annotated, Any, Literal
 
@@ -28,6 +30,7 @@ HONOURED = {
     "modules_to_save",
     "trainable_token_indices",
     "task_type",
+    "target_parameters",
 }
 # Keys that do not change the function that the adapter computes.
 HARMLESS = {
@@ -49,7 +52,6 @@ HARMLESS = {
 REFUSED: dict[str, tuple[Any, ...]] = {
     "use_dora": (False,),
     "layer_replication": (None, []),
-    "target_parameters": (None, []),
     "alora_invocation_tokens": (None, []),
     "use_qalora": (False,),
     "use_bdlora": (None, False),
@@ -87,6 +89,7 @@ class _HonouredKeys(BaseModel):
     lora_bias: bool | None = False
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[Token] | dict[str, list[Token]] | None = None
+    target_parameters: list[str] | None = None
 
 
 def check_config(config: dict[str, Any]) -> None:
@@ -161,6 +164,21 @@ def match_pattern(pattern: Any, module: str, default: Any) -> Any:
     return default
 
 
+def find_rank_and_scale(config: Mapping[str, Any], path: str) -> tuple[int, float]:
+    """Find the rank and the scale that a configuration states for a module or a parameter.
+
+    Args:
+        config: The content of `adapter_config.json`.
+        path: The path of the module or the parameter.
+
+    Returns:
+        The rank, and `alpha / rank`, or `alpha / sqrt(rank)` for rank-stabilised LoRA.
+    """
+    rank = match_pattern(config.get("rank_pattern"), path, config.get("r", 8))
+    alpha = match_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha", 8))
+    return rank, float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
 def is_targeted(config: dict[str, Any], module: str) -> bool:
     """Tell whether PEFT's target_modules, exclude_modules and layers_to_transform select a module.
 
@@ -193,6 +211,24 @@ def is_targeted(config: dict[str, Any], module: str) -> bool:
                 [layers] if isinstance(layers, int) else layers
             )
     return False
+
+
+def list_targeted_leaves(config: dict[str, Any], module: str) -> list[str]:
+    """List the parameters of a module that PEFT's target_parameters may select.
+
+    Args:
+        config: The content of `adapter_config.json`.
+        module: The path of the module.
+
+    Returns:
+        The names of the parameters in the module, sorted. The module need not have all of them.
+    """
+    found = set()
+    for target in config.get("target_parameters") or ():
+        owner, _, leaf = target.rpartition(".")
+        if not owner or module == owner or module.endswith(f".{owner}"):
+            found.add(leaf)
+    return sorted(found)
 
 
 def _matches(target: Any, module: str) -> bool:

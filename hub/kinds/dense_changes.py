@@ -19,7 +19,8 @@ from experthub.merge import Dense
 if TYPE_CHECKING:
     from experthub.hub.formats.safetensors_reader import Tensors
     from experthub.hub.kinds.footprint import BaseShapes
-    from experthub.hub.kinds.kind import Changes, StoredExpert
+    from experthub.hub.kinds.kind import Changes
+    from experthub.hub.kinds.stored_expert import StoredExpert
     from torch import Tensor
 
 Parts = dict[str, tuple[DensePart, ...]]
@@ -45,7 +46,8 @@ def check_dense_parts(
     header = read_header(path)
     used: list[DensePart] = []
     copies: list[DensePart] = []
-    for part in parts:
+    for given in parts:
+        part = _place(expert, given)
         _check_shape(expert, part)
         value = read_tensor(path, header[part.tensor])
         content = value.contiguous().reshape(-1).view(torch.uint8).numpy().data
@@ -61,6 +63,18 @@ def check_dense_parts(
         if name in shared:
             found.setdefault(other, found[name])
     return found, tuple(p.tensor for p in copies if p.parameter not in kept)
+
+
+def _place(expert: StoredExpert, part: DensePart) -> DensePart:
+    """Return a part under the name of the base's parameter."""
+    place = expert.base.names.locate(part.parameter)
+    if place is not None and not isinstance(place, str):
+        raise HubError(
+            f"{expert.name} has a {part.parameter}, which is a piece of {place[0].parameter} in "
+            f"{expert.base.name}",
+            "merge the adapter with peft, and store the difference with hub diff",
+        )
+    return part if place is None else replace(part, parameter=place)
 
 
 def _check_shape(expert: StoredExpert, part: DensePart) -> None:

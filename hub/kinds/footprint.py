@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from experthub.hub.bases.names import ModelNames
 from experthub.hub.formats.adapter import Adapted
 from experthub.hub.formats.added_tokens import NewToken
 from experthub.hub.formats.dense_parts import DensePart
@@ -25,7 +26,12 @@ class BaseShapes(Protocol):
         ...
 
     @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def names(self) -> ModelNames:
+        """The names of its parameters in files and in modules."""
+        ...
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The shape of each parameter."""
         ...
 
@@ -51,7 +57,7 @@ class Footprint:
     Args:
         shapes: The shape of each parameter that the expert changes.
         adapted: The changes of modules, for a low-rank expert.
-        gated: The modules that have a gate.
+        gated: The modules that have a gate, each with the name of the gate's tensor.
         skill_tasks: The tasks of an inventory of skills.
         dense: The dense parts of a low-rank expert, by parameter.
         copies: The tensors that only repeat weights of the base, and are not used.
@@ -61,7 +67,7 @@ class Footprint:
 
     shapes: Shapes
     adapted: tuple[Adapted, ...] = ()
-    gated: frozenset[str] = frozenset()
+    gated: Mapping[str, str] = field(default_factory=dict)
     skill_tasks: tuple[str, ...] = ()
     dense: Mapping[str, tuple[DensePart, ...]] = field(default_factory=dict)
     copies: tuple[str, ...] = ()

@@ -3,146 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from reprlib import repr as short
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from experthub.hub.errors import HubError, IntegrityError, UsageError
-from experthub.hub.formats.adapter import Adapted, check_shapes
-from experthub.hub.formats.added_tokens import (
-    EXPERT_TOKENIZER,
-    MAX_ADDED,
-    NewToken,
-    read_added_tokens,
-)
 from experthub.hub.kinds.broken_kind import report_broken_kind
-from experthub.hub.kinds.footprint import BaseShapes, Footprint, Shapes
+from experthub.hub.kinds.footprint import BaseShapes, Footprint
+from experthub.hub.kinds.stored_expert import StoredExpert
 
 if TYPE_CHECKING:
     from experthub.merge import Delta
 
 FILE = r"[a-z_]{1,60}(-[0-9]{5}-of-[0-9]{5})?\.(json|safetensors|safetensors\.index\.json)"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class StoredExpert:
-    """A stored expert together with the base that it is checked against.
-
-    Args:
-        name: The name of the expert in errors.
-        files: The names of its files.
-        base: The base.
-        locate: A function that returns the path of a file. The bytes are not verified; they are when
-            the changes are loaded.
-        verify: A function that hashes a file and returns its path.
-        memo: The results of `compute_once` for this base.
-        list_vocabulary: A function that returns the base's parameters whose rows are tokens.
-    """
-
-    name: str
-    files: Collection[str]
-    base: BaseShapes
-    locate: Callable[[str], Path]
-    verify: Callable[[str], Path]
-    memo: dict[int, tuple[object, Any]]
-    list_vocabulary: Callable[[], Collection[str]] = frozenset
-
-    def compute_once(self, of: object, compute: Callable[[], Result]) -> Result:
-        """Compute a function of an object once, if many experts share the object.
-
-        The readers of headers return one object for equal headers, so a thousand experts of equal
-        shapes are checked once.
-
-        Args:
-            of: The shared object. It is compared by identity.
-            compute: A function that returns the result.
-
-        Returns:
-            The result of the first call with this object.
-        """
-        if id(of) not in self.memo:
-            self.memo[id(of)] = of, compute()
-        found: Result = self.memo[id(of)][1]
-        return found
-
-    def read_tokens(self) -> tuple[NewToken, ...]:
-        """Read the tokens that the expert's tokenizer has beside its vocabulary.
-
-        Returns:
-            The tokens, in the order of their ids; none for an expert without such files.
-
-        Raises:
-            IntegrityError: A file is malformed.
-        """
-        files = {file: self.verify(file) for file in EXPERT_TOKENIZER if file in self.files}
-        return read_added_tokens(files, self.name) if files else ()
-
-    def fits_vocabulary(self, parameter: str, shape: tuple[int, ...]) -> bool:
-        """Tell whether a parameter differs from the base's in the number of its tokens only.
-
-        Args:
-            parameter: The name of the parameter.
-            shape: Its shape in the expert.
-
-        Returns:
-            True if both have tokens as rows and are equal in the other dimensions.
-        """
-        own = self.base.shapes.get(parameter)
-        if own is None or shape[1:] != own[1:] or not 0 < shape[0] <= own[0] + MAX_ADDED:
-            return False
-        return parameter in self.list_vocabulary()
-
-    def check_low_rank(self, adapted: tuple[Adapted, ...]) -> Shapes:
-        """Check low-rank changes against the base.
-
-        Args:
-            adapted: The changes of modules.
-
-        Returns:
-            The shape of each parameter that the expert changes.
-
-        Raises:
-            HubError: The base lacks a module, or its weight has another shape.
-        """
-
-        def compute() -> Shapes:
-            found: Shapes = {f"{a.module}.weight": a.shape for a in adapted}
-            resized = {n: s for n, s in found.items() if self.fits_vocabulary(n, s)}
-            check_shapes(adapted, {**self.base.shapes, **resized}, self.name, self.base.name)
-            return found
-
-        return self.compute_once(adapted, compute)
-
-    def check_dense(self, shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
-        """Check changes of whole parameters against the base.
-
-        Args:
-            shapes: The shape of the change of each parameter.
-
-        Returns:
-            The same shapes, and the shapes of parameters that share a changed weight.
-
-        Raises:
-            HubError: The base lacks a parameter, or it has another shape.
-        """
-        found = dict(shapes)
-        for use, stored in self.base.tied.items():
-            if stored in shapes:
-                found.setdefault(use, shapes[stored])
-        for name, shape in found.items():
-            own = self.base.shapes.get(name)
-            if own != shape and not self.fits_vocabulary(name, shape):
-                raise HubError(
-                    f"{self.name} changes {name} {list(shape)}, but {self.base.name} has "
-                    + ("no such parameter" if own is None else f"{list(own)}"),
-                    "use the base that the expert was trained on",
-                )
-        return found
 
 
 Changes = Mapping[str, Callable[[], "Delta"]]

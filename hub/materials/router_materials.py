@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from experthub.hub.bases.base_sources import find
 from experthub.hub.bases.loading import load_model
 from experthub.hub.composition.assembly import assemble
 from experthub.hub.errors import UsageError
@@ -93,7 +94,7 @@ class PlanMaterials:
         Raises:
             UsageError: The base is not a sentence encoder.
         """
-        return SentenceEncoder.load(name, self.session)
+        return SentenceEncoder.load(self.plan.encoders.get(name) or find(name, self.session))
 
     def read_texts(self, expert: int) -> list[str]:
         """Return the texts of examples of an expert's own tasks.

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from experthub.hub.bases.base import Base
-from experthub.hub.bases.loading import refuse_missing
+from experthub.hub.bases.building import refuse_missing
 from experthub.hub.errors import HubError, UsageError
 from experthub.hub.recipes.planned_experts import PlannedExpert
 from experthub.hub.recipes.recipe import Recipe

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -33,7 +34,7 @@ class Plan:
         data: The data that the method learns from.
         found: The stored state of the method, if the recipe names one or a lock pins one.
         unused: The names of the base's stored weights that its model does not use.
-        encoders: The digests of the bases that embed texts for the method.
+        encoders: The bases that embed texts for the method, by their names in the recipe.
         parts: A plan for each part of a recipe with parts.
         dense: The names of the parameters that are taken from one expert as they are.
         vocabulary: The vocabulary, if experts have another one than the base.
@@ -49,7 +50,7 @@ class Plan:
     data: PlannedData | None = None
     found: Content | None = None
     unused: tuple[str, ...] = ()
-    encoders: tuple[str, ...] = ()
+    encoders: Mapping[str, Base] = field(default_factory=dict)
     parts: tuple[Plan, ...] = ()
     dense: tuple[str, ...] = ()
     vocabulary: Vocabulary | None = None
@@ -88,8 +89,15 @@ class Plan:
     @property
     def adapted(self) -> set[str]:
         """The names of the parameters that a LoRA changes, by its factors or its dense parts."""
-        low = {f"{a.module}.weight" for member in self.members for a in member.adapted}
+        low = {a.parameter for member in self.members for a in member.adapted}
         return low.union(*(member.footprint.dense for member in self.members))
+
+    @property
+    def separate(self) -> set[str]:
+        """The names of the parameters that a LoRA changes in one module only."""
+        low = {a.parameter for member in self.members for a in member.adapted}
+        parts = [part for m in self.members for own in m.footprint.dense.values() for part in own]
+        return low | {part.parameter for part in parts if part.way == "replace"}
 
     @property
     def takes_dense(self) -> bool:
@@ -110,7 +118,8 @@ class Plan:
     @property
     def digest(self) -> str:
         """The name of the composition by content: the same digest and code give the same bits."""
-        more = {"encoders": list(self.encoders)} if self.encoders else {}
+        digests = [encoder.digest for encoder in self.encoders.values()]
+        more = {"encoders": digests} if digests else {}
         return self._compute_digest(LOCK_VERSION, self.base.digest, **more)
 
     @property
@@ -158,18 +167,12 @@ class Plan:
     @property
     def lock(self) -> dict[str, Any]:
         """The content of a lock file: everything in the composition, by digest."""
-        base = self.base
+        encoders = {name: _record_base(base) for name, base in self.encoders.items()}
         return {
             "version": LOCK_VERSION,
             "composition": self.digest,
-            "base": {
-                "name": base.name,
-                "fingerprint": base.fingerprint,
-                "digest": base.digest,
-                "sources": list(base.sources),
-                "sha256": base.sha256,
-                "commit": base.commit,
-            },
+            "base": _record_base(self.base),
+            **({"encoders": encoders} if encoders else {}),
             "experts": [_record_expert(expert) for expert in self.experts],
             **self._options,
             **({"data": self.data.record()} if self.data else {}),
@@ -211,6 +214,18 @@ def find_layer(name: str) -> int:
     """
     found = re.search(r"\.(\d+)\.", f".{name}.")
     return int(found[1]) if found else -1
+
+
+def _record_base(base: Base) -> dict[str, Any]:
+    """Return the entry of a lock for a base."""
+    return {
+        "name": base.name,
+        "fingerprint": base.fingerprint,
+        "digest": base.digest,
+        "sources": list(base.sources),
+        "sha256": base.sha256,
+        "commit": base.commit,
+    }
 
 
 def _record_content(content: Content) -> dict[str, Any]:

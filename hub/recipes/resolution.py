@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from experthub.hub.bases.base import Base
 from experthub.hub.bases.base_sources import find
-from experthub.hub.bases.used_weights import compare_stored
 from experthub.hub.bases.vocabulary import find_vocabulary
 from experthub.hub.errors import IntegrityError, UsageError
 from experthub.hub.formats.added_tokens import AddedVocabulary
@@ -29,7 +29,6 @@ from experthub.hub.session import Session
 from experthub.hub.store.folder import read_description
 from experthub.hub.transfer.pull import pull
 from experthub.hub.transfer.sources import open_source
-from experthub.merge import EncoderName
 from experthub.routing import parse_kernel
 
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "F32": 4, "BF16": 2, "F16": 2}
@@ -43,7 +42,7 @@ def resolve(
     data: PlannedData | None = None,
     found: Content | None = None,
     packed: bool = False,
-    encoders: Session | None = None,
+    encoders: Mapping[str, Base] = MappingProxyType({}),
 ) -> Plan:
     """Look up, fetch and check everything that a recipe names.
 
@@ -55,8 +54,7 @@ def resolve(
         found: A stored state of the method. No data is needed with it.
         packed: Accept experts that are known but not in the store, because a bank may hold them.
             If there is no such bank, the caller pulls them.
-        encoders: The session in whose registry the encoders of texts are looked up. The default is
-            `session`.
+        encoders: Encoders of texts that were found already, by their names in the recipe.
 
     Returns:
         The plan.
@@ -70,7 +68,7 @@ def resolve(
     _note_renamed(recipe, session)
     # Names are checked before anything is downloaded.
     contents = list(pinned or (find_content(use, session) for use in recipe.uses))
-    base, unused = _find_base(recipe, session)
+    base = find(recipe.base, session)
     reader = _ExpertReader(session, base, recipe.allow_base_mismatch)
     uses = zip(contents, recipe.uses, strict=True)
     members = iter(reader.read_members([*uses], packed and recipe.route is not None))
@@ -79,11 +77,12 @@ def resolve(
         for entry in recipe.experts
     )
     check_dense_parts(recipe, experts, base)
+    base = replace(base, completed=True)
     vocabulary = plan_vocabulary(base, [m for e in experts for m in e.members])
     if vocabulary is not None:
         base = replace(base, added=AddedVocabulary(vocabulary.rows, vocabulary.tokens))
     recipes = [recipe.of_part(part) for part in recipe.parts] if recipe.parts else [recipe]
-    places = divide_parameters(recipes, experts)
+    places = divide_parameters(recipes, experts, base)
     dtype = recipe.dtype or {"BF16": "bfloat16", "F16": "float16"}.get(base.dtype, "float32")
     if recipe.stored and found is None:
         found = find_content(ExpertUse(expert=recipe.stored), session)
@@ -98,7 +97,6 @@ def resolve(
     whole, dense = (
         tuple(sorted({n for own in sorts for n in own})) for sorts in zip(*places, strict=True)
     )
-    embedders = [n for one in recipes for n in one.method.find_options(EncoderName).values() if n]
     plan = Plan(
         recipe,
         base,
@@ -109,8 +107,8 @@ def resolve(
         memory,
         data,
         found,
-        unused,
-        tuple(find(name, encoders or session).digest for name in embedders),
+        base.names.unused,
+        {n: encoders.get(n) or find(n, session) for n in recipe.encoder_names},
         dense=dense,
         vocabulary=vocabulary,
     )
@@ -119,15 +117,6 @@ def resolve(
     pairs = zip(recipes, places, strict=True)
     parts = (replace(plan, recipe=r, parameters=own, dense=rest) for r, (own, rest) in pairs)
     return replace(plan, parts=tuple(parts))
-
-
-def _find_base(recipe: Recipe, session: Session) -> tuple[Base, tuple[str, ...]]:
-    """Find the base of a recipe, and the names of its stored weights that the model does not use."""
-    base = find(recipe.base, session)
-    names = compare_stored(base)
-    if names.missing:  # Experts may bring these weights along.
-        base = replace(base, shapes=base.shapes | names.missing, lacks=frozenset(names.missing))
-    return base, names.unused
 
 
 def _note_renamed(recipe: Recipe, session: Session) -> None:

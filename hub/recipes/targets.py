@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from experthub.hub.bases.base import Base
 from experthub.hub.errors import HubError, UsageError
 from experthub.hub.files.patterns import limit_matching_time
 from experthub.hub.recipes.compatibility import check_disjoint, check_method
@@ -16,13 +17,14 @@ Names = tuple[str, ...]
 
 
 def divide_parameters(
-    recipes: Sequence[Recipe], experts: tuple[PlannedExpert, ...]
+    recipes: Sequence[Recipe], experts: tuple[PlannedExpert, ...], base: Base
 ) -> list[tuple[Names, Names]]:
     """Find the parameters that each recipe changes, and check that its method can change them.
 
     Args:
         recipes: The recipe of each part.
         experts: The experts.
+        base: The base.
 
     Returns:
         For each recipe, the parameters that its method changes, and the parameters with dense parts
@@ -36,7 +38,7 @@ def divide_parameters(
     check_disjoint(recipes, targets)
     places = [_separate_dense(one, experts, own) for one, own in zip(recipes, targets, strict=True)]
     for one, (parameters, dense) in zip(recipes, places, strict=True):
-        check_method(one, experts, parameters)
+        check_method(one, experts, parameters, base.names.linear.keys())
         check_equal_parts(one, experts, dense)
     return places
 

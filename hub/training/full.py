@@ -75,13 +75,7 @@ def train_full(
     model = load_model(found, "float32", session.device)
     trained = _unfreeze(model, embeddings, found.is_causal)
     stored = open_weights(found)
-    unknown = sorted(set(trained) - set(stored.shapes))
-    if unknown:
-        raise HubError(
-            f"{found.name} does not store {unknown[0]} under this name; "
-            "its file has the names of an older transformers",
-            "save model.state_dict() with safetensors again",
-        )
+    trained = _name_as_stored(model, trained, stored)
     objective = make_objective(found, session.device)
     record: dict[str, Any] = {"method": "full", **asdict(settings), "embeddings": embeddings}
     key = {"kind": "full", "base": found.digest, "task": read.digest, **record}
@@ -121,6 +115,25 @@ def _unfreeze(model: nn.Module, embeddings: bool, causal: bool) -> dict[str, nn.
     for parameter in trained.values():
         parameter.requires_grad_(True)
     return trained
+
+
+def _name_as_stored(
+    model: nn.Module, trained: dict[str, nn.Parameter], stored: StoredWeights
+) -> dict[str, nn.Parameter]:
+    """Return trained parameters by the names that the files have: tied ones may have several."""
+    wanted = {id(parameter): name for name, parameter in trained.items()}
+    found = {
+        name: parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if id(parameter) in wanted and name in stored.shapes
+    }
+    lost = wanted.keys() - {id(parameter) for parameter in found.values()}
+    if lost:
+        raise HubError(
+            f"{stored.name} does not store {min(wanted[i] for i in lost)}, which would be trained",
+            "save the whole model again with save_pretrained",
+        )
+    return found
 
 
 def _replace_trained(stored: StoredWeights, trained: dict[str, nn.Parameter]) -> StoredWeights:

@@ -275,6 +275,7 @@ def save_lora(
             tensors,
             base=base.name,
             task_type=base.peft_task_type,
+            model_class=base.architecture,
             transposed=False,
             pad=True,
         )

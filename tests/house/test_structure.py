@@ -20,9 +20,10 @@ MAX_FILE, MAX_FUNCTION = 300, 60  # lines
 # Modules of hub that light commands import, and what loads torch, which they import when it is used.
 # Modules of cli defer everything: a command imports what it needs itself.
 DEFERRED = {
-    "hub.bases.gguf": {"hub.bases.loading", "hub.bases.model_size"},
-    "hub.bases.base": {"hub.bases.stored_weights"},
-    "hub.kinds.lora": {"hub.formats.safetensors_reader", "hub.kinds.dense_changes", "merge"},
+    "hub.bases.base": {"hub.bases.name_map", "hub.bases.stored_weights"},
+    "hub.bases.gguf": {"hub.bases.building", "hub.bases.model_size"},
+    "hub.kinds.lora": {"hub.formats.safetensors_reader", "hub.kinds.dense_changes"},
+    "hub.kinds.placement": {"merge"},
     "hub.kinds.task_vector": {"merge"},
     "hub.recipes.method": {"merge", "routing"},
 }

@@ -47,6 +47,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "llama-tied",
         {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
     ),
+    "saved output of an encoder-decoder": (
+        "t5",
+        {"target_modules": ["q"], "modules_to_save": ["lm_head"]},
+    ),
+    "trained tokens of an encoder-decoder": (
+        "t5",
+        {"target_modules": ["q"], "trainable_token_indices": [4, 8]},
+    ),
+    "saved output of a speech model": ("whisper", {"modules_to_save": ["proj_out"]}),
+    "classifier of images": ("vit", {"modules_to_save": ["classifier"]}),
     "all biases": ("llama-bias", {"bias": "all"}),
     "biases of adapted modules": ("llama-bias", {"bias": "lora_only"}),
     "all biases of an encoder": ("bert", {"target_modules": ["query"], "bias": "all"}),
@@ -264,6 +274,11 @@ def test_changed_copies_of_the_base_count(tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a new bias": ("llama", {"lora_bias": True}, "no such parameter"),
     "a head on a language model": ("llama", {"modules_to_save": ["score"]}, "no such parameter"),
+    "an embedding of two towers": (
+        "t5",
+        {"target_modules": ["q"], "modules_to_save": ["shared"]},
+        "belongs to 4 modules",
+    ),
     "a head of another size": ("bert", {"modules_to_save": ["classifier"]}, "classifier"),
 }
 

@@ -23,7 +23,6 @@ TARGETS = {
     "gpt2": ["c_attn"],
     "t5": ["q"],
 }
-NAMES = [name for name in MODELS if name != "vit"]  # Its modules have other names in files.
 
 
 def write(tmp_path: Path, name: str) -> tuple[Path, Path]:
@@ -35,7 +34,7 @@ def write(tmp_path: Path, name: str) -> tuple[Path, Path]:
     return base, one
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MODELS)
 def test_an_added_expert_is_compared_with_peft(name: str, tmp_path: Path) -> None:
     base, one = write(tmp_path, name)
     found = run_hub("add", one, "--name", "mine", "--base", base)
