@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -197,9 +198,11 @@ def _plan_alone(expert: Expert, base: Base, session: Session) -> Plan:
 
 @contextmanager
 def _explain_errors(reference: Reference) -> Iterator[None]:
-    """Turn errors of a library that cannot run an expert into CannotProveError."""
+    """Hide the warnings of a library, and turn its errors into CannotProveError."""
     try:
-        yield
+        with warnings.catch_warnings():  # They are about training and saving.
+            warnings.simplefilter("ignore")
+            yield
     except ERRORS as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise CannotProveError(
