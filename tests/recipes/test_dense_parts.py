@@ -277,7 +277,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "an embedding of two towers": (
         "t5",
         {"target_modules": ["q"], "modules_to_save": ["shared"]},
-        "belongs to 4 modules",
+        "modules, and an adapter changes one of them",
     ),
     "a head of another size": ("bert", {"modules_to_save": ["classifier"]}, "classifier"),
 }
