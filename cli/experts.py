@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from experthub.cli import _completion
 from experthub.cli._options import JsonOption, QuietOption, RegistryOption
-from experthub.cli._output import print_fields, print_json, print_lines, print_table
+from experthub.cli._output import (
+    print_fields,
+    print_json,
+    print_lines,
+    print_message,
+    print_table,
+)
 from experthub.cli._session import open_session
 from experthub.cli.bases import flatten, print_base, print_bases
 
@@ -162,6 +168,13 @@ def add(
     subfolder: Annotated[
         str, typer.Option(help="The sub-folder of the adapter, if there are several.")
     ] = "",
+    proof: Annotated[
+        bool | None,
+        typer.Option(
+            "--proof/--no-proof",
+            help="Compare the expert with peft; by default if the base is here and at most 2 GiB.",
+        ),
+    ] = None,
     json: JsonOption = False,
     registry: Annotated[
         Path | None,
@@ -171,7 +184,9 @@ def add(
     """Copy the folder of an expert into the store under a name.
 
     All files are checked first. The entry is written to your own registry, or to --registry.
-    Adapters of other types and programs are converted if that is exact; see hub convert.
+    Adapters of other types and programs are converted if that is exact; see hub convert. If the base
+    is on this machine, the outputs of the composed expert are compared with those of peft. An expert
+    that differs is refused.
 
     Examples: hub add ./my-lora --name my-lora; hub add ./my-lora --name my-lora --task bigbench:snarks;
     hub add ./run --subfolder checkpoint-500 --name mine
@@ -188,12 +203,18 @@ def add(
             task=task,
             description=description,
             subfolder=subfolder,
+            proof=proof,
             file=registry,
         )
     if json:
         print_json({"expert": _make_record(expert)})
     else:
         print_lines([expert.reference])
+        if expert.proof:
+            found = expert.proof
+            print_message(
+                f"equal to {found.against} within {found.max_difference:.1e} ({found.dtype})"
+            )
 
 
 def register(app: typer.Typer) -> None:

@@ -6,16 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from experthub.hub.bases.fingerprint import compute_fingerprint, list_weight_files
 from experthub.hub.bases.identity import compute_base_digest
 from experthub.hub.bases.names import ModelNames
 from experthub.hub.errors import IntegrityError, NotFoundError
 from experthub.hub.files.json_files import read_json
+from experthub.hub.formats.added_tokens import AddedVocabulary
 from experthub.hub.formats.model_config import check_model
 from experthub.hub.formats.quantisation import Quantisation, read_quantisation
 from experthub.hub.formats.safetensors_header import TensorInfo, read_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 CAUSAL = ("ForCausalLM", "LMHeadModel")
@@ -42,6 +46,8 @@ class Base:
         commit: The commit of the repository that the folder was fetched from; None for others.
         quantisation: The way in which the weights are quantised; None if they are not.
         aka: Other names of the base in the registry, such as `org/name` on the Hugging Face Hub.
+        completed: Whether the experts of a plan bring along the weights that the files lack.
+        added: What the experts of a plan add to the vocabulary.
     """
 
     name: str
@@ -56,6 +62,29 @@ class Base:
     commit: str | None = None
     quantisation: Quantisation | None = None
     aka: tuple[str, ...] = ()
+    completed: bool = False
+    added: AddedVocabulary | None = None
+
+    def read_weight(self, name: str) -> Tensor:
+        """Read a parameter of the model from the files.
+
+        Args:
+            name: The name of the parameter.
+
+        Returns:
+            The tensor, in the dtype in which it is stored.
+
+        Raises:
+            HubError: The files lack the parameter, or store it quantised.
+        """
+        from experthub.hub.bases.stored_weights import read_stored
+
+        return read_stored(self.folder, self.names, name, self.name)
+
+    @property
+    def lacks(self) -> frozenset[str]:
+        """The parameters that the files lack."""
+        return frozenset(self.names.missing)
 
     @cached_property
     def names(self) -> ModelNames:

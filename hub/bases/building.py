@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from logging import LogRecord, getLogger
@@ -96,7 +96,7 @@ def build_empty(base: StoredModel) -> tuple[Any, list[str], list[str]]:
     return build_model(base, kind, config, empty, dtype="float32", device_map="meta")
 
 
-def refuse_missing(base: StoredModel, missing: Sequence[str]) -> None:
+def refuse_missing(base: StoredModel, missing: Collection[str]) -> None:
     """Refuse a base whose files lack weights, which transformers would make up at random.
 
     Args:
@@ -109,7 +109,7 @@ def refuse_missing(base: StoredModel, missing: Sequence[str]) -> None:
     if missing:
         raise IntegrityError(
             f"base {base.name}: its files lack {len(missing)} of the weights of "
-            f"{base.architecture}, such as {missing[0]}",
+            f"{base.architecture}, such as {min(missing)}",
             f"correct {base.folder / 'config.json'}, or save the whole model again",
         )
 

@@ -18,7 +18,7 @@ from experthub.hub.bases.building import (
 from experthub.hub.bases.fingerprint import compute_fingerprint, list_weight_files
 from experthub.hub.bases.identity import compute_base_digest
 from experthub.hub.bases.quantised import check_loadable
-from experthub.hub.bases.tokenizer import CheckedTokenizer
+from experthub.hub.bases.tokenizer import CheckedTokenizer, add_tokens
 from experthub.hub.errors import HubError, IntegrityError, UsageError
 from safetensors import safe_open
 
@@ -29,7 +29,7 @@ def load_model(base: Base, dtype: str, device: str | None) -> Any:
     """Load a base as a frozen transformers model in eval mode.
 
     Args:
-        base: The base.
+        base: The base. Weights that it lacks, and that experts bring along, are zero.
         dtype: `float32`, `bfloat16` or `float16`.
         device: The torch device of the model. None means `cpu`. `auto` lets accelerate divide the
             model among all devices, the memory and the disk.
@@ -57,7 +57,10 @@ def load_model(base: Base, dtype: str, device: str | None) -> Any:
         options["offload_folder"] = offloaded.name
     model, missing, _ = build_model(base, kind, config, weights, **options)
     model._offloaded = offloaded  # The folder is removed when the model is.
-    refuse_missing(base, missing)
+    refuse_missing(base, [] if base.completed else missing)
+    with torch.no_grad():
+        for name in missing:
+            model.get_parameter(name).zero_()
     check_unchanged(base)
     if where is None:
         model = model.to(device or "cpu")
@@ -86,7 +89,7 @@ def load_tokenizer(base: Base) -> Any:
     """Load the tokenizer of a base.
 
     Args:
-        base: The base.
+        base: The base. The tokens that experts add to it are added.
 
     Returns:
         The tokenizer, as transformers loads it, with errors that name the base.
@@ -106,8 +109,11 @@ def load_tokenizer(base: Base) -> Any:
     # The package tokenizers raises Exception itself, so that no narrower class can be named.
     with explain_loading_errors(base, (Exception,)):
         found = AutoTokenizer.from_pretrained(base.folder, **LOCAL)
+        if base.added is not None:
+            add_tokens(found, base.added.tokens)
     check_unchanged(base)
-    return CheckedTokenizer(found, base.name, base.folder, base.stored)
+    rows = base.added.rows if base.added else None
+    return CheckedTokenizer(found, base.name, base.folder, base.stored, rows)
 
 
 def check_device(device: str | None) -> None:

@@ -19,7 +19,6 @@ from experthub.hub.bases.building import (
     StoredModel,
     build_empty,
     list_loading_errors,
-    refuse_missing,
 )
 from experthub.hub.bases.names import ModelNames, Piece, Place, Run, Shape
 from experthub.hub.errors import HubError
@@ -35,7 +34,7 @@ _built: dict[str, Any] = {}  # The last model that was built without storage, by
 
 
 def read_names(base: StoredModel) -> ModelNames:
-    """Read the names of a base's parameters; refuse a base that lacks weights.
+    """Read the names of a base's parameters.
 
     The answer is cached for the base's digest and the version of transformers, whose code decides.
 
@@ -46,7 +45,6 @@ def read_names(base: StoredModel) -> ModelNames:
         The names.
 
     Raises:
-        IntegrityError: The files lack a weight of the model.
         HubError: Transformers cannot build the model, or a shape differs.
     """
     key = digest_of([CACHE_VERSION, base.digest, version("transformers")])[7:23]
@@ -57,9 +55,7 @@ def read_names(base: StoredModel) -> ModelNames:
         )
         found = _read_cache(cache)
         if found is None:
-            names = _make_names(base, key, rename)
-            refuse_missing(base, names.missing)
-            found = names.record()
+            found = _make_names(base, key, rename).record()
             write_json(cache, {"names": found, "check": digest_of(found)})
         _known[key] = ModelNames.parse(found, rename)
     return _known[key]
@@ -114,8 +110,8 @@ def _make_names(base: StoredModel, key: str, rename: Any) -> ModelNames:
 
 
 def _find_tied(model: Any, base: StoredModel, shapes: Mapping[str, Shape]) -> dict[str, str]:
-    """Return the output embedding with its source, if a causal model ties it and no file has it."""
-    output = model.get_output_embeddings() if base.is_causal else None
+    """Return the output embedding with its source, if the model ties it and no file has it."""
+    output = model.get_output_embeddings()
     pairs = model.all_tied_weights_keys.items()
     return {
         use: source

@@ -13,15 +13,21 @@ from experthub.hub.bases.tying import tie_again, untie
 from experthub.hub.composition.bank import find_bank
 from experthub.hub.composition.composition import Composition
 from experthub.hub.composition.forward_hooks import Watch
+from experthub.hub.composition.model_state import ModelState
 from experthub.hub.composition.routes import route
 from experthub.hub.composition.saving import refuse_saving
-from experthub.hub.composition.weights import Contents, load_task_vector
+from experthub.hub.composition.weights import (
+    Contents,
+    load_dense_vector,
+    load_lacking,
+    load_task_vector,
+)
 from experthub.hub.errors import HubError, IntegrityError, UsageError, explain_errors
 from experthub.hub.formats.adapter import Adapted
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.session import Session
 from experthub.hub.transfer.pull import pull
-from experthub.merge import Delta, TaskVector, find_uses, is_transposed
+from experthub.merge import Delta, TaskVector, combine, find_uses, is_transposed
 from torch import Tensor, nn
 
 
@@ -57,7 +63,8 @@ def assemble(
             "write the model with hub compose --out, which needs little memory, or use a route",
         )
     banks = [find_bank(unit) for unit in plan.units]
-    packed = all(bank is not None and bank.is_complete for bank in banks)
+    whole = plan.base.lacks or plan.vocabulary or any(unit.dense for unit in plan.units)
+    packed = not whole and all(bank is not None and bank.is_complete for bank in banks)
     if not packed and any(banks):
         pull(session, *(member.content for member in plan.members))
     session.report("loading the base", 0, 0)
@@ -69,6 +76,8 @@ def assemble(
             target = _copy_model(model, plan.dtype, device)
         if not packed:  # Packed experts were checked when they were packed.
             check_orientation(target, plan)
+        before = ModelState(target) if whole and plan.routed else None
+        complete_base(target, plan, contents)
         session.report(f"composing {len(plan.experts)} experts", 0, 0)
         merged: list[TaskVector] = []
         routes, watch = [], Watch()
@@ -76,16 +85,35 @@ def assemble(
         units = sorted(zip(plan.units, banks, strict=True), key=lambda one: one[0].routed)
         for unit, bank in units:
             with torch.no_grad(), explain_errors(unit.recipe.method.method):
+                if unit.dense:
+                    merged.append(load_dense_vector(unit, contents))
+                    _add(target, merged[-1], unit)
                 if unit.recipe.merge:
                     merged.append(merge_experts(unit, contents, state))
                     _add(target, merged[-1], unit)
                 else:
                     routes.append(route(target, unit, contents, state, bank, session, watch))
         merged += [one.folded for one in routes if one.folded is not None]
-        whole = None if plan.routed else _unite(merged)
-        if whole is None:
+        change = None if plan.routed else _unite(merged)
+        if change is None:
             refuse_saving(target)
-        return Composition(target, plan, whole, state, tuple(routes), watch)
+        return Composition(target, plan, change, state, tuple(routes), watch, before)
+
+
+def complete_base(model: Any, plan: Plan, contents: Contents) -> None:
+    """Give a model the weights and the tokens that its base lacks and that the experts bring along.
+
+    Args:
+        model: The base's model, which is changed in place.
+        plan: The plan.
+        contents: The experts' files.
+    """
+    if (embeddings := contents.open_embeddings(plan)) is not None:
+        embeddings.complete(model)
+    for name, value in load_lacking(plan, contents).items():
+        owner, _, leaf = name.rpartition(".")
+        own = value.to(model.get_parameter(name))
+        model.get_submodule(owner).register_parameter(leaf, nn.Parameter(own, requires_grad=False))
 
 
 def merge_experts(plan: Plan, contents: Contents, state: Any) -> TaskVector:
@@ -113,11 +141,8 @@ def merge_experts(plan: Plan, contents: Contents, state: Any) -> TaskVector:
 
 
 def _unite(vectors: Sequence[TaskVector]) -> TaskVector:
-    """Join the changes of all parts, which have no weight in common."""
-    if len(vectors) == 1:
-        return vectors[0]
-    load = {name: load for vector in vectors for name, load in vector.load.items()}
-    return TaskVector(vectors[0].base, load)
+    """Sum the changes of all parts. Only dense parts have a weight in common with another part."""
+    return vectors[0] if len(vectors) == 1 else combine(vectors, torch.ones(len(vectors)))
 
 
 def _copy_model(model: Any, dtype: str, device: str | None) -> Any:
@@ -188,6 +213,11 @@ def _add(model: Any, merged: TaskVector, plan: Plan) -> None:
     tied = untie(model, merged, plan.adapted)
     places = find_uses(model, merged)
     for name in merged:
+        if len(places[name]) > 1 and name in plan.separate:
+            raise HubError(
+                f"{name} belongs to {len(places[name])} modules, and an adapter changes one of them",
+                "leave it out with targets:, or merge the adapter with peft and use hub diff",
+            )
         # The sum is a new tensor: the base's weights are mapped from its file, and may be shared.
         changed = add_change(model.get_parameter(name), merged[name], name, plan.dtype)
         parameter = nn.Parameter(changed, requires_grad=False)

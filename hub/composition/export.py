@@ -11,8 +11,9 @@ from experthub.hub.files import yaml_files
 from experthub.hub.files.atomic import create_folder, write_text
 from experthub.hub.files.json_files import read_json
 from experthub.hub.files.path_checks import check_free
-from experthub.hub.formats.adapter import ADAPTER, ADAPTER_CONFIG, PREFIX, read_adapter
+from experthub.hub.formats.adapter import ADAPTER, ADAPTER_CONFIG, read_adapter
 from experthub.hub.formats.adapter_writer import fold_exactly, fold_scale, write_adapter
+from experthub.hub.formats.dense_parts import DENSE_KEYS, PREFIX, read_dense_parts
 from experthub.hub.formats.safetensors_reader import Tensors
 from experthub.hub.kinds import kinds
 from experthub.hub.recipes.plan import Plan
@@ -92,7 +93,8 @@ def export_portable(expert: Expert, folder: Path, session: Session) -> Path:
     """Write an expert as a folder that peft, vLLM, SGLang and llama.cpp can load.
 
     The LoRA has one rank and no patterns, and its scale is folded into B. The factors keep their
-    dtype if that is exact, and are float32 otherwise. Gates are omitted.
+    dtype if that is exact, and are float32 otherwise. Dense parts, which only peft loads, are kept.
+    Gates are omitted.
 
     Args:
         expert: A LoRA in the store.
@@ -131,6 +133,8 @@ def export_portable(expert: Expert, folder: Path, session: Session) -> Path:
         if folded is None or not same:  # All factors get one dtype.
             a, folded = a.float(), fold_scale(b, change.scale, change.module)
         tensors[change.a], tensors[change.b] = a, folded
+    parts = read_dense_parts(config, store.locate(expert.digest, ADAPTER), expert.reference)
+    dense = {p.tensor: stored[p.tensor] * p.scale for p in parts}
     known = session.registry.list_bases().get(expert.base)
     base = known.aka[0] if known and known.aka else expert.base
     settings = read_json(config)
@@ -142,5 +146,7 @@ def export_portable(expert: Expert, folder: Path, session: Session) -> Path:
             task_type=settings.get("task_type"),
             transposed=bool(settings.get("fan_in_fan_out")),
             pad=True,
+            dense=dense,
+            keys={key: settings[key] for key in DENSE_KEYS if settings.get(key)} if dense else {},
         )
     return folder

@@ -9,7 +9,8 @@ from typing import Any
 
 from experthub.hub.errors import HubError, NotFoundError
 from experthub.hub.files.json_files import read_json
-from experthub.hub.formats.adapter import ADAPTER, ADAPTER_CONFIG, FACTOR
+from experthub.hub.formats.adapter import ADAPTER, ADAPTER_CONFIG
+from experthub.hub.formats.dense_parts import FACTOR
 from experthub.hub.formats.lora_config import REFUSED, is_plain_init
 from experthub.hub.formats.safetensors_header import read_header, read_header_text
 from experthub.hub.kinds import kinds

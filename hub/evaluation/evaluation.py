@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -97,9 +99,8 @@ def evaluate(
     paths: dict[str, str] = {}
     if isinstance(recipes, Mapping):
         if BASE in recipes:
-            raise UsageError(
-                f"a recipe is named {BASE!r}, which is the column of the base", "rename the recipe"
-            )
+            what = f"a recipe is named {BASE!r}, which is the column of the base"
+            raise UsageError(what, "rename the recipe")
         plans = {name: resolve(one, session=session) for name, one in recipes.items()}
     else:
         paths = _name_columns(recipes)
@@ -109,7 +110,7 @@ def evaluate(
         _refuse_trained(plans, [one.task for one in chosen])
     dtype = next(iter(plans.values())).dtype
     planned = plan_controls(plans, session) if controls else None
-    evaluator = _Evaluator(base, dtype, session, cache, long)
+    evaluator = _Evaluator(replace(base, added=None), dtype, session, cache, long)
     outcomes = {
         name: evaluator.score_tasks(name, plan, chosen, score)
         for name, plan in {BASE: None, **plans}.items()
@@ -126,9 +127,7 @@ def evaluate(
         outcomes |= columns
     protocol = SCORE_NAMES[score] if base.is_causal else evaluator.scorer.name
     found = build_result(chosen, outcomes, split=split, score=protocol, seed=seed)
-    found["recipes"] = {
-        name: {"digest": plan.digest, "path": paths.get(name)} for name, plan in plans.items()
-    }
+    found["recipes"] = {n: {"digest": p.digest, "path": paths.get(n)} for n, p in plans.items()}
     found["comparisons"] = compare_columns(compared, seed)
     extra = {"controls": picked} if controls else {}
     return found | extra | ({"samples": list_samples(chosen, outcomes)} if with_samples else {})
@@ -166,6 +165,8 @@ class _Evaluator:
         self, name: str, plan: Plan | None, chosen: Sequence[Chosen], measure: Measure
     ) -> list[Outcome]:
         """Score the base, or the composition of a plan, on every task."""
+        if plan and plan.base.added != self.base.added:
+            return self._add_tokens(plan.base).score_tasks(name, plan, chosen, measure)
         methods = plan.recipe.methods if plan else []
         by_task = any("task" in method.strategy.needs for method in methods)
         surroundings: dict[str, Any] = {
@@ -194,6 +195,13 @@ class _Evaluator:
                 scores += known
                 self.session.report(what, len(scores), len(questions))
             found.append(Outcome.of(one.task, one.examples, questions, scores, measure, self.dtype))
+        return found
+
+    def _add_tokens(self, base: Base) -> _Evaluator:
+        """Return an evaluator of the same model that reads texts with the tokens of its experts."""
+        found = copy.copy(self)
+        found.base = base
+        vars(found).pop("scorer", None)
         return found
 
     def _compose(self, plan: Plan | None) -> Composition | None:

@@ -1,4 +1,4 @@
-"""Reading LoRA adapters in PEFT's format, and gates.
+"""Reading the low-rank changes of LoRA adapters in PEFT's format, and gates.
 
 Only headers and JSON are read. An adapter is read exactly, or rejected with the reason.
 """
@@ -6,7 +6,6 @@ Only headers and JSON are read. An adapter is read exactly, or rejected with the
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,12 +17,9 @@ from experthub.hub.bases.names import Piece
 from experthub.hub.errors import HubError, IntegrityError
 from experthub.hub.files.json_files import read_json, read_small
 from experthub.hub.files.patterns import limit_matching_time
-from experthub.hub.formats.lora_config import (
-    check_config,
-    is_targeted,
-    list_targeted_leaves,
-    match_pattern,
-)
+from experthub.hub.formats.dense_parts import FACTOR, find_dense_part
+from experthub.hub.formats.lora_config import check_config
+from experthub.hub.formats.peft_rules import find_rank_and_scale, is_targeted, list_targeted_leaves
 from experthub.hub.formats.safetensors_header import (
     FLOATS,
     Header,
@@ -35,8 +31,6 @@ from experthub.hub.formats.safetensors_header import (
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER = "adapter_model.safetensors"
 GATES = "phatgoose_gates.safetensors"
-PREFIX = "base_model.model."
-FACTOR = re.compile(rf"{re.escape(PREFIX)}(.+)\.(?:lora_([AB])\.weight|lora_embedding_([AB]))")
 
 
 @dataclass(frozen=True)
@@ -140,10 +134,8 @@ def _pair_factors(config: dict[str, Any], header: Header) -> list[Adapted]:
     for tensor, info in header.items():
         found = FACTOR.fullmatch(tensor)
         if not found:
-            raise IntegrityError(
-                f"tensor {tensor!r} is not a part of a plain LoRA",
-                "train without DoRA, biases and modules_to_save, which are not low-rank changes",
-            )
+            find_dense_part(config, header, tensor)  # It refuses what is no dense part either.
+            continue
         if info.dtype not in FLOATS or len(info.shape) != 2:
             raise IntegrityError(
                 f"tensor {tensor} is {info.dtype} {list(info.shape)}, "
@@ -197,8 +189,8 @@ def _make_change(
         (pair["embedding_A"], pair["embedding_B"]) if embedding else (pair["A"], pair["B"])
     )
     (rank, inputs), (outputs, rank_b) = header[first].shape, header[second].shape
-    declared, scale = _find_rank_and_scale(config, module)
-    targeted = tuple(Targeted(n, *_find_rank_and_scale(config, f"{module}.{n}")) for n in leaves)
+    declared, scale = find_rank_and_scale(config, module)
+    targeted = tuple(Targeted(n, *find_rank_and_scale(config, f"{module}.{n}")) for n in leaves)
     if rank != rank_b or not (rank == declared or any(rank % t.rank == 0 for t in targeted)):
         raise IntegrityError(
             f"module {module} has A of rank {rank} and B of rank {rank_b}, "
@@ -209,13 +201,6 @@ def _make_change(
     shape = (inputs, outputs) if transposed else (outputs, inputs)
     turned = transposed and not embedding
     return Adapted(module, rank, scale, shape, first, second, turned, embedding, targeted, depth)
-
-
-def _find_rank_and_scale(config: dict[str, Any], path: str) -> tuple[int, float]:
-    """Return the rank and the scale that the configuration states for a module or a parameter."""
-    rank = match_pattern(config.get("rank_pattern"), path, config.get("r", 8))
-    alpha = match_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha", 8))
-    return rank, float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def check_gates(gates: dict[str, tuple[int, ...]], adapted: Iterable[Adapted], name: str) -> None:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from experthub.hub.errors import HubError, IntegrityError, UsageError
 from experthub.hub.kinds.broken_kind import report_broken_kind
-from experthub.hub.kinds.stored_expert import BaseShapes, Footprint, StoredExpert
+from experthub.hub.kinds.footprint import BaseShapes, Footprint
+from experthub.hub.kinds.stored_expert import StoredExpert
 
 if TYPE_CHECKING:
     from experthub.merge import Delta
@@ -35,12 +36,14 @@ class ExpertKind:
         files: The names of all its files, as shell patterns. Every kind may also have gates.
         check: A function that checks the files of this kind in a folder and returns their names. It
             raises IntegrityError for files that could not be loaded later.
+        companions: The names of files that `check` may return besides, which are not its own.
         key: The key of a recipe that names one such expert.
         footprint: A function that reads from headers what a stored expert changes. None for a kind
             that is not listed under `experts:`.
         load: A function of the opened files by name, the footprint and the base. It returns for
             each parameter a function that makes its change. None for a kind that is not one change
             of the weights.
+        load_dense: As `load`, for the dense parts of low-rank experts.
         mapped: The files that `load` reads as a whole. It gets their bytes as an `mmap`.
         opened: Shell patterns of larger files. `load` gets their paths, and opens them itself.
         low_rank: Whether every change is low-rank.
@@ -53,9 +56,11 @@ class ExpertKind:
     marks: tuple[str, ...]
     files: tuple[str, ...]
     check: Callable[[Path], list[str]]
+    companions: tuple[str, ...] = ()
     key: str = "experts"
     footprint: Callable[[StoredExpert], Footprint] | None = None
     load: Callable[[Mapping[str, Any], Footprint, BaseShapes], Changes] | None = None
+    load_dense: Callable[[Mapping[str, Any], Footprint, BaseShapes], Changes] | None = None
     mapped: tuple[str, ...] = ()
     opened: tuple[str, ...] = ()
     low_rank: bool = False

@@ -5,7 +5,7 @@ Shapes: N matrices in a stack, O rows, I columns, R the rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,11 @@ HINT = "use the base that the expert was trained on"
 
 
 def place_changes(
-    adapted: Iterable[Adapted], names: ModelNames, name: str, base_name: str
+    adapted: Iterable[Adapted],
+    names: ModelNames,
+    name: str,
+    base_name: str,
+    fits_vocabulary: Callable[[str, Shape], bool] = lambda parameter, shape: False,
 ) -> tuple[Adapted, ...]:
     """Find the parameters that an adapter changes, and check their shapes.
 
@@ -31,6 +35,8 @@ def place_changes(
         names: The names of the base's parameters.
         name: The name of the expert in errors.
         base_name: The name of the base in errors.
+        fits_vocabulary: A function that tells whether a parameter has another shape only because the
+            adapter has another number of tokens.
 
     Returns:
         The changes under the names of the base's modules. Several may change one parameter, and a
@@ -44,7 +50,7 @@ def place_changes(
     whole: dict[str, str] = {}
     nests = _order_nests([change for change in adapted if change.targeted], names)
     for change in adapted:
-        for own in _place_change(change, names, nests, name, base_name):
+        for own in _place_change(change, names, nests, name, base_name, fits_vocabulary):
             if own.piece is None:
                 other = whole.setdefault(own.parameter, change.a)
                 if other != change.a:
@@ -71,7 +77,12 @@ def _order_nests(targeted: Sequence[Adapted], names: ModelNames) -> dict[str, li
 
 
 def _place_change(
-    change: Adapted, names: ModelNames, nests: Mapping[str, list[str]], name: str, base_name: str
+    change: Adapted,
+    names: ModelNames,
+    nests: Mapping[str, list[str]],
+    name: str,
+    base_name: str,
+    fits_vocabulary: Callable[[str, Shape], bool],
 ) -> Iterable[Adapted]:
     """Return the changes of parameters that one change of the file stands for."""
     if nests.get(change.module):
@@ -81,7 +92,9 @@ def _place_change(
         raise HubError(f"{name} adapts {change.module}, which {base_name} does not have", HINT)
     if isinstance(place, str):
         module, _, leaf = place.rpartition(".")
-        _check_shape(change, tuple(names.shapes[place]), name, base_name)
+        own = tuple(names.shapes[place])
+        if own == change.shape or not fits_vocabulary(place, change.shape):
+            _check_shape(change, own, name, base_name)
         # Most adapters have the module's own names, and equal ones share one object.
         return [change if module == change.module else replace(change, module=module, leaf=leaf)]
     _check_shape(change, place[0].shape, name, base_name)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from experthub.hub.formats.skills import SKILLS, SKILLS_JSON, read_skills
+from experthub.hub.kinds.footprint import Footprint
 from experthub.hub.kinds.kind import ExpertKind, kinds
-from experthub.hub.kinds.stored_expert import Footprint, StoredExpert
+from experthub.hub.kinds.stored_expert import StoredExpert
 
 
 def _check(folder: Path) -> list[str]:

@@ -1,60 +1,25 @@
-"""A stored expert beside the base that it is checked against, and the changes that it makes."""
+"""A stored expert together with the base that it is checked against."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-from experthub.hub.bases.names import ModelNames, Piece
+from experthub.hub.bases.names import Piece
 from experthub.hub.errors import HubError
 from experthub.hub.formats.adapter import Adapted
+from experthub.hub.formats.added_tokens import (
+    EXPERT_TOKENIZER,
+    MAX_ADDED,
+    NewToken,
+    read_added_tokens,
+)
+from experthub.hub.kinds.footprint import BaseShapes, Shapes
 from experthub.hub.kinds.placement import HINT, place_changes
 
-Shapes = dict[str, tuple[int, ...]]
 Result = TypeVar("Result")
-
-
-class BaseShapes(Protocol):
-    """The properties of a base that a kind can use: names and shapes, but no weights."""
-
-    @property
-    def name(self) -> str:
-        """The name of the base."""
-        ...
-
-    @property
-    def names(self) -> ModelNames:
-        """The names of its parameters in files and in modules."""
-        ...
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """The shape of each parameter."""
-        ...
-
-    @property
-    def tied(self) -> Mapping[str, str]:
-        """The parameters that are not stored, each with the one whose weights it shares."""
-        ...
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """The changes that an expert makes to its base, as read from the headers of its files.
-
-    Args:
-        shapes: The shape of each parameter that the expert changes.
-        adapted: The changes of modules, for a low-rank expert.
-        gated: The modules that have a gate, each with the name of the gate's tensor.
-        skill_tasks: The tasks of an inventory of skills.
-    """
-
-    shapes: Shapes
-    adapted: tuple[Adapted, ...] = ()
-    gated: Mapping[str, str] = field(default_factory=dict)
-    skill_tasks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,10 +30,11 @@ class StoredExpert:
         name: The name of the expert in errors.
         files: The names of its files.
         base: The base.
-        locate: A function that returns the path of a file. The bytes are not verified, so use it
-            only to read headers.
+        locate: A function that returns the path of a file. The bytes are not verified; they are when
+            the changes are loaded.
         verify: A function that hashes a file and returns its path.
         memo: The results of `compute_once` for this base.
+        list_vocabulary: A function that returns the base's parameters whose rows are tokens.
     """
 
     name: str
@@ -77,6 +43,7 @@ class StoredExpert:
     locate: Callable[[str], Path]
     verify: Callable[[str], Path]
     memo: dict[int, tuple[object, Any]]
+    list_vocabulary: Callable[[], Collection[str]] = frozenset
 
     def compute_once(self, of: object, compute: Callable[[], Result]) -> Result:
         """Compute a function of an object once, if many experts share the object.
@@ -96,6 +63,33 @@ class StoredExpert:
         found: Result = self.memo[id(of)][1]
         return found
 
+    def read_tokens(self) -> tuple[NewToken, ...]:
+        """Read the tokens that the expert's tokenizer has beside its vocabulary.
+
+        Returns:
+            The tokens, in the order of their ids; none for an expert without such files.
+
+        Raises:
+            IntegrityError: A file is malformed.
+        """
+        files = {file: self.verify(file) for file in EXPERT_TOKENIZER if file in self.files}
+        return read_added_tokens(files, self.name) if files else ()
+
+    def fits_vocabulary(self, parameter: str, shape: tuple[int, ...]) -> bool:
+        """Tell whether a parameter differs from the base's in the number of its tokens only.
+
+        Args:
+            parameter: The name of the parameter.
+            shape: Its shape in the expert.
+
+        Returns:
+            True if both have tokens as rows and are equal in the other dimensions.
+        """
+        own = self.base.shapes.get(parameter)
+        if own is None or shape[1:] != own[1:] or not 0 < shape[0] <= own[0] + MAX_ADDED:
+            return False
+        return parameter in self.list_vocabulary()
+
     def check_low_rank(self, adapted: tuple[Adapted, ...]) -> tuple[Shapes, tuple[Adapted, ...]]:
         """Find the parameters that low-rank changes are of, and check their shapes.
 
@@ -111,10 +105,18 @@ class StoredExpert:
         """
 
         def compute() -> tuple[Shapes, tuple[Adapted, ...]]:
-            placed = place_changes(adapted, self.base.names, self.name, self.base.name)
-            return {a.parameter: tuple(self.base.shapes[a.parameter]) for a in placed}, placed
+            placed = place_changes(
+                adapted, self.base.names, self.name, self.base.name, self.fits_vocabulary
+            )
+            return {a.parameter: self._find_shape(a) for a in placed}, placed
 
         return self.compute_once(adapted, compute)
+
+    def _find_shape(self, change: Adapted) -> tuple[int, ...]:
+        """Return the shape that a placed change gives to its parameter."""
+        own = tuple(self.base.shapes[change.parameter])
+        resized = change.piece is None and len(change.shape) == len(own) == 2
+        return change.shape if resized and change.shape[1:] == own[1:] else own
 
     def check_dense(self, shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
         """Check changes of whole parameters against the base.
@@ -133,6 +135,9 @@ class StoredExpert:
             place = self.base.names.locate(name)
             pieces = [place] if isinstance(place, str) else place or ()
             own = _find_shape(pieces[0], self.base) if pieces else None
+            if isinstance(place, str) and own != shape and self.fits_vocabulary(place, shape):
+                found[place] = shape
+                continue
             if own != shape:
                 raise HubError(
                     f"{self.name} changes {name} {list(shape)}, but {self.base.name} has "

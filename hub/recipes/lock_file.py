@@ -111,6 +111,7 @@ class Lock(Closed):
     data: LockedData | None = None
     coefficients: LockedExpert | None = None
     router: LockedExpert | None = None
+    dense_parts: str | None = None
 
     @model_validator(mode="after")
     def _check_base(self) -> Lock:

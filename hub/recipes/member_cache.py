@@ -85,7 +85,7 @@ class MemberCache:
         Args:
             members: The members, in the order of the contents that `for_composition` was given.
         """
-        if not all(kinds[m.kind] is LORA and _is_plain(m.adapted) for m in members):
+        if not all(kinds[m.kind] is LORA and _is_plain(m.footprint) for m in members):
             return
         adapted: dict[int, int] = {}
         gated: dict[int, int] = {}
@@ -114,9 +114,11 @@ class MemberCache:
         return found if whole else None
 
 
-def _is_plain(adapted: Iterable[Adapted]) -> bool:
-    """Tell whether all changes are of the weights of modules, which alone can be routed."""
-    return all(change.leaf == "weight" and change.piece is None for change in adapted)
+def _is_plain(footprint: Footprint) -> bool:
+    """Tell whether all changes are low-rank and of the weights of modules, which alone are routed."""
+    if footprint.dense or footprint.rows:
+        return False
+    return all(change.leaf == "weight" and change.piece is None for change in footprint.adapted)
 
 
 def _parse_adapted(rows: list[list[Any]]) -> tuple[Adapted, ...]:

@@ -27,7 +27,7 @@ def estimate_memory(
     recipes: Sequence[Recipe],
     base: Base,
     experts: Sequence[PlannedExpert],
-    targets: Sequence[Sequence[str]],
+    places: Sequence[tuple[Sequence[str], Sequence[str]]],
     dtype: str,
     data: PlannedData | None,
 ) -> int:
@@ -37,7 +37,8 @@ def estimate_memory(
         recipes: The recipe, or one for each of its parts.
         base: The base.
         experts: The experts.
-        targets: The names of the parameters that each of the recipes changes.
+        places: The names of the parameters that each of the recipes changes by its method, and of
+            those with dense parts that are taken from one expert.
         dtype: The dtype of the composed model.
         data: The data that the method still learns from.
 
@@ -47,7 +48,8 @@ def estimate_memory(
     width = WIDTH[dtype]
     own = sum(member.size for expert in experts for member in expert.members)
     weights = _count_weights(base, width)
-    changed = [n for one, names in zip(recipes, targets, strict=True) if one.merge for n in names]
+    pairs = zip(recipes, places, strict=True)
+    changed = [n for one, (own, rest) in pairs for n in (*(own if one.merge else ()), *rest)]
     routed = own if any(one.route for one in recipes) else 0
     # The merged weights lie beside those of the base, from which they are made.
     merged = width * sum(math.prod(base.shapes[name]) for name in changed if name in base.shapes)

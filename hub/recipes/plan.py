@@ -13,6 +13,7 @@ from experthub.hub.files.digests import digest_of
 from experthub.hub.recipes.examples import PlannedData
 from experthub.hub.recipes.planned_experts import Member, PlannedExpert
 from experthub.hub.recipes.recipe import Recipe
+from experthub.hub.recipes.vocabulary import Vocabulary
 from experthub.hub.registry.content import Content
 
 LOCK_VERSION = 2  # of the composition's digest and of lock files. Version 1 covered weights only.
@@ -26,7 +27,7 @@ class Plan:
         recipe: The recipe.
         base: The base.
         experts: The experts of the recipe.
-        parameters: The names of the parameters that will change.
+        parameters: The names of the parameters that the method changes.
         dtype: The dtype of the composed model.
         reads: Bytes of weights that will be read.
         memory: Bytes that composing and reading take at most, see `estimate_memory`.
@@ -35,6 +36,8 @@ class Plan:
         unused: The names of the base's stored weights that its model does not use.
         encoders: The bases that embed texts for the method, by their names in the recipe.
         parts: A plan for each part of a recipe with parts.
+        dense: The names of the parameters that are taken from one expert as they are.
+        vocabulary: The vocabulary, if experts have another one than the base.
     """
 
     recipe: Recipe
@@ -49,6 +52,8 @@ class Plan:
     unused: tuple[str, ...] = ()
     encoders: Mapping[str, Base] = field(default_factory=dict)
     parts: tuple[Plan, ...] = ()
+    dense: tuple[str, ...] = ()
+    vocabulary: Vocabulary | None = None
 
     @property
     def units(self) -> tuple[Plan, ...]:
@@ -83,8 +88,27 @@ class Plan:
 
     @property
     def adapted(self) -> set[str]:
-        """The names of the parameters that a LoRA changes."""
-        return {a.parameter for member in self.members for a in member.adapted}
+        """The names of the parameters that a LoRA changes, by its factors or its dense parts."""
+        low = {a.parameter for member in self.members for a in member.adapted}
+        return low.union(*(member.footprint.dense for member in self.members))
+
+    @property
+    def separate(self) -> set[str]:
+        """The names of the parameters that a LoRA changes in one module only."""
+        low = {a.parameter for member in self.members for a in member.adapted}
+        parts = [part for m in self.members for own in m.footprint.dense.values() for part in own]
+        return low | {part.parameter for part in parts if part.way == "replace"}
+
+    @property
+    def takes_dense(self) -> bool:
+        """True if dense parts are taken from one expert, and not combined by the method."""
+        return self.recipe.route is not None or self.recipe.dense_parts is not None
+
+    @property
+    def dense_expert(self) -> PlannedExpert:
+        """The expert whose dense parts are taken as they are."""
+        named = self.recipe.dense_parts
+        return next((e for e in self.experts if e.label == named), self.experts[0])
 
     @cached_property
     def contents(self) -> list[Any]:
@@ -137,6 +161,7 @@ class Plan:
             "dtype": self.dtype,
             "seed": self.recipe.seed,
             "allow_base_mismatch": self.recipe.allow_base_mismatch,
+            **({"dense_parts": self.recipe.dense_parts} if self.recipe.dense_parts else {}),
         }
 
     @property

@@ -65,6 +65,12 @@ class Member:
         return self.footprint.gated
 
     @property
+    def own_changes(self) -> set[str]:
+        """The names of the parameters that it changes by more than dense parts."""
+        low = {a.parameter for a in self.adapted}
+        return {name for name in self.changes if name not in self.footprint.dense or name in low}
+
+    @property
     def skill_tasks(self) -> tuple[str, ...]:
         """The tasks that an inventory of skills knows."""
         return self.footprint.skill_tasks

@@ -47,6 +47,7 @@ class Recipe(Closed):
         data: The data that a method learns from.
         coefficients: Stored coefficients of a merge, instead of data.
         router: A stored state of a router, instead of data.
+        dense_parts: The expert whose dense parts (heads, embeddings, biases) the model takes.
     """
 
     version: Literal[1] = 1
@@ -62,6 +63,7 @@ class Recipe(Closed):
     data: DataUse | None = None
     coefficients: str | None = None
     router: str | None = None
+    dense_parts: str | None = None
 
     @field_validator("experts", mode="before")
     @classmethod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,21 +10,22 @@ from typing import Any
 
 from experthub.hub.bases.base import Base
 from experthub.hub.bases.base_sources import find
-from experthub.hub.bases.quantised import check_loadable, check_merge
+from experthub.hub.bases.vocabulary import find_vocabulary
 from experthub.hub.conversion.opening import open_native
-from experthub.hub.errors import HubError, IntegrityError, UsageError
-from experthub.hub.files.json_files import read_json
-from experthub.hub.files.patterns import limit_matching_time
-from experthub.hub.formats.adapter import ADAPTER_CONFIG
+from experthub.hub.errors import IntegrityError, UsageError
+from experthub.hub.formats.added_tokens import AddedVocabulary
 from experthub.hub.kinds import StoredExpert, kinds
-from experthub.hub.recipes.compatibility import check_disjoint, check_method
+from experthub.hub.recipes.dense_checks import check_dense_parts
 from experthub.hub.recipes.entries import DataUse, ExpertUse, NestedMerge, list_members
 from experthub.hub.recipes.examples import PlannedData
 from experthub.hub.recipes.member_cache import MemberCache
 from experthub.hub.recipes.memory import estimate_memory
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.recipes.planned_experts import Member, PlannedExpert, is_large
+from experthub.hub.recipes.quantised_checks import check_quantised
 from experthub.hub.recipes.recipe import Recipe
+from experthub.hub.recipes.targets import divide_parameters
+from experthub.hub.recipes.vocabulary import plan_vocabulary
 from experthub.hub.registry.content import Content
 from experthub.hub.registry.expert import Identity, Reference, make_source_absolute
 from experthub.hub.session import Session
@@ -71,8 +71,7 @@ def resolve(
     contents = list(pinned or (find_content(use, session) for use in recipe.uses))
     base = find(recipe.base, session)
     if base.quantisation is not None:
-        _check_quantised(recipe, base, contents, session)
-    unused = base.names.unused
+        check_quantised(recipe, base, contents, session)
     reader = _ExpertReader(session, base, recipe.allow_base_mismatch)
     uses = zip(contents, recipe.uses, strict=True)
     members = iter(reader.read_members([*uses], packed and recipe.route is not None))
@@ -80,11 +79,13 @@ def resolve(
         _plan_expert(entry, [next(members) for _ in list_members(entry)])
         for entry in recipe.experts
     )
+    check_dense_parts(recipe, experts, base)
+    base = replace(base, completed=True)
+    vocabulary = plan_vocabulary(base, [m for e in experts for m in e.members])
+    if vocabulary is not None:
+        base = replace(base, added=AddedVocabulary(vocabulary.rows, vocabulary.tokens))
     recipes = [recipe.of_part(part) for part in recipe.parts] if recipe.parts else [recipe]
-    targets = [_find_targets(one, experts, base) for one in recipes]
-    check_disjoint(recipes, targets)
-    for one, parameters in zip(recipes, targets, strict=True):
-        check_method(one, experts, parameters, base)
+    places = divide_parameters(recipes, experts, base)
     dtype = recipe.dtype or {"BF16": "bfloat16", "F16": "float16"}.get(base.dtype, "float32")
     if recipe.stored and found is None:
         found = find_content(ExpertUse(expert=recipe.stored), session)
@@ -94,29 +95,30 @@ def resolve(
         data = _plan_data(recipe, experts)
     reads = base.tensor_bytes + sum(m.size for e in experts for m in e.members)
     learned = None if found is not None else data
-    memory = estimate_memory(recipes, base, experts, targets, dtype, learned)
-    whole = tuple(sorted(name for own in targets for name in own))
-    embedding = {n: encoders.get(n) or find(n, session) for n in recipe.encoder_names}
-    plan = Plan(recipe, base, experts, whole, dtype, reads, memory, data, found, unused, embedding)
+    memory = estimate_memory(recipes, base, experts, places, dtype, learned)
+    whole, dense = (
+        tuple(sorted({n for own in sorts for n in own})) for sorts in zip(*places, strict=True)
+    )
+    plan = Plan(
+        recipe,
+        base,
+        experts,
+        whole,
+        dtype,
+        reads,
+        memory,
+        data,
+        found,
+        base.names.unused,
+        {n: encoders.get(n) or find(n, session) for n in recipe.encoder_names},
+        dense=dense,
+        vocabulary=vocabulary,
+    )
     if recipe.parts is None:
         return plan
-    pairs = zip(recipes, targets, strict=True)
-    return replace(plan, parts=tuple(replace(plan, recipe=r, parameters=own) for r, own in pairs))
-
-
-def _check_quantised(
-    recipe: Recipe, base: Base, contents: Sequence[Content], session: Session
-) -> None:
-    """Refuse a recipe that cannot use a quantised base; the hint names what the experts want."""
-    merges = any(m.kind == "merge" or "skills" in m.strategy.needs for m in recipe.methods)
-    named = []
-    for content, identity in zip(contents, pull(session, *contents), strict=True):
-        if ADAPTER_CONFIG in identity.files:
-            settings = read_json(session.store.verify_file(content.digest, ADAPTER_CONFIG))
-            named.append(str(settings.get("base_model_name_or_path")))
-    if merges:
-        check_merge(base, named)
-    check_loadable(base, named)
+    pairs = zip(recipes, places, strict=True)
+    parts = (replace(plan, recipe=r, parameters=own, dense=rest) for r, (own, rest) in pairs)
+    return replace(plan, parts=tuple(parts))
 
 
 def _note_renamed(recipe: Recipe, session: Session) -> None:
@@ -231,9 +233,18 @@ class _ExpertReader:
             locate=lambda name: self.session.store.path(digests[name]),
             verify=lambda name: self.session.store.verify_object(digests[name]),
             memo=self.memo,
+            list_vocabulary=lambda: find_vocabulary(self.base),
         )
         size = sum(info.size for info in identity.files.values())
-        return Member(found, kind.name, use.weight, size, kind.footprint(stored))
+        footprint = kind.footprint(stored)
+        if footprint.copies:
+            self.session.report(
+                f"note: {reference}: {len(footprint.copies)} tensors repeat weights of the base and "
+                f"are not used: {', '.join(footprint.copies[:3])}",
+                0,
+                0,
+            )
+        return Member(found, kind.name, use.weight, size, footprint)
 
 
 def _plan_expert(entry: ExpertUse | NestedMerge, members: list[Member]) -> PlannedExpert:
@@ -249,24 +260,3 @@ def _plan_expert(entry: ExpertUse | NestedMerge, members: list[Member]) -> Plann
 def _remove_version(reference: str) -> str:
     """Remove the version or the revision from a reference; an @ in a path belongs to the path."""
     return reference if reference.startswith("/") else reference.partition("@")[0]
-
-
-def _find_targets(
-    recipe: Recipe, experts: tuple[PlannedExpert, ...], base: Base
-) -> tuple[str, ...]:
-    """Find the parameters that the recipe changes."""
-    shapes = {id(m.changes): m.changes for expert in experts for m in expert.members}
-    names = sorted({name for changes in shapes.values() for name in changes})
-    if recipe.targets is None:
-        return tuple(names)
-    try:
-        with limit_matching_time():
-            chosen = [n for n in names if re.fullmatch(recipe.targets, n.rpartition(".")[0])]
-    except TimeoutError as error:
-        raise UsageError(f"targets {recipe.targets!r}: {error}", "simplify the pattern") from None
-    if not chosen:
-        raise HubError(
-            f"targets {recipe.targets!r} matches no module that the experts change",
-            f"match a module that they change, such as {names[0].rpartition('.')[0]}",
-        )
-    return tuple(chosen)

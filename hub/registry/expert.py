@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 from experthub.hub.errors import UsageError
 from experthub.hub.files.digests import digest_of, find_not_finite, replace_not_finite
 from experthub.hub.files.yaml_files import Closed
-from experthub.hub.formats.adapter import GATES
 from experthub.hub.formats.records import Digest, Sha256
 from experthub.hub.kinds import kinds
 from experthub.hub.kinds.kind import FILE
+from experthub.hub.registry.proof_record import Proof
 from pydantic import AfterValidator, Field, StringConstraints, field_validator
 from pydantic_core import PydanticCustomError
 
@@ -39,18 +39,6 @@ def _check_kind(name: str) -> str:
 KindName = Annotated[str, AfterValidator(_check_kind)]
 # An entry may be of a kind whose package is absent here: it must not block the other entries.
 StatedKind = Annotated[str, StringConstraints(pattern="^[a-z][a-z0-9_]{0,59}$")]
-
-
-def list_file_patterns() -> tuple[str, ...]:
-    """List the names of the files that an expert of any kind may have.
-
-    Returns:
-        Shell patterns. Folders that were fetched from a model hub are named after a hash of the
-        patterns in this order, so the order must not change.
-    """
-    changes = [name for kind in kinds.values() if kind.load for name in kind.files]
-    others = [name for kind in kinds.values() if not kind.load for name in kind.files]
-    return (*changes, GATES, *others, DESCRIPTION)
 
 
 class Score(Closed):
@@ -93,6 +81,7 @@ class Expert(Closed):
         scores: The scores on tasks.
         made_from: The format, the type and the sha256 of the adapter that was converted into the
             expert, and the error of the conversion. Empty if nothing was converted.
+        proof: The comparison with the expert's own library, if it was made here.
 
     Example:
         >>> from experthub.hub import Expert
@@ -114,6 +103,7 @@ class Expert(Closed):
     training: dict[str, Any] = {}
     scores: list[Score] = []
     made_from: dict[str, Any] = {}
+    proof: Proof | None = None
 
     @field_validator("scores")
     @classmethod

@@ -17,8 +17,8 @@ from experthub.hub.composition.skills import Inventory
 from experthub.hub.errors import HubError, UsageError
 from experthub.hub.files.atomic import create_folder
 from experthub.hub.files.spelling import check_choice
-from experthub.hub.formats.adapter import PREFIX
 from experthub.hub.formats.adapter_writer import write_adapter
+from experthub.hub.formats.dense_parts import PREFIX
 from experthub.hub.formats.skills import (
     Granularity,
     SkillsRecord,

@@ -24,9 +24,13 @@ from experthub.hub.registry.entries import (
     register,
 )
 from experthub.hub.registry.expert import DESCRIPTION, Expert, Identity, make_source_relative
+from experthub.hub.registry.proof_record import Proof
 from experthub.hub.session import Session
 from experthub.hub.store.folder import read_description, read_folder
 from experthub.hub.transfer.sources import open_source
+
+# A proof is made where an expert is added; that of somebody else proves nothing here.
+DESCRIBED = Expert.model_fields.keys() - {"proof"}
 
 
 def describe(
@@ -129,7 +133,7 @@ def format_description(expert: Expert, identity: Identity) -> str:
     Returns:
         The JSON text, without the sources of the entry.
     """
-    record = expert.model_dump(mode="json", exclude={"sources", "digest"})
+    record = expert.model_dump(mode="json", exclude={"sources", "digest", "proof"})
     return format_json({**record, "identity": identity.record()})
 
 
@@ -148,6 +152,7 @@ def add_folder(
     stated: str | None = None,
     made_from: Mapping[str, Any] = MappingProxyType({}),
     check: Callable[[Expert], None] = lambda expert: None,
+    prove: Callable[[Expert], Proof | None] = lambda expert: None,
 ) -> Expert:
     """Copy a folder that somebody wrote into the store, and register it under a name.
 
@@ -167,6 +172,8 @@ def add_folder(
         stated: The digest that the source states, if it states one.
         made_from: The record of the conversion that made the folder, if one did.
         check: A function that raises an error if the entry must not be registered.
+        prove: A function that compares the stored expert with its own library. If it raises an
+            error, the expert is not registered.
 
     Returns:
         The expert as it is registered.
@@ -200,6 +207,8 @@ def add_folder(
         session.store.take(draft, identity, hashed=own)
     if same is not None:
         return same
+    if (proof := prove(expert)) is not None:
+        expert = expert.model_copy(update={"proof": proof})
     register(expert, file)
     session.refresh()
     return expert
@@ -234,7 +243,7 @@ def _make_entry(
             f"{folder / DESCRIPTION}: the version {own} is above {MAX_VERSION}",
             "correct the version, or choose another name with --name",
         )
-    entry: dict[str, Any] = {key: stated[key] for key in Expert.model_fields if key in stated}
+    entry: dict[str, Any] = {key: stated[key] for key in DESCRIBED if key in stated}
     entry |= {
         "name": name,
         "version": check_version(name, version)

@@ -20,9 +20,9 @@ MAX_FILE, MAX_FUNCTION = 300, 60  # lines
 # Modules of hub that light commands import, and what loads torch, which they import when it is used.
 # Modules of cli defer everything: a command imports what it needs itself.
 DEFERRED = {
-    "hub.bases.base": {"hub.bases.name_map"},
+    "hub.bases.base": {"hub.bases.name_map", "hub.bases.stored_weights"},
     "hub.bases.gguf": {"hub.bases.building", "hub.bases.model_size"},
-    "hub.kinds.lora": {"hub.formats.safetensors_reader"},
+    "hub.kinds.lora": {"hub.formats.safetensors_reader", "hub.kinds.dense_changes"},
     "hub.kinds.placement": {"merge"},
     "hub.kinds.task_vector": {"merge"},
     "hub.recipes.method": {"merge", "routing"},

@@ -18,7 +18,7 @@ from experthub.hub.formats.model_files import (
     TEMPLATES,
 )
 from experthub.hub.kinds.kind import PICKLES
-from experthub.hub.registry.expert import list_file_patterns
+from experthub.hub.registry.file_patterns import list_file_patterns
 from experthub.hub.transfer.remotes._download import SHA256
 from experthub.hub.transfer.remotes._hf_api import read_endpoint, request_json
 

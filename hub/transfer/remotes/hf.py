@@ -29,7 +29,7 @@ from experthub.hub.files.checksummed_text import MANIFEST, read_manifest, write_
 from experthub.hub.files.digests import sha256_of
 from experthub.hub.files.file_locks import hold_lock
 from experthub.hub.files.path_checks import ensure_space
-from experthub.hub.registry.expert import list_file_patterns
+from experthub.hub.registry.file_patterns import list_fetched_files, list_file_patterns
 from experthub.hub.transfer.remotes._download import download, fetch_small
 from experthub.hub.transfer.remotes._hf_api import make_headers, read_endpoint
 from experthub.hub.transfer.remotes._hf_files import (
@@ -184,7 +184,7 @@ def fetch_again(folder: Path) -> dict[str, str]:
         HubError: It is unknown which files the folder should have, or they cannot be fetched.
     """
     commit, _, kind = folder.name.partition("-")
-    known = (MODEL, EARLIER_MODEL, list_file_patterns())
+    known = (MODEL, EARLIER_MODEL, list_fetched_files(), list_file_patterns())
     patterns = next((p for p in known if _hash_patterns(p) == kind), None)
     place = HfSource(folder.parent.name.replace("--", "/", 1), commit)
     source = f"hf:{place.repository}@{commit}"
