@@ -123,10 +123,11 @@ def _is(value: Any, linear: RoutedLinear) -> bool:
 
 def _multiply(linear: RoutedLinear, x: Tensor, y: Tensor) -> Tensor:
     """Add the experts of a module to a product with its weight."""
-    own = linear.weight.dtype
+    own = linear.get_parameter("weight").dtype
     if x.dtype == own:
         return cast(Tensor, linear(x, y.contiguous()))
-    return y + linear(x.to(own), torch.zeros_like(y, dtype=own)).to(y.dtype)
+    added: Tensor = linear(x.to(own), torch.zeros_like(y, dtype=own))
+    return y + added.to(y.dtype)
 
 
 def _attend(linear: RoutedLinear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
