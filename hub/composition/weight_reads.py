@@ -123,10 +123,10 @@ def _is(value: Any, linear: RoutedLinear) -> bool:
 
 def _multiply(linear: RoutedLinear, x: Tensor, y: Tensor) -> Tensor:
     """Add the experts of a module to a product with its weight."""
-    own = cast(Tensor, linear.weight).dtype
+    own = linear.get_parameter("weight").dtype
     if x.dtype == own:
         return cast(Tensor, linear(x, y.contiguous()))
-    added = cast(Tensor, linear(x.to(own), torch.zeros_like(y, dtype=own)))
+    added: Tensor = linear(x.to(own), torch.zeros_like(y, dtype=own))
     return y + added.to(y.dtype)
 
 
