@@ -147,7 +147,7 @@ def test_an_adapted_embedding_is_merged_in_memory(tmp_path: Path) -> None:
 
 
 MEASURE = """
-import resource, sys
+import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
@@ -157,7 +157,9 @@ from experthub.hub.recipes.resolution import resolve
 from experthub.hub.session import Session
 plan = resolve(Recipe.read(sys.argv[1]))
 write_model(plan, Path(sys.argv[2]), "hf", Session())
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+# Not ru_maxrss, which a new process inherits from the one that started it.
+lines = Path("/proc/self/status").read_text().splitlines()
+print(next(line.split()[1] for line in lines if line.startswith("VmHWM:")))
 """
 
 
@@ -178,8 +180,8 @@ def test_a_streamed_merge_needs_far_less_memory_than_the_model(tmp_path: Path) -
         check=True,
     )
     peak = 1024 * int(done.stdout.split()[-1])
-    # Python, torch and transformers alone need about 0.5 GB.
-    assert peak < 0.75 * size, (peak, size)
+    # Python, torch and transformers alone need most of it.
+    assert peak < 0.5 * size, (peak, size)
 
 
 def test_a_route_runs_on_a_base_that_is_offloaded(
