@@ -63,7 +63,7 @@ def assemble(
             "write the model with hub compose --out, which needs little memory, or use a route",
         )
     banks = [find_bank(unit) for unit in plan.units]
-    whole = plan.base.lacks or plan.vocabulary or any(unit.dense for unit in plan.units)
+    whole = plan.completes_base or any(unit.dense for unit in plan.units)
     packed = not whole and all(bank is not None and bank.is_complete for bank in banks)
     if not packed and any(banks):
         pull(session, *(member.content for member in plan.members))

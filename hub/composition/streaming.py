@@ -40,7 +40,8 @@ def write_merge(plan: Plan, session: Session, state: Any, folder: Path) -> bool:
 
     The bytes of every tensor are those that `Composition.save` writes. This works if transformers
     saves the model under the names in the base's files. It does not work for a route, for tied
-    embeddings that an expert changes, and for layers that transformers fuses when it loads them.
+    embeddings that an expert changes, for weights and tokens that only the experts have, and for
+    layers that transformers fuses when it loads them.
 
     Args:
         plan: The plan.
@@ -58,6 +59,8 @@ def write_merge(plan: Plan, session: Session, state: Any, folder: Path) -> bool:
     """
     check_free(folder)
     if plan.base.quantisation is not None or any(unit.recipe.route for unit in plan.units):
+        return False
+    if plan.completes_base or any(unit.dense for unit in plan.units):
         return False
     stored: Stored = {
         name: (file, info)

@@ -61,6 +61,11 @@ class Plan:
         return self.parts or (self,)
 
     @property
+    def completes_base(self) -> bool:
+        """True if the experts bring along weights or tokens that the base lacks."""
+        return bool(self.base.lacks) or self.vocabulary is not None
+
+    @property
     def routed(self) -> bool:
         """True if some modules are routed while the model runs."""
         return any(unit.recipe.route is not None and not unit.folds for unit in self.units)
