@@ -21,6 +21,7 @@ MAX_FILE, MAX_FUNCTION = 300, 60  # lines
 # Modules of cli defer everything: a command imports what it needs itself.
 DEFERRED = {
     "hub.bases.gguf": {"hub.bases.loading", "hub.bases.model_size"},
+    "hub.conversion.opening": {"hub.conversion.convert"},
     "hub.kinds.lora": {"hub.formats.safetensors_reader", "merge"},
     "hub.kinds.task_vector": {"merge"},
     "hub.recipes.method": {"merge", "routing"},
