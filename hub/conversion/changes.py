@@ -36,7 +36,7 @@ NOT_WEIGHTS = {
     "POLY": "its change depends on the task of each example",
     "XLORA": "it routes between other adapters, which it does not hold",
 }
-RETRAIN = "train a LoRA instead: hub train lora, or peft's LoraConfig"
+TRAIN_LORA = "train a LoRA instead: hub train lora, or peft's LoraConfig"
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def find_type(adapter: ForeignAdapter) -> AdapterType:
         raise IntegrityError(
             f"{adapter.name}: peft_type is {name}, which is no change of the weights: "
             f"{NOT_WEIGHTS[name]}",
-            RETRAIN,
+            TRAIN_LORA,
         )
     if name == "LORA" and (config.get("use_dora") or config.get("lora_bias")):
         name = "LORA_DENSE"

@@ -76,6 +76,7 @@ def convert(
         What was written.
 
     Raises:
+        UsageError: The folder holds an expert of the hub already.
         HubError: The adapter cannot be converted; the message gives the reason.
 
     Example:
@@ -130,6 +131,7 @@ def convert_into(
         The kind of expert that was written, the record for the registry, and notes.
 
     Raises:
+        IntegrityError: The file was changed while it was read.
         HubError: The adapter cannot be converted.
     """
     form = form or Form()

@@ -22,8 +22,10 @@ MAX_FILE, MAX_FUNCTION = 300, 60  # lines
 DEFERRED = {
     "hub.bases.base": {"hub.bases.name_map", "hub.bases.stored_weights"},
     "hub.bases.gguf": {"hub.bases.building", "hub.bases.model_size"},
+    "hub.conversion.opening": {"hub.conversion.convert"},
     "hub.kinds.lora": {"hub.formats.safetensors_reader", "hub.kinds.dense_changes"},
     "hub.kinds.placement": {"merge"},
+    "hub.transfer.adding": {"hub.proofs.proof"},
     "hub.kinds.task_vector": {"merge"},
     "hub.recipes.method": {"merge", "routing"},
 }

@@ -16,6 +16,7 @@ from experthub.hub.errors import IntegrityError
 from experthub.hub.formats.dense_parts import PREFIX
 from torch import Tensor
 
+FUSE = "run mlx_lm.fuse, and store the difference with hub diff BASE FUSED --name NAME"
 FACTOR_NAME = re.compile(r"(.+)\.(lora_a|lora_b|m)")
 
 
@@ -41,12 +42,12 @@ def read(found: FoundAdapter) -> ForeignAdapter:
     if kind == "full":
         raise IntegrityError(
             f"{found.folder} is a full fine-tune of mlx-lm, not an adapter",
-            "fuse it with mlx_lm.fuse, and store the difference with hub diff BASE FUSED --name NAME",
+            FUSE,
         )
     if kind not in ("lora", "dora"):
         raise IntegrityError(
             f"{found.folder}: fine_tune_type is {short(kind)}",
-            "fuse it with mlx_lm.fuse, and store the difference with hub diff BASE FUSED --name NAME",
+            FUSE,
         )
     tensors: dict[str, Callable[[], Tensor]] = {}
     rank = 0
@@ -55,13 +56,13 @@ def read(found: FoundAdapter) -> ForeignAdapter:
         if match is None:
             raise IntegrityError(
                 f"{found.weights}: tensor {name} is no factor of a LoRA",
-                "fuse it with mlx_lm.fuse, and store the difference with hub diff BASE FUSED --name NAME",
+                FUSE,
             )
         tensor = reader()
         if match[2] != "m" and tensor.ndim != 2:
             raise IntegrityError(
                 f"{found.weights}: {name} is {list(tensor.shape)}, the factors of several experts",
-                "fuse it with mlx_lm.fuse, and store the difference with hub diff BASE FUSED --name NAME",
+                FUSE,
             )
         if match[2] == "lora_a":
             rank = tensor.shape[1]

@@ -60,6 +60,9 @@ def make_adapter(
 
     Returns:
         The adapter.
+
+    Raises:
+        IntegrityError: There is no configuration.
     """
     name = str(found.folder if found.config else found.weights)
     config: dict[str, Any] = dict(found.config)

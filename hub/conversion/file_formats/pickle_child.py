@@ -31,7 +31,11 @@ def leave_network() -> None:
 
 
 def allow_writes_in(folder: str) -> None:
-    """Let the process write below one folder only, if the kernel has Landlock."""
+    """Let the process write below one folder only, if the kernel has Landlock.
+
+    Args:
+        folder: The folder.
+    """
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None, use_errno=True)
@@ -66,13 +70,32 @@ def limit_resources(size: int) -> None:
 
 
 def refuse_event(event: str, arguments: Any) -> None:
-    """Stop a call that reading tensors never makes; this function is an audit hook."""
+    """Stop a call that reading tensors never makes; this function is an audit hook.
+
+    Args:
+        event: The name of the event.
+        arguments: Its arguments.
+
+    Raises:
+        PermissionError: The event is such a call.
+    """
     if event.startswith(REFUSED):
         raise PermissionError(f"a pickle may not call {event}")
 
 
 def find_tensors(value: Any, tensor: Any) -> dict[str, Any]:
-    """Return the tensors of a state dict, which may stand under a usual key."""
+    """Return the tensors of a state dict, which may stand under a usual key.
+
+    Args:
+        value: The content of the pickle.
+        tensor: The class of tensors.
+
+    Returns:
+        The tensors by name.
+
+    Raises:
+        ValueError: The content is anything else.
+    """
     for key in ("state_dict", "module", "model"):
         if isinstance(value, dict) and isinstance(value.get(key), dict):
             value = value[key]
@@ -106,6 +129,9 @@ def main(source: str, target: str) -> None:
     Args:
         source: The path of the pickle.
         target: The path of the new safetensors file.
+
+    Raises:
+        ValueError: The tensors need much more memory than the file.
     """
     leave_network()
     import torch

@@ -15,7 +15,7 @@ from experthub.hub.errors import IntegrityError
 from experthub.hub.files.atomic import hub_home, open_draft_folder
 
 CHILD = Path(__file__).with_name("pickle_child.py")
-SECONDS = 900  # The time for one file.
+MAX_READING_SECONDS = 900  # The time for one file.
 
 
 def read_pickle(found: FoundAdapter, adapter: str | None, opened: ExitStack) -> ForeignAdapter:
@@ -45,11 +45,11 @@ def read_pickle(found: FoundAdapter, adapter: str | None, opened: ExitStack) -> 
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            timeout=SECONDS,
+            timeout=MAX_READING_SECONDS,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise _refuse(found, f"reading it took more than {SECONDS} s") from None
+        raise _refuse(found, f"reading it took more than {MAX_READING_SECONDS} s") from None
     if done.returncode:
         reason = done.stderr.decode(errors="replace").strip().rpartition("\n")[2][:300]
         if done.returncode < 0:

@@ -1,0 +1,73 @@
+"""Adapters against the programs that write and read them: mlx-lm, and llama.cpp."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from experthub import hub
+from experthub.hub.bases.gguf import convert_gguf
+from peft_kinds import load, make_base
+from safetensors.torch import load_file
+from tiny_gguf import write_gguf, write_gguf_lora
+
+ROOT = Path(__file__).resolve().parents[2]
+SUPPORT = ROOT / "tests" / "support"
+
+
+def run_peer(name: str, script: str, *words: object) -> None:
+    """Run a script with a peer's interpreter; skip if the peer is absent or cannot run here."""
+    python = ROOT / "build" / "peers" / name / "bin" / "python"
+    if not (python.parent.parent / ".installed").is_file():
+        missing = f"{name} is not installed: make peers"
+        if os.environ.get("HUB_PEERS") == "required":
+            pytest.fail(missing)
+        pytest.skip(missing)
+    done = subprocess.run(
+        [python, SUPPORT / script, *map(str, words)], capture_output=True, text=True, check=False
+    )
+    if "GLIBC_" in done.stderr:
+        pytest.skip(f"{name} needs a newer C library than this system has")
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def compose(base: Path, expert: Path) -> torch.Tensor:
+    """The logits of the composed expert on the fixed input of the scripts."""
+    recipe = {"base": str(base), "experts": [str(expert)], "merge": {"method": "linear"}}
+    with torch.no_grad():
+        found: torch.Tensor = hub.compose(recipe).model(input_ids=torch.arange(4, 20)[None]).logits
+    return found
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "embedding"])
+def test_mlx(kind: str, tmp_path: Path) -> None:
+    base = make_base("llama", tmp_path / "base")
+    run_peer("mlx", "mlx_script.py", base, tmp_path / "adapter", kind)
+    hub.convert(tmp_path / "adapter", tmp_path / "out")
+    right = load_file(tmp_path / "logits.safetensors")["logits"]
+    off = compose(base, tmp_path / "out") - right
+    assert float(off.abs().max()) < 1e-5 * float(right.abs().max())
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_llama_cpp(kv_heads: int, tmp_path: Path) -> None:
+    model = write_gguf(tmp_path / "model.gguf", kv_heads)
+    lora = write_gguf_lora(tmp_path / "lora.gguf", kv_heads)
+    run_peer("llama-cpp", "llama_cpp_script.py", model, lora, tmp_path / "logits.json")
+    base = tmp_path / "base"
+    base.mkdir()
+    convert_gguf(model, base)
+    hub.convert(lora, tmp_path / "out", base=str(base))
+    right = {
+        k: torch.tensor(v) for k, v in json.loads((tmp_path / "logits.json").read_text()).items()
+    }
+    with torch.no_grad():
+        plain = load(base)(input_ids=torch.arange(4, 20)[None]).logits[0, -1]
+    got = compose(base, tmp_path / "out")[0, -1]
+    bound = 1e-3 * float(right["adapted"].abs().max())  # llama.cpp has kernels of its own.
+    assert float((plain - right["base"]).abs().max()) < bound
+    assert float((got - right["adapted"]).abs().max()) < bound
