@@ -163,7 +163,14 @@ def _read_generation_config(base: StoredModel) -> Any:
 
 
 def limit_size(base: StoredModel) -> AbstractContextManager[None]:
-    """Stop the building of a model that is much larger than the base's files."""
+    """Stop the building of a model that is much larger than the base's files.
+
+    Args:
+        base: The base.
+
+    Returns:
+        The block in which the model is built.
+    """
     sizes = [math.prod(shape) for shape in base.stored.values()]
     entries = sum(sizes) + max(sizes, default=0)  # Tied embeddings are stored once.
     # Quantised weights are packed: one stored integer holds several entries.

@@ -51,11 +51,11 @@ def load_model(base: Base, dtype: str, device: str | None) -> Any:
             stored: Any = safe_open(file, "pt")
             weights |= {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118
     where = AUTO if device == AUTO else {"": device or "cpu"} if base.quantisation else None
-    options: dict[str, Any] = {"dtype": dtype, "device_map": where}
+    placing: dict[str, Any] = {"dtype": dtype, "device_map": where}
     offloaded = TemporaryDirectory(prefix="experthub-") if device == AUTO else None
     if offloaded is not None:
-        options["offload_folder"] = offloaded.name
-    model, missing, _ = build_model(base, kind, config, weights, **options)
+        placing["offload_folder"] = offloaded.name
+    model, missing, _ = build_model(base, kind, config, weights, **placing)
     model._offloaded = offloaded  # The folder is removed when the model is.
     refuse_missing(base, [] if base.completed else missing)
     with torch.no_grad():

@@ -49,15 +49,15 @@ def read_names(base: StoredModel) -> ModelNames:
     """
     key = digest_of([CACHE_VERSION, base.digest, version("transformers")])[7:23]
     if key not in _known:
-        cache, rename = (
+        cache, find_renamed = (
             hub_home() / "fingerprints" / f"names-{key}.json",
             partial(_rename, base, key),
         )
         found = _read_cache(cache)
         if found is None:
-            found = _make_names(base, key, rename).record()
+            found = _make_names(base, key, find_renamed).record()
             write_json(cache, {"names": found, "check": digest_of(found)})
-        _known[key] = ModelNames.parse(found, rename)
+        _known[key] = ModelNames.parse(found, find_renamed)
     return _known[key]
 
 
@@ -81,7 +81,7 @@ def _build(base: StoredModel, key: str) -> tuple[Any, list[str], list[str]]:
     return found
 
 
-def _make_names(base: StoredModel, key: str, rename: Any) -> ModelNames:
+def _make_names(base: StoredModel, key: str, find_renamed: Any) -> ModelNames:
     """Build the model without storage, and read its names and those of its files."""
     model, missing, unused = _build(base, key)
     state = model.state_dict()
@@ -105,7 +105,7 @@ def _make_names(base: StoredModel, key: str, rename: Any) -> ModelNames:
         missing=tuple(missing),
         unused=tuple(unused),
         uncalled=frozenset(n for n, read in find_weight_reads(model).items() if read.is_lost),
-        rename=rename,
+        find_renamed=find_renamed,
     )
 
 
@@ -149,13 +149,13 @@ class _Rules:
         self.converters = [r for r in rules if isinstance(r, core_model_loading.WeightConverter)]
         self.prefix: str = model.base_model_prefix
 
-    def rename(self, name: str, state: Mapping[str, Any]) -> tuple[str, str | None]:
+    def convert(self, name: str, state: Mapping[str, Any]) -> tuple[str, str | None]:
         """Return the parameter that a tensor goes to, and the pattern of its conversion."""
-        rename = self.loading.rename_source_key
-        found = rename(name, self.renamings, self.converters, self.prefix, state)
+        convert = self.loading.rename_source_key
+        found = convert(name, self.renamings, self.converters, self.prefix, state)
         if found[0] not in state and name in state:
             # Transformers, too, tries it without the rules.
-            found = rename(name, [], [], self.prefix, state)
+            found = convert(name, [], [], self.prefix, state)
         place: tuple[str, str | None] = found
         return place
 
@@ -170,7 +170,7 @@ def _rename(base: StoredModel, key: str, name: str) -> list[str]:
     """Apply transformers' rules to a name that no file of the base has."""
     model = _build(base, key)[0]
     rules, state = _Rules(model), model.state_dict()
-    renamed, pattern = rules.rename(name, state)
+    renamed, pattern = rules.convert(name, state)
     return rules.list_variants(name) if pattern else [renamed]
 
 
@@ -182,7 +182,7 @@ def _place_tensors(
     found: dict[str, Place] = {}
     groups: dict[str, list[tuple[str, str]]] = {}
     for name in sorted(tensors, key=rules.loading.dot_natural_key):
-        renamed, pattern = rules.rename(name, state)
+        renamed, pattern = rules.convert(name, state)
         if renamed not in state:
             continue
         if pattern is None:

@@ -141,7 +141,7 @@ class ModelNames:
         unused: The stored weights that the model does not use.
         uncalled: The linear modules that the model never calls, and whose weight it reads in a way that
             no product with it could replace.
-        rename: A function that applies transformers' rules to a name that no file has.
+        find_renamed: A function that applies transformers' rules to a name that no file has.
     """
 
     shapes: Mapping[str, Shape]
@@ -154,7 +154,7 @@ class ModelNames:
     missing: tuple[str, ...]
     unused: tuple[str, ...]
     uncalled: frozenset[str]
-    rename: Callable[[str], Sequence[str]] = field(compare=False)
+    find_renamed: Callable[[str], Sequence[str]] = field(compare=False)
 
     def locate(self, name: str) -> Place | None:
         """Find the parameter that a name in an expert's file stands for.
@@ -167,7 +167,7 @@ class ModelNames:
             a tensor into. None if it would load the tensor nowhere.
         """
         found = self._find(name)
-        for other in [] if found else self.rename(name):
+        for other in [] if found else self.find_renamed(name):
             found = found or self._find(other)
         return found
 
@@ -228,12 +228,14 @@ class ModelNames:
         }
 
     @classmethod
-    def parse(cls, record: dict[str, Any], rename: Callable[[str], Sequence[str]]) -> ModelNames:
+    def parse(
+        cls, record: dict[str, Any], find_renamed: Callable[[str], Sequence[str]]
+    ) -> ModelNames:
         """Make the names from the values that `record` returned.
 
         Args:
             record: The values.
-            rename: A function that applies transformers' rules to a name that no file has.
+            find_renamed: A function that applies transformers' rules to a name that no file has.
 
         Returns:
             The names.
@@ -249,7 +251,7 @@ class ModelNames:
             missing=tuple(record["missing"]),
             unused=tuple(record["unused"]),
             uncalled=frozenset(record["uncalled"]),
-            rename=rename,
+            find_renamed=find_renamed,
         )
 
 

@@ -18,7 +18,7 @@ from experthub.hub.kinds.kind import PICKLES
 
 MLX_WEIGHTS = "adapters.safetensors"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
-MAX_FOLDERS = 1000  # Sub-folders that are searched.
+MAX_SUBFOLDERS = 1000  # Sub-folders that are searched.
 FORMATS = {
     "peft": "peft",
     "mlx": "MLX",
@@ -123,7 +123,7 @@ def find_in_subfolders(place: Path) -> list[FoundAdapter]:
         The adapters, sorted by path.
     """
     folders = [*sorted(place.glob("*/")), *sorted(place.glob("*/*/"))]
-    found = [_recognise_folder(path) for path in folders[:MAX_FOLDERS] if not path.is_symlink()]
+    found = [_recognise_folder(path) for path in folders[:MAX_SUBFOLDERS] if not path.is_symlink()]
     adapters = [one for one in found if one is not None]
     others = [a for a in adapters if not a.folder.name.startswith("checkpoint-")]
     return others or adapters

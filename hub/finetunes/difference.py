@@ -164,6 +164,7 @@ def store_difference(
 
     Raises:
         HubError: The models are equal, or the form cannot hold the difference.
+        UsageError: The form cannot hold the new tokens.
     """
     report = session.report
     untouched = open_weights(base)

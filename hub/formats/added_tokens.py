@@ -34,7 +34,7 @@ class NewToken:
 
 @dataclass(frozen=True)
 class AddedVocabulary:
-    """What the experts of a plan add to the vocabulary of a base.
+    """The tokens that the experts of a plan add to the vocabulary of a base.
 
     Args:
         rows: The rows of the embeddings.

@@ -13,7 +13,6 @@ from experthub.hub.bases.base_sources import find
 from experthub.hub.bases.vocabulary import find_vocabulary
 from experthub.hub.conversion.opening import open_native
 from experthub.hub.errors import IntegrityError, UsageError
-from experthub.hub.formats.added_tokens import AddedVocabulary
 from experthub.hub.kinds import StoredExpert, kinds
 from experthub.hub.recipes.dense_checks import check_dense_parts
 from experthub.hub.recipes.entries import DataUse, ExpertUse, NestedMerge, list_members
@@ -80,10 +79,9 @@ def resolve(
         for entry in recipe.experts
     )
     check_dense_parts(recipe, experts, base)
-    base = replace(base, completed=True)
     vocabulary = plan_vocabulary(base, [m for e in experts for m in e.members])
-    if vocabulary is not None:
-        base = replace(base, added=AddedVocabulary(vocabulary.rows, vocabulary.tokens))
+    added = None if vocabulary is None else vocabulary.added
+    base = replace(base, completed=True, added=added)
     recipes = [recipe.of_part(part) for part in recipe.parts] if recipe.parts else [recipe]
     places = divide_parameters(recipes, experts, base)
     dtype = recipe.dtype or {"BF16": "bfloat16", "F16": "float16"}.get(base.dtype, "float32")
@@ -96,21 +94,10 @@ def resolve(
     reads = base.tensor_bytes + sum(m.size for e in experts for m in e.members)
     learned = None if found is not None else data
     memory = estimate_memory(recipes, base, experts, places, dtype, learned)
-    whole, dense = (
-        tuple(sorted({n for own in sorts for n in own})) for sorts in zip(*places, strict=True)
-    )
+    whole, dense = (tuple(sorted({n for p in one for n in p})) for one in zip(*places, strict=True))
     plan = Plan(
-        recipe,
-        base,
-        experts,
-        whole,
-        dtype,
-        reads,
-        memory,
-        data,
-        found,
-        base.names.unused,
-        {n: encoders.get(n) or find(n, session) for n in recipe.encoder_names},
+        *(recipe, base, experts, whole, dtype, reads, memory, data, found, base.names.unused),
+        encoders={n: encoders.get(n) or find(n, session) for n in recipe.encoder_names},
         dense=dense,
         vocabulary=vocabulary,
     )

@@ -11,7 +11,7 @@ from experthub.hub.bases.loading import load_tokenizer
 from experthub.hub.bases.tokenizer import add_tokens
 from experthub.hub.bases.vocabulary import find_vocabulary
 from experthub.hub.errors import HubError
-from experthub.hub.formats.added_tokens import NewToken
+from experthub.hub.formats.added_tokens import AddedVocabulary, NewToken
 from experthub.hub.recipes.planned_experts import Member
 
 
@@ -33,6 +33,11 @@ class Vocabulary:
     tokens: tuple[NewToken, ...]
     sources: Mapping[str, Mapping[int, int]]
     parameters: frozenset[str]
+
+    @property
+    def added(self) -> AddedVocabulary:
+        """The tokens and rows that the base lacks."""
+        return AddedVocabulary(self.rows, self.tokens)
 
     @property
     def new(self) -> list[int]:
