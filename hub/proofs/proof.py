@@ -44,11 +44,11 @@ ERRORS = (
 Outputs = dict[str, Tensor]
 DTYPE = "float32"
 TOLERANCE = 1e-4  # The largest difference, as a share of the largest output; at least of 1.
-LARGE = 2 << 30  # Bytes of a base in float32, above which a proof is made on request only.
+LARGE_BASE = 2 << 30  # Bytes of a base in float32, above which a proof is made on request only.
 
 
 @dataclass(frozen=True)
-class Reference:
+class SourceLibrary:
     """Another library, which loads an expert onto a base.
 
     Args:
@@ -61,7 +61,7 @@ class Reference:
     load: Callable[[Any], Any]
 
 
-def load_with_peft(folder: Path) -> Reference:
+def load_with_peft(folder: Path) -> SourceLibrary:
     """Return peft as the reference for an adapter in its format.
 
     Args:
@@ -77,11 +77,11 @@ def load_with_peft(folder: Path) -> Reference:
         # The network is forbidden, and peft runs no code of a folder.
         return PeftModel.from_pretrained(model, folder, local_files_only=True)
 
-    return Reference(f"peft {version('peft')}", load)
+    return SourceLibrary(f"peft {version('peft')}", load)
 
 
 def prove(
-    expert: Expert, reference: Reference, session: Session, *, requested: bool = False
+    expert: Expert, reference: SourceLibrary, session: Session, *, requested: bool = False
 ) -> Proof | None:
     """Compare a stored expert, composed alone, with what another library computes.
 
@@ -114,7 +114,7 @@ def prove(
     return _judge(expert, reference, *compare_outputs(ours, theirs))
 
 
-def _run_both(plan: Plan, reference: Reference, session: Session) -> tuple[Outputs, Outputs]:
+def _run_both(plan: Plan, reference: SourceLibrary, session: Session) -> tuple[Outputs, Outputs]:
     """Compute the outputs of the composition and of the reference, one model after the other.
 
     Both have the tokens of the base in the same rows; other rows are left out.
@@ -171,7 +171,7 @@ def _find_local_base(expert: Expert, session: Session, requested: bool) -> Base:
     with forbid_network():
         base = find(name, session)
     size = 4 * sum(map(math.prod, base.shapes.values()))
-    if size > LARGE and not requested:
+    if size > LARGE_BASE and not requested:
         raise CannotProveError(
             f"the base {name} needs {size / 2**30:.0f} GiB in float32; pass --proof to compare",
             "pass --proof",
@@ -197,7 +197,7 @@ def _plan_alone(expert: Expert, base: Base, session: Session) -> Plan:
 
 
 @contextmanager
-def _explain_errors(reference: Reference) -> Iterator[None]:
+def _explain_errors(reference: SourceLibrary) -> Iterator[None]:
     """Hide the warnings of a library, and turn its errors into CannotProveError."""
     try:
         with warnings.catch_warnings():  # They are about training and saving.
@@ -210,7 +210,7 @@ def _explain_errors(reference: Reference) -> Iterator[None]:
         ) from None
 
 
-def _judge(expert: Expert, reference: Reference, difference: float, largest: float) -> Proof:
+def _judge(expert: Expert, reference: SourceLibrary, difference: float, largest: float) -> Proof:
     """Refuse an expert whose outputs differ from those of the other library."""
     if not difference <= TOLERANCE * max(1.0, largest):
         raise IntegrityError(

@@ -90,10 +90,8 @@ def resolve(
         _check_state_kind(found, pull(session, found)[0], recipe)
     if data is None and recipe.stored is None:
         data = _plan_data(recipe, experts)
-    reads = base.tensor_bytes + sum(m.size for e in experts for m in e.members)
+    read = sum(m.size for e in experts for m in e.members)
     memory = base.tensor_bytes * WIDTH[dtype] // WIDTH.get(base.dtype, 4)
-    if any(one.route for one in recipes):
-        memory += sum(m.size for e in experts for m in e.members)
     whole, dense = (
         tuple(sorted({n for own in sorts for n in own})) for sorts in zip(*places, strict=True)
     )
@@ -103,8 +101,8 @@ def resolve(
         experts,
         whole,
         dtype,
-        reads,
-        memory,
+        base.tensor_bytes + read,
+        memory + (read if any(one.route for one in recipes) else 0),
         data,
         found,
         base.names.unused,
@@ -114,8 +112,10 @@ def resolve(
     )
     if recipe.parts is None:
         return plan
-    pairs = zip(recipes, places, strict=True)
-    parts = (replace(plan, recipe=r, parameters=own, dense=rest) for r, (own, rest) in pairs)
+    parts = [
+        replace(plan, recipe=one, parameters=own, dense=rest)
+        for one, (own, rest) in zip(recipes, places, strict=True)
+    ]
     return replace(plan, parts=tuple(parts))
 
 

@@ -77,7 +77,7 @@ def test_without_the_base_there_is_a_note_and_an_error_on_request(tmp_path: Path
 def test_a_large_base_is_compared_on_request_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proof, "LARGE", 1000)
+    monkeypatch.setattr(proof, "LARGE_BASE", 1000)
     base, one = write(tmp_path, "llama")
     found = run_hub("add", one, "--name", "mine", "--base", base)
     assert found.code == 0
@@ -91,14 +91,14 @@ def test_an_expert_that_differs_is_refused(tmp_path: Path, monkeypatch: pytest.M
     base, one = write(tmp_path, "llama")
     load = proof.load_with_peft
 
-    def load_changed(folder: Path) -> proof.Reference:
+    def load_changed(folder: Path) -> proof.SourceLibrary:
         def change(model: Any) -> Any:
             made = load(folder).load(model)
             with torch.no_grad():
                 next(p for n, p in made.named_parameters() if "lora_B" in n).mul_(1.1)
             return made
 
-        return proof.Reference("peft", change)
+        return proof.SourceLibrary("peft", change)
 
     monkeypatch.setattr(proof, "load_with_peft", load_changed)
     found = run_hub("add", one, "--name", "mine", "--base", base)
@@ -128,7 +128,7 @@ def test_a_library_that_cannot_run_the_expert_is_a_note(tmp_path: Path) -> None:
 
     notes: list[str] = []
     session = Session(report=lambda what, done, size: notes.append(what))
-    reference = proof.Reference("other 1.0", fail)
+    reference = proof.SourceLibrary("other 1.0", fail)
     assert proof.prove(find_mine(), reference, session) is None
     assert "no such kernel" in notes[-1]
     with pytest.raises(HubError, match="no such kernel"):
@@ -149,4 +149,4 @@ def test_outputs_without_a_common_name_or_shape_are_different() -> None:
         difference, largest = inputs.compare_outputs(one, other)
         with pytest.raises(IntegrityError):
             entry = Expert(name="x", base="b", sources=["./x"], digest="sha256:" + "0" * 64)
-            proof._judge(entry, proof.Reference("other", lambda m: m), difference, largest)
+            proof._judge(entry, proof.SourceLibrary("other", lambda m: m), difference, largest)
