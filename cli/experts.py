@@ -16,9 +16,11 @@ from experthub.cli._output import (
     print_table,
 )
 from experthub.cli._session import open_session
+from experthub.cli.bases import flatten, print_base, print_bases
 
 if TYPE_CHECKING:
-    from experthub.hub.registry.expert import Expert, Proof
+    from experthub.hub.registry.expert import Expert
+    from experthub.hub.registry.proof_record import Proof
     from experthub.hub.session import Session
 
 
@@ -38,18 +40,7 @@ def list_(
 
     known = Registry.read(registry)
     if bases:
-        entries = known.list_bases()
-        if json:
-            print_json(
-                {"bases": [{"name": n} | e.model_dump(mode="json") for n, e in entries.items()]}
-            )
-        elif quiet:
-            print_lines(list(entries))
-        else:
-            print_table(
-                ["base", "licence", "source"],
-                [[n, e.license or "", e.sources[0]] for n, e in entries.items()],
-            )
+        print_bases(known, json, quiet)
         return
     experts = known.list_experts()
     if json:
@@ -137,12 +128,7 @@ def show(
 
     known = Registry.read(registry)
     if name in known.list_bases():
-        entry = known.list_bases()[name]
-        record = {"name": name} | entry.model_dump(mode="json")
-        if json:
-            print_json({"base": record})
-        else:
-            print_fields(_flatten(record))
+        print_base(name, json, registry)
         return
     expert = known.find_expert(Reference.parse(name))
     if json:
@@ -150,7 +136,7 @@ def show(
         return
     record = _make_record(expert)
     scores = record.pop("scores")
-    print_fields(_flatten(record))
+    print_fields(flatten(record))
     if scores:
         print_table(
             ["score on", "split", ">n", ">base", ">expert"],
@@ -159,19 +145,6 @@ def show(
                 for s in scores
             ],
         )
-
-
-def _flatten(record: dict[str, Any]) -> dict[str, str]:
-    """Write the values of a record as single lines of text."""
-    flat = {}
-    for key, value in record.items():
-        if isinstance(value, list):
-            flat[key] = ", ".join(map(str, value))
-        elif isinstance(value, dict):
-            flat[key] = ", ".join(f"{k} {v}" for k, v in value.items() if not isinstance(v, dict))
-        elif value is not None:
-            flat[key] = ("yes" if value else "no") if isinstance(value, bool) else str(value)
-    return flat
 
 
 def add(
@@ -201,6 +174,9 @@ def add(
             help="Compare the expert with peft; by default if the base is here and at most 2 GiB.",
         ),
     ] = None,
+    subfolder: Annotated[
+        str, typer.Option(help="The sub-folder of the adapter, if there are several.")
+    ] = "",
     json: JsonOption = False,
     registry: Annotated[
         Path | None,
@@ -209,26 +185,28 @@ def add(
 ) -> None:
     """Copy the folder of an expert into the store under a name.
 
-    All files are checked first. The entry is written to your own registry, or to --registry. If the
-    base is on this machine, the outputs of the composed expert are compared with those of peft. An
-    expert that differs is refused.
+    All files are checked first. The entry is written to your own registry, or to --registry.
+    Adapters of other types and programs are converted if that is exact; see hub convert. If the base
+    is on this machine, the outputs of the composed expert are compared with those of peft. An expert
+    that differs is refused.
 
-    Examples: hub add ./my-lora --name my-lora; hub add ./my-lora --name my-lora --task bigbench:snarks
+    Examples: hub add ./my-lora --name my-lora; hub add ./my-lora --name my-lora --task bigbench:snarks;
+    hub add ./run --subfolder checkpoint-500 --name mine
     """
-    from experthub.hub.registry.entries import check_name
-    from experthub.hub.transfer.describe import add_folder
+    from experthub.hub.transfer.adding import add_expert
 
     with open_session() as session:
-        expert = add_folder(
+        expert = add_expert(
             folder,
-            check_name(name),
+            name,
             session,
             version=version,
             base=base,
             task=task,
             description=description,
+            subfolder=subfolder,
             file=registry,
-            prove=lambda expert: _prove(expert, folder, session, proof),
+            prove=lambda expert: _prove(expert, folder / subfolder, session, proof),
         )
     if json:
         print_json({"expert": _make_record(expert)})
@@ -242,10 +220,14 @@ def add(
 
 
 def _prove(expert: Expert, folder: Path, session: Session, proof: bool | None) -> Proof | None:
-    """Compare an adapter in PEFT's format with peft, unless --no-proof is set."""
-    from experthub.hub.kinds import kinds
+    """Compare an expert that came from a folder of peft with peft, unless --no-proof is set."""
+    from experthub.hub.files.json_files import read_json
+    from experthub.hub.formats.adapter import ADAPTER, ADAPTER_CONFIG
 
-    if proof is False or not kinds[expert.kind].peft:
+    config, weights = folder / ADAPTER_CONFIG, folder / ADAPTER
+    if proof is False or not (config.is_file() and weights.is_file()):
+        return None
+    if "peft_type" not in read_json(config):
         return None
     from experthub.hub.proofs.proof import load_with_peft, prove
 

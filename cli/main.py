@@ -12,9 +12,11 @@ from typing import Annotated, Any
 
 import typer
 from experthub.cli import (
+    bases,
     cluster,
     coefficients,
     compose,
+    convert,
     difference,
     doctor,
     evaluate,
@@ -164,6 +166,7 @@ def _main(
 experts.register(app)
 share.register(app)
 difference.register(app)
+convert.register(app)
 methods.register(app)
 compose.register(app)
 coefficients.register(app)
@@ -175,5 +178,6 @@ suggest.register(app)
 cluster.register(app)
 store.register(app)
 doctor.register(app)
+app.add_typer(bases.app, name="base", epilog="Example: hub base add mine ./model.gguf")
 app.add_typer(train.app, name="train", epilog="Example: hub train gate sentiment --steps 30")
 app.add_typer(tasks.app, name="tasks", epilog="Example: hub tasks import bigbench implicatures")

@@ -6,8 +6,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from experthub.hub.bases.adding import add_base
     from experthub.hub.composition.compose import compose
     from experthub.hub.composition.composition import Composition
+    from experthub.hub.conversion.convert import Conversion, convert
     from experthub.hub.errors import HubError
     from experthub.hub.evaluation.evaluation import evaluate
     from experthub.hub.finetunes.difference import Difference, diff
@@ -31,7 +33,9 @@ if TYPE_CHECKING:
     from experthub.hub.training.train import train_gate, train_lora
 
 _HOMES = {
+    "add_base": "bases.adding",
     "Composition": "composition.composition",
+    "Conversion": "conversion.convert",
     "Difference": "finetunes.difference",
     "Expert": "registry.expert",
     "HubError": "errors",
@@ -47,6 +51,7 @@ _HOMES = {
     "adapt": "training.adaptation",
     "cluster": "selection.clusters",
     "compose": "composition.compose",
+    "convert": "conversion.convert",
     "diff": "finetunes.difference",
     "evaluate": "evaluation.evaluation",
     "plan_of": "recipes.lock",
@@ -61,6 +66,7 @@ _HOMES = {
 
 __all__ = [
     "Composition",
+    "Conversion",
     "Difference",
     "Expert",
     "HubError",
@@ -74,8 +80,10 @@ __all__ = [
     "Store",
     "Trace",
     "adapt",
+    "add_base",
     "cluster",
     "compose",
+    "convert",
     "diff",
     "evaluate",
     "plan_of",

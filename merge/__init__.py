@@ -21,7 +21,7 @@ from experthub.merge._delta import Delta, Dense, LowRank, sum_deltas, truncate
 from experthub.merge._fit_settings import Fit
 from experthub.merge._fitting import learn_coefficients
 from experthub.merge._inner_products import cosine_matrix, gram_matrix, inner_product
-from experthub.merge._linear_modules import is_linear, is_transposed, orient
+from experthub.merge._linear_modules import is_linear, is_transposed, make_like, orient
 from experthub.merge._materials import Data, MergeMaterials, Minimizer, Progress
 from experthub.merge._merges import MergeTraits, merges
 from experthub.merge._options import (
@@ -110,6 +110,7 @@ __all__ = [
     "linear",
     "lorahub",
     "make_generator",
+    "make_like",
     "map_tensors",
     "merges",
     "orient",

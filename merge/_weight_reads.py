@@ -24,7 +24,7 @@ METADATA = frozenset(
     {"dtype", "device", "shape", "ndim", "is_meta", "requires_grad", "size", "dim", "numel"}
 )
 INSPECTION = frozenset({"isinstance", "hasattr", "id", "type"})  # Functions that read no entry.
-CASTS = frozenset({"to", "type", "type_as", "float"})
+CASTS = frozenset({"to", "type", "type_as", "float", "double"})
 # Functions whose result with a weight is that of a linear module, apart from the operator @.
 LINEAR = frozenset({"linear", "matmul", "multi_head_attention_forward"})
 # The beginnings of methods that do not run in a forward pass.
@@ -44,6 +44,11 @@ class WeightRead:
     owner: str
     is_product: bool
     is_called: bool
+
+    @property
+    def is_lost(self) -> bool:
+        """True if a change beside the module cannot have an effect."""
+        return not (self.is_product or self.is_called)
 
 
 def find_weight_reads(model: nn.Module) -> dict[str, WeightRead]:

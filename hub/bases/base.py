@@ -15,6 +15,7 @@ from experthub.hub.errors import IntegrityError, NotFoundError
 from experthub.hub.files.json_files import read_json
 from experthub.hub.formats.added_tokens import AddedVocabulary
 from experthub.hub.formats.model_config import check_model
+from experthub.hub.formats.quantisation import Quantisation, read_quantisation
 from experthub.hub.formats.safetensors_header import TensorInfo, read_header
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 CAUSAL = ("ForCausalLM", "LMHeadModel")
+ROW_INPUTS = ("input_ids", "pixel_values")  # The first inputs of models that a route can watch.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
 
 
@@ -44,6 +46,8 @@ class Base:
         commit: The commit of the repository that the folder was fetched from; None for others.
         completed: Whether the experts of a plan bring along the weights that the files lack.
         added: What the experts of a plan add to the vocabulary.
+        quantisation: The way in which the weights are quantised; None if they are not.
+        aka: Other names of the base in the registry, such as `org/name` on the Hugging Face Hub.
     """
 
     name: str
@@ -56,6 +60,8 @@ class Base:
     sources: tuple[str, ...] = ()
     sha256: str | None = None
     commit: str | None = None
+    quantisation: Quantisation | None = None
+    aka: tuple[str, ...] = ()
     completed: bool = False
     added: AddedVocabulary | None = None
 
@@ -113,6 +119,20 @@ class Base:
         return self.folder.resolve().name if self.name == str(self.folder) else self.name
 
     @property
+    def public_name(self) -> str:
+        """The name by which other programs find the base: that of its repository, if it has one."""
+        hubs = (s.removeprefix("hf:").partition("@")[0] for s in self.sources if s[:3] == "hf:")
+        return next(iter((*self.aka, *hubs)), self.name)
+
+    @property
+    def reads_rows(self) -> bool:
+        """True if all modules read the rows of one input, so that a router can decide for rows."""
+        config = read_json(self.folder / "config.json")
+        towers = [v for v in config.values() if isinstance(v, dict) and "model_type" in v]
+        one_input = self.names.main_input in ROW_INPUTS and not config.get("is_encoder_decoder")
+        return one_input and not towers and (self.is_causal or self.is_encoder)
+
+    @property
     def peft_task_type(self) -> str | None:
         """The task type that an adapter of this base has in PEFT's format; None if it has none.
 
@@ -122,11 +142,15 @@ class Base:
         if self.is_causal:
             return "CAUSAL_LM"
         config = read_json(self.folder / "config.json")
-        if self.names.main_input != "input_ids" or "vision_config" in config:
-            return None
         if config.get("is_encoder_decoder"):
-            return "SEQ_2_SEQ_LM"
-        return "FEATURE_EXTRACTION" if self.is_encoder else None
+            generates = self.architecture.endswith("ForConditionalGeneration")
+            return "SEQ_2_SEQ_LM" if generates and self._reads_text else None
+        return "FEATURE_EXTRACTION" if self.reads_rows and self._reads_text else None
+
+    @property
+    def _reads_text(self) -> bool:
+        """True if the model's first input is text."""
+        return self.names.main_input == "input_ids"
 
     @property
     def is_causal(self) -> bool:
@@ -160,14 +184,20 @@ def read(folder: Path, name: str) -> Base:
         IntegrityError: The configuration or the weights cannot be used.
     """
     if not (folder / "config.json").is_file():
+        files = sorted(path.name for path in folder.glob("*.gguf"))
+        if files:
+            raise NotFoundError(
+                f"{folder} has no config.json, but {len(files)} GGUF files",
+                f"name the file, {folder / files[0]}",
+            )
         raise NotFoundError(
             f"there is no model folder {folder}",
             "name a folder that contains a config.json, or a base that hub list --bases shows",
         )
-    check_model(folder)
-    files = list_weight_files(folder)
+    config = check_model(folder)
+    shards = list_weight_files(folder)
     tensors: dict[str, TensorInfo] = {}
-    for file in files:
+    for file in shards:
         for tensor, info in read_header(file).items():
             # The fingerprint does not tell in which of two files a tensor is.
             if tensor in tensors:
@@ -182,6 +212,11 @@ def read(folder: Path, name: str) -> Base:
     )
     size = sum(info.bytes for info in tensors.values())
     dtype = dtypes[-1] if dtypes else "F32"
+    quantisation = read_quantisation(config)
+    if quantisation is not None:  # The dtype of most tensors says nothing about packed weights.
+        stated = str(config.get("dtype") or config.get("torch_dtype"))
+        dtype = {"bfloat16": "BF16", "float16": "F16"}.get(stated, "F32")
     fingerprint = compute_fingerprint(folder)
     digest = compute_base_digest(folder, fingerprint)
-    return Base(name, folder, fingerprint, digest, stored, size, dtype)
+    known = name, folder, fingerprint, digest, stored, size, dtype
+    return Base(*known, quantisation=quantisation)

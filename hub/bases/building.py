@@ -16,6 +16,7 @@ from experthub.hub.bases.fingerprint import list_weight_files
 from experthub.hub.bases.model_size import limit_model_size
 from experthub.hub.errors import HubError, IntegrityError
 from experthub.hub.files.json_files import read_json
+from experthub.hub.formats.quantisation import Quantisation
 from experthub.hub.formats.safetensors_header import FLOATS, read_header
 from experthub.hub.formats.safetensors_reader import DTYPES
 from experthub.hub.transfer.remotes.no_network import forbid_network
@@ -54,6 +55,11 @@ class StoredModel(Protocol):
         ...
 
     @property
+    def quantisation(self) -> Quantisation | None:
+        """The way in which the weights are quantised; None if they are not."""
+        ...
+
+    @property
     def is_causal(self) -> bool:
         """True for a causal language model."""
         ...
@@ -78,6 +84,10 @@ def build_empty(base: StoredModel) -> tuple[Any, list[str], list[str]]:
         HubError: Transformers cannot build the model, or a shape differs.
     """
     kind, config = find_class(base)
+    if base.quantisation is not None:  # The packed weights are compared when they are loaded.
+        errors = explain_loading_errors(base, list_loading_errors())
+        with torch.device("meta"), errors, limit_size(base):
+            return kind(config).eval(), [], []
     empty = {
         name: torch.empty(info.shape, dtype=DTYPES.get(info.dtype, torch.float32), device="meta")
         for file in list_weight_files(base.folder)
@@ -110,8 +120,22 @@ def build_model(
     """Build a model from the weights that are given; also return the missing and the unused names.
 
     Transformers gets no folder: in a folder it would find other files than those that were checked.
+
+    Args:
+        base: The base.
+        kind: The class of transformers.
+        config: Its configuration.
+        weights: The weights by their stored names.
+        **options: More options of `from_pretrained`.
+
+    Returns:
+        The model, the names of its weights that are not given, and the names of the given weights
+        that it does not use.
+
+    Raises:
+        HubError: Transformers cannot build the model, or a shape differs.
     """
-    with explain_loading_errors(base, list_loading_errors()), _limit_size(base), _hide_report():
+    with explain_loading_errors(base, list_loading_errors()), limit_size(base), _hide_report():
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         model, found = kind.from_pretrained(
             None, config=config, state_dict=weights, **options, **LOCAL
@@ -138,11 +162,12 @@ def _read_generation_config(base: StoredModel) -> Any:
     return GenerationConfig.from_model_config(read_json(base.folder / "config.json"))
 
 
-def _limit_size(base: StoredModel) -> AbstractContextManager[None]:
+def limit_size(base: StoredModel) -> AbstractContextManager[None]:
     """Stop the building of a model that is much larger than the base's files."""
-    entries = sum(map(math.prod, base.stored.values()))
+    sizes = [math.prod(shape) for shape in base.stored.values()]
+    entries = sum(sizes) + max(sizes, default=0)  # Tied embeddings are stored once.
     # Quantised weights are packed: one stored integer holds several entries.
-    packed = 1 if base.dtype in FLOATS else 16
+    packed = 1 if base.dtype in FLOATS and base.quantisation is None else 16
     return limit_model_size(base.name, len(base.stored), packed * entries)
 
 
@@ -186,7 +211,17 @@ def _hide_report() -> Iterator[None]:
 
 
 def find_class(base: StoredModel) -> tuple[Any, Any]:
-    """Find the transformers class that a base's configuration names, and load the configuration."""
+    """Find the transformers class that a base's configuration names, and load the configuration.
+
+    Args:
+        base: The base.
+
+    Returns:
+        The class and the configuration.
+
+    Raises:
+        HubError: Transformers has no such class, or cannot read the configuration.
+    """
     import transformers
 
     kind: Any = getattr(transformers, base.architecture or "-", None)
@@ -197,12 +232,27 @@ def find_class(base: StoredModel) -> tuple[Any, Any]:
             f"name a class of transformers under architectures in {base.folder / 'config.json'}",
         )
     with explain_loading_errors(base, list_loading_errors()):
-        return kind, transformers.AutoConfig.from_pretrained(base.folder, **LOCAL)
+        config = transformers.AutoConfig.from_pretrained(base.folder, **LOCAL)
+    if base.quantisation is not None and base.quantisation.dequantised:
+        config.quantization_config["dequantize"] = True
+    return kind, config
 
 
 @contextmanager
 def explain_loading_errors(base: StoredModel, errors: Any, what: str = "load") -> Iterator[None]:
-    """Turn errors that transformers raises while it loads or saves a base into a HubError."""
+    """Turn errors that transformers raises while it loads or saves a base into a HubError.
+
+    Args:
+        base: The base.
+        errors: The types of the errors.
+        what: What transformers does: `load` or `save`.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        HubError: Transformers raised one of these errors.
+    """
     try:
         with hide_progress_bars(), forbid_network():
             yield
@@ -215,7 +265,11 @@ def explain_loading_errors(base: StoredModel, errors: Any, what: str = "load") -
 
 
 def list_loading_errors() -> tuple[type[Exception], ...]:
-    """List the errors that transformers raises if it cannot load a model."""
+    """List the errors that transformers raises if it cannot load a model.
+
+    Returns:
+        The types of the errors.
+    """
     strict: type[Exception] = import_module("huggingface_hub.errors").StrictDataclassError
     wrong = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError)
     return (*wrong, OSError, RuntimeError, TypeError, ValueError, strict)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -17,9 +17,12 @@ from experthub.hub.bases.building import (
 )
 from experthub.hub.bases.fingerprint import compute_fingerprint, list_weight_files
 from experthub.hub.bases.identity import compute_base_digest
+from experthub.hub.bases.quantised import check_loadable
 from experthub.hub.bases.tokenizer import CheckedTokenizer, add_tokens
 from experthub.hub.errors import HubError, IntegrityError, UsageError
 from safetensors import safe_open
+
+AUTO = "auto"  # The device of a model that accelerate divides among devices, memory and disk.
 
 
 def load_model(base: Base, dtype: str, device: str | None) -> Any:
@@ -28,7 +31,8 @@ def load_model(base: Base, dtype: str, device: str | None) -> Any:
     Args:
         base: The base. Weights that it lacks, and that experts bring along, are zero.
         dtype: `float32`, `bfloat16` or `float16`.
-        device: The torch device of the model. None means `cpu`.
+        device: The torch device of the model. None means `cpu`. `auto` lets accelerate divide the
+            model among all devices, the memory and the disk.
 
     Returns:
         The model, in the class that the base's configuration names.
@@ -39,23 +43,41 @@ def load_model(base: Base, dtype: str, device: str | None) -> Any:
         HubError: Transformers cannot load the base.
     """
     check_device(device)
+    check_loadable(base)
     kind, config = find_class(base)
     weights: dict[str, Any] = {}
     with explain_loading_errors(base, list_loading_errors()):
         for file in list_weight_files(base.folder):
             stored: Any = safe_open(file, "pt")
             weights |= {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118
-    model, missing, _ = build_model(base, kind, config, weights, dtype=dtype)
+    where = AUTO if device == AUTO else {"": device or "cpu"} if base.quantisation else None
+    options: dict[str, Any] = {"dtype": dtype, "device_map": where}
+    offloaded = TemporaryDirectory(prefix="experthub-") if device == AUTO else None
+    if offloaded is not None:
+        options["offload_folder"] = offloaded.name
+    model, missing, _ = build_model(base, kind, config, weights, **options)
+    model._offloaded = offloaded  # The folder is removed when the model is.
     refuse_missing(base, [] if base.completed else missing)
     with torch.no_grad():
         for name in missing:
             model.get_parameter(name).zero_()
-    _check_unchanged(base)
-    return model.to(device or "cpu").eval().requires_grad_(False)
+    check_unchanged(base)
+    if where is None:
+        model = model.to(device or "cpu")
+    elif base.quantisation and base.quantisation.dequantised:
+        model._weight_conversions = None  # Transformers would quantise the weights when it saves.
+    return model.eval().requires_grad_(False)
 
 
-def _check_unchanged(base: Base) -> None:
-    """Check that the files of a base are still those that were read when it was found."""
+def check_unchanged(base: Base) -> None:
+    """Check that the files of a base are still those that were read when it was found.
+
+    Args:
+        base: The base.
+
+    Raises:
+        IntegrityError: A file was changed.
+    """
     if base.digest != compute_base_digest(base.folder, compute_fingerprint(base.folder)):
         raise IntegrityError(
             f"base {base.name}: files in {base.folder} were changed while it was loaded",
@@ -89,37 +111,22 @@ def load_tokenizer(base: Base) -> Any:
         found = AutoTokenizer.from_pretrained(base.folder, **LOCAL)
         if base.added is not None:
             add_tokens(found, base.added.tokens)
-    _check_unchanged(base)
+    check_unchanged(base)
     rows = base.added.rows if base.added else None
     return CheckedTokenizer(found, base.name, base.folder, base.stored, rows)
-
-
-def write_model(base: Base, model: Any, folder: Path) -> None:
-    """Write the configurations and the weights of a model that was made from a base.
-
-    Args:
-        base: The base.
-        model: The model.
-        folder: The folder.
-
-    Raises:
-        HubError: Transformers cannot save the model.
-    """
-    with explain_loading_errors(base, list_loading_errors(), "save"):
-        model.save_pretrained(folder)
 
 
 def check_device(device: str | None) -> None:
     """Check that torch can use a device here.
 
     Args:
-        device: The name of the device. None means `cpu`.
+        device: The name of the device. None means `cpu`; `auto` is always possible.
 
     Raises:
         UsageError: Torch cannot use it.
     """
     try:
-        torch.empty(0, device=device or "cpu")
+        torch.empty(0, device=device if device and device != AUTO else "cpu")
     except (RuntimeError, AssertionError) as error:
         raise UsageError(
             f"cannot use the device {device!r}: {str(error).splitlines()[0]}",

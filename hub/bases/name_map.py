@@ -25,7 +25,7 @@ from experthub.hub.errors import HubError
 from experthub.hub.files.atomic import hub_home, write_json
 from experthub.hub.files.digests import digest_of
 from experthub.hub.files.json_files import read_json
-from experthub.merge import is_linear, is_transposed
+from experthub.merge import find_weight_reads, is_linear, is_transposed
 from torch import Tensor
 
 CACHE_VERSION = 2
@@ -104,6 +104,7 @@ def _make_names(base: StoredModel, key: str, rename: Any) -> ModelNames:
         aliases=aliases,
         missing=tuple(missing),
         unused=tuple(unused),
+        uncalled=frozenset(n for n, read in find_weight_reads(model).items() if read.is_lost),
         rename=rename,
     )
 

@@ -61,12 +61,23 @@ class Piece:
         _copy(stored, into.permute(order), [runs for _, runs in kept])
 
     def record(self) -> list[Any]:
-        """Return the fields as plain values, for a JSON file."""
+        """Return the fields as plain values, for a JSON file.
+
+        Returns:
+            The values, in the order of the fields.
+        """
         return [self.parameter, list(self.shape), self.fixed, self.axes]
 
     @classmethod
     def parse(cls, record: list[Any]) -> Piece:
-        """Return the piece that `record` described."""
+        """Make a piece from the values that `record` returned.
+
+        Args:
+            record: The values.
+
+        Returns:
+            The piece.
+        """
         parameter, shape, fixed, axes = record
         parsed = [
             None if axis is None else (axis[0], tuple((r[0], r[1], r[2]) for r in axis[1]))
@@ -94,6 +105,9 @@ def join_pieces(parts: Iterable[tuple[Tensor, Piece | None]], shape: Shape) -> T
 
     Returns:
         The parameter, with zeros where no piece is.
+
+    Raises:
+        ValueError: There is no tensor.
     """
     found: Tensor | None = None
     for tensor, piece in parts:
@@ -125,6 +139,8 @@ class ModelNames:
         aliases: The places of tensors that older files of this architecture have.
         missing: The weights that the files lack.
         unused: The stored weights that the model does not use.
+        uncalled: The linear modules that the model never calls, and whose weight it reads in a way that
+            no product with it could replace.
         rename: A function that applies transformers' rules to a name that no file has.
     """
 
@@ -137,6 +153,7 @@ class ModelNames:
     aliases: Mapping[str, Place]
     missing: tuple[str, ...]
     unused: tuple[str, ...]
+    uncalled: frozenset[str]
     rename: Callable[[str], Sequence[str]] = field(compare=False)
 
     def locate(self, name: str) -> Place | None:
@@ -192,7 +209,11 @@ class ModelNames:
         return found
 
     def record(self) -> dict[str, Any]:
-        """Return the fields as plain values, for a JSON file."""
+        """Return the fields as plain values, for a JSON file.
+
+        Returns:
+            The values by the names of the fields.
+        """
         return {
             "shapes": [[name, list(shape)] for name, shape in self.shapes.items()],
             "tied": dict(self.tied),
@@ -203,11 +224,20 @@ class ModelNames:
             "aliases": {name: _record_place(place) for name, place in self.aliases.items()},
             "missing": list(self.missing),
             "unused": list(self.unused),
+            "uncalled": sorted(self.uncalled),
         }
 
     @classmethod
     def parse(cls, record: dict[str, Any], rename: Callable[[str], Sequence[str]]) -> ModelNames:
-        """Return the names that `record` described."""
+        """Make the names from the values that `record` returned.
+
+        Args:
+            record: The values.
+            rename: A function that applies transformers' rules to a name that no file has.
+
+        Returns:
+            The names.
+        """
         return cls(
             shapes={name: tuple(shape) for name, shape in record["shapes"]},
             tied=record["tied"],
@@ -218,6 +248,7 @@ class ModelNames:
             aliases={name: _parse_place(place) for name, place in record["aliases"].items()},
             missing=tuple(record["missing"]),
             unused=tuple(record["unused"]),
+            uncalled=frozenset(record["uncalled"]),
             rename=rename,
         )
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from experthub.hub.bases.loading import load_model
+from experthub.hub.bases.loading import AUTO, load_model
 from experthub.hub.bases.tying import tie_again, untie
 from experthub.hub.composition.bank import find_bank
 from experthub.hub.composition.composition import Composition
@@ -27,8 +27,8 @@ from experthub.hub.formats.adapter import Adapted
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.session import Session
 from experthub.hub.transfer.pull import pull
-from experthub.merge import TaskVector, combine, find_uses, is_transposed
-from torch import nn
+from experthub.merge import Delta, TaskVector, combine, find_uses, is_transposed
+from torch import Tensor, nn
 
 
 def assemble(
@@ -52,10 +52,16 @@ def assemble(
         The composed model and its plan.
 
     Raises:
-        UsageError: The loaded base has another dtype or is on another device.
+        UsageError: The loaded base has another dtype or is on another device, or a merge is wanted
+            on the device `auto`.
         IntegrityError: The content of an expert is damaged, or a merged weight overflows.
         HubError: The experts do not fit the model.
     """
+    if session.device == AUTO and any(unit.recipe.merge or unit.folds for unit in plan.units):
+        raise UsageError(
+            "a merge changes weights that --device auto may leave on the disk",
+            "write the model with hub compose --out, which needs little memory, or use a route",
+        )
     banks = [find_bank(unit) for unit in plan.units]
     whole = plan.base.lacks or plan.vocabulary or any(unit.dense for unit in plan.units)
     packed = not whole and all(bank is not None and bank.is_complete for bank in banks)
@@ -69,7 +75,7 @@ def assemble(
         else:
             target = _copy_model(model, plan.dtype, device)
         if not packed:  # Packed experts were checked when they were packed.
-            _check_orientation(target, plan)
+            check_orientation(target, plan)
         before = ModelState(target) if whole and plan.routed else None
         complete_base(target, plan, contents)
         session.report(f"composing {len(plan.experts)} experts", 0, 0)
@@ -83,7 +89,7 @@ def assemble(
                     merged.append(load_dense_vector(unit, contents))
                     _add(target, merged[-1], unit)
                 if unit.recipe.merge:
-                    merged.append(_merge(unit, contents, state))
+                    merged.append(merge_experts(unit, contents, state))
                     _add(target, merged[-1], unit)
                 else:
                     routes.append(route(target, unit, contents, state, bank, session, watch))
@@ -110,8 +116,20 @@ def complete_base(model: Any, plan: Plan, contents: Contents) -> None:
         model.get_submodule(owner).register_parameter(leaf, nn.Parameter(own, requires_grad=False))
 
 
-def _merge(plan: Plan, contents: Contents, state: Any) -> TaskVector:
-    """Merge the experts of a plan into one task vector, lazily."""
+def merge_experts(plan: Plan, contents: Contents, state: Any) -> TaskVector:
+    """Merge the experts of a plan into one task vector, lazily.
+
+    Args:
+        plan: A plan with one merge.
+        contents: The experts' files.
+        state: The state of the method; None for a method without state.
+
+    Returns:
+        The task vector.
+
+    Raises:
+        ValueError: The method returned something else.
+    """
     method = plan.recipe.method
     vectors = [load_task_vector(expert, plan, contents) for expert in plan.experts]
     weights = torch.tensor([expert.weight for expert in plan.experts])
@@ -129,7 +147,10 @@ def _unite(vectors: Sequence[TaskVector]) -> TaskVector:
 
 def _copy_model(model: Any, dtype: str, device: str | None) -> Any:
     """Copy a model that the caller loaded, without its tensors; refuse another dtype or device."""
-    found, wanted = model.device, torch.device(device or model.device)
+    found, wanted = (
+        model.device,
+        torch.device(device if device and device != AUTO else model.device),
+    )
     # A device without an index, such as cuda, means every device of its type.
     elsewhere = wanted.type != found.type or wanted.index not in (None, found.index or 0)
     if str(model.dtype) != f"torch.{dtype}" or elsewhere:
@@ -156,10 +177,17 @@ def _copy_modules(module: Any, made: dict[int, Any] | None = None) -> Any:
     return made[id(module)]
 
 
-def _check_orientation(model: Any, plan: Plan) -> None:
+def check_orientation(model: Any, plan: Plan) -> None:
     """Refuse a fan_in_fan_out that does not fit its module.
 
     The shape of a square weight does not show in which orientation it is stored.
+
+    Args:
+        model: The model, which may be without storage.
+        plan: The plan.
+
+    Raises:
+        HubError: An expert states another orientation than its module has.
     """
     modules, changed = dict(model.named_modules()), set(plan.parameters)
     for member in plan.members:
@@ -191,15 +219,34 @@ def _add(model: Any, merged: TaskVector, plan: Plan) -> None:
                 "leave it out with targets:, or merge the adapter with peft and use hub diff",
             )
         # The sum is a new tensor: the base's weights are mapped from its file, and may be shared.
-        changed = merged[name].add_to(model.get_parameter(name))
+        changed = add_change(model.get_parameter(name), merged[name], name, plan.dtype)
         parameter = nn.Parameter(changed, requires_grad=False)
         for module, leaf in places[name]:
             module.register_parameter(leaf, parameter)
-        # The sum over a tensor with an entry that is not finite is not finite either. It may also
-        # overflow over finite entries, so every entry is tested only in that case.
-        if not math.isfinite(changed.sum()) and not bool(torch.isfinite(changed).all()):
-            raise IntegrityError(
-                f"{name} overflows {plan.dtype}", "use smaller weights, or set dtype: float32"
-            )
     if tied is not None:
         tie_again(model, tied)
+
+
+def add_change(weight: Tensor, change: Delta, name: str, dtype: str) -> Tensor:
+    """Add a change to a weight.
+
+    Args:
+        weight: The weight; it is not changed.
+        change: The change.
+        name: The name of the weight, for the error.
+        dtype: The dtype of the model, for the error.
+
+    Returns:
+        The sum, in the weight's dtype.
+
+    Raises:
+        IntegrityError: The sum overflows.
+    """
+    changed = change.add_to(weight)
+    # The sum over a tensor with an entry that is not finite is not finite either. It may also
+    # overflow over finite entries, so every entry is tested only in that case.
+    if not math.isfinite(changed.sum()) and not bool(torch.isfinite(changed).all()):
+        raise IntegrityError(
+            f"{name} overflows {dtype}", "use smaller weights, or set dtype: float32"
+        )
+    return changed

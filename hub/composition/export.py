@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from experthub.hub.bases.loading import load_tokenizer, write_model
+from experthub.hub.bases.writing import write_model
 from experthub.hub.errors import UsageError
 from experthub.hub.files import yaml_files
 from experthub.hub.files.atomic import create_folder, write_text
@@ -33,7 +33,7 @@ def save_model(
         plan: The plan that it was made from.
         merged: The task vector that was added to the base.
         folder: A new or empty folder.
-        format: `hf` writes the whole model with its tokenizer; `peft` writes one adapter.
+        format: `hf` writes the whole model with its tokenizer and processors; `peft` writes one adapter.
 
     Returns:
         The folder.
@@ -48,8 +48,6 @@ def save_model(
             _save_peft(plan, merged, draft)
         else:
             write_model(plan.base, model, draft)
-            if plan.base.has_tokenizer:
-                load_tokenizer(plan.base).save_pretrained(draft)
         write_text(draft / "recipe.lock.yaml", yaml_files.dump(plan.lock))
     return folder
 
@@ -82,7 +80,7 @@ def _save_peft(plan: Plan, merged: TaskVector, folder: Path) -> None:
     write_adapter(
         folder,
         tensors,
-        base=plan.base.name,
+        base=plan.base.public_name,
         task_type=plan.base.peft_task_type,
         model_class=plan.base.architecture,
         transposed=any(names.linear.get(module) for module in nests),

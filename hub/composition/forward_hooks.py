@@ -10,14 +10,14 @@ Shapes: B rows, S tokens, H hidden features.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any, cast
+from typing import Any
 from uuid import uuid4
 
 import torch
+from experthub.hub.composition.prompt_length import select_prompt
 from experthub.hub.composition.real_tokens import find_real_tokens
 from experthub.hub.composition.row_cache import CACHES, RowCache, find_cache, find_row_cache
 from experthub.hub.composition.rows import RouteHook, Rows, named_tasks
@@ -40,11 +40,13 @@ class Watch:
         passes: The forward passes of the model.
         hooked: The routes that need hooks.
         name: The name under which tasks are named; copies of the model share it.
+        arguments: The names of the arguments of the model's base model, in order.
     """
 
     passes: ForwardPasses = field(default_factory=ForwardPasses)
     hooked: list[RouteHook] = field(default_factory=list)
     name: str = field(default_factory=lambda: uuid4().hex)
+    arguments: tuple[str, ...] = ()
     _handles: list[Any] = field(default_factory=list)
 
     def attach(self, model: Any, route: RouteHook) -> None:
@@ -58,6 +60,7 @@ class Watch:
         self.passes.announced = True
         read_whole_prompts(model)
         inner: nn.Module = model.base_model
+        self.arguments = tuple(inspect.signature(inner.forward).parameters)
         self._handles = self._handles or [
             inner.register_forward_pre_hook(self._before, with_kwargs=True),
             inner.register_forward_hook(self._after, with_kwargs=True, always_call=True),
@@ -95,7 +98,7 @@ class Watch:
         now = self.passes.begin()
         _refuse_checkpoints(module)
         given = {
-            **dict(zip(_list_arguments(cast(Hashable, type(module))), args, strict=False)),
+            **dict(zip(self.arguments, args, strict=False)),
             **kwargs,
         }
         cache = find_cache(given)
@@ -111,13 +114,15 @@ class Watch:
         now.past = dict(kept.past) if kept else {}
         decided = {route for route, _ in now.kept}
         new = [hook for hook in self.hooked if hook.by_token or hook.context.route not in decided]
+        whole = None
         if now.tokens and any(not hook.by_token for hook in new):
             mask, positions = given.get("attention_mask"), given.get("position_ids")
-            now.real = find_real_tokens(mask, positions, cache, now.rows, now.tokens)
+            whole = find_real_tokens(mask, positions, cache, now.rows, now.tokens)
+            now.real = select_prompt(whole, now.rows, now.tokens, read.device)
         for hook in new:
             if hook.select is None:
                 continue
-            real = now.real
+            real = whole if hook.by_token else now.real
             if real is None:
                 real = torch.ones(read.shape[:2], dtype=torch.bool, device=read.device)
             rows = Rows(
@@ -153,6 +158,8 @@ class Watch:
         if now is None or now.off:
             return
         self.passes.end(now)
+        if output is None:  # The forward pass raised an error.
+            return
         cache = _find_returned_cache(output)
         kept = find_row_cache(cache)
         if kept is None and cache is not None and cache.layers:
@@ -168,12 +175,6 @@ class Watch:
             for route in passing:
                 kept.past[route] = (*now.past.get(route, ()), now.kept[route, VALUES])
             kept.base = now.base
-
-
-@cache
-def _list_arguments(kind: Any) -> tuple[str, ...]:
-    """List the names of the arguments of a model."""
-    return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
 def _find_returned_cache(output: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Which of the tokens that a model reads are not padding, from whatever mask it gets.
+"""The tokens that a model reads and that are not padding, found in any form of attention mask.
 
 Shapes: B rows, H heads, S tokens that are read now, K tokens with those in the cache.
 """

@@ -132,14 +132,14 @@ def _route_experts(
     def pack() -> Iterator[NamedGroup]:
         # A bank stores probes apart from the experts' factors, and lies on the CPU.
         like = torch.empty(0, dtype=model.dtype) if bank else None
-        stacking = Stacking(plan, modules, contents, state, select, context, like)
+        stacking = Stacking(plan, modules, contents, state, select, context, model.dtype, like)
         return stacking.pack_groups(session.report)
 
     groups = []
     for names, packed in bank.load_groups(pack, context) if bank else pack():
         bases = [modules[name] for name in names]
         with explain_errors(names[0]):
-            linears = attach_experts(bases, packed, method.combine, kernel, context)
+            linears = attach_experts(bases, packed, method.combine, kernel, context, model.dtype)
         for name, linear in zip(names, linears, strict=True):
             owner, _, leaf = name.rpartition(".")
             setattr(modules[owner], leaf, linear)
@@ -184,7 +184,7 @@ def _route_skills(model: Any, plan: Plan, contents: Contents, store: Store, watc
         routes.folded = fold_task(plan, inventory, task)
         routes.originals = add_to_modules(model, routes.folded)
         return routes
-    if model.config.is_encoder_decoder or plan.base.architecture == "CLIPModel":
+    if not plan.base.reads_rows:
         raise UsageError(
             f"{plan.base.name} is a {type(model).__name__}, which cannot choose the skills of "
             f"{plan.experts[0].label} for each example",
@@ -205,12 +205,6 @@ def _route_skills(model: Any, plan: Plan, contents: Contents, store: Store, watc
 def _attach(watch: Watch, model: Any, plan: Plan, hook: RouteHook) -> None:
     """Hook the model for a router that needs more than the inputs of modules."""
     method = plan.recipe.method
-    if model.config.is_encoder_decoder or not (plan.base.is_causal or plan.base.is_encoder):
-        raise UsageError(
-            f"{method.method} chooses for whole examples of a language model or an encoder, and "
-            f"{plan.base.name} is a {type(model).__name__}",
-            "use another base, or a router that chooses for each token",
-        )
     if hook.select is not None:
         hook.by_token = method.strategy.traits.routing.input == "token"
         if method.strategy.needs_own_tasks:

@@ -84,7 +84,14 @@ class Rows:
         return self.read_hidden()
 
     def place(self, tensor: Tensor) -> Tensor:
-        """Move a tensor to the device of the rows."""
+        """Move a tensor to the device of the rows.
+
+        Args:
+            tensor: Any tensor.
+
+        Returns:
+            The tensor on that device.
+        """
         return tensor.to(self.ids.device)
 
 
@@ -125,6 +132,9 @@ class RouteHook:
 
         Returns:
             The weights that `select` returns.
+
+        Raises:
+            ValueError: The route has no router of the whole model.
         """
         if self.select is None:
             raise ValueError("expected a router of the whole model, found one of each module")

@@ -20,7 +20,7 @@ METADATA = frozenset(
     {"size", "dim", "numel", "stride", "is_floating_point", "is_complex", "element_size"}
 )
 VIEWS = frozenset({"T", "mT", "H", "mH", "data"})
-CASTS = frozenset({"to", "type", "type_as", "float"})
+CASTS = frozenset({"to", "type", "type_as", "float", "double"})
 
 
 class _ReadWeights(TorchFunctionMode):
@@ -123,7 +123,11 @@ def _is(value: Any, linear: RoutedLinear) -> bool:
 
 def _multiply(linear: RoutedLinear, x: Tensor, y: Tensor) -> Tensor:
     """Add the experts of a module to a product with its weight."""
-    return cast(Tensor, linear(x, y.contiguous()))
+    own = cast(Tensor, linear.weight).dtype
+    if x.dtype == own:
+        return cast(Tensor, linear(x, y.contiguous()))
+    added = cast(Tensor, linear(x.to(own), torch.zeros_like(y, dtype=own)))
+    return y + added.to(y.dtype)
 
 
 def _attend(linear: RoutedLinear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -1,20 +1,22 @@
-"""Generation with routers that decide for whole rows: the whole prompt is read in one forward pass."""
+"""Generation with routers that decide for whole rows: each whole prompt decides, and nothing else."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from experthub.hub.composition.prompt_length import decide_by
 from experthub.hub.composition.rows import repeated
-from experthub.hub.errors import UsageError
-
-# Settings with which transformers would read a part of the prompt first, or guessed tokens with it.
-SPLITTING = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_early_exit")
+from torch import Tensor
 
 
 @dataclass(eq=False)
 class WholePrompts:
     """A function in place of a model's `generate`, which lets the whole prompt decide.
+
+    Prompt lookup and assistants put guessed tokens behind the prompt in the first forward pass, and
+    a chunked prefill reads only a part of the prompt in it.
 
     Args:
         model: The composed model.
@@ -27,23 +29,21 @@ class WholePrompts:
 
         Args:
             *args: The arguments of the model's own `generate`.
-            **kwargs: Its settings. Those that split the prompt are ignored.
+            **kwargs: Its settings; `prefill_chunk_size` is ignored.
 
         Returns:
             What the model's own `generate` returns.
-
-        Raises:
-            UsageError: Another model guesses tokens, which would be read with the prompt.
         """
-        if kwargs.get("assistant_model") is not None:
-            raise UsageError(
-                "the router decides by the prompt, and an assistant would add guessed tokens to it",
-                "remove assistant_model, or use a router that chooses for each token",
-            )
+        named = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
+        given = args[0] if args else next((found for found in named if found is not None), None)
+        is_text = isinstance(given, Tensor) and given.ndim > 1
+        by_prompt = decide_by(given.shape[1]) if given is not None and is_text else nullcontext()
         before = repeated.set(True)
         try:
-            whole = dict.fromkeys(SPLITTING)
-            return type(self.model).generate(self.model, *args, **{**kwargs, **whole})
+            with by_prompt:
+                return type(self.model).generate(
+                    self.model, *args, **{**kwargs, "prefill_chunk_size": None}
+                )
         finally:
             repeated.reset(before)
 

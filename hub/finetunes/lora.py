@@ -76,7 +76,7 @@ def write_lora(
     write_adapter(
         folder,
         tensors,
-        base=base.name,
+        base=base.public_name,
         task_type=base.peft_task_type,
         model_class=base.architecture,
         transposed=conv,

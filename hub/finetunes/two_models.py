@@ -48,7 +48,10 @@ def open_weights(base: Base) -> StoredWeights:
         base: The model.
 
     Returns:
-        Its weights, none of which is read yet.
+        Its weights by the names of the model's modules, none of which is read yet.
+
+    Raises:
+        HubError: The files hold only a part of a parameter.
     """
     places: dict[str, tuple[Path, TensorInfo]] = {}
     for path in list_weight_files(base.folder):

@@ -17,10 +17,9 @@ from experthub.hub.bases.names import Piece
 from experthub.hub.errors import HubError, IntegrityError
 from experthub.hub.files.json_files import read_json, read_small
 from experthub.hub.files.patterns import limit_matching_time
-from experthub.hub.formats.dense_parts import FACTOR, find_dense_part
+from experthub.hub.formats.dense_parts import FACTOR, find_dense_part, find_rank_and_scale
 from experthub.hub.formats.lora_config import (
     check_config,
-    find_rank_and_scale,
     is_targeted,
     list_targeted_leaves,
 )

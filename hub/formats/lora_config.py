@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection
 from reprlib import repr as short
 from typing import Annotated, Any, Literal
 
@@ -39,31 +38,61 @@ HARMLESS = {
     "revision",
     "inference_mode",
     "lora_dropout",
-    "init_lora_weights",
     "runtime_config",
     "qalora_group_size",
     "eva_config",
     "corda_config",
     "lora_ga_config",
     "loftq_config",
-    "ensure_weight_tying",
-}
-# Keys that change the function, with the values that do not change it.
-REFUSED: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False,),
-    "layer_replication": (None, []),
-    "alora_invocation_tokens": (None, []),
-    "use_qalora": (False,),
-    "use_bdlora": (None, False),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "megatron_config": (None,),
-    "megatron_core": (None, "megatron.core"),
-    "velora_config": (None,),
-    "monteclora_config": (None,),
+    "velora_config",  # Only gradients differ.
+    "merge_weights",  # peft before 0.4: whether evaluation merges.
 }
 OUTPUTS = ("lm_head", "embed_out", "proj_out")
-PLAIN_INITS = (True, False, "gaussian", "orthogonal", None)
+CONVERT = "run hub convert FOLDER OUT --base BASE, which makes a change of the weights of it"
+RETRAIN = "train the adapter again without {key}; no change of the weights computes the same"
+# Keys that change the function: the values that do not change it, the reason, and the way out.
+REFUSED: dict[str, tuple[tuple[Any, ...], str, str]] = {
+    "use_dora": ((False,), "DoRA scales the rows of the base's weights", CONVERT),
+    "layer_replication": (
+        (None, []),
+        "the adapter belongs to a base with repeated layers, which has other layers than its own",
+        "make that base with peft, save it as a model of its own, and use it as the base",
+    ),
+    "alora_invocation_tokens": (
+        (None, []),
+        "the adapter acts only after these tokens, which no change of the weights does",
+        RETRAIN,
+    ),
+    "use_qalora": ((None, False), "QALoRA pools the input of each module in groups", RETRAIN),
+    "use_bdlora": (
+        (None, False),
+        "BD-LoRA stores block-diagonal factors",
+        "merge the adapter with peft, and store the difference with hub diff",
+    ),
+    "arrow_config": (
+        (None,),
+        "the adapter routes between other adapters, which it does not hold",
+        "add these adapters one by one, and route them by a recipe of the hub",
+    ),
+    "kasa_config": ((None,), "KaSA cuts singular values off the base's weights", RETRAIN),
+    "monteclora_config": (
+        (None,),
+        "MonteCLoRA adds a sampled part to the factors",
+        "merge the adapter with peft, and store the difference with hub diff",
+    ),
+    "megatron_config": ((None,), "peft would build modules of Megatron", RETRAIN),
+    "megatron_core": ((None, "megatron.core"), "peft would import it", "remove the key"),
+    "enable_lora": (
+        (None,),
+        "peft before 0.3 adapted parts of a fused module by it",
+        "merge the adapter with the peft that wrote it, and store the difference with hub diff",
+    ),
+}
+# Initialisations that leave the base as it is. EVA chooses A by data and MiCA chooses B.
+PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica", None)
+NEWEST_PEFT = "0.21.2"  # The newest peft whose keys this module knows.
+
+KNOWN = HONOURED | HARMLESS | {"init_lora_weights"}
 
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Rank = Annotated[int, Field(gt=0, lt=1e6)]
@@ -109,23 +138,21 @@ def check_config(config: dict[str, Any]) -> None:
         )
     for key, value in config.items():
         if key in REFUSED:
-            if value not in REFUSED[key]:
-                raise IntegrityError(
-                    f"{key} is {short(value)}, which is more than a low-rank change",
-                    "merge the adapter with peft, and store the difference as a task vector",
-                )
+            harmless, reason, hint = REFUSED[key]
+            if value not in harmless:
+                raise IntegrityError(f"{key} is {short(value)}: {reason}", hint.format(key=key))
         elif key == "auto_mapping":
             _check_base_class(value)
-        elif key not in HONOURED | HARMLESS:
+        elif key not in KNOWN and not is_unset(value):
             raise IntegrityError(
-                f"unknown key {key[:80]!r} in its configuration",
+                f"unknown key {key[:80]!r} in its configuration{_describe_writer(config)}",
                 "correct the key, upgrade experthub if a newer peft wrote the key, or remove the key "
                 "if the adapter computes the same without it",
             )
-    if config.get("init_lora_weights") not in PLAIN_INITS:
+    if not is_plain_init(config.get("init_lora_weights")):
         raise IntegrityError(
             f"init_lora_weights is {short(config['init_lora_weights'])}, which changes the base",
-            "save the adapter with peft's path_initial_model_for_weight_conversion",
+            f"{CONVERT}, or save the adapter with peft's path_initial_model_for_weight_conversion",
         )
     try:
         _HonouredKeys.model_validate(config)
@@ -135,6 +162,52 @@ def check_config(config: dict[str, Any]) -> None:
             f"{key} is {short(config[key])}: {error.errors()[0]['msg']}",
             f"correct {key} in adapter_config.json",
         ) from None
+
+
+def is_plain_init(value: Any) -> bool:
+    """Tell whether a value of init_lora_weights leaves the base's weights as they are.
+
+    Args:
+        value: The value.
+
+    Returns:
+        True for such a value.
+    """
+    return (value.lower() if isinstance(value, str) else value) in PLAIN_INITS
+
+
+def is_unset(value: Any) -> bool:
+    """Tell whether a value of a key that is unknown here says that the key is not used.
+
+    Args:
+        value: The value.
+
+    Returns:
+        True for null, false, and empty texts, lists and objects.
+    """
+    return value is None or value is False or value in ("", [], {})
+
+
+def list_ignored_keys(config: dict[str, Any], known: Collection[str] = ()) -> list[str]:
+    """List the unknown keys of a configuration that are null, false or empty, and are ignored.
+
+    Args:
+        config: The content of `adapter_config.json`.
+        known: The keys that other types of adapters have besides those of a LoRA.
+
+    Returns:
+        The keys, sorted.
+    """
+    unknown = config.keys() - KNOWN - REFUSED.keys() - {"auto_mapping"} - set(known)
+    return sorted(key for key in unknown if is_unset(config[key]))
+
+
+def _describe_writer(config: dict[str, Any]) -> str:
+    """Say by which peft a configuration was saved, if that peft is newer than the known ones."""
+    written = config.get("peft_version")
+    numbers = [re.match(r"(\d{1,9})\.(\d{1,9})", str(v)) for v in (written, NEWEST_PEFT)]
+    new, known = ((int(n[1]), int(n[2])) if n else (0, 0) for n in numbers)
+    return f", saved by peft {str(written)[:20]}, newer than this hub knows" if new > known else ""
 
 
 def _check_base_class(value: Any) -> None:
@@ -162,21 +235,6 @@ def match_pattern(pattern: Any, module: str, default: Any) -> Any:
         if re.match(rf"(.*\.)?({key})$", module):
             return value
     return default
-
-
-def find_rank_and_scale(config: Mapping[str, Any], path: str) -> tuple[int, float]:
-    """Find the rank and the scale that a configuration states for a module or a parameter.
-
-    Args:
-        config: The content of `adapter_config.json`.
-        path: The path of the module or the parameter.
-
-    Returns:
-        The rank, and `alpha / rank`, or `alpha / sqrt(rank)` for rank-stabilised LoRA.
-    """
-    rank = match_pattern(config.get("rank_pattern"), path, config.get("r", 8))
-    alpha = match_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha", 8))
-    return rank, float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def is_targeted(config: dict[str, Any], module: str) -> bool:

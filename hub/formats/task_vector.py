@@ -207,7 +207,7 @@ def unpack_mask(mask: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _read_sparse_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Read the shapes of sparse parameters from the metadata of a checked header."""
-    metadata = json.loads(read_header_text(path)[0]).get("__metadata__", {})
+    metadata = json.loads(read_header_text(path)[0]).get("__metadata__") or {}
     try:
         stated = json.loads(metadata.get(SHAPES, "{}"))
         shapes = {name: tuple(shape) for name, shape in stated.items()}

@@ -40,7 +40,7 @@ def open_merge_materials(plan: Plan, session: Session) -> Iterator[MergeMaterial
         yield MergeMaterials(
             vectors=[load_task_vector(expert, plan, contents) for expert in plan.experts],
             weights=torch.tensor([expert.weight for expert in plan.experts]),
-            data=_read_data(plan, session.device, contents),
+            data=_read_data(plan, session, contents),
             minimize=minimize,
             load=lambda: load_progress(plan),
             save=lambda progress: save_progress(plan, progress),
@@ -48,7 +48,7 @@ def open_merge_materials(plan: Plan, session: Session) -> Iterator[MergeMaterial
         )
 
 
-def _read_data(plan: Plan, device: str | None, contents: Contents) -> TaskData | None:
+def _read_data(plan: Plan, session: Session, contents: Contents) -> TaskData | None:
     """Read the data of a recipe, with the base that reads it; None if the merge needs none."""
     method = plan.recipe.method
     if not method.strategy.needs_data:
@@ -66,11 +66,12 @@ def _read_data(plan: Plan, device: str | None, contents: Contents) -> TaskData |
     labelled = method.strategy.needs_labels(method.options)
     # The base is loaded in float32 for every dtype of the composition, because gradients in half
     # precision lose too much.
+    device, report = session.device, session.report
     model = load_model(plan.base, "float32", device)
     complete_base(model, plan, contents)
     untie(model, plan.parameters, plan.adapted)
     # The rows are made first, because the reader computes parts of them with the unchanged model.
-    reader = reader_for(plan.base, device, lambda: model)
+    reader = reader_for(plan.base, device, lambda: model, report=report)
     others = hold_out(use, given) if labelled else None
     looked_at = TaskData(model, reader, others, True) if others else None
     return TaskData(model, reader, given, labelled, looked_at)

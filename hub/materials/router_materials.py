@@ -17,8 +17,9 @@ from experthub.hub.composition.assembly import assemble
 from experthub.hub.errors import UsageError
 from experthub.hub.materials.sentence_encoder import SentenceEncoder
 from experthub.hub.materials.task_data import TaskData, prepare_rows
+from experthub.hub.readers.batching import read_all
 from experthub.hub.readers.features import format_text, watch_inputs
-from experthub.hub.readers.reader import Reader, read_all
+from experthub.hub.readers.reader import Reader
 from experthub.hub.readers.reader_for import reader_for
 from experthub.hub.recipes.examples import choose_examples
 from experthub.hub.recipes.method import Method
@@ -69,7 +70,10 @@ class PlanMaterials:
     @cached_property
     def _reader(self) -> Reader:
         """The reader of the base."""
-        return reader_for(self.plan.base, self.session.device, lambda: self._model)
+        session = self.session
+        return reader_for(
+            self.plan.base, session.device, lambda: self._model, report=session.report
+        )
 
     def place(self, tensor: Tensor) -> Tensor:
         """Move a tensor to the device of the model.

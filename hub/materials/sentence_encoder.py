@@ -9,6 +9,7 @@ from experthub.hub.bases.base import Base
 from experthub.hub.bases.loading import load_model, load_tokenizer
 from experthub.hub.errors import IntegrityError, UsageError
 from experthub.hub.readers.similarity import embed
+from experthub.hub.readers.window import Window
 from torch import Tensor
 
 
@@ -23,6 +24,7 @@ class SentenceEncoder:
 
     def __init__(self, model: Any, tokenizer: Any, base: Base) -> None:
         self.model, self.tokenizer, self.base = model, tokenizer, base
+        self.window = Window.of(base)
 
     @property
     def fingerprint(self) -> str:
@@ -68,4 +70,4 @@ class SentenceEncoder:
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Return the unit embeddings `[N, D]` of texts."""
-        return embed(self.model, self.tokenizer, texts)
+        return embed(self.model, self.tokenizer, texts, self.window)

@@ -23,7 +23,8 @@ from experthub.hub.recipes.plan import Plan
 from experthub.hub.recipes.recipe import Recipe
 from experthub.hub.recipes.resolution import resolve
 from experthub.hub.registry.content import Content
-from experthub.hub.registry.expert import Expert, Proof
+from experthub.hub.registry.expert import Expert
+from experthub.hub.registry.proof_record import Proof
 from experthub.hub.session import Session
 from experthub.hub.transfer.remotes.no_network import forbid_network
 from experthub.merge import linear

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence, Set
 from functools import cached_property
 
+from experthub.hub.bases.base import Base
 from experthub.hub.errors import HubError, UsageError, explain_errors
 from experthub.hub.files.patterns import limit_matching_time
 from experthub.hub.recipes.method import Method
@@ -41,7 +42,7 @@ def check_method(
     recipe: Recipe,
     experts: tuple[PlannedExpert, ...],
     parameters: tuple[str, ...],
-    linear: Set[str],
+    base: Base,
 ) -> None:
     """Check that the recipe's method can work with its experts.
 
@@ -49,7 +50,7 @@ def check_method(
         recipe: A recipe of one method.
         experts: The experts of the recipe.
         parameters: The names of the parameters that the method may change.
-        linear: The paths of the base's linear modules.
+        base: The base.
 
     Raises:
         UsageError: The method, its options and the experts do not go together.
@@ -58,7 +59,7 @@ def check_method(
     _check_skills(recipe, experts)
     outline = Outline([_OutlinedExpert(expert) for expert in experts], parameters)
     if recipe.route is not None:
-        _check_route(recipe.route, experts, outline, linear)
+        _check_route(recipe.route, experts, outline, base)
     check, options = recipe.method.strategy.check, recipe.method.options
     if check is None:
         return
@@ -93,7 +94,7 @@ class _OutlinedExpert:
 
 
 def _check_route(
-    route: Method, experts: tuple[PlannedExpert, ...], outline: Outline, linear: Set[str]
+    route: Method, experts: tuple[PlannedExpert, ...], outline: Outline, base: Base
 ) -> None:
     """Refuse experts that cannot be routed, or that lack a gate."""
     wanted, needs = frozenset(outline.parameters), route.strategy.needs
@@ -118,9 +119,29 @@ def _check_route(
             f"{embedding[0]} is an embedding, and only linear modules can be routed",
             "leave it out with targets:, or use merge: instead of route:",
         )
-    _check_linear(outline.parameters, linear)
+    _check_linear(outline.parameters, base.names.linear.keys())
+    _check_reached(route, outline.parameters, base)
     if route.combine == "parameters":
         _check_equal_ranks(outline)
+
+
+def _check_reached(route: Method, parameters: Sequence[str], base: Base) -> None:
+    """Refuse modules that the base never calls, and a base whose rows the router would not know."""
+    uncalled = [n for n in parameters if n.removesuffix(".weight") in base.names.uncalled]
+    if uncalled:
+        raise HubError(
+            f"{uncalled[0].removesuffix('.weight')} cannot be routed: {base.architecture} reads its "
+            "weight, and never calls the module",
+            "leave it out with targets:, or use merge: instead of route:",
+        )
+    routing = route.strategy.traits.routing
+    whole = routing.depth == "model" or routing.input == "example"
+    if whole and "skills" not in route.strategy.needs and not base.reads_rows:
+        raise UsageError(
+            f"{route.method} chooses for whole examples of a language model or an encoder, and "
+            f"{base.name} is a {base.architecture}",
+            "use another base, or a router that chooses for each token at every module",
+        )
 
 
 def _check_linear(parameters: Sequence[str], linear: Set[str]) -> None:

@@ -30,7 +30,7 @@ class Plan:
         parameters: The names of the parameters that the method changes.
         dtype: The dtype of the composed model.
         reads: Bytes of weights that will be read.
-        memory: Bytes of the composed model, with the experts that routing keeps beside it.
+        memory: Bytes that composing and reading take at most, see `estimate_memory`.
         data: The data that the method learns from.
         found: The stored state of the method, if the recipe names one or a lock pins one.
         unused: The names of the base's stored weights that its model does not use.

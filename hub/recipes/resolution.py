@@ -10,18 +10,23 @@ from typing import Any
 
 from experthub.hub.bases.base import Base
 from experthub.hub.bases.base_sources import find
+from experthub.hub.bases.quantised import check_loadable, check_merge
 from experthub.hub.bases.vocabulary import find_vocabulary
+from experthub.hub.conversion.opening import open_native
 from experthub.hub.errors import IntegrityError, UsageError
+from experthub.hub.files.json_files import read_json
+from experthub.hub.formats.adapter import ADAPTER_CONFIG
 from experthub.hub.formats.added_tokens import AddedVocabulary
 from experthub.hub.kinds import StoredExpert, kinds
 from experthub.hub.recipes.dense_checks import check_dense_parts
 from experthub.hub.recipes.entries import DataUse, ExpertUse, NestedMerge, list_members
 from experthub.hub.recipes.examples import PlannedData
 from experthub.hub.recipes.member_cache import MemberCache
+from experthub.hub.recipes.memory import estimate_memory
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.recipes.planned_experts import Member, PlannedExpert, is_large
 from experthub.hub.recipes.recipe import Recipe
-from experthub.hub.recipes.targets import divide_parameters
+from experthub.hub.recipes.targets import Names, divide_parameters
 from experthub.hub.recipes.vocabulary import plan_vocabulary
 from experthub.hub.registry.content import Content
 from experthub.hub.registry.expert import Identity, Reference, make_source_absolute
@@ -30,8 +35,6 @@ from experthub.hub.store.folder import read_description
 from experthub.hub.transfer.pull import pull
 from experthub.hub.transfer.sources import open_source
 from experthub.routing import parse_kernel
-
-WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "F32": 4, "BF16": 2, "F16": 2}
 
 
 def resolve(
@@ -69,6 +72,8 @@ def resolve(
     # Names are checked before anything is downloaded.
     contents = list(pinned or (find_content(use, session) for use in recipe.uses))
     base = find(recipe.base, session)
+    if base.quantisation is not None:
+        _check_quantised(recipe, base, contents, session)
     reader = _ExpertReader(session, base, recipe.allow_base_mismatch)
     uses = zip(contents, recipe.uses, strict=True)
     members = iter(reader.read_members([*uses], packed and recipe.route is not None))
@@ -90,19 +95,19 @@ def resolve(
         _check_state_kind(found, pull(session, found)[0], recipe)
     if data is None and recipe.stored is None:
         data = _plan_data(recipe, experts)
-    read = sum(m.size for e in experts for m in e.members)
-    memory = base.tensor_bytes * WIDTH[dtype] // WIDTH.get(base.dtype, 4)
     whole, dense = (
         tuple(sorted({n for own in sorts for n in own})) for sorts in zip(*places, strict=True)
     )
+    learned = None if found is not None else data
+    changed = [own + rest for own, rest in places]
     plan = Plan(
         recipe,
         base,
         experts,
         whole,
         dtype,
-        base.tensor_bytes + read,
-        memory + (read if any(one.route for one in recipes) else 0),
+        base.tensor_bytes + sum(m.size for e in experts for m in e.members),
+        estimate_memory(recipes, base, experts, changed, dtype, learned),
         data,
         found,
         base.names.unused,
@@ -110,13 +115,33 @@ def resolve(
         dense=dense,
         vocabulary=vocabulary,
     )
-    if recipe.parts is None:
-        return plan
+    return plan if recipe.parts is None else _divide_plan(plan, recipes, places)
+
+
+def _divide_plan(
+    plan: Plan, recipes: Sequence[Recipe], places: Sequence[tuple[Names, Names]]
+) -> Plan:
+    """Add a plan for each part of a recipe."""
     parts = [
         replace(plan, recipe=one, parameters=own, dense=rest)
         for one, (own, rest) in zip(recipes, places, strict=True)
     ]
     return replace(plan, parts=tuple(parts))
+
+
+def _check_quantised(
+    recipe: Recipe, base: Base, contents: Sequence[Content], session: Session
+) -> None:
+    """Refuse a recipe that cannot use a quantised base; the hint names what the experts want."""
+    merges = any(m.kind == "merge" or "skills" in m.strategy.needs for m in recipe.methods)
+    named = []
+    for content, identity in zip(contents, pull(session, *contents), strict=True):
+        if ADAPTER_CONFIG in identity.files:
+            settings = read_json(session.store.verify_file(content.digest, ADAPTER_CONFIG))
+            named.append(str(settings.get("base_model_name_or_path")))
+    if merges:
+        check_merge(base, named)
+    check_loadable(base, named)
 
 
 def _note_renamed(recipe: Recipe, session: Session) -> None:
@@ -172,7 +197,11 @@ def find_content(use: ExpertUse, session: Session) -> Content:
     reference = Reference.parse(use.expert)
     if reference.name:
         return Content.from_expert(session.registry.find_expert(reference))
-    with open_source(use.expert, Path.cwd(), session.report) as found:
+    with (
+        open_source(use.expert, Path.cwd(), session.report) as opened,
+        open_native(opened, session) as native,
+    ):
+        found = native.opened
         digest, _ = session.store.add(found.folder, found.stated, hashed=found.hashed)
         task = read_description(found.folder).get("task")
     source = make_source_absolute(use.expert, Path.cwd())

@@ -38,7 +38,7 @@ def divide_parameters(
     check_disjoint(recipes, targets)
     places = [_separate_dense(one, experts, own) for one, own in zip(recipes, targets, strict=True)]
     for one, (parameters, dense) in zip(recipes, places, strict=True):
-        check_method(one, experts, parameters, base.names.linear.keys())
+        check_method(one, experts, parameters, base)
         check_equal_parts(one, experts, dense)
     return places
 

@@ -14,6 +14,7 @@ from experthub.hub.files.yaml_files import Closed
 from experthub.hub.formats.records import Digest, Sha256
 from experthub.hub.kinds import kinds
 from experthub.hub.kinds.kind import FILE
+from experthub.hub.registry.proof_record import Proof
 from pydantic import AfterValidator, Field, StringConstraints, field_validator
 from pydantic_core import PydanticCustomError
 
@@ -62,20 +63,6 @@ class Score(Closed):
     delta_ci95: tuple[float, float] | None = Field(default=None, strict=False)
 
 
-class Proof(Closed):
-    """The result of a comparison with the library that an expert comes from.
-
-    Args:
-        against: The name and version of the library.
-        max_difference: The largest difference of the outputs on a fixed input.
-        dtype: The dtype in which both models ran.
-    """
-
-    against: str
-    max_difference: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    dtype: str
-
-
 class Expert(Closed):
     """A registry entry: it maps a name and a version to a digest, and says where the content is.
 
@@ -92,6 +79,8 @@ class Expert(Closed):
         tags: Words to search for.
         training: The settings and results of the training.
         scores: The scores on tasks.
+        made_from: The format, the type and the sha256 of the adapter that was converted into the
+            expert, and the error of the conversion. Empty if nothing was converted.
         proof: The comparison with the expert's own library, if it was made here.
 
     Example:
@@ -113,6 +102,7 @@ class Expert(Closed):
     tags: list[str] = []
     training: dict[str, Any] = {}
     scores: list[Score] = []
+    made_from: dict[str, Any] = {}
     proof: Proof | None = None
 
     @field_validator("scores")
@@ -232,7 +222,7 @@ class Reference:
             member = found.group(1) if found else ""
             place = place.removesuffix(f"#{member}")
             return cls(text, folder=(folder or Path.cwd()) / place, member=member)
-        if re.match(r"(hf|pypi|s3|oci):", text):
+        if re.match(r"(hf|pypi|s3|oci|ollama):", text):
             return cls(text, remote=text)
         found = re.fullmatch(rf"({NAME})(?:@(?:([0-9]{{1,9}})|(sha256:[0-9a-f]{{8,64}})))?", text)
         if not found:

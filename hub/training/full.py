@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from experthub.hub.bases.base_sources import find
-from experthub.hub.bases.loading import load_model, load_tokenizer, write_model
+from experthub.hub.bases.loading import load_model
+from experthub.hub.bases.writing import write_model
 from experthub.hub.errors import HubError
 from experthub.hub.files.atomic import create_folder
 from experthub.hub.files.path_checks import check_free
@@ -84,8 +85,6 @@ def train_full(
     if out is not None:
         with create_folder(out) as folder:
             write_model(found, model, folder)
-            if found.has_tokenizer:
-                load_tokenizer(found).save_pretrained(folder)
     record |= {"examples": min(settings.examples, len(read.split("train"))), "loss": loss}
     return store_difference(
         found,

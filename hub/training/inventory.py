@@ -273,7 +273,7 @@ def save_lora(
         write_adapter(
             draft,
             tensors,
-            base=base.name,
+            base=base.public_name,
             task_type=base.peft_task_type,
             model_class=base.architecture,
             transposed=False,

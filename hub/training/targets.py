@@ -19,7 +19,7 @@ STATE_SPACE = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
 
 @dataclass(frozen=True)
 class Targets:
-    """What peft's configuration names.
+    """The values of peft's configuration that select layers.
 
     Attributes:
         modules: A value of `target_modules`.

@@ -12,6 +12,7 @@ import torch
 from experthub.hub.bases.base import Base
 from experthub.hub.bases.base_sources import find
 from experthub.hub.bases.loading import load_model
+from experthub.hub.composition.weight_reads import WeightReads
 from experthub.hub.composition.weights import Contents, load_task_vector
 from experthub.hub.errors import HubError, UsageError
 from experthub.hub.files.atomic import create_folder
@@ -32,7 +33,7 @@ from experthub.hub.training.targets import ALL_LINEAR, Targets, choose_targets
 from experthub.hub.transfer.describe import create_checkpoint_folder, describe
 from experthub.hub.transfer.pull import pull
 from experthub.hub.transfer.remotes.no_network import forbid_network
-from experthub.merge import LowRank
+from experthub.merge import LowRank, find_weight_reads
 from experthub.routing import ExpertStack, RoutedLinear, make_gate, uniform
 from torch import Tensor, nn
 
@@ -137,7 +138,7 @@ def _save_lora(adapted: Any, found: Base, to: Path) -> None:
     shutil.rmtree(to, ignore_errors=True)
     with create_folder(to) as folder:
         written = adapted.peft_config["default"]
-        written.base_model_name_or_path = found.name
+        written.base_model_name_or_path = found.public_name
         # These are sets in peft. Their order differs between processes, and the digest would, too.
         written.target_modules = sorted(written.target_modules)
         written.target_parameters = sorted(written.target_parameters or ()) or None
@@ -268,7 +269,7 @@ def _insert_gates(
     plan = resolve(recipe, session=session)
     with Contents(plan.members, session.store, gates=False) as contents:
         vector = load_task_vector(plan.experts[0], plan, contents)
-    gated = {}
+    gated, reads = {}, find_weight_reads(model)
     for parameter in plan.parameters:
         module = parameter.removesuffix(".weight")
         delta = vector[parameter]
@@ -282,4 +283,5 @@ def _insert_gates(
             )
             model.set_submodule(module, linear)
             gated[module] = linear
+    WeightReads.attach(model, {path: read for path, read in reads.items() if path in gated})
     return gated

@@ -23,8 +23,8 @@ from experthub.hub.registry.entries import (
     find_next_version,
     register,
 )
-from experthub.hub.registry.expert import DESCRIPTION, Expert, Identity, Proof, make_source_relative
-from experthub.hub.registry.registry import Registry
+from experthub.hub.registry.expert import DESCRIPTION, Expert, Identity, make_source_relative
+from experthub.hub.registry.proof_record import Proof
 from experthub.hub.session import Session
 from experthub.hub.store.folder import read_description, read_folder
 from experthub.hub.transfer.sources import open_source
@@ -150,6 +150,7 @@ def add_folder(
     file: Path | None = None,
     hashed: Mapping[str, str] = MappingProxyType({}),
     stated: str | None = None,
+    made_from: Mapping[str, Any] = MappingProxyType({}),
     check: Callable[[Expert], None] = lambda expert: None,
     prove: Callable[[Expert], Proof | None] = lambda expert: None,
 ) -> Expert:
@@ -169,6 +170,7 @@ def add_folder(
         file: The registry file to write to. The default is the user's own registry.
         hashed: The sha256 of files by name, as for `Store.add`.
         stated: The digest that the source states, if it states one.
+        made_from: The record of the conversion that made the folder, if one did.
         check: A function that raises an error if the entry must not be registered.
         prove: A function that compares the stored expert with its own library. If it raises an
             error, the expert is not registered.
@@ -194,8 +196,9 @@ def add_folder(
             )
         same = _find_same(name, identity.digest, given, session) if not (version or file) else None
         if same is None:
-            entry = _make_entry(draft, name, identity, session.registry, version, given)
+            entry = _make_entry(draft, name, identity, session, version, given)
             entry["sources"] = [source or _make_source(folder, file)]
+            entry |= {"made_from": dict(made_from)} if made_from else {}
             hint = "correct the field, or remove it"
             expert = validate_record(Expert, entry, draft / DESCRIPTION, hint)
             check(expert)
@@ -228,7 +231,7 @@ def _make_entry(
     folder: Path,
     name: str,
     identity: Identity,
-    registry: Registry,
+    session: Session,
     version: int | None,
     given: dict[str, str],
 ) -> dict[str, Any]:
@@ -245,11 +248,11 @@ def _make_entry(
         "name": name,
         "version": check_version(name, version)
         if version
-        else own or find_next_version(name, registry.list_experts()),
+        else own or find_next_version(name, session.registry.list_experts()),
         "kind": identity.kind,
         "base": given.get("base")
         or stated.get("base")
-        or _find_base_name(folder, identity, registry),
+        or _find_base_name(folder, identity, session),
         "digest": identity.digest,
     }
     return entry | given
@@ -280,12 +283,18 @@ def _make_source(folder: Path, file: Path | None) -> str:
     return make_source_relative(whole, file.resolve().parent) if file else whole
 
 
-def _find_base_name(folder: Path, identity: Identity, registry: Registry) -> str:
-    """Return the base that a folder's files name, under its name in the registry if it has one."""
+def _find_base_name(folder: Path, identity: Identity, session: Session) -> str:
+    """Return the base that a folder's files name, under its name in the registry if it has one.
+
+    An adapter that was trained on a quantised copy of a base gets the base itself, with a note.
+    """
     named = kinds[identity.kind].base_name(folder)
     if not named:
         return "unknown"
     try:
-        return registry.find_base(named)[0]
+        return session.registry.find_base(named)[0]
     except NotFoundError:
-        return named
+        original = session.registry.find_original_base(named)
+    if original is not None:
+        session.report(f"note: {named} is taken for a quantised copy of {original}", 0, 0)
+    return original or named

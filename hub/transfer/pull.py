@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Set
 from pathlib import Path
 
+from experthub.hub.conversion.opening import open_native
 from experthub.hub.errors import HubError, NotFoundError
 from experthub.hub.registry.content import Content
 from experthub.hub.registry.expert import Identity
@@ -55,7 +56,11 @@ def fetch(content: Content, session: Session, renew: Set[str] = frozenset()) -> 
     for source in content.sources:
         try:
             session.report(f"pulling {content.reference} from {source}", 0, 0)
-            with open_source(source, Path.cwd(), session.report) as found:
+            with (
+                open_source(source, Path.cwd(), session.report) as opened,
+                open_native(opened, session) as native,
+            ):
+                found = native.opened
                 session.store.add(found.folder, content.digest, renew, found.hashed)
             return
         except HubError as error:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from experthub.hub.conversion.opening import open_native
 from experthub.hub.errors import IntegrityError, NotFoundError, UsageError
 from experthub.hub.formats.oci_layout import OciLayout, is_layout
 from experthub.hub.registry.content import Content
@@ -106,8 +107,11 @@ def _pull_unregistered(
         if not as_name and not accept(expert.reference):
             check_origin(expert, session.registry.list_experts())
 
-    with open_source(source, Path.cwd(), session.report) as found:
-        folder = found.folder
+    with (
+        open_source(source, Path.cwd(), session.report) as opened,
+        open_native(opened, session) as native,
+    ):
+        found, folder = native.opened, native.opened.folder
         stated, reference = read_description(folder).get("name"), Reference.parse(source)
         place = (reference.member or reference.remote).partition("@")[0] or str(reference.folder)
         own = re.sub(r"[^a-z0-9._-]+", "-", place.rpartition("/")[2].lower())
@@ -118,12 +122,14 @@ def _pull_unregistered(
                 "choose a name with --name",
             )
         if source.startswith("hf:"):
-            source = f"{source.partition('@')[0]}@{folder.name[:40]}"  # The present commit.
+            source = f"{source.partition('@')[0]}@{opened.folder.name[:40]}"  # The present commit.
         expert = add_folder(
             *(folder, check_name(name), session),
             source=source,
             hashed=found.hashed,
             stated=found.stated,
+            made_from=native.made_from,
+            base=native.base,
             check=check,
         )
     # A stranger with a copy of a known expert does not become a place that its name came from.

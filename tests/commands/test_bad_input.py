@@ -829,14 +829,13 @@ def unsound(error: str) -> Callable[[Spoil], Spoil]:
 
 CONFIGURATIONS: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"use_dora": True}, "use_dora is True"),
-    "bias": ({"bias": "all"}, "bias is 'all'"),
     "lora_bias": ({"lora_bias": True}, "lora_bias is True"),
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]"),
     "trainable_tokens": ({"trainable_token_indices": [1]}, "trainable_token_indices"),
     "layer_replication": ({"layer_replication": [[0, 2]]}, "layer_replication"),
     "unknown_key": ({"lora_alhpa": 3}, "unknown key 'lora_alhpa'"),
-    "other_method": ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
-    "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
+    "other_method": ({"peft_type": "IA3"}, "unknown key 'r' of IA3"),
+    "corda": ({"init_lora_weights": "corda"}, "init_lora_weights is 'corda'"),
     "rank_mismatch": ({"r": 8}, "A of rank 4 and B of rank 4, and its configuration says 8"),
     "not_targeted": ({"target_modules": ["q_proj"]}, "which its target_modules do not match"),
     "excluded": ({"exclude_modules": ["q_proj"]}, "q_proj, which its target_modules do not match"),

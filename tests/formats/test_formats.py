@@ -221,13 +221,8 @@ def test_header_of_an_odd_length(base_folder: Path, expert_folder: Callable[...,
 
 # What peft itself writes for the kinds that are refused.
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
-    "dora": ({"use_dora": True}, "use_dora"),
-    "bias": ({"bias": "lora_only"}, "bias"),
-    "lora_bias": ({"lora_bias": True}, "lora_bias"),
     "saved_modules": ({"modules_to_save": ["norm"]}, "modules_to_save"),
     "trained_tokens": ({"trainable_token_indices": [3, 4]}, "trainable_token_indices"),
-    "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights"),
-    "olora": ({"init_lora_weights": "olora"}, "init_lora_weights"),
 }
 
 

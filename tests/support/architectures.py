@@ -200,7 +200,15 @@ MAMBA = {
     "bos_token_id": 1,
     "eos_token_id": 1,
 }
-T5 = {"vocab_size": WORDS, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+T5 = {
+    "vocab_size": WORDS,
+    "decoder_start_token_id": 0,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+}
 BART = {
     "vocab_size": WORDS,
     "d_model": 32,

@@ -67,7 +67,7 @@ def test_the_experts_of_a_mixture_are_trained_as_peft_does(base: Path, tiny_task
 def test_layers_that_peft_refuses_are_left_out(base: Path, tiny_task: str) -> None:
     _, modules = train(base, tiny_task)
     assert {m.split(".")[-1] for m in modules} == {"in_proj", "x_proj", "dt_proj"}
-    with pytest.raises(UsageError, match="matches no linear module of .* that can be trained"):
+    with pytest.raises(UsageError, match=r"matches no linear module of .* that can be trained"):
         train(base, tiny_task, targets="out_proj")
 
 

@@ -1,0 +1,68 @@
+"""Adding a folder or a file of somebody else to the store, converted if it is of another format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from experthub.hub.conversion.opening import open_native
+from experthub.hub.registry.entries import check_name
+from experthub.hub.registry.expert import Expert, make_source_relative
+from experthub.hub.session import Session
+from experthub.hub.transfer.describe import add_folder
+from experthub.hub.transfer.sources import OpenedSource
+
+
+def add_expert(
+    place: Path,
+    name: str,
+    session: Session,
+    *,
+    version: int | None = None,
+    base: str | None = None,
+    task: str | None = None,
+    description: str | None = None,
+    subfolder: str = "",
+    file: Path | None = None,
+    **more: Any,
+) -> Expert:
+    """Copy an expert into the store, and register it under a name.
+
+    Args:
+        place: The folder, or the file of an adapter of another program.
+        name: The name in the registry.
+        session: The registry, the store and the progress callback, which also gets notes.
+        version: The version. The default is the next one of the name.
+        base: The name of the base that the expert was trained on.
+        task: The task that the expert was trained on.
+        description: One line about the expert.
+        subfolder: The sub-folder that holds the adapter, if there are several.
+        file: The registry file to write to. The default is the user's own registry.
+        **more: Further arguments of `add_folder`.
+
+    Returns:
+        The expert as it is registered.
+
+    Raises:
+        HubError: The place holds no expert, or one that cannot be used.
+    """
+    check_name(name)
+    opened = OpenedSource(place, MappingProxyType({}))
+    with open_native(opened, session, base, subfolder) as native:
+        whole = f"file:{(place / subfolder if subfolder else place).resolve()}"
+        if not native.made_from:
+            whole = f"file:{native.opened.folder.resolve()}"
+        return add_folder(
+            native.opened.folder,
+            name,
+            session,
+            version=version,
+            base=base or native.base,
+            task=task,
+            description=description,
+            source=make_source_relative(whole, file.resolve().parent) if file else whole,
+            file=file,
+            made_from=native.made_from,
+            **more,
+        )
