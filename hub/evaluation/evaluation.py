@@ -169,10 +169,10 @@ class _Evaluator:
     ) -> list[Outcome]:
         """Score the base, or the composition of a plan, on every task."""
         if plan and plan.base.added != self.base.added:  # Its texts have the tokens of its experts.
-            own = copy.copy(self)
-            vars(own).pop("scorer", None)
-            own.base = plan.base
-            return own.score_tasks(name, plan, chosen, measure)
+            other = copy.copy(self)
+            vars(other).pop("scorer", None)
+            other.base = plan.base
+            return other.score_tasks(name, plan, chosen, measure)
         methods = plan.recipe.methods if plan else []
         by_task = any("task" in method.strategy.needs for method in methods)
         surroundings: dict[str, Any] = {
