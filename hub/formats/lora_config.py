@@ -25,6 +25,7 @@ HONOURED = {
     "layers_to_transform",
     "layers_pattern",
     "bias",
+    "ensure_weight_tying",
     "lora_bias",
     "modules_to_save",
     "trainable_token_indices",
