@@ -7,7 +7,7 @@ from typing import Any
 
 from experthub.hub.bases.base import Base
 from experthub.hub.bases.building import explain_loading_errors, list_loading_errors
-from experthub.hub.bases.loading import check_unchanged
+from experthub.hub.bases.loading import check_unchanged, load_tokenizer
 from experthub.hub.files.atomic import open_atomically
 from experthub.hub.files.digests import CHUNK
 from experthub.hub.formats.model_files import list_companions
@@ -27,6 +27,8 @@ def write_model(base: Base, model: Any, folder: Path) -> None:
     """
     with explain_loading_errors(base, list_loading_errors(), "save"):
         model.save_pretrained(folder)
+    if base.added is not None and base.added.tokens:
+        load_tokenizer(base).save_pretrained(folder)
     copy_companions(base, folder)
 
 

@@ -61,9 +61,8 @@ class FoundAdapter:
         if "peft_type" not in config or not is_plain_init(config.get("init_lora_weights")):
             return False
         names = [name for name in read_header(self.weights) if "lora_" in name]
-        return all(
-            FACTOR.fullmatch(n) or n.endswith("lora_B.bias") for n in names
-        )  # Without any, its own error is the best.
+        factors = [name for name in names if not name.endswith(".lora_B.bias")]
+        return all(map(FACTOR.fullmatch, factors))  # Without any, its own error is the best.
 
 
 def find_adapter(place: Path, subfolder: str = "") -> FoundAdapter:
