@@ -58,8 +58,7 @@ def write_merge(plan: Plan, session: Session, state: Any, folder: Path) -> bool:
         ConflictError: The folder is in use.
     """
     check_free(folder)
-    completed = plan.base.lacks or plan.vocabulary or any(unit.dense for unit in plan.units)
-    if plan.base.quantisation or completed or any(unit.recipe.route for unit in plan.units):
+    if plan.base.quantisation is not None or any(unit.recipe.route for unit in plan.units):
         return False
     if plan.completes_base or any(unit.dense for unit in plan.units):
         return False

@@ -165,11 +165,8 @@ class _Evaluator:
         self, name: str, plan: Plan | None, chosen: Sequence[Chosen], measure: Measure
     ) -> list[Outcome]:
         """Score the base, or the composition of a plan, on every task."""
-        if plan and plan.base.added != self.base.added:  # Its texts have the tokens of its experts.
-            other = copy.copy(self)
-            vars(other).pop("scorer", None)
-            other.base = plan.base
-            return other.score_tasks(name, plan, chosen, measure)
+        if plan and plan.base.added != self.base.added:
+            return self._add_tokens(plan.base).score_tasks(name, plan, chosen, measure)
         methods = plan.recipe.methods if plan else []
         by_task = any("task" in method.strategy.needs for method in methods)
         surroundings: dict[str, Any] = {
@@ -198,6 +195,13 @@ class _Evaluator:
                 scores += known
                 self.session.report(what, len(scores), len(questions))
             found.append(Outcome.of(one.task, one.examples, questions, scores, measure, self.dtype))
+        return found
+
+    def _add_tokens(self, base: Base) -> _Evaluator:
+        """Return an evaluator of the same model that reads texts with the tokens of its experts."""
+        found = copy.copy(self)
+        found.base = base
+        vars(found).pop("scorer", None)
         return found
 
     def _compose(self, plan: Plan | None) -> Composition | None:

@@ -28,6 +28,8 @@ def write_adapter(
     model_class: str = "",
     transposed: bool,
     pad: bool,
+    dense: Mapping[str, Tensor] = MappingProxyType({}),
+    keys: Mapping[str, Any] = MappingProxyType({}),
     parameters: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> None:
     """Write the two files of a LoRA whose alpha equals the rank, so that every scale is 1.
@@ -42,6 +44,8 @@ def write_adapter(
         transposed: Whether the modules store their weights as `[I, O]` (Conv1D).
         pad: Pad all factors with zeros to the largest rank. Otherwise modules with smaller ranks
             are listed in the configuration, which some programs cannot read.
+        dense: The tensors of dense parts under PEFT's names.
+        keys: The keys of the configuration that belong to the dense parts.
         parameters: The modules that are not linear, each with the names of its parameters that
             change. Its factors are under its path, with `.base_layer` for each outer parameter.
     """

@@ -6,7 +6,6 @@ PEFT writes them for modules_to_save, trained biases, trained tokens, and embedd
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -174,21 +173,6 @@ def find_dense_part(config: Mapping[str, Any], header: Header, tensor: str) -> D
             f"rename it to {PREFIX}{module}.base_layer.{leaf}, or remove it",
         )
     return DensePart(name, tensor, "replace" if saved else "copy", info.shape)
-
-
-def find_rank_and_scale(config: Mapping[str, Any], path: str) -> tuple[int, float]:
-    """Find the rank and the scale that a configuration states for a module or a parameter.
-
-    Args:
-        config: The content of `adapter_config.json`.
-        path: The path of the module or the parameter.
-
-    Returns:
-        The rank, and `alpha / rank`, or `alpha / sqrt(rank)` for rank-stabilised LoRA.
-    """
-    rank = match_pattern(config.get("rank_pattern"), path, config.get("r", 8))
-    alpha = match_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha", 8))
-    return rank, float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _find_trained_tokens(

@@ -25,7 +25,6 @@ HONOURED = {
     "layers_to_transform",
     "layers_pattern",
     "bias",
-    "ensure_weight_tying",
     "lora_bias",
     "modules_to_save",
     "trainable_token_indices",
@@ -45,6 +44,7 @@ HARMLESS = {
     "corda_config",
     "lora_ga_config",
     "loftq_config",
+    "ensure_weight_tying",
     "velora_config",  # Only gradients differ.
     "merge_weights",  # peft before 0.4: whether evaluation merges.
 }

@@ -13,6 +13,7 @@ from experthub.hub.composition.weights import Contents, load_task_vector
 from experthub.hub.errors import ConflictError, UsageError
 from experthub.hub.materials.cma_es import minimize
 from experthub.hub.materials.task_data import TaskData
+from experthub.hub.progress import Report
 from experthub.hub.readers.reader_for import reader_for
 from experthub.hub.recipes.examples import choose_examples, hold_out
 from experthub.hub.recipes.plan import Plan
@@ -68,7 +69,6 @@ def _read_data(
     labelled = method.strategy.needs_labels(method.options)
     # The base is loaded in float32 for every dtype of the composition, because gradients in half
     # precision lose too much.
-    device, report = session.device, session.report
     model = load_model(plan.base, "float32", device)
     complete_base(model, plan, contents)
     untie(model, plan.parameters, plan.adapted)

@@ -8,7 +8,10 @@ from types import MappingProxyType
 from typing import Any
 
 from experthub.hub.conversion.opening import open_native
-from experthub.hub.kinds import kinds
+from experthub.hub.files.json_files import read_json
+from experthub.hub.formats.adapter import ADAPTER, ADAPTER_CONFIG
+from experthub.hub.formats.dense_parts import PREFIX
+from experthub.hub.formats.safetensors_header import read_header
 from experthub.hub.registry.entries import check_name
 from experthub.hub.registry.expert import Expert, make_source_relative
 from experthub.hub.registry.proof_record import Proof
@@ -57,6 +60,8 @@ def add_expert(
     check_name(name)
     opened = OpenedSource(place, MappingProxyType({}))
     with open_native(opened, session, base, subfolder) as native:
+        # A converted adapter is compared with its source, if peft can load that.
+        source = place / subfolder if native.made_from else native.opened.folder
         whole = f"file:{(place / subfolder if subfolder else place).resolve()}"
         if not native.made_from:
             whole = f"file:{native.opened.folder.resolve()}"
@@ -71,14 +76,20 @@ def add_expert(
             source=make_source_relative(whole, file.resolve().parent) if file else whole,
             file=file,
             made_from=native.made_from,
-            prove=partial(_prove, native.opened.folder, session, proof),
+            prove=partial(_prove, source, session, proof),
             **more,
         )
 
 
 def _prove(folder: Path, session: Session, proof: bool | None, expert: Expert) -> Proof | None:
-    """Compare an adapter in PEFT's format with peft, unless no proof is wanted."""
-    if proof is False or not kinds[expert.kind].peft:
+    """Compare an expert with peft, unless no proof is wanted or peft could not load its source."""
+    config, weights = folder / ADAPTER_CONFIG, folder / ADAPTER
+    if proof is False or not (config.is_file() and weights.is_file()):
+        return None
+    names = read_header(weights)
+    if "peft_type" not in read_json(config) or not all(n.startswith(PREFIX) for n in names):
+        return None
+    if any(".default." in name for name in names):
         return None
     from experthub.hub.proofs.proof import load_with_peft, prove
 
