@@ -15,7 +15,14 @@ from experthub.hub.formats.adapter import GATES
 from experthub.hub.formats.records import Digest, Sha256
 from experthub.hub.kinds import kinds
 from experthub.hub.kinds.kind import FILE
-from pydantic import AfterValidator, Field, StringConstraints, field_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    field_validator,
+    model_serializer,
+)
 from pydantic_core import PydanticCustomError
 
 NAME = r"[a-z0-9][a-z0-9._-]{0,95}"
@@ -127,6 +134,14 @@ class Expert(Closed):
         """Replace NaN and infinity in the results of a training by None."""
         found: dict[str, Any] = replace_not_finite(training)
         return found
+
+    @model_serializer(mode="wrap")
+    def _omit_unset(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out `made_from` where nothing was converted, as entries had it before."""
+        record: dict[str, Any] = serialize(self)
+        if not record.get("made_from", True):
+            del record["made_from"]
+        return record
 
     @property
     def reference(self) -> str:
