@@ -92,6 +92,17 @@ def list_measures() -> list[str]:
     return list(get_args(Measure))
 
 
+def list_rules_for_long_texts() -> list[str]:
+    """List the rules for texts with more tokens than a base can read.
+
+    Returns:
+        The names.
+    """
+    from experthub.hub.readers.scorer import Long
+
+    return list(get_args(Long))
+
+
 def list_methods() -> list[str]:
     """List the merges and routers by their files, because importing the catalogues loads torch.
 

@@ -16,7 +16,10 @@ RegistryOption = Annotated[
 ]
 DeviceOption = Annotated[
     str | None,
-    typer.Option("--device", help="The device of the model: cpu, cuda, cuda:1 or mps."),
+    typer.Option(
+        "--device",
+        help="The device of the model: cpu, cuda, cuda:1, mps, or auto (all of them and the disk).",
+    ),
 ]
 LockedOption = Annotated[
     bool,
@@ -34,6 +37,14 @@ YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for con
 TaskOption = Annotated[
     str,
     typer.Option(help="The task: suite:name, or a folder.", autocompletion=_completion.list_tasks),
+]
+LongOption = Annotated[
+    str,
+    typer.Option(
+        "--long",
+        help="Texts with more tokens than the base can read: cut them with a note, or refuse.",
+        autocompletion=_completion.list_rules_for_long_texts,
+    ),
 ]
 TASKS_HELP = (
     "Tasks: suite:name, a folder, or @FILE with one task per line. "

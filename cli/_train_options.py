@@ -46,6 +46,13 @@ RouterOption = Annotated[
         help="The router: poly, mhr, shared (one skill) or private (one skill for each task)."
     ),
 ]
+TargetsOption = Annotated[
+    str,
+    typer.Option(
+        help="The layers that get a LoRA: all-linear, names with commas between them (q_proj,v_proj), "
+        "or a regular expression that matches whole paths."
+    ),
+]
 HeadsOption = Annotated[
     int,
     typer.Option(

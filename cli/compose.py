@@ -11,6 +11,7 @@ from experthub.cli._options import (
     FrozenOption,
     JsonOption,
     LockedOption,
+    LongOption,
     RegistryOption,
 )
 from experthub.cli._output import (
@@ -76,9 +77,9 @@ def compose(
                     "use the recipe with hub generate, hub eval or hub.compose, "
                     "or set merge: instead of route:",
                 )
-            from experthub.hub.composition.compose import compose as compose_model
+            from experthub.hub.composition.compose import write_model
 
-            compose_model(resolved, session=session).save(out, kind)
+            write_model(resolved, out, kind, session)
     if json:
         print_json({"plan": resolved.record()} | ({"out": str(out)} if out and not plan else {}))
     else:
@@ -169,6 +170,7 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat", help="Format the prompt with the base's chat template.")
     ] = False,
+    long: LongOption = "cut",
     locked: LockedOption = False,
     frozen: FrozenOption = False,
     json: JsonOption = False,
@@ -177,22 +179,32 @@ def generate(
 ) -> None:
     """Compose a recipe, and continue a prompt with the model.
 
+    An encoder-decoder writes its answer to the prompt.
+
     Examples: hub generate recipe.yaml --prompt "The capital of France is";
     hub generate recipe.yaml --prompt "Name three fruits." --chat
     """
     from experthub.hub.composition.compose import compose as compose_model
     from experthub.hub.composition.generation import check_temperature, generate_text
     from experthub.hub.files.memory import reuse_memory
+    from experthub.hub.readers.scorer import parse_long
     from experthub.hub.recipes.lock import plan_of
 
     check_temperature(temperature)
+    rule = parse_long(long)
     reuse_memory()
     with open_session(registry, device) as session:
         plan = plan_of(recipe, choose_pins(locked, frozen), session=session)
         composition = compose_model(plan, session=session)
         session.report("generating", 0, 0)
         text = generate_text(
-            composition, prompt, max_new_tokens=max_new_tokens, temperature=temperature, chat=chat
+            composition,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            chat=chat,
+            long=rule,
+            report=session.report,
         )
     if json:
         print_json({"prompt": prompt, "text": text, "recipe": composition.plan.digest})

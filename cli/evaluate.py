@@ -15,6 +15,7 @@ from experthub.cli._options import (
     FrozenOption,
     JsonOption,
     LockedOption,
+    LongOption,
     RegistryOption,
 )
 from experthub.cli._output import choose_pins, print_json, print_lines, print_message, print_table
@@ -31,6 +32,13 @@ TasksOption = Annotated[
         "-t",
         help=TASKS_HELP,
         autocompletion=_completion.list_tasks,
+    ),
+]
+SplitOption = Annotated[
+    str,
+    typer.Option(
+        help="The split: train, validation, test or all.",
+        autocompletion=_completion.list_splits,
     ),
 ]
 ScoreOption = Annotated[
@@ -74,19 +82,14 @@ def eval_(
         list[str], typer.Argument(help="The recipes; their file names become the columns.")
     ],
     tasks: TasksOption = None,
-    split: Annotated[
-        str,
-        typer.Option(
-            help="The split: train, validation, test or all.",
-            autocompletion=_completion.list_splits,
-        ),
-    ] = "test",
+    split: SplitOption = "test",
     limit: Annotated[
         int | None, typer.Option(help="The largest number of examples per task.", min=1)
     ] = None,
     score: ScoreOption = "mean",
     controls: ControlsOption = False,
     cache: CacheOption = True,
+    long: LongOption = "cut",
     out: OutOption = None,
     samples: SamplesOption = None,
     plots: PlotsOption = None,
@@ -108,7 +111,7 @@ def eval_(
     """
     from experthub.hub.evaluation.evaluation import evaluate
     from experthub.hub.files.memory import reuse_memory
-    from experthub.hub.readers.scorer import parse_measure
+    from experthub.hub.readers.scorer import parse_long, parse_measure
     from experthub.hub.recipes.lock import plan_of
     from experthub.hub.tasks.task import parse_split
 
@@ -125,6 +128,7 @@ def eval_(
             score=parse_measure(score),
             controls=controls,
             cache=cache,
+            long=parse_long(long),
             with_samples=samples is not None,
             pins=pins,
             seed=seed,

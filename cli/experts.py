@@ -8,8 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from experthub.cli import _completion
 from experthub.cli._options import JsonOption, QuietOption, RegistryOption
-from experthub.cli._output import print_fields, print_json, print_lines, print_table
+from experthub.cli._output import (
+    print_fields,
+    print_json,
+    print_lines,
+    print_message,
+    print_table,
+)
 from experthub.cli._session import open_session
+from experthub.cli.bases import flatten, print_base, print_bases
 
 if TYPE_CHECKING:
     from experthub.hub.registry.expert import Expert
@@ -31,18 +38,7 @@ def list_(
 
     known = Registry.read(registry)
     if bases:
-        entries = known.list_bases()
-        if json:
-            print_json(
-                {"bases": [{"name": n} | e.model_dump(mode="json") for n, e in entries.items()]}
-            )
-        elif quiet:
-            print_lines(list(entries))
-        else:
-            print_table(
-                ["base", "licence", "source"],
-                [[n, e.license or "", e.sources[0]] for n, e in entries.items()],
-            )
+        print_bases(known, json, quiet)
         return
     experts = known.list_experts()
     if json:
@@ -130,12 +126,7 @@ def show(
 
     known = Registry.read(registry)
     if name in known.list_bases():
-        entry = known.list_bases()[name]
-        record = {"name": name} | entry.model_dump(mode="json")
-        if json:
-            print_json({"base": record})
-        else:
-            print_fields(_flatten(record))
+        print_base(name, json, registry)
         return
     expert = known.find_expert(Reference.parse(name))
     if json:
@@ -143,7 +134,7 @@ def show(
         return
     record = _make_record(expert)
     scores = record.pop("scores")
-    print_fields(_flatten(record))
+    print_fields(flatten(record))
     if scores:
         print_table(
             ["score on", "split", ">n", ">base", ">expert"],
@@ -152,19 +143,6 @@ def show(
                 for s in scores
             ],
         )
-
-
-def _flatten(record: dict[str, Any]) -> dict[str, str]:
-    """Write the values of a record as single lines of text."""
-    flat = {}
-    for key, value in record.items():
-        if isinstance(value, list):
-            flat[key] = ", ".join(map(str, value))
-        elif isinstance(value, dict):
-            flat[key] = ", ".join(f"{k} {v}" for k, v in value.items() if not isinstance(v, dict))
-        elif value is not None:
-            flat[key] = ("yes" if value else "no") if isinstance(value, bool) else str(value)
-    return flat
 
 
 def add(
@@ -190,6 +168,13 @@ def add(
     subfolder: Annotated[
         str, typer.Option(help="The sub-folder of the adapter, if there are several.")
     ] = "",
+    proof: Annotated[
+        bool | None,
+        typer.Option(
+            "--proof/--no-proof",
+            help="Compare the expert with peft; by default if the base is here and at most 2 GiB.",
+        ),
+    ] = None,
     json: JsonOption = False,
     registry: Annotated[
         Path | None,
@@ -199,7 +184,9 @@ def add(
     """Copy the folder of an expert into the store under a name.
 
     All files are checked first. The entry is written to your own registry, or to --registry.
-    Adapters of other types and programs are converted if that is exact; see hub convert.
+    Adapters of other types and programs are converted if that is exact; see hub convert. If the base
+    is on this machine, the outputs of the composed expert are compared with those of peft. An expert
+    that differs is refused.
 
     Examples: hub add ./my-lora --name my-lora; hub add ./my-lora --name my-lora --task bigbench:snarks;
     hub add ./run --subfolder checkpoint-500 --name mine
@@ -216,12 +203,18 @@ def add(
             task=task,
             description=description,
             subfolder=subfolder,
+            proof=proof,
             file=registry,
         )
     if json:
         print_json({"expert": _make_record(expert)})
     else:
         print_lines([expert.reference])
+        if expert.proof:
+            found = expert.proof
+            print_message(
+                f"equal to {found.against} within {found.max_difference:.1e} ({found.dtype})"
+            )
 
 
 def register(app: typer.Typer) -> None:

@@ -7,10 +7,12 @@ import signal
 import sys
 import warnings
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from experthub.cli import (
+    bases,
     cluster,
     coefficients,
     compose,
@@ -31,6 +33,7 @@ from experthub.cli import (
 )
 from experthub.cli._output import drop_output, open_streams
 from experthub.hub.errors import HubError
+from experthub.hub.files.atomic import DRAFT
 from experthub.hub.files.safe_text import escape, escape_block
 
 # Click's UsageError, wherever typer keeps it.
@@ -79,7 +82,8 @@ class HubApp(typer.Typer):
             if os.environ.get("HUB_DEBUG") == "1":
                 raise
             sys.stderr.write(
-                f"error: {escape(str(error))}\nhint: check the path, its permissions and the disk\n"
+                f"error: {escape(_explain_os_error(error))}\n"
+                "hint: check the path, its permissions and the disk\n"
             )
             sys.exit(1)
         except Interrupted:
@@ -106,6 +110,16 @@ def _show_warning(otherwise: Any, message: Any, category: Any, *place: Any, **op
         sys.stderr.write(f"note: {escape(str(message))}\n")
     else:
         otherwise(message, category, *place, **options)
+
+
+def _explain_os_error(error: OSError) -> str:
+    """Format an error of the system: the path, not that of its draft, and what is wrong with it."""
+    if not error.strerror or not isinstance(error.filename, str | bytes):
+        return str(error)
+    path = Path(os.fsdecode(error.filename))
+    if DRAFT.fullmatch(path.name):
+        path = path.with_name(path.name[1:].rpartition(".")[0])
+    return f"{path}: {error.strerror[:1].lower()}{error.strerror[1:]}"
 
 
 def _explain_usage_error(error: Any) -> str:
@@ -164,5 +178,6 @@ suggest.register(app)
 cluster.register(app)
 store.register(app)
 doctor.register(app)
+app.add_typer(bases.app, name="base", epilog="Example: hub base add mine ./model.gguf")
 app.add_typer(train.app, name="train", epilog="Example: hub train gate sentiment --steps 30")
 app.add_typer(tasks.app, name="tasks", epilog="Example: hub tasks import bigbench implicatures")

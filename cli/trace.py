@@ -13,6 +13,7 @@ from experthub.cli._options import (
     FrozenOption,
     JsonOption,
     LockedOption,
+    LongOption,
     RegistryOption,
 )
 from experthub.cli._output import choose_pins, print_json, print_lines, print_message, print_table
@@ -38,6 +39,10 @@ TaskOption = Annotated[
         autocompletion=_completion.list_tasks,
     ),
 ]
+LimitOption = Annotated[
+    int, typer.Option(help="The largest number of examples of the task.", min=1)
+]
+TopOption = Annotated[int, typer.Option(help="The number of experts shown for each token.", min=1)]
 GenerateOption = Annotated[
     int,
     typer.Option(
@@ -62,15 +67,12 @@ def trace(
     recipe: RecipeArgument,
     prompts: PromptOption = None,
     task: TaskOption = None,
-    limit: Annotated[
-        int, typer.Option(help="The largest number of examples of the task.", min=1)
-    ] = 4,
+    limit: LimitOption = 4,
     generate: GenerateOption = 0,
     chat: ChatOption = False,
     module: ModuleOption = None,
-    top: Annotated[
-        int, typer.Option(help="The number of experts shown for each token.", min=1)
-    ] = 3,
+    top: TopOption = 3,
+    long: LongOption = "cut",
     html: HtmlOption = None,
     open_: OpenOption = False,
     locked: LockedOption = False,
@@ -93,6 +95,7 @@ def trace(
     from experthub.hub.files.atomic import write_text
     from experthub.hub.files.memory import reuse_memory
     from experthub.hub.files.path_checks import check_file
+    from experthub.hub.readers.scorer import parse_long
     from experthub.hub.recipes.lock import plan_of
     from experthub.hub.tracing.page import render_page
     from experthub.hub.tracing.trace import check_traceable
@@ -103,6 +106,7 @@ def trace(
     if html is not None:
         check_file(html)
     reuse_memory()
+    rule = parse_long(long)
     with open_session(registry, device) as session:
         plan = plan_of(recipe, choose_pins(locked, frozen), session=session)
         check_traceable(plan, module)
@@ -114,6 +118,7 @@ def trace(
             new_tokens=generate,
             chat=chat,
             tasks=[task] * len(texts) if task else None,
+            long=rule,
             session=session,
         )
     for name in found.left_out:

@@ -25,6 +25,7 @@ from experthub.cli._train_options import (
     RouterRateOption,
     SeedOption,
     StepsOption,
+    TargetsOption,
     TasksOption,
     TuneOption,
 )
@@ -45,6 +46,7 @@ def lora(
     alpha: Annotated[
         float | None, typer.Option(help="LoRA's alpha; twice the rank by default.")
     ] = None,
+    targets: TargetsOption = "all-linear",
     steps: StepsOption = 100,
     examples: ExamplesOption = 480,
     batch_size: BatchOption = 8,
@@ -56,10 +58,11 @@ def lora(
 ) -> None:
     """Train a LoRA on the training split of a task.
 
-    Every linear layer of the frozen base gets a LoRA. An interrupted run continues if the same
-    command is run again.
+    Every linear layer of the frozen base gets a LoRA, or those that --targets selects. An interrupted
+    run continues if the same command is run again.
 
-    Examples: hub train lora --base smollm2-135m-instruct --task bigbench:intent_recognition --name intents
+    Examples: hub train lora --base smollm2-135m-instruct --task bigbench:intent_recognition --name intents;
+    hub train lora --base ./base --task mine:letters --name letters --targets q_proj,v_proj
     """
     from experthub.hub.files.memory import reuse_memory
     from experthub.hub.training.fit import Settings
@@ -68,7 +71,9 @@ def lora(
     reuse_memory()
     settings = Settings(steps, examples, batch_size, lr, seed)
     with open_session(registry, device) as session:
-        expert = train_lora(base, task, name, settings, rank=rank, alpha=alpha, session=session)
+        expert = train_lora(
+            base, task, name, settings, rank=rank, alpha=alpha, targets=targets, session=session
+        )
     _print(expert.reference, expert.digest, expert.training, json)
 
 

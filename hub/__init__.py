@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from experthub.hub.bases.adding import add_base
     from experthub.hub.composition.compose import compose
     from experthub.hub.composition.composition import Composition
     from experthub.hub.conversion.convert import Conversion, convert
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from experthub.hub.training.train import train_gate, train_lora
 
 _HOMES = {
+    "add_base": "bases.adding",
     "Composition": "composition.composition",
     "Conversion": "conversion.convert",
     "Difference": "finetunes.difference",
@@ -78,6 +80,7 @@ __all__ = [
     "Store",
     "Trace",
     "adapt",
+    "add_base",
     "cluster",
     "compose",
     "convert",

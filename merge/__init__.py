@@ -21,7 +21,7 @@ from experthub.merge._delta import Delta, Dense, LowRank, sum_deltas, truncate
 from experthub.merge._fit_settings import Fit
 from experthub.merge._fitting import learn_coefficients
 from experthub.merge._inner_products import cosine_matrix, gram_matrix, inner_product
-from experthub.merge._linear_modules import is_linear, is_transposed, orient
+from experthub.merge._linear_modules import is_linear, is_transposed, make_like, orient
 from experthub.merge._materials import Data, MergeMaterials, Minimizer, Progress
 from experthub.merge._merges import MergeTraits, merges
 from experthub.merge._options import (
@@ -45,6 +45,7 @@ from experthub.merge._task_vector import (
     map_tensors,
     unite_vectors,
 )
+from experthub.merge._weight_reads import WeightRead, find_weight_reads
 from experthub.merge.adamerging import adamerging
 from experthub.merge.atlas import atlas
 from experthub.merge.dare import dare
@@ -88,6 +89,7 @@ __all__ = [
     "Strategy",
     "TaskName",
     "TaskVector",
+    "WeightRead",
     "adamerging",
     "assign_blocks",
     "atlas",
@@ -98,6 +100,7 @@ __all__ = [
     "dare",
     "find_base",
     "find_uses",
+    "find_weight_reads",
     "fisher",
     "gram_matrix",
     "inner_product",
@@ -107,6 +110,7 @@ __all__ = [
     "linear",
     "lorahub",
     "make_generator",
+    "make_like",
     "map_tensors",
     "merges",
     "orient",

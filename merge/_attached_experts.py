@@ -22,6 +22,7 @@ from experthub.merge._merged_parameters import (
     Use,
 )
 from experthub.merge._task_vector import TaskVector
+from experthub.merge._weight_reads import find_weight_reads
 from torch import Tensor, nn
 
 Part = MergedParameter | EmbeddingRows | LowRankBranch
@@ -67,13 +68,15 @@ class AttachedExperts:
         names = list(dict.fromkeys(name for vector in vectors for name in vector))
         blocks = assign_blocks(names, like.granularity)
         place = {label: b for b, label in enumerate(like.blocks)}
-        found = find_uses(model, names)
+        found, reads = find_uses(model, names), find_weight_reads(model)
         try:
             for name in names:
                 here = [e for e, vector in enumerate(vectors) if name in vector.load]
                 own = [vectors[e] for e in here]
                 changed = AttachedParameter(name, found[name], own, here, place[blocks[name]])
-                self._parts[name] = _attach_part(changed, like, halves, take)
+                self._parts[name] = _attach_part(
+                    changed, like, halves, take, is_read=name.removesuffix(".weight") in reads
+                )
         except BaseException:
             self._detach()
             raise
@@ -139,11 +142,13 @@ def _attach_part(
     like: Coefficients,
     halves: bool,
     take: Callable[[str, Tensor], None] | None,
+    is_read: bool,
 ) -> Part:
     """Attach the changes of one parameter in the form that needs the least memory and time."""
     module, leaf = changed.uses[0]
     plain = like.values.ndim == 2 and take is None
-    if plain and leaf == "weight" and is_plain_linear(module):
+    # A forward hook would miss a weight that is read without a call of its module.
+    if plain and not is_read and leaf == "weight" and is_plain_linear(module):
         deltas = [vector[changed.name] for vector in changed.vectors]
         low = [delta for delta in deltas if isinstance(delta, LowRank)]
         if len(low) == len(deltas):

@@ -1,6 +1,6 @@
 """The change of one weight: low-rank or dense.
 
-Shapes: O rows and I columns of the weight, R the rank.
+Shapes: O rows and I columns of the weight, R the rank, N matrices in a stack.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from torch import Tensor
 class LowRank:
     """A low-rank change of a weight, `scale * b @ a`; the product is formed only on request.
 
+    A weight may be a stack of N matrices, as the experts of a fused mixture are. Its factors are
+    stacks, too.
+
     Args:
-        a: The factor A `[R, I]`.
-        b: The factor B `[O, R]`, in the dtype and on the device of A.
+        a: The factor A `[R, I]` or `[N, R, I]`.
+        b: The factor B `[O, R]` or `[N, O, R]`, in the dtype and on the device of A.
         scale: Any number that the dtype can hold; for a LoRA it is `alpha / r`.
 
     Raises:
@@ -36,7 +39,9 @@ class LowRank:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.a.ndim != 2 or self.b.ndim != 2 or self.a.shape[0] != self.b.shape[1]:
+        stacks = self.a.shape[:-2], self.b.shape[:-2]
+        alike = self.a.ndim in (2, 3) and self.a.ndim == self.b.ndim and stacks[0] == stacks[1]
+        if not alike or self.a.shape[-2] != self.b.shape[-1]:
             raise ValueError(
                 f"expected a [R, I] and b [O, R] of one rank, "
                 f"found {list(self.a.shape)} and {list(self.b.shape)}"
@@ -50,13 +55,13 @@ class LowRank:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape `(O, I)` of the weight."""
-        return (self.b.shape[0], self.a.shape[1])
+        """The shape `(O, I)` or `(N, O, I)` of the weight."""
+        return (*self.b.shape[:-1], self.a.shape[-1])
 
     @property
     def rank(self) -> int:
         """The rank R of the factors."""
-        return self.a.shape[0]
+        return self.a.shape[-2]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -82,7 +87,7 @@ class LowRank:
         Returns:
             The change with the factors swapped, of the same rank.
         """
-        return LowRank(self.b.T.contiguous(), self.a.T.contiguous(), self.scale)
+        return LowRank(self.b.mT.contiguous(), self.a.mT.contiguous(), self.scale)
 
     def dense(self) -> Tensor:
         """Compute the product of the factors.
@@ -104,7 +109,8 @@ class LowRank:
         """
         wide = torch.promote_types(weight.dtype, self.dtype)
         a, b = self.a.to(weight.device, wide), self.b.to(weight.device, wide)
-        return torch.addmm(weight.to(wide), b, a, alpha=self.scale).to(weight.dtype)
+        add = torch.addmm if a.ndim == 2 else torch.baddbmm
+        return add(weight.to(wide), b, a, alpha=self.scale).to(weight.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +199,8 @@ def sum_deltas(deltas: Sequence[Delta]) -> Delta:
         return deltas[0]
     low = [delta for delta in deltas if isinstance(delta, LowRank)]
     if len(low) == len(deltas):
-        a, b = torch.cat([delta.a for delta in low]), torch.cat([delta.b for delta in low], 1)
+        a = torch.cat([delta.a for delta in low], -2)
+        b = torch.cat([delta.b for delta in low], -1)
         if len({delta.scale for delta in low}) == 1:
             return LowRank(a, b, low[0].scale)
         scales = [delta.scale for delta in low for _ in range(delta.rank)]
@@ -208,7 +215,7 @@ def truncate(delta: Delta, rank: int | None = None, energy: float | None = None)
     `[R, R]` core take `O((O + I) R^2)`.
 
     Args:
-        delta: The change of a matrix.
+        delta: The change of a matrix, or of a stack of matrices, which get one rank.
         rank: The rank of the result, at least 1. A low-rank change whose rank is not higher is
             returned as it is.
         energy: An alternative to `rank`, above 0 and at most 1. It selects the smallest rank, at
@@ -219,7 +226,7 @@ def truncate(delta: Delta, rank: int | None = None, energy: float | None = None)
 
     Raises:
         ValueError: Both or none of `rank` and `energy` are given, one of them is out of its range,
-            or the change is not a matrix or not finite.
+            or the change is not finite, or neither a matrix nor a stack of matrices.
     """
     if (rank is None) == (energy is None):
         raise ValueError(f"expected a rank or an energy, found {rank} and {energy}")
@@ -231,11 +238,11 @@ def truncate(delta: Delta, rank: int | None = None, energy: float | None = None)
         return delta
     u, s, vh = _svd(delta)
     kept = rank if rank is not None else _find_rank(s, energy or 1)
-    root = s[:kept].sqrt()
+    root = s[..., :kept].sqrt()
     dtype = delta.dtype
     return LowRank(
-        (root[:, None] * vh[:kept]).to(dtype).contiguous(),
-        (u[:, :kept] * root).to(dtype).contiguous(),
+        (root[..., None] * vh[..., :kept, :]).to(dtype).contiguous(),
+        (u[..., :kept] * root[..., None, :]).to(dtype).contiguous(),
     )
 
 
@@ -246,16 +253,16 @@ def _svd(delta: Delta) -> tuple[Tensor, Tensor, Tensor]:
         raise ValueError("expected finite changes, found NaN or infinity")
     if isinstance(delta, LowRank):
         q_b, r_b = torch.linalg.qr(delta.b.double() * delta.scale)
-        q_a, r_a = torch.linalg.qr(delta.a.double().T)
-        u, s, vh = torch.linalg.svd(r_b @ r_a.T)
-        return q_b @ u, s, vh @ q_a.T
-    if delta.d.ndim != 2:
-        raise ValueError(f"expected a matrix, found shape {list(delta.shape)}")
+        q_a, r_a = torch.linalg.qr(delta.a.double().mT)
+        u, s, vh = torch.linalg.svd(r_b @ r_a.mT)
+        return q_b @ u, s, vh @ q_a.mT
+    if delta.d.ndim not in (2, 3):
+        raise ValueError(f"expected a matrix or a stack of them, found shape {list(delta.shape)}")
     u, s, vh = torch.linalg.svd(delta.d.double(), full_matrices=False)
     return u, s, vh
 
 
 def _find_rank(s: Tensor, energy: float) -> int:
     """Find how many singular values, at least one, make up a share of the sum of all squares."""
-    sums = s.square().cumsum(0)
-    return 1 + int((sums < energy * sums[-1]).sum())
+    sums = s.square().cumsum(-1)
+    return 1 + int((sums < energy * sums[..., -1:]).sum(-1).max())

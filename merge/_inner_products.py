@@ -40,8 +40,8 @@ def inner_product(x: Delta, y: Delta) -> float:
         )
     a_rI, b_Or = x.a.double(), x.b.double() * x.scale
     if isinstance(y, LowRank):
-        return float(((b_Or.T @ y.b.double()) * (a_rI @ y.a.double().T)).sum() * y.scale)
-    return float(((b_Or.T @ y.d.double()) * a_rI).sum())
+        return float(((b_Or.mT @ y.b.double()) * (a_rI @ y.a.double().mT)).sum() * y.scale)
+    return float(((b_Or.mT @ y.d.double()) * a_rI).sum())
 
 
 def gram_matrix(vectors: Sequence[TaskVector]) -> Tensor:
@@ -94,8 +94,9 @@ def _add(found: Tensor, deltas: Mapping[int, Delta]) -> None:
 
 def _multiply_low_rank(deltas: Sequence[LowRank]) -> Tensor:
     """Compute the inner products of low-rank changes from two products of the stacked factors."""
-    a_RI = torch.cat([delta.a for delta in deltas]).double()
-    b_OR = torch.cat([delta.b.double() * delta.scale for delta in deltas], 1)
+    a_RI = torch.cat([delta.a for delta in deltas], -2).double()
+    b_OR = torch.cat([delta.b.double() * delta.scale for delta in deltas], -1)
     ranks = torch.tensor([delta.rank for delta in deltas])
     of_RE = torch.nn.functional.one_hot(torch.arange(len(ranks)).repeat_interleave(ranks)).double()
-    return of_RE.T @ ((b_OR.T @ b_OR) * (a_RI @ a_RI.T)) @ of_RE
+    products_RR = (b_OR.mT @ b_OR) * (a_RI @ a_RI.mT)
+    return of_RE.T @ products_RR.view(-1, *products_RR.shape[-2:]).sum(0) @ of_RE

@@ -7,8 +7,11 @@ Shapes: I inputs and O outputs of a module, R the rank of a change.
 
 from __future__ import annotations
 
+from typing import cast
+
+import torch
 from experthub.merge._delta import LowRank
-from torch import nn
+from torch import Tensor, nn
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -48,6 +51,25 @@ def is_plain_linear(module: nn.Module) -> bool:
         True for a `torch.nn.Linear` itself and for a Conv1D.
     """
     return type(module) is nn.Linear or is_transposed(module)
+
+
+def make_like(module: nn.Module, dtype: torch.dtype) -> Tensor:
+    """Make an empty tensor of the dtype and on the device in which a linear module computes.
+
+    The weight of a quantised module is packed in integers, so that its dtype says nothing.
+
+    Args:
+        module: The linear module.
+        dtype: The dtype of its model, for a module whose weight is packed.
+
+    Returns:
+        A tensor without entries.
+    """
+    weight = cast(Tensor, module.weight)
+    own = weight.dtype if weight.is_floating_point() and weight.itemsize > 1 else dtype
+    # The weight of a module that accelerate offloaded comes to this device when it is called.
+    where = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return torch.empty(0, dtype=own, device=weight.device if where is None else where)
 
 
 def orient(change: LowRank, module: nn.Module) -> LowRank:

@@ -1,8 +1,9 @@
 """Input-dependent mixing of experts; imports torch and `experthub.merge`."""
 
-from experthub.routing._context import Context, ForwardPass, ForwardPasses, ModelRouter, RowKey
+from experthub.routing._context import VALUES, Context, ForwardPass, ForwardPasses, RowKey
 from experthub.routing._expert_rows import ExpertRows
 from experthub.routing._group import Group
+from experthub.routing._model_router import ModelRouter
 from experthub.routing._packed import PackedExperts, group_modules, pack_experts
 from experthub.routing._pool import Batch, Embedder, Pool, RouterMaterials, Select, State
 from experthub.routing._recording import record_routing
@@ -45,6 +46,7 @@ __all__ = [
     "MULTI_HEADED",
     "RENAMED_KERNELS",
     "SERVED_BY",
+    "VALUES",
     "Batch",
     "BatchTasks",
     "Context",

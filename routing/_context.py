@@ -31,6 +31,8 @@ class ForwardPass:
         kept: Decisions about every row `[B, ...]`. They are made when the first tokens of the rows
             are read, and are used for all following tokens.
         off: Whether the model computes as its base, without any expert.
+        past: Weights of earlier tokens `[B, S, L, E]` by route, in their order. Some models expand
+            their whole cache in every forward pass.
         base: The key/value cache of the base alone, for routers that read its hidden states.
         outer: The forward pass of the same model inside which this one runs.
     """
@@ -39,6 +41,7 @@ class ForwardPass:
     tokens: int = 0
     real: Tensor | None = None
     kept: dict[RowKey, Tensor] = field(default_factory=dict)
+    past: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
     off: bool = False
     base: Any = None
     outer: ForwardPass | None = None
@@ -58,10 +61,14 @@ class ForwardPass:
         size = torch.Size(leading).numel()
         rows = self.rows or (leading[0] if len(leading) > 1 else size)
         tokens = size // max(rows, 1)
-        known = not self.rows or not self.tokens or tokens in (1, self.tokens)
+        # Without a dimension of rows, or with one that splits rows, only their number tells.
+        split = len(leading) < 2 or (not self.tokens and leading[0] % max(rows, 1) == 0)
+        known = not self.rows or leading[0] == rows or (split and tokens in (1, self.tokens))
+        known = known or (split and not self.tokens)
         if rows * tokens != size or not known:
             raise ValueError(
-                f"expected the inputs of {rows} rows of {self.tokens} tokens, found {size} inputs"
+                f"expected the inputs of {rows} rows of {self.tokens} tokens, found inputs of the "
+                f"shape {list(leading)}"
             )
         return rows, tokens
 
@@ -85,6 +92,8 @@ class ForwardPass:
         if key in self.kept:
             return self.kept[key]
         by_row = scores.view(rows, tokens, *scores.shape[1:])
+        if self.tokens and tokens > self.tokens:  # A whole cache of a fixed size.
+            by_row = by_row[:, : self.tokens]
         if self.real is None or tokens == 1:
             found = by_row.mean(1)
         else:
@@ -216,61 +225,3 @@ class Context:
         kept[self.route, VALUES] = weights.values
         if weights.experts is not None:
             kept[self.route, EXPERTS] = weights.experts
-
-
-@dataclass(frozen=True, eq=False)
-class ModelRouter:
-    """The router of a module if one router decides for the whole model, before the model runs.
-
-    Args:
-        context: Holds the weights of every row.
-        experts: The positions in the recipe of the experts that adapt the module.
-        n_experts: The number of experts of the recipe.
-        layer: The position of the module's layer among the weights; None if all layers share them.
-        probes_PI: None, because the module's input is not looked at.
-        layer_norm: Not used without probes.
-        pooled: Not used without probes.
-    """
-
-    context: Context
-    experts: tuple[int, ...]
-    n_experts: int
-    layer: int | None = None
-    probes_PI: None = None
-    layer_norm: bool = False
-    pooled: bool = False
-
-    def weights(self, scores: Tensor) -> Weights:
-        """Return the weights that were chosen for the row of each input.
-
-        Args:
-            scores: Scores `[T, G, 0]`; only their number is used.
-
-        Returns:
-            Weights `[T, 1, E]` or `[T, 1, k]`; `[E]` if all rows have the same weights.
-
-        Raises:
-            ValueError: No weights were chosen, because the composed model is not running, or the
-                inputs are not those of the current batch.
-        """
-        now, route = self.context.current, self.context.route
-        if (route, VALUES) not in now.kept:
-            raise ValueError(
-                "expected weights of the current batch, found none: run the whole composed model, "
-                "because its router decides once for the model"
-            )
-        found = Weights(now.kept[route, VALUES], now.kept.get((route, EXPERTS)))
-        if len(self.experts) < self.n_experts:
-            found = Weights(found.dense(self.n_experts)[..., list(self.experts)])
-        if found.values.ndim == 1:
-            return found
-        rows, tokens = now.infer_shape([len(scores)])
-        if self.layer is None:
-            return found.add_module_axis().repeat_rows(tokens)
-        shared = found.values.shape[2] == 1  # All layers use the same weights.
-        values = found.values[:, :, 0 if shared else self.layer].flatten(0, 1)
-        if len(values) != len(scores):
-            raise ValueError(
-                f"expected all {now.tokens} tokens of {rows} rows, found {len(scores)} inputs"
-            )
-        return Weights(values).add_module_axis()

@@ -17,6 +17,7 @@ import torch
 from experthub.merge import Combine
 from experthub.routing._context import Context, ForwardPass
 from experthub.routing._expert_rows import ExpertRows
+from experthub.routing._model_router import ModelRouter
 from experthub.routing._packed import PackedExperts
 from experthub.routing._router import TopK, Weights
 from experthub.routing.kernels.dense import add_all, weigh_all
@@ -244,6 +245,8 @@ class Group:
     def _weigh(self, scores: Tensor, x: Tensor) -> Weights:
         """Compute the router's weights from scores `[T, G, P]`."""
         router = self.packed.router
+        if isinstance(router, ModelRouter):
+            return router.find(x.shape[:-1])
         if not router.pooled:
             return router.weights(scores)
         leading, now = x.shape[:-1], self.context.current

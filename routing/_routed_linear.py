@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from experthub.merge import Combine
+from experthub.merge import Combine, make_like
 from experthub.routing._context import Context
 from experthub.routing._group import Group
 from experthub.routing._packed import PackedExperts, pack_experts
@@ -99,16 +99,17 @@ class RoutedLinear(nn.Module):
         """The original module."""
         return self._base[0]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Compute the outputs of the base and of the experts.
 
         Args:
             x: Inputs `[..., I]`.
+            y: The outputs of the base `[..., O]`, which are changed; None computes them.
 
         Returns:
             `[..., O]` in the base's dtype.
         """
-        return self.group.add_to(self._base[0](x), x, self.position)
+        return self.group.add_to(self._base[0](x) if y is None else y, x, self.position)
 
     def compute_weights(self, x: Tensor) -> Tensor:
         """Compute the weights that the router gives to the experts.
@@ -128,6 +129,7 @@ def attach_experts(
     combine: Combine = "outputs",
     kernel: Kernel | None = None,
     context: Context | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> list[RoutedLinear]:
     """Put packed experts beside the modules of one group.
 
@@ -137,6 +139,7 @@ def attach_experts(
         combine: `outputs` mixes `B_e A_e x`; `parameters` mixes the A and the B first.
         kernel: The kernel for all inputs; None chooses by the number of tokens.
         context: The rows of the current batch, and decisions about whole rows.
+        dtype: The dtype of the model, for modules whose weights are quantised.
 
     Returns:
         The routed modules, in the order of the bases.
@@ -144,8 +147,8 @@ def attach_experts(
     Raises:
         ValueError: `combine` is `parameters` and ranks differ.
     """
-    weight = cast(Tensor, bases[0].weight)
-    if packed.first_G1.device != weight.device:
-        packed = packed.map(lambda tensor: tensor.to(weight.device))
-    group = Group(packed, weight.dtype, combine, kernel=kernel, context=context)
+    like = make_like(bases[0], dtype)
+    if packed.first_G1.device != like.device:
+        packed = packed.map(lambda tensor: tensor.to(like.device))
+    group = Group(packed, like.dtype, combine, kernel=kernel, context=context)
     return [RoutedLinear(base, group, position) for position, base in enumerate(bases)]

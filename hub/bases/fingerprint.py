@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from experthub.hub.errors import HubError, IntegrityError
 from experthub.hub.files.atomic import hub_home, write_json
-from experthub.hub.files.digests import canonical_json, digest_of
+from experthub.hub.files.digests import CHUNK, canonical_json, digest_of
 from experthub.hub.files.json_files import read_json
 from experthub.hub.formats.safetensors_header import hash_tensors
 
@@ -76,6 +77,30 @@ def compute_fingerprint(folder: Path, fresh: bool = False) -> str:
         return known
     rows = [[n, d, list(s), h] for n, d, s, h in hash_tensors(files)]
     value = digest_of(sorted(rows))
+    write_json(cache, {"files": stats, "fingerprint": value, "check": digest_of([stats, value])})
+    return value
+
+
+def hash_files(files: Sequence[Path]) -> str:
+    """Hash large files one after the other; the value is cached as a fingerprint is.
+
+    Args:
+        files: The files.
+
+    Returns:
+        The sha256 of their joined bytes, 64 hexadecimal digits.
+    """
+    stats: list[Any] = ["sha256", *(_describe_file(file) for file in files)]
+    key = hashlib.sha256(canonical_json(stats)).hexdigest()
+    cache = hub_home() / "fingerprints" / f"{key}.json"
+    if known := _read_cache(cache, stats):
+        return known
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            while chunk := opened.read(CHUNK):
+                digest.update(chunk)
+    value = digest.hexdigest()
     write_json(cache, {"files": stats, "fingerprint": value, "check": digest_of([stats, value])})
     return value
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,33 +12,32 @@ from experthub.hub.formats.gguf_header import check_gguf
 from experthub.hub.formats.model_config import check_configs
 from experthub.hub.transfer.remotes.no_network import forbid_network
 
+# What `gguf.dequantize` reads; the numbers are those of ggml.
+READABLE = {*range(4), *range(6, 9), *range(10, 15), *range(16, 24), *range(29, 31), 34, 35, 39, 40}
+
 
 def convert_gguf(weights: Path, target: Path) -> None:
     """Convert a GGUF file into a model folder: configuration, tokenizer and float32 safetensors.
 
     Args:
-        weights: The GGUF file.
+        weights: The GGUF file. Nothing beside it is read, unless it lies in `target`.
         target: The folder that the files are written into; it must exist.
 
     Raises:
         IntegrityError: The file is damaged, or transformers cannot read it.
-        HubError: The package gguf is not installed.
+        HubError: The package gguf is not installed, or tensors have a type that it cannot read.
         IntegrityError: A configuration beside the GGUF file names code or other files.
     """
-    check_configs(weights.parent)
-    check_gguf(weights)
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
-        raise HubError("the package gguf is not installed", "run pip install gguf") from None
-    from experthub.hub.bases.loading import LOCAL, hide_progress_bars
+    check_configs(target)
+    _check_types(weights.name, check_gguf(weights))
+    from experthub.hub.bases.building import LOCAL, hide_progress_bars
     from experthub.hub.bases.model_size import limit_model_size
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place: dict[str, Any] = {
-        "pretrained_model_name_or_path": str(weights.parent),
-        "gguf_file": weights.name,
+        "pretrained_model_name_or_path": str(target),
+        "gguf_file": str(weights.resolve()),
         **LOCAL,
     }
     with weights.open("rb") as file:
@@ -60,6 +59,60 @@ def convert_gguf(weights: Path, target: Path) -> None:
         if not (keep and name in tied)
     }
     save_file(state, target / "model.safetensors", metadata={"format": "pt"})
+
+
+def join_gguf(parts: Sequence[Path], target: Path) -> None:
+    """Join the parts of a GGUF file that was split by llama.cpp.
+
+    Args:
+        parts: The parts, in their order. The first one has the settings of the model.
+        target: The file to write.
+
+    Raises:
+        IntegrityError: A part is damaged.
+        HubError: The package gguf is not installed, or tensors have a type that it cannot read.
+    """
+    for part in parts:
+        _check_types(part.name, check_gguf(part))
+    import gguf
+
+    with _explain_damage(parts[0].name, (Exception,)):
+        readers = [gguf.GGUFReader(part) for part in parts]
+        architecture = readers[0].fields["general.architecture"].contents()
+        writer = gguf.GGUFWriter(target, architecture)
+        for name, field in readers[0].fields.items():
+            # The writer adds the counts and the architecture itself.
+            if name.startswith(("GGUF.", "split.")) or name == "general.architecture":
+                continue
+            inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, field.contents(), field.types[0], sub_type=inner)
+        tensors = [tensor for reader in readers for tensor in reader.tensors]
+        for tensor in tensors:
+            data = tensor.data
+            writer.add_tensor_info(
+                tensor.name, data.shape, data.dtype, data.nbytes, tensor.tensor_type
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in tensors:
+            writer.write_tensor_data(tensor.data)
+        writer.close()
+
+
+def _check_types(name: str, types: set[int]) -> None:
+    """Refuse tensors of types that the package gguf cannot read, by their names."""
+    try:
+        import gguf
+    except ImportError:
+        raise HubError("the package gguf is not installed", "run pip install gguf") from None
+    known = {int(kind.value): kind.name for kind in gguf.GGMLQuantizationType}
+    if strange := sorted(types - READABLE):
+        names = ", ".join(known.get(kind, f"number {kind}") for kind in strange)
+        raise HubError(
+            f"{name} has tensors of the type {names}, which transformers cannot read",
+            "use a file of another type, such as Q4_K_M, Q8_0, F16 or BF16",
+        )
 
 
 @contextmanager

@@ -8,27 +8,12 @@ from typing import Any
 
 from experthub.hub.files.digests import canonical_json, digest_of, sha256_of
 from experthub.hub.files.json_files import read_json
+from experthub.hub.formats.model_files import READ_BY_TRANSFORMERS, TEMPLATES
 
 SCHEMA = 2  # Schema 1 is the fingerprint alone, which covers the weights.
 CONFIGS = ("config.json", "generation_config.json")
 # These keys say who wrote a configuration, and where it lay; see `_list_records`.
 RECORDS = ("transformers_version", "_name_or_path")
-TEMPLATES = "additional_chat_templates"
-READ_BY_TRANSFORMERS = (
-    # Tokenizers: their settings, and every vocabulary file that a class of transformers reads.
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "tiktoken.model", "tekken.json"),
-    *("spiece.model", "sentencepiece.bpe.model", "sentencepiece.model", "spm.model"),
-    *("spm_char.model", "source.spm", "target.spm", "bpe.codes", "dict.txt", "byte_maps.json"),
-    *("vocab-src.json", "vocab-tgt.json", "target_vocab.json", "entity_vocab.json"),
-    *("emoji.json", "normalizer.json", "prophetnet.tokenizer"),
-    *("word_pronunciation.json", "word_shape.json"),
-    # Chat templates.
-    *("chat_template.jinja", "chat_template.json"),
-    # Processors of images, videos and sounds.
-    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
-    "audio_tokenizer_config.json",
-)
 
 
 def compute_base_digest(folder: Path, fingerprint: str) -> str:

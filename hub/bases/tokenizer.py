@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from experthub.hub.bases.base import EMBEDDINGS
 from experthub.hub.errors import HubError
+from experthub.hub.formats.added_tokens import NewToken
 from torch import Tensor
 
 # Not only those that a causal model ties to its outputs.
@@ -28,12 +29,19 @@ class CheckedTokenizer:
         name: The name of its base, for errors.
         folder: The folder of its files, for errors.
         shapes: The shape of each parameter of the base.
+        added: The number of embeddings, if experts add some.
     """
 
     def __init__(
-        self, tokenizer: Any, name: str, folder: Path, shapes: Mapping[str, tuple[int, ...]]
+        self,
+        tokenizer: Any,
+        name: str,
+        folder: Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        added: int | None = None,
     ) -> None:
         rows = [s[0] for n, s in shapes.items() if n.endswith(TOKEN_EMBEDDINGS) and len(s) == 2]
+        rows = rows if added is None else [added]
         own = {"tokenizer": tokenizer, "name": name, "folder": folder}
         vars(self).update(own, n_ids=max(rows, default=None))
 
@@ -113,6 +121,20 @@ class CheckedTokenizer:
                 f"base {self.name}: its tokenizer cannot {what.replace('_', ' ')}: {reason}",
                 f"check the files of the tokenizer in {self.folder}, or get them again",
             ) from None
+
+
+def add_tokens(tokenizer: Any, tokens: Iterable[NewToken]) -> None:
+    """Add tokens to a tokenizer, unless it has them.
+
+    Args:
+        tokenizer: A tokenizer of transformers, which is changed in place.
+        tokens: The tokens; they get the next free ids in this order.
+    """
+    from tokenizers import AddedToken
+
+    for token in tokens:
+        added = AddedToken(token.content, special=token.special, normalized=False)
+        tokenizer.add_tokens([added], special_tokens=token.special)
 
 
 def _flatten(texts: Any) -> list[str]:

@@ -8,20 +8,27 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from experthub.hub.bases.loading import load_model
+from experthub.hub.bases.loading import AUTO, load_model
 from experthub.hub.bases.tying import tie_again, untie
 from experthub.hub.composition.bank import find_bank
 from experthub.hub.composition.composition import Composition
 from experthub.hub.composition.forward_hooks import Watch
+from experthub.hub.composition.model_state import ModelState
 from experthub.hub.composition.routes import route
 from experthub.hub.composition.saving import refuse_saving
-from experthub.hub.composition.weights import Contents, load_task_vector
+from experthub.hub.composition.weights import (
+    Contents,
+    load_dense_vector,
+    load_lacking,
+    load_task_vector,
+)
 from experthub.hub.errors import HubError, IntegrityError, UsageError, explain_errors
+from experthub.hub.formats.adapter import Adapted
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.session import Session
 from experthub.hub.transfer.pull import pull
-from experthub.merge import TaskVector, find_uses, is_transposed
-from torch import nn
+from experthub.merge import Delta, TaskVector, combine, find_uses, is_transposed
+from torch import Tensor, nn
 
 
 def assemble(
@@ -45,12 +52,19 @@ def assemble(
         The composed model and its plan.
 
     Raises:
-        UsageError: The loaded base has another dtype or is on another device.
+        UsageError: The loaded base has another dtype or is on another device, or a merge is wanted
+            on the device `auto`.
         IntegrityError: The content of an expert is damaged, or a merged weight overflows.
         HubError: The experts do not fit the model.
     """
+    if session.device == AUTO and any(unit.recipe.merge or unit.folds for unit in plan.units):
+        raise UsageError(
+            "a merge changes weights that --device auto may leave on the disk",
+            "write the model with hub compose --out, which needs little memory, or use a route",
+        )
     banks = [find_bank(unit) for unit in plan.units]
-    packed = all(bank is not None and bank.is_complete for bank in banks)
+    whole = plan.completes_base or any(unit.dense for unit in plan.units)
+    packed = not whole and all(bank is not None and bank.is_complete for bank in banks)
     if not packed and any(banks):
         pull(session, *(member.content for member in plan.members))
     session.report("loading the base", 0, 0)
@@ -61,7 +75,9 @@ def assemble(
         else:
             target = _copy_model(model, plan.dtype, device)
         if not packed:  # Packed experts were checked when they were packed.
-            _check_orientation(target, plan)
+            check_orientation(target, plan)
+        before = ModelState(target) if whole and plan.routed else None
+        complete_base(target, plan, contents)
         session.report(f"composing {len(plan.experts)} experts", 0, 0)
         merged: list[TaskVector] = []
         routes, watch = [], Watch()
@@ -69,20 +85,51 @@ def assemble(
         units = sorted(zip(plan.units, banks, strict=True), key=lambda one: one[0].routed)
         for unit, bank in units:
             with torch.no_grad(), explain_errors(unit.recipe.method.method):
+                if unit.dense:
+                    merged.append(load_dense_vector(unit, contents))
+                    _add(target, merged[-1], unit)
                 if unit.recipe.merge:
-                    merged.append(_merge(unit, contents, state))
+                    merged.append(merge_experts(unit, contents, state))
                     _add(target, merged[-1], unit)
                 else:
                     routes.append(route(target, unit, contents, state, bank, session, watch))
         merged += [one.folded for one in routes if one.folded is not None]
-        whole = None if plan.routed else _unite(merged)
-        if whole is None:
+        change = None if plan.routed else _unite(merged)
+        if change is None:
             refuse_saving(target)
-        return Composition(target, plan, whole, state, tuple(routes), watch)
+        return Composition(target, plan, change, state, tuple(routes), watch, before)
 
 
-def _merge(plan: Plan, contents: Contents, state: Any) -> TaskVector:
-    """Merge the experts of a plan into one task vector, lazily."""
+def complete_base(model: Any, plan: Plan, contents: Contents) -> None:
+    """Give a model the weights and the tokens that its base lacks and that the experts bring along.
+
+    Args:
+        model: The base's model, which is changed in place.
+        plan: The plan.
+        contents: The experts' files.
+    """
+    if (embeddings := contents.open_embeddings(plan)) is not None:
+        embeddings.complete(model)
+    for name, value in load_lacking(plan, contents).items():
+        owner, _, leaf = name.rpartition(".")
+        own = value.to(model.get_parameter(name))
+        model.get_submodule(owner).register_parameter(leaf, nn.Parameter(own, requires_grad=False))
+
+
+def merge_experts(plan: Plan, contents: Contents, state: Any) -> TaskVector:
+    """Merge the experts of a plan into one task vector, lazily.
+
+    Args:
+        plan: A plan with one merge.
+        contents: The experts' files.
+        state: The state of the method; None for a method without state.
+
+    Returns:
+        The task vector.
+
+    Raises:
+        ValueError: The method returned something else.
+    """
     method = plan.recipe.method
     vectors = [load_task_vector(expert, plan, contents) for expert in plan.experts]
     weights = torch.tensor([expert.weight for expert in plan.experts])
@@ -94,16 +141,16 @@ def _merge(plan: Plan, contents: Contents, state: Any) -> TaskVector:
 
 
 def _unite(vectors: Sequence[TaskVector]) -> TaskVector:
-    """Join the changes of all parts, which have no weight in common."""
-    if len(vectors) == 1:
-        return vectors[0]
-    load = {name: load for vector in vectors for name, load in vector.load.items()}
-    return TaskVector(vectors[0].base, load)
+    """Sum the changes of all parts. Only dense parts have a weight in common with another part."""
+    return vectors[0] if len(vectors) == 1 else combine(vectors, torch.ones(len(vectors)))
 
 
 def _copy_model(model: Any, dtype: str, device: str | None) -> Any:
     """Copy a model that the caller loaded, without its tensors; refuse another dtype or device."""
-    found, wanted = model.device, torch.device(device or model.device)
+    found, wanted = (
+        model.device,
+        torch.device(device if device and device != AUTO else model.device),
+    )
     # A device without an index, such as cuda, means every device of its type.
     elsewhere = wanted.type != found.type or wanted.index not in (None, found.index or 0)
     if str(model.dtype) != f"torch.{dtype}" or elsewhere:
@@ -130,15 +177,22 @@ def _copy_modules(module: Any, made: dict[int, Any] | None = None) -> Any:
     return made[id(module)]
 
 
-def _check_orientation(model: Any, plan: Plan) -> None:
+def check_orientation(model: Any, plan: Plan) -> None:
     """Refuse a fan_in_fan_out that does not fit its module.
 
     The shape of a square weight does not show in which orientation it is stored.
+
+    Args:
+        model: The model, which may be without storage.
+        plan: The plan.
+
+    Raises:
+        HubError: An expert states another orientation than its module has.
     """
     modules, changed = dict(model.named_modules()), set(plan.parameters)
     for member in plan.members:
         for adapted in member.adapted:
-            if f"{adapted.module}.weight" not in changed or adapted.embedding:
+            if adapted.parameter not in changed or not _is_own_weight(adapted):
                 continue
             module = modules[adapted.module]
             if is_transposed(module) != adapted.transposed:
@@ -149,21 +203,50 @@ def _check_orientation(model: Any, plan: Plan) -> None:
                 )
 
 
+def _is_own_weight(change: Adapted) -> bool:
+    """Tell whether a change is of the weight of a linear module, in the module's own orientation."""
+    return not change.embedding and not change.targeted and change.piece is None
+
+
 def _add(model: Any, merged: TaskVector, plan: Plan) -> None:
     """Add a task vector to the weights of a model."""
     tied = untie(model, merged, plan.adapted)
     places = find_uses(model, merged)
     for name in merged:
+        if len(places[name]) > 1 and name in plan.separate:
+            raise HubError(
+                f"{name} belongs to {len(places[name])} modules, and an adapter changes one of them",
+                "leave it out with targets:, or merge the adapter with peft and use hub diff",
+            )
         # The sum is a new tensor: the base's weights are mapped from its file, and may be shared.
-        changed = merged[name].add_to(model.get_parameter(name))
+        changed = add_change(model.get_parameter(name), merged[name], name, plan.dtype)
         parameter = nn.Parameter(changed, requires_grad=False)
         for module, leaf in places[name]:
             module.register_parameter(leaf, parameter)
-        # The sum over a tensor with an entry that is not finite is not finite either. It may also
-        # overflow over finite entries, so every entry is tested only in that case.
-        if not math.isfinite(changed.sum()) and not bool(torch.isfinite(changed).all()):
-            raise IntegrityError(
-                f"{name} overflows {plan.dtype}", "use smaller weights, or set dtype: float32"
-            )
     if tied is not None:
         tie_again(model, tied)
+
+
+def add_change(weight: Tensor, change: Delta, name: str, dtype: str) -> Tensor:
+    """Add a change to a weight.
+
+    Args:
+        weight: The weight; it is not changed.
+        change: The change.
+        name: The name of the weight, for the error.
+        dtype: The dtype of the model, for the error.
+
+    Returns:
+        The sum, in the weight's dtype.
+
+    Raises:
+        IntegrityError: The sum overflows.
+    """
+    changed = change.add_to(weight)
+    # The sum over a tensor with an entry that is not finite is not finite either. It may also
+    # overflow over finite entries, so every entry is tested only in that case.
+    if not math.isfinite(changed.sum()) and not bool(torch.isfinite(changed).all()):
+        raise IntegrityError(
+            f"{name} overflows {dtype}", "use smaller weights, or set dtype: float32"
+        )
+    return changed

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from experthub.hub.bases.loading import AUTO
 from experthub.hub.composition.assembly import assemble
 from experthub.hub.composition.composition import Composition
+from experthub.hub.composition.streaming import write_merge
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.recipes.recipe import Recipe
 from experthub.hub.recipes.resolution import resolve
@@ -57,3 +59,21 @@ def compose(
     if state is None:
         state = resolve_state(plan, session)
     return assemble(plan, session, state, model=model, device=device)
+
+
+def write_model(plan: Plan, out: Path, format: Literal["hf", "peft"], session: Session) -> None:
+    """Write the merged model of a plan to a folder, tensor by tensor where that is possible.
+
+    Args:
+        plan: A plan without routes.
+        out: A new or empty folder.
+        format: `hf` or `peft`, see `Composition.save`.
+        session: The registry, the store, the device and the progress callback.
+
+    Raises:
+        HubError: An expert or the base cannot be used; the class of the error says how.
+    """
+    state = resolve_state(plan, session)
+    in_memory = format == "peft" or session.device not in (None, "cpu", AUTO)
+    if in_memory or not write_merge(plan, session, state, out):
+        assemble(plan, session, state).save(out, format)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from experthub.hub.composition.export import save_model
 from experthub.hub.composition.forward_hooks import Watch
+from experthub.hub.composition.model_state import ModelState
 from experthub.hub.composition.routes import Routes
 from experthub.hub.composition.saving import allow_saving, refuse_save
 from experthub.hub.errors import UsageError
@@ -35,6 +36,7 @@ class Composition:
     state: Any = None
     _routes: tuple[Routes, ...] = ()
     _watch: Watch = field(default_factory=Watch)
+    _before: ModelState | None = None
 
     @property
     def lock(self) -> dict[str, Any]:
@@ -59,6 +61,8 @@ class Composition:
             )
         for routes in self._routes:
             routes.undo(self.model)
+        if self._before is not None:
+            self._before.restore(self.model)
         allow_saving(self.model)
         return self.model
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from experthub.hub.bases.loading import load_tokenizer, write_model
+from experthub.hub.bases.writing import write_model
 from experthub.hub.errors import UsageError
 from experthub.hub.files import yaml_files
 from experthub.hub.files.atomic import create_folder, write_text
 from experthub.hub.files.json_files import read_json
 from experthub.hub.files.path_checks import check_free
-from experthub.hub.formats.adapter import ADAPTER, ADAPTER_CONFIG, PREFIX, read_adapter
+from experthub.hub.formats.adapter import ADAPTER, ADAPTER_CONFIG, read_adapter
 from experthub.hub.formats.adapter_writer import fold_exactly, fold_scale, write_adapter
+from experthub.hub.formats.dense_parts import DENSE_KEYS, PREFIX, read_dense_parts
 from experthub.hub.formats.safetensors_reader import Tensors
 from experthub.hub.kinds import kinds
 from experthub.hub.recipes.plan import Plan
@@ -32,7 +33,7 @@ def save_model(
         plan: The plan that it was made from.
         merged: The task vector that was added to the base.
         folder: A new or empty folder.
-        format: `hf` writes the whole model with its tokenizer; `peft` writes one adapter.
+        format: `hf` writes the whole model with its tokenizer and processors; `peft` writes one adapter.
 
     Returns:
         The folder.
@@ -47,37 +48,44 @@ def save_model(
             _save_peft(plan, merged, draft)
         else:
             write_model(plan.base, model, draft)
-            if plan.base.has_tokenizer:
-                load_tokenizer(plan.base).save_pretrained(draft)
         write_text(draft / "recipe.lock.yaml", yaml_files.dump(plan.lock))
     return folder
 
 
 def _save_peft(plan: Plan, merged: TaskVector, folder: Path) -> None:
     """Write the merged change as one LoRA of one rank."""
-    deltas = {name: merged[name] for name in merged}
-    how = {f"{a.module}.weight": a for m in plan.members for a in m.adapted}
-    low = {n: d for n, d in deltas.items() if isinstance(d, LowRank) and n in how}
-    if len(low) < len(deltas) or any(how[n].embedding for n in low):
-        raise UsageError(
-            "the merge is not a low-rank change of linear modules, and the format peft needs one",
-            "use the format hf",
-        )
+    names = plan.base.names
+    embeddings = {a.parameter for m in plan.members for a in m.adapted if a.embedding}
+    nests: dict[str, list[str]] = {}
+    factors: dict[str, LowRank] = {}
+    order = {name: place for place, name in enumerate(names.shapes)}
+    for name in sorted(merged, key=order.__getitem__):
+        delta, (module, _, leaf) = merged[name], name.rpartition(".")
+        if not isinstance(delta, LowRank) or name in embeddings:
+            raise UsageError(
+                "the merge is not a low-rank change of linear modules, and the format peft needs one",
+                "use the format hf",
+            )
+        stored = LowRank(delta.a, fold_scale(delta.b, delta.scale, module))
+        is_weight = leaf == "weight" and module in names.linear
+        turned = names.linear[module] if is_weight else module in names.transposed
+        factors[name] = stored.transpose() if turned else stored
+        nests.setdefault(module, []).append(name)
     tensors: dict[str, Tensor] = {}
-    for name, delta in low.items():
-        stored = LowRank(delta.a, fold_scale(delta.b, delta.scale, name.removesuffix(".weight")))
-        if how[name].transposed:
-            stored = stored.transpose()
-        module = PREFIX + name.removesuffix(".weight")
-        tensors[f"{module}.lora_A.weight"] = stored.a
-        tensors[f"{module}.lora_B.weight"] = stored.b
+    for module, nest in nests.items():
+        for level, name in enumerate(reversed(nest)):  # PEFT wraps the first parameter first.
+            wrapper = PREFIX + module + ".base_layer" * level
+            tensors[f"{wrapper}.lora_A.weight"] = factors[name].a
+            tensors[f"{wrapper}.lora_B.weight"] = factors[name].b
     write_adapter(
         folder,
         tensors,
-        base=plan.base.name,
+        base=plan.base.public_name,
         task_type=plan.base.peft_task_type,
-        transposed=any(how[n].transposed for n in low),
+        model_class=plan.base.architecture,
+        transposed=any(names.linear.get(module) for module in nests),
         pad=True,
+        parameters={module: nest for module, nest in nests.items() if module not in names.linear},
     )
 
 
@@ -85,7 +93,8 @@ def export_portable(expert: Expert, folder: Path, session: Session) -> Path:
     """Write an expert as a folder that peft, vLLM, SGLang and llama.cpp can load.
 
     The LoRA has one rank and no patterns, and its scale is folded into B. The factors keep their
-    dtype if that is exact, and are float32 otherwise. Gates are omitted.
+    dtype if that is exact, and are float32 otherwise. Dense parts, which only peft loads, are kept.
+    Gates are omitted.
 
     Args:
         expert: A LoRA in the store.
@@ -110,6 +119,11 @@ def export_portable(expert: Expert, folder: Path, session: Session) -> Path:
     check_free(folder)
     config = store.verify_file(expert.digest, ADAPTER_CONFIG)
     adapted = read_adapter(config, store.locate(expert.digest, ADAPTER), expert.reference)
+    if any(change.targeted for change in adapted):
+        raise UsageError(
+            f"{expert.reference} adapts parameters by target_parameters, which only peft can load",
+            "write a merge of it with hub compose --out, or use the expert's own files in peft",
+        )
     stored = Tensors(store.read(expert.digest, ADAPTER))
     tensors: dict[str, Tensor] = {}
     exact = [fold_exactly(stored[change.b], change.scale) for change in adapted]
@@ -119,6 +133,8 @@ def export_portable(expert: Expert, folder: Path, session: Session) -> Path:
         if folded is None or not same:  # All factors get one dtype.
             a, folded = a.float(), fold_scale(b, change.scale, change.module)
         tensors[change.a], tensors[change.b] = a, folded
+    parts = read_dense_parts(config, store.locate(expert.digest, ADAPTER), expert.reference)
+    dense = {p.tensor: stored[p.tensor] * p.scale for p in parts}
     known = session.registry.list_bases().get(expert.base)
     base = known.aka[0] if known and known.aka else expert.base
     settings = read_json(config)
@@ -130,5 +146,7 @@ def export_portable(expert: Expert, folder: Path, session: Session) -> Path:
             task_type=settings.get("task_type"),
             transposed=bool(settings.get("fan_in_fan_out")),
             pad=True,
+            dense=dense,
+            keys={key: settings[key] for key in DENSE_KEYS if settings.get(key)} if dense else {},
         )
     return folder

@@ -9,102 +9,25 @@ Shapes: B rows, S tokens, H hidden features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 from uuid import uuid4
 
 import torch
-from experthub.hub.composition.row_cache import RowCache, find_row_cache
+from experthub.hub.composition.prompt_length import select_prompt
+from experthub.hub.composition.real_tokens import find_real_tokens
+from experthub.hub.composition.row_cache import CACHES, RowCache, find_cache, find_row_cache
+from experthub.hub.composition.rows import RouteHook, Rows, named_tasks
+from experthub.hub.composition.whole_prompts import read_whole_prompts
 from experthub.hub.errors import UsageError
-from experthub.routing import Context, ForwardPass, ForwardPasses, Select
+from experthub.routing import VALUES, ForwardPass, ForwardPasses
 from torch import Tensor, nn
 
-INPUTS = ("input_ids", "inputs_embeds", "pixel_values")  # The arguments that hold what is read.
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """The rows of one forward pass, which implement `experthub.routing.Batch`.
-
-    Args:
-        ids: The inputs `[B, S]`.
-        real: A mask `[B, S]` of the tokens that are not padding.
-        find_tasks: A function that returns the tasks of the rows, or one for all; None if the caller
-            named none.
-        read_texts: A function that decodes `ids` and `real` into texts.
-        read_hidden: A function that computes the base's last hidden states.
-    """
-
-    ids: Tensor
-    real: Tensor
-    find_tasks: Callable[[], tuple[str, ...] | None]
-    read_texts: Callable[[Tensor, Tensor], list[str]] | None
-    read_hidden: Callable[[], Tensor]
-
-    @property
-    def texts(self) -> list[str]:
-        """The text of each row."""
-        if self.read_texts is None:
-            raise UsageError(
-                "the router reads texts, which it was not registered for",
-                "add needs=('texts',) to its routers.register(...)",
-            )
-        if self.ids.is_floating_point():
-            raise UsageError(
-                "the router reads texts, and the model got embeddings", "pass input_ids"
-            )
-        return self.read_texts(self.ids, self.real)
-
-    @property
-    def tasks(self) -> list[str]:
-        """The task of each row; an empty text if the caller named none."""
-        rows, named = len(self.ids), self.find_tasks()
-        if named is None:
-            return [""] * rows
-        if len(named) not in (1, rows):
-            raise UsageError(
-                f"{len(named)} tasks were named for a batch of {rows} rows",
-                "name one task for each row, or one for all rows",
-            )
-        return list(named) * (rows if len(named) == 1 else 1)
-
-    @property
-    def hidden(self) -> Tensor:
-        """The last hidden states `[B, S, H]` of the base alone."""
-        return self.read_hidden()
-
-    def place(self, tensor: Tensor) -> Tensor:
-        """Move a tensor to the device of the rows."""
-        return tensor.to(self.ids.device)
-
-
-@dataclass
-class RouteHook:
-    """One route of a composed model, as the model's forward hooks see it.
-
-    Args:
-        context: The link from the routed modules to the forward pass.
-        select: A router that decides for the whole model; None if all decide at their modules.
-        by_token: Whether `select` returns weights for every token of every forward pass. Otherwise
-            it returns weights for rows, once, when their first tokens are read.
-        read_texts: A function that decodes token ids `[B, S]` and a mask of real tokens into texts.
-    """
-
-    context: Context
-    select: Select | None = None
-    by_token: bool = False
-    read_texts: Callable[[Tensor, Tensor], list[str]] | None = None
-
-
-# The tasks of the rows, by the model that they were named for. A model is shared by threads, so they
-# are kept by thread and by asyncio task.
-_named: ContextVar[Mapping[str, tuple[str, ...]]] = ContextVar(
-    "named tasks", default=MappingProxyType({})
-)
+# The arguments that hold what is read.
+INPUTS = ("input_ids", "inputs_embeds", "pixel_values")
 
 
 @dataclass
@@ -117,11 +40,13 @@ class Watch:
         passes: The forward passes of the model.
         hooked: The routes that need hooks.
         name: The name under which tasks are named; copies of the model share it.
+        arguments: The names of the arguments of the model's base model, in order.
     """
 
     passes: ForwardPasses = field(default_factory=ForwardPasses)
     hooked: list[RouteHook] = field(default_factory=list)
     name: str = field(default_factory=lambda: uuid4().hex)
+    arguments: tuple[str, ...] = ()
     _handles: list[Any] = field(default_factory=list)
 
     def attach(self, model: Any, route: RouteHook) -> None:
@@ -133,7 +58,9 @@ class Watch:
         """
         self.hooked.append(route)
         self.passes.announced = True
+        read_whole_prompts(model)
         inner: nn.Module = model.base_model
+        self.arguments = tuple(inspect.signature(inner.forward).parameters)
         self._handles = self._handles or [
             inner.register_forward_pre_hook(self._before, with_kwargs=True),
             inner.register_forward_hook(self._after, with_kwargs=True, always_call=True),
@@ -152,13 +79,15 @@ class Watch:
         Args:
             names: One name for each row, or one for all rows.
         """
-        before = _named.get().get(self.name)
-        _named.set({**_named.get(), self.name: (names,) if isinstance(names, str) else (*names,)})
+        before = named_tasks.get().get(self.name)
+        named_tasks.set(
+            {**named_tasks.get(), self.name: (names,) if isinstance(names, str) else (*names,)}
+        )
         try:
             yield
         finally:
-            others = {key: own for key, own in _named.get().items() if key != self.name}
-            _named.set(others if before is None else {**others, self.name: before})
+            others = {key: own for key, own in named_tasks.get().items() if key != self.name}
+            named_tasks.set(others if before is None else {**others, self.name: before})
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Begin a forward pass: find out which rows are read, and let routers decide for them."""
@@ -168,39 +97,50 @@ class Watch:
             return
         now = self.passes.begin()
         _refuse_checkpoints(module)
-        kept = find_row_cache(kwargs.get("past_key_values"))
-        named = (kwargs[name] for name in INPUTS if kwargs.get(name) is not None)
-        given = args[0] if args else next(named, None)
-        if given is None:
+        given = {
+            **dict(zip(self.arguments, args, strict=False)),
+            **kwargs,
+        }
+        cache = find_cache(given)
+        kept = find_row_cache(cache)
+        read = next((given[name] for name in INPUTS if given.get(name) is not None), None)
+        if read is None:
             raise UsageError(
                 "the model was called without inputs", f"pass one of {', '.join(INPUTS)}"
             )
-        now.rows = len(given)
-        now.tokens = given.shape[1] if given.ndim in (2, 3) else 0
-        now.real = _find_real_tokens(kwargs.get("attention_mask"), now.tokens)
+        now.rows = len(read)
+        now.tokens = read.shape[1] if read.ndim in (2, 3) else 0
         now.kept = dict(kept.rows) if kept else {}
+        now.past = dict(kept.past) if kept else {}
         decided = {route for route, _ in now.kept}
-        for hook in self.hooked:
-            if hook.select is None or (hook.context.route in decided and not hook.by_token):
+        new = [hook for hook in self.hooked if hook.by_token or hook.context.route not in decided]
+        whole = None
+        if now.tokens and any(not hook.by_token for hook in new):
+            mask, positions = given.get("attention_mask"), given.get("position_ids")
+            whole = find_real_tokens(mask, positions, cache, now.rows, now.tokens)
+            now.real = select_prompt(whole, now.rows, now.tokens, read.device)
+        for hook in new:
+            if hook.select is None:
                 continue
-            real = now.real
+            real = whole if hook.by_token else now.real
             if real is None:
-                real = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
-            rows = _Rows(
-                given,
+                real = torch.ones(read.shape[:2], dtype=torch.bool, device=read.device)
+            rows = Rows(
+                read,
                 real,
-                lambda: _named.get().get(self.name),
+                self.name,
                 hook.read_texts,
                 lambda: self._read_hidden(now, module, args, kwargs, kept),
             )
-            hook.context.select(hook.select(rows))
+            hook.context.select(hook.choose(rows))
 
     def _read_hidden(
         self, now: ForwardPass, module: nn.Module, args: Any, kwargs: Any, kept: RowCache | None
     ) -> Tensor:
         """Compute the base's last hidden states `[B, S, H]` of the tokens that are read now."""
         own = {k: v for k, v in kwargs.items() if not k.startswith("output_")}
-        own["past_key_values"] = kept.base if kept else None
+        holder = next((name for name in CACHES if name in own), CACHES[0])
+        own[holder] = kept.base if kept else None
         plain = self.passes.begin()
         plain.off = True
         try:
@@ -208,7 +148,7 @@ class Watch:
                 read = module(*args, **own)
         finally:
             self.passes.end(plain)
-        now.base = getattr(read, "past_key_values", None)
+        now.base = find_cache(read)
         hidden: Tensor = read.last_hidden_state
         return hidden
 
@@ -218,10 +158,12 @@ class Watch:
         if now is None or now.off:
             return
         self.passes.end(now)
-        cache = getattr(output, "past_key_values", None)
+        if output is None:  # The forward pass raised an error.
+            return
+        cache = _find_returned_cache(output)
         kept = find_row_cache(cache)
         if kept is None and cache is not None and cache.layers:
-            kept = RowCache(is_sliding=bool(getattr(cache.layers[0], "is_sliding", False)))
+            kept = RowCache(bool(getattr(cache.layers[0], "is_sliding", False)))
             cache.layers.append(kept)
         if kept is not None:
             passing = {hook.context.route for hook in self.hooked if hook.by_token}
@@ -230,7 +172,16 @@ class Watch:
                 for key, own in now.kept.items()
                 if key[0] not in passing and own.ndim > 1  # `[E]` holds for all rows alike.
             }
+            for route in passing:
+                kept.past[route] = (*now.past.get(route, ()), now.kept[route, VALUES])
             kept.base = now.base
+
+
+def _find_returned_cache(output: Any) -> Any:
+    """Find the key/value cache in the outputs of a model, which may be a plain tuple."""
+    if isinstance(output, dict):
+        return find_cache(output)
+    return next((one for one in output if hasattr(one, "layers")), None)
 
 
 def _refuse_checkpoints(module: Any) -> None:
@@ -242,10 +193,3 @@ def _refuse_checkpoints(module: Any) -> None:
             "a router that decides for whole rows cannot be used with gradient checkpointing",
             "call model.gradient_checkpointing_disable()",
         )
-
-
-def _find_real_tokens(mask: Tensor | None, tokens: int) -> Tensor | None:
-    """Return the mask of the tokens that are read now, from the mask of all tokens so far."""
-    if mask is None or mask.ndim != 2 or not tokens:
-        return None
-    return mask[:, -tokens:].bool()

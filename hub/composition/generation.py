@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from threading import Lock
 from typing import Any
@@ -13,24 +11,16 @@ from experthub.hub.bases.loading import load_tokenizer
 from experthub.hub.composition.chat_template import render_chat
 from experthub.hub.composition.composition import Composition
 from experthub.hub.composition.overflow import check_logits
-from experthub.hub.errors import HubError, UsageError
-from experthub.hub.readers.similarity import tokenise
+from experthub.hub.errors import UsageError
+from experthub.hub.progress import Report, silent
+from experthub.hub.readers.forward_errors import explain_forward_errors
+from experthub.hub.readers.scorer import Long
+from experthub.hub.readers.tokens import tokenise, tokenise_prompt
+from experthub.hub.readers.window import Window
 
 COLDEST, HOTTEST = 1e-4, 1e4  # The temperatures of sampling, besides 0.
 # Transformers samples with the random generator of the process, so threads take turns.
 _sampling = Lock()
-# The errors that transformers raises for settings that it cannot use.
-GENERATION_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 
 def generate_text(
@@ -40,30 +30,36 @@ def generate_text(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     chat: bool = False,
+    long: Long = "cut",
+    report: Report = silent,
 ) -> str:
-    """Generate the continuation of a prompt.
+    """Generate the continuation of a prompt, or the answer of an encoder-decoder to it.
 
     Args:
-        composition: A composed causal language model.
+        composition: A composed causal language model, or an encoder-decoder.
         prompt: The text before the continuation.
         max_new_tokens: The largest number of generated tokens, at least 1.
         temperature: The temperature of sampling, from 0.0001 to 10000. 0 always takes the most
             likely token.
         chat: Put the prompt into the chat template of the tokenizer.
+        long: `cut` drops the first tokens of a prompt that does not fit with the generated tokens,
+            `refuse` raises an error.
+        report: A callback for a note about a prompt that is cut.
 
     Returns:
         The generated text, without the prompt and without special tokens.
 
     Raises:
-        UsageError: The model cannot generate, the prompt is empty, there is no chat template, or
-            the temperature is out of its range.
+        UsageError: The model cannot generate, the prompt is empty or too long, there is no chat
+            template, or the temperature is out of its range.
         HubError: The base has no tokenizer.
         IntegrityError: The model computes NaN or infinity.
     """
     check_temperature(temperature)
     check_can_generate(composition)
-    tokenizer = load_tokenizer(composition.plan.base)
-    ids = tokenise_prompt(composition.plan.base, tokenizer, prompt, chat)
+    base = composition.plan.base
+    tokenizer, window = load_tokenizer(base), Window.of(base, long, report)
+    ids = read_prompt(base, tokenizer, prompt, chat, window, max_new_tokens)
     written = generate_ids(composition, tokenizer, ids, max_new_tokens, temperature)
     text: str = tokenizer.decode(written, skip_special_tokens=True)
     return text
@@ -102,28 +98,42 @@ def check_can_generate(composition: Composition) -> None:
         )
 
 
-def tokenise_prompt(base: Base, tokenizer: Any, prompt: str, chat: bool) -> list[int]:
+def read_prompt(
+    base: Base,
+    tokenizer: Any,
+    prompt: str,
+    chat: bool = False,
+    window: Window | None = None,
+    new_tokens: int = 0,
+) -> list[int]:
     """Tokenise a prompt as a base reads it.
 
+    A causal language model gets no special tokens behind the prompt, because EOS would end the text
+    before its continuation. Other models get all special tokens.
+
     Args:
-        base: The base. If it is not a causal language model, it reads at most 256 tokens.
+        base: The base.
         tokenizer: The tokenizer of the base.
         prompt: The prompt.
-        chat: Put the prompt into the chat template of the tokenizer, as the message of a user.
+        chat: Put the prompt into the chat template of the tokenizer, as the message of a user. The
+            template writes the special tokens itself.
+        window: The window of the base, to which the prompt is cut; None keeps all tokens.
+        new_tokens: The number of tokens that a causal language model is to generate.
 
     Returns:
         The token ids.
 
     Raises:
-        UsageError: The tokenizer has no chat template.
+        UsageError: The tokenizer has no chat template, or the window refuses the prompt.
         HubError: The chat template cannot be used, or exceeds the limits of `render_chat`.
     """
     if chat and not tokenizer.chat_template:
         raise UsageError(f"{base.name} has no chat template", "remove --chat")
     if chat:
         prompt = render_chat(base, tokenizer, prompt)
-    # The text of a chat template contains the special tokens already.
-    return list(tokenise(tokenizer, prompt, base.is_causal, add_special_tokens=not chat))
+    if base.is_causal:
+        return list(tokenise_prompt(tokenizer, prompt, window, new=new_tokens, special=not chat))
+    return list(tokenise(tokenizer, prompt, window, special=not chat))
 
 
 def generate_ids(
@@ -138,7 +148,7 @@ def generate_ids(
     Sampling is seeded with the recipe's seed. Threads that sample take turns.
 
     Args:
-        composition: A composed causal language model.
+        composition: A composed causal language model, or an encoder-decoder.
         tokenizer: The tokenizer of its base.
         ids: The ids of the prompt's tokens.
         max_new_tokens: The largest number of generated tokens, at least 1.
@@ -171,7 +181,7 @@ def generate_ids(
         "prompt_lookup_num_tokens": None,
         "logits_processor": [partial(check_logits, composition)],
     }
-    with _explain_generation(composition.plan.base):
+    with explain_forward_errors(composition.model, "generate with"):
         if temperature:
             with _sampling:
                 torch.manual_seed(composition.plan.recipe.seed)
@@ -180,18 +190,7 @@ def generate_ids(
                 )
         else:
             written = composition.model.generate(**settings, do_sample=False)
-        new: list[int] = written[0, len(ids) :].tolist()
+    # An encoder-decoder returns its answer alone, which begins with the token that starts decoding.
+    start = 1 if composition.model.config.is_encoder_decoder else len(ids)
+    new: list[int] = written[0, start:].tolist()
     return new
-
-
-@contextmanager
-def _explain_generation(base: Base) -> Iterator[None]:
-    """Turn errors of transformers into a HubError: a base comes with settings of its own."""
-    try:
-        yield
-    except GENERATION_ERRORS as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise HubError(
-            f"base {base.name}: transformers cannot generate with it: {reason}",
-            f"correct or remove {base.folder / 'generation_config.json'}",
-        ) from None

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from experthub.hub.bases.loading import load_tokenizer
 from experthub.hub.composition.bank import Bank, NamedGroup
-from experthub.hub.composition.forward_hooks import RouteHook, Watch
+from experthub.hub.composition.forward_hooks import Watch
 from experthub.hub.composition.kernels import choose_kernels
+from experthub.hub.composition.rows import RouteHook
 from experthub.hub.composition.selection import TextReader, make_selection
 from experthub.hub.composition.skills import (
     TaskSelection,
@@ -21,12 +22,14 @@ from experthub.hub.composition.skills import (
     stack_tasks,
 )
 from experthub.hub.composition.stacking import Stacking
+from experthub.hub.composition.weight_reads import WeightReads
 from experthub.hub.composition.weights import Contents
+from experthub.hub.composition.whole_prompts import split_prompts
 from experthub.hub.errors import UsageError, explain_errors
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.session import Session
 from experthub.hub.store.store import Store
-from experthub.merge import TaskVector
+from experthub.merge import TaskVector, find_weight_reads
 from experthub.routing import (
     FLOAT32_CPU_KERNELS,
     Context,
@@ -49,11 +52,13 @@ class Routes:
         originals: The modules that were replaced, by path.
         folded: The task vector that was added to weights instead, for a route that is the same for
             every input.
+        reads: The hooks around modules that read the weight of a routed module.
     """
 
     watch: Watch
     originals: dict[str, nn.Module] = field(default_factory=dict)
     folded: TaskVector | None = None
+    reads: WeightReads = field(default_factory=WeightReads)
 
     def undo(self, model: Any) -> None:
         """Put the original modules back.
@@ -62,6 +67,8 @@ class Routes:
             model: The composed model, which is changed in place.
         """
         self.watch.remove()
+        self.reads.remove()
+        split_prompts(model)
         for name, module in self.originals.items():
             model.set_submodule(name, module)
         self.originals.clear()
@@ -95,9 +102,28 @@ def route(
         UsageError: The kernel or the router does not fit the model.
         IntegrityError: The bank is damaged.
     """
-    kernel = _check_kernel(model, plan)
+    kernel, reads = _check_kernel(model, plan), find_weight_reads(model)
     if plan.skilled:
-        return _route_skills(model, plan, contents, session.store, watch)
+        routes = _route_skills(model, plan, contents, session.store, watch)
+    else:
+        routes = _route_experts(model, plan, contents, state, bank, session, watch, kernel)
+    if routes.folded is None:
+        own = {path: read for path, read in reads.items() if path in routes.originals}
+        routes.reads = WeightReads.attach(model, own)
+    return routes
+
+
+def _route_experts(
+    model: Any,
+    plan: Plan,
+    contents: Contents,
+    state: State | None,
+    bank: Bank | None,
+    session: Session,
+    watch: Watch,
+    kernel: Kernel | None,
+) -> Routes:
+    """Route over experts; see `route`."""
     method, state = plan.recipe.method, state or State()
     routes, context = Routes(watch), _make_context(watch, plan)
     select = make_selection(model, plan, state, session)
@@ -106,14 +132,14 @@ def route(
     def pack() -> Iterator[NamedGroup]:
         # A bank stores probes apart from the experts' factors, and lies on the CPU.
         like = torch.empty(0, dtype=model.dtype) if bank else None
-        stacking = Stacking(plan, modules, contents, state, select, context, like)
+        stacking = Stacking(plan, modules, contents, state, select, context, model.dtype, like)
         return stacking.pack_groups(session.report)
 
     groups = []
     for names, packed in bank.load_groups(pack, context) if bank else pack():
         bases = [modules[name] for name in names]
         with explain_errors(names[0]):
-            linears = attach_experts(bases, packed, method.combine, kernel, context)
+            linears = attach_experts(bases, packed, method.combine, kernel, context, model.dtype)
         for name, linear in zip(names, linears, strict=True):
             owner, _, leaf = name.rpartition(".")
             setattr(modules[owner], leaf, linear)
@@ -158,7 +184,7 @@ def _route_skills(model: Any, plan: Plan, contents: Contents, store: Store, watc
         routes.folded = fold_task(plan, inventory, task)
         routes.originals = add_to_modules(model, routes.folded)
         return routes
-    if model.config.is_encoder_decoder or plan.base.architecture == "CLIPModel":
+    if not plan.base.reads_rows:
         raise UsageError(
             f"{plan.base.name} is a {type(model).__name__}, which cannot choose the skills of "
             f"{plan.experts[0].label} for each example",
@@ -171,21 +197,18 @@ def _route_skills(model: Any, plan: Plan, contents: Contents, store: Store, watc
         linear = RoutedLinear.from_stack(module, stack, router, "outputs", context=context)
         model.set_submodule(name, linear)
         routes.originals[name] = module
-    watch.attach(model, RouteHook(context, TaskSelection(tuple(known))))
+    select = TaskSelection(tuple(known))
+    watch.attach(model, RouteHook(context, select, n_experts=len(known) + 1))
     return routes
 
 
 def _attach(watch: Watch, model: Any, plan: Plan, hook: RouteHook) -> None:
     """Hook the model for a router that needs more than the inputs of modules."""
     method = plan.recipe.method
-    if model.config.is_encoder_decoder or not (plan.base.is_causal or plan.base.is_encoder):
-        raise UsageError(
-            f"{method.method} chooses for whole examples of a language model or an encoder, and "
-            f"{plan.base.name} is a {type(model).__name__}",
-            "use another base, or a router that chooses for each token",
-        )
     if hook.select is not None:
         hook.by_token = method.strategy.traits.routing.input == "token"
         if method.strategy.needs_own_tasks:
             hook.read_texts = TextReader(load_tokenizer(plan.base))
+        if hook.read_texts is not None or "task" in method.strategy.needs:
+            hook.n_experts = len(plan.experts)
     watch.attach(model, hook)

@@ -6,35 +6,40 @@ Shapes: B rows.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from experthub.hub.errors import UsageError
 from experthub.routing import RowKey
 from torch import Tensor
+from transformers.cache_utils import DummyLayer
+
+CACHES = ("past_key_values", "cache_params")  # The arguments and outputs that hold a cache.
+STATES = (*CACHES, "state", "mems", "past_buckets_states")
 
 
-@dataclass
-class RowCache:
+class RowCache(DummyLayer):  # type: ignore[misc]
     """A layer of a key/value cache that holds what is known about each row, and no keys.
 
-    Its methods and its flags are those that transformers expects of a cache layer.
+    Transformers skips such a layer when it offloads layers or looks for their lengths.
 
-    Args:
+    Attributes:
         rows: Decisions `[B, ...]` of routers about each row.
+        past: Weights `[B, S, L, E]` of the tokens that were read, by route.
         base: The cache of the base's own forward pass, for routers that read hidden states.
     """
 
-    rows: dict[RowKey, Tensor] = field(default_factory=dict)
-    base: Any = None
-    is_sliding: bool = False
-    is_compileable: bool = True
-    is_croppable: bool = True
-    supports_early_init: bool = False
-    is_initialized: bool = True
+    def __init__(self, is_sliding: bool = False) -> None:
+        super().__init__()
+        self.is_sliding = is_sliding
+        self.rows: dict[RowKey, Tensor] = {}
+        self.past: dict[str, tuple[Tensor, ...]] = {}
+        self.base: Any = None
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Apply a function to the tensor of every name."""
+        """Apply a function to each tensor."""
         self.rows = {name: change(tensor) for name, tensor in self.rows.items()}
+        self.past = {route: tuple(map(change, own)) for route, own in self.past.items()}
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only some rows.
@@ -67,32 +72,42 @@ class RowCache:
             self.base.reorder_cache(beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last tokens; what is known about a row does not depend on them.
+        """Remove the last tokens; the decisions about rows do not depend on them.
 
         Args:
             tokens_to_remove: The number of tokens.
         """
+        for route, own in self.past.items():
+            whole = torch.cat(own, 1)
+            self.past[route] = (whole[:, : whole.shape[1] - tokens_to_remove],)
         if self.base is not None:
             self.base.crop(tokens_to_remove)
 
     def reset(self) -> None:
         """Forget all rows."""
-        self.rows = {}
+        self.rows, self.past = {}, {}
         self.base = None
 
-    def get_seq_length(self) -> int:
-        """Return the number of cached tokens.
 
-        Returns:
-            0, because this layer holds no keys.
-        """
-        return 0
+def find_cache(holder: Any) -> Any:
+    """Find the key/value cache among the arguments or the outputs of a model.
 
-    def offload(self) -> None:
-        """Do nothing: there are no keys to move to the CPU."""
+    Args:
+        holder: The arguments or the outputs, by name.
 
-    def prefetch(self) -> None:
-        """Do nothing: there are no keys to move to the device."""
+    Returns:
+        The cache, or None.
+
+    Raises:
+        UsageError: The model continues with a state that cannot hold decisions about rows.
+    """
+    found = [holder[name] for name in CACHES if name in holder and hasattr(holder[name], "layers")]
+    if not found and any(name in holder and holder[name] is not None for name in STATES):
+        raise UsageError(
+            "the router decides for whole rows, and the state of this model cannot hold its decisions",
+            "pass use_cache=False, or use a router that chooses for each token",
+        )
+    return found[0] if found else None
 
 
 def find_row_cache(cache: Any) -> RowCache | None:

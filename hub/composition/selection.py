@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from experthub.hub.bases.base import Base
+from experthub.hub.bases.base_sources import find
 from experthub.hub.errors import explain_errors
 from experthub.hub.materials.sentence_encoder import SentenceEncoder
 from experthub.hub.recipes.plan import Plan
@@ -20,11 +23,13 @@ class EncoderLoader:
     """A function that loads the sentence encoders of a router, each of them once.
 
     Args:
-        session: The registry that knows the encoders.
+        bases: The encoders that the plan names.
+        session: The registry that knows other encoders.
         fingerprint: The fingerprint of the encoder that made the router's index, if there is one.
         loaded: The encoders that were loaded, by name.
     """
 
+    bases: Mapping[str, Base]
     session: Session
     fingerprint: str | None
     loaded: dict[str, SentenceEncoder] = field(default_factory=dict)
@@ -32,19 +37,21 @@ class EncoderLoader:
     def __call__(self, name: str) -> SentenceEncoder:
         """Return the encoder of a name."""
         if name not in self.loaded:
-            encoder = SentenceEncoder.load(name, self.session)
+            encoder = SentenceEncoder.load(self.bases.get(name) or find(name, self.session))
             encoder.check(self.fingerprint)
             self.loaded[name] = encoder
         return self.loaded[name]
 
     def __reduce__(self) -> Any:
         # A session belongs to a process, and its progress callback cannot be pickled.
-        return _restore_loader, (self.fingerprint, self.loaded)
+        return _restore_loader, (self.bases, self.fingerprint, self.loaded)
 
 
-def _restore_loader(fingerprint: str | None, loaded: dict[str, SentenceEncoder]) -> EncoderLoader:
+def _restore_loader(
+    bases: Mapping[str, Base], fingerprint: str | None, loaded: dict[str, SentenceEncoder]
+) -> EncoderLoader:
     """Restore a pickled loader."""
-    return EncoderLoader(Session(), fingerprint, loaded)
+    return EncoderLoader(bases, Session(), fingerprint, loaded)
 
 
 @dataclass(eq=False)
@@ -128,7 +135,7 @@ def make_selection(model: Any, plan: Plan, state: State, session: Session) -> Se
         tuple(expert.label for expert in plan.experts),
         tuple(tuple(m.task for m in e.members if m.task) for e in plan.experts),
         dict(state.tensors),
-        EncoderLoader(session, state.embedder),
+        EncoderLoader(plan.encoders, session, state.embedder),
         len(plan.layers),
     )
     made = Selection(method.method, method.options, pool)

@@ -12,7 +12,7 @@ from experthub.hub.composition.weights import Contents, load_gates, load_task_ve
 from experthub.hub.errors import HubError, explain_errors
 from experthub.hub.progress import Report
 from experthub.hub.recipes.plan import Plan, find_layer
-from experthub.merge import LowRank, TaskVector, is_linear, orient
+from experthub.merge import LowRank, TaskVector, is_linear, make_like, orient
 from experthub.routing import (
     Context,
     ExpertStack,
@@ -48,6 +48,7 @@ class Stacking:
         state: The state of the router.
         select: The router, if it decides once for the whole model.
         context: The facts about the current batch that routers read.
+        dtype: The dtype of the model, for modules whose weights are quantised.
         like: A tensor whose dtype and device the packed experts get. None takes those of the
             module's weight, and places the probes below the experts' A, so that one product serves
             both.
@@ -59,6 +60,7 @@ class Stacking:
     state: State
     select: Select | None
     context: Context
+    dtype: torch.dtype
     like: Tensor | None
 
     def pack_groups(self, report: Report) -> Iterator[NamedGroup]:
@@ -87,7 +89,7 @@ class Stacking:
             for places in group_modules(stacks, found, plan.recipe.method.combine):
                 here = [stacks[i] for i in places], [found[i] for i in places]
                 base: Any = self.modules[names[0]]
-                like = base.weight if self.like is None else self.like
+                like = make_like(base, self.dtype) if self.like is None else self.like
                 packed = pack_experts(*here, like, fuse=self.like is None)
                 yield [names[i] for i in places], packed
 

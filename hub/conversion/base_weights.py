@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 
 from experthub.hub.bases.base import Base
-from experthub.hub.bases.loading import find_linear_modules
 from experthub.hub.errors import HubError, IntegrityError
 from experthub.hub.finetunes.two_models import StoredWeights, open_weights
 from torch import Tensor
@@ -33,10 +32,10 @@ class StoredBase:
         """The weights in the files of the base."""
         return open_weights(self.base)
 
-    @cached_property
-    def linear(self) -> dict[str, bool]:
+    @property
+    def linear(self) -> Mapping[str, bool]:
         """Linear module -> whether its weight is stored transposed."""
-        return find_linear_modules(self.base)
+        return self.base.names.linear
 
     def holds(self, name: str) -> bool:
         """Tell whether the base has a parameter.

@@ -12,7 +12,7 @@ from experthub.hub.conversion.foreign_adapter import ForeignAdapter
 from experthub.hub.conversion.peft_types import AdaptedModule, AdapterType, adapter_types
 from experthub.hub.conversion.peft_types.adapter_type import COMMON
 from experthub.hub.errors import IntegrityError
-from experthub.hub.formats.adapter import PREFIX
+from experthub.hub.formats.dense_parts import PREFIX
 from experthub.hub.formats.lora_config import (
     NEWEST_PEFT,
     is_unset,

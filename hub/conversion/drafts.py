@@ -18,8 +18,9 @@ from experthub.hub.finetunes.form import Form
 from experthub.hub.finetunes.lora import write_lora
 from experthub.hub.finetunes.two_models import ChangedParameter, Pair, StoredWeights
 from experthub.hub.finetunes.vector import write_task_vector
-from experthub.hub.formats.adapter import ADAPTER, ADAPTER_CONFIG, PREFIX
+from experthub.hub.formats.adapter import ADAPTER, ADAPTER_CONFIG
 from experthub.hub.formats.adapter_writer import write_adapter
+from experthub.hub.formats.dense_parts import PREFIX
 from experthub.hub.formats.lora_config import list_ignored_keys
 from experthub.hub.progress import Report
 from experthub.merge import Dense, LowRank, truncate

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from experthub.hub.errors import IntegrityError
-from experthub.hub.formats.adapter import PREFIX
+from experthub.hub.formats.dense_parts import PREFIX
 from torch import Tensor
 
 # Segments that wrappers of torch, FSDP and DeepSpeed leave in names.

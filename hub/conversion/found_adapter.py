@@ -9,15 +9,16 @@ from typing import Any
 
 from experthub.hub.errors import HubError, NotFoundError
 from experthub.hub.files.json_files import read_json
-from experthub.hub.formats.adapter import ADAPTER, ADAPTER_CONFIG, FACTOR
-from experthub.hub.formats.lora_config import REFUSED, is_plain_init
+from experthub.hub.formats.adapter import ADAPTER, ADAPTER_CONFIG
+from experthub.hub.formats.dense_parts import FACTOR
+from experthub.hub.formats.lora_config import is_plain_init
 from experthub.hub.formats.safetensors_header import read_header, read_header_text
 from experthub.hub.kinds import kinds
 from experthub.hub.kinds.kind import PICKLES
 
 MLX_WEIGHTS = "adapters.safetensors"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
-MAX_FOLDERS = 1000  # Sub-folders that are searched.
+MAX_SUBFOLDERS = 1000  # Sub-folders that are searched.
 FORMATS = {
     "peft": "peft",
     "mlx": "MLX",
@@ -53,15 +54,16 @@ class FoundAdapter:
         config = self.config
         if self.format != "peft" or config.get("peft_type", "LORA") != "LORA":
             return False
-        for key in ("use_dora", "bias", "lora_bias"):
-            if key in REFUSED and config.get(key, REFUSED[key][0][0]) not in REFUSED[key][0]:
-                return False
+        if config.get("use_dora"):
+            return False
         if self.weights.name != ADAPTER:
             return False
         if "peft_type" not in config or not is_plain_init(config.get("init_lora_weights")):
             return False
         names = [name for name in read_header(self.weights) if "lora_" in name]
-        return all(map(FACTOR.fullmatch, names))  # Without any, its own error is the best.
+        return all(
+            FACTOR.fullmatch(n) or n.endswith("lora_B.bias") for n in names
+        )  # Without any, its own error is the best.
 
 
 def find_adapter(place: Path, subfolder: str = "") -> FoundAdapter:
@@ -121,7 +123,7 @@ def find_in_subfolders(place: Path) -> list[FoundAdapter]:
         The adapters, sorted by path.
     """
     folders = [*sorted(place.glob("*/")), *sorted(place.glob("*/*/"))]
-    found = [_recognise_folder(path) for path in folders[:MAX_FOLDERS] if not path.is_symlink()]
+    found = [_recognise_folder(path) for path in folders[:MAX_SUBFOLDERS] if not path.is_symlink()]
     adapters = [one for one in found if one is not None]
     others = [a for a in adapters if not a.folder.name.startswith("checkpoint-")]
     return others or adapters

@@ -10,7 +10,7 @@ from typing import Any
 from experthub.hub.conversion.found_adapter import FoundAdapter
 from experthub.hub.errors import HubError
 from experthub.hub.files.patterns import limit_matching_time
-from experthub.hub.formats.lora_config import is_targeted
+from experthub.hub.formats.peft_rules import is_targeted
 from experthub.hub.formats.safetensors_header import read_header
 from experthub.hub.registry.expert import Reference
 from experthub.hub.registry.registry import Registry

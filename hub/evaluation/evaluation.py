@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,11 +26,12 @@ from experthub.hub.evaluation.result import (
     list_samples,
     read_versions,
 )
+from experthub.hub.readers.batching import ReaderScorer
 from experthub.hub.readers.likelihood import Likelihood
-from experthub.hub.readers.reader import ReaderScorer
 from experthub.hub.readers.reader_for import reader_for
-from experthub.hub.readers.scorer import Measure, Scorer, Scores
+from experthub.hub.readers.scorer import Long, Measure, Scorer, Scores
 from experthub.hub.readers.similarity import Similarity
+from experthub.hub.readers.window import Window
 from experthub.hub.recipes.lock import Pins, plan_of
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.recipes.recipe import Recipe
@@ -36,6 +39,8 @@ from experthub.hub.recipes.resolution import resolve
 from experthub.hub.session import Session
 from experthub.hub.tasks.task import Chosen, Split, Task
 from experthub.hub.tasks.task_files import read_task
+
+SCORING = 2  # Raised whenever a score changes, so that kept scores of older versions are not used.
 
 
 def evaluate(
@@ -47,6 +52,7 @@ def evaluate(
     score: Measure = "mean",
     controls: bool = False,
     cache: bool = True,
+    long: Long = "cut",
     with_samples: bool = False,
     pins: Pins | None = None,
     seed: int = 0,
@@ -65,6 +71,8 @@ def evaluate(
             or the sum per `byte` of the choice.
         controls: Add the columns `best_individual`, `oracle` and `merged`.
         cache: Use and keep the scores of earlier runs.
+        long: The rule for texts with more tokens than the base can read: `cut` drops the first
+            tokens of a prompt, or the last tokens of another input, and `refuse` raises an error.
         with_samples: Add `samples`, the scores of every example.
         pins: How recipe files are resolved by their locks; see `plan_of`.
         seed: The seed of the bootstrap.
@@ -76,8 +84,8 @@ def evaluate(
 
     Raises:
         UsageError: The recipes differ in base or dtype, two columns would have the same name, a
-            task has no choices to rank, or `split="all"` is used with a task on which an expert was
-            trained.
+            task has no choices to rank, a text is too long and `long` is `refuse`, or `split="all"`
+            is used with a task on which an expert was trained.
         HubError: A recipe does not resolve, a task cannot be read, or a score is not finite.
 
     Example:
@@ -91,9 +99,8 @@ def evaluate(
     paths: dict[str, str] = {}
     if isinstance(recipes, Mapping):
         if BASE in recipes:
-            raise UsageError(
-                f"a recipe is named {BASE!r}, which is the column of the base", "rename the recipe"
-            )
+            what = f"a recipe is named {BASE!r}, which is the column of the base"
+            raise UsageError(what, "rename the recipe")
         plans = {name: resolve(one, session=session) for name, one in recipes.items()}
     else:
         paths = _name_columns(recipes)
@@ -103,7 +110,7 @@ def evaluate(
         _refuse_trained(plans, [one.task for one in chosen])
     dtype = next(iter(plans.values())).dtype
     planned = plan_controls(plans, session) if controls else None
-    evaluator = _Evaluator(base, dtype, session, cache)
+    evaluator = _Evaluator(replace(base, added=None), dtype, session, cache, long)
     outcomes = {
         name: evaluator.score_tasks(name, plan, chosen, score)
         for name, plan in {BASE: None, **plans}.items()
@@ -120,9 +127,7 @@ def evaluate(
         outcomes |= columns
     protocol = SCORE_NAMES[score] if base.is_causal else evaluator.scorer.name
     found = build_result(chosen, outcomes, split=split, score=protocol, seed=seed)
-    found["recipes"] = {
-        name: {"digest": plan.digest, "path": paths.get(name)} for name, plan in plans.items()
-    }
+    found["recipes"] = {n: {"digest": p.digest, "path": paths.get(n)} for n, p in plans.items()}
     found["comparisons"] = compare_columns(compared, seed)
     extra = {"controls": picked} if controls else {}
     return found | extra | ({"samples": list_samples(chosen, outcomes)} if with_samples else {})
@@ -131,8 +136,9 @@ def evaluate(
 class _Evaluator:
     """An evaluator of one base and the models composed on it; it loads a model when it needs one."""
 
-    def __init__(self, base: Base, dtype: str, session: Session, cache: bool) -> None:
+    def __init__(self, base: Base, dtype: str, session: Session, cache: bool, long: Long) -> None:
         self.base, self.dtype, self.session, self.cache = base, dtype, session, cache
+        self.long = long
         self.device = session.device or "cpu"
 
     @cached_property
@@ -144,21 +150,28 @@ class _Evaluator:
     @cached_property
     def scorer(self) -> Scorer:
         """The scorer for this kind of base."""
-        if self.base.is_causal:
-            return Likelihood(load_tokenizer(self.base))
-        if self.base.is_encoder:
-            return Similarity(lambda: self.model, load_tokenizer(self.base))
-        return ReaderScorer(reader_for(self.base, self.device, lambda: self.model))
+        report = self.session.report
+        if self.base.is_causal or self.base.is_encoder:
+            window = Window.of(self.base, self.long, report)
+            tokenizer = load_tokenizer(self.base)
+            if self.base.is_causal:
+                return Likelihood(tokenizer, window)
+            return Similarity(lambda: self.model, tokenizer, window)
+        return ReaderScorer(
+            reader_for(self.base, self.device, lambda: self.model, long=self.long, report=report)
+        )
 
     def score_tasks(
         self, name: str, plan: Plan | None, chosen: Sequence[Chosen], measure: Measure
     ) -> list[Outcome]:
         """Score the base, or the composition of a plan, on every task."""
+        if plan and plan.base.added != self.base.added:
+            return self._add_tokens(plan.base).score_tasks(name, plan, chosen, measure)
         methods = plan.recipe.methods if plan else []
         by_task = any("task" in method.strategy.needs for method in methods)
         surroundings: dict[str, Any] = {
             "composition": plan.digest if plan else [self.base.digest, self.dtype],
-            "scorer": self.scorer.name,
+            "scorer": [self.scorer.name, SCORING, self.long],
             "device": self.device.partition(":")[0],
             "versions": read_versions(),
             **(_record_state(plan) if plan else {}),
@@ -182,6 +195,13 @@ class _Evaluator:
                 scores += known
                 self.session.report(what, len(scores), len(questions))
             found.append(Outcome.of(one.task, one.examples, questions, scores, measure, self.dtype))
+        return found
+
+    def _add_tokens(self, base: Base) -> _Evaluator:
+        """Return an evaluator of the same model that reads texts with the tokens of its experts."""
+        found = copy.copy(self)
+        found.base = base
+        vars(found).pop("scorer", None)
         return found
 
     def _compose(self, plan: Plan | None) -> Composition | None:

@@ -210,12 +210,15 @@ def open_draft_folder(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path)
-    while True:
+    while True:  # Another process may remove the draft before it is locked.
         draft = _draft_of(path)
         draft.mkdir(0o700)
-        handle = os.open(draft, os.O_RDONLY)
+        try:
+            handle = os.open(draft, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
         fcntl.flock(handle, fcntl.LOCK_EX)
-        if draft.is_dir():  # No process removed the draft before it was locked.
+        if draft.is_dir():
             break
         os.close(handle)
     try:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from experthub.hub.bases.base import Base
 from experthub.hub.bases.base_sources import find
-from experthub.hub.bases.loading import find_linear_modules
-from experthub.hub.errors import HubError
+from experthub.hub.bases.vocabulary import find_vocabulary
+from experthub.hub.errors import HubError, UsageError
 from experthub.hub.files.atomic import create_folder
 from experthub.hub.finetunes.form import MAX_SHARD_SIZE, Form
 from experthub.hub.finetunes.lora import write_lora
@@ -22,6 +22,12 @@ from experthub.hub.finetunes.two_models import (
     pair_parameters,
 )
 from experthub.hub.finetunes.vector import write_task_vector
+from experthub.hub.formats.added_tokens import (
+    EXPERT_TOKENIZER,
+    NewToken,
+    read_added_tokens,
+    write_added_tokens,
+)
 from experthub.hub.registry.entries import check_name
 from experthub.hub.registry.expert import Expert
 from experthub.hub.session import Session
@@ -113,7 +119,14 @@ def diff(
         task=task,
         description=description,
         version=version,
+        tokens=_read_tokens(after),
     )
+
+
+def _read_tokens(tuned: Base) -> tuple[NewToken, ...]:
+    """Read the added tokens of a fine-tuned model's tokenizer."""
+    files = {name: tuned.folder / name for name in EXPERT_TOKENIZER}
+    return read_added_tokens({n: f for n, f in files.items() if f.is_file()}, tuned.name)
 
 
 def store_difference(
@@ -128,6 +141,7 @@ def store_difference(
     task: str | None,
     description: str = "",
     version: int | None = None,
+    tokens: Sequence[NewToken] = (),
 ) -> Difference:
     """Write the difference to a base into a run's folder, store it and register it.
 
@@ -142,23 +156,33 @@ def store_difference(
         task: The task that the model was trained on.
         description: One line about the expert.
         version: The version. The default is the next one of the name.
+        tokens: The added tokens of the fine-tuned model's tokenizer. They are stored if the model has
+            another number of tokens than the base.
 
     Returns:
         The registered expert and its figures.
 
     Raises:
         HubError: The models are equal, or the form cannot hold the difference.
+        UsageError: The form cannot hold the new tokens.
     """
     report = session.report
     untouched = open_weights(base)
-    pairs = pair_parameters(untouched, tuned)
+    pairs = pair_parameters(untouched, tuned, lambda: find_vocabulary(base))
+    resized = [p.name for p in pairs if untouched.shapes[p.base] != tuned.shapes[p.tuned]]
+    if resized and (form.low_rank or form.sparse is not None):
+        raise UsageError(
+            f"{resized[0]} has another number of tokens in {tuned.name}, which only a dense task "
+            "vector can hold",
+            "remove --rank, --energy and --sparse",
+        )
     changed = list(find_changed(pairs, untouched, tuned, report))
     if not changed:
         raise HubError(
             f"{tuned.name} has the same weights as {base.name}: nothing has changed",
             "name the base first, then the fine-tuned model",
         )
-    transposed = find_linear_modules(base) if form.low_rank else {}
+    transposed = base.names.linear
     with create_folder(run / "expert") as folder:
         if form.low_rank:
             error, more = write_lora(
@@ -167,6 +191,8 @@ def store_difference(
         else:
             error = write_task_vector(folder, base, untouched, tuned, changed, form, report)
             more = {}
+        if resized:
+            write_added_tokens(folder, tokens)
         figures = {
             **error.record(),
             **more,

@@ -11,8 +11,8 @@ from experthub.hub.bases.base import Base
 from experthub.hub.errors import HubError
 from experthub.hub.finetunes.form import ApproximationError, Form, check_kept
 from experthub.hub.finetunes.two_models import ChangedParameter, StoredWeights, read_pair
-from experthub.hub.formats.adapter import PREFIX
 from experthub.hub.formats.adapter_writer import write_adapter
+from experthub.hub.formats.dense_parts import PREFIX
 from experthub.hub.progress import Report
 from experthub.merge import Dense, LowRank, truncate
 from torch import Tensor
@@ -76,8 +76,9 @@ def write_lora(
     write_adapter(
         folder,
         tensors,
-        base=base.name,
+        base=base.public_name,
         task_type=base.peft_task_type,
+        model_class=base.architecture,
         transposed=conv,
         pad=False,
     )

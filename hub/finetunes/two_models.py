@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from experthub.hub.bases.base import Base
+from experthub.hub.bases.building import refuse_missing
 from experthub.hub.bases.fingerprint import list_weight_files
+from experthub.hub.bases.name_map import is_covered
+from experthub.hub.bases.names import join_pieces
 from experthub.hub.errors import HubError, IntegrityError
 from experthub.hub.files.spelling import suggest_name
 from experthub.hub.formats.safetensors_header import FLOATS, TensorInfo, read_header
 from experthub.hub.formats.safetensors_reader import read_tensor
+from experthub.hub.kinds.dense_changes import fit_rows
 from experthub.hub.progress import Report
 from torch import Tensor
 
@@ -26,7 +30,7 @@ class StoredWeights:
         name: The name of the model in messages.
         shapes: The shapes of the floating-point tensors by name.
         read: A function that reads a tensor by name.
-        others: The shapes of all other tensors by name.
+        others: The shapes of all other tensors that the model uses by name.
         tied: A parameter that is not stored -> the stored one that it is tied to.
     """
 
@@ -44,18 +48,33 @@ def open_weights(base: Base) -> StoredWeights:
         base: The model.
 
     Returns:
-        Its weights, none of which is read yet.
+        Its weights by the names of the model's modules, none of which is read yet.
+
+    Raises:
+        HubError: The files hold only a part of a parameter.
     """
     places: dict[str, tuple[Path, TensorInfo]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    others: dict[str, tuple[int, ...]] = {}
     for path in list_weight_files(base.folder):
         for name, info in read_header(path).items():
             places[name] = path, info
-            (shapes if info.dtype in FLOATS else others)[name] = info.shape
+    names = base.names
+    refuse_missing(base, names.missing)
+    sources = names.find_sources(n for n, (_, info) in places.items() if info.dtype in FLOATS)
+    taken = {stored for parts in sources.values() for stored, _ in parts} | set(names.unused)
+    # Buffers are compared, too: a model with other statistics is not the base with other weights.
+    others = {n: i.shape for n, (_, i) in places.items() if i.dtype not in FLOATS or n not in taken}
+    shapes = {name: tuple(names.shapes[name]) for name in sources}
+    for name, parts in sources.items():
+        if not is_covered([piece for _, piece in parts], shapes[name]):
+            raise HubError(
+                f"{base.name}: the files hold only a part of {name}", "save the whole model again"
+            )
 
     def read(name: str) -> Tensor:
-        return read_tensor(*places[name])
+        if name in others:
+            return read_tensor(*places[name])
+        parts = ((read_tensor(*places[stored]), piece) for stored, piece in sources[name])
+        return join_pieces(parts, shapes[name])
 
     return StoredWeights(base.name, shapes, read, others, base.tied)
 
@@ -75,7 +94,11 @@ class Pair:
     tuned: str
 
 
-def pair_parameters(base: StoredWeights, tuned: StoredWeights) -> list[Pair]:
+def pair_parameters(
+    base: StoredWeights,
+    tuned: StoredWeights,
+    list_vocabulary: Callable[[], Collection[str]] = frozenset,
+) -> list[Pair]:
     """Pair the parameters of two models.
 
     Tied weights are one parameter if both models tie them, and two parameters otherwise.
@@ -83,6 +106,8 @@ def pair_parameters(base: StoredWeights, tuned: StoredWeights) -> list[Pair]:
     Args:
         base: The base's weights.
         tuned: The fine-tuned weights.
+        list_vocabulary: A function that returns the parameters whose rows are tokens. Their number
+            of rows may differ.
 
     Returns:
         The pairs, sorted by name.
@@ -105,18 +130,20 @@ def pair_parameters(base: StoredWeights, tuned: StoredWeights) -> list[Pair]:
             )
     for pair in pairs:
         here, there = base.shapes[pair.base], tuned.shapes[pair.tuned]
-        if here != there:
+        resized = here[1:] == there[1:] and here != there and pair.name in list_vocabulary()
+        if here != there and not resized:
             raise HubError(
                 f"{pair.name} is {list(here)} in {base.name} and {list(there)} in {tuned.name}",
-                "check whether the vocabulary was resized; a difference needs equal shapes",
+                "name two models of one size; only the number of tokens may differ",
             )
     for name, shape in base.others.items():
         if name in tuned.others and not (
             shape == tuned.others[name] and torch.equal(base.read(name), tuned.read(name))
         ):
             raise HubError(
-                f"{name} differs, and is not a floating-point tensor",
-                "load both models and save them in float32; quantised weights have no difference",
+                f"{name} differs, and is not a parameter in floating point",
+                "load both models and save them in float32; quantised weights and buffers have no "
+                "difference that an expert can hold",
             )
     return sorted(pairs, key=lambda pair: pair.name)
 
@@ -145,7 +172,7 @@ def read_pair(pair: Pair, base: StoredWeights, tuned: StoredWeights) -> Paramete
         tuned: The fine-tuned weights.
 
     Returns:
-        Both values and their difference.
+        Both values and their difference. Rows that the base lacks count as zeros.
 
     Raises:
         IntegrityError: A value is NaN or infinite.
@@ -160,6 +187,7 @@ def read_pair(pair: Pair, base: StoredWeights, tuned: StoredWeights) -> Paramete
         values.append(value.to(torch.promote_types(value.dtype, torch.float32)))
     wide = torch.promote_types(values[0].dtype, values[1].dtype)
     before, after = values[0].to(wide), values[1].to(wide)
+    before = fit_rows(before, tuple(after.shape))
     return ParameterValues(before, after, after - before)
 
 

@@ -1,4 +1,4 @@
-"""Reading LoRA adapters in PEFT's format, and gates.
+"""Reading the low-rank changes of LoRA adapters in PEFT's format, and gates.
 
 Only headers and JSON are read. An adapter is read exactly, or rejected with the reason.
 """
@@ -6,7 +6,6 @@ Only headers and JSON are read. An adapter is read exactly, or rejected with the
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,10 +13,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from experthub.hub.bases.names import Piece
 from experthub.hub.errors import HubError, IntegrityError
 from experthub.hub.files.json_files import read_json, read_small
 from experthub.hub.files.patterns import limit_matching_time
-from experthub.hub.formats.lora_config import check_config, is_targeted, match_pattern
+from experthub.hub.formats.dense_parts import FACTOR, find_dense_part
+from experthub.hub.formats.lora_config import check_config
+from experthub.hub.formats.peft_rules import find_rank_and_scale, is_targeted, list_targeted_leaves
 from experthub.hub.formats.safetensors_header import (
     FLOATS,
     Header,
@@ -29,13 +31,26 @@ from experthub.hub.formats.safetensors_header import (
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER = "adapter_model.safetensors"
 GATES = "phatgoose_gates.safetensors"
-PREFIX = "base_model.model."
-FACTOR = re.compile(rf"{re.escape(PREFIX)}(.+)\.(?:lora_([AB])\.weight|lora_embedding_([AB]))")
+
+
+@dataclass(frozen=True)
+class Targeted:
+    """A parameter that `target_parameters` may name: peft adapts it without adapting its module.
+
+    Args:
+        leaf: The name of the parameter in its module.
+        rank: The rank of its change. A stack of N matrices has factors of N times this rank.
+        scale: The factor of its change.
+    """
+
+    leaf: str
+    rank: int
+    scale: float
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """The low-rank change `scale * B A` of the parameter `<module>.weight`.
+    """The low-rank change `scale * B A` of a parameter, which is mostly `<module>.weight`.
 
     Args:
         module: The path of the module.
@@ -46,16 +61,30 @@ class Adapted:
         b: The name of the tensor B in the file.
         transposed: Whether the parameter is stored as `[I, O]` (Conv1D).
         embedding: Whether the module is an embedding, for which PEFT swaps A and B.
+        targeted: The parameters that `target_parameters` may mean, in any order. PEFT nests the
+            wrappers of a module's parameters, in the order that the module has them.
+        depth: The position of this wrapper in its nest, from the innermost.
+        leaf: The name of the parameter in its module, if it is not `weight`.
+        piece: The place of the change in the parameter, if the base fuses or splits the module.
     """
 
     module: str
     rank: int
     scale: float
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     a: str
     b: str
     transposed: bool = False
     embedding: bool = False
+    targeted: tuple[Targeted, ...] = ()
+    depth: int = 0
+    leaf: str = "weight"
+    piece: Piece | None = None
+
+    @property
+    def parameter(self) -> str:
+        """The name of the parameter that changes."""
+        return f"{self.module}.{self.leaf}" if self.piece is None else self.piece.parameter
 
 
 def read_adapter(config: Path, weights: Path, name: str) -> tuple[Adapted, ...]:
@@ -105,10 +134,8 @@ def _pair_factors(config: dict[str, Any], header: Header) -> list[Adapted]:
     for tensor, info in header.items():
         found = FACTOR.fullmatch(tensor)
         if not found:
-            raise IntegrityError(
-                f"tensor {tensor!r} is not a part of a plain LoRA",
-                "train without DoRA, biases and modules_to_save, which are not low-rank changes",
-            )
+            find_dense_part(config, header, tensor)  # It refuses what is no dense part either.
+            continue
         if info.dtype not in FLOATS or len(info.shape) != 2:
             raise IntegrityError(
                 f"tensor {tensor} is {info.dtype} {list(info.shape)}, "
@@ -118,21 +145,34 @@ def _pair_factors(config: dict[str, Any], header: Header) -> list[Adapted]:
         module, linear, embedding = found.groups()
         pairs.setdefault(module, {})[linear or f"embedding_{embedding}"] = tensor
     adapted = []
+    nested = _measure_nests(pairs) if config.get("target_parameters") else {}
     for module, pair in sorted(pairs.items()):
         if set(pair) not in ({"A", "B"}, {"embedding_A", "embedding_B"}):
             raise IntegrityError(
                 f"module {module} has {sorted(pair)} and no partner",
                 "check that the file is complete",
             )
-        if not is_targeted(config, module):
+        path, depth = nested.get(module, (module, 0))
+        leaves = list_targeted_leaves(config, path)
+        if not leaves and not is_targeted(config, path):
             raise IntegrityError(
-                f"there are weights for {module}, which its target_modules do not match",
+                f"there are weights for {path}, which its target_modules do not match",
                 "correct target_modules in adapter_config.json; peft would not load the weights",
             )
-        adapted.append(_make_change(config, header, module, pair))
+        adapted.append(_make_change(config, header, path, pair, leaves, depth))
     if not adapted:
         raise IntegrityError("the file holds no LoRA weights", "check that the file is complete")
     return adapted
+
+
+def _measure_nests(modules: Iterable[str]) -> dict[str, tuple[str, int]]:
+    """Return the module that each wrapper adapts, and its position from the innermost wrapper."""
+    paths = {module: re.sub(r"(\.base_layer)+$", "", module) for module in modules}
+    levels = {module: module[len(path) :].count(".") for module, path in paths.items()}
+    deepest: dict[str, int] = {}
+    for module, path in paths.items():
+        deepest[path] = max(deepest.get(path, 0), levels[module])
+    return {module: (path, deepest[path] - levels[module]) for module, path in paths.items()}
 
 
 def _make_change(
@@ -140,6 +180,8 @@ def _make_change(
     header: Header,
     module: str,
     pair: dict[str, str],
+    leaves: list[str],
+    depth: int,
 ) -> Adapted:
     """Return the change of one module after checking its rank against the configuration."""
     embedding = "embedding_A" in pair
@@ -147,49 +189,18 @@ def _make_change(
         (pair["embedding_A"], pair["embedding_B"]) if embedding else (pair["A"], pair["B"])
     )
     (rank, inputs), (outputs, rank_b) = header[first].shape, header[second].shape
-    declared = match_pattern(config.get("rank_pattern"), module, config.get("r", 8))
-    if rank != rank_b or rank != declared:
+    declared, scale = find_rank_and_scale(config, module)
+    targeted = tuple(Targeted(n, *find_rank_and_scale(config, f"{module}.{n}")) for n in leaves)
+    if rank != rank_b or not (rank == declared or any(rank % t.rank == 0 for t in targeted)):
         raise IntegrityError(
             f"module {module} has A of rank {rank} and B of rank {rank_b}, "
             f"and its configuration says {declared}",
             "correct r or rank_pattern in adapter_config.json",
         )
-    alpha = match_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
-    scale = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
     transposed = embedding or bool(config.get("fan_in_fan_out"))
     shape = (inputs, outputs) if transposed else (outputs, inputs)
-    return Adapted(
-        module, rank, scale, shape, first, second, transposed and not embedding, embedding
-    )
-
-
-def check_shapes(
-    adapted: Iterable[Adapted], base: dict[str, tuple[int, ...]], name: str, base_name: str
-) -> None:
-    """Check low-rank changes against a base.
-
-    Args:
-        adapted: The changes.
-        base: The shape of each parameter of the base.
-        name: The name of the expert in errors.
-        base_name: The name of the base in errors.
-
-    Raises:
-        HubError: The base lacks a module, or its weight has another shape.
-    """
-    for change in adapted:
-        shape = base.get(f"{change.module}.weight")
-        if shape is None:
-            raise HubError(
-                f"{name} adapts {change.module}, which {base_name} does not have",
-                "use the base that the expert was trained on",
-            )
-        if tuple(shape) != change.shape:
-            raise HubError(
-                f"{name} changes {change.module} by {list(change.shape)}, "
-                f"but {base_name} has {list(shape)}",
-                "use the base that the expert was trained on",
-            )
+    turned = transposed and not embedding
+    return Adapted(module, rank, scale, shape, first, second, turned, embedding, targeted, depth)
 
 
 def check_gates(gates: dict[str, tuple[int, ...]], adapted: Iterable[Adapted], name: str) -> None:

@@ -16,18 +16,23 @@ MAX_GGUF_SIDES = 4
 MAX_ENTRIES = 1 << 40  # The entries of one tensor.
 
 
-def check_gguf(path: Path) -> None:
+def check_gguf(path: Path) -> set[int]:
     """Check that the header of a GGUF file states nothing that the file cannot hold.
 
     Args:
         path: The file.
+
+    Returns:
+        The numbers of the types that its tensors have, such as 12 for Q4_K.
 
     Raises:
         IntegrityError: The file is not GGUF, is cut, or states an impossible count.
     """
     try:
         with path.open("rb") as file:
-            _Scanner(file, path.stat().st_size).scan()
+            scanner = _Scanner(file, path.stat().st_size)
+            scanner.scan()
+            return scanner.types
     except ValueError as fact:
         raise IntegrityError(
             f"{path.name} is not a whole GGUF file: {fact}", "use another package, or another index"
@@ -39,6 +44,7 @@ class _Scanner:
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self.file, self.size = file, size
+        self.types: set[int] = set()
 
     def scan(self) -> None:
         """Read the whole header."""
@@ -57,7 +63,7 @@ class _Scanner:
             entries = 1
             for _ in range(sides):
                 entries *= self._number("<Q")
-            self._number("<I")
+            self.types.add(self._number("<I"))
             if entries > MAX_ENTRIES or self._number("<Q") > self.size:
                 raise ValueError("a tensor lies outside of the file")
 

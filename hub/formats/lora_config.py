@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from reprlib import repr as short
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from experthub.hub.errors import IntegrityError
 from experthub.hub.formats.records import Pattern
@@ -24,10 +24,15 @@ HONOURED = {
     "exclude_modules",
     "layers_to_transform",
     "layers_pattern",
+    "bias",
+    "lora_bias",
+    "modules_to_save",
+    "trainable_token_indices",
+    "task_type",
+    "target_parameters",
 }
 # Keys that do not change the function that the adapter computes.
 HARMLESS = {
-    "task_type",
     "peft_version",
     "base_model_name_or_path",
     "revision",
@@ -39,6 +44,7 @@ HARMLESS = {
     "corda_config",
     "lora_ga_config",
     "loftq_config",
+    "ensure_weight_tying",
     "velora_config",  # Only gradients differ.
     "merge_weights",  # peft before 0.4: whether evaluation merges.
 }
@@ -47,19 +53,6 @@ RETRAIN = "train the adapter again without {key}; no change of the weights compu
 # Keys that change the function: the values that do not change it, the reason, and the way out.
 REFUSED: dict[str, tuple[tuple[Any, ...], str, str]] = {
     "use_dora": ((False,), "DoRA scales the rows of the base's weights", CONVERT),
-    "bias": (("none",), "the adapter has biases of the base", CONVERT),
-    "lora_bias": ((False,), "the adapter changes biases, too", CONVERT),
-    "modules_to_save": ((None, []), "the adapter has whole modules, too", CONVERT),
-    "trainable_token_indices": (
-        (None, [], {}),
-        "the adapter has rows of an embedding, too",
-        CONVERT,
-    ),
-    "target_parameters": (
-        (None, []),
-        "the adapter changes parameters that are not modules",
-        "merge the adapter with peft, and store the difference with hub diff",
-    ),
     "layer_replication": (
         (None, []),
         "the adapter belongs to a base with repeated layers, which has other layers than its own",
@@ -89,7 +82,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str, str]] = {
     ),
     "megatron_config": ((None,), "peft would build modules of Megatron", RETRAIN),
     "megatron_core": ((None, "megatron.core"), "peft would import it", "remove the key"),
-    "ensure_weight_tying": ((None, False), "the adapter ties the weights of modules", RETRAIN),
     "enable_lora": (
         (None,),
         "peft before 0.3 adapted parts of a fused module by it",
@@ -102,6 +94,7 @@ NEWEST_PEFT = "0.21.2"  # The newest peft whose keys this module knows.
 
 KNOWN = HONOURED | HARMLESS | {"init_lora_weights"}
 
+Token = Annotated[int, Field(ge=0, lt=2**31)]
 Rank = Annotated[int, Field(gt=0, lt=1e6)]
 Alpha = Annotated[float, Field(gt=0, lt=1e6)]
 
@@ -121,6 +114,11 @@ class _HonouredKeys(BaseModel):
     exclude_modules: Pattern | list[str] | None = None
     layers_to_transform: int | list[int] | None = None
     layers_pattern: Pattern | list[Pattern] | None = None
+    bias: Literal["none", "all", "lora_only"] | None = "none"
+    lora_bias: bool | None = False
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[Token] | dict[str, list[Token]] | None = None
+    target_parameters: list[str] | None = None
 
 
 def check_config(config: dict[str, Any]) -> None:
@@ -220,59 +218,3 @@ def _check_base_class(value: Any) -> None:
             f"auto_mapping names code: {short(library)}",
             "use a base whose class is in transformers",
         )
-
-
-def match_pattern(pattern: Any, module: str, default: Any) -> Any:
-    """Look up the value for a module by PEFT's rule: the first pattern that matches its path's end.
-
-    Args:
-        pattern: The values by regular expression, or None.
-        module: The path of the module.
-        default: The value for a module that no pattern matches.
-
-    Returns:
-        The value.
-    """
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
-
-
-def is_targeted(config: dict[str, Any], module: str) -> bool:
-    """Tell whether PEFT's target_modules, exclude_modules and layers_to_transform select a module.
-
-    Args:
-        config: The content of `adapter_config.json`.
-        module: The path of the module.
-
-    Returns:
-        Whether the module is adapted.
-    """
-    exclude = config.get("exclude_modules")
-    if exclude and _matches(exclude, module):
-        return False
-    target = config.get("target_modules")
-    if target is None or target == "all-linear":
-        return True
-    if not _matches(target, module):
-        return False
-    layers = config.get("layers_to_transform")
-    if layers in (None, []) or isinstance(target, str) or module in target:
-        return True
-    named = config.get("layers_pattern") or []
-    places = [rf"(?:^|.*?\.){p}" for p in ([named] if isinstance(named, str) else named)]
-    for place in places or [r".*?\.[^.]*"]:
-        found = re.match(rf"{place}\.(?P<idx>\d+)\.", module)
-        if found:  # An alternative of the pattern may match without the number.
-            return found["idx"] is not None and int(found["idx"]) in (
-                [layers] if isinstance(layers, int) else layers
-            )
-    return False
-
-
-def _matches(target: Any, module: str) -> bool:
-    """Tell whether a regular expression or a list of names selects a module."""
-    if isinstance(target, str):
-        return re.fullmatch(target, module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in target)

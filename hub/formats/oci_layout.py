@@ -19,7 +19,8 @@ from experthub.hub.files.patterns import matches_any
 from experthub.hub.files.spelling import suggest_name
 from experthub.hub.formats import tar
 from experthub.hub.formats.records import Digest
-from experthub.hub.registry.expert import NAME, list_file_patterns
+from experthub.hub.registry.expert import NAME
+from experthub.hub.registry.file_patterns import list_fetched_files
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 MARK, INDEX = "oci-layout", "index.json"
@@ -204,7 +205,7 @@ class OciLayout:
             Manifest, _blob_path(self.experts[reference]), self.experts[reference]
         )
         named: dict[str, Descriptor] = {}
-        wanted = list_file_patterns()
+        wanted = list_fetched_files()
         for layer in manifest.layers:
             name = layer.annotations.get(FILE_NAME, "")
             if name in named:

@@ -29,7 +29,7 @@ MAX_SIDES = 32
 MAX_THREADS = 8
 NAME = re.compile(r"[A-Za-z0-9_.\-]{1,1000}")
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
-SIZES["BOOL"] = 1
+SIZES |= {"BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "U32": 4, "U64": 8}
 FLOATS = ("F64", "F32", "F16", "BF16")
 # The bits, without the sign, of the first number that is infinity or NaN; larger bits are NaN, too.
 # For float64 it is the first number that is infinity in float32, in which the hub computes.

@@ -5,7 +5,9 @@ a mark, so the order of the imports matters.
 """
 
 # isort: off
-from experthub.hub.kinds.kind import BaseShapes, ExpertKind, Footprint, StoredExpert, kinds
+from experthub.hub.kinds.footprint import BaseShapes, Footprint
+from experthub.hub.kinds.kind import ExpertKind, kinds
+from experthub.hub.kinds.stored_expert import StoredExpert
 from experthub.hub.kinds import lora as lora
 from experthub.hub.kinds import task_vector as task_vector
 from experthub.hub.kinds import coefficients as coefficients

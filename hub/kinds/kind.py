@@ -3,145 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from reprlib import repr as short
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from experthub.hub.errors import HubError, IntegrityError, UsageError
-from experthub.hub.formats.adapter import Adapted, check_shapes
 from experthub.hub.kinds.broken_kind import report_broken_kind
+from experthub.hub.kinds.footprint import BaseShapes, Footprint
+from experthub.hub.kinds.stored_expert import StoredExpert
 
 if TYPE_CHECKING:
     from experthub.merge import Delta
 
 FILE = r"[a-z_]{1,60}(-[0-9]{5}-of-[0-9]{5})?\.(json|safetensors|safetensors\.index\.json)"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-Shapes = dict[str, tuple[int, ...]]
-Result = TypeVar("Result")
-
-
-class BaseShapes(Protocol):
-    """The properties of a base that a kind can use: names and shapes, but no weights."""
-
-    @property
-    def name(self) -> str:
-        """The name of the base."""
-        ...
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each parameter."""
-        ...
-
-    @property
-    def tied(self) -> Mapping[str, str]:
-        """The parameters that are not stored, each with the one whose weights it shares."""
-        ...
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """The changes that an expert makes to its base, as read from the headers of its files.
-
-    Args:
-        shapes: The shape of each parameter that the expert changes.
-        adapted: The changes of modules, for a low-rank expert.
-        gated: The modules that have a gate.
-        skill_tasks: The tasks of an inventory of skills.
-    """
-
-    shapes: Shapes
-    adapted: tuple[Adapted, ...] = ()
-    gated: frozenset[str] = frozenset()
-    skill_tasks: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class StoredExpert:
-    """A stored expert together with the base that it is checked against.
-
-    Args:
-        name: The name of the expert in errors.
-        files: The names of its files.
-        base: The base.
-        locate: A function that returns the path of a file. The bytes are not verified, so use it
-            only to read headers.
-        verify: A function that hashes a file and returns its path.
-        memo: The results of `compute_once` for this base.
-    """
-
-    name: str
-    files: Collection[str]
-    base: BaseShapes
-    locate: Callable[[str], Path]
-    verify: Callable[[str], Path]
-    memo: dict[int, tuple[object, Any]]
-
-    def compute_once(self, of: object, compute: Callable[[], Result]) -> Result:
-        """Compute a function of an object once, if many experts share the object.
-
-        The readers of headers return one object for equal headers, so a thousand experts of equal
-        shapes are checked once.
-
-        Args:
-            of: The shared object. It is compared by identity.
-            compute: A function that returns the result.
-
-        Returns:
-            The result of the first call with this object.
-        """
-        if id(of) not in self.memo:
-            self.memo[id(of)] = of, compute()
-        found: Result = self.memo[id(of)][1]
-        return found
-
-    def check_low_rank(self, adapted: tuple[Adapted, ...]) -> Shapes:
-        """Check low-rank changes against the base.
-
-        Args:
-            adapted: The changes of modules.
-
-        Returns:
-            The shape of each parameter that the expert changes.
-
-        Raises:
-            HubError: The base lacks a module, or its weight has another shape.
-        """
-
-        def compute() -> Shapes:
-            check_shapes(adapted, self.base.shapes, self.name, self.base.name)
-            return {f"{a.module}.weight": a.shape for a in adapted}
-
-        return self.compute_once(adapted, compute)
-
-    def check_dense(self, shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
-        """Check changes of whole parameters against the base.
-
-        Args:
-            shapes: The shape of the change of each parameter.
-
-        Returns:
-            The same shapes, and the shapes of parameters that share a changed weight.
-
-        Raises:
-            HubError: The base lacks a parameter, or it has another shape.
-        """
-        found = dict(shapes)
-        for use, stored in self.base.tied.items():
-            if stored in shapes:
-                found.setdefault(use, shapes[stored])
-        for name, shape in found.items():
-            own = self.base.shapes.get(name)
-            if own != shape:
-                raise HubError(
-                    f"{self.name} changes {name} {list(shape)}, but {self.base.name} has "
-                    + ("no such parameter" if own is None else f"{list(own)}"),
-                    "use the base that the expert was trained on",
-                )
-        return found
 
 
 Changes = Mapping[str, Callable[[], "Delta"]]
@@ -158,12 +36,14 @@ class ExpertKind:
         files: The names of all its files, as shell patterns. Every kind may also have gates.
         check: A function that checks the files of this kind in a folder and returns their names. It
             raises IntegrityError for files that could not be loaded later.
+        companions: The names of files that `check` may return besides, which are not its own.
         key: The key of a recipe that names one such expert.
         footprint: A function that reads from headers what a stored expert changes. None for a kind
             that is not listed under `experts:`.
         load: A function of the opened files by name, the footprint and the base. It returns for
             each parameter a function that makes its change. None for a kind that is not one change
             of the weights.
+        load_dense: As `load`, for the dense parts of low-rank experts.
         mapped: The files that `load` reads as a whole. It gets their bytes as an `mmap`.
         opened: Shell patterns of larger files. `load` gets their paths, and opens them itself.
         low_rank: Whether every change is low-rank.
@@ -176,9 +56,11 @@ class ExpertKind:
     marks: tuple[str, ...]
     files: tuple[str, ...]
     check: Callable[[Path], list[str]]
+    companions: tuple[str, ...] = ()
     key: str = "experts"
     footprint: Callable[[StoredExpert], Footprint] | None = None
     load: Callable[[Mapping[str, Any], Footprint, BaseShapes], Changes] | None = None
+    load_dense: Callable[[Mapping[str, Any], Footprint, BaseShapes], Changes] | None = None
     mapped: tuple[str, ...] = ()
     opened: tuple[str, ...] = ()
     low_rank: bool = False

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from experthub.hub.errors import IntegrityError
 from experthub.hub.files.json_files import read_json
@@ -18,10 +19,12 @@ from experthub.hub.formats.adapter import (
     read_adapter,
     read_gates,
 )
-from experthub.hub.kinds.kind import BaseShapes, Changes, ExpertKind, Footprint, StoredExpert, kinds
-
-if TYPE_CHECKING:
-    from experthub.merge import Delta
+from experthub.hub.formats.added_tokens import EXPERT_TOKENIZER, read_added_tokens
+from experthub.hub.formats.dense_parts import TOKEN_ROWS, read_dense_parts
+from experthub.hub.kinds.footprint import BaseShapes, Footprint, count_other_rows
+from experthub.hub.kinds.kind import Changes, ExpertKind, kinds
+from experthub.hub.kinds.placement import make_delta
+from experthub.hub.kinds.stored_expert import StoredExpert
 
 
 def _check(folder: Path) -> list[str]:
@@ -31,37 +34,61 @@ def _check(folder: Path) -> list[str]:
             f"{folder} has no {ADAPTER_CONFIG}", "copy the file that peft wrote beside the weights"
         )
     adapted = read_adapter(folder / ADAPTER_CONFIG, folder / ADAPTER, str(folder))
+    parts = read_dense_parts(folder / ADAPTER_CONFIG, folder / ADAPTER, str(folder))
+    names = [ADAPTER, ADAPTER_CONFIG]
+    if any(part.parameter.endswith(TOKEN_ROWS) for part in parts):
+        own = {n: folder / n for n in EXPERT_TOKENIZER if (folder / n).is_file()}
+        read_added_tokens(own, str(folder))
+        names += own
     if not (folder / GATES).is_file():
-        return [ADAPTER, ADAPTER_CONFIG]
+        return names
     check_gates(read_gates(folder / GATES), adapted, str(folder))
-    return [ADAPTER, ADAPTER_CONFIG, GATES]
+    return [*names, GATES]
 
 
 def _footprint(expert: StoredExpert) -> Footprint:
     """Read which modules an adapter changes, and which modules have a gate."""
     config = expert.verify(ADAPTER_CONFIG)
     adapted = read_adapter(config, expert.locate(ADAPTER), expert.name)
-    shapes = expert.check_low_rank(adapted)
-    if GATES not in expert.files:
-        return Footprint(shapes, adapted)
-    gates = read_gates(expert.locate(GATES))
-    return Footprint(shapes, adapted, expert.compute_once(gates, lambda: frozenset(gates)))
+    shapes, placed = expert.check_low_rank(adapted)
+    found = Footprint(shapes, placed, tokens=expert.read_tokens())
+    if GATES in expert.files:
+        gates = read_gates(expert.locate(GATES))
+        own_gates = expert.compute_once(gates, lambda: _place_gates(expert, gates))
+        found = replace(found, gated=own_gates)
+    if parts := read_dense_parts(config, expert.locate(ADAPTER), expert.name):
+        from experthub.hub.kinds.dense_changes import check_dense_parts, count_rows
+
+        dense, copies = check_dense_parts(expert, parts)
+        own = {name: count_rows(dense[name], expert.base.shapes[name]) for name in dense}
+        found = replace(found, shapes=shapes | own, dense=dense, copies=copies)
+    return replace(found, rows=count_other_rows(found.shapes, expert.base))
+
+
+def _place_gates(expert: StoredExpert, gates: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """Return the module that each gate belongs to, with the name of the gate's tensor."""
+    located = {module: expert.base.names.locate_module(module) for module in gates}
+    return {place: f"{module}.gate" for module, place in located.items() if place}
 
 
 def _load(contents: Mapping[str, Any], footprint: Footprint, base: BaseShapes) -> Changes:
     """Return for each adapted weight a function that makes its low-rank change in float32."""
     from experthub.hub.formats.safetensors_reader import Tensors
-    from experthub.merge import LowRank
 
     tensors = Tensors(contents[ADAPTER])
+    found: dict[str, list[Adapted]] = {}
+    for change in footprint.adapted:
+        found.setdefault(change.parameter, []).append(change)
+    shapes = footprint.shapes
+    return {name: partial(make_delta, own, tensors, shapes[name]) for name, own in found.items()}
 
-    def change(adapted: Adapted) -> Delta:
-        a, b = tensors[adapted.a].float(), tensors[adapted.b].float()
-        found = LowRank(a, b, adapted.scale)
-        # B A is the change of the module. Conv1D and embeddings store its transpose.
-        return found.transpose() if adapted.transposed or adapted.embedding else found
 
-    return {f"{a.module}.weight": partial(change, a) for a in footprint.adapted}
+def _load_dense(contents: Mapping[str, Any], footprint: Footprint, base: BaseShapes) -> Changes:
+    """Return for each parameter with dense parts a function that makes its change in float32."""
+    from experthub.hub.formats.safetensors_reader import Tensors
+    from experthub.hub.kinds.dense_changes import load_dense_changes
+
+    return load_dense_changes(Tensors(contents[ADAPTER]), footprint.dense, base)
 
 
 def _base_name(folder: Path) -> str | None:
@@ -76,9 +103,11 @@ LORA = kinds.register(
         label="a LoRA",
         marks=(ADAPTER,),
         files=(ADAPTER_CONFIG, ADAPTER),
+        companions=EXPERT_TOKENIZER,
         check=_check,
         footprint=_footprint,
         load=_load,
+        load_dense=_load_dense,
         mapped=(ADAPTER,),
         low_rank=True,
         peft=True,

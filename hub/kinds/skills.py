@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from experthub.hub.formats.skills import SKILLS, SKILLS_JSON, read_skills
-from experthub.hub.kinds.kind import ExpertKind, Footprint, StoredExpert, kinds
+from experthub.hub.kinds.footprint import Footprint
+from experthub.hub.kinds.kind import ExpertKind, kinds
+from experthub.hub.kinds.stored_expert import StoredExpert
 
 
 def _check(folder: Path) -> list[str]:
@@ -17,8 +19,8 @@ def _check(folder: Path) -> list[str]:
 def _footprint(expert: StoredExpert) -> Footprint:
     """Read which modules an inventory changes, and which tasks it has."""
     record, adapted = read_skills(expert.verify(SKILLS_JSON), expert.locate(SKILLS))
-    shapes = expert.check_low_rank(adapted)
-    return Footprint(shapes, adapted, skill_tasks=tuple(record.tasks))
+    shapes, placed = expert.check_low_rank(adapted)
+    return Footprint(shapes, placed, skill_tasks=tuple(record.tasks))
 
 
 INVENTORY = kinds.register(

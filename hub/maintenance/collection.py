@@ -170,7 +170,7 @@ def _find_leftovers(root: Path) -> Iterator[Path]:
     for folder in places:
         if _is_inside(folder / "x", root):
             yield from (p for p in find_drafts(folder) if not is_named_by_card(p))
-    downloads = [p for p in (*root.glob("partial/*"), *root.glob("hf/*/.*/*")) if p.is_file()]
+    downloads = [p for p in (*root.glob("partial/*"), *root.glob("hf/*/.*/**/*")) if p.is_file()]
     packed = [p for p in root.glob(f"{BANKS}/*/*") if not p.name.startswith(".")]
     for path in sorted(p for p in (*downloads, *packed) if _is_inside(p, root)):
         with contextlib.suppress(FileNotFoundError):

@@ -12,7 +12,7 @@ from experthub.hub.files import checksummed_text, yaml_files
 from experthub.hub.files.atomic import discard, walk_files, write_text
 from experthub.hub.progress import Report
 from experthub.hub.recipes.lock_file import Lock
-from experthub.hub.registry.layers import list_entry_files
+from experthub.hub.registry.layers import BASE_ENTRY, list_entry_files
 from experthub.hub.registry.registry_file import RegistryFile
 from experthub.hub.store.roots import ROOTS, list_lock_files, list_root_files, name_root
 from experthub.hub.store.store import Store
@@ -100,7 +100,9 @@ def _read_lock(path: Path) -> None:
 def _read_entry(path: Path) -> None:
     """Read a registry entry; raise HubError if it cannot be read or has the name of another one."""
     content = yaml_files.validate(RegistryFile, yaml_files.read(path))
-    if [(e.name, f"{e.version}.yaml") for e in content.experts] != [(path.parent.name, path.name)]:
+    found = [(e.name, f"{e.version}.yaml") for e in content.experts]
+    found += [(name, BASE_ENTRY) for name in content.bases]
+    if found != [(path.parent.name, path.name)]:
         raise HubError("its name and version differ from its path")
 
 

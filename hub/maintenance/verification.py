@@ -11,12 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experthub.hub.bases.base_sources import (
-    fetch_again,
-    list_damaged_files,
-    list_own_folders,
-    list_package_folders,
-)
+from experthub.hub.bases.base_sources import list_damaged_files, list_own_folders
+from experthub.hub.bases.converted import fetch_again, list_converted_folders
 from experthub.hub.errors import HubError, IntegrityError
 from experthub.hub.files import checksummed_text
 from experthub.hub.files.atomic import sweep, walk_files
@@ -224,14 +220,14 @@ def _check_bases(session: Session, found: Findings, repair: bool) -> None:
             found.bases[name] = [str(folder)]
             if repair:
                 found.problems.append(f"{name}: restore {folder}, which the hub does not write")
-        for folder in list_package_folders(name, entry):
+        for folder, source in list_converted_folders(name, entry, near).items():
             session.report(f"hashing the base {name}", 0, 0)
             wrong = list_damaged_files(folder, entry.fingerprint)
             if not wrong:
                 continue
             found.bases[name] = wrong
             if repair:
-                again = partial(fetch_again, name, entry, folder, session.report)
+                again = partial(fetch_again, source, entry, folder, near, session.report)
                 _try_repair(DamagedItem(folder, name, again), found)
 
 

@@ -8,10 +8,12 @@ from contextlib import contextmanager
 import torch
 from experthub.hub.bases.loading import load_model
 from experthub.hub.bases.tying import untie
+from experthub.hub.composition.assembly import complete_base
 from experthub.hub.composition.weights import Contents, load_task_vector
 from experthub.hub.errors import ConflictError, UsageError
 from experthub.hub.materials.cma_es import minimize
 from experthub.hub.materials.task_data import TaskData
+from experthub.hub.progress import Report
 from experthub.hub.readers.reader_for import reader_for
 from experthub.hub.recipes.examples import choose_examples, hold_out
 from experthub.hub.recipes.plan import Plan
@@ -39,7 +41,7 @@ def open_merge_materials(plan: Plan, session: Session) -> Iterator[MergeMaterial
         yield MergeMaterials(
             vectors=[load_task_vector(expert, plan, contents) for expert in plan.experts],
             weights=torch.tensor([expert.weight for expert in plan.experts]),
-            data=_read_data(plan, session.device),
+            data=_read_data(plan, session.device, contents, session.report),
             minimize=minimize,
             load=lambda: load_progress(plan),
             save=lambda progress: save_progress(plan, progress),
@@ -47,7 +49,9 @@ def open_merge_materials(plan: Plan, session: Session) -> Iterator[MergeMaterial
         )
 
 
-def _read_data(plan: Plan, device: str | None) -> TaskData | None:
+def _read_data(
+    plan: Plan, device: str | None, contents: Contents, report: Report
+) -> TaskData | None:
     """Read the data of a recipe, with the base that reads it; None if the merge needs none."""
     method = plan.recipe.method
     if not method.strategy.needs_data:
@@ -66,9 +70,10 @@ def _read_data(plan: Plan, device: str | None) -> TaskData | None:
     # The base is loaded in float32 for every dtype of the composition, because gradients in half
     # precision lose too much.
     model = load_model(plan.base, "float32", device)
+    complete_base(model, plan, contents)
     untie(model, plan.parameters, plan.adapted)
     # The rows are made first, because the reader computes parts of them with the unchanged model.
-    reader = reader_for(plan.base, device, lambda: model)
+    reader = reader_for(plan.base, device, lambda: model, report=report)
     others = hold_out(use, given) if labelled else None
     looked_at = TaskData(model, reader, others, True) if others else None
     return TaskData(model, reader, given, labelled, looked_at)

@@ -11,13 +11,15 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from experthub.hub.bases.base_sources import find
 from experthub.hub.bases.loading import load_model
 from experthub.hub.composition.assembly import assemble
 from experthub.hub.errors import UsageError
 from experthub.hub.materials.sentence_encoder import SentenceEncoder
 from experthub.hub.materials.task_data import TaskData, prepare_rows
+from experthub.hub.readers.batching import read_all
 from experthub.hub.readers.features import format_text, watch_inputs
-from experthub.hub.readers.reader import Reader, read_all
+from experthub.hub.readers.reader import Reader
 from experthub.hub.readers.reader_for import reader_for
 from experthub.hub.recipes.examples import choose_examples
 from experthub.hub.recipes.method import Method
@@ -68,7 +70,10 @@ class PlanMaterials:
     @cached_property
     def _reader(self) -> Reader:
         """The reader of the base."""
-        return reader_for(self.plan.base, self.session.device, lambda: self._model)
+        session = self.session
+        return reader_for(
+            self.plan.base, session.device, lambda: self._model, report=session.report
+        )
 
     def place(self, tensor: Tensor) -> Tensor:
         """Move a tensor to the device of the model.
@@ -93,7 +98,7 @@ class PlanMaterials:
         Raises:
             UsageError: The base is not a sentence encoder.
         """
-        return SentenceEncoder.load(name, self.session)
+        return SentenceEncoder.load(self.plan.encoders.get(name) or find(name, self.session))
 
     def read_texts(self, expert: int) -> list[str]:
         """Return the texts of examples of an expert's own tasks.

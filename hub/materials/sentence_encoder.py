@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from experthub.hub.bases.base import Base
-from experthub.hub.bases.base_sources import find
 from experthub.hub.bases.loading import load_model, load_tokenizer
 from experthub.hub.errors import IntegrityError, UsageError
 from experthub.hub.readers.similarity import embed
-from experthub.hub.session import Session
+from experthub.hub.readers.window import Window
 from torch import Tensor
 
 
@@ -25,6 +24,7 @@ class SentenceEncoder:
 
     def __init__(self, model: Any, tokenizer: Any, base: Base) -> None:
         self.model, self.tokenizer, self.base = model, tokenizer, base
+        self.window = Window.of(base)
 
     @property
     def fingerprint(self) -> str:
@@ -32,12 +32,11 @@ class SentenceEncoder:
         return self.base.digest
 
     @classmethod
-    def load(cls, name: str, session: Session) -> SentenceEncoder:
+    def load(cls, base: Base) -> SentenceEncoder:
         """Load a sentence encoder.
 
         Args:
-            name: The encoder's name, in a form that `find` accepts.
-            session: The registry and the progress callback.
+            base: The encoder.
 
         Returns:
             The encoder, on the CPU in float32.
@@ -45,10 +44,10 @@ class SentenceEncoder:
         Raises:
             UsageError: The base is not a sentence encoder.
         """
-        base = find(name, session)
         if not base.is_encoder:
             raise UsageError(
-                f"embedder {name} is not a sentence encoder", "use the encoder all-minilm-l6-v2"
+                f"embedder {base.name} is not a sentence encoder",
+                "use the encoder all-minilm-l6-v2",
             )
         return cls(load_model(base, "float32", None), load_tokenizer(base), base)
 
@@ -71,4 +70,4 @@ class SentenceEncoder:
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Return the unit embeddings `[N, D]` of texts."""
-        return embed(self.model, self.tokenizer, texts)
+        return embed(self.model, self.tokenizer, texts, self.window)

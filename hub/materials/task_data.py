@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from experthub.hub.readers.reader import Reader, Row, read_all
+from experthub.hub.readers.batching import read_all
+from experthub.hub.readers.reader import Reader, Row
 from experthub.hub.tasks.task import Chosen
 from torch import Tensor
 

@@ -14,10 +14,14 @@ from experthub.hub.bases.base import Base
 from experthub.hub.bases.loading import load_tokenizer
 from experthub.hub.errors import UsageError
 from experthub.hub.files.json_files import read_json
-from experthub.hub.readers.reader import Reader, pad, read_all
+from experthub.hub.progress import Report, silent
+from experthub.hub.readers.batching import read_all
+from experthub.hub.readers.reader import Reader, find_pad_token, pad
 from experthub.hub.readers.scorer import Question
-from experthub.hub.readers.similarity import pool, tokenise
+from experthub.hub.readers.similarity import pool
 from experthub.hub.readers.text import TokenRow
+from experthub.hub.readers.tokens import tokenise, tokenise_prompt
+from experthub.hub.readers.window import Window
 from experthub.hub.tasks.task import Example, Task
 from torch import Tensor, nn
 
@@ -31,11 +35,12 @@ class Features:
 
     name = "features"
 
-    def __init__(self, base: Base) -> None:
+    def __init__(self, base: Base, report: Report = silent) -> None:
         """Create a reader.
 
         Args:
             base: A causal language model or a sentence encoder.
+            report: A callback for a note about texts that are cut.
 
         Raises:
             UsageError: The base is of another kind.
@@ -47,6 +52,7 @@ class Features:
                 "use a language model or a sentence encoder",
             )
         self.causal, self.tokenizer = base.is_causal, load_tokenizer(base)
+        self.window = Window.of(base, report=report)
         self.real: Tensor | None = None
 
     def question(self, task: Task, example: Example) -> Question:
@@ -82,7 +88,8 @@ class Features:
         Returns:
             The token ids of the text.
         """
-        return TokenRow(tokenise(self.tokenizer, question.text, self.causal), ())
+        read = tokenise_prompt if self.causal else tokenise
+        return TokenRow(read(self.tokenizer, question.text, self.window), ())
 
     def read(self, model: Any, rows: Sequence[TokenRow]) -> Tensor:
         """Compute the features of a batch.
@@ -94,7 +101,8 @@ class Features:
         Returns:
             The features `[N, D]`, float32.
         """
-        ids_NT, self.real = pad([row.tokens for row in rows], next(model.parameters()).device)
+        device, token = next(model.parameters()).device, find_pad_token(model)
+        ids_NT, self.real = pad([row.tokens for row in rows], device, token=token)
         batch = {"input_ids": ids_NT, "attention_mask": self.real.long()}
         if self.causal:
             hidden_NTD = model.base_model(**batch, use_cache=False).last_hidden_state

@@ -23,11 +23,14 @@ from experthub.hub.readers.reader import (
     HeadCache,
     ReadsInput,
     compare_with_heads,
+    find_pad_token,
     pad,
     select_columns,
 )
 from experthub.hub.readers.scorer import Question
 from experthub.hub.readers.text import find_columns
+from experthub.hub.readers.tokens import tokenise
+from experthub.hub.readers.window import Window
 from torch import Tensor
 
 MAX_PIXELS = 1 << 24
@@ -42,6 +45,7 @@ class ImageRow:
     pixels: Tensor
     choices: Any
     size = 1
+    answers = 0
 
     def vary(self, seed: int) -> ImageRow:
         """Move the image by some pixels and add noise; never mirror it, because of letters.
@@ -172,7 +176,13 @@ class ClipReader(ReadsInput):
     name = "clip-cosine"
     real: Tensor | None = None
 
-    def __init__(self, preparation: Preparation, tokenizer: Any, base: Callable[[], Any]) -> None:
+    def __init__(
+        self,
+        preparation: Preparation,
+        tokenizer: Any,
+        base: Callable[[], Any],
+        window: Window | None = None,
+    ) -> None:
         """Create a reader.
 
         Args:
@@ -180,8 +190,10 @@ class ClipReader(ReadsInput):
             tokenizer: The tokenizer of the base.
             base: A function that returns the model that embeds the choices, whichever model reads
                 the images.
+            window: The window of the text model; None keeps all tokens of a choice.
         """
         self.preparation, self.tokenizer, self.base = preparation, tokenizer, base
+        self.window = window
         self.heads = HeadCache(self._embed_choices)
 
     def row(self, question: Question) -> ImageRow:
@@ -217,6 +229,8 @@ class ClipReader(ReadsInput):
         """Embed choices with the base; return the unit embeddings `[C, D]`."""
         model = self.base()
         texts = [f"a photo of a {choice}." for choice in choices]
-        ids, real = pad(self.tokenizer(texts)["input_ids"], next(model.parameters()).device)
+        rows = [tokenise(self.tokenizer, text, self.window) for text in texts]
+        device, token = next(model.parameters()).device, find_pad_token(model)
+        ids, real = pad(rows, device, token=token)
         found = model.text_model(input_ids=ids, attention_mask=real.long()).pooler_output
         return torch.nn.functional.normalize(model.text_projection(found).float(), dim=-1)

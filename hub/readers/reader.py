@@ -1,19 +1,17 @@
-"""The interface of all readers, and the batching that they share.
+"""The interface of all readers, and what they share.
 
 Shapes: N inputs, T tokens, C choices, L labels of a classifier.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-from experthub.hub.readers.scorer import Question, Scores
+from experthub.hub.readers.scorer import Question
 from experthub.hub.tasks.task import Example, Task
 from torch import Tensor
-
-BATCH_TOKENS = 4096  # Tokens of a batch, with padding; an image counts as one token.
 
 
 class Row(Protocol):
@@ -22,6 +20,11 @@ class Row(Protocol):
     @property
     def size(self) -> int:
         """The number of tokens; inputs of similar size share a batch."""
+        ...
+
+    @property
+    def answers(self) -> int:
+        """The number of tokens of all choices that the model reads; 0 if it reads none."""
         ...
 
     def vary(self, seed: int) -> Row:
@@ -142,79 +145,6 @@ class HeadCache:
         return torch.stack([self._known[choice] for choice in choices])
 
 
-class ReaderScorer:
-    """A scorer that uses the logits of a reader, without gradients."""
-
-    def __init__(self, reader: Reader) -> None:
-        self.reader, self.name = reader, reader.name
-
-    def question(self, task: Task, example: Example) -> Question:
-        """Build the question of an example.
-
-        Args:
-            task: The task of the example.
-            example: The example.
-
-        Returns:
-            The question of the reader.
-        """
-        return self.reader.question(task, example)
-
-    @torch.no_grad()
-    def scores(self, model: Any, questions: Sequence[Question]) -> list[Scores]:
-        """Score the choices of questions.
-
-        Args:
-            model: The model to evaluate.
-            questions: The questions.
-
-        Returns:
-            The logits of every question's choices; each choice counts as one token.
-        """
-        rows = [self.reader.row(question) for question in questions]
-        counts = [len(question.choices) for question in questions]
-        logits_NC = read_all(self.reader, model, rows, max(counts))
-        return [
-            Scores(tuple(values[:count]), (1,) * count)
-            for values, count in zip(logits_NC.tolist(), counts, strict=True)
-        ]
-
-
-def read_all(reader: Reader, model: Any, rows: Sequence[Row], width: int | None = None) -> Tensor:
-    """Compute the logits of any number of inputs; inputs of similar size share a batch.
-
-    Args:
-        reader: The reader.
-        model: The model.
-        rows: The prepared questions.
-        width: The largest number of choices; None if all batches have the same number.
-
-    Returns:
-        Logits `[N, width]` in the order of the rows, on the device of the model.
-    """
-    order = sorted(range(len(rows)), key=lambda i: rows[i].size)
-    parts = []
-    for batch in _batches(order, rows):
-        logits_NC = reader.read(model, [rows[i] for i in batch])
-        missing = 0 if width is None else width - logits_NC.shape[1]
-        parts.append(torch.nn.functional.pad(logits_NC, (0, missing), value=float("-inf")))
-    back = torch.empty(len(order), dtype=torch.long)
-    back[torch.tensor(order, dtype=torch.long)] = torch.arange(len(order))
-    return torch.cat(parts)[back]
-
-
-def _batches(order: Sequence[int], rows: Sequence[Row]) -> Iterator[list[int]]:
-    """Group inputs by size into batches of at most `BATCH_TOKENS` tokens with padding."""
-    batch: list[int] = []
-    for index in order:
-        if batch and rows[index].size * (len(batch) + 1) > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
-
-
 def split_by_row(values: Tensor, counts: Sequence[int]) -> Tensor:
     """Arrange the values of the choices of all inputs by input.
 
@@ -278,20 +208,38 @@ def repeat_rows(counts: Sequence[int], device: Any) -> Tensor:
     return torch.tensor([row for row, n in enumerate(counts) for _ in range(n)], device=device)
 
 
-def pad(rows: Sequence[Sequence[int]], device: Any, left: bool = False) -> tuple[Tensor, Tensor]:
-    """Pad token ids with 0.
+def find_pad_token(model: Any) -> int | None:
+    """Find the token that a model takes for padding.
+
+    Some models find the end of a text by it, or count positions by it.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The token id; None if the configuration names none.
+    """
+    found: int | None = getattr(model.config.get_text_config(), "pad_token_id", None)
+    return found
+
+
+def pad(
+    rows: Sequence[Sequence[int]], device: Any, left: bool = False, token: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Pad token ids.
 
     Args:
         rows: The token ids of each text.
         device: The device of the result.
         left: Whether padding comes before the tokens.
+        token: The token id of padding, see `find_pad_token`. None and -1 mean 0.
 
     Returns:
         The token ids `[N, T]`, and a mask `[N, T]` that is false for padding.
     """
-    width = max(map(len, rows))
-    filled = [([0] * (width - len(row)), row) for row in rows]
-    ids = [[*zeros, *row] if left else [*row, *zeros] for zeros, row in filled]
+    width, filler = max(map(len, rows)), max(0, token or 0)
+    filled = [([filler] * (width - len(row)), row) for row in rows]
+    ids = [[*fill, *row] if left else [*row, *fill] for fill, row in filled]
     lengths_N1 = torch.tensor([[len(row)] for row in rows], device=device)
     places_T = torch.arange(width, device=device)
     real_NT = places_T >= width - lengths_N1 if left else places_T < lengths_N1

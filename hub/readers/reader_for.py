@@ -10,13 +10,23 @@ from experthub.hub.bases.base import Base
 from experthub.hub.bases.loading import load_model, load_tokenizer
 from experthub.hub.errors import UsageError
 from experthub.hub.files.json_files import read_json
+from experthub.hub.progress import Report, silent
 from experthub.hub.readers.images import ClipReader, ImageClassifier, Preparation
 from experthub.hub.readers.reader import Reader
+from experthub.hub.readers.scorer import Long
 from experthub.hub.readers.similarity import Similarity
 from experthub.hub.readers.text import Encoder, LanguageModel, Seq2Seq, TextClassifier
+from experthub.hub.readers.window import Window
 
 
-def reader_for(base: Base, device: str | None, load: Callable[[], Any] | None = None) -> Reader:
+def reader_for(
+    base: Base,
+    device: str | None,
+    load: Callable[[], Any] | None = None,
+    *,
+    long: Long = "cut",
+    report: Report = silent,
+) -> Reader:
     """Choose the reader for a base.
 
     Args:
@@ -24,6 +34,8 @@ def reader_for(base: Base, device: str | None, load: Callable[[], Any] | None = 
         device: The device to load the base on, if the reader needs the base's model.
         load: A function that returns the base's model. The default loads it when it is first
             needed: some readers make their heads from the text of the choices with it.
+        long: The rule for texts with more tokens than the base can read.
+        report: A callback for a note about texts that are cut.
 
     Returns:
         The reader of the base's kind.
@@ -37,17 +49,21 @@ def reader_for(base: Base, device: str | None, load: Callable[[], Any] | None = 
     if architecture.endswith("ForImageClassification"):
         preparation = Preparation.of(base.folder, int(config.get("image_size", 224)))
         return ImageClassifier(preparation, _read_labels(config))
-    if architecture == "CLIPModel":
-        side = int(config.get("vision_config", {}).get("image_size", 224))
-        return ClipReader(Preparation.of(base.folder, side), load_tokenizer(base), load)
-    if base.is_causal:
-        return LanguageModel(load_tokenizer(base))
-    if architecture.endswith("ForConditionalGeneration") and config.get("is_encoder_decoder"):
-        return Seq2Seq(load_tokenizer(base))
-    if architecture.endswith("ForSequenceClassification"):
-        return TextClassifier(load_tokenizer(base), _read_labels(config))
-    if base.is_encoder:
-        return Encoder(Similarity(load, load_tokenizer(base)))
+    seq2seq = architecture.endswith("ForConditionalGeneration") and config.get("is_encoder_decoder")
+    classifier, clip = (
+        architecture.endswith("ForSequenceClassification"),
+        architecture == "CLIPModel",
+    )
+    if base.is_causal or seq2seq or classifier or clip or base.is_encoder:
+        tokenizer, window = load_tokenizer(base), Window.of(base, long, report)
+        if clip:
+            side = int(config.get("vision_config", {}).get("image_size", 224))
+            return ClipReader(Preparation.of(base.folder, side), tokenizer, load, window)
+        if classifier:
+            return TextClassifier(tokenizer, _read_labels(config), window)
+        if base.is_causal or seq2seq:
+            return (LanguageModel if base.is_causal else Seq2Seq)(tokenizer, window)
+        return Encoder(Similarity(load, tokenizer, window))
     raise UsageError(
         f"{base.name} is a {architecture}, which cannot score choices",
         "use a language model, an encoder, a classifier or CLIP",

@@ -10,6 +10,7 @@ from experthub.hub.files.spelling import check_choice
 from experthub.hub.tasks.task import Example, Task
 
 Measure = Literal["mean", "sum", "byte"]
+Long = Literal["cut", "refuse"]
 
 
 def parse_measure(text: str) -> Measure:
@@ -26,6 +27,22 @@ def parse_measure(text: str) -> Measure:
     """
     check_choice(text, get_args(Measure), "score")
     return cast(Measure, text)
+
+
+def parse_long(text: str) -> Long:
+    """Check the name of a rule for texts with more tokens than a base can read.
+
+    Args:
+        text: The name.
+
+    Returns:
+        The same name.
+
+    Raises:
+        UsageError: There is no such rule.
+    """
+    check_choice(text, get_args(Long), "rule for long texts")
+    return cast(Long, text)
 
 
 @dataclass(frozen=True)

@@ -9,20 +9,19 @@ Shapes: B texts, T tokens, D features, C choices.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from threading import Lock
 from typing import Any
 
 import torch
 from experthub.hub.errors import UsageError
-from experthub.hub.readers.reader import HeadCache, ReadsInput
+from experthub.hub.readers.forward_errors import explain_forward_errors
+from experthub.hub.readers.reader import HeadCache, ReadsInput, find_pad_token, pad
 from experthub.hub.readers.scorer import Question, Scores
+from experthub.hub.readers.tokens import tokenise
+from experthub.hub.readers.window import Window
 from torch import Tensor
 
 SCALE = 20.0  # Factor of the cosine, as in the training of sentence-transformers.
-MAX_TOKENS = 256
 BATCH = 32
-# A tokenizer stores how it cuts and pads, and fails if another thread reads a text at that moment.
-_tokenising = Lock()
 
 
 class Similarity(ReadsInput):
@@ -30,16 +29,19 @@ class Similarity(ReadsInput):
 
     name = "label-cosine"
 
-    def __init__(self, base: Callable[[], Any], tokenizer: Any) -> None:
+    def __init__(
+        self, base: Callable[[], Any], tokenizer: Any, window: Window | None = None
+    ) -> None:
         """Create a scorer.
 
         Args:
             base: A function that returns the encoder that embeds the choices, whichever model reads
                 the inputs.
             tokenizer: The tokenizer of the base.
+            window: The window of the base; None keeps all tokens.
         """
-        self.tokenizer = tokenizer
-        self.heads = HeadCache(lambda choices: embed(base(), tokenizer, choices))
+        self.tokenizer, self.window = tokenizer, window
+        self.heads = HeadCache(lambda choices: embed(base(), tokenizer, choices, window))
 
     def scores(self, model: Any, questions: Sequence[Question]) -> list[Scores]:
         """Score the choices of questions.
@@ -51,7 +53,7 @@ class Similarity(ReadsInput):
         Returns:
             The scaled cosines of every question's choices; each choice counts as one token.
         """
-        texts_BD = embed(model, self.tokenizer, [q.text for q in questions])
+        texts_BD = embed(model, self.tokenizer, [q.text for q in questions], self.window)
         found = []
         for text_D, question in zip(texts_BD, questions, strict=True):
             values = (SCALE * self.heads(question.choices) @ text_D).tolist()
@@ -59,56 +61,35 @@ class Similarity(ReadsInput):
         return found
 
 
-def tokenise(
-    tokenizer: Any, text: str, whole: bool = False, add_special_tokens: bool = True
-) -> tuple[int, ...]:
-    """Tokenise a text.
-
-    Args:
-        tokenizer: The tokenizer of the base.
-        text: The text.
-        whole: Whether all tokens are kept, as for a causal language model. Otherwise only the first
-            `MAX_TOKENS` are.
-        add_special_tokens: Whether the tokenizer adds its special tokens.
-
-    Returns:
-        The token ids.
-    """
-    limit = {} if whole else {"truncation": True, "max_length": MAX_TOKENS}
-    with _tokenising:
-        return tuple(tokenizer(text, add_special_tokens=add_special_tokens, **limit)["input_ids"])
-
-
 @torch.no_grad()
-def embed(model: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
+def embed(model: Any, tokenizer: Any, texts: Sequence[str], window: Window | None = None) -> Tensor:
     """Embed texts; texts of similar length share a batch.
 
     Args:
         model: The encoder.
         tokenizer: Its tokenizer.
-        texts: The texts, of which at most `MAX_TOKENS` tokens are read.
+        texts: The texts.
+        window: The window of the encoder, to which texts are cut. None keeps all tokens.
 
     Returns:
         The unit embeddings `[B, D]`, float32.
 
     Raises:
-        UsageError: A text has no tokens.
+        UsageError: A text has no tokens, or does not fit and the window refuses such texts.
     """
+    ids = [tokenise(tokenizer, text, window) for text in texts]
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     rows: list[Tensor] = [torch.empty(0)] * len(texts)
+    device, token = next(model.parameters()).device, find_pad_token(model)
     for start in range(0, len(order), BATCH):
         part = order[start : start + BATCH]
-        with _tokenising:
-            batch = tokenizer(
-                [texts[i] for i in part],
-                padding=True,
-                truncation=True,
-                max_length=MAX_TOKENS,
-                return_tensors="pt",
-            ).to(next(model.parameters()).device)
-        if not batch["input_ids"].numel():
+        if not any(ids[i] for i in part):
             raise UsageError(f"a text has no tokens: {texts[part[0]][:80]!r}", "write some text")
-        for i, row in zip(part, pool(model, batch), strict=True):
+        ids_BT, real_BT = pad([ids[i] for i in part], device, token=token)
+        batch = {"input_ids": ids_BT, "attention_mask": real_BT.long()}
+        with explain_forward_errors(model):
+            found_BD = pool(model, batch)
+        for i, row in zip(part, found_BD, strict=True):
             rows[i] = row
     return torch.stack(rows)
 

@@ -12,18 +12,21 @@ from typing import Any
 
 import torch
 from experthub.hub.errors import UsageError
-from experthub.hub.readers.likelihood import Encoded, encode, sum_logprobs
+from experthub.hub.readers.logprobs import sum_logprobs
 from experthub.hub.readers.reader import (
     ReadsInput,
     ReadsPrompt,
     compare_with_heads,
+    find_pad_token,
     pad,
     repeat_rows,
     select_columns,
     split_by_row,
 )
 from experthub.hub.readers.scorer import Question
-from experthub.hub.readers.similarity import SCALE, Similarity, pool, tokenise
+from experthub.hub.readers.similarity import SCALE, Similarity, pool
+from experthub.hub.readers.tokens import Encoded, encode, tokenise
+from experthub.hub.readers.window import Window
 from torch import Tensor
 
 DROPPED = 0.15  # The share of tokens that a variation of a text omits.
@@ -31,10 +34,17 @@ DROPPED = 0.15  # The share of tokens that a variation of a text omits.
 
 @dataclass(frozen=True)
 class TokenRow:
-    """A text as token ids, with its choices in the form of its reader."""
+    """A text as token ids, with its choices in the form of its reader.
+
+    Args:
+        tokens: The token ids of the text.
+        choices: The choices.
+        answers: The number of tokens of all choices, if the model reads them.
+    """
 
     tokens: tuple[int, ...]
     choices: Any
+    answers: int = 0
 
     @property
     def size(self) -> int:
@@ -61,8 +71,8 @@ class LanguageModel(ReadsPrompt):
     name = "mean-logprob"
     separator = " "
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, window: Window | None = None) -> None:
+        self.tokenizer, self.window = tokenizer, window
         self.real: Tensor | None = None
 
     def row(self, question: Question) -> TokenRow:
@@ -74,8 +84,9 @@ class LanguageModel(ReadsPrompt):
         Returns:
             The token ids of the prompt and of the choices.
         """
-        encoded = encode(self.tokenizer, question.text, question.choices)
-        return TokenRow(encoded[0].prompt, encoded)
+        encoded = encode(self.tokenizer, question.text, question.choices, self.window)
+        answers = sum(len(choice) for item in encoded for choice in item.choices)
+        return TokenRow(encoded[0].prompt, encoded, answers)
 
     def read(self, model: Any, rows: Sequence[TokenRow]) -> Tensor:
         """Compute the logits of a batch.
@@ -110,8 +121,8 @@ class Seq2Seq(ReadsPrompt):
 
     name = "mean-logprob"
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, window: Window | None = None) -> None:
+        self.tokenizer, self.window = tokenizer, window
         self.real: Tensor | None = None
 
     def row(self, question: Question) -> TokenRow:
@@ -123,8 +134,12 @@ class Seq2Seq(ReadsPrompt):
         Returns:
             The token ids of the prompt and of the choices.
         """
-        ids = self.tokenizer(list(question.choices))["input_ids"]
-        return TokenRow(tuple(self.tokenizer(question.text)["input_ids"]), tuple(map(tuple, ids)))
+        choices = tuple(tokenise(self.tokenizer, choice) for choice in question.choices)
+        longest, window = max(map(len, choices)), self.window
+        if window is not None and window.size is not None and longest > window.size:
+            window.refuse(f"a choice has {longest} tokens", "use a task with shorter choices")
+        text = tokenise(self.tokenizer, question.text, window)
+        return TokenRow(text, choices, sum(map(len, choices)))
 
     def read(self, model: Any, rows: Sequence[TokenRow]) -> Tensor:
         """Compute the logits of a batch.
@@ -136,15 +151,16 @@ class Seq2Seq(ReadsPrompt):
         Returns:
             Logits `[N, C]`, float32: mean log-probabilities.
         """
-        device = next(model.parameters()).device
-        ids_NT, self.real = pad([row.tokens for row in rows], device)
+        device, token = next(model.parameters()).device, find_pad_token(model)
+        ids_NT, self.real = pad([row.tokens for row in rows], device, token=token)
         counts = [len(row.choices) for row in rows]
         owner = repeat_rows(counts, device)
         mask_NT = self.real.long()
         hidden_NTD = model.get_encoder()(
             input_ids=ids_NT, attention_mask=mask_NT
         ).last_hidden_state[owner]
-        answers, real = pad([choice for row in rows for choice in row.choices], device)
+        choices = [choice for row in rows for choice in row.choices]
+        answers, real = pad(choices, device, token=token)
         start = answers.new_full((len(answers), 1), model.config.decoder_start_token_id)
         self.real = real
         logits = model(
@@ -175,7 +191,7 @@ class Encoder(ReadsInput):
         Returns:
             The token ids of the input, and the embeddings of the choices.
         """
-        tokens = tokenise(self.similarity.tokenizer, question.text)
+        tokens = tokenise(self.similarity.tokenizer, question.text, self.similarity.window)
         return TokenRow(tokens, self.similarity.heads(question.choices))
 
     def read(self, model: Any, rows: Sequence[TokenRow]) -> Tensor:
@@ -188,8 +204,8 @@ class Encoder(ReadsInput):
         Returns:
             Logits `[N, C]`, float32: scaled cosines.
         """
-        device = next(model.parameters()).device
-        ids_NT, self.real = pad([row.tokens for row in rows], device)
+        device, token = next(model.parameters()).device, find_pad_token(model)
+        ids_NT, self.real = pad([row.tokens for row in rows], device, token=token)
         text_ND = pool(model, {"input_ids": ids_NT, "attention_mask": self.real.long()})
         self.real = None
         return compare_with_heads(text_ND, [row.choices for row in rows], SCALE)
@@ -200,8 +216,10 @@ class TextClassifier(ReadsInput):
 
     name = "classifier-logits"
 
-    def __init__(self, tokenizer: Any, labels: dict[str, int]) -> None:
-        self.tokenizer, self.labels = tokenizer, labels
+    def __init__(
+        self, tokenizer: Any, labels: dict[str, int], window: Window | None = None
+    ) -> None:
+        self.tokenizer, self.labels, self.window = tokenizer, labels, window
         self.real: Tensor | None = None
 
     def row(self, question: Question) -> TokenRow:
@@ -213,7 +231,7 @@ class TextClassifier(ReadsInput):
         Returns:
             The token ids of the input, and the outputs of the choices.
         """
-        tokens = tokenise(self.tokenizer, question.text)
+        tokens = tokenise(self.tokenizer, question.text, self.window)
         return TokenRow(tokens, find_columns(question.choices, self.labels))
 
     def read(self, model: Any, rows: Sequence[TokenRow]) -> Tensor:
@@ -226,10 +244,34 @@ class TextClassifier(ReadsInput):
         Returns:
             Logits `[N, C]`, float32: its outputs.
         """
-        ids_NT, self.real = pad([row.tokens for row in rows], next(model.parameters()).device)
-        logits_NL = model(input_ids=ids_NT, attention_mask=self.real.long()).logits.float()
+        device, token = next(model.parameters()).device, find_pad_token(model)
+        parts: list[Tensor] = [torch.empty(0)] * len(rows)
+        for group in _group_texts(model.config, token, [row.tokens for row in rows]):
+            ids_NT, self.real = pad([rows[i].tokens for i in group], device, token=token)
+            found = model(input_ids=ids_NT, attention_mask=self.real.long()).logits.float()
+            for i, logits_L in zip(group, found, strict=True):
+                parts[i] = logits_L
         self.real = None
-        return select_columns(logits_NL, [row.choices for row in rows])
+        return select_columns(torch.stack(parts), [row.choices for row in rows])
+
+
+def _group_texts(
+    config: Any, token: int | None, texts: Sequence[tuple[int, ...]]
+) -> list[list[int]]:
+    """Group the texts that a classifier can read in one batch.
+
+    A decoder takes its decision at the last token that is not padding; without a padding token it
+    reads one text at a time. An encoder-decoder takes it at the last EOS, and all texts of a batch
+    need the same number of them.
+    """
+    if token is None:
+        return [[i] for i in range(len(texts))]
+    groups: dict[Any, list[int]] = {}
+    for i, text in enumerate(texts):
+        counted = config.is_encoder_decoder and config.eos_token_id
+        key = text.count(counted) if counted else 0
+        groups.setdefault((key, len(text) if counted == token else 0), []).append(i)
+    return list(groups.values())
 
 
 def find_columns(choices: Sequence[str], labels: dict[str, int]) -> tuple[int, ...]:

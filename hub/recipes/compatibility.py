@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Sequence, Set
 from functools import cached_property
 
+from experthub.hub.bases.base import Base
 from experthub.hub.errors import HubError, UsageError, explain_errors
 from experthub.hub.files.patterns import limit_matching_time
 from experthub.hub.recipes.method import Method
@@ -37,7 +39,10 @@ def check_disjoint(recipes: Sequence[Recipe], targets: Sequence[tuple[str, ...]]
 
 
 def check_method(
-    recipe: Recipe, experts: tuple[PlannedExpert, ...], parameters: tuple[str, ...]
+    recipe: Recipe,
+    experts: tuple[PlannedExpert, ...],
+    parameters: tuple[str, ...],
+    base: Base,
 ) -> None:
     """Check that the recipe's method can work with its experts.
 
@@ -45,6 +50,7 @@ def check_method(
         recipe: A recipe of one method.
         experts: The experts of the recipe.
         parameters: The names of the parameters that the method may change.
+        base: The base.
 
     Raises:
         UsageError: The method, its options and the experts do not go together.
@@ -53,7 +59,7 @@ def check_method(
     _check_skills(recipe, experts)
     outline = Outline([_OutlinedExpert(expert) for expert in experts], parameters)
     if recipe.route is not None:
-        _check_route(recipe.route, experts, outline)
+        _check_route(recipe.route, experts, outline, base)
     check, options = recipe.method.strategy.check, recipe.method.options
     if check is None:
         return
@@ -77,7 +83,7 @@ class _OutlinedExpert:
         sums: dict[str, int] = {}
         for member in self.expert.members:
             for adapted in member.adapted:
-                name = f"{adapted.module}.weight"
+                name = adapted.parameter
                 sums[name] = sums.get(name, 0) + adapted.rank
         limit = self.expert.rank
         return {name: min(rank, limit or rank) for name, rank in sums.items()}
@@ -87,7 +93,9 @@ class _OutlinedExpert:
         return self._ranks.get(parameter)
 
 
-def _check_route(route: Method, experts: tuple[PlannedExpert, ...], outline: Outline) -> None:
+def _check_route(
+    route: Method, experts: tuple[PlannedExpert, ...], outline: Outline, base: Base
+) -> None:
     """Refuse experts that cannot be routed, or that lack a gate."""
     wanted, needs = frozenset(outline.parameters), route.strategy.needs
     complete: set[tuple[int, int]] = set()  # Many experts share their shapes.
@@ -104,24 +112,58 @@ def _check_route(route: Method, experts: tuple[PlannedExpert, ...], outline: Out
                 complete.add(shape)
     adapted = {id(m.adapted): m.adapted for e in experts for m in e.members}
     embedding = [
-        a.module
-        for one in adapted.values()
-        for a in one
-        if a.embedding and f"{a.module}.weight" in wanted
+        a.module for one in adapted.values() for a in one if a.embedding and a.parameter in wanted
     ]
     if embedding:
         raise HubError(
             f"{embedding[0]} is an embedding, and only linear modules can be routed",
             "leave it out with targets:, or use merge: instead of route:",
         )
+    _check_linear(outline.parameters, base.names.linear.keys())
+    _check_reached(route, outline.parameters, base)
     if route.combine == "parameters":
         _check_equal_ranks(outline)
+
+
+def _check_reached(route: Method, parameters: Sequence[str], base: Base) -> None:
+    """Refuse modules that the base never calls, and a base whose rows the router would not know."""
+    uncalled = [n for n in parameters if n.removesuffix(".weight") in base.names.uncalled]
+    if uncalled:
+        raise HubError(
+            f"{uncalled[0].removesuffix('.weight')} cannot be routed: {base.architecture} reads its "
+            "weight, and never calls the module",
+            "leave it out with targets:, or use merge: instead of route:",
+        )
+    routing = route.strategy.traits.routing
+    whole = routing.depth == "model" or routing.input == "example"
+    if whole and "skills" not in route.strategy.needs and not base.reads_rows:
+        raise UsageError(
+            f"{route.method} chooses for whole examples of a language model or an encoder, and "
+            f"{base.name} is a {base.architecture}",
+            "use another base, or a router that chooses for each token at every module",
+        )
+
+
+def _check_linear(parameters: Sequence[str], linear: Set[str]) -> None:
+    """Refuse parameters that belong to no linear module, such as the experts of a fused mixture."""
+    weights = {f"{module}.weight" for module in linear}
+    others = [name for name in parameters if name not in weights]
+    if others:
+        leaves = sorted({name.split(".")[-2] for name in parameters if name in weights})
+        targets = "|".join(map(re.escape, leaves))
+        raise HubError(
+            f"{others[0]} is not the weight of a linear module, and a route can only add experts "
+            "to the output of linear modules",
+            f"set targets: '.*[.]({targets})' to leave it out, or use merge: instead of route:"
+            if leaves
+            else "use merge: instead of route:",
+        )
 
 
 def _check_gates(member: Member, method: str, wanted: frozenset[str]) -> None:
     """Refuse an expert without a gate for a module that it adapts."""
     modules = {n.removesuffix(".weight") for n in member.changes if n in wanted}
-    if missing := sorted(modules - member.gated):
+    if missing := sorted(modules - member.gated.keys()):
         raise HubError(
             f"expert {member.reference} has no gate for {missing[0]}, which {method} needs",
             f"run hub train gate {member.reference}"

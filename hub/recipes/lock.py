@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from experthub.hub.bases.base import Base
+from experthub.hub.bases.base_sources import find
 from experthub.hub.errors import ConflictError, NotFoundError, UsageError
 from experthub.hub.files import yaml_files
 from experthub.hub.files.atomic import hub_home
 from experthub.hub.files.digests import digest_of
 from experthub.hub.recipes.entries import DataUse, ExpertUse
 from experthub.hub.recipes.examples import PlannedData
-from experthub.hub.recipes.lock_file import SUFFIX, Lock, LockedExpert, LockedTask, lock_path
+from experthub.hub.recipes.lock_file import (
+    SUFFIX,
+    Lock,
+    LockedBase,
+    LockedExpert,
+    LockedTask,
+    lock_path,
+)
 from experthub.hub.recipes.method import record_kernels
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.recipes.recipe import Recipe
@@ -64,9 +72,12 @@ def lock(path: Path, session: Session, *, update: Sequence[str] | None = ()) -> 
     """
     recipe = Recipe.read(path)
     held = lock_path(path)
-    known = Lock.read(held).members if held.is_file() else []
+    before = Lock.read(held) if held.is_file() else None
+    known = before.members if before else []
     pinned = [_find_pinned(use, known, update) or find_content(use, session) for use in recipe.uses]
     plan = resolve(recipe, session=session, pinned=pinned)
+    if before and before.base.digest not in (None, plan.base.digest):
+        session.report(f"note: {path} pins another state of {plan.base.name} than before", 0, 0)
     if plan.keeps_state and plan.found is None:
         plan = replace(plan, found=store_state(plan, session))
     return Lock.of(plan, compute_recipe_digest(path))
@@ -130,13 +141,17 @@ def plan_of(
             0,
             0,
         )
-    contents, outer = [member.content for member in held.members], session
+    contents = [member.content for member in held.members]
+    encoders: dict[str, Base] = {}
     if pins == "locked":
         contents = [_check_meaning(content, session.registry, path) for content in contents]
     else:
-        own = _make_locked_registry(held, path, recipe)
+        pinned = held.encoders or {}
+        encoders = {n: find(n, session) for n in recipe.encoder_names if n not in pinned}
+        own = _make_locked_registry({recipe.base: held.base, **pinned}, path)
         session = Session(own, session.store, session.device, session.report)
-        recipe = recipe.model_copy(update={"base": _pin_commit(recipe.base, held)})
+        encoders |= {n: find(_pin_commit(n, entry), session) for n, entry in pinned.items()}
+        recipe = recipe.model_copy(update={"base": _pin_commit(recipe.base, held.base)})
     data = None
     if held.data:
         use = recipe.data or DataUse.model_validate(held.data.use)
@@ -145,7 +160,9 @@ def plan_of(
     found = kept.content if kept else None
     if found and pins == "locked" and recipe.stored:
         found = _check_meaning(found, session.registry, path)
-    plan = resolve(recipe, session=session, pinned=contents, data=data, found=found, encoders=outer)
+    plan = resolve(
+        recipe, session=session, pinned=contents, data=data, found=found, encoders=encoders
+    )
     _check_composition(plan, held, path)
     return plan
 
@@ -156,9 +173,10 @@ def _check_composition(plan: Plan, held: Lock, path: Path) -> None:
     if digest == held.composition:
         return
     here, there = plan.base, held.base
-    what = "the base or the lock was changed"
-    if plan.encoders:
-        what = "the base, an encoder of texts or the lock was changed"
+    what, pinned = "the base or the lock was changed", held.encoders or {}
+    for name, encoder in plan.encoders.items():
+        if name not in pinned or pinned[name].digest != encoder.digest:
+            what = f"the encoder {name} or the lock was changed"
     if here.fingerprint != there.fingerprint:
         what = f"the weights of {here.name} were changed"
     elif there.digest and here.digest != there.digest:
@@ -176,11 +194,11 @@ def _describe_restoring(base: Base) -> str:
     return f"restore {base.folder}"
 
 
-def _pin_commit(source: str, held: Lock) -> str:
+def _pin_commit(source: str, base: LockedBase) -> str:
     """Return a source of a base, at the commit that a lock pins if it is a repository."""
-    if held.base.commit is None or not source.startswith("hf:"):
+    if base.commit is None or not source.startswith("hf:"):
         return source
-    return f"hf:{HfSource.parse(source).repository}@{held.base.commit}"
+    return f"hf:{HfSource.parse(source).repository}@{base.commit}"
 
 
 def _read_task_digest(locked: LockedTask, pins: Pins) -> str:
@@ -211,20 +229,24 @@ def _check_meaning(content: Content, registry: Registry, path: Path) -> Content:
     return known
 
 
-def _make_locked_registry(held: Lock, path: Path, recipe: Recipe) -> Registry:
-    """Make a registry that has only the pinned base, under its name in the recipe."""
-    base = held.base
-    if Reference.parse(recipe.base).folder or Reference.parse(recipe.base).remote:
-        return Registry(())
-    sources = [_pin_commit(source, held) for source in base.sources]
-    entry = BaseEntry(
-        sources=sources, sha256=base.sha256, fingerprint=base.fingerprint, aka=[recipe.base]
-    )
+def _make_locked_registry(pinned: Mapping[str, LockedBase], path: Path) -> Registry:
+    """Make a registry that has only the pinned bases, under their names in the recipe."""
+    entries: dict[str, BaseEntry] = {}
+    for name, base in pinned.items():
+        if Reference.parse(name).folder or Reference.parse(name).remote:
+            continue
+        entries[base.name] = BaseEntry(
+            sources=[_pin_commit(source, base) for source in base.sources],
+            sha256=base.sha256,
+            fingerprint=base.fingerprint,
+            aka=[name],
+        )
     try:
-        known = RegistryFile(version=1, bases={base.name: entry})
+        known = RegistryFile(version=1, bases=entries)
     except ValidationError:
         raise UsageError(
-            f"{lock_path(path)}: {base.name!r} is not a name for a base", f"run hub lock {path}"
+            f"{lock_path(path)}: {' or '.join(map(repr, entries))} is not a name for a base",
+            f"run hub lock {path}",
         ) from None
     return Registry((Layer(lock_path(path), known),))
 
@@ -258,7 +280,7 @@ def find_recipes_with(name: str, folder: Path) -> list[Path]:
         The recipe files.
 
     Raises:
-        UsageError: No lock pins the expert.
+        NotFoundError: No lock pins the expert.
     """
     found: list[Path] = []
     for held in sorted(folder.glob(f"*{SUFFIX}")):
@@ -267,5 +289,5 @@ def find_recipes_with(name: str, folder: Path) -> list[Path]:
         recipes = [held.with_name(stem + suffix) for suffix in (".yaml", ".yml")]
         found += [recipe for recipe in recipes if name in names and recipe.is_file()][:1]
     if not found:
-        raise UsageError(f"no lock in {folder} pins {name}", f"run hub update {name} RECIPE")
+        raise NotFoundError(f"no lock in {folder} pins {name}", f"run hub update {name} RECIPE")
     return found

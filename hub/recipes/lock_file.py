@@ -92,12 +92,14 @@ class Lock(Closed):
     Attributes:
         recipe: The digest of the recipe's values; comments and layout do not count.
         composition: The digest of the plan, which covers everything that changes the composed weights.
+        encoders: The bases that embed texts for the method, by their names in the recipe.
     """
 
     version: Literal[1, 2]
     recipe: Digest
     composition: Digest
     base: LockedBase
+    encoders: dict[str, LockedBase] | None = None
     experts: Annotated[list[LockedExpert | LockedMerge], Field(min_length=1)]
     merge: dict[str, Any] | None = None
     route: dict[str, Any] | None = None
@@ -109,6 +111,7 @@ class Lock(Closed):
     data: LockedData | None = None
     coefficients: LockedExpert | None = None
     router: LockedExpert | None = None
+    dense_parts: str | None = None
 
     @model_validator(mode="after")
     def _check_base(self) -> Lock:
@@ -189,6 +192,8 @@ class Lock(Closed):
             "base": rewrite(self.base),
             "experts": list(map(rewrite, self.experts)),
         }
+        if self.encoders:
+            update["encoders"] = {name: rewrite(base) for name, base in self.encoders.items()}
         for key in STATE_KEYS:
             if getattr(self, key):
                 update[key] = rewrite(getattr(self, key))

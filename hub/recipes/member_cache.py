@@ -24,7 +24,8 @@ from experthub.hub.kinds.lora import LORA
 from experthub.hub.recipes.planned_experts import Member
 from experthub.hub.registry.content import Content
 
-CACHE_VERSION = 1
+MEMBERS_VERSION = 2
+PLAIN_FIELDS = 8  # of `Adapted`; the others are for changes that cannot be routed.
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class MemberCache:
             The cache, whether its file exists or not.
         """
         digests = [content.digest for content in contents]
-        key = digest_of([CACHE_VERSION, base.digest, allow_mismatch, digests])[7:23]
+        key = digest_of([MEMBERS_VERSION, base.digest, allow_mismatch, digests])[7:23]
         return cls(hub_home() / "banks" / "members" / f"{key}.json")
 
     def load_members(self, named: Sequence[tuple[Content, float]]) -> list[Member] | None:
@@ -70,7 +71,7 @@ class MemberCache:
             return None
         adapted = [_parse_adapted(rows) for rows in found["adapted"]]
         shapes = [{f"{a.module}.weight": a.shape for a in own} for own in adapted]
-        gates = [frozenset(names) for names in found["gated"]]
+        gates: list[dict[str, str]] = found["gated"]
         return [
             Member(
                 content, LORA.name, weight, size, Footprint(shapes[of], adapted[of], gates[gated])
@@ -84,19 +85,20 @@ class MemberCache:
         Args:
             members: The members, in the order of the contents that `for_composition` was given.
         """
-        if not all(kinds[member.kind] is LORA for member in members):
+        if not all(kinds[m.kind] is LORA and _is_plain(m.footprint) for m in members):
             return
         adapted: dict[int, int] = {}
-        gated: dict[frozenset[str], int] = {}
+        gated: dict[int, int] = {}
         found: dict[str, Any] = {"adapted": [], "gated": [], "members": []}
         for member in members:
             if id(member.adapted) not in adapted:
                 adapted[id(member.adapted)] = len(adapted)
-                found["adapted"].append([list(asdict(a).values()) for a in member.adapted])
-            if member.gated not in gated:
-                gated[member.gated] = len(gated)
-                found["gated"].append(sorted(member.gated))
-            row = [member.size, adapted[id(member.adapted)], gated[member.gated]]
+                rows = [list(asdict(a).values())[:PLAIN_FIELDS] for a in member.adapted]
+                found["adapted"].append(rows)
+            if id(member.gated) not in gated:
+                gated[id(member.gated)] = len(gated)
+                found["gated"].append(dict(member.gated))
+            row = [member.size, adapted[id(member.adapted)], gated[id(member.gated)]]
             found["members"].append(row)
         write_json(self.path, {**found, "check": digest_of(found)})
 
@@ -110,6 +112,13 @@ class MemberCache:
         with suppress(OSError):
             os.utime(self.path)  # hub gc deletes files that were not used for a week.
         return found if whole else None
+
+
+def _is_plain(footprint: Footprint) -> bool:
+    """Tell whether all changes are low-rank and of the weights of modules, which alone are routed."""
+    if footprint.dense or footprint.rows:
+        return False
+    return all(change.leaf == "weight" and change.piece is None for change in footprint.adapted)
 
 
 def _parse_adapted(rows: list[list[Any]]) -> tuple[Adapted, ...]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +13,7 @@ from experthub.hub.files.digests import digest_of
 from experthub.hub.recipes.examples import PlannedData
 from experthub.hub.recipes.planned_experts import Member, PlannedExpert
 from experthub.hub.recipes.recipe import Recipe
+from experthub.hub.recipes.vocabulary import Vocabulary
 from experthub.hub.registry.content import Content
 
 LOCK_VERSION = 2  # of the composition's digest and of lock files. Version 1 covered weights only.
@@ -25,15 +27,17 @@ class Plan:
         recipe: The recipe.
         base: The base.
         experts: The experts of the recipe.
-        parameters: The names of the parameters that will change.
+        parameters: The names of the parameters that the method changes.
         dtype: The dtype of the composed model.
         reads: Bytes of weights that will be read.
-        memory: Bytes of the composed model, with the experts that routing keeps beside it.
+        memory: Bytes that composing and reading take at most, see `estimate_memory`.
         data: The data that the method learns from.
         found: The stored state of the method, if the recipe names one or a lock pins one.
         unused: The names of the base's stored weights that its model does not use.
-        encoders: The digests of the bases that embed texts for the method.
+        encoders: The bases that embed texts for the method, by their names in the recipe.
         parts: A plan for each part of a recipe with parts.
+        dense: The names of the parameters that are taken from one expert as they are.
+        vocabulary: The vocabulary, if experts have another one than the base.
     """
 
     recipe: Recipe
@@ -46,13 +50,20 @@ class Plan:
     data: PlannedData | None = None
     found: Content | None = None
     unused: tuple[str, ...] = ()
-    encoders: tuple[str, ...] = ()
+    encoders: Mapping[str, Base] = field(default_factory=dict)
     parts: tuple[Plan, ...] = ()
+    dense: tuple[str, ...] = ()
+    vocabulary: Vocabulary | None = None
 
     @property
     def units(self) -> tuple[Plan, ...]:
         """Plans of one method each: the parts, or the plan itself."""
         return self.parts or (self,)
+
+    @property
+    def completes_base(self) -> bool:
+        """True if the experts bring along weights or tokens that the base lacks."""
+        return bool(self.base.lacks) or self.vocabulary is not None
 
     @property
     def routed(self) -> bool:
@@ -82,8 +93,27 @@ class Plan:
 
     @property
     def adapted(self) -> set[str]:
-        """The names of the parameters that a LoRA changes."""
-        return {f"{a.module}.weight" for member in self.members for a in member.adapted}
+        """The names of the parameters that a LoRA changes, by its factors or its dense parts."""
+        low = {a.parameter for member in self.members for a in member.adapted}
+        return low.union(*(member.footprint.dense for member in self.members))
+
+    @property
+    def separate(self) -> set[str]:
+        """The names of the parameters that a LoRA changes in one module only."""
+        low = {a.parameter for member in self.members for a in member.adapted}
+        parts = [part for m in self.members for own in m.footprint.dense.values() for part in own]
+        return low | {part.parameter for part in parts if part.way == "replace"}
+
+    @property
+    def takes_dense(self) -> bool:
+        """True if dense parts are taken from one expert, and not combined by the method."""
+        return self.recipe.route is not None or self.recipe.dense_parts is not None
+
+    @property
+    def dense_expert(self) -> PlannedExpert:
+        """The expert whose dense parts are taken as they are."""
+        named = self.recipe.dense_parts
+        return next((e for e in self.experts if e.label == named), self.experts[0])
 
     @cached_property
     def contents(self) -> list[Any]:
@@ -93,7 +123,8 @@ class Plan:
     @property
     def digest(self) -> str:
         """The name of the composition by content: the same digest and code give the same bits."""
-        more = {"encoders": list(self.encoders)} if self.encoders else {}
+        digests = [encoder.digest for encoder in self.encoders.values()]
+        more = {"encoders": digests} if digests else {}
         return self._compute_digest(LOCK_VERSION, self.base.digest, **more)
 
     @property
@@ -135,23 +166,18 @@ class Plan:
             "dtype": self.dtype,
             "seed": self.recipe.seed,
             "allow_base_mismatch": self.recipe.allow_base_mismatch,
+            **({"dense_parts": self.recipe.dense_parts} if self.recipe.dense_parts else {}),
         }
 
     @property
     def lock(self) -> dict[str, Any]:
         """The content of a lock file: everything in the composition, by digest."""
-        base = self.base
+        encoders = {name: _record_base(base) for name, base in self.encoders.items()}
         return {
             "version": LOCK_VERSION,
             "composition": self.digest,
-            "base": {
-                "name": base.name,
-                "fingerprint": base.fingerprint,
-                "digest": base.digest,
-                "sources": list(base.sources),
-                "sha256": base.sha256,
-                "commit": base.commit,
-            },
+            "base": _record_base(self.base),
+            **({"encoders": encoders} if encoders else {}),
             "experts": [_record_expert(expert) for expert in self.experts],
             **self._options,
             **({"data": self.data.record()} if self.data else {}),
@@ -193,6 +219,18 @@ def find_layer(name: str) -> int:
     """
     found = re.search(r"\.(\d+)\.", f".{name}.")
     return int(found[1]) if found else -1
+
+
+def _record_base(base: Base) -> dict[str, Any]:
+    """Return the entry of a lock for a base."""
+    return {
+        "name": base.name,
+        "fingerprint": base.fingerprint,
+        "digest": base.digest,
+        "sources": list(base.sources),
+        "sha256": base.sha256,
+        "commit": base.commit,
+    }
 
 
 def _record_content(content: Content) -> dict[str, Any]:

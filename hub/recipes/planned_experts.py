@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,9 +60,15 @@ class Member:
         return self.footprint.adapted
 
     @property
-    def gated(self) -> frozenset[str]:
-        """The modules that have a gate."""
+    def gated(self) -> Mapping[str, str]:
+        """The modules that have a gate, each with the name of the gate's tensor."""
         return self.footprint.gated
+
+    @property
+    def own_changes(self) -> set[str]:
+        """The names of the parameters that it changes by more than dense parts."""
+        low = {a.parameter for a in self.adapted}
+        return {name for name in self.changes if name not in self.footprint.dense or name in low}
 
     @property
     def skill_tasks(self) -> tuple[str, ...]:

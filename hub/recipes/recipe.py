@@ -24,11 +24,8 @@ from experthub.hub.recipes.entries import (
 )
 from experthub.hub.recipes.method import Method
 from experthub.hub.registry.expert import Reference, make_source_absolute
-from pydantic import (
-    Field,
-    field_validator,
-    model_validator,
-)
+from experthub.merge import EncoderName
+from pydantic import Field, field_validator, model_validator
 
 STATE_KEYS = ("coefficients", "router")  # The keys of the states of a merge and of a route.
 
@@ -50,6 +47,7 @@ class Recipe(Closed):
         data: The data that a method learns from.
         coefficients: Stored coefficients of a merge, instead of data.
         router: A stored state of a router, instead of data.
+        dense_parts: The expert whose dense parts (heads, embeddings, biases) the model takes.
     """
 
     version: Literal[1] = 1
@@ -65,6 +63,7 @@ class Recipe(Closed):
     data: DataUse | None = None
     coefficients: str | None = None
     router: str | None = None
+    dense_parts: str | None = None
 
     @field_validator("experts", mode="before")
     @classmethod
@@ -136,6 +135,11 @@ class Recipe(Closed):
     def methods(self) -> list[Method]:
         """The method of each part, or the one method."""
         return [part.method for part in self.parts] if self.parts else [self.method]
+
+    @property
+    def encoder_names(self) -> list[str]:
+        """The names of the bases that embed texts for the methods."""
+        return [n for m in self.methods for n in m.find_options(EncoderName).values() if n]
 
     def of_part(self, part: Part) -> Recipe:
         """Return the same recipe for the modules of one part, with its method.

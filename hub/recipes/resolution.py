@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from experthub.hub.bases.base import Base
 from experthub.hub.bases.base_sources import find
-from experthub.hub.bases.used_weights import find_unused_weights
+from experthub.hub.bases.vocabulary import find_vocabulary
 from experthub.hub.conversion.opening import open_native
-from experthub.hub.errors import HubError, IntegrityError, UsageError
-from experthub.hub.files.patterns import limit_matching_time
+from experthub.hub.errors import IntegrityError, UsageError
 from experthub.hub.kinds import StoredExpert, kinds
-from experthub.hub.recipes.compatibility import check_disjoint, check_method
+from experthub.hub.recipes.dense_checks import check_dense_parts
 from experthub.hub.recipes.entries import DataUse, ExpertUse, NestedMerge, list_members
 from experthub.hub.recipes.examples import PlannedData
 from experthub.hub.recipes.member_cache import MemberCache
+from experthub.hub.recipes.memory import estimate_memory
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.recipes.planned_experts import Member, PlannedExpert, is_large
+from experthub.hub.recipes.quantised_checks import check_quantised
 from experthub.hub.recipes.recipe import Recipe
+from experthub.hub.recipes.targets import divide_parameters
+from experthub.hub.recipes.vocabulary import plan_vocabulary
 from experthub.hub.registry.content import Content
 from experthub.hub.registry.expert import Identity, Reference, make_source_absolute
 from experthub.hub.session import Session
 from experthub.hub.store.folder import read_description
 from experthub.hub.transfer.pull import pull
 from experthub.hub.transfer.sources import open_source
-from experthub.merge import EncoderName
 from experthub.routing import parse_kernel
-
-WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "F32": 4, "BF16": 2, "F16": 2}
 
 
 def resolve(
@@ -42,7 +42,7 @@ def resolve(
     data: PlannedData | None = None,
     found: Content | None = None,
     packed: bool = False,
-    encoders: Session | None = None,
+    encoders: Mapping[str, Base] = MappingProxyType({}),
 ) -> Plan:
     """Look up, fetch and check everything that a recipe names.
 
@@ -54,8 +54,7 @@ def resolve(
         found: A stored state of the method. No data is needed with it.
         packed: Accept experts that are known but not in the store, because a bank may hold them.
             If there is no such bank, the caller pulls them.
-        encoders: The session in whose registry the encoders of texts are looked up. The default is
-            `session`.
+        encoders: Encoders of texts that were found already, by their names in the recipe.
 
     Returns:
         The plan.
@@ -70,7 +69,8 @@ def resolve(
     # Names are checked before anything is downloaded.
     contents = list(pinned or (find_content(use, session) for use in recipe.uses))
     base = find(recipe.base, session)
-    unused = tuple(find_unused_weights(base))
+    if base.quantisation is not None:
+        check_quantised(recipe, base, contents, session)
     reader = _ExpertReader(session, base, recipe.allow_base_mismatch)
     uses = zip(contents, recipe.uses, strict=True)
     members = iter(reader.read_members([*uses], packed and recipe.route is not None))
@@ -78,11 +78,12 @@ def resolve(
         _plan_expert(entry, [next(members) for _ in list_members(entry)])
         for entry in recipe.experts
     )
+    check_dense_parts(recipe, experts, base)
+    vocabulary = plan_vocabulary(base, [m for e in experts for m in e.members])
+    added = None if vocabulary is None else vocabulary.added
+    base = replace(base, completed=True, added=added)
     recipes = [recipe.of_part(part) for part in recipe.parts] if recipe.parts else [recipe]
-    targets = [_find_targets(one, experts, base) for one in recipes]
-    check_disjoint(recipes, targets)
-    for one, parameters in zip(recipes, targets, strict=True):
-        check_method(one, experts, parameters)
+    places = divide_parameters(recipes, experts, base)
     dtype = recipe.dtype or {"BF16": "bfloat16", "F16": "float16"}.get(base.dtype, "float32")
     if recipe.stored and found is None:
         found = find_content(ExpertUse(expert=recipe.stored), session)
@@ -91,17 +92,20 @@ def resolve(
     if data is None and recipe.stored is None:
         data = _plan_data(recipe, experts)
     reads = base.tensor_bytes + sum(m.size for e in experts for m in e.members)
-    memory = base.tensor_bytes * WIDTH[dtype] // WIDTH.get(base.dtype, 4)
-    if any(one.route for one in recipes):
-        memory += sum(m.size for e in experts for m in e.members)
-    whole = tuple(sorted(name for own in targets for name in own))
-    names = [n for one in recipes for n in one.method.find_options(EncoderName).values() if n]
-    embedding = tuple(find(name, encoders or session).digest for name in names)
-    plan = Plan(recipe, base, experts, whole, dtype, reads, memory, data, found, unused, embedding)
+    learned = None if found is not None else data
+    memory = estimate_memory(recipes, base, experts, places, dtype, learned)
+    whole, dense = (tuple(sorted({n for p in one for n in p})) for one in zip(*places, strict=True))
+    plan = Plan(
+        *(recipe, base, experts, whole, dtype, reads, memory, data, found, base.names.unused),
+        encoders={n: encoders.get(n) or find(n, session) for n in recipe.encoder_names},
+        dense=dense,
+        vocabulary=vocabulary,
+    )
     if recipe.parts is None:
         return plan
-    pairs = zip(recipes, targets, strict=True)
-    return replace(plan, parts=tuple(replace(plan, recipe=r, parameters=own) for r, own in pairs))
+    pairs = zip(recipes, places, strict=True)
+    parts = (replace(plan, recipe=r, parameters=own, dense=rest) for r, (own, rest) in pairs)
+    return replace(plan, parts=tuple(parts))
 
 
 def _note_renamed(recipe: Recipe, session: Session) -> None:
@@ -216,9 +220,18 @@ class _ExpertReader:
             locate=lambda name: self.session.store.path(digests[name]),
             verify=lambda name: self.session.store.verify_object(digests[name]),
             memo=self.memo,
+            list_vocabulary=lambda: find_vocabulary(self.base),
         )
         size = sum(info.size for info in identity.files.values())
-        return Member(found, kind.name, use.weight, size, kind.footprint(stored))
+        footprint = kind.footprint(stored)
+        if footprint.copies:
+            self.session.report(
+                f"note: {reference}: {len(footprint.copies)} tensors repeat weights of the base and "
+                f"are not used: {', '.join(footprint.copies[:3])}",
+                0,
+                0,
+            )
+        return Member(found, kind.name, use.weight, size, footprint)
 
 
 def _plan_expert(entry: ExpertUse | NestedMerge, members: list[Member]) -> PlannedExpert:
@@ -234,24 +247,3 @@ def _plan_expert(entry: ExpertUse | NestedMerge, members: list[Member]) -> Plann
 def _remove_version(reference: str) -> str:
     """Remove the version or the revision from a reference; an @ in a path belongs to the path."""
     return reference if reference.startswith("/") else reference.partition("@")[0]
-
-
-def _find_targets(
-    recipe: Recipe, experts: tuple[PlannedExpert, ...], base: Base
-) -> tuple[str, ...]:
-    """Find the parameters that the recipe changes."""
-    shapes = {id(m.changes): m.changes for expert in experts for m in expert.members}
-    names = sorted({name for changes in shapes.values() for name in changes})
-    if recipe.targets is None:
-        return tuple(names)
-    try:
-        with limit_matching_time():
-            chosen = [n for n in names if re.fullmatch(recipe.targets, n.rpartition(".")[0])]
-    except TimeoutError as error:
-        raise UsageError(f"targets {recipe.targets!r}: {error}", "simplify the pattern") from None
-    if not chosen:
-        raise HubError(
-            f"targets {recipe.targets!r} matches no module that the experts change",
-            f"match a module that they change, such as {names[0].rpartition('.')[0]}",
-        )
-    return tuple(chosen)

@@ -11,18 +11,11 @@ from typing import Annotated, Any, Literal
 from experthub.hub.errors import UsageError
 from experthub.hub.files.digests import digest_of, find_not_finite, replace_not_finite
 from experthub.hub.files.yaml_files import Closed
-from experthub.hub.formats.adapter import GATES
 from experthub.hub.formats.records import Digest, Sha256
 from experthub.hub.kinds import kinds
 from experthub.hub.kinds.kind import FILE
-from pydantic import (
-    AfterValidator,
-    Field,
-    SerializerFunctionWrapHandler,
-    StringConstraints,
-    field_validator,
-    model_serializer,
-)
+from experthub.hub.registry.proof_record import Proof
+from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_serializer
 from pydantic_core import PydanticCustomError
 
 NAME = r"[a-z0-9][a-z0-9._-]{0,95}"
@@ -46,18 +39,6 @@ def _check_kind(name: str) -> str:
 KindName = Annotated[str, AfterValidator(_check_kind)]
 # An entry may be of a kind whose package is absent here: it must not block the other entries.
 StatedKind = Annotated[str, StringConstraints(pattern="^[a-z][a-z0-9_]{0,59}$")]
-
-
-def list_file_patterns() -> tuple[str, ...]:
-    """List the names of the files that an expert of any kind may have.
-
-    Returns:
-        Shell patterns. Folders that were fetched from a model hub are named after a hash of the
-        patterns in this order, so the order must not change.
-    """
-    changes = [name for kind in kinds.values() if kind.load for name in kind.files]
-    others = [name for kind in kinds.values() if not kind.load for name in kind.files]
-    return (*changes, GATES, *others, DESCRIPTION)
 
 
 class Score(Closed):
@@ -100,6 +81,7 @@ class Expert(Closed):
         scores: The scores on tasks.
         made_from: The format, the type and the sha256 of the adapter that was converted into the
             expert, and the error of the conversion. Empty if nothing was converted.
+        proof: The comparison with the expert's own library, if it was made here.
 
     Example:
         >>> from experthub.hub import Expert
@@ -121,6 +103,7 @@ class Expert(Closed):
     training: dict[str, Any] = {}
     scores: list[Score] = []
     made_from: dict[str, Any] = {}
+    proof: Proof | None = None
 
     @field_validator("scores")
     @classmethod
@@ -136,12 +119,10 @@ class Expert(Closed):
         return found
 
     @model_serializer(mode="wrap")
-    def _omit_unset(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out `made_from` where nothing was converted, as entries had it before."""
+    def _omit_unset(self, serialize: Any) -> dict[str, Any]:
+        """Leave out empty fields that entries of earlier versions do not have."""
         record: dict[str, Any] = serialize(self)
-        if not record.get("made_from", True):
-            del record["made_from"]
-        return record
+        return {k: v for k, v in record.items() if v or k not in ("made_from", "proof")}
 
     @property
     def reference(self) -> str:
@@ -247,7 +228,7 @@ class Reference:
             member = found.group(1) if found else ""
             place = place.removesuffix(f"#{member}")
             return cls(text, folder=(folder or Path.cwd()) / place, member=member)
-        if re.match(r"(hf|pypi|s3|oci):", text):
+        if re.match(r"(hf|pypi|s3|oci|ollama):", text):
             return cls(text, remote=text)
         found = re.fullmatch(rf"({NAME})(?:@(?:([0-9]{{1,9}})|(sha256:[0-9a-f]{{8,64}})))?", text)
         if not found:

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from experthub.hub.files.atomic import hub_home, list_folder
 from experthub.hub.registry.expert import Expert, make_source_absolute
-from experthub.hub.registry.registry_file import RegistryFile, read_file
+from experthub.hub.registry.registry_file import BaseEntry, RegistryFile, read_file
+
+BASE_ENTRY = "base.yaml"  # The file with the entry of a base, in the folder with its name.
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,9 @@ def user_folder() -> Path:
 
 
 def read_user_layer(without: Set[Path]) -> Layer:
-    """Read the user's own registry as one layer. It has one small file per expert and version.
+    """Read the user's own registry as one layer.
+
+    It has one small file per expert and version, and one per base.
 
     Args:
         without: The paths of files to skip.
@@ -86,11 +90,15 @@ def read_user_layer(without: Set[Path]) -> Layer:
     """
     folder = user_folder()
     experts: list[Expert] = []
+    bases: dict[str, BaseEntry] = {}
     for path in list_entry_files(folder):
         if path not in without:
             with suppress(FileNotFoundError):  # Another process removed it.
-                experts += read_layer(path).content.experts
-    return Layer(folder / "registry.yaml", RegistryFile(version=1, experts=experts))
+                content = read_layer(path).content
+                experts += content.experts
+                bases |= content.bases
+    record = RegistryFile(version=1, bases=bases, experts=experts)
+    return Layer(folder / "registry.yaml", record)
 
 
 def list_entry_files(folder: Path) -> list[Path]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from experthub.hub.errors import HubError, NotFoundError
 from experthub.hub.files.ownership import is_safe
 from experthub.hub.files.spelling import suggest_name
+from experthub.hub.formats.quantisation import find_original_name
 from experthub.hub.registry.expert import Expert, Reference
 from experthub.hub.registry.layers import Layer, read_layer, read_user_layer, user_folder
 from experthub.hub.registry.registry_file import BaseEntry
@@ -189,6 +190,29 @@ class Registry:
             suggest_name(name, self.list_bases())
             or "name a folder, hf:org/name, or a base that hub list --bases shows",
         )
+
+    def find_original_base(self, name: str) -> str | None:
+        """Find the base that a quantised copy was made from, by the copy's name.
+
+        The name proves nothing. It is only a suggestion for adapters that name such a copy; their
+        names and shapes are checked against the base.
+
+        Args:
+            name: The name of the copy, such as `unsloth/Llama-3.2-1B-bnb-4bit`.
+
+        Returns:
+            The name of a base that has the same name or alias without the owner, without `unsloth/`
+            and without the ending that says how the copy is quantised; None if there is none.
+        """
+        mirror = name if name.startswith("unsloth/") else None
+        original = find_original_name(name) or mirror
+        if original is None:
+            return None
+        wanted = original.rpartition("/")[2].lower()
+        for base, entry in self.list_bases().items():
+            if wanted in {known.rpartition("/")[2].lower() for known in (base, *entry.aka)}:
+                return base
+        return None
 
     def _look_up_base(self, name: str) -> tuple[str, BaseEntry] | None:
         """Return the base with this name, or else with this alias, or None."""

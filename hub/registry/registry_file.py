@@ -19,10 +19,11 @@ class BaseEntry(Closed):
 
     Args:
         sources: The sources, in the order in which they are tried.
-        sha256: The sha256 of the weights that a `pypi:` source must deliver.
+        sha256: The sha256 of the weights that a `pypi:` source or a GGUF file must deliver.
         fingerprint: The fingerprint of the base.
         aka: Other names of the base, such as `org/name` on the Hugging Face Hub.
         license: The licence of the base.
+        terms: The terms of use, which are shown before the base is fetched.
     """
 
     sources: Annotated[list[str], Field(min_length=1)]
@@ -30,6 +31,7 @@ class BaseEntry(Closed):
     fingerprint: Digest | None = None
     aka: list[str] = []
     license: str | None = None
+    terms: str | None = None
 
 
 class RegistryFile(Closed):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
+from experthub.hub.bases.base_sources import find
 from experthub.hub.composition.weights import Contents, load_gates, load_task_vector
 from experthub.hub.errors import HubError, NotFoundError, UsageError
 from experthub.hub.files.spelling import check_choice
@@ -256,7 +257,7 @@ def _stack_gates(plan: Plan, store: Store) -> Tensor:
 
 def _embed_experts(plan: Plan, embedder: str, session: Session) -> Tensor:
     """Compute the mean embedding of examples of every expert's own tasks `[E, D]`."""
-    features, embed = Features(plan.base), SentenceEncoder.load(embedder, session)
+    features, embed = Features(plan.base), SentenceEncoder.load(find(embedder, session))
     texts = read_own_texts(plan, lambda task: features.texts(task, EXAMPLES), session.report)
     found = embed_own_tasks(plan, embed, texts, session.report)
     for expert, embedding in zip(plan.experts, found, strict=True):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from experthub.hub.bases.base_sources import find
 from experthub.hub.bases.loading import load_model
 from experthub.hub.errors import HubError, UsageError
 from experthub.hub.evaluation.evaluation import check_tasks, evaluate
@@ -204,7 +205,7 @@ class _Inputs:
 
     def _compare_embeddings(self, embedder: str) -> ExpertScores:
         """Compute the cosine between the task and each expert's own tasks."""
-        embed = SentenceEncoder.load(embedder, self.session)
+        embed = SentenceEncoder.load(find(embedder, self.session))
         here_D = average_embeddings(embed, self.texts)
         own = embed_own_tasks(self.plan, embed, self.own, self.session.report)
         return [None if own_D is None else float(own_D @ here_D) for own_D in own]

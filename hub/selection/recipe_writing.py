@@ -110,7 +110,7 @@ def choose_method(plan: Plan) -> str:
     if not all(expert.low_rank for expert in plan.experts):
         return "linear"
     gated = [
-        {name.removesuffix(".weight") for name in member.changes} <= member.gated
+        {name.removesuffix(".weight") for name in member.changes} <= member.gated.keys()
         for member in plan.members
     ]
     return "phatgoose" if all(gated) else "arrow"

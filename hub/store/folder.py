@@ -38,24 +38,25 @@ def read_folder(folder: Path, hashed: Mapping[str, str] = MappingProxyType({})) 
     declared = _read_declared(folder)
     kind = kinds.recognise(folder)
     names = kind.check(folder)
+    different = IntegrityError(
+        f"{folder}: the files differ from those that its expert.json lists",
+        "get the folder again, or remove expert.json if you changed the files",
+    )
+    sizes = {name: (folder / name).stat().st_size for name in sorted(names)}
+    if declared and sizes != {name: info.size for name, info in declared.files.items()}:
+        raise different  # Without reading large files to their end.
     for name in names:
         if name.endswith(".safetensors"):
             check_finite(folder / name, read_header(folder / name))
     files = {
-        name: FileInfo(
-            sha256=hashed.get(name) or sha256_of(folder / name),
-            size=(folder / name).stat().st_size,
-        )
-        for name in sorted(names)
+        name: FileInfo(sha256=hashed.get(name) or sha256_of(folder / name), size=size)
+        for name, size in sizes.items()
     }
     identity = Identity(kind=kind.name, base_fingerprint=None, files=files)
     if declared is None:
         return identity
     if declared.files != files or declared.kind != kind.name:
-        raise IntegrityError(
-            f"{folder}: the files differ from those that its expert.json lists",
-            "get the folder again, or remove expert.json if you changed the files",
-        )
+        raise different
     return declared
 
 

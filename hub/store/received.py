@@ -50,7 +50,8 @@ def copy_folder(
         if "#" in folder.name:
             hint = "write file:PLACE#name@version for one expert of a shared folder or archive"
         raise NotFoundError(f"there is no folder {folder}", hint)
-    patterns = (*kinds.recognise(folder).files, GATES, DESCRIPTION)
+    kind = kinds.recognise(folder)
+    patterns = (*kind.files, *kind.companions, GATES, DESCRIPTION)
     names = sorted(path.name for path in folder.iterdir() if matches_any(path.name, patterns))
     with open_draft_folder(objects.root / RECEIVED) as draft:
         hashed: dict[str, str] = {}

@@ -18,16 +18,17 @@ from experthub.hub.composition.composition import Composition
 from experthub.hub.composition.generation import (
     check_can_generate,
     generate_ids,
-    tokenise_prompt,
+    read_prompt,
 )
 from experthub.hub.composition.overflow import refuse_overflow
 from experthub.hub.errors import IntegrityError, UsageError
 from experthub.hub.files.json_files import read_json
 from experthub.hub.files.patterns import check_pattern, limit_matching_time
-from experthub.hub.readers.similarity import MAX_TOKENS
+from experthub.hub.readers.forward_errors import explain_forward_errors
+from experthub.hub.readers.scorer import Long
+from experthub.hub.readers.window import Window
 from experthub.hub.recipes.plan import Plan, find_layer
 from experthub.hub.session import Session
-from experthub.hub.tracing.prompts import check_length
 from experthub.hub.tracing.summary import LayerSummary, summarise_layers
 from experthub.hub.tracing.tokens import Token, build_tokens
 from experthub.routing import record_routing
@@ -123,20 +124,23 @@ def trace(
     new_tokens: int = 0,
     chat: bool = False,
     tasks: Sequence[str] | None = None,
+    long: Long = "cut",
     session: Session | None = None,
 ) -> Trace:
     """Let a routed model read prompts, and record which experts each token chose.
 
     Args:
         composition: A composed model with a route.
-        prompts: The prompts, which are read one by one. An encoder reads at most 256 tokens of a
-            prompt, as it does for a score.
+        prompts: The prompts, which are read one by one.
         modules: A regular expression that must match a whole module path. The default is all routed
             modules.
         new_tokens: The largest number of tokens that the model generates after each prompt, by
             greedy decoding, and then reads. A token that ends the text is never read.
         chat: Put the prompts into the tokenizer's chat template.
         tasks: The task of each prompt, for a router that routes by task.
+        long: `cut` drops the tokens of a prompt that do not fit with those to generate: the first
+            ones for a causal language model, the last ones for another base. `refuse` raises an
+            error.
         session: The progress callback. The default is `Session()`.
 
     Returns:
@@ -167,15 +171,14 @@ def trace(
         )
     if new_tokens:
         check_can_generate(composition)
-    tokenizer = load_tokenizer(plan.base)
+    tokenizer, window = load_tokenizer(plan.base), Window.of(plan.base, long, report)
     tokens: list[Token] = []
     parts: dict[str, list[Tensor]] = {name: [] for name in wanted}
     for number, prompt in enumerate(prompts):
         report("reading prompts", number, len(prompts))
-        ids = tokenise_prompt(plan.base, tokenizer, prompt, chat)
-        check_length(len(ids), new_tokens, number, model, plan.base)
-        if not plan.base.is_causal and len(ids) == MAX_TOKENS:
-            report(f"note: at most {MAX_TOKENS} tokens of prompt {number + 1} are read", 0, 0)
+        ids = read_prompt(plan.base, tokenizer, prompt, chat, window, new_tokens)
+        if not ids:
+            raise UsageError(f"prompt {number + 1} is empty", "pass some text after --prompt")
         named = composition.tasks(tasks[number]) if tasks else nullcontext()
         with named, record_routing(model, len(plan.experts), set(wanted).__contains__) as found:
             new = _run_model(composition, tokenizer, ids, new_tokens)
@@ -254,7 +257,7 @@ def _run_model(
             :-1
         ]  # The last token is generated but never read.
     ids_1T = torch.tensor([ids], device=composition.model.device)
-    with refuse_overflow(composition):
+    with refuse_overflow(composition), explain_forward_errors(composition.model):
         composition.model(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T))
     return []
 

@@ -14,6 +14,7 @@ from experthub.hub.files.atomic import write_json
 from experthub.hub.progress import Report
 from experthub.hub.tasks.task import Task
 from experthub.hub.training.objectives import Objective
+from experthub.hub.transfer.remotes.no_network import forbid_network
 from torch import Tensor, nn
 from torch.optim import AdamW
 
@@ -91,7 +92,8 @@ def fit(
     if router_lr is not None:
         trainer.optimizer = _make_optimizer(model, settings.lr, router_lr)
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=_find_checkpoint(run))
+    with forbid_network():
+        trainer.train(resume_from_checkpoint=_find_checkpoint(run))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     write_json(run / "loss.json", losses)
     for checkpoint in run.glob("checkpoint-*"):

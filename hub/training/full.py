@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from experthub.hub.bases.base_sources import find
-from experthub.hub.bases.loading import load_model, load_tokenizer, write_model
+from experthub.hub.bases.loading import load_model
+from experthub.hub.bases.writing import write_model
 from experthub.hub.errors import HubError
 from experthub.hub.files.atomic import create_folder
 from experthub.hub.files.path_checks import check_free
@@ -75,13 +76,7 @@ def train_full(
     model = load_model(found, "float32", session.device)
     trained = _unfreeze(model, embeddings, found.is_causal)
     stored = open_weights(found)
-    unknown = sorted(set(trained) - set(stored.shapes))
-    if unknown:
-        raise HubError(
-            f"{found.name} does not store {unknown[0]} under this name; "
-            "its file has the names of an older transformers",
-            "save model.state_dict() with safetensors again",
-        )
+    trained = _name_as_stored(model, trained, stored)
     objective = make_objective(found, session.device)
     record: dict[str, Any] = {"method": "full", **asdict(settings), "embeddings": embeddings}
     key = {"kind": "full", "base": found.digest, "task": read.digest, **record}
@@ -90,8 +85,6 @@ def train_full(
     if out is not None:
         with create_folder(out) as folder:
             write_model(found, model, folder)
-            if found.has_tokenizer:
-                load_tokenizer(found).save_pretrained(folder)
     record |= {"examples": min(settings.examples, len(read.split("train"))), "loss": loss}
     return store_difference(
         found,
@@ -121,6 +114,25 @@ def _unfreeze(model: nn.Module, embeddings: bool, causal: bool) -> dict[str, nn.
     for parameter in trained.values():
         parameter.requires_grad_(True)
     return trained
+
+
+def _name_as_stored(
+    model: nn.Module, trained: dict[str, nn.Parameter], stored: StoredWeights
+) -> dict[str, nn.Parameter]:
+    """Return trained parameters by the names that the files have: tied ones may have several."""
+    wanted = {id(parameter): name for name, parameter in trained.items()}
+    found = {
+        name: parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if id(parameter) in wanted and name in stored.shapes
+    }
+    lost = wanted.keys() - {id(parameter) for parameter in found.values()}
+    if lost:
+        raise HubError(
+            f"{stored.name} does not store {min(wanted[i] for i in lost)}, which would be trained",
+            "save the whole model again with save_pretrained",
+        )
+    return found
 
 
 def _replace_trained(stored: StoredWeights, trained: dict[str, nn.Parameter]) -> StoredWeights:

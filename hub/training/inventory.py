@@ -17,8 +17,8 @@ from experthub.hub.composition.skills import Inventory
 from experthub.hub.errors import HubError, UsageError
 from experthub.hub.files.atomic import create_folder
 from experthub.hub.files.spelling import check_choice
-from experthub.hub.formats.adapter import PREFIX
 from experthub.hub.formats.adapter_writer import write_adapter
+from experthub.hub.formats.dense_parts import PREFIX
 from experthub.hub.formats.skills import (
     Granularity,
     SkillsRecord,
@@ -273,8 +273,9 @@ def save_lora(
         write_adapter(
             draft,
             tensors,
-            base=base.name,
+            base=base.public_name,
             task_type=base.peft_task_type,
+            model_class=base.architecture,
             transposed=False,
             pad=True,
         )

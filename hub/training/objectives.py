@@ -6,17 +6,21 @@ Shapes: B examples, T tokens, C choices, D features.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol
 
 import torch
 from experthub.hub.bases.base import Base
 from experthub.hub.bases.loading import load_model, load_tokenizer
-from experthub.hub.readers.reader import Reader, pad
+from experthub.hub.readers.forward_errors import explain_forward_errors
+from experthub.hub.readers.reader import Reader, find_pad_token, pad
 from experthub.hub.readers.reader_for import reader_for
-from experthub.hub.readers.similarity import SCALE, Similarity, pool, tokenise
+from experthub.hub.readers.similarity import SCALE, Similarity, pool
+from experthub.hub.readers.tokens import encode, tokenise
+from experthub.hub.readers.window import Window
 from experthub.hub.tasks.task import Example, Task
+from experthub.hub.training.output_layer import OutputLayer
 from torch import Tensor, nn
 
 # Prefixes of modules that no expert changes. The embedding of a bare encoder does not pass through
@@ -90,10 +94,10 @@ def make_objective(base: Base, device: str | None) -> Objective:
         UsageError: The model's architecture cannot score choices.
     """
     if base.is_causal:
-        return AnswerLoss(load_tokenizer(base))
+        return AnswerLoss(load_tokenizer(base), Window.of(base))
     if base.is_encoder:
         loaded = cache(lambda: load_model(base, "float32", device))
-        return SimilarityLoss(Similarity(loaded, load_tokenizer(base)))
+        return SimilarityLoss(Similarity(loaded, load_tokenizer(base), Window.of(base)))
     return ChoiceLoss(reader_for(base, device))
 
 
@@ -103,9 +107,13 @@ class AnswerLoss:
 
     Args:
         tokenizer: The tokenizer of the base.
+        window: The window of the base. A prompt that does not fit loses its first tokens.
+        output: The output layer, which runs at the answers' positions only.
     """
 
     tokenizer: Any
+    window: Window | None = None
+    output: OutputLayer = field(default_factory=OutputLayer)
 
     def encode(self, task: Task, example: Example) -> tuple[list[int], int]:
         """Tokenize the prompt with the right answer.
@@ -117,9 +125,9 @@ class AnswerLoss:
         Returns:
             The token ids of the prompt and the answer, and the position at which the answer starts.
         """
-        prompt = task.format_prompt(example)
-        ids = self.tokenizer(prompt + task.format_answer(example))["input_ids"]
-        return ids, len(self.tokenizer(prompt)["input_ids"])
+        prompt, answer = task.format_prompt(example), task.format_answer(example)
+        (found,) = encode(self.tokenizer, prompt, [answer], self.window)
+        return [*found.prompt, *found.choices[0]], len(found.prompt)
 
     def collate(self, rows: Sequence[tuple[list[int], int]]) -> dict[str, Tensor]:
         """Pad token ids on the right and mark the tokens to predict.
@@ -140,9 +148,6 @@ class AnswerLoss:
     def compute_loss(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         """Compute the mean cross-entropy of each answer's tokens, averaged over the examples.
 
-        The output layer runs at the answers' positions only, because it would cost more than the
-        rest of the model on short prompts.
-
         Args:
             model: The model, which may be wrapped by peft.
             batch: The batch.
@@ -151,11 +156,10 @@ class AnswerLoss:
             The loss.
         """
         causal, targets = _unwrap(model), batch["targets"]
-        hidden = causal.base_model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-        ).last_hidden_state
+        read = {name: batch[name] for name in ("input_ids", "attention_mask")}
         chosen = targets >= 0
-        logits = causal.get_output_embeddings()(hidden[chosen])
+        with explain_forward_errors(causal):
+            logits = self.output.compute_logits(causal, read, chosen)
         losses = nn.functional.cross_entropy(logits.float(), targets[chosen], reduction="none")
         row = chosen.nonzero()[:, 0]
         sums = torch.zeros(len(targets), device=losses.device).index_add(0, row, losses)
@@ -189,31 +193,29 @@ class SimilarityLoss:
             UsageError: The example has no choices, or its answer is not among them.
         """
         answer, question = task.require_answer(example), self.similarity.question(task, example)
-        tokens = tokenise(self.similarity.tokenizer, question.text)
+        tokens = tokenise(self.similarity.tokenizer, question.text, self.similarity.window)
         return tokens, self.similarity.heads(question.choices), answer
 
-    def collate(self, rows: Sequence[tuple[tuple[int, ...], Tensor, int]]) -> dict[str, Tensor]:
-        """Pad the token ids and the choices.
+    def collate(self, rows: Sequence[tuple[tuple[int, ...], Tensor, int]]) -> dict[str, Any]:
+        """Pad the choices.
 
         Args:
             rows: The encoded examples.
 
         Returns:
-            `input_ids` and `attention_mask` `[B, T]`, `heads` `[B, C, D]`, the mask `choices`
-            `[B, C]`, which is false for padding, and `answers` `[B]`.
+            `texts`, the token ids of each text, `heads` `[B, C, D]`, the mask `choices` `[B, C]`,
+            which is false for padding, and `answers` `[B]`.
         """
-        ids_BT, real_BT = pad([ids for ids, _, _ in rows], "cpu")
         heads_BCD = nn.utils.rnn.pad_sequence([heads for _, heads, _ in rows], batch_first=True)
         counts = torch.tensor([len(heads) for _, heads, _ in rows])
         return {
-            "input_ids": ids_BT,
-            "attention_mask": real_BT.long(),
+            "texts": [ids for ids, _, _ in rows],
             "heads": heads_BCD,
             "choices": torch.arange(heads_BCD.shape[1]) < counts[:, None],
             "answers": torch.tensor([answer for _, _, answer in rows]),
         }
 
-    def compute_loss(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+    def compute_loss(self, model: Any, batch: dict[str, Any]) -> Tensor:
         """Compute the cross-entropy of the scaled cosines, averaged over the examples.
 
         Args:
@@ -223,8 +225,10 @@ class SimilarityLoss:
         Returns:
             The loss.
         """
-        read = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        text_BD = pool(_unwrap(model), read)
+        encoder, device = _unwrap(model), batch["heads"].device
+        ids_BT, real_BT = pad(batch["texts"], device, token=find_pad_token(encoder))
+        with explain_forward_errors(encoder):
+            text_BD = pool(encoder, {"input_ids": ids_BT, "attention_mask": real_BT.long()})
         logits_BC = SCALE * torch.einsum("bcd,bd->bc", batch["heads"], text_BD)
         logits_BC = logits_BC.masked_fill(~batch["choices"], float("-inf"))
         return nn.functional.cross_entropy(logits_BC, batch["answers"])
@@ -277,7 +281,9 @@ class ChoiceLoss:
         Returns:
             The loss.
         """
-        logits_BC = self.reader.read(_unwrap(model), batch["rows"])
+        inner = _unwrap(model)
+        with explain_forward_errors(inner):
+            logits_BC = self.reader.read(inner, batch["rows"])
         return nn.functional.cross_entropy(logits_BC, batch["answers"])
 
 

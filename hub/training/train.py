@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
+from experthub.hub.bases.base import Base
 from experthub.hub.bases.base_sources import find
 from experthub.hub.bases.loading import load_model
+from experthub.hub.composition.weight_reads import WeightReads
 from experthub.hub.composition.weights import Contents, load_task_vector
-from experthub.hub.errors import UsageError
+from experthub.hub.errors import HubError, UsageError
 from experthub.hub.files.atomic import create_folder
-from experthub.hub.formats.adapter import ADAPTER, GATES
+from experthub.hub.formats.adapter import ADAPTER, ADAPTER_CONFIG, GATES, read_adapter
 from experthub.hub.kinds import kinds
+from experthub.hub.kinds.placement import place_changes
 from experthub.hub.recipes.recipe import Recipe
 from experthub.hub.recipes.resolution import resolve
 from experthub.hub.registry.content import Content
@@ -24,10 +29,11 @@ from experthub.hub.store.store import Store
 from experthub.hub.tasks.task_files import read_task
 from experthub.hub.training.fit import Settings, fit_task
 from experthub.hub.training.objectives import is_frozen, make_objective
+from experthub.hub.training.targets import ALL_LINEAR, Targets, choose_targets
 from experthub.hub.transfer.describe import create_checkpoint_folder, describe
 from experthub.hub.transfer.pull import pull
 from experthub.hub.transfer.remotes.no_network import forbid_network
-from experthub.merge import LowRank
+from experthub.merge import LowRank, find_weight_reads
 from experthub.routing import ExpertStack, RoutedLinear, make_gate, uniform
 from torch import Tensor, nn
 
@@ -43,9 +49,10 @@ def train_lora(
     *,
     rank: int = 4,
     alpha: float | None = None,
+    targets: str = ALL_LINEAR,
     session: Session | None = None,
 ) -> Expert:
-    """Train a LoRA on every linear layer of a base, on one task's training split, and store it.
+    """Train a LoRA on the linear layers of a base, on one task's training split, and store it.
 
     An interrupted run continues from its last checkpoint if it is started again with the same
     settings. The loss curve is `loss.json` in the run's folder, `$HUB_HOME/runs/<name>-<digest of
@@ -58,6 +65,8 @@ def train_lora(
         settings: Steps, batch size, learning rate, examples and seed.
         rank: The rank of every LoRA, at least 1.
         alpha: LoRA's alpha. The default is twice the rank.
+        targets: The layers: `all-linear`, names with commas between them, or a regular expression
+            that matches whole paths. The fused experts of a mixture can be named, too.
         session: The registry, the store, the device and the progress callback. The default is
             `Session()`.
 
@@ -65,8 +74,8 @@ def train_lora(
         The registered expert, the next version of its name.
 
     Raises:
-        UsageError: The name is malformed, or the device cannot be used.
-        HubError: The base or the task cannot be read, or training diverged.
+        UsageError: The name is malformed, the device cannot be used, or `targets` selects no layer.
+        HubError: The base or the task cannot be read, peft refuses the layers, or training diverged.
 
     Example:
         >>> from experthub import hub
@@ -75,9 +84,6 @@ def train_lora(
         >>> hub.train_lora(base, task, "intents", settings).reference  # doctest: +SKIP
         'intents@1'
     """
-    from peft import LoraConfig, get_peft_model
-    from safetensors.torch import load_file, save_file
-
     session = session or Session()
     check_name(name)
     read = read_task(task)
@@ -85,24 +91,57 @@ def train_lora(
     torch.manual_seed(settings.seed)
     model = load_model(found, "float32", session.device)
     objective, causal = make_objective(found, session.device), found.is_causal
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank if alpha is None else alpha,
-        task_type=found.peft_task_type,
-        target_modules="all-linear",
-        exclude_modules=[n for n, _ in model.named_modules() if is_frozen(n, causal)] or None,
-    )
-    with forbid_network():
-        adapted = get_peft_model(model, config)
-    record = {**asdict(settings), "rank": rank, "alpha": config.lora_alpha}
+    alpha = 2 * rank if alpha is None else alpha
+    frozen = [n for n, _ in model.named_modules() if is_frozen(n, causal)]
+    chosen = choose_targets(targets, found, model.config.model_type, frozen)
+    adapted = _adapt(model, chosen, rank, alpha, found)
+    record = {**asdict(settings), "rank": rank, "alpha": alpha}
+    record |= {} if targets == ALL_LINEAR else {"targets": targets}
     key = {"kind": "lora", "base": found.digest, "task": read.digest, **record}
     run = create_checkpoint_folder(name, key)
+    _save_lora(adapted, found, run / "untrained")
+    _check_accepted(run / "untrained", found)
     loss = fit_task(adapted, objective, read, settings, run, session.report)
-    with create_folder(run / "expert") as folder:
+    _save_lora(adapted, found, run / "expert")
+    record |= {"examples": min(settings.examples, len(read.split("train"))), "loss": loss}
+    return describe(run / "expert", name, found, session, task=task, training=record)
+
+
+def _adapt(model: Any, chosen: Targets, rank: int, alpha: float, base: Base) -> Any:
+    """Put an untrained LoRA into a model."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        task_type=base.peft_task_type,
+        target_modules=chosen.modules,
+        target_parameters=chosen.parameters or None,
+        exclude_modules=chosen.excluded or None,
+    )
+    try:
+        with forbid_network():
+            adapted = get_peft_model(model, config)
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise HubError(
+            f"base {base.name}: peft cannot adapt it: {reason}",
+            "choose other layers with --targets",
+        ) from None
+    return adapted
+
+
+def _save_lora(adapted: Any, found: Base, to: Path) -> None:
+    """Write a LoRA in bfloat16 as peft does."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.rmtree(to, ignore_errors=True)
+    with create_folder(to) as folder:
         written = adapted.peft_config["default"]
-        written.base_model_name_or_path = found.name
+        written.base_model_name_or_path = found.public_name
         # These are sets in peft. Their order differs between processes, and the digest would, too.
         written.target_modules = sorted(written.target_modules)
+        written.target_parameters = sorted(written.target_parameters or ()) or None
         written.exclude_modules = sorted(written.exclude_modules or ()) or None
         # The default looks for the base's name at the Hub, to compare the vocabularies.
         with forbid_network():
@@ -110,8 +149,13 @@ def train_lora(
         half = {n: t.bfloat16() for n, t in load_file(folder / ADAPTER).items()}
         save_file(half, folder / ADAPTER, metadata={"format": "pt"})
         (folder / "README.md").unlink(missing_ok=True)
-    record |= {"examples": min(settings.examples, len(read.split("train"))), "loss": loss}
-    return describe(run / "expert", name, found, session, task=task, training=record)
+
+
+def _check_accepted(folder: Path, base: Base) -> None:
+    """Check, before it is trained, that a LoRA will be accepted as an expert of its base."""
+    adapted = read_adapter(folder / ADAPTER_CONFIG, folder / ADAPTER, "the LoRA to be trained")
+    place_changes(adapted, base.names, "the LoRA to be trained", base.name)
+    shutil.rmtree(folder)
 
 
 def train_gate(
@@ -225,7 +269,7 @@ def _insert_gates(
     plan = resolve(recipe, session=session)
     with Contents(plan.members, session.store, gates=False) as contents:
         vector = load_task_vector(plan.experts[0], plan, contents)
-    gated = {}
+    gated, reads = {}, find_weight_reads(model)
     for parameter in plan.parameters:
         module = parameter.removesuffix(".weight")
         delta = vector[parameter]
@@ -239,4 +283,5 @@ def _insert_gates(
             )
             model.set_submodule(module, linear)
             gated[module] = linear
+    WeightReads.attach(model, {path: read for path, read in reads.items() if path in gated})
     return gated

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from experthub.hub.conversion.opening import open_native
+from experthub.hub.kinds import kinds
 from experthub.hub.registry.entries import check_name
 from experthub.hub.registry.expert import Expert, make_source_relative
+from experthub.hub.registry.proof_record import Proof
 from experthub.hub.session import Session
 from experthub.hub.transfer.describe import add_folder
 from experthub.hub.transfer.sources import OpenedSource
@@ -24,6 +27,7 @@ def add_expert(
     task: str | None = None,
     description: str | None = None,
     subfolder: str = "",
+    proof: bool | None = False,
     file: Path | None = None,
     **more: Any,
 ) -> Expert:
@@ -38,6 +42,8 @@ def add_expert(
         task: The task that the expert was trained on.
         description: One line about the expert.
         subfolder: The sub-folder that holds the adapter, if there are several.
+        proof: Whether an adapter in PEFT's format is compared with peft. None means if its base is
+            on this machine and not large.
         file: The registry file to write to. The default is the user's own registry.
         **more: Further arguments of `add_folder`.
 
@@ -46,6 +52,7 @@ def add_expert(
 
     Raises:
         HubError: The place holds no expert, or one that cannot be used.
+        IntegrityError: The expert differs from what peft computes.
     """
     check_name(name)
     opened = OpenedSource(place, MappingProxyType({}))
@@ -64,5 +71,15 @@ def add_expert(
             source=make_source_relative(whole, file.resolve().parent) if file else whole,
             file=file,
             made_from=native.made_from,
+            prove=partial(_prove, native.opened.folder, session, proof),
             **more,
         )
+
+
+def _prove(folder: Path, session: Session, proof: bool | None, expert: Expert) -> Proof | None:
+    """Compare an adapter in PEFT's format with peft, unless no proof is wanted."""
+    if proof is False or not kinds[expert.kind].peft:
+        return None
+    from experthub.hub.proofs.proof import load_with_peft, prove
+
+    return prove(expert, load_with_peft(folder), session, requested=proof is True)

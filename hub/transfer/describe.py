@@ -24,10 +24,13 @@ from experthub.hub.registry.entries import (
     register,
 )
 from experthub.hub.registry.expert import DESCRIPTION, Expert, Identity, make_source_relative
-from experthub.hub.registry.registry import Registry
+from experthub.hub.registry.proof_record import Proof
 from experthub.hub.session import Session
 from experthub.hub.store.folder import read_description, read_folder
 from experthub.hub.transfer.sources import open_source
+
+# A proof is made where an expert is added; that of somebody else proves nothing here.
+DESCRIBED = Expert.model_fields.keys() - {"proof"}
 
 
 def describe(
@@ -130,7 +133,7 @@ def format_description(expert: Expert, identity: Identity) -> str:
     Returns:
         The JSON text, without the sources of the entry.
     """
-    record = expert.model_dump(mode="json", exclude={"sources", "digest"})
+    record = expert.model_dump(mode="json", exclude={"sources", "digest", "proof"})
     return format_json({**record, "identity": identity.record()})
 
 
@@ -149,6 +152,7 @@ def add_folder(
     stated: str | None = None,
     made_from: Mapping[str, Any] = MappingProxyType({}),
     check: Callable[[Expert], None] = lambda expert: None,
+    prove: Callable[[Expert], Proof | None] = lambda expert: None,
 ) -> Expert:
     """Copy a folder that somebody wrote into the store, and register it under a name.
 
@@ -168,6 +172,8 @@ def add_folder(
         stated: The digest that the source states, if it states one.
         made_from: The record of the conversion that made the folder, if one did.
         check: A function that raises an error if the entry must not be registered.
+        prove: A function that compares the stored expert with its own library. If it raises an
+            error, the expert is not registered.
 
     Returns:
         The expert as it is registered.
@@ -190,7 +196,7 @@ def add_folder(
             )
         same = _find_same(name, identity.digest, given, session) if not (version or file) else None
         if same is None:
-            entry = _make_entry(draft, name, identity, session.registry, version, given)
+            entry = _make_entry(draft, name, identity, session, version, given)
             entry["sources"] = [source or _make_source(folder, file)]
             entry |= {"made_from": dict(made_from)} if made_from else {}
             hint = "correct the field, or remove it"
@@ -201,6 +207,8 @@ def add_folder(
         session.store.take(draft, identity, hashed=own)
     if same is not None:
         return same
+    if (proof := prove(expert)) is not None:
+        expert = expert.model_copy(update={"proof": proof})
     register(expert, file)
     session.refresh()
     return expert
@@ -223,7 +231,7 @@ def _make_entry(
     folder: Path,
     name: str,
     identity: Identity,
-    registry: Registry,
+    session: Session,
     version: int | None,
     given: dict[str, str],
 ) -> dict[str, Any]:
@@ -235,16 +243,16 @@ def _make_entry(
             f"{folder / DESCRIPTION}: the version {own} is above {MAX_VERSION}",
             "correct the version, or choose another name with --name",
         )
-    entry: dict[str, Any] = {key: stated[key] for key in Expert.model_fields if key in stated}
+    entry: dict[str, Any] = {key: stated[key] for key in DESCRIBED if key in stated}
     entry |= {
         "name": name,
         "version": check_version(name, version)
         if version
-        else own or find_next_version(name, registry.list_experts()),
+        else own or find_next_version(name, session.registry.list_experts()),
         "kind": identity.kind,
         "base": given.get("base")
         or stated.get("base")
-        or _find_base_name(folder, identity, registry),
+        or _find_base_name(folder, identity, session),
         "digest": identity.digest,
     }
     return entry | given
@@ -275,12 +283,18 @@ def _make_source(folder: Path, file: Path | None) -> str:
     return make_source_relative(whole, file.resolve().parent) if file else whole
 
 
-def _find_base_name(folder: Path, identity: Identity, registry: Registry) -> str:
-    """Return the base that a folder's files name, under its name in the registry if it has one."""
+def _find_base_name(folder: Path, identity: Identity, session: Session) -> str:
+    """Return the base that a folder's files name, under its name in the registry if it has one.
+
+    An adapter that was trained on a quantised copy of a base gets the base itself, with a note.
+    """
     named = kinds[identity.kind].base_name(folder)
     if not named:
         return "unknown"
     try:
-        return registry.find_base(named)[0]
+        return session.registry.find_base(named)[0]
     except NotFoundError:
-        return named
+        original = session.registry.find_original_base(named)
+    if original is not None:
+        session.report(f"note: {named} is taken for a quantised copy of {original}", 0, 0)
+    return original or named

@@ -11,7 +11,8 @@ from experthub.hub.errors import HubError
 from experthub.hub.files.atomic import hub_home, open_draft_folder
 from experthub.hub.formats.oci_layout import EXPERT_DIGEST, OciLayout, is_layout
 from experthub.hub.progress import Report, silent
-from experthub.hub.registry.expert import Reference, list_file_patterns
+from experthub.hub.registry.expert import Reference
+from experthub.hub.registry.file_patterns import list_fetched_files
 from experthub.hub.transfer.remotes import hf
 
 
@@ -87,7 +88,7 @@ def open_source(source: str, near: Path, report: Report = silent) -> Iterator[Op
         NotFoundError: There is no such expert in the shared folder or archive.
         IntegrityError: The shared folder or archive is damaged.
     """
-    place, hashed = _fetch(source, near, list_file_patterns(), report)
+    place, hashed = _fetch(source, near, list_fetched_files(), report)
     if source.startswith("hf:") and not hashed:
         hashed = hf.verify_fetched(place)
     if not is_layout(place):

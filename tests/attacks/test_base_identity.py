@@ -19,11 +19,12 @@ from experthub.hub.bases import base as bases
 from experthub.hub.bases.base_sources import find
 from experthub.hub.bases.identity import READ_BY_TRANSFORMERS
 from experthub.hub.bases.loading import load_model, load_tokenizer
-from experthub.hub.bases.used_weights import find_unused_weights
+from experthub.hub.bases.name_map import read_names
 from experthub.hub.composition.generation import generate_text
 from experthub.hub.errors import HubError, IntegrityError
 from experthub.hub.files import yaml_files
 from experthub.hub.recipes.lock_file import Lock, lock_path
+from experthub.hub.transfer.remotes import hf
 from hf_server import HfServer
 from huggingface_hub import CommitOperationAdd, HfApi
 from safetensors.torch import load_file, save_file
@@ -324,7 +325,7 @@ def test_a_base_is_loaded_as_transformers_alone_loads_it(
         model.save_pretrained(folder, max_shard_size="20KB")
         assert (folder / "model.safetensors.index.json").is_file()
     base = bases.read(folder, "base")
-    assert find_unused_weights(base) == []
+    assert read_names(base).unused == ()
     for dtype in ("float32", "bfloat16"):
         ours = load_model(base, dtype, None)
         alone = getattr(transformers, kind[1]).from_pretrained(folder, dtype=dtype)
@@ -342,9 +343,9 @@ def test_a_base_is_loaded_as_transformers_alone_loads_it(
         assert len(tied) == len({id(p) for p in alone.parameters()})
 
 
-def publish(api: HfApi, folder: Path) -> str:
+def publish(api: HfApi, folder: Path, repository: str = "alice/b") -> str:
     files = [CommitOperationAdd(f.name, str(f)) for f in folder.iterdir() if f.is_file()]
-    made = api.create_commit("alice/b", files, commit_message="a base")
+    made = api.create_commit(repository, files, commit_message="a base")
     return str(made.oid)
 
 
@@ -451,8 +452,47 @@ def test_cached_scores_are_of_the_present_encoder(recipe: Path, tiny_task: str) 
     assert run_hub(*words).code == 0
     edit("config.json", layer_norm_eps=50.0)(Path("encoder"))
     ran = run_hub(*words, "--frozen")
-    assert ran.code == 6 and "an encoder of texts" in ran.err
+    assert ran.code == 6 and "the encoder ./encoder" in ran.err
     assert run_hub(*words, "--no-cache").json["tasks"] == run_hub(*words).json["tasks"]
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_lock_pins_the_commit_of_an_encoder(
+    named: bool,
+    recipe: Path,
+    tiny_task: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tiny_bert(Path("encoder"))
+    for number in (1, 2):
+        words = ["--name", f"mine-{number}", "--task", tiny_task, "--base", "./base"]
+        assert run_hub("add", f"expert-{number}", *words).code == 0
+    with HfServer(tmp_path / "server") as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        api = HfApi(endpoint=server.url, token="hf_write")
+        api.create_repo("alice/e")
+        first = publish(api, Path("encoder"), "alice/e")
+        name = "far" if named else "hf:alice/e"
+        Path("registry.yaml").write_text("version: 1\nbases: {far: {sources: ['hf:alice/e']}}\n")
+        route = {"method": "retrieval", "embedder": name, "examples": 4}
+        content = {"base": "./base", "experts": ["mine-1", "mine-2"], "route": route}
+        recipe.write_text(yaml_files.dump(content))
+        assert run_hub("lock", recipe).code == 0
+        held = Lock.read(lock_path(recipe)).encoders
+        assert held is not None and held[name].commit == first
+        words = ["eval", recipe, "--tasks", tiny_task, "--split", "test", "--json"]
+        before = run_hub(*words, "--frozen")
+        edit("config.json", layer_norm_eps=50.0)(Path("encoder"))
+        assert publish(api, Path("encoder"), "alice/e") != first
+        # Without the copy of the encoder, as on another machine.
+        shutil.rmtree(Path(os.environ["HUB_HOME"], "hf"))
+        Path("registry.yaml").unlink()
+        after = run_hub(*words, "--frozen", "--no-cache")
+        assert after.code == 0, after.err
+        assert after.json["tasks"] == before.json["tasks"]
+        (fetched,) = Path(os.environ["HUB_HOME"]).glob("hf/alice--e/*-*")
+        assert hf.read_commit(fetched) == first
 
 
 @pytest.mark.parametrize("key", ["prompt_lookup_num_tokens", "assistant_early_exit"])

@@ -9,7 +9,7 @@ import pytest
 from experthub.hub.bases.base import Base
 from experthub.hub.bases.loading import load_tokenizer
 from experthub.hub.composition import chat_template
-from experthub.hub.composition.generation import tokenise_prompt
+from experthub.hub.composition.generation import read_prompt
 from experthub.hub.errors import HubError
 
 pytestmark = pytest.mark.attack
@@ -42,7 +42,7 @@ def test_templates_end(what: str, base: Base, monkeypatch: pytest.MonkeyPatch) -
     tokenizer = load_tokenizer(base)
     tokenizer.chat_template, code = TEMPLATES[what]
     with pytest.raises(HubError) as caught:
-        tokenise_prompt(base, tokenizer, "x", chat=True)
+        read_prompt(base, tokenizer, "x", chat=True)
     assert caught.value.code == code, caught.value.message
     assert "chat template" in caught.value.message and len(caught.value.message) < 600
 

@@ -17,8 +17,9 @@ import pytest
 from conftest import run_hub, tiny_llama
 from experthub.hub.bases import base as bases
 from experthub.hub.bases.base import Base
+from experthub.hub.bases.building import build_empty
 from experthub.hub.bases.gguf import convert_gguf
-from experthub.hub.bases.loading import find_linear_modules, load_model, load_tokenizer
+from experthub.hub.bases.loading import load_model, load_tokenizer
 from experthub.hub.errors import HubError, IntegrityError
 from experthub.hub.transfer.remotes.no_network import forbid_network
 from hf_server import HfServer
@@ -93,7 +94,7 @@ def detr(folder: Path) -> Base:
     return Base("vision", folder, "", "", {}, 0, "F32")
 
 
-@pytest.mark.parametrize("load", [find_linear_modules, lambda b: load_model(b, "float32", None)])
+@pytest.mark.parametrize("load", [build_empty, lambda b: load_model(b, "float32", None)])
 def test_a_backbone_that_no_check_saw(
     load: Callable[[Base], Any], server: HfServer, opened: list[Any], tmp_path: Path
 ) -> None:
@@ -108,7 +109,7 @@ def test_loading_opens_no_socket(
     base = bases.read(base_folder, "org/name")
     load_model(base, "float32", None)
     load_tokenizer(base)
-    find_linear_modules(base)
+    build_empty(base)
     convert_gguf(write_gguf(tmp_path / "x.gguf"), tmp_path)
     assert not opened
 

@@ -285,7 +285,7 @@ def test_sampling_is_that_of_the_seed_in_any_thread(composed: Callable[..., Any]
 
 def test_a_hidden_progress_bar_comes_back() -> None:
     """Two threads hide it, and the first to begin is the last to end, or the other way round."""
-    from experthub.hub.bases.loading import hide_progress_bars
+    from experthub.hub.bases.building import hide_progress_bars
     from transformers.utils import logging
 
     assert logging.is_progress_bar_enabled()

@@ -17,7 +17,7 @@ from experthub.hub.bases.gguf import convert_gguf
 from experthub.hub.bases.wheel import unpack_model
 from experthub.hub.errors import HubError, IntegrityError
 from experthub.hub.formats.coefficients import CoefficientsRecord, read_coefficients
-from experthub.hub.formats.lora_config import is_targeted
+from experthub.hub.formats.peft_rules import is_targeted
 from experthub.hub.transfer.remotes._http import open_client
 from experthub.merge import LowRank, MethodFailure
 from experthub.merge import truncate as truncate_delta

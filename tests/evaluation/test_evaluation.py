@@ -63,18 +63,6 @@ def test_choices_score_as_in_a_plain_forward(
         assert row == pytest.approx(right, abs=5e-4)
 
 
-def test_a_choice_that_merges_with_the_prompt_has_its_own_prompt() -> None:
-    """Tokens of prompt + choice minus those of the prompt, where the boundary moves."""
-
-    def tokenizer(text: Any) -> dict[str, Any]:
-        merged = {"ab c": [9, 3], "ab d": [1, 2, 4], "ab": [1, 2]}
-        ids = [merged[t] for t in text] if isinstance(text, list) else merged[text]
-        return {"input_ids": ids}
-
-    items = encode(tokenizer, "ab", [" c", " d"])
-    assert [(i.prompt, i.choices) for i in items] == [((9,), ((3,),)), ((1, 2), ((4,),))]
-
-
 def test_result_has_the_form_of_the_contract(
     base_folder: Path, tiny_task: str, expert_folder: Callable[..., Path]
 ) -> None:

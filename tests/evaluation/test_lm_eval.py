@@ -1,5 +1,7 @@
 """Scores against lm-evaluation-harness itself, which runs in a virtual environment of its own.
 
+Tokens that span the end of a prompt are scored in another way, see docs/evaluation.md.
+
 The environment is the one of `benchmarks/evaluate.py`, kept below the hub home of whoever runs this.
 """
 
@@ -44,13 +46,7 @@ SPACES = [
     (f"What follows:{end}", ["yes", "now", "yet", "yyyyyyyyyyy"])
     for end in (" ", "  ", "\n", "\n\n", "\t", "\r\n", "\u00a0", "\u2003", " \n ")
 ]
-MERGING = [
-    ("Go:", ["yes", "now", "yes or no"]),  # all choices take the colon's token with them
-    ("Go.", ["yes", "now", "yes yes yes yes"]),  # those with a y merge further than the other
-    ("Go.:", ["y y", "now", "no.: yes"]),
-    ("Go. Go:", ["yes", "xes"]),
-]
-QUESTIONS = {"plain": PLAIN, "unicode": UNICODE, "ends": ENDS, "spaces": SPACES, "merging": MERGING}
+QUESTIONS = {"plain": PLAIN, "unicode": UNICODE, "ends": ENDS, "spaces": SPACES}
 
 
 @pytest.fixture(scope="module")
@@ -75,15 +71,6 @@ def edited(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
     return folder
 
 
-def merging(tokenizer: dict[str, Any]) -> None:
-    """Let tokens span a space, and the end of a prompt with it; byte-level BPE writes it Ġ."""
-    merges = [(":", "Ġ"), ("Ġ", "y"), (".", "Ġy"), (".Ġy", "e"), ("n", "o")]
-    for number, (left, right) in enumerate(merges):
-        tokenizer["model"]["merges"].append([left, right])
-        tokenizer["model"]["vocab"][left + right] = 259 + number
-    tokenizer["pre_tokenizer"]["use_regex"] = False
-
-
 def beginning(tokenizer: dict[str, Any]) -> None:
     """Put <s> in front of every text."""
     begin, text = {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A"}}
@@ -96,13 +83,13 @@ def beginning(tokenizer: dict[str, Any]) -> None:
     }
 
 
-@pytest.fixture(scope="module", params=["bytes", "merging", "beginning"])
+@pytest.fixture(scope="module", params=["bytes", "beginning"])
 def sides(
     request: pytest.FixtureRequest, harness: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[list[Any], list[Any]]]:
     """Tokenise every group of questions on both sides with one tokenizer."""
     folder = tiny_llama(tmp_path_factory.mktemp("model"), vocab_size=300)
-    change = {"merging": merging, "beginning": beginning}.get(request.param)
+    change = {"beginning": beginning}.get(request.param)
     base = bases.read(edited(folder, change) if change else folder, "tiny")
     tokenizer, model = load_tokenizer(base).tokenizer, load_model(base, "float32", "cpu")
     peer = harness.LmEval(CACHE, folder, tmp_path_factory.mktemp("tasks"))

@@ -40,7 +40,8 @@ from experthub.hub.formats.task_vector import SHARD, SHARD_INDEX, find_files
 from experthub.hub.recipes.lock_file import Lock
 from experthub.hub.recipes.recipe import Recipe
 from experthub.hub.registry import registry
-from experthub.hub.registry.expert import Reference, list_file_patterns, make_source_absolute
+from experthub.hub.registry.expert import Reference, make_source_absolute
+from experthub.hub.registry.file_patterns import list_file_patterns
 from experthub.hub.registry.registry import Registry
 from experthub.hub.session import Session
 from experthub.hub.store.folder import read_folder

@@ -15,7 +15,8 @@ from experthub import hub
 from experthub.hub.errors import IntegrityError, NotFoundError
 from experthub.hub.files.patterns import matches_any
 from experthub.hub.formats.task_vector import SHARD, SHARD_INDEX, TASK_VECTOR
-from experthub.hub.registry.expert import Reference, list_file_patterns
+from experthub.hub.registry.expert import Reference
+from experthub.hub.registry.file_patterns import list_file_patterns
 from experthub.hub.registry.registry import Registry
 from experthub.hub.store.folder import read_folder
 from experthub.hub.store.store import Store

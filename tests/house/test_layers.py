@@ -13,7 +13,9 @@ import pytest
 from sources import PACKAGES, ROOT, each_source
 
 # Modules of hub that load, convert or train models.
-MODEL_MODULES = {"fit", "gguf", "loading", "train"}
+MODEL_MODULES = {
+    *("building", "fit", "gguf", "loading", "logprobs", "name_map", "proof", "row_cache", "train"),
+}
 WRITING = re.compile(
     r"\.(write_text|write_bytes|rename|touch|hardlink_to|symlink_to)$"
     r"|^os\.(replace|rename|link|symlink)$|^shutil\.(copy|copy2|copyfile|copytree|move)$"

@@ -20,9 +20,12 @@ MAX_FILE, MAX_FUNCTION = 300, 60  # lines
 # Modules of hub that light commands import, and what loads torch, which they import when it is used.
 # Modules of cli defer everything: a command imports what it needs itself.
 DEFERRED = {
-    "hub.bases.gguf": {"hub.bases.loading", "hub.bases.model_size"},
+    "hub.bases.base": {"hub.bases.name_map", "hub.bases.stored_weights"},
+    "hub.bases.gguf": {"hub.bases.building", "hub.bases.model_size"},
     "hub.conversion.opening": {"hub.conversion.convert"},
-    "hub.kinds.lora": {"hub.formats.safetensors_reader", "merge"},
+    "hub.kinds.lora": {"hub.formats.safetensors_reader", "hub.kinds.dense_changes"},
+    "hub.kinds.placement": {"merge"},
+    "hub.transfer.adding": {"hub.proofs.proof"},
     "hub.kinds.task_vector": {"merge"},
     "hub.recipes.method": {"merge", "routing"},
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from experthub.hub.files import atomic
@@ -42,6 +43,23 @@ def test_what_killed_processes_left_goes(tmp_path: Path) -> None:
             assert first.is_dir() and second.is_dir() and first != second
         assert first.is_dir() and not second.exists()
     assert not first.exists()
+
+
+def test_a_draft_is_made_again_if_another_process_takes_it_for_a_leftover(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, make = [], Path.mkdir
+
+    def make_and_lose_the_first(path: Path, *arguments: Any, **options: Any) -> None:
+        make(path, *arguments, **options)
+        if path.name.startswith(".folder"):
+            made.append(path)
+            if len(made) == 1:
+                path.rmdir()
+
+    monkeypatch.setattr(Path, "mkdir", make_and_lose_the_first)
+    with atomic.open_draft_folder(tmp_path / "folder") as draft:
+        assert draft.is_dir() and made == [made[0], draft]
 
 
 def test_a_file_system_without_unnamed_files(

@@ -21,7 +21,8 @@ from experthub.hub.bases.loading import load_model
 from experthub.hub.errors import IntegrityError
 from experthub.hub.formats.adapter import ADAPTER, ADAPTER_CONFIG
 from experthub.hub.kinds import ExpertKind, kinds
-from experthub.hub.registry.expert import Identity, list_file_patterns
+from experthub.hub.registry.expert import Identity
+from experthub.hub.registry.file_patterns import list_file_patterns
 from experthub.hub.store.folder import read_folder
 from experthub.hub.store.store import _read_record
 from pydantic import ValidationError

@@ -13,7 +13,7 @@ from conftest import LINEARS, logits, make_expert, run_hub, tiny_bert
 from experthub import hub
 from experthub.hub.bases.base import Base
 from experthub.hub.bases.loading import load_model, load_tokenizer
-from experthub.hub.composition.generation import generate_ids, tokenise_prompt
+from experthub.hub.composition.generation import generate_ids, read_prompt
 from experthub.hub.errors import UsageError
 from experthub.hub.evaluation.routing_map import map_routing
 from experthub.hub.tasks.task import Card, Example, example_id
@@ -261,7 +261,7 @@ def test_a_chat_template_has_the_special_tokens_once(base: Base) -> None:
     )
     tokenizer.chat_template = "{{ bos_token }}{{ messages[0]['content'] }}"
     for chat in (False, True):
-        ids = tokenise_prompt(base, tokenizer, "hi", chat)
+        ids = read_prompt(base, tokenizer, "hi", chat)
         assert ids[0] == 256 and ids.count(256) == 1 and len(ids) == 3
 
 
@@ -307,9 +307,10 @@ def test_an_encoder_without_its_pooler(tmp_path: Path) -> None:
         "note: pooler.dense does not read every token once, and is omitted"
     ]
     assert len(ran.json["tokens"]) == len("firedeep sea") and len(ran.json["modules"]) == 8
-    long = run_hub("trace", path, "-p", "x" * 300, "--json")
-    assert len(long.json["tokens"]) == 256
-    assert long.lines("note: at most") == ["note: at most 256 tokens of prompt 1 are read"]
+    long = run_hub("trace", path, "-p", "x" * 600, "--json")
+    assert len(long.json["tokens"]) == 512
+    (note,) = long.lines("note: the text")
+    assert "has 600 tokens" in note and "reads at most 512" in note
     ran = run_hub("trace", path, "-p", "x", "--generate", "2")
     assert ran.code == 2 and "cannot generate" in ran.err
     ran = run_hub("trace", path, "-p", "ab", "--module", "pooler.*")
@@ -378,11 +379,10 @@ def test_a_merge_is_refused_before_it_is_loaded(folders: list[Path], base_folder
         ((), "no text to trace was given"),
         (("-p", "x", "--task", "local:parity"), "--prompt and --task exclude each other"),
         (("-p", ""), "prompt 1 is empty"),
-        (("-p", "x", "-p", "x" * 513), "prompt 2 has 513 tokens"),
-        (
-            ("-p", "x" * 500, "--generate", "20"),
-            "prompt 1 has 520 tokens, including those to generate",
-        ),
+        (("-p", "x", "-p", "x" * 513, "--long", "refuse"), "... has 513 tokens"),
+        (("-p", "x" * 500, "--generate", "20", "--long", "refuse"), "... has 520 tokens"),
+        (("-p", "x", "--generate", "512"), "512 tokens are to follow a text"),
+        (("-p", "x", "--long", "drop"), "unknown rule for long texts 'drop'"),
         (("-p", "x", "--module", "nothing"), "no routed module matches 'nothing'"),
         (("-p", "x", "--module", "(q"), "is not a regular expression"),
         (("-p", "x", "--module", "(.*)*(.*)*(.*)*(.*)*(.*)*x!"), "matching takes too long"),

@@ -332,7 +332,7 @@ def diff_words(base: Path, tuned: Path, *more: str) -> Ran:
     ("change", "options", "code", "error", "hint"),
     [
         (resized, (), 1, "[260, 32] in ", "vocabulary"),
-        (renamed, (), 1, "has model.norm.weight, which", "did you mean 'model.norm.weights'"),
+        (renamed, (), 3, "lack 1 of the weights", "save the whole model again"),
         (infinite, (), 3, "model.norm.weight of ", "NaN"),
         (only_the_norm, ("--rank", "2"), 1, "no linear module", "--sparse"),
         (only_the_norm, ("--energy", "0.5"), 1, "no linear module", "--sparse"),

@@ -11,7 +11,7 @@ from experthub.hub.conversion.file_formats.peft_files import open_tensors
 from experthub.hub.conversion.foreign_adapter import ForeignAdapter, LazyTensors, sort_patterns
 from experthub.hub.conversion.found_adapter import FoundAdapter, read_metadata
 from experthub.hub.errors import IntegrityError
-from experthub.hub.formats.adapter import PREFIX
+from experthub.hub.formats.dense_parts import PREFIX
 from torch import Tensor
 
 PARTS = re.compile(r"(unet|transformer|text_encoder|text_encoder_2|text_encoder_3)\.(.+)")

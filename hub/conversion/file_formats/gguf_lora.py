@@ -13,7 +13,7 @@ from experthub.hub.conversion.foreign_adapter import ForeignAdapter, LazyTensors
 from experthub.hub.conversion.found_adapter import FoundAdapter
 from experthub.hub.errors import IntegrityError
 from experthub.hub.files.json_files import read_json
-from experthub.hub.formats.adapter import PREFIX
+from experthub.hub.formats.dense_parts import PREFIX
 from experthub.hub.formats.gguf_header import check_gguf
 from torch import Tensor
 

@@ -16,7 +16,7 @@ from experthub.hub.conversion.file_formats.peft_files import open_tensors
 from experthub.hub.conversion.foreign_adapter import ForeignAdapter, LazyTensors, sort_patterns
 from experthub.hub.conversion.found_adapter import FoundAdapter
 from experthub.hub.errors import IntegrityError
-from experthub.hub.formats.adapter import PREFIX
+from experthub.hub.formats.dense_parts import PREFIX
 from torch import Tensor
 
 STARTS = ("lora_unet_", "lora_te1_", "lora_te2_", "lora_te3_", "lora_te_", "lycoris_", "lora_")

@@ -13,7 +13,7 @@ from experthub.hub.conversion.file_formats.peft_files import open_tensors
 from experthub.hub.conversion.foreign_adapter import ForeignAdapter, LazyTensors
 from experthub.hub.conversion.found_adapter import FoundAdapter
 from experthub.hub.errors import IntegrityError
-from experthub.hub.formats.adapter import PREFIX
+from experthub.hub.formats.dense_parts import PREFIX
 from torch import Tensor
 
 FUSE = "run mlx_lm.fuse, and store the difference with hub diff BASE FUSED --name NAME"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from experthub.hub.formats.lora_config import match_pattern
+from experthub.hub.formats.peft_rules import match_pattern
 from experthub.merge import Delta
 from torch import Tensor
 

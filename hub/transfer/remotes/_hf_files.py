@@ -11,15 +11,26 @@ from urllib.parse import quote
 
 from experthub.hub.errors import HubError, IntegrityError, UsageError
 from experthub.hub.files.patterns import matches_any
+from experthub.hub.formats.model_files import (
+    LICENCES,
+    MODULE_FOLDER,
+    OTHER_VOCABULARIES,
+    TEMPLATES,
+)
 from experthub.hub.kinds.kind import PICKLES
-from experthub.hub.registry.expert import list_file_patterns
+from experthub.hub.registry.file_patterns import list_file_patterns
 from experthub.hub.transfer.remotes._download import SHA256
 from experthub.hub.transfer.remotes._hf_api import read_endpoint, request_json
 
 if TYPE_CHECKING:
     import httpx
 
-MODEL = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt")
+# The patterns of earlier versions, whose folders stay valid, and the present ones. A folder is named
+# after a hash of its patterns.
+EARLIER_MODEL = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt")
+PARTS = (f"{TEMPLATES}/*.jinja", "[0-9]*_*/config.json", "[0-9]*_*/model.safetensors")
+MODEL = (*EARLIER_MODEL, *OTHER_VOCABULARIES, *LICENCES, *PARTS)
+MAX_FOLDERS = 16  # sub-folders of a repository that are listed
 USUAL = (".gitattributes", ".gitignore", "*.md", "LICENSE*")  # These are omitted without a note.
 MAX_SMALL = 8 << 20  # bytes of a file that git stores itself
 MAX_LARGE = 1 << 40  # bytes of a file in the large file storage
@@ -28,7 +39,8 @@ LIST_SECONDS = 600.0  # The time for all pages of a list of files.
 COMMIT = re.compile(r"[0-9a-f]{40}")
 REPOSITORY = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}"
 REVISION = r"[A-Za-z0-9_][A-Za-z0-9_./-]{0,119}"
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
+FILE_PART = r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}"
+NAME = re.compile(rf"{FILE_PART}(?:/{FILE_PART})?")
 
 
 @dataclass(frozen=True)
@@ -115,10 +127,10 @@ def find_commit(session: httpx.Client, place: HfSource, source: str) -> str:
 
 
 def _list_rows(
-    session: httpx.Client, place: HfSource, commit: str, source: str
+    session: httpx.Client, place: HfSource, commit: str, source: str, folder: str = ""
 ) -> Iterator[dict[str, Any]]:
-    """Yield the entries at the top of a repository, page by page."""
-    url: str | None = place.api_url(f"tree/{commit}?recursive=false&expand=false")
+    """Yield the entries at the top of a repository, or in one of its folders, page by page."""
+    url: str | None = place.api_url(f"tree/{commit}{folder}?recursive=false&expand=false")
     pages = count = 0
     end = time.monotonic() + LIST_SECONDS
     while url:
@@ -148,7 +160,10 @@ def list_files(
     source: str,
     note: Callable[[str], None] = lambda _: None,
 ) -> list[RemoteFile]:
-    """List the files at the top of a repository that match the patterns.
+    """List the files of a repository that match the patterns.
+
+    Folders are not searched, except those of a model's chat templates and of the parts of a
+    sentence encoder. Another form of a vocabulary is omitted if there is a tokenizer.json.
 
     Args:
         session: The client.
@@ -168,9 +183,14 @@ def list_files(
     """
     files: dict[str, RemoteFile] = {}
     others = []
-    for row in _list_rows(session, place, commit, source):
+    rows = list(_list_rows(session, place, commit, source))
+    if patterns is MODEL:
+        rows += _list_parts(session, place, commit, source, rows)
+    has_tokenizer = any(row.get("path") == "tokenizer.json" for row in rows)
+    for row in rows:
         name = str(row.get("path"))
-        wanted = NAME.fullmatch(name) and matches_any(name, patterns)
+        wanted = NAME.fullmatch(name) and matches_any(name, PARTS if "/" in name else patterns)
+        wanted = wanted and not (has_tokenizer and name in OTHER_VOCABULARIES)
         # transformers would also load an adapter beside a model.
         if (
             row.get("type") != "file"
@@ -182,7 +202,7 @@ def list_files(
         if name.lower() in files:
             raise IntegrityError(f"{source} has two files {name!r}", "use another revision")
         files[name.lower()] = _check_row(name, row, source)
-    if not any(name.endswith(".safetensors") for name in files):
+    if not any(name.endswith(".safetensors") and "/" not in name for name in files):
         pickles = [_escape_name(name) for name in others if name.endswith(PICKLES)]
         only = f": only {pickles[0]}, and pickles are never read" if pickles else ""
         raise IntegrityError(
@@ -193,6 +213,16 @@ def list_files(
         more = f" and {len(others) - 8} more" if len(others) > 8 else ""
         note(f"{source}: omitted {', '.join(map(_escape_name, sorted(others)[:8]))}{more}")
     return list(files.values())
+
+
+def _list_parts(
+    session: httpx.Client, place: HfSource, commit: str, source: str, rows: list[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Yield the files in the folders of chat templates and of the parts of a sentence encoder."""
+    folders = [str(row.get("path")) for row in rows if row.get("type") == "directory"]
+    folders = [name for name in folders if name == TEMPLATES or MODULE_FOLDER.fullmatch(name)]
+    for name in folders[:MAX_FOLDERS]:
+        yield from _list_rows(session, place, commit, source, f"/{quote(name)}")
 
 
 def _escape_name(name: str) -> str:

@@ -17,16 +17,24 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from experthub.hub.errors import HubError, IntegrityError
-from experthub.hub.files.atomic import open_atomically, remove, sync_file, sync_folder, write_text
+from experthub.hub.files.atomic import (
+    open_atomically,
+    remove,
+    sync_file,
+    sync_folder,
+    walk_files,
+    write_text,
+)
 from experthub.hub.files.checksummed_text import MANIFEST, read_manifest, write_manifest
 from experthub.hub.files.digests import sha256_of
 from experthub.hub.files.file_locks import hold_lock
 from experthub.hub.files.path_checks import ensure_space
-from experthub.hub.registry.expert import list_file_patterns
+from experthub.hub.registry.file_patterns import list_fetched_files, list_file_patterns
 from experthub.hub.transfer.remotes._download import download, fetch_small
 from experthub.hub.transfer.remotes._hf_api import make_headers, read_endpoint
 from experthub.hub.transfer.remotes._hf_files import (
     COMMIT,
+    EARLIER_MODEL,
     MODEL,
     HfSource,
     RemoteFile,
@@ -103,7 +111,8 @@ def verify_fetched(folder: Path) -> dict[str, str]:
     Returns:
         The sha256 of each file by name.
     """
-    hashed = {p.name: sha256_of(p) for p in folder.iterdir() if p.name != MANIFEST}
+    files = (p for p in walk_files(folder) if p.name != MANIFEST)
+    hashed = {p.relative_to(folder).as_posix(): sha256_of(p) for p in files}
     came = read_manifest(folder)
     return hashed if came is None or came["files"] == hashed else fetch_again(folder)
 
@@ -140,8 +149,15 @@ def read_commit(folder: Path) -> str | None:
 
 
 def _locate_folder(place: HfSource, commit: str, folder: Path, patterns: tuple[str, ...]) -> Path:
-    """Return the folder for the files of one commit; other patterns have another folder."""
-    return folder / place.repository.replace("/", "--") / f"{commit}-{_hash_patterns(patterns)}"
+    """Return the folder for the files of one commit; other patterns have another folder.
+
+    A folder that an earlier version fetched stays in use, with the files that it has.
+    """
+    above = folder / place.repository.replace("/", "--")
+    earlier = above / f"{commit}-{_hash_patterns(EARLIER_MODEL)}"
+    if patterns is MODEL and earlier.is_dir():
+        return earlier
+    return above / f"{commit}-{_hash_patterns(patterns)}"
 
 
 def _hash_patterns(patterns: tuple[str, ...]) -> str:
@@ -168,7 +184,8 @@ def fetch_again(folder: Path) -> dict[str, str]:
         HubError: It is unknown which files the folder should have, or they cannot be fetched.
     """
     commit, _, kind = folder.name.partition("-")
-    patterns = next((p for p in (MODEL, list_file_patterns()) if _hash_patterns(p) == kind), None)
+    known = (MODEL, EARLIER_MODEL, list_fetched_files(), list_file_patterns())
+    patterns = next((p for p in known if _hash_patterns(p) == kind), None)
     place = HfSource(folder.parent.name.replace("--", "/", 1), commit)
     source = f"hf:{place.repository}@{commit}"
     if patterns is None:
@@ -216,9 +233,11 @@ def _fetch_all(
     done = dict.fromkeys((file.name for file in files), 0)
     size = sum(file.size for file in files)
     draft = target.with_name(f".{target.name}")
-    if not draft.is_dir() or draft.is_symlink():
-        remove(draft)  # Somebody else may have put a link there.
-    draft.mkdir(parents=True, exist_ok=True)
+    folders = {(draft / file.name).parent for file in files} - {draft}
+    for own in (draft, *folders):
+        if not own.is_dir() or own.is_symlink():
+            remove(own)  # Somebody else may have put a link there.
+        own.mkdir(parents=True, exist_ok=True)
 
     def fetch_one(file: RemoteFile) -> str:
         def track(bytes_done: int, _: int) -> None:
@@ -247,8 +266,11 @@ def _fetch_all(
     with ThreadPoolExecutor(AT_ONCE) as pool:
         digests = list(pool.map(fetch_one, files))
     hashed = {file.name: sha256 for file, sha256 in zip(files, digests, strict=True)}
-    for path in draft.iterdir():
-        sync_file(path) if path.name in hashed else remove(path)
+    for path in sorted(draft.rglob("*")):
+        if path.relative_to(draft).as_posix() in hashed:
+            sync_file(path)
+        elif path not in folders:
+            remove(path)
     write_manifest(draft, hashed)
     remove(target)
     draft.rename(target)

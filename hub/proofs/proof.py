@@ -1,0 +1,223 @@
+"""The proof that the hub composes an expert to what its source library computes."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from experthub.hub.bases.base import Base
+from experthub.hub.bases.base_sources import find, is_available_locally
+from experthub.hub.bases.loading import load_model
+from experthub.hub.bases.vocabulary import resize_model
+from experthub.hub.composition.compose import compose
+from experthub.hub.errors import HubError, IntegrityError
+from experthub.hub.proofs.inputs import compare_outputs, compute_outputs, make_inputs
+from experthub.hub.recipes.plan import Plan
+from experthub.hub.recipes.recipe import Recipe
+from experthub.hub.recipes.resolution import resolve
+from experthub.hub.registry.content import Content
+from experthub.hub.registry.expert import Expert
+from experthub.hub.registry.proof_record import Proof
+from experthub.hub.session import Session
+from experthub.hub.transfer.remotes.no_network import forbid_network
+from experthub.merge import linear
+from torch import Tensor
+
+# The errors of transformers and of other libraries for what they cannot load or run.
+ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+Outputs = dict[str, Tensor]
+DTYPE = "float32"
+TOLERANCE = 1e-4  # The largest difference, as a share of the largest output; at least of 1.
+LARGEST_BASE = 2 << 30  # Bytes of a base in float32, above which a proof is made on request only.
+
+
+@dataclass(frozen=True)
+class SourceLibrary:
+    """Another library, which loads an expert onto a base.
+
+    Args:
+        against: The name and version of the library.
+        load: A function of the base's model in float32 that returns the model with the expert. It
+            may change the base's model.
+    """
+
+    against: str
+    load: Callable[[Any], Any]
+
+
+def load_with_peft(folder: Path) -> SourceLibrary:
+    """Return peft as the reference for an adapter in its format.
+
+    Args:
+        folder: The folder that peft wrote.
+
+    Returns:
+        The reference.
+    """
+
+    def load(model: Any) -> Any:
+        from peft import PeftModel
+
+        # The network is forbidden, and peft runs no code of a folder.
+        return PeftModel.from_pretrained(model, folder, local_files_only=True)
+
+    return SourceLibrary(f"peft {version('peft')}", load)
+
+
+def prove(
+    expert: Expert, reference: SourceLibrary, session: Session, *, requested: bool = False
+) -> Proof | None:
+    """Compare a stored expert, composed alone, with what another library computes.
+
+    Both run on a fixed random input in float32. Nothing is downloaded.
+
+    Args:
+        expert: The entry of the expert, whose content is in the store.
+        reference: The other library.
+        session: The registry, the store and the progress callback.
+        requested: Whether the user asked for the proof. Otherwise a proof that cannot be made is a
+            note, and a large base is left out.
+
+    Returns:
+        The proof; None if it cannot be made.
+
+    Raises:
+        IntegrityError: The outputs differ.
+        HubError: The proof was requested and cannot be made, or the expert does not fit its base.
+    """
+    try:
+        plan = _plan_alone(expert, _find_local_base(expert, session, requested), session)
+        session.report(f"comparing with {reference.against}", 0, 0)
+        with torch.random.fork_rng(devices=[]), forbid_network(), _explain_errors(reference):
+            ours, theirs = _run_both(plan, reference, session)
+    except CannotProveError as error:
+        if requested:
+            raise
+        session.report(f"note: not compared with {reference.against}: {error.message}", 0, 0)
+        return None
+    return _judge(expert, reference, *compare_outputs(ours, theirs))
+
+
+def _run_both(plan: Plan, reference: SourceLibrary, session: Session) -> tuple[Outputs, Outputs]:
+    """Compute the outputs of the composition and of the reference, one model after the other.
+
+    Both have the tokens of the base in the same rows; other rows are left out.
+    """
+    model = compose(plan, session=session).model
+    rows, seen = _count_tokens(plan)
+    inputs = make_inputs(model, seen)
+    ours = compute_outputs(model, inputs)
+    del model
+    other = load_model(plan.base, DTYPE, session.device)
+    if rows:
+        resize_model(other, rows)
+    theirs = compute_outputs(reference.load(other), inputs)
+    cut = {name for name in ours.keys() & theirs.keys() if seen and "logits" in name}
+    found = [
+        {n: value[..., :seen] if n in cut else value for n, value in outputs.items()}
+        for outputs in (ours, theirs)
+    ]
+    return found[0], found[1]
+
+
+def _count_tokens(plan: Plan) -> tuple[int, int]:
+    """Count the rows of the expert's embeddings, and the first of them that are rows of both models.
+
+    Both are 0 for an expert with the vocabulary of its base.
+    """
+    if plan.vocabulary is None:
+        return 0, 0
+    (member,) = plan.members
+    rows = max(member.footprint.rows.values(), default=plan.vocabulary.own)
+    places = plan.vocabulary.sources[member.digest]
+    moved = [row for row, source in places.items() if row != source]
+    moved += [source for row, source in places.items() if row != source and source >= 0]
+    return rows, min([rows, plan.vocabulary.rows, *moved])
+
+
+class CannotProveError(HubError):
+    """An error for a proof that cannot be made here, which does not speak against the expert."""
+
+
+def _find_local_base(expert: Expert, session: Session, requested: bool) -> Base:
+    """Find the base of an expert without a download; refuse a large one unless it is requested."""
+    name, registry = expert.base, session.registry
+    known = registry.has_base(name)
+    if known:
+        here = is_available_locally(registry.find_base(name)[0], registry)
+    else:
+        here = name.startswith(("/", "./", "../")) and (Path(name) / "config.json").is_file()
+    if not here:
+        raise CannotProveError(
+            f"the base {name} is not on this machine",
+            f"run hub pull {name}, then hub add" if known else "pass --base with its folder",
+        )
+    with forbid_network():
+        base = find(name, session)
+    size = 4 * sum(map(math.prod, base.shapes.values()))
+    if size > LARGEST_BASE and not requested:
+        raise CannotProveError(
+            f"the base {name} needs {size / 2**30:.0f} GiB in float32; pass --proof to compare",
+            "pass --proof",
+        )
+    return base
+
+
+def _plan_alone(expert: Expert, base: Base, session: Session) -> Plan:
+    """Plan the expert alone on its base."""
+    recipe = Recipe.of(
+        {
+            "base": base.name,
+            "experts": [expert.name],
+            "merge": {"method": linear.__name__},
+            "dtype": DTYPE,
+        }
+    )
+    try:
+        return resolve(recipe, session=session, pinned=[Content.from_expert(expert)])
+    except HubError as error:
+        error.hint = f"{error.hint}; pass --no-proof to register it nevertheless"
+        raise
+
+
+@contextmanager
+def _explain_errors(reference: SourceLibrary) -> Iterator[None]:
+    """Hide the warnings of a library, and turn its errors into CannotProveError."""
+    try:
+        with warnings.catch_warnings():  # They are about training and saving.
+            warnings.simplefilter("ignore")
+            yield
+    except ERRORS as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise CannotProveError(
+            f"{reference.against} cannot run it: {reason}", "pass --no-proof"
+        ) from None
+
+
+def _judge(expert: Expert, reference: SourceLibrary, difference: float, largest: float) -> Proof:
+    """Refuse an expert whose outputs differ from those of the other library."""
+    if not difference <= TOLERANCE * max(1.0, largest):
+        raise IntegrityError(
+            f"{expert.name}: its outputs differ by {difference:.3g} from those of "
+            f"{reference.against}, and the largest output is {largest:.3g}",
+            "check that the folder is complete and unchanged, or pass --no-proof to register it "
+            "nevertheless",
+        )
+    return Proof(against=reference.against, max_difference=difference, dtype=DTYPE)

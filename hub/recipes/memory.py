@@ -1,0 +1,94 @@
+"""The memory that a composition takes: its weights, the logits of a batch, and learning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from experthub.hub.bases.base import Base
+from experthub.hub.files.json_files import read_json
+from experthub.hub.readers.graph_memory import (
+    GRAPH_BYTES,
+    count_graph_bytes,
+    count_logits_bytes,
+    count_patches,
+    count_words,
+)
+from experthub.hub.recipes.examples import PlannedData, choose_examples
+from experthub.hub.recipes.planned_experts import PlannedExpert
+from experthub.hub.recipes.recipe import Recipe
+
+WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "F32": 4, "BF16": 2, "F16": 2}
+WIDTH |= {"F8_E4M3": 1, "F8_E5M2": 1}
+CHARACTERS = 3  # Characters of a token, in English text with a usual vocabulary.
+
+
+def estimate_memory(
+    recipes: Sequence[Recipe],
+    base: Base,
+    experts: Sequence[PlannedExpert],
+    places: Sequence[tuple[Sequence[str], Sequence[str]]],
+    dtype: str,
+    data: PlannedData | None,
+) -> int:
+    """Estimate the largest memory that composing a recipe and reading with its model takes.
+
+    Args:
+        recipes: The recipe, or one for each of its parts.
+        base: The base.
+        experts: The experts.
+        places: The names of the parameters that each of the recipes changes by its method, and of
+            those with dense parts that are taken from one expert.
+        dtype: The dtype of the composed model.
+        data: The data that the method still learns from.
+
+    Returns:
+        The number of bytes, without the programs themselves.
+    """
+    width = WIDTH[dtype]
+    own = sum(member.size for expert in experts for member in expert.members)
+    weights = _count_weights(base, width)
+    pairs = zip(recipes, places, strict=True)
+    changed = [n for one, (own, rest) in pairs for n in (*(own if one.merge else ()), *rest)]
+    routed = own if any(one.route for one in recipes) else 0
+    # The merged weights lie beside those of the base, from which they are made.
+    merged = width * sum(math.prod(base.shapes[name]) for name in changed if name in base.shapes)
+    using = weights + merged + routed + _count_logits(base, weights, width)
+    learns = any(one.method.strategy.needs_data for one in recipes)
+    if data is None or not learns:
+        return using
+    learning = _count_weights(base, 4) + own + _count_graph(base, data)
+    return max(using, learning)
+
+
+def _count_weights(base: Base, width: int) -> int:
+    """Count the bytes of the loaded base, whose entries take `width` bytes unless they stay packed."""
+    if base.quantisation is None:
+        return base.tensor_bytes * width // WIDTH.get(base.dtype, 4)
+    if not base.quantisation.dequantised:
+        return base.tensor_bytes
+    return width * sum(math.prod(s) for name, s in base.shapes.items() if name not in base.tied)
+
+
+def _count_logits(base: Base, weights: int, width: int) -> int:
+    """Count the bytes of the logits of one forward pass of a language model."""
+    if not base.is_causal:
+        return 0
+    words = count_words(read_json(base.folder / "config.json"))
+    return count_logits_bytes(weights, width * words)
+
+
+def _count_graph(base: Base, data: PlannedData) -> int:
+    """Count the bytes that a step of learning keeps for its backward pass, at most."""
+    config = read_json(base.folder / "config.json")
+    reads_choices = base.is_causal or bool(config.get("is_encoder_decoder"))
+    sees = "vision_config" in config or "image_size" in config
+    characters, answers = 0, 0
+    for one in choose_examples(data.use):
+        for example in one.examples:
+            choices = sum(map(len, one.task.list_choices(example))) if reads_choices else 0
+            text = one.task.format_prompt(example) if reads_choices else example.input
+            answers += choices
+            characters += choices + (CHARACTERS * count_patches(config) if sees else len(text))
+    read = count_graph_bytes(config, characters // CHARACTERS, answers // CHARACTERS)
+    return min(GRAPH_BYTES, read)

@@ -1,0 +1,152 @@
+"""The proof at `hub add`: the composed expert against peft, on the expert's own base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import run_hub
+from experthub.hub.errors import HubError, IntegrityError
+from experthub.hub.proofs import inputs, proof
+from experthub.hub.registry.expert import Expert
+from experthub.hub.registry.registry import Registry
+from experthub.hub.session import Session
+from peft_models import MODELS, make_adapter, make_base
+from safetensors.torch import load_file, save_file
+
+TARGETS = {
+    "bert": ["query"],
+    "roberta": ["query"],
+    "modernbert": ["Wqkv"],
+    "gpt2": ["c_attn"],
+    "t5": ["q"],
+}
+
+
+def write(tmp_path: Path, name: str) -> tuple[Path, Path]:
+    """Write a base and an adapter of it."""
+    base, one = tmp_path / "base", tmp_path / "one"
+    config = {"fan_in_fan_out": True} if name == "gpt2" else {}
+    kind = make_base(base, name)
+    make_adapter(kind, base, one, target_modules=TARGETS.get(name, ["q_proj"]), **config)
+    return base, one
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_added_expert_is_compared_with_peft(name: str, tmp_path: Path) -> None:
+    base, one = write(tmp_path, name)
+    found = run_hub("add", one, "--name", "mine", "--base", base)
+    assert found.code == 0, found.err
+    assert found.out == "mine@1\n"
+    assert found.lines("equal to peft"), found.err
+    kept = find_mine().proof
+    assert kept is not None
+    assert kept.against.startswith("peft ")
+    assert kept.dtype == "float32"
+    assert 0 <= kept.max_difference < 5e-5
+    shown = run_hub("show", "mine")
+    assert f"max_difference {kept.max_difference}" in shown.out
+    assert run_hub("show", "mine", "--json").json["expert"]["proof"]["dtype"] == "float32"
+
+
+def find_mine() -> Expert:
+    """Return the entry of the expert that the test added."""
+    return next(e for e in Registry.read().list_experts() if e.name == "mine")
+
+
+def test_the_proof_can_be_skipped(tmp_path: Path) -> None:
+    base, one = write(tmp_path, "llama")
+    found = run_hub("add", one, "--name", "mine", "--base", base, "--no-proof")
+    assert found.code == 0
+    assert find_mine().proof is None
+
+
+def test_without_the_base_there_is_a_note_and_an_error_on_request(tmp_path: Path) -> None:
+    _, one = write(tmp_path, "llama")
+    asked = run_hub("add", one, "--name", "mine", "--base", "elsewhere", "--proof")
+    assert asked.code == 1
+    assert "elsewhere is not on this machine" in asked.err
+    found = run_hub("add", one, "--name", "mine", "--base", "elsewhere")
+    assert found.code == 0
+    assert "elsewhere is not on this machine" in found.err
+    assert find_mine().proof is None
+
+
+def test_a_large_base_is_compared_on_request_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proof, "LARGEST_BASE", 1000)
+    base, one = write(tmp_path, "llama")
+    found = run_hub("add", one, "--name", "mine", "--base", base)
+    assert found.code == 0
+    assert "pass --proof" in found.err
+    assert find_mine().proof is None
+    asked = run_hub("add", one, "--name", "other", "--base", base, "--proof")
+    assert asked.lines("equal to peft")
+
+
+def test_an_expert_that_differs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, one = write(tmp_path, "llama")
+    load = proof.load_with_peft
+
+    def load_changed(folder: Path) -> proof.SourceLibrary:
+        def change(model: Any) -> Any:
+            made = load(folder).load(model)
+            with torch.no_grad():
+                next(p for n, p in made.named_parameters() if "lora_B" in n).mul_(1.1)
+            return made
+
+        return proof.SourceLibrary("peft", change)
+
+    monkeypatch.setattr(proof, "load_with_peft", load_changed)
+    found = run_hub("add", one, "--name", "mine", "--base", base)
+    assert found.code == 3
+    assert "its outputs differ by" in found.err
+    assert not [e for e in Registry.read().list_experts() if e.name == "mine"]
+
+
+def test_an_expert_that_does_not_fit_its_base_is_refused(tmp_path: Path) -> None:
+    base, one = write(tmp_path, "llama")
+    make_base(tmp_path / "other", "qwen2")
+    file = one / "adapter_model.safetensors"
+    weights = {n: torch.cat([t, t], -1) if "lora_A" in n else t for n, t in load_file(file).items()}
+    save_file(weights, file)
+    found = run_hub("add", one, "--name", "mine", "--base", base)
+    assert found.code == 1
+    assert "--no-proof" in found.err
+    assert run_hub("add", one, "--name", "mine", "--base", base, "--no-proof").code == 0
+
+
+def test_a_library_that_cannot_run_the_expert_is_a_note(tmp_path: Path) -> None:
+    base, one = write(tmp_path, "llama")
+    run_hub("add", one, "--name", "mine", "--base", base, "--no-proof")
+
+    def fail(model: Any) -> Any:
+        raise RuntimeError("no such kernel")
+
+    notes: list[str] = []
+    session = Session(report=lambda what, done, size: notes.append(what))
+    reference = proof.SourceLibrary("other 1.0", fail)
+    assert proof.prove(find_mine(), reference, session) is None
+    assert "no such kernel" in notes[-1]
+    with pytest.raises(HubError, match="no such kernel"):
+        proof.prove(find_mine(), reference, session, requested=True)
+
+
+def test_the_proof_of_somebody_else_is_not_kept(tmp_path: Path) -> None:
+    base, one = write(tmp_path, "llama")
+    run_hub("add", one, "--name", "mine", "--base", base)
+    assert run_hub("push", "mine", f"file:{tmp_path / 'shared'}").code == 0
+    for file in (tmp_path / "shared").rglob("expert.json"):
+        assert "proof" not in file.read_text()
+
+
+def test_outputs_without_a_common_name_or_shape_are_different() -> None:
+    one = {"logits": torch.ones(2)}
+    for other in ({}, {"logits": torch.ones(3)}, {"logits": torch.full((2,), torch.nan)}):
+        difference, largest = inputs.compare_outputs(one, other)
+        with pytest.raises(IntegrityError):
+            entry = Expert(name="x", base="b", sources=["./x"], digest="sha256:" + "0" * 64)
+            proof._judge(entry, proof.SourceLibrary("other", lambda m: m), difference, largest)
