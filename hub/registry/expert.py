@@ -15,7 +15,7 @@ from experthub.hub.formats.records import Digest, Sha256
 from experthub.hub.kinds import kinds
 from experthub.hub.kinds.kind import FILE
 from experthub.hub.registry.proof_record import Proof
-from pydantic import AfterValidator, Field, StringConstraints, field_validator
+from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_serializer
 from pydantic_core import PydanticCustomError
 
 NAME = r"[a-z0-9][a-z0-9._-]{0,95}"
@@ -117,6 +117,12 @@ class Expert(Closed):
         """Replace NaN and infinity in the results of a training by None."""
         found: dict[str, Any] = replace_not_finite(training)
         return found
+
+    @model_serializer(mode="wrap")
+    def _omit_unset(self, serialize: Any) -> dict[str, Any]:
+        """Leave out empty fields that entries of earlier versions do not have."""
+        record: dict[str, Any] = serialize(self)
+        return {k: v for k, v in record.items() if v or k not in ("made_from", "proof")}
 
     @property
     def reference(self) -> str:
