@@ -57,7 +57,8 @@ def make_recipe(
         names = [f"expert-{seed}" for seed in range(2)]
         for seed, (name, task) in enumerate(zip(names, tasks, strict=True)):
             words = ("--name", name, "--base", base, "--task", task)
-            assert run_hub("add", make_expert(seed), *words).code == 0
+            ran = run_hub("add", make_expert(seed), *words)
+            assert ran.code == 0, ran.err
         recipe["experts"] = [{"expert": name, "weight": 0.2} for name in names]
     if strategy.needs_data:
         labels = strategy.needs_labels(strategy.bind(options))
