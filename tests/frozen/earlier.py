@@ -1,7 +1,7 @@
 """Write what the present version gives as version 1 of digests and locks wrote it.
 
 The goldens are of version 1, which of a base covered the weights only. Version 2 adds the base's
-digest and commit to locks, and the weights that are not used to plans. Without them, and with the
+digest and commit and the encoders to locks, and the weights that are not used to plans. Without them, and with the
 digests of version 1 in the place of those of version 2, everything is as it was.
 """
 
@@ -49,6 +49,7 @@ def earlier_lock(text: str, project: Path) -> str:
     above = re.sub(r"\Aversion: 2\n", "version: 1\n", above)
     above = re.sub(r"(?m)(^  fingerprint: .*\n)  digest: .*\n", r"\1", above)
     above = re.sub(r"(?m)^  commit: .*\n", "", above)
+    above = re.sub(r"(?m)^encoders:\n(?:  .*\n)*", "", above)
     above = earlier_text(above, project)
     sealed = hashlib.sha256(above.encode()).hexdigest()
     return above + (f"{seal[1]}{sealed}\n" if seal else "")
@@ -69,5 +70,6 @@ def _without_new_keys(value: Any) -> Any:
     kept.pop("unused_weights", None)
     if "composition" in kept and kept.get("version") == 2:
         kept["version"] = 1
+        kept.pop("encoders", None)
         kept["base"] = {k: v for k, v in kept["base"].items() if k not in ("digest", "commit")}
     return kept
