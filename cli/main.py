@@ -105,10 +105,10 @@ class HubApp(typer.Typer):
 
 
 def _show_warning(otherwise: Any, message: Any, category: Any, *place: Any, **options: Any) -> None:
-    """Show a warning of the hub as a note, and any other warning as before."""
+    """Show a warning of the hub as a note, and no deprecations: those are for who calls a library."""
     if category.__name__ == "UnsafeFileWarning":
         sys.stderr.write(f"note: {escape(str(message))}\n")
-    else:
+    elif not issubclass(category, FutureWarning):
         otherwise(message, category, *place, **options)
 
 
