@@ -129,7 +129,7 @@ def write_for_all_linears(tmp_path: Path, name: str) -> tuple[Path, Path]:
 
 
 def test_an_adapter_that_peft_loads_in_part_is_not_refused(tmp_path: Path) -> None:
-    """Of DeepSeek-V3 with all linears, peft loads no dense and no shared layers."""
+    """Peft loads no dense and no shared layers of DeepSeek-V3 if all linears are adapted."""
     base, one = write_for_all_linears(tmp_path, "deepseek_v3")
     found = run_hub("add", one, "--name", "mine", "--base", base)
     assert found.code == 0, found.err
@@ -144,7 +144,7 @@ def test_an_adapter_that_peft_loads_in_part_is_not_refused(tmp_path: Path) -> No
 
 
 def test_weights_that_are_read_without_a_call_are_compared_merged(tmp_path: Path) -> None:
-    """Beside `dt_proj`, peft's adapter has no effect: the model reads its weight."""
+    """The adapter of peft beside `dt_proj` has no effect, because the model reads its weight."""
     base, one = write_for_all_linears(tmp_path, "jamba")
     found = run_hub("add", one, "--name", "mine", "--base", base)
     assert found.code == 0, found.err
