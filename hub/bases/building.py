@@ -12,6 +12,7 @@ from threading import Lock, get_ident
 from typing import Any, Protocol
 
 import torch
+from experthub.hub.bases.config_types import check_rotations, check_stated_types
 from experthub.hub.bases.fingerprint import list_weight_files
 from experthub.hub.bases.model_size import limit_model_size
 from experthub.hub.errors import HubError, IntegrityError
@@ -238,8 +239,11 @@ def find_class(base: StoredModel) -> tuple[Any, Any]:
             f"base {base.name}: transformers has no class {base.architecture or '(none stated)'}",
             f"name a class of transformers under architectures in {base.folder / 'config.json'}",
         )
+    file = base.folder / "config.json"
+    check_stated_types(read_json(file), file)
     with explain_loading_errors(base, list_loading_errors()):
         config = transformers.AutoConfig.from_pretrained(base.folder, **LOCAL)
+    check_rotations(config, file)
     if base.quantisation is not None and base.quantisation.dequantised:
         config.quantization_config["dequantize"] = True
     return kind, config
@@ -258,13 +262,19 @@ def explain_loading_errors(base: StoredModel, errors: Any, what: str = "load") -
         Nothing.
 
     Raises:
-        HubError: Transformers raised one of these errors.
+        IntegrityError: A value in the configuration has the wrong type.
+        HubError: Transformers raised another of these errors.
     """
     try:
         with hide_progress_bars(), forbid_network():
             yield
     except errors as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if isinstance(error, _find_strict_error()):  # It names a key of config.json.
+            raise IntegrityError(
+                f"base {base.name}: {base.folder / 'config.json'} has a wrong value: {reason}",
+                "correct the value, or fetch the base again",
+            ) from None
         raise HubError(
             f"base {base.name}: transformers cannot {what} it: {reason}",
             f"check the files in {base.folder}; code that comes with a model is never run",
@@ -277,6 +287,11 @@ def list_loading_errors() -> tuple[type[Exception], ...]:
     Returns:
         The types of the errors.
     """
-    strict: type[Exception] = import_module("huggingface_hub.errors").StrictDataclassError
     wrong = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError)
-    return (*wrong, OSError, RuntimeError, TypeError, ValueError, strict)
+    return (*wrong, OSError, RuntimeError, TypeError, ValueError, _find_strict_error())
+
+
+def _find_strict_error() -> type[Exception]:
+    """Return the error for a value in a configuration that has the wrong type."""
+    found: type[Exception] = import_module("huggingface_hub.errors").StrictDataclassError
+    return found

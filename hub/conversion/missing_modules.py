@@ -25,8 +25,9 @@ SHOWN = 3
 def describe_missing(found: FoundAdapter, base: str | None, registry: Registry) -> str:
     """Say which of the modules that a configuration targets have no weights in the file.
 
-    With a base at hand, its modules are compared. Otherwise names of `target_modules` that no
-    module has, and modules that only some layers have, are reported.
+    With a base at hand, only its own modules are reported: those that the configuration names, or
+    those that other layers of the file have. Without one, names of `target_modules` that no module
+    has, and modules that only some layers have, are reported.
 
     Args:
         found: An adapter of peft.
@@ -43,8 +44,12 @@ def describe_missing(found: FoundAdapter, base: str | None, registry: Registry) 
     folder = _find_local_folder(named, registry)
     try:
         with limit_matching_time():
-            wanted = _list_targeted(found.config, folder) if folder else set()
-            missing = sorted((wanted or _guess(found.config, modules)) - modules)
+            expected = _guess(found.config, modules)
+            if folder:
+                linear = _list_matrices(folder)
+                targeted = {module for module in linear if _is_chosen(found.config, module)}
+                expected = targeted or expected & linear
+            missing = sorted(expected - modules)
     except (HubError, TimeoutError, re.error, OSError, ValueError, TypeError, AttributeError):
         return ""  # Whoever uses the adapter reports it.
     if not missing:
@@ -67,13 +72,13 @@ def _find_local_folder(named: str, registry: Registry) -> Path | None:
     return next((place for place in places if (place / "config.json").is_file()), None)
 
 
-def _list_targeted(config: dict[str, Any], folder: Path) -> set[str]:
-    """List the matrices of a base that a configuration targets."""
+def _list_matrices(folder: Path) -> set[str]:
+    """List the modules of a base whose weight is a matrix."""
     found = set()
     for path in sorted(folder.glob("*.safetensors")):
         for name, info in read_header(path).items():
             module = name.removesuffix(".weight")
-            if module != name and len(info.shape) == 2 and _is_chosen(config, module):
+            if module != name and len(info.shape) == 2:
                 found.add(module)
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -44,6 +44,7 @@ ERRORS = (
 )
 Outputs = dict[str, Tensor]
 DTYPE = "float32"
+ADAPTER_NAME = "default"  # The name that peft gives to an adapter.
 TOLERANCE = 1e-4  # The largest difference, as a share of the largest output; at least of 1.
 LARGEST_BASE = 2 << 30  # Bytes of a base in float32, above which a proof is made on request only.
 
@@ -56,10 +57,14 @@ class SourceLibrary:
         against: The name and version of the library.
         load: A function of the base's model in float32 that returns the model with the expert. It
             may change the base's model.
+        merge: A function of the loaded model that adds the expert to the weights. It is tried where
+            the outputs differ: an adapter beside a module has no effect if the model reads the
+            module's weight without a call.
     """
 
     against: str
     load: Callable[[Any], Any]
+    merge: Callable[[Any], Any] | None = None
 
 
 def load_with_peft(folder: Path) -> SourceLibrary:
@@ -76,9 +81,26 @@ def load_with_peft(folder: Path) -> SourceLibrary:
         from peft import PeftModel
 
         # The network is forbidden, and peft runs no code of a folder.
-        return PeftModel.from_pretrained(model, folder, local_files_only=True)
+        made = PeftModel.from_pretrained(model, folder, local_files_only=True)
+        # Only a second time it says which tensors have found no place.
+        found = made.load_adapter(folder, ADAPTER_NAME, local_files_only=True)
+        _refuse_incomplete(name, found.unexpected_keys)
+        return made
 
-    return SourceLibrary(f"peft {version('peft')}", load)
+    name = f"peft {version('peft')}"
+    return SourceLibrary(name, load, lambda model: model.merge_and_unload())
+
+
+def _refuse_incomplete(name: str, left_out: Sequence[str]) -> None:
+    """Refuse to compare with a library that leaves tensors of an adapter out."""
+    # peft needs no copies of the base's weights.
+    left_out = [key for key in left_out if ".base_layer." not in key]
+    if left_out:
+        count = "1 tensor" if len(left_out) == 1 else f"{len(left_out)} tensors"
+        raise CannotProveError(
+            f"{name} leaves {count} of the adapter out (first: {left_out[0]})",
+            "pass --no-proof, and check the expert with hub eval",
+        )
 
 
 def prove(
@@ -106,19 +128,22 @@ def prove(
         plan = _plan_alone(expert, _find_local_base(expert, session, requested), session)
         session.report(f"comparing with {reference.against}", 0, 0)
         with torch.random.fork_rng(devices=[]), forbid_network(), _explain_errors(reference):
-            ours, theirs = _run_both(plan, reference, session)
+            against, difference, largest = _run_both(plan, reference, session)
     except CannotProveError as error:
         if requested:
             raise
         session.report(f"note: not compared with {reference.against}: {error.message}", 0, 0)
         return None
-    return _judge(expert, reference, *compare_outputs(ours, theirs))
+    return _judge(expert, against, difference, largest)
 
 
-def _run_both(plan: Plan, reference: SourceLibrary, session: Session) -> tuple[Outputs, Outputs]:
-    """Compute the outputs of the composition and of the reference, one model after the other.
+def _run_both(plan: Plan, reference: SourceLibrary, session: Session) -> tuple[str, float, float]:
+    """Compare the outputs of the composition and of the reference, one model after the other.
 
     Both have the tokens of the base in the same rows; other rows are left out.
+
+    Returns:
+        What the composition was compared with, the largest difference and the largest output.
     """
     model = compose(plan, session=session).model
     rows, seen = _count_tokens(plan)
@@ -128,13 +153,31 @@ def _run_both(plan: Plan, reference: SourceLibrary, session: Session) -> tuple[O
     other = load_model(plan.base, DTYPE, session.device)
     if rows:
         resize_model(other, rows)
-    theirs = compute_outputs(reference.load(other), inputs)
+    other = reference.load(other)
+    found = _compare(ours, compute_outputs(other, inputs), seen)
+    if reference.merge is not None and not _is_equal(*found):
+        try:
+            merged = _compare(ours, compute_outputs(reference.merge(other), inputs), seen)
+        except ERRORS:  # Not every adapter can be merged.
+            return reference.against, *found
+        if _is_equal(*merged):
+            return f"{reference.against} (merged)", *merged
+    return reference.against, *found
+
+
+def _compare(ours: Outputs, theirs: Outputs, seen: int) -> tuple[float, float]:
+    """Compare outputs; of logits only the first `seen` words, if it is not 0."""
     cut = {name for name in ours.keys() & theirs.keys() if seen and "logits" in name}
-    found = [
+    one, other = (
         {n: value[..., :seen] if n in cut else value for n, value in outputs.items()}
         for outputs in (ours, theirs)
-    ]
-    return found[0], found[1]
+    )
+    return compare_outputs(one, other)
+
+
+def _is_equal(difference: float, largest: float) -> bool:
+    """Tell whether a difference is within the tolerance."""
+    return difference <= TOLERANCE * max(1.0, largest)
 
 
 def _count_tokens(plan: Plan) -> tuple[int, int]:
@@ -211,13 +254,13 @@ def _explain_errors(reference: SourceLibrary) -> Iterator[None]:
         ) from None
 
 
-def _judge(expert: Expert, reference: SourceLibrary, difference: float, largest: float) -> Proof:
+def _judge(expert: Expert, against: str, difference: float, largest: float) -> Proof:
     """Refuse an expert whose outputs differ from those of the other library."""
-    if not difference <= TOLERANCE * max(1.0, largest):
+    if not _is_equal(difference, largest):
         raise IntegrityError(
             f"{expert.name}: its outputs differ by {difference:.3g} from those of "
-            f"{reference.against}, and the largest output is {largest:.3g}",
+            f"{against}, and the largest output is {largest:.3g}",
             "check that the folder is complete and unchanged, or pass --no-proof to register it "
             "nevertheless",
         )
-    return Proof(against=reference.against, max_difference=difference, dtype=DTYPE)
+    return Proof(against=against, max_difference=difference, dtype=DTYPE)

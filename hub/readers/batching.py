@@ -82,11 +82,19 @@ def read_all(reader: Reader, model: Any, rows: Sequence[Row], width: int | None 
     for batch in batches:
         with explain_forward_errors(model):
             logits_NC = whole(model, [rows[i] for i in batch])
-        missing = 0 if width is None else width - logits_NC.shape[1]
-        parts.append(torch.nn.functional.pad(logits_NC, (0, missing), value=float("-inf")))
+            if len({rows[i].size for i in batch}) > 1 and bool(logits_NC.isnan().any()):
+                # Padding that attends to no token is NaN in some models, and NaN spreads.
+                alone = [whole(model, [rows[i]]) for i in batch]
+                logits_NC = torch.cat([_widen(one, logits_NC.shape[1]) for one in alone])
+        parts.append(_widen(logits_NC, logits_NC.shape[1] if width is None else width))
     back = torch.empty(len(order), dtype=torch.long)
     back[torch.tensor(order, dtype=torch.long)] = torch.arange(len(order))
     return torch.cat(parts)[back]
+
+
+def _widen(logits_NC: Tensor, width: int) -> Tensor:
+    """Pad logits with minus infinity to a number of choices."""
+    return torch.nn.functional.pad(logits_NC, (0, width - logits_NC.shape[1]), value=float("-inf"))
 
 
 def _batches(order: Sequence[int], rows: Sequence[Row]) -> list[list[int]]:

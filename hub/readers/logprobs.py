@@ -76,8 +76,13 @@ def sum_logprobs(
     Returns:
         One sum for each choice, in nats, item after item.
     """
-    if not shares_prompts(model):
-        return _sum_whole_texts(model, items, on_mask)
+    read = _sum_after_prompts if shares_prompts(model) else _sum_whole_texts
+    sums = read(model, items, on_mask)
+    return _sum_without_padding(model, items, on_mask) if bool(sums.isnan().any()) else sums
+
+
+def _sum_after_prompts(model: Any, items: Sequence[Encoded], on_mask: OnMask) -> Tensor:
+    """Sum the log-probabilities where the choices of a prompt continue copies of its cache."""
     device, token = next(model.parameters()).device, find_pad_token(model)
     prompts, real = pad([item.prompt for item in items], device, left=True, token=token)
     on_mask(real)
@@ -134,6 +139,25 @@ def _sum_remaining(
     ).logits
     sums: Tensor = (_choose(logits, targets) * real).sum(1)
     return sums
+
+
+def _sum_without_padding(model: Any, items: Sequence[Encoded], on_mask: OnMask) -> Tensor:
+    """Sum the log-probabilities where only texts of the same length share a batch.
+
+    A token of padding may attend to no token at all. Some models then compute NaN for it, such as
+    models in float64 with eager attention: their mask, the lowest number of float64, is minus
+    infinity in the float32 of the softmax. From the next layer on every token of the row is NaN,
+    because zero times NaN is NaN.
+    """
+    pairs = [Encoded(item.prompt, (choice,)) for item in items for choice in item.choices]
+    lengths = [len(pair.prompt) + len(pair.choices[0]) for pair in pairs]
+    sums = [torch.empty(0)] * len(pairs)
+    for length in sorted(set(lengths)):
+        own = [i for i, n in enumerate(lengths) if n == length]
+        found = _sum_whole_texts(model, [pairs[i] for i in own], on_mask)
+        for i, value in zip(own, found, strict=True):
+            sums[i] = value
+    return torch.stack(sums)
 
 
 def _sum_whole_texts(model: Any, items: Sequence[Encoded], on_mask: OnMask) -> Tensor:

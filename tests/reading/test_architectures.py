@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 import transformers as T
 from experthub.hub.readers import logprobs
+from experthub.hub.readers.batching import read_all
 from experthub.hub.readers.logprobs import shares_prompts, sum_logprobs
+from experthub.hub.readers.reader import pad
+from experthub.hub.readers.text import TokenRow
 from experthub.hub.readers.tokens import Encoded
 from transformers import cache_utils
 
@@ -22,6 +25,8 @@ LLAMA = {**SIZE, "intermediate_size": 48, "num_key_value_heads": 2, "max_positio
 HEAD = {**LLAMA, "head_dim": 8}
 BERT = {**SIZE, "intermediate_size": 48, "max_position_embeddings": 64, "is_decoder": True}
 SSM = {"mamba_d_state": 8, "mamba_d_head": 8, "mamba_n_groups": 1}
+MODERN = {**SIZE, "intermediate_size": 48, "local_attention": 8, "num_hidden_layers": 3}
+MODERN |= {"cls_token_id": 1, "sep_token_id": 2}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 # Bases whose prompts are read once, with a cache that every choice continues.
@@ -43,6 +48,7 @@ CACHED: dict[str, Callable[[], Any]] = {
     "GPTNeoXForCausalLM": lambda: T.GPTNeoXConfig(intermediate_size=48, **SIZE),
     "LlamaForCausalLM": lambda: T.LlamaConfig(**LLAMA),
     "MistralForCausalLM": lambda: T.MistralConfig(sliding_window=8, **LLAMA),
+    "Phi3ForCausalLM": lambda: T.Phi3Config(**LLAMA),
     "MixtralForCausalLM": lambda: T.MixtralConfig(sliding_window=8, **LLAMA, **EXPERTS),
     "Gemma2ForCausalLM": lambda: T.Gemma2Config(sliding_window=8, **HEAD),
     "Gemma3ForCausalLM": lambda: T.Gemma3TextConfig(sliding_window=8, **HEAD),
@@ -110,9 +116,12 @@ ITEMS = [
 ]
 
 
-def build(name: str) -> Any:
+def build(name: str, attention: str | None = None) -> Any:
     torch.manual_seed(0)
-    model = getattr(T, name)((CACHED | WHOLE)[name]()).eval()
+    config = (CACHED | WHOLE)[name]()
+    if attention:
+        config._attn_implementation = attention
+    model = getattr(T, name)(config).eval()
     for parameter in model.parameters():
         if not bool(torch.isfinite(parameter).all()):  # left empty by the class
             parameter.data.normal_(0, 0.1)
@@ -138,6 +147,50 @@ def test_a_batch_is_what_transformers_computes_alone(
     # With room for the logits of three positions, every batch is split.
     monkeypatch.setattr(logprobs, "count_positions", lambda _: 3)
     assert sum_logprobs(model, ITEMS).tolist() == pytest.approx(wanted, abs=5e-6)
+
+
+WIDE = [Encoded(tuple(range(3, 43)), ((7, 8),)), Encoded((5, 9), ((20, 21, 22), (41,)))]
+# The grouped products of fused experts have no float64.
+EAGER = [name for name in CACHED if name != "MixtralForCausalLM"]
+
+
+@pytest.mark.parametrize("name", EAGER)
+@torch.no_grad()
+def test_padding_without_any_token_to_attend_to_is_not_nan(name: str) -> None:
+    """The lowest number of float64 is minus infinity in the float32 of eager attention."""
+    model = build(name, attention="eager")
+    wanted = [score_alone(model, item.prompt, c) for item in WIDE for c in item.choices]
+    assert sum_logprobs(model, WIDE).tolist() == pytest.approx(wanted, abs=5e-6)
+
+
+class Reads:
+    """A reader of the logits of a classifier or of the last hidden state."""
+
+    name, real = "reads", None
+
+    def read(self, model: Any, rows: Sequence[Any]) -> torch.Tensor:
+        ids_NT, real_NT = pad([row.tokens for row in rows], "cpu", token=0)
+        found = model(input_ids=ids_NT, attention_mask=real_NT.long())
+        return found.logits if "logits" in found else found.last_hidden_state[:, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("ModernBertModel", T.ModernBertConfig(**MODERN)),
+        ("Gemma2ForSequenceClassification", T.Gemma2Config(sliding_window=8, **HEAD)),
+        ("Gemma3TextForSequenceClassification", T.Gemma3TextConfig(sliding_window=8, **HEAD)),
+        ("MistralForSequenceClassification", T.MistralConfig(sliding_window=8, **LLAMA)),
+    ],
+)
+@torch.no_grad()
+def test_padding_behind_a_sliding_window_is_not_nan(name: str, config: Any) -> None:
+    torch.manual_seed(0)
+    config._attn_implementation = "eager"
+    model = getattr(T, name)(config).eval().double()
+    rows = [TokenRow(tuple(range(3, 43)), ()), TokenRow((5, 9), ()), TokenRow((8, 7), ())]
+    alone = torch.cat([Reads().read(model, [row]) for row in rows])
+    torch.testing.assert_close(read_all(Reads(), model, rows), alone, atol=1e-9, rtol=1e-9)
 
 
 def test_what_is_asked_of_transformers_is_there() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from experthub.hub.registry.expert import Expert
 from experthub.hub.registry.registry import Registry
 from experthub.hub.session import Session
 from peft_models import MODELS, make_adapter, make_base
+from routed_architectures import ARCHITECTURES
 from safetensors.torch import load_file, save_file
 
 TARGETS = {
@@ -98,13 +100,74 @@ def test_an_expert_that_differs_is_refused(tmp_path: Path, monkeypatch: pytest.M
                 next(p for n, p in made.named_parameters() if "lora_B" in n).mul_(1.1)
             return made
 
-        return proof.SourceLibrary("peft", change)
+        return proof.SourceLibrary("peft", change, load(folder).merge)
 
     monkeypatch.setattr(proof, "load_with_peft", load_changed)
     found = run_hub("add", one, "--name", "mine", "--base", base)
     assert found.code == 3
     assert "its outputs differ by" in found.err
     assert not [e for e in Registry.read().list_experts() if e.name == "mine"]
+
+
+def write_for_all_linears(tmp_path: Path, name: str) -> tuple[Path, Path]:
+    """Write a base and an adapter of all its linear modules, with weights that matter."""
+    model = ARCHITECTURES[name].build()
+    model.save_pretrained(tmp_path / "base")
+    random, tensors = torch.Generator().manual_seed(0), {}
+    for module, linear in model.named_modules():
+        if type(linear) is torch.nn.Linear and module != "lm_head":
+            outputs, inputs = linear.weight.shape
+            key = f"base_model.model.{module}"
+            tensors[f"{key}.lora_A.weight"] = torch.randn(3, inputs, generator=random) * 0.2
+            tensors[f"{key}.lora_B.weight"] = torch.randn(outputs, 3, generator=random) * 0.2
+    one = tmp_path / "one"
+    one.mkdir()
+    save_file(tensors, one / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": "all-linear"}
+    (one / "adapter_config.json").write_text(json.dumps(settings | {"bias": "none"}))
+    return tmp_path / "base", one
+
+
+def test_an_adapter_that_peft_loads_in_part_is_not_refused(tmp_path: Path) -> None:
+    """Peft loads no dense and no shared layers of DeepSeek-V3 if all linears are adapted."""
+    base, one = write_for_all_linears(tmp_path, "deepseek_v3")
+    found = run_hub("add", one, "--name", "mine", "--base", base)
+    assert found.code == 0, found.err
+    (note,) = found.lines("note:")  # No module that the base lacks is reported as missing.
+    assert (
+        "leaves 12 tensors of the adapter out (first: base_model.model.model.layers.0.mlp" in note
+    )
+    assert find_mine().proof is None
+    asked = run_hub("add", one, "--name", "other", "--base", base, "--proof")
+    assert asked.code == 1
+    assert "leaves 12 tensors of the adapter out" in asked.err
+
+
+def test_weights_that_are_read_without_a_call_are_compared_merged(tmp_path: Path) -> None:
+    """The adapter of peft beside `dt_proj` has no effect, because the model reads its weight."""
+    base, one = write_for_all_linears(tmp_path, "jamba")
+    found = run_hub("add", one, "--name", "mine", "--base", base)
+    assert found.code == 0, found.err
+    kept = find_mine().proof
+    assert kept is not None
+    assert kept.against.endswith(" (merged)")
+    assert not found.lines("note:"), found.err
+    assert kept.max_difference < 5e-5
+
+
+def test_only_modules_of_the_base_are_reported_as_missing(tmp_path: Path) -> None:
+    base, one = write_for_all_linears(tmp_path, "lfm2")
+    file, name = one / "adapter_model.safetensors", "model.layers.1.self_attn.v_proj"
+    kept = {n: t for n, t in load_file(file).items() if name not in n}
+    save_file(kept, file)
+    config = json.loads((one / "adapter_config.json").read_text())
+    targets = {path.rpartition(".lora_")[0].rpartition(".")[2] for path in kept}
+    targets = sorted(targets | {"v_proj", "elsewhere"})
+    (one / "adapter_config.json").write_text(json.dumps(config | {"target_modules": targets}))
+    found = run_hub("add", one, "--name", "mine", "--base", base, "--no-proof")
+    assert found.code == 0, found.err
+    (note,) = found.lines("note:")
+    assert f"it has no weights for {name}, which" in note
 
 
 def test_an_expert_that_does_not_fit_its_base_is_refused(tmp_path: Path) -> None:
