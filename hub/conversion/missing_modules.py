@@ -20,6 +20,11 @@ MODULE = re.compile(
 )
 LAYER = re.compile(r"(.*?\.)?(\d+)\.(.+)")
 SHOWN = 3
+# The errors for a configuration, a pattern of it, or a base that cannot be used.
+UNUSABLE = (
+    *(HubError, TimeoutError, re.error, RecursionError, OverflowError),
+    *(OSError, ValueError, TypeError, AttributeError),
+)
 
 
 def describe_missing(found: FoundAdapter, base: str | None, registry: Registry) -> str:
@@ -45,7 +50,7 @@ def describe_missing(found: FoundAdapter, base: str | None, registry: Registry) 
         with limit_matching_time():
             wanted = _list_targeted(found.config, folder) if folder else set()
             missing = sorted((wanted or _guess(found.config, modules)) - modules)
-    except (HubError, TimeoutError, re.error, OSError, ValueError, TypeError, AttributeError):
+    except UNUSABLE:
         return ""  # Whoever uses the adapter reports it.
     if not missing:
         return ""
