@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from experthub.hub.formats.safetensors_writer import SafetensorsLayout, Writer, 
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.session import Session
 from experthub.hub.transfer.pull import pull
-from experthub.merge import TaskVector
+from experthub.merge import Delta, TaskVector
 from torch import Tensor
 
 MAX_SHARD = 5 << 30  # bytes of one file of a written model
@@ -74,11 +76,12 @@ def write_merge(plan: Plan, session: Session, state: Any, folder: Path) -> bool:
     pull(session, *(member.content for member in plan.members))
     with Contents(plan.members, session.store, gates=False) as contents:
         check_orientation(model, plan)
-        merged: dict[str, TaskVector] = {}
+        merged: dict[str, Callable[[], Delta]] = {}
         for unit in plan.units:
-            with torch.no_grad(), explain_errors(unit.recipe.method.method):
+            method = unit.recipe.method.method
+            with torch.no_grad(), explain_errors(method):
                 vector = merge_experts(unit, contents, state)
-                merged |= dict.fromkeys(vector, vector)
+                merged |= {name: partial(_compute_change, vector, name, method) for name in vector}
         with create_folder(folder) as draft:
             with explain_loading_errors(plan.base, list_loading_errors(), "save"):
                 model.save_pretrained(draft, state_dict={})
@@ -86,6 +89,12 @@ def write_merge(plan: Plan, session: Session, state: Any, folder: Path) -> bool:
             copy_companions(plan.base, draft)
             write_text(draft / "recipe.lock.yaml", yaml_files.dump(plan.lock))
     return True
+
+
+def _compute_change(vector: TaskVector, name: str, method: str) -> Delta:
+    """Compute the change of one parameter, which a lazy merge does only when it is asked for it."""
+    with explain_errors(method):
+        return vector[name]
 
 
 def _build_empty(plan: Plan, stored: Stored) -> Any:
@@ -122,7 +131,7 @@ def _write_weights(
     folder: Path,
     saved: dict[str, Tensor],
     stored: Stored,
-    merged: dict[str, TaskVector],
+    merged: dict[str, Callable[[], Delta]],
     plan: Plan,
     session: Session,
 ) -> None:
@@ -158,13 +167,13 @@ def _write_tensor(
     name: str,
     place: tuple[Path, TensorInfo],
     dtype: torch.dtype,
-    merged: TaskVector | None,
+    change: Callable[[], Delta] | None,
     plan: Plan,
 ) -> None:
     """Read a tensor, add its change, and write it."""
     tensor = read_tensor(*place)
     if tensor.is_floating_point():
         tensor = tensor.to(dtype)
-    if merged is not None:
-        tensor = add_change(tensor, merged[name], name, plan.dtype)
+    if change is not None:
+        tensor = add_change(tensor, change(), name, plan.dtype)
     writer.put(name, tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -15,6 +15,7 @@ from experthub.hub.errors import IntegrityError
 from experthub.hub.formats.dense_parts import PREFIX
 from experthub.hub.formats.lora_config import (
     NEWEST_PEFT,
+    check_patterns,
     is_unset,
     list_ignored_keys,
 )
@@ -102,6 +103,10 @@ def find_type(adapter: ForeignAdapter) -> AdapterType:
                 f"{adapter.name}: unknown key {key[:80]!r} of {name}; the hub knows peft {NEWEST_PEFT}",
                 "upgrade experthub, or remove the key if the adapter computes the same without it",
             )
+    try:
+        check_patterns(config)
+    except IntegrityError as error:
+        raise IntegrityError(f"{adapter.name}: {error.message}", error.hint) from None
     return kind
 
 

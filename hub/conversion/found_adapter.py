@@ -9,7 +9,7 @@ from typing import Any
 
 from experthub.hub.errors import HubError, NotFoundError
 from experthub.hub.files.json_files import read_json
-from experthub.hub.formats.adapter import ADAPTER, ADAPTER_CONFIG
+from experthub.hub.formats.adapter import ADAPTER, ADAPTER_CONFIG, GATES
 from experthub.hub.formats.dense_parts import FACTOR
 from experthub.hub.formats.lora_config import is_plain_init
 from experthub.hub.formats.safetensors_header import read_header, read_header_text
@@ -18,6 +18,7 @@ from experthub.hub.kinds.kind import PICKLES
 
 MLX_WEIGHTS = "adapters.safetensors"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+OWN = {ADAPTER, ADAPTER_CONFIG, GATES}
 MAX_SUBFOLDERS = 1000  # Sub-folders that are searched.
 FORMATS = {
     "peft": "peft",
@@ -135,7 +136,8 @@ def _name_folders(place: Path) -> list[str]:
 
 def _recognise_folder(folder: Path) -> FoundAdapter | None:
     """Return the adapter whose files are in this folder itself."""
-    names = {path.name for path in folder.iterdir() if path.is_file()}
+    # Under a name of the hub's own, a pipe or a device is refused where the file is read.
+    names = {path.name for path in folder.iterdir() if path.is_file() or path.name in OWN}
     config = read_json(folder / ADAPTER_CONFIG) if ADAPTER_CONFIG in names else {}
     is_mlx = "lora_parameters" in config or "fine_tune_type" in config
     if MLX_WEIGHTS in names and (is_mlx or ADAPTER not in names):
@@ -146,6 +148,7 @@ def _recognise_folder(folder: Path) -> FoundAdapter | None:
         return FoundAdapter(folder, folder, "hub", config)
     if DIFFUSERS_WEIGHTS in names:
         return FoundAdapter(folder, folder / DIFFUSERS_WEIGHTS, "diffusers", config)
+    names -= OWN  # Gates alone are no adapter.
     files = sorted(name for name in names if name.endswith((".safetensors", ".gguf", *PICKLES)))
     pickles = [name for name in files if name.endswith(PICKLES)]
     if config and "adapter_model.bin" in names:

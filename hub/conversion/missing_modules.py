@@ -20,6 +20,11 @@ MODULE = re.compile(
 )
 LAYER = re.compile(r"(.*?\.)?(\d+)\.(.+)")
 SHOWN = 3
+# The errors for a configuration, a pattern of it, or a base that cannot be used.
+UNUSABLE = (
+    *(HubError, TimeoutError, re.error, RecursionError, OverflowError),
+    *(OSError, ValueError, TypeError, AttributeError),
+)
 
 
 def describe_missing(found: FoundAdapter, base: str | None, registry: Registry) -> str:
@@ -49,8 +54,8 @@ def describe_missing(found: FoundAdapter, base: str | None, registry: Registry) 
                 linear = _list_matrices(folder)
                 targeted = {module for module in linear if _is_chosen(found.config, module)}
                 expected = targeted or expected & linear
-            missing = sorted(expected - modules)
-    except (HubError, TimeoutError, re.error, OSError, ValueError, TypeError, AttributeError):
+            missing = sorted(expected - _find_named(expected, modules))
+    except UNUSABLE:
         return ""  # Whoever uses the adapter reports it.
     if not missing:
         return ""
@@ -59,6 +64,17 @@ def describe_missing(found: FoundAdapter, base: str | None, registry: Registry) 
     return (
         f"it has no weights for {shown}{more}, which its target_modules match; they stay unchanged"
     )
+
+
+def _find_named(expected: set[str], modules: set[str]) -> set[str]:
+    """Return the expected modules that a file names, with or without the prefix of the base model."""
+    known = modules | {_without_prefix(module) for module in modules}
+    return {name for name in expected if name in known or _without_prefix(name) in modules}
+
+
+def _without_prefix(module: str) -> str:
+    """Return the name of a module below the first one, such as `model` or `transformer`."""
+    return module.partition(".")[2]
 
 
 def _find_local_folder(named: str, registry: Registry) -> Path | None:

@@ -17,7 +17,12 @@ from experthub.hub.bases.names import Piece
 from experthub.hub.errors import HubError, IntegrityError
 from experthub.hub.files.json_files import read_json, read_small
 from experthub.hub.files.patterns import limit_matching_time
-from experthub.hub.formats.dense_parts import FACTOR, find_dense_part
+from experthub.hub.formats.dense_parts import (
+    FACTOR,
+    DensePart,
+    check_declared_parts,
+    find_dense_part,
+)
 from experthub.hub.formats.lora_config import check_config
 from experthub.hub.formats.peft_rules import find_rank_and_scale, is_targeted, list_targeted_leaves
 from experthub.hub.formats.safetensors_header import (
@@ -131,10 +136,13 @@ def _read_adapter(config_text: bytes, header: bytes, size: int) -> tuple[Adapted
 def _pair_factors(config: dict[str, Any], header: Header) -> list[Adapted]:
     """Pair the factors A and B of each module, and check them."""
     pairs: dict[str, dict[str, str]] = {}
+    parts: list[DensePart] = []
     for tensor, info in header.items():
         found = FACTOR.fullmatch(tensor)
         if not found:
-            find_dense_part(config, header, tensor)  # It refuses what is no dense part either.
+            # It refuses what is no dense part either.
+            part = find_dense_part(config, header, tensor)
+            parts += [part] if part else []
             continue
         if info.dtype not in FLOATS or len(info.shape) != 2:
             raise IntegrityError(
@@ -144,6 +152,7 @@ def _pair_factors(config: dict[str, Any], header: Header) -> list[Adapted]:
             )
         module, linear, embedding = found.groups()
         pairs.setdefault(module, {})[linear or f"embedding_{embedding}"] = tensor
+    check_declared_parts(config, parts)
     adapted = []
     nested = _measure_nests(pairs) if config.get("target_parameters") else {}
     for module, pair in sorted(pairs.items()):

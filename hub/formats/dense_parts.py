@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, Literal
 
 from experthub.hub.errors import HubError, IntegrityError
@@ -175,6 +176,34 @@ def find_dense_part(config: Mapping[str, Any], header: Header, tensor: str) -> D
     return DensePart(name, tensor, "replace" if saved else "copy", info.shape)
 
 
+def check_declared_parts(config: Mapping[str, Any], parts: Iterable[DensePart]) -> None:
+    """Check that the file has parts for the keys of the configuration that require some.
+
+    PEFT names modules that other models have, so one of `modules_to_save` is enough. A bias that is
+    missing is zero, or the base's, in PEFT too.
+
+    Args:
+        config: The content of `adapter_config.json`, which was checked.
+        parts: The dense parts of the file.
+
+    Raises:
+        IntegrityError: The file has no tensor for a key. PEFT would not load it either.
+    """
+    tokens = config.get("trainable_token_indices") or []
+    listed = any(tokens.values()) if isinstance(tokens, dict) else bool(tokens)
+    saved, found = config.get("modules_to_save") or [], [*parts]
+    missing = {
+        "trainable_token_indices": listed and not any(part.way == "rows" for part in found),
+        "modules_to_save": bool(saved)
+        and not any(_is_within(part.parameter.rpartition(".")[0], saved) for part in found),
+    }
+    for key in (key for key, is_missing in missing.items() if is_missing):
+        raise IntegrityError(
+            f"{key} is {short(config[key])}, and the file holds no weights for it",
+            f"check that the file is complete, or remove {key} if the adapter was trained without it",
+        )
+
+
 def _find_trained_tokens(
     config: Mapping[str, Any], info: TensorInfo, tensor: str, module: str
 ) -> DensePart:
@@ -195,10 +224,15 @@ def _find_trained_tokens(
 def _is_saved(config: Mapping[str, Any], module: str) -> bool:
     """Tell whether a module is one of modules_to_save, or inside of one, by PEFT's rule."""
     names = [*(config.get("modules_to_save") or []), *HEADS.get(str(config.get("task_type")), ())]
+    return _is_within(module, names)
+
+
+def _is_within(module: str, names: Iterable[str]) -> bool:
+    """Tell whether the path of a module, or of one around it, ends with one of several names."""
     places = [module]
     while "." in places[-1]:
         places.append(places[-1].rpartition(".")[0])
-    return any(place.endswith(name) for place in places for name in names)
+    return any(place.endswith(tuple(names)) for place in places)
 
 
 def _refuse(tensor: str) -> IntegrityError:

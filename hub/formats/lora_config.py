@@ -99,6 +99,15 @@ Rank = Annotated[int, Field(gt=0, lt=1e6)]
 Alpha = Annotated[float, Field(gt=0, lt=1e6)]
 
 
+class _Patterns(BaseModel):
+    """The keys of any adapter that hold regular expressions."""
+
+    model_config = ConfigDict(strict=True)
+
+    rank_pattern: dict[Pattern, Any] | None = None
+    alpha_pattern: dict[Pattern, Any] | None = None
+
+
 class _HonouredKeys(BaseModel):
     """The types of the keys that are read."""
 
@@ -154,8 +163,25 @@ def check_config(config: dict[str, Any]) -> None:
             f"init_lora_weights is {short(config['init_lora_weights'])}, which changes the base",
             f"{CONVERT}, or save the adapter with peft's path_initial_model_for_weight_conversion",
         )
+    _validate(_HonouredKeys, config)
+
+
+def check_patterns(config: dict[str, Any]) -> None:
+    """Check the regular expressions in the configuration of an adapter of any type.
+
+    Args:
+        config: The content of `adapter_config.json`.
+
+    Raises:
+        IntegrityError: A key holds something else. The message names the key.
+    """
+    _validate(_Patterns, config)
+
+
+def _validate(model: type[BaseModel], config: dict[str, Any]) -> None:
+    """Check the types of keys; the error names the first wrong one."""
     try:
-        _HonouredKeys.model_validate(config)
+        model.model_validate(config)
     except ValidationError as error:
         key = str(error.errors()[0]["loc"][0])
         raise IntegrityError(

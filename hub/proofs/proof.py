@@ -7,18 +7,23 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from experthub.hub.bases.base import Base
-from experthub.hub.bases.base_sources import find, is_available_locally
+from experthub.hub.bases.base_sources import find
 from experthub.hub.bases.loading import load_model
 from experthub.hub.bases.vocabulary import resize_model
 from experthub.hub.composition.compose import compose
 from experthub.hub.errors import HubError, IntegrityError
 from experthub.hub.proofs.inputs import compare_outputs, compute_outputs, make_inputs
+from experthub.hub.proofs.local_base import (
+    CannotProveError,
+    check_base_is_local,
+    name_peft,
+    report_missing,
+)
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.recipes.recipe import Recipe
 from experthub.hub.recipes.resolution import resolve
@@ -87,7 +92,7 @@ def load_with_peft(folder: Path) -> SourceLibrary:
         _refuse_incomplete(name, found.unexpected_keys)
         return made
 
-    name = f"peft {version('peft')}"
+    name = name_peft()
     return SourceLibrary(name, load, lambda model: model.merge_and_unload())
 
 
@@ -132,7 +137,7 @@ def prove(
     except CannotProveError as error:
         if requested:
             raise
-        session.report(f"note: not compared with {reference.against}: {error.message}", 0, 0)
+        report_missing(reference.against, error, session)
         return None
     return _judge(expert, against, difference, largest)
 
@@ -195,23 +200,10 @@ def _count_tokens(plan: Plan) -> tuple[int, int]:
     return rows, min([rows, plan.vocabulary.rows, *moved])
 
 
-class CannotProveError(HubError):
-    """An error for a proof that cannot be made here, which does not speak against the expert."""
-
-
 def _find_local_base(expert: Expert, session: Session, requested: bool) -> Base:
     """Find the base of an expert without a download; refuse a large one unless it is requested."""
-    name, registry = expert.base, session.registry
-    known = registry.has_base(name)
-    if known:
-        here = is_available_locally(registry.find_base(name)[0], registry)
-    else:
-        here = name.startswith(("/", "./", "../")) and (Path(name) / "config.json").is_file()
-    if not here:
-        raise CannotProveError(
-            f"the base {name} is not on this machine",
-            f"run hub pull {name}, then hub add" if known else "pass --base with its folder",
-        )
+    name = expert.base
+    check_base_is_local(name, session.registry)
     with forbid_network():
         base = find(name, session)
     size = 4 * sum(map(math.prod, base.shapes.values()))

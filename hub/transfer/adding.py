@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from experthub.hub.conversion.opening import open_native
+from experthub.hub.files.atomic import hub_home, open_atomically, open_draft_folder
 from experthub.hub.files.json_files import read_json
+from experthub.hub.files.plain_files import open_plain
 from experthub.hub.formats.adapter import ADAPTER, ADAPTER_CONFIG
 from experthub.hub.formats.dense_parts import PREFIX
 from experthub.hub.formats.safetensors_header import read_header
+from experthub.hub.proofs.local_base import (
+    CannotProveError,
+    check_base_is_local,
+    name_peft,
+    report_missing,
+)
 from experthub.hub.registry.entries import check_name
 from experthub.hub.registry.expert import Expert, make_source_relative
 from experthub.hub.registry.proof_record import Proof
@@ -82,15 +91,40 @@ def add_expert(
 
 
 def _prove(folder: Path, session: Session, proof: bool | None, expert: Expert) -> Proof | None:
-    """Compare an expert with peft, unless no proof is wanted or peft could not load its source."""
-    config, weights = folder / ADAPTER_CONFIG, folder / ADAPTER
-    if proof is False or not (config.is_file() and weights.is_file()):
+    """Compare an expert with peft, unless no proof is wanted or peft could not load its source.
+
+    peft gets a copy that nobody else can change: the stored files, or those that were converted.
+    """
+    if proof is False or not all((folder / name).is_file() for name in (ADAPTER_CONFIG, ADAPTER)):
         return None
-    names = read_header(weights)
-    if "peft_type" not in read_json(config) or not all(n.startswith(PREFIX) for n in names):
+    with open_draft_folder(hub_home() / "drafts" / "compared") as draft:
+        if not expert.made_from:
+            session.store.copy_out(expert.digest, draft)
+        for name in (ADAPTER_CONFIG, ADAPTER) if expert.made_from else ():
+            with (
+                open_plain(folder / name, follow=True) as file,
+                open_atomically(draft / name) as to,
+            ):
+                shutil.copyfileobj(file, to)
+        return _compare(draft, session, proof is True, expert)
+
+
+def _compare(folder: Path, session: Session, requested: bool, expert: Expert) -> Proof | None:
+    """Compare an expert with what peft computes with a folder, if peft can load the folder."""
+    if not all((folder / name).is_file() for name in (ADAPTER_CONFIG, ADAPTER)):
         return None
-    if any(".default." in name for name in names):
+    names, config = read_header(folder / ADAPTER), read_json(folder / ADAPTER_CONFIG)
+    if "peft_type" not in config or not all(n.startswith(PREFIX) for n in names):
+        return None
+    if any(".default." in name for name in names) or config.get("megatron_config"):
+        return None
+    try:
+        check_base_is_local(expert.base, session.registry)
+    except CannotProveError as error:
+        if requested:
+            raise
+        report_missing(name_peft(), error, session)
         return None
     from experthub.hub.proofs.proof import load_with_peft, prove
 
-    return prove(expert, load_with_peft(folder), session, requested=proof is True)
+    return prove(expert, load_with_peft(folder), session, requested=requested)

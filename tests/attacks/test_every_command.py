@@ -22,6 +22,7 @@ pytestmark = pytest.mark.attack
 CODES = {0, 1, 2, 3, 4, 5, 6}
 STATES = "home/runs/*/found/"
 BASE = "compose eval trace suggest diff doctor|train lora|train skills"
+BASES = "list show|base list|base show|base rm|base add"
 HOME = "list show search pull compose eval verify gc du rm"
 # The files that are damaged, and the commands that read them.
 FILES = {
@@ -41,6 +42,21 @@ FILES = {
     f"{STATES}coefficients.safetensors": "coefficients verify compose",
     f"{STATES}router.json": "router verify eval",
     f"{STATES}router.safetensors": "router verify eval",
+    "copy/config.json": "|base add",
+    "copy/model.safetensors": "|base add",
+    "model.gguf": "convert|base add",
+    "lora.gguf": "convert",
+    "ollama/blobs/*": "|base add",
+    "ollama/manifests/*/*/*/*": "|base add",
+    "dora/adapter_config.json": "add convert",
+    "dora/adapter_model.safetensors": "add convert",
+    "mlx/adapter_config.json": "convert",
+    "mlx/adapters.safetensors": "convert",
+    "pickled/adapter_config.json": "convert",
+    "pickled/adapter_model.bin": "convert",
+    "kohya/lora.safetensors": "convert",
+    "diffusers/*.safetensors": "convert",
+    "home/registry/mine/*": BASES,
     "work/merge.yaml": "compose lock update eval",
     "work/merge.lock.yaml": "compose lock update verify gc",
     "work/registry.yaml": f"{HOME} add update {BASE}",
@@ -80,6 +96,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)
         patch.setenv("HUB_HOME", str(root / "home"))
+        patch.setenv("OLLAMA_MODELS", str(root / "ollama"))
         patch.chdir(root / "work")
         build(root)
     copy = root.with_name("sound")
@@ -94,6 +111,7 @@ def world(sound: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> World:
     shutil.rmtree(root)
     shutil.copytree(copy, root, symlinks=True)
     monkeypatch.setenv("HUB_HOME", str(root / "home"))
+    monkeypatch.setenv("OLLAMA_MODELS", str(root / "ollama"))
     monkeypatch.chdir(root / "work")
     return World(root)
 

@@ -308,7 +308,7 @@ def weights_that_cancel_in_a_nested_merge(place: Place) -> Words:
     return ["compose", place.recipe(nested), "--out", "out"]
 
 
-@case(2, "expected a matrix, found shape", "options")
+@case(2, r"linear: expected a matrix or a stack of them, found shape \[32\]", "options")
 def rank_for_a_vector(place: Place) -> Words:
     folder = place.work / "vector"
     folder.mkdir()
@@ -829,9 +829,19 @@ def unsound(error: str) -> Callable[[Spoil], Spoil]:
 
 CONFIGURATIONS: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"use_dora": True}, "use_dora is True"),
-    "lora_bias": ({"lora_bias": True}, "lora_bias is True"),
-    "modules_to_save": ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]"),
-    "trainable_tokens": ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+    "lora_bias_that_is_a_word": ({"lora_bias": "yes"}, "lora_bias is 'yes'"),
+    "modules_to_save_without_weights": (
+        {"modules_to_save": ["lm_head"]},
+        r"modules_to_save is \['lm_head'\], and the file holds no weights for it",
+    ),
+    "trainable_tokens_without_rows": (
+        {"trainable_token_indices": [1]},
+        r"trainable_token_indices is \[1\], and the file holds no weights for it",
+    ),
+    "trainable_tokens_without_rows_by_module": (
+        {"trainable_token_indices": {"embed_tokens": [1]}},
+        "trainable_token_indices is .*, and the file holds no weights for it",
+    ),
     "layer_replication": ({"layer_replication": [[0, 2]]}, "layer_replication"),
     "unknown_key": ({"lora_alhpa": 3}, "unknown key 'lora_alhpa'"),
     "other_method": ({"peft_type": "IA3"}, "unknown key 'r' of IA3"),

@@ -60,7 +60,7 @@ def commands(command: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[str, .
 
 
 COMMANDS = list(commands(typer.main.get_command(app)))
-LEAVES = [w for w in COMMANDS if w not in ((), ("train",), ("tasks",))]
+LEAVES = [w for w in COMMANDS if w not in ((), ("train",), ("tasks",), ("base",))]
 
 
 def test_every_group_of_commands_is_known() -> None:
@@ -68,6 +68,7 @@ def test_every_group_of_commands_is_known() -> None:
     assert known >= {
         *("list", "show", "add", "pull", "methods", "compose", "generate", "eval"),
         *("train lora", "train gate", "tasks list", "tasks import"),
+        *("base add", "base list", "base show", "base rm", "convert"),
     }
 
 
@@ -111,7 +112,9 @@ def test_list_as_json(two: list[Path]) -> None:
     document = run_hub("list", "--json").json
     assert set(document) == {"schema", "experts"} and document["schema"] == 1
     for expert in document["experts"]:
-        assert set(expert) == EXPERT_KEYS | {"in_store"}
+        # An expert that was added here was compared with peft, because its base is here.
+        proof = {"proof"} if expert["name"] in ("one", "two") else set()
+        assert set(expert) == EXPERT_KEYS | {"in_store"} | proof
     found = {e["name"]: e for e in document["experts"]}
     assert found["one"]["in_store"] and not found["far"]["in_store"]
     assert found["one"]["version"] == 1 and found["one"]["kind"] == "lora"
@@ -128,7 +131,9 @@ def test_list_of_bases(base_folder: Path) -> None:
     assert set(document) == {"schema", "bases"} and document["schema"] == 1
     tiny = next(b for b in document["bases"] if b["name"] == "tiny")
     assert tiny["sources"] == [f"file:{base_folder}"]
-    assert set(tiny) == {"name", "sources", "sha256", "fingerprint", "aka", "license"}
+    assert set(tiny) == {"name", "sources", "sha256", "fingerprint", "aka", "license", "terms"}
+    shipped = {base["name"]: base for base in document["bases"]}
+    assert shipped["gemma-3-270m"]["terms"] and not shipped["smollm2-135m-instruct"]["terms"]
 
 
 def test_tables_print_words_as_they_are(expert_folder: Make) -> None:
@@ -146,8 +151,12 @@ def test_show(two: list[Path]) -> None:
     assert fields["name"] == "one" and fields["version"] == "1" and fields["in_store"] == "yes"
     record = run_hub("show", "one@1", "--json").json
     assert set(record) == {"schema", "expert"} and set(record["expert"]) == EXPERT_KEYS | {
-        "in_store"
+        *("in_store", "proof"),
     }
+    proof = record["expert"]["proof"]
+    assert proof["against"].startswith("peft ") and proof["dtype"] == "float32"
+    assert 0 <= proof["max_difference"] < 1e-4
+    assert str(proof["max_difference"]) in fields["proof"]
     digest = record["expert"]["digest"]
     assert run_hub("show", f"one@{digest[:15]}", "--json").json == record
     assert fields["digest"] == digest
@@ -560,7 +569,9 @@ def test_light_commands_do_not_import_torch(two: list[Path], base_folder: Path) 
         f"version: 1\nbases:\n  tiny: {{sources: ['file:{base_folder}']}}\n"
     )
     lines = ["--help", "list", "list --json", "show one", "pull one two", "pull tiny", "tasks list"]
-    lines += [f"add {two[0]} --name again", "eval --help", "train lora --help", "--version"]
+    lines += [f"add {two[0]} --name again --no-proof"]
+    lines += [f"add {two[1]} --name far --base elsewhere", "base list", "base show tiny"]
+    lines += ["base --help", "convert --help", "eval --help", "train lora --help", "--version"]
     done = subprocess.run(
         [sys.executable, "-c", LIGHT, *lines], capture_output=True, text=True, check=False
     )

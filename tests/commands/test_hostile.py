@@ -25,15 +25,20 @@ import math
 import os
 import pickle
 import re
+import subprocess
+import sys
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Ran, make_expert, run_hub, snapshot
 from experthub.hub.errors import IntegrityError
 from experthub.hub.files import patterns
+from experthub.hub.proofs import proof
+from experthub.hub.store.store import Store
 from experthub.hub.transfer.remotes import _download, _http, _limits
 from hf_server import HfServer
 from hf_store import write
@@ -48,6 +53,7 @@ CONFIG, WEIGHTS, GATES = (
     "adapter_model.safetensors",
     "phatgoose_gates.safetensors",
 )
+CHILD = "hub/conversion/file_formats/pickle_child.py"  # It reads pickles, in a sandbox.
 SECRET = "hf_Secret0123456789"
 TREE, REVISION = "/tree/", "/revision/main$"
 
@@ -124,18 +130,22 @@ def asked(server: HfServer) -> set[str]:
 def test_other_files_are_left_out_and_named(
     server: HfServer, home: Path, files: dict[str, bytes]
 ) -> None:
-    others = ("adapter_model.bin", "handler.py", "optimizer.pt", "tokenizer.json", "run.sh")
+    others = ("adapter_model.bin", "handler.py", "optimizer.pt", "run.sh", "tokenization.py")
     usual = ("README.md", "LICENSE", ".gitignore")
-    extra = dict.fromkeys((*others, *usual, "deep/adapter_config.json"), b"import os")
+    # A tokenizer is fetched, because it may have tokens of the adapter's own; this one has none.
+    tokenizer = {"tokenizer.json"}
+    extra = dict.fromkeys((*others, *usual, *tokenizer, "deep/adapter_config.json"), b"import os")
     publish(server, files | extra)
     ran = run_hub("pull", "hf:alice/x")
     assert ran.code == 0, ran.err
     (note,) = ran.lines("note: hf:alice/x: omitted ")
     for name in (*others, "deep"):
         assert name in note
-    assert not [name for name in usual if name in note]
-    assert asked(server) == set(files)
-    assert {p.name for p in (home / "hf").rglob("*.*") if p.is_file()} == {*files, "files.yaml"}
+    assert not [name for name in (*usual, *tokenizer) if name in note]
+    assert asked(server) == {*files, *tokenizer}
+    fetched = {p.name for p in (home / "hf").rglob("*.*") if p.is_file()}
+    assert fetched == {*files, *tokenizer, "files.yaml"}
+    assert b"import os" not in [path.read_bytes() for path in Store().list_objects().values()]
 
 
 @pytest.mark.parametrize("ending", ["bin", "pt", "pth", "pkl", "ckpt", "gguf", "py"])
@@ -218,17 +228,75 @@ def refused_compose(home: Path, recipe: Path, error: str, code: int = 3) -> None
 
 
 def test_the_source_calls_nothing_that_reads_pickles_or_runs_code() -> None:
-    for path in (p for package in ("hub", "cli") for p in (ROOT / package).rglob("*.py")):
+    torch_loads, peft_loads = [], []
+    packages = ("hub", "cli", "merge", "routing")
+    for path in (p for package in packages for p in (ROOT / package).rglob("*.py")):
+        place = str(path.relative_to(ROOT))
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
+                words = {k.arg: ast.unparse(k.value) for k in node.keywords}
                 assert called not in ("pickle.load", "pickle.loads", "eval", "exec"), path
-                assert "PeftModel" not in called, path
+                assert "Unpickler" not in called, path
                 if called == "torch.load":
-                    words = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                    torch_loads.append(place)
                     assert words.get("weights_only") == "True", path
+                if "PeftModel" in called:
+                    peft_loads.append(place)
+                    assert words.get("local_files_only") == "True", path
+            imported = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                imported = [str(node.module), *(f"{node.module}.{a.name}" for a in node.names)]
+            assert not [name for name in imported if name.endswith("pickle_child")], path
             if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
                 assert ast.unparse(node.value) == "False", path
+    # The first runs in a process of its own; the second is called only where there is no pickle.
+    assert torch_loads == [CHILD] and peft_loads == ["hub/proofs/proof.py"]
+
+
+def test_the_module_that_reads_pickles_is_no_part_of_the_hubs_process() -> None:
+    """Not even where all modules of the hub are imported."""
+    modules = [
+        ".".join(("experthub", *path.relative_to(ROOT).with_suffix("").parts))
+        for package in ("hub", "cli")
+        for path in (ROOT / package).rglob("*.py")
+        if str(path.relative_to(ROOT)) != CHILD
+    ]
+    script = (
+        "import importlib, sys\nfor name in sys.argv[1:]:\n    importlib.import_module(name)\n"
+        "assert not [name for name in sys.modules if 'pickle_child' in name]\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *modules], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+class Bomb:
+    """An object whose pickle makes a folder where it is read."""
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, ("mark",)
+
+
+def test_a_proof_reads_no_pickle(home: Path, expert_folder: Make) -> None:
+    """peft gets a copy of the checked files, which has no pickle."""
+    folder = expert_folder(1)
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps(Bomb()))
+    given: list[Path] = []
+    load = proof.load_with_peft
+
+    def watched(copy: Path) -> proof.SourceLibrary:
+        given.append(copy)
+        assert {path.name for path in copy.iterdir()} == {CONFIG, WEIGHTS, GATES}
+        return load(copy)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(proof, "load_with_peft", watched)
+        ran = run_hub("add", folder, "--name", "x", "--proof")
+    assert ran.code == 0 and "equal to peft" in ran.err, ran.err
+    assert len(given) == 1 and home in given[0].parents and not given[0].exists()
+    assert not Path("mark").exists()
 
 
 # 3. Configurations that name code
@@ -620,6 +688,11 @@ SLOW = {
     "rank_pattern": {r"(([a-z0-9._]+)+)+X": 4},
     "alpha_pattern": {r".*.*.*.*.*.*.*.*.*.*.*.*X": 4},
 }
+OTHER_TYPES: dict[str, dict[str, Any]] = {
+    "LOHA": {"alpha": 8},
+    "LOKR": {"alpha": 8},
+    "LORA": {"lora_alpha": 8, "use_dora": True},
+}
 UNUSABLE = {
     "target_modules": "(" * 3000 + ")" * 3000,
     "exclude_modules": "x{99999999999999999999}",
@@ -641,6 +714,66 @@ def test_patterns_that_match_for_ever(
 def test_patterns_that_are_none(key: str, home: Path, expert_folder: Make) -> None:
     folder = expert_folder(1, **{key: UNUSABLE[key]})
     refused(home, "add", folder, "--name", "x", error=f"{key} is ")
+
+
+@pytest.mark.parametrize("kind", OTHER_TYPES)
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("pattern", ["slow", "(" * 3000 + ")" * 3000, "a)|(b", "x" * 20_000])
+def test_patterns_of_adapters_that_are_converted(
+    pattern: str,
+    key: str,
+    kind: str,
+    home: Path,
+    expert_folder: Make,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(patterns, "SECONDS", 0.2)
+    folder = expert_folder(1, gates=False)
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    shapes = {
+        "LOHA": {"hada_w1_a": (32, 4), "hada_w1_b": (4, 32), "hada_w2_a": (32, 4)}
+        | {"hada_w2_b": (4, 32)},
+        "LOKR": {"lokr_w1": (4, 4), "lokr_w2_a": (8, 4), "lokr_w2_b": (4, 8)},
+        "LORA": {"lora_A.weight": (4, 32), "lora_B.weight": (32, 4)}
+        | {"lora_magnitude_vector": (32,)},
+    }[kind]
+    random = {f"{module}.{n}": torch.randn(shape) for n, shape in shapes.items()}
+    save_file(random, folder / WEIGHTS)
+    config = {"peft_type": kind, "r": 4, "target_modules": ["q_proj"]} | OTHER_TYPES[kind]
+    config["base_model_name_or_path"] = json.loads((folder / CONFIG).read_text())[
+        "base_model_name_or_path"
+    ]
+    write_config = (folder / CONFIG).write_text
+    write_config(json.dumps(config))
+    sound = run_hub("add", folder, "--name", "sound", "--no-proof")
+    assert sound.code == 0, sound.err
+    if pattern == "slow":
+        pattern = r".*.*.*.*.*.*.*.*.*.*.*.*X" if kind == "LORA" else r"(([a-z0-9._]+)+)+X"
+    write_config(json.dumps(config | {key: {pattern: 4}}))
+    ran = run_hub("add", folder, "--name", "x", "--no-proof")
+    if kind == "LORA" and key == "rank_pattern" and ran.code == 0:
+        return  # The rank of a DoRA is that of its factors.
+    assert ran.code == 3 and "Traceback" not in ran.err, ran.err
+    assert re.search(rf"{key} (is|in its)", ran.lines("error: ")[0]), ran.err
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("r", 0), ("r", "4"), ("r", True), ("r", None), ("alpha", float("nan")), ("alpha", [8])],
+)
+def test_settings_of_adapters_that_are_converted(
+    key: str, value: Any, home: Path, expert_folder: Make
+) -> None:
+    folder = expert_folder(1, gates=False)
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    factors = {"hada_w1_a": (32, 4), "hada_w1_b": (4, 32), "hada_w2_a": (32, 4)}
+    factors |= {"hada_w2_b": (4, 32)}
+    save_file({f"{module}.{n}": torch.ones(s) for n, s in factors.items()}, folder / WEIGHTS)
+    config = {"peft_type": "LOHA", "r": 4, "alpha": 8, "target_modules": ["q_proj"]}
+    named = json.loads((folder / CONFIG).read_text())["base_model_name_or_path"]
+    config |= {"base_model_name_or_path": named, key: value}
+    (folder / CONFIG).write_text(json.dumps(config))
+    refused(home, "add", folder, "--name", "x", "--no-proof", error=f"{key} is ")
 
 
 def test_a_pattern_that_breaks_another(home: Path, expert_folder: Make) -> None:

@@ -39,8 +39,8 @@ def peft_adapter(base: Path, folder: Path, **config: Any) -> Any:
     model = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
     torch.manual_seed(3)
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **config)).eval()
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name:
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.3)
     adapted.save_pretrained(folder)
     return adapted
@@ -219,27 +219,34 @@ def test_header_of_an_odd_length(base_folder: Path, expert_folder: Callable[...,
     assert torch.equal(logits(hub.compose(recipe).model), expected)
 
 
-# What peft itself writes for the kinds that are refused.
-REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
-    "saved_modules": ({"modules_to_save": ["norm"]}, "modules_to_save"),
-    "trained_tokens": ({"trainable_token_indices": [3, 4]}, "trainable_token_indices"),
+# What peft itself writes beside the factors of a LoRA, and the ends of the tensors' names.
+DENSE: dict[str, tuple[dict[str, Any], str]] = {
+    "saved_modules": ({"modules_to_save": ["norm"]}, "norm.weight"),
+    "trained_tokens": ({"trainable_token_indices": [3, 4]}, "trainable_tokens_delta"),
 }
 
 
-@pytest.mark.parametrize("name", REFUSALS)
-def test_more_than_a_low_rank_change_is_refused_by_name(
+@pytest.mark.parametrize("name", DENSE)
+def test_dense_parts_are_used_and_refused_by_name_if_they_are_missing(
     name: str, tmp_path: Path, base_folder: Path
 ) -> None:
-    changes, key = REFUSALS[name]
-    peft_adapter(base_folder, tmp_path / "x", r=2, target_modules=["q_proj"], **changes)
-    recipe = {
-        "base": str(base_folder),
-        "experts": [str(tmp_path / "x")],
-        "merge": {"method": "linear"},
-    }
-    with pytest.raises(IntegrityError, match=f"{key} is") as caught:
+    changes, end = DENSE[name]
+    (key,) = changes
+    folder = tmp_path / "x"
+    adapted = peft_adapter(base_folder, folder, r=2, target_modules=["q_proj"], **changes)
+    recipe = {"base": str(base_folder), "experts": [str(folder)], "merge": {"method": "linear"}}
+    ids = torch.tensor([[3, 4, 130, 9, 3, 33, 41]])
+    with torch.no_grad():
+        ours, theirs = hub.compose(recipe).model(input_ids=ids).logits, adapted(input_ids=ids)
+    torch.testing.assert_close(ours, theirs.logits, atol=2e-5, rtol=2e-5)
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(end)}
+    assert len(kept) < len(tensors)
+    save_file(kept, path)
+    with pytest.raises(IntegrityError, match=f"{key} is .*holds no weights for it") as caught:
         hub.compose(recipe)
-    assert caught.value.hint
+    assert "complete" in caught.value.hint
 
 
 def test_refused_even_when_the_configuration_denies_it(tmp_path: Path, base_folder: Path) -> None:

@@ -20,7 +20,7 @@ from experthub.hub.session import Session
 from experthub.hub.store import leases
 from experthub.hub.store.store import Store
 from hf_server import HfServer
-from kill_cases import CASES, Case, Repair, Words, entry
+from kill_cases import CASES, NO_PROOF, Case, Repair, Words, entry
 
 Make = Callable[..., Path]
 KILLS = int(os.environ.get("HUB_KILLS", "2"))
@@ -128,12 +128,13 @@ def test_a_full_disk(case: Case, home: Path, tmp_path: Path, temporary: Path) ->
     assert failed
 
 
+@pytest.mark.parametrize("proof", [(), NO_PROOF], ids=["proof", "no proof"])
 @pytest.mark.parametrize("limit", [0, 1, 500, 20_000])
 def test_a_write_that_stops(
-    limit: int, expert_folder: Make, home: Path, tmp_path: Path, temporary: Path
+    limit: int, proof: Words, expert_folder: Make, home: Path, tmp_path: Path, temporary: Path
 ) -> None:
     folder = expert_folder(1, rank=16)
-    words = ("add", folder, "--name", "e")
+    words = ("add", folder, "--name", "e", *proof)
     ran = killing.run_full(tmp_path / "told", *words, limit=limit)
     one_error(ran, 1)
     assert "File too large" in ran.err
@@ -141,3 +142,4 @@ def test_a_write_that_stops(
     assert verify(Session()).whole and run_hub("show", "e").code == 4
     assert killing.run(*words).code == 0
     assert Store().read_identity(entry("e").digest)
+    assert (entry("e").proof is None) == bool(proof)

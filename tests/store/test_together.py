@@ -30,6 +30,8 @@ from experthub.hub.store.store import Store
 SECONDS = float(os.environ.get("HUB_STRESS", "6"))
 USERS, CONTENTS, SHARED = 8, 3, 2
 NAMES = ("mine", "my-own", "my-other")
+# An expert is stored for some time before it is registered if it is compared with peft between.
+PROOFS = ((), *[("--no-proof",)] * 4)
 WORDS = ("Traceback", "Errno", "Exception")  # that no user is to see
 
 
@@ -53,17 +55,19 @@ class User:
     def hub(self, codes: Sequence[int], *words: str | Path) -> Ran:
         """A command in a process of its own; an exit code that it may not have is noted."""
         told = self.folder / "told.json"
+        told.unlink(missing_ok=True)
         child = os.fork()
         if not child:
-            leases._own_leases.clear()
+            killing.begin_child()
             ran = run_hub(*words)
             told.write_text(json.dumps([ran.code, ran.out, ran.err]))
             os._exit(0)
         until = time.monotonic() + killing.STUCK
-        while os.waitpid(child, os.WNOHANG) == (0, 0):
+        while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
             if time.monotonic() > until:
                 raise AssertionError(f"{words} is stuck")
             time.sleep(0.002)
+        assert ended == (child, 0), f"{words} ended with {os.waitstatus_to_exitcode(ended[1])}"
         ran = Ran(*json.loads(told.read_text()))
         self.count[f"{words[0]} {ran.code}"] += 1
         if ran.code not in codes or any(word in ran.err for word in WORDS):
@@ -81,7 +85,8 @@ class User:
     def add_mine(self, name: str = "", which: int | None = None) -> None:
         name = f"{name or self.random.choice(NAMES)}-{self.number}"
         which = self.random.randrange(len(self.folders)) if which is None else which
-        if self.hub([0], "add", self.folders[which], "--name", name).code == 0:
+        proof = self.random.choice(PROOFS)
+        if self.hub([0], "add", self.folders[which], "--name", name, *proof).code == 0:
             self.mine[name].add(self.digests[which])
 
     def remove_mine(self, name: str = "") -> None:
@@ -91,8 +96,9 @@ class User:
             self.mine[name].clear()
 
     def add_shared(self) -> None:
-        name = f"shared-{self.random.randrange(SHARED)}"
-        self.hub([0, 6], "add", self.random.choice(self.folders[:CONTENTS]), "--name", name)
+        name, proof = f"shared-{self.random.randrange(SHARED)}", self.random.choice(PROOFS)
+        folder = self.random.choice(self.folders[:CONTENTS])
+        self.hub([0, 6], "add", folder, "--name", name, *proof)
 
     def remove_shared(self) -> None:
         self.hub([0, 4], "rm", f"shared-{self.random.randrange(SHARED)}", "--yes")

@@ -16,6 +16,8 @@ from experthub.hub.formats.skills import SkillsRecord, write_skills
 from experthub.hub.tasks.task import Card, Example, example_id
 from experthub.hub.tasks.task_files import write_task
 from safetensors.torch import load_file, save_file
+from tiny_gguf import write_gguf, write_gguf_lora
+from wild_adapters import write_diffusers, write_kohya, write_mlx, write_pickle
 
 MODULES = [
     f"model.layers.{layer}.self_attn.{leaf}" for layer in (0, 1) for leaf in ("q_proj", "v_proj")
@@ -91,6 +93,20 @@ LINES: dict[str, list[tuple[str, ...]]] = {
     "cluster": [("cluster", "a", "b", "--k", "2"), ("cluster", "a", "b", "--k", "2", *NEAR)],
     "du": [("du",)],
     "doctor": [("doctor",)],
+    "base add": [
+        ("base", "add", "copy", "../copy"),
+        ("base", "add", "other", "../model.gguf", "--aka", "someone/other"),
+        ("base", "add", "blob", "ollama:tiny"),
+    ],
+    "base list": [("base", "list"), ("base", "list", "--json")],
+    "base show": [("base", "show", "tiny"), ("base", "show", "mine", "--json")],
+    "base rm": [("base", "rm", "mine", "--json")],
+    "convert": [
+        *(("convert", f"../{name}", "out") for name in ("dora", "mlx", "pickled")),
+        *(("convert", f"../{name}", "out", "--base", "tiny") for name in ("kohya", "diffusers")),
+        ("convert", "../lora.gguf", "out", "--base", "gguf"),
+        ("convert", "../dora", "out", "--rank", "1", "--json"),
+    ],
     "train lora": [("train", "lora", "--base", "tiny", *TASK, "--name", "t1", *QUICK)],
     "train full": [
         ("train", "full", "--base", "tiny", *TASK, "--name", "t2", "--lr", "0.1", "--steps", "2")
@@ -140,6 +156,7 @@ def build(root: Path) -> World:
     world.v.mkdir()
     save_file({"model.norm.weight": torch.ones(32)}, world.v / "task_vector.safetensors")
     write_inventory(world.s, world.base)
+    write_foreign(world)
     card = Card(name="parity", source="made-up", template="Is {input} even?\nAnswer:")
     choices = ["yes", "no"]
     examples = [
@@ -149,7 +166,9 @@ def build(root: Path) -> World:
     write_task("local", card, examples)
     shutil.copytree(world.home / "tasks/local/parity", world.root / "task")
     registry = f"version: 1\nbases:\n  tiny: {{sources: ['file:{world.base}']}}\n"
+    registry += f"  gguf: {{sources: ['file:{world.root / 'model.gguf'}']}}\n"
     (world.work / "registry.yaml").write_text(registry)
+    done("base", "add", "mine", "../finetuned", "--license", "mit")
     for name in ("a", "b", "v", "s"):
         done("add", world.root / name, "--name", name, "--base", "tiny", *TASK)
     for name, (command, method, data) in MAKE.items():
@@ -166,6 +185,37 @@ def build(root: Path) -> World:
     done("eval", "merge.yaml", "--tasks", "local:parity", "--limit", "4", "--out", "result.json")
     done("export", "a", "v", "archive.tar")
     return world
+
+
+def write_foreign(world: World) -> None:
+    """Write adapters and bases of other programs."""
+    shutil.copytree(world.base, world.copy)
+    make_expert(world.dora, world.base, 3, 2, ("q_proj",), size=0.1)
+    config = json.loads((world.dora / "adapter_config.json").read_text()) | {"use_dora": True}
+    (world.dora / "adapter_config.json").write_text(json.dumps(config))
+    (world.dora / "phatgoose_gates.safetensors").unlink(missing_ok=True)
+    path = world.dora / "adapter_model.safetensors"
+    tensors = load_file(path)
+    magnitudes = {
+        name.replace("lora_B.weight", "lora_magnitude_vector"): torch.ones(len(tensor))
+        for name, tensor in tensors.items()
+        if name.endswith("lora_B.weight")
+    }
+    save_file(tensors | magnitudes, path)
+    write_mlx(world.base, world.mlx, 4)
+    write_pickle(world.base, world.pickled, 5)
+    write_kohya(world.kohya)
+    part = "text_encoder.model.layers.0.self_attn"
+    write_diffusers(world.diffusers, part)
+    write_gguf(world.root / "model.gguf")
+    write_gguf_lora(world.root / "lora.gguf", 4)
+    blob = world.ollama / "blobs" / f"sha256-{'a' * 64}"
+    manifest = world.ollama / "manifests" / "registry.ollama.ai" / "library" / "tiny" / "latest"
+    for folder in (blob.parent, manifest.parent):
+        folder.mkdir(parents=True)
+    write_gguf(blob, kv_heads=2)
+    layer = {"mediaType": "application/vnd.ollama.image.model", "digest": f"sha256:{'a' * 64}"}
+    manifest.write_text(json.dumps({"schemaVersion": 2, "layers": [layer]}))
 
 
 def write_inventory(folder: Path, base: Path) -> None:

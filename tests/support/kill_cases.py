@@ -24,6 +24,7 @@ from test_push import FILES
 
 Words = Sequence[str | Path]
 REPO = "alice/mine"
+NO_PROOF = ("--no-proof",)  # A proof takes most of the time of an add, and writes nothing.
 
 
 class Case:
@@ -68,19 +69,34 @@ def entry(name: str) -> Expert:
 
 
 class Add(Case):
+    proof = False
+
     def prepare(self, turn: int) -> Words:
         if turn % 8 == 0:
             self.forget()
         self.name = f"e-{turn}"
-        return ("add", self.expert(), "--name", self.name)
+        return ("add", self.expert(), "--name", self.name, *(() if self.proof else NO_PROOF))
+
+    def killed(self) -> None:
+        known = [e.name for e in Registry.read().user.content.experts]
+        if self.name in known:
+            self.done()
 
     def done(self) -> None:
-        assert Store().read_identity(entry(self.name).digest)
+        added = entry(self.name)
+        assert Store().read_identity(added.digest).digest == added.digest
+        assert (added.proof is not None) == self.proof, "the entry is written once, and whole"
+
+
+class AddProved(Add):
+    """The expert is compared with peft after it is stored, and before it is registered."""
+
+    proof = True
 
 
 class Pull(Case):
     def begin(self) -> None:
-        run_hub("add", self.expert(), "--name", "e", "--registry", "registry.yaml")
+        run_hub("add", self.expert(), "--name", "e", "--registry", "registry.yaml", *NO_PROOF)
         self.digest = entry("e").digest
 
     def prepare(self, turn: int) -> Words:
@@ -94,7 +110,7 @@ class Pull(Case):
 
 class PullRemote(Pull):
     def begin(self) -> None:
-        run_hub("add", self.expert(), "--name", "e")
+        run_hub("add", self.expert(), "--name", "e", *NO_PROOF)
         self.digest = entry("e").digest
         assert killing.run("push", "e", f"hf:{REPO}").code == 0
 
@@ -115,7 +131,7 @@ class Push(Case):
     def prepare(self, turn: int) -> Words:
         if turn % 8 == 0:
             self.forget()
-        assert run_hub("add", self.expert(), "--name", "e").code == 0
+        assert run_hub("add", self.expert(), "--name", "e", *NO_PROOF).code == 0
         if turn:
             self.before = self.commits()
         return ("push", "e", f"hf:{REPO}")
@@ -143,7 +159,7 @@ class Push(Case):
 
 class Collect(Case):
     def begin(self) -> None:
-        run_hub("add", self.expert(), "--name", "keep")
+        run_hub("add", self.expert(), "--name", "keep", *NO_PROOF)
         self.keep = entry("keep").digest
         self.drop = [self.expert() for _ in range(6)]
 
@@ -166,7 +182,7 @@ class Remove(Case):
         self.source = self.expert()
 
     def prepare(self, turn: int) -> Words:
-        run_hub("add", self.source, "--name", "e")
+        run_hub("add", self.source, "--name", "e", *NO_PROOF)
         return ("rm", "e", "--yes")
 
     def done(self) -> None:
@@ -176,7 +192,7 @@ class Remove(Case):
 
 class LockCase(Case):
     def begin(self) -> None:
-        run_hub("add", self.expert(), "--name", "e")
+        run_hub("add", self.expert(), "--name", "e", *NO_PROOF)
         self.before: Lock | None = None
 
     def prepare(self, turn: int) -> Words:
@@ -205,7 +221,7 @@ class LockCase(Case):
 class Repair(Case):
     def begin(self) -> None:
         for name in ("one", "two"):
-            run_hub("add", self.expert(), "--name", name)
+            run_hub("add", self.expert(), "--name", name, *NO_PROOF)
 
     def prepare(self, turn: int) -> Words:
         objects = Store().list_objects()
@@ -225,6 +241,7 @@ class Repair(Case):
 
 CASES = {
     "add": Add,
+    "add with a proof": AddProved,
     "pull": Pull,
     "pull hf:": PullRemote,
     "push": Push,

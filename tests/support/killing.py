@@ -16,6 +16,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import torch
 from conftest import Ran, run_hub
 from experthub.hub.files.atomic import DRAFT
 from experthub.hub.store import leases
@@ -62,9 +63,19 @@ def _count(step: Callable[[str], None]) -> None:
     sys.addaudithook(hook)
 
 
+def begin_child() -> None:
+    """Let a forked process begin as a new one would: without what belongs to its parent.
+
+    The threads of torch do not survive a fork. A child that computes on more than one thread would
+    wait for them for ever, or end with SIGSEGV in an attention, which finds no memory for them.
+    """
+    leases._own_leases.clear()
+    torch.set_num_threads(1)
+
+
 def _child(words: tuple[Any, ...], ready: Any, begun: Any, steps: Any, stop: int) -> None:
     """The command, as a new process would run it."""
-    leases._own_leases.clear()  # the parent's
+    begin_child()
     sys.dont_write_bytecode = True
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
@@ -122,7 +133,7 @@ def run_full(told: Path, *words: Any, after: int = 1 << 30, limit: int = -1) -> 
     """
 
     def child() -> None:
-        leases._own_leases.clear()
+        begin_child()
         sys.dont_write_bytecode = True
         left = after
 

@@ -25,6 +25,8 @@ LORAS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "bias": {"bias": "all"},
     "whole": {"modules_to_save": ["lm_head"]},
+    "tokens": {"trainable_token_indices": [5, 77]},
+    "activated": {"alora_invocation_tokens": [77, 130]},
 }
 PUSH = """
 import json, sys, torch
@@ -66,7 +68,7 @@ def at_the_hub(home: Path, pushed: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("HF_ENDPOINT", (pushed / "url").read_text())
 
 
-@pytest.mark.parametrize("name", ["plain", "rslora", "patterns", "layers"])
+@pytest.mark.parametrize("name", [name for name in LORAS if name != "activated"])
 def test_the_same_logits(name: str, pushed: Path, base_folder: Path, base_model: Any) -> None:
     ran = run_hub("pull", f"hf:alice/{name}", "--json")
     assert ran.code == 0, ran.err
@@ -79,9 +81,10 @@ def test_the_same_logits(name: str, pushed: Path, base_folder: Path, base_model:
     assert (logits(base_model) - theirs).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("name", ["dora", "bias", "whole"])
-def test_what_is_more_than_a_low_rank_change_is_refused(name: str, home: Path) -> None:
-    ran = run_hub("pull", f"hf:alice/{name}")
+def test_what_is_no_change_of_the_weights_is_refused(home: Path) -> None:
+    """An activated LoRA acts only after some tokens."""
+    ran = run_hub("pull", "hf:alice/activated")
     assert (ran.code, ran.out) == (3, ""), ran.err
-    assert "more than a low-rank change" in ran.lines("error: ")[0]
+    assert "alora_invocation_tokens is [77, 130]" in ran.lines("error: ")[0]
+    assert len(ran.lines("hint: ")) == 1
     assert not list((home / "objects").rglob("*"))

@@ -137,14 +137,19 @@ def test_peft_loads_it_to_the_same_logits(
 
     base = AutoModelForCausalLM.from_pretrained(base_folder)
     ids = torch.arange(12)[None]
-    theirs = PeftModel.from_pretrained(base, folder)(input_ids=ids).logits
+    adapted = PeftModel.from_pretrained(base, folder)
+    theirs = adapted(input_ids=ids).logits
+    merged = adapted.merge_and_unload()(input_ids=ids).logits
     recipe = {
         "base": str(base_folder),
         "experts": ["hf:alice/mine"],
         "merge": {"method": "linear"},
     }
     ours = hub.compose(recipe).model(input_ids=ids).logits
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours, merged, atol=1e-6, rtol=1e-6)
+    # peft multiplies the input by one factor after the other, which is rounded otherwise.
+    largest = float(theirs.abs().max())
+    torch.testing.assert_close(ours, theirs, atol=1e-5 * largest, rtol=0)
 
 
 def test_the_card_is_for_the_hub_and_for_people(server: HfServer, pushed: str, home: Path) -> None:

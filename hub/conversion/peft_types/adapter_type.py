@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from reprlib import repr as short
 from typing import Any, Protocol
 
+from experthub.hub.errors import IntegrityError
+from experthub.hub.files.patterns import limit_matching_time
 from experthub.hub.formats.peft_rules import match_pattern
 from experthub.merge import Delta
 from torch import Tensor
 
+LARGEST = 2**63  # The values of settings are below it; it bounds seeds, too.
+DIVISORS = ("r", "init_r", "group_size")
 # Keys that the configurations of all types may have, and that change nothing here: which modules
 # are adapted is known from the tensors.
 COMMON = frozenset(
@@ -86,9 +92,36 @@ class AdaptedModule:
 
         Returns:
             The value.
+
+        Raises:
+            IntegrityError: The value has another type than the default, or a pattern takes too long.
         """
         value = self.config.get(key, default)
-        return match_pattern(self.config.get(pattern), self.path, value) if pattern else value
+        patterns = self.config.get(pattern)
+        if patterns:
+            try:
+                with limit_matching_time():
+                    value = match_pattern(patterns, self.path, value)
+            except (TimeoutError, re.error) as error:
+                raise IntegrityError(
+                    f"{pattern} in its configuration cannot be used: {error}",
+                    f"simplify {pattern} in adapter_config.json",
+                ) from None
+        if not _fits(key, value, default):
+            raise IntegrityError(
+                f"{key} is {short(value)} for {self.path}", f"correct {key} in adapter_config.json"
+            )
+        return value
+
+
+def _fits(key: str, value: Any, default: Any) -> bool:
+    """Tell whether the value of a setting can stand in place of its default."""
+    if isinstance(default, bool) or not isinstance(default, int | float):
+        return isinstance(value, type(default)) or (value is None and default is False)
+    whole = isinstance(default, int) and not key.endswith("alpha")
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        return False
+    return abs(value) < LARGEST and (value > 0 or key not in DIVISORS)
 
 
 @dataclass(frozen=True)
