@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experthub.hub.errors import IntegrityError
+from experthub.hub.files.plain_files import open_plain
 
 MAX_JSON_BYTES = 64 << 20  # The longest JSON files list the tensors of the largest models.
 MAX_DEPTH = 100
@@ -70,10 +71,12 @@ def read_small(path: Path) -> bytes:
         Its bytes.
 
     Raises:
-        IntegrityError: The file is larger.
+        IntegrityError: The file is larger, or is a pipe, a device or a folder.
     """
-    if path.stat().st_size > MAX_JSON_BYTES:
+    with open_plain(path, follow=True) as file:  # A device has no end, whatever its size says.
+        content: bytes = file.read(MAX_JSON_BYTES + 1)
+    if len(content) > MAX_JSON_BYTES:
         raise IntegrityError(
             f"{path} has more than {MAX_JSON_BYTES} bytes", "check that it is the right file"
         )
-    return path.read_bytes()
+    return content
