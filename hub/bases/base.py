@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 CAUSAL = ("ForCausalLM", "LMHeadModel")
+# The parts of models that read images or sounds beside text.
+TOWERS = ("vision_config", "audio_config", "vq_config")
 ROW_INPUTS = ("input_ids", "pixel_values")  # The first inputs of models that a route can watch.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
 
@@ -130,7 +132,8 @@ class Base:
         config = read_json(self.folder / "config.json")
         towers = [v for v in config.values() if isinstance(v, dict) and "model_type" in v]
         one_input = self.names.main_input in ROW_INPUTS and not config.get("is_encoder_decoder")
-        return one_input and not towers and (self.is_causal or self.is_encoder)
+        kinds = self.is_causal or self._is_bare
+        return one_input and not towers and not self.is_multimodal and kinds
 
     @property
     def peft_task_type(self) -> str | None:
@@ -139,27 +142,45 @@ class Base:
         PEFT calls models of its types with texts alone. Its type of classifiers is not used: an
         adapter of that type has to contain the classifier.
         """
-        if self.is_causal:
+        if self.is_causal and not self.is_multimodal:
             return "CAUSAL_LM"
         config = read_json(self.folder / "config.json")
         if config.get("is_encoder_decoder"):
             generates = self.architecture.endswith("ForConditionalGeneration")
-            return "SEQ_2_SEQ_LM" if generates and self._reads_text else None
-        return "FEATURE_EXTRACTION" if self.reads_rows and self._reads_text else None
+            return "SEQ_2_SEQ_LM" if generates and self.reads_text else None
+        return "FEATURE_EXTRACTION" if self.reads_rows and self.reads_text else None
 
     @property
-    def _reads_text(self) -> bool:
+    def reads_text(self) -> bool:
         """True if the model's first input is text."""
         return self.names.main_input == "input_ids"
 
     @property
     def is_causal(self) -> bool:
-        """True for a causal language model."""
-        return self.architecture.endswith(CAUSAL)
+        """True for a causal language model, also for one that can read images or sounds, too."""
+        return self.architecture.endswith(CAUSAL) or self.is_multimodal
+
+    @cached_property
+    def is_multimodal(self) -> bool:
+        """True for a causal language model that reads text alone, or with images or sounds."""
+        config = read_json(self.folder / "config.json")
+        parts = [config, *(v for v in (config.get("text_config"),) if isinstance(v, dict))]
+        return (
+            self.architecture.endswith("ForConditionalGeneration")
+            and not any(part.get("is_encoder_decoder") for part in parts)
+            and any(isinstance(config.get(key), dict) for key in TOWERS)
+            and self.reads_text
+        )
 
     @property
     def is_encoder(self) -> bool:
-        """True for a bare encoder, whose output is its hidden states."""
+        """True for a bare encoder of text, whose output is its hidden states."""
+        towers = read_json(self.folder / "config.json").keys() & {*TOWERS}
+        return self._is_bare and not towers and self.reads_text
+
+    @property
+    def _is_bare(self) -> bool:
+        """True for a model without a head, whatever it reads."""
         bare = self.architecture.endswith("Model") and self.architecture != "CLIPModel"
         return bare and not self.is_causal
 

@@ -56,7 +56,7 @@ def count_words(config: Mapping[str, Any]) -> int:
 
 def _find(config: Mapping[str, Any], what: str, default: int) -> int:
     """Find a size in a configuration, first in that of its text model."""
-    parts = [config.get("text_config"), config.get("vision_config"), config]
+    parts = [config.get("text_config"), config, config.get("vision_config")]
     stated = (p.get(name) for p in parts if isinstance(p, Mapping) for name in NAMES[what])
     return next((n for n in stated if isinstance(n, int) and n > 0), default)
 

@@ -9,9 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
+from experthub.hub.errors import UsageError
 from experthub.hub.readers.scorer import Question
 from experthub.hub.tasks.task import Example, Task
 from torch import Tensor
+
+IMAGES = ("data:image/", "iVBORw0KGgo", "/9j/")  # The first characters of PNG and JPEG in base64.
 
 
 class Row(Protocol):
@@ -122,8 +125,26 @@ class ReadsPrompt:
         Returns:
             The prompt, and the choices after the separator.
         """
+        refuse_image(example.input)
         choices = tuple(self.separator + choice for choice in task.list_choices(example))
         return Question(task.format_prompt(example), choices)
+
+
+def refuse_image(text: str) -> None:
+    """Refuse an image where a text is read: its base64 would be read as words.
+
+    Args:
+        text: The input of an example.
+
+    Raises:
+        UsageError: It is a PNG or JPEG in base64.
+    """
+    if text.startswith(IMAGES) and len(text) > 64 and not any(map(str.isspace, text[:64])):
+        raise UsageError(
+            f"the input {text[:24]!r}... is an image, and a language model is given text alone, "
+            "even one that can read images",
+            "use a task of texts for this base, or CLIP or an image classifier for images",
+        )
 
 
 class HeadCache:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from experthub.hub.bases.base import Base
+from experthub.hub.bases.base import TOWERS, Base
 from experthub.hub.bases.loading import load_model, load_tokenizer
 from experthub.hub.errors import UsageError
 from experthub.hub.files.json_files import read_json
@@ -49,7 +49,8 @@ def reader_for(
     if architecture.endswith("ForImageClassification"):
         preparation = Preparation.of(base.folder, int(config.get("image_size", 224)))
         return ImageClassifier(preparation, _read_labels(config))
-    seq2seq = architecture.endswith("ForConditionalGeneration") and config.get("is_encoder_decoder")
+    seq2seq = architecture.endswith("ForConditionalGeneration") and base.reads_text
+    seq2seq = seq2seq and bool(config.get("is_encoder_decoder"))
     classifier, clip = (
         architecture.endswith("ForSequenceClassification"),
         architecture == "CLIPModel",
@@ -64,9 +65,30 @@ def reader_for(
         if base.is_causal or seq2seq:
             return (LanguageModel if base.is_causal else Seq2Seq)(tokenizer, window)
         return Encoder(Similarity(load, tokenizer, window))
-    raise UsageError(
-        f"{base.name} is a {architecture}, which cannot score choices",
-        "use a language model, an encoder, a classifier or CLIP",
+    raise _explain_refusal(base)
+
+
+def _explain_refusal(base: Base) -> UsageError:
+    """Explain why no reader can score choices with a base."""
+    what, main = f"{base.name} is a {base.architecture}", base.names.main_input
+    if main == "pixel_values":
+        return UsageError(
+            f"{what}, which reads images and has no labels to choose from",
+            "use an image classifier or CLIP for a task of images",
+        )
+    if main != "input_ids":
+        return UsageError(
+            f"{what}, which reads {main.replace('_', ' ')}, and tasks have texts or images",
+            "compose the model with hub compose --out, and evaluate it with another program",
+        )
+    if any(key in read_json(base.folder / "config.json") for key in TOWERS):
+        return UsageError(
+            f"{what}, which reads images with texts, and of such models the hub reads CLIP alone",
+            "use CLIP for a task of images, or a language model for a task of texts",
+        )
+    return UsageError(
+        f"{what}, which cannot score choices",
+        "use a language model, an encoder of text, a classifier or CLIP",
     )
 
 

@@ -82,7 +82,7 @@ def _count_graph(base: Base, data: PlannedData) -> int:
     """Count the bytes that a step of learning keeps for its backward pass, at most."""
     config = read_json(base.folder / "config.json")
     reads_choices = base.is_causal or bool(config.get("is_encoder_decoder"))
-    sees = "vision_config" in config or "image_size" in config
+    sees = not base.is_causal and ("vision_config" in config or "image_size" in config)
     characters, answers = 0, 0
     for one in choose_examples(data.use):
         for example in one.examples:

@@ -20,7 +20,7 @@ from experthub.hub.registry.entries import check_name
 from experthub.hub.session import Session
 from experthub.hub.tasks.task_files import read_task
 from experthub.hub.training.fit import Settings, fit_task
-from experthub.hub.training.objectives import is_frozen, make_objective
+from experthub.hub.training.objectives import find_frozen, make_objective
 from experthub.hub.transfer.describe import create_checkpoint_folder
 from torch import nn
 
@@ -74,7 +74,7 @@ def train_full(
     found = find(base, session)
     torch.manual_seed(settings.seed)
     model = load_model(found, "float32", session.device)
-    trained = _unfreeze(model, embeddings, found.is_causal)
+    trained = _unfreeze(model, embeddings, find_frozen(model, found))
     stored = open_weights(found)
     trained = _name_as_stored(model, trained, stored)
     objective = make_objective(found, session.device)
@@ -98,7 +98,9 @@ def train_full(
     )
 
 
-def _unfreeze(model: nn.Module, embeddings: bool, causal: bool) -> dict[str, nn.Parameter]:
+def _unfreeze(
+    model: nn.Module, embeddings: bool, never: tuple[str, ...]
+) -> dict[str, nn.Parameter]:
     """Make the parameters trainable that an answer depends on, and return them by name."""
     frozen = {
         id(parameter)
@@ -109,7 +111,7 @@ def _unfreeze(model: nn.Module, embeddings: bool, causal: bool) -> dict[str, nn.
     trained = {
         name: parameter
         for name, parameter in model.named_parameters()
-        if id(parameter) not in frozen and not is_frozen(name, causal)
+        if id(parameter) not in frozen and not name.startswith(never)
     }
     for parameter in trained.values():
         parameter.requires_grad_(True)

@@ -14,7 +14,7 @@ import torch
 from experthub.hub.bases.base import Base
 from experthub.hub.bases.loading import load_model, load_tokenizer
 from experthub.hub.readers.forward_errors import explain_forward_errors
-from experthub.hub.readers.reader import Reader, find_pad_token, pad
+from experthub.hub.readers.reader import Reader, find_pad_token, pad, refuse_image
 from experthub.hub.readers.reader_for import reader_for
 from experthub.hub.readers.similarity import SCALE, Similarity, pool
 from experthub.hub.readers.tokens import encode, tokenise
@@ -23,22 +23,30 @@ from experthub.hub.tasks.task import Example, Task
 from experthub.hub.training.output_layer import OutputLayer
 from torch import Tensor, nn
 
-# Prefixes of modules that no expert changes. The embedding of a bare encoder does not pass through
-# its pooler, and all experts share the base's classifier heads and CLIP's text encoder.
+# Prefixes of modules that training does not change. The embedding of a bare encoder does not pass
+# through its pooler, and all experts share the base's classifier heads and CLIP's text encoder.
 FROZEN = ("pooler.", "classifier", "score", "text_model.", "text_projection", "logit_scale")
 
 
-def is_frozen(name: str, causal: bool) -> bool:
-    """Check whether a module is one that no expert changes.
+def find_frozen(model: Any, base: Base) -> tuple[str, ...]:
+    """Find the modules of a model that training does not change.
 
     Args:
-        name: The path of the module, or of one of its parameters.
-        causal: Whether the base is a causal language model, which has no such modules.
+        model: The model of the base.
+        base: The base.
 
     Returns:
-        True if no expert changes the module.
+        The beginnings of their paths. In a causal language model these are the parts that read
+        images or sounds, because tasks of text do not use them.
     """
-    return not causal and name.startswith(FROZEN)
+    if not base.is_causal:
+        return FROZEN
+    if not base.is_multimodal:
+        return ()
+    text = {id(module) for module in model.get_decoder().modules()}
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    parts = model.base_model.named_children()
+    return tuple(prefix + n + "." for n, m in parts if text.isdisjoint(map(id, m.modules())))
 
 
 class Objective(Protocol):
@@ -126,6 +134,7 @@ class AnswerLoss:
             The token ids of the prompt and the answer, and the position at which the answer starts.
         """
         prompt, answer = task.format_prompt(example), task.format_answer(example)
+        refuse_image(example.input)
         (found,) = encode(self.tokenizer, prompt, [answer], self.window)
         return [*found.prompt, *found.choices[0]], len(found.prompt)
 

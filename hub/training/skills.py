@@ -24,7 +24,7 @@ from experthub.hub.training.inventory import (
     insert_skills,
     save_skills,
 )
-from experthub.hub.training.objectives import Objective, is_frozen, make_objective
+from experthub.hub.training.objectives import Objective, find_frozen, make_objective
 from experthub.hub.transfer.describe import create_checkpoint_folder, describe
 from experthub.routing import BatchTasks
 from torch import Tensor, nn
@@ -183,12 +183,12 @@ def find_linears(model: Any, base: Base) -> list[str]:
             f"{base.name} is an encoder-decoder model, which cannot get skills",
             "use a causal language model, an encoder, a classifier or a CLIP model",
         )
-    causal = base.is_causal
-    head = model.get_output_embeddings() if causal else None
+    head = model.get_output_embeddings() if base.is_causal else None
+    never = find_frozen(model, base)
     found = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and not is_frozen(name, causal)
+        if isinstance(module, nn.Linear) and module is not head and not name.startswith(never)
     ]
     if not found:
         raise HubError(

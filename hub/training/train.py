@@ -28,7 +28,7 @@ from experthub.hub.session import Session
 from experthub.hub.store.store import Store
 from experthub.hub.tasks.task_files import read_task
 from experthub.hub.training.fit import Settings, fit_task
-from experthub.hub.training.objectives import is_frozen, make_objective
+from experthub.hub.training.objectives import find_frozen, make_objective
 from experthub.hub.training.targets import ALL_LINEAR, Targets, choose_targets
 from experthub.hub.transfer.describe import create_checkpoint_folder, describe
 from experthub.hub.transfer.pull import pull
@@ -90,9 +90,9 @@ def train_lora(
     found = find(base, session)
     torch.manual_seed(settings.seed)
     model = load_model(found, "float32", session.device)
-    objective, causal = make_objective(found, session.device), found.is_causal
+    objective, never = make_objective(found, session.device), find_frozen(model, found)
     alpha = 2 * rank if alpha is None else alpha
-    frozen = [n for n, _ in model.named_modules() if is_frozen(n, causal)]
+    frozen = [n for n, _ in model.named_modules() if n.startswith(never)]
     chosen = choose_targets(targets, found, model.config.model_type, frozen)
     adapted = _adapt(model, chosen, rank, alpha, found)
     record = {**asdict(settings), "rank": rank, "alpha": alpha}
