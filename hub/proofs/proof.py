@@ -18,6 +18,8 @@ from experthub.hub.bases.loading import load_model
 from experthub.hub.bases.vocabulary import resize_model
 from experthub.hub.composition.compose import compose
 from experthub.hub.errors import HubError, IntegrityError
+from experthub.hub.kinds import kinds
+from experthub.hub.kinds.prompt import SOFT_PROMPT
 from experthub.hub.proofs.inputs import compare_outputs, compute_outputs, make_inputs
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.recipes.recipe import Recipe
@@ -27,7 +29,7 @@ from experthub.hub.registry.expert import Expert
 from experthub.hub.registry.proof_record import Proof
 from experthub.hub.session import Session
 from experthub.hub.transfer.remotes.no_network import forbid_network
-from experthub.merge import linear
+from experthub.merge import concatenate, linear
 from torch import Tensor
 
 # The errors of transformers and of other libraries for what they cannot load or run.
@@ -129,12 +131,21 @@ def _run_both(plan: Plan, reference: SourceLibrary, session: Session) -> tuple[O
     if rows:
         resize_model(other, rows)
     theirs = compute_outputs(reference.load(other), inputs)
+    theirs = {n: _cut_virtual(value, ours.get(n), plan) for n, value in theirs.items()}
     cut = {name for name in ours.keys() & theirs.keys() if seen and "logits" in name}
     found = [
         {n: value[..., :seen] if n in cut else value for n, value in outputs.items()}
         for outputs in (ours, theirs)
     ]
     return found[0], found[1]
+
+
+def _cut_virtual(theirs: Tensor, ours: Tensor | None, plan: Plan) -> Tensor:
+    """Cut the virtual tokens off the outputs of another library, which has outputs for them, too."""
+    count = plan.virtual_tokens
+    if ours is None or not count or theirs.ndim != ours.ndim or theirs.ndim < 2:
+        return theirs
+    return theirs[:, count:] if theirs.shape[1] == ours.shape[1] + count else theirs
 
 
 def _count_tokens(plan: Plan) -> tuple[int, int]:
@@ -182,11 +193,12 @@ def _find_local_base(expert: Expert, session: Session, requested: bool) -> Base:
 
 def _plan_alone(expert: Expert, base: Base, session: Session) -> Plan:
     """Plan the expert alone on its base."""
+    is_prompt = kinds[expert.kind] is SOFT_PROMPT
     recipe = Recipe.of(
         {
             "base": base.name,
             "experts": [expert.name],
-            "merge": {"method": linear.__name__},
+            "merge": {"method": (concatenate if is_prompt else linear).__name__},
             "dtype": DTYPE,
         }
     )

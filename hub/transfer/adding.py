@@ -11,6 +11,7 @@ from experthub.hub.conversion.opening import open_native
 from experthub.hub.files.json_files import read_json
 from experthub.hub.formats.adapter import ADAPTER, ADAPTER_CONFIG
 from experthub.hub.formats.dense_parts import PREFIX
+from experthub.hub.formats.prompt import PROMPT_EMBEDDINGS
 from experthub.hub.formats.safetensors_header import read_header
 from experthub.hub.registry.entries import check_name
 from experthub.hub.registry.expert import Expert, make_source_relative
@@ -87,7 +88,9 @@ def _prove(folder: Path, session: Session, proof: bool | None, expert: Expert) -
     if proof is False or not (config.is_file() and weights.is_file()):
         return None
     names = read_header(weights)
-    if "peft_type" not in read_json(config) or not all(n.startswith(PREFIX) for n in names):
+    if "peft_type" not in read_json(config) or not all(
+        n.startswith(PREFIX) or n == PROMPT_EMBEDDINGS for n in names
+    ):
         return None
     if any(".default." in name for name in names):
         return None
