@@ -48,6 +48,7 @@ from experthub.merge._task_vector import (
 from experthub.merge._weight_reads import WeightRead, find_weight_reads
 from experthub.merge.adamerging import adamerging
 from experthub.merge.atlas import atlas
+from experthub.merge.concatenate import concatenate
 from experthub.merge.dare import dare
 from experthub.merge.fisher import fisher
 from experthub.merge.linear import linear
@@ -96,6 +97,7 @@ __all__ = [
     "check_weights",
     "combine",
     "compose_vector",
+    "concatenate",
     "cosine_matrix",
     "dare",
     "find_base",

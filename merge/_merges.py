@@ -15,11 +15,13 @@ class MergeTraits:
         order_dependent: Whether permuting the experts may change the result.
         whole_model: Whether one tensor of the result depends on all tensors of the experts.
         dense: Whether the result is dense even if all experts are low-rank.
+        prompts: Whether the merge is a function of soft prompts, and not of task vectors.
     """
 
     order_dependent: bool = False
     whole_model: bool = False
     dense: bool = False
+    prompts: bool = False
 
 
 merges = Catalogue("merge", "experthub.merges", MergeTraits)

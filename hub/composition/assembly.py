@@ -16,6 +16,7 @@ from experthub.hub.composition.forward_hooks import Watch
 from experthub.hub.composition.model_state import ModelState
 from experthub.hub.composition.routes import route
 from experthub.hub.composition.saving import refuse_saving
+from experthub.hub.composition.soft_prompts import attach_prompts
 from experthub.hub.composition.weights import (
     Contents,
     load_dense_vector,
@@ -57,11 +58,16 @@ def assemble(
         IntegrityError: The content of an expert is damaged, or a merged weight overflows.
         HubError: The experts do not fit the model.
     """
-    if session.device == AUTO and any(unit.recipe.merge or unit.folds for unit in plan.units):
+    changes = not plan.virtual_tokens
+    if session.device == AUTO and any(
+        changes and (unit.recipe.merge or unit.folds) for unit in plan.units
+    ):
         raise UsageError(
             "a merge changes weights that --device auto may leave on the disk",
             "write the model with hub compose --out, which needs little memory, or use a route",
         )
+    if plan.virtual_tokens:
+        return _assemble_prompts(plan, session, state, model, device)
     banks = [find_bank(unit) for unit in plan.units]
     whole = plan.completes_base or any(unit.dense for unit in plan.units)
     packed = not whole and all(bank is not None and bank.is_complete for bank in banks)
@@ -98,6 +104,21 @@ def assemble(
         if change is None:
             refuse_saving(target)
         return Composition(target, plan, change, state, tuple(routes), watch, before)
+
+
+def _assemble_prompts(
+    plan: Plan, session: Session, state: Any, model: Any, device: str | None
+) -> Composition:
+    """Compose a model with soft prompts, which shares every weight with its base."""
+    session.report("loading the base", 0, 0)
+    if model is None:
+        target = load_model(plan.base, plan.dtype, session.device)
+    else:
+        target = _copy_model(model, plan.dtype, device)
+    watch = Watch()
+    attached = attach_prompts(target, plan, state, session, watch)
+    refuse_saving(target)
+    return Composition(target, plan, None, state, (attached,), watch)
 
 
 def complete_base(model: Any, plan: Plan, contents: Contents) -> None:

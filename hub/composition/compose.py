@@ -8,6 +8,7 @@ from typing import Any, Literal
 from experthub.hub.bases.loading import AUTO
 from experthub.hub.composition.assembly import assemble
 from experthub.hub.composition.composition import Composition
+from experthub.hub.composition.soft_prompts import load_merged, save_prompts
 from experthub.hub.composition.streaming import write_merge
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.recipes.recipe import Recipe
@@ -73,6 +74,10 @@ def write_model(plan: Plan, out: Path, format: Literal["hf", "peft"], session: S
     Raises:
         HubError: An expert or the base cannot be used; the class of the error says how.
     """
+    if plan.virtual_tokens:
+        merged = load_merged(plan, session) if plan.recipe.merge else None
+        save_prompts(merged, plan, out, format)
+        return
     state = resolve_state(plan, session)
     in_memory = format == "peft" or session.device not in (None, "cpu", AUTO)
     if in_memory or not write_merge(plan, session, state, out):

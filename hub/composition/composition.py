@@ -13,6 +13,7 @@ from experthub.hub.composition.forward_hooks import Watch
 from experthub.hub.composition.model_state import ModelState
 from experthub.hub.composition.routes import Routes
 from experthub.hub.composition.saving import allow_saving, refuse_save
+from experthub.hub.composition.soft_prompts import AttachedPrompts, save_prompts
 from experthub.hub.errors import UsageError
 from experthub.hub.recipes.plan import Plan
 from experthub.merge import TaskVector
@@ -34,7 +35,7 @@ class Composition:
     plan: Plan
     merged: TaskVector | None = None
     state: Any = None
-    _routes: tuple[Routes, ...] = ()
+    _routes: tuple[Routes | AttachedPrompts, ...] = ()
     _watch: Watch = field(default_factory=Watch)
     _before: ModelState | None = None
 
@@ -54,7 +55,8 @@ class Composition:
         Raises:
             UsageError: The recipe has a merge, which has changed the weights.
         """
-        if any(unit.recipe.route is None for unit in self.plan.units):
+        changed = not self.plan.virtual_tokens
+        if changed and any(unit.recipe.route is None for unit in self.plan.units):
             raise UsageError(
                 "the weights of a merge have changed and cannot be restored",
                 "load the base instead",
@@ -103,6 +105,10 @@ class Composition:
         Example:
             >>> composition.save("merged", format="peft")  # doctest: +SKIP
         """
+        if self.plan.virtual_tokens:
+            (attached,) = self._routes
+            merged = attached.merged if isinstance(attached, AttachedPrompts) else None
+            return save_prompts(merged, self.plan, Path(folder), format)
         if self.merged is None:
             refuse_save()
         return save_model(self.model, self.plan, self.merged, Path(folder), format)

@@ -19,7 +19,13 @@ from uuid import uuid4
 import torch
 from experthub.hub.composition.prompt_length import select_prompt
 from experthub.hub.composition.real_tokens import find_real_tokens
-from experthub.hub.composition.row_cache import CACHES, RowCache, find_cache, find_row_cache
+from experthub.hub.composition.row_cache import (
+    CACHES,
+    RowCache,
+    find_cache,
+    find_returned_cache,
+    find_row_cache,
+)
 from experthub.hub.composition.rows import RouteHook, Rows, named_tasks
 from experthub.hub.composition.whole_prompts import read_whole_prompts
 from experthub.hub.errors import UsageError
@@ -160,7 +166,7 @@ class Watch:
         self.passes.end(now)
         if output is None:  # The forward pass raised an error.
             return
-        cache = _find_returned_cache(output)
+        cache = find_returned_cache(output)
         kept = find_row_cache(cache)
         if kept is None and cache is not None and cache.layers:
             kept = RowCache(bool(getattr(cache.layers[0], "is_sliding", False)))
@@ -175,13 +181,6 @@ class Watch:
             for route in passing:
                 kept.past[route] = (*now.past.get(route, ()), now.kept[route, VALUES])
             kept.base = now.base
-
-
-def _find_returned_cache(output: Any) -> Any:
-    """Find the key/value cache in the outputs of a model, which may be a plain tuple."""
-    if isinstance(output, dict):
-        return find_cache(output)
-    return next((one for one in output if hasattr(one, "layers")), None)
 
 
 def _refuse_checkpoints(module: Any) -> None:

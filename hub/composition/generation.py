@@ -58,7 +58,8 @@ def generate_text(
     check_temperature(temperature)
     check_can_generate(composition)
     base = composition.plan.base
-    tokenizer, window = load_tokenizer(base), Window.of(base, long, report)
+    window = Window.of(base, long, report, composition.plan.virtual_tokens)
+    tokenizer = load_tokenizer(base)
     ids = read_prompt(base, tokenizer, prompt, chat, window, max_new_tokens)
     written = generate_ids(composition, tokenizer, ids, max_new_tokens, temperature)
     text: str = tokenizer.decode(written, skip_special_tokens=True)

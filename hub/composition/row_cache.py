@@ -121,3 +121,17 @@ def find_row_cache(cache: Any) -> RowCache | None:
     """
     layers = getattr(cache, "layers", ())
     return next((layer for layer in layers if isinstance(layer, RowCache)), None)
+
+
+def find_returned_cache(output: Any) -> Any:
+    """Find the key/value cache in the outputs of a model, which may be a plain tuple.
+
+    Args:
+        output: The outputs.
+
+    Returns:
+        The cache, or None.
+    """
+    if isinstance(output, dict):
+        return find_cache(output)
+    return next((one for one in output if hasattr(one, "layers")), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from reprlib import repr as short
 
@@ -27,9 +27,6 @@ MERGE = (
 )
 # Types that are no change of the weights, and the reason.
 NOT_WEIGHTS = {
-    "PROMPT_TUNING": "it adds trained tokens before the input",
-    "P_TUNING": "it adds trained tokens before the input",
-    "PREFIX_TUNING": "it adds trained keys and values to every attention layer",
     "MULTITASK_PROMPT_TUNING": "it adds trained tokens before the input",
     "CPT": "it adds trained tokens before the input",
     "CARTRIDGE": "it adds trained keys and values to every attention layer",
@@ -98,16 +95,31 @@ def find_type(adapter: ForeignAdapter) -> AdapterType:
         values, reason = (kind.fixed or {}).get(key, ((), ""))
         if reason and value not in values:
             raise IntegrityError(f"{adapter.name}: {key} is {short(value)}: {reason}", MERGE)
-        if not reason and key not in COMMON | kind.keys and not is_unset(value):
-            raise IntegrityError(
-                f"{adapter.name}: unknown key {key[:80]!r} of {name}; the hub knows peft {NEWEST_PEFT}",
-                "upgrade experthub, or remove the key if the adapter computes the same without it",
-            )
+    check_keys(adapter, name, COMMON | kind.keys | set(kind.fixed or {}))
     try:
         check_patterns(config)
     except IntegrityError as error:
         raise IntegrityError(f"{adapter.name}: {error.message}", error.hint) from None
     return kind
+
+
+def check_keys(adapter: ForeignAdapter, name: str, known: Set[str]) -> None:
+    """Refuse keys of a configuration that are set and not known.
+
+    Args:
+        adapter: The adapter.
+        name: Its type.
+        known: The keys that are read or harmless.
+
+    Raises:
+        IntegrityError: A key is not known.
+    """
+    for key, value in adapter.config.items():
+        if key not in known and not is_unset(value):
+            raise IntegrityError(
+                f"{adapter.name}: unknown key {key[:80]!r} of {name}; the hub knows peft {NEWEST_PEFT}",
+                "upgrade experthub, or remove the key if the adapter computes the same without it",
+            )
 
 
 def read_changes(

@@ -16,6 +16,7 @@ from experthub.hub.conversion.file_formats import diffusers, gguf_lora, kohya, m
 from experthub.hub.conversion.file_formats.pickles import read_pickle
 from experthub.hub.conversion.foreign_adapter import ForeignAdapter
 from experthub.hub.conversion.found_adapter import FORMATS, FoundAdapter, find_adapter
+from experthub.hub.conversion.prompts import is_prompt, write_prompt
 from experthub.hub.errors import HubError, IntegrityError, NotFoundError, UsageError
 from experthub.hub.files.atomic import create_folder
 from experthub.hub.files.digests import sha256_of
@@ -142,11 +143,18 @@ def convert_into(
         )
         stored = StoredBase(lambda: _find_base(named, found, session), str(found.folder))
         foreign = _read(found, adapter, opened, pickles, stored)
-        start = _find_initial(found, initial)
-        changes = read_changes(
-            foreign, stored, _read(start, None, opened, False) if start else None
-        )
-        figures = _write(changes, stored, folder, form, session)
+        if is_prompt(foreign.config):
+            type_name = str(foreign.config["peft_type"]).upper()
+            figures = write_prompt(foreign, folder, form)
+        else:
+            start = _find_initial(found, initial)
+            changes = read_changes(
+                foreign, stored, _read(start, None, opened, False) if start else None
+            )
+            type_name, figures = (
+                _name_type(changes),
+                _write(changes, stored, folder, form, session),
+            )
     if sha256_of(found.weights) != before:
         raise IntegrityError(
             f"{found.weights} was changed while it was read", "try again when nothing writes to it"
@@ -159,7 +167,7 @@ def convert_into(
         raise
     made_from = {
         "format": FORMATS[found.format],
-        "type": _name_type(changes),
+        "type": type_name,
         "sha256": before,
         **figures,
     }

@@ -140,6 +140,7 @@ class _Evaluator:
         self.base, self.dtype, self.session, self.cache = base, dtype, session, cache
         self.long = long
         self.device = session.device or "cpu"
+        self.virtual_tokens = 0
 
     @cached_property
     def model(self) -> Any:
@@ -152,13 +153,20 @@ class _Evaluator:
         """The scorer for this kind of base."""
         report = self.session.report
         if self.base.is_causal or self.base.is_encoder:
-            window = Window.of(self.base, self.long, report)
+            window = Window.of(self.base, self.long, report, self.virtual_tokens)
             tokenizer = load_tokenizer(self.base)
             if self.base.is_causal:
                 return Likelihood(tokenizer, window)
             return Similarity(lambda: self.model, tokenizer, window)
         return ReaderScorer(
-            reader_for(self.base, self.device, lambda: self.model, long=self.long, report=report)
+            reader_for(
+                self.base,
+                self.device,
+                lambda: self.model,
+                long=self.long,
+                report=report,
+                virtual_tokens=self.virtual_tokens,
+            )
         )
 
     def score_tasks(
@@ -167,6 +175,8 @@ class _Evaluator:
         """Score the base, or the composition of a plan, on every task."""
         if plan and plan.base.added != self.base.added:
             return self._add_tokens(plan.base).score_tasks(name, plan, chosen, measure)
+        if plan and plan.virtual_tokens != self.virtual_tokens:
+            return self._leave_room(plan).score_tasks(name, plan, chosen, measure)
         methods = plan.recipe.methods if plan else []
         by_task = any("task" in method.strategy.needs for method in methods)
         surroundings: dict[str, Any] = {
@@ -201,6 +211,13 @@ class _Evaluator:
         """Return an evaluator of the same model that reads texts with the tokens of its experts."""
         found = copy.copy(self)
         found.base = base
+        vars(found).pop("scorer", None)
+        return found
+
+    def _leave_room(self, plan: Plan) -> _Evaluator:
+        """Return an evaluator of the same model that leaves room for soft prompts before texts."""
+        found = copy.copy(self)
+        found.virtual_tokens = plan.virtual_tokens
         vars(found).pop("scorer", None)
         return found
 

@@ -13,6 +13,7 @@ from experthub.hub.kinds import task_vector as task_vector
 from experthub.hub.kinds import coefficients as coefficients
 from experthub.hub.kinds import skills as skills
 from experthub.hub.kinds import router as router
+from experthub.hub.kinds import prompt as prompt
 # isort: on
 
 __all__ = ["BaseShapes", "ExpertKind", "Footprint", "StoredExpert", "kinds"]

@@ -10,6 +10,7 @@ from experthub.hub.bases.names import ModelNames
 from experthub.hub.formats.adapter import Adapted
 from experthub.hub.formats.added_tokens import NewToken
 from experthub.hub.formats.dense_parts import DensePart
+from experthub.hub.formats.prompt import PromptShape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,6 +64,7 @@ class Footprint:
         copies: The tensors that only repeat weights of the base, and are not used.
         rows: The number of rows of each parameter that has another vocabulary than the base.
         tokens: The tokens that the expert's tokenizer has beside its vocabulary.
+        prompt: The shape of a soft prompt or of a prefix, which changes no parameter.
     """
 
     shapes: Shapes
@@ -73,6 +75,7 @@ class Footprint:
     copies: tuple[str, ...] = ()
     rows: Mapping[str, int] = field(default_factory=dict)
     tokens: tuple[NewToken, ...] = ()
+    prompt: PromptShape | None = None
 
 
 def count_other_rows(shapes: Mapping[str, tuple[int, ...]], base: BaseShapes) -> dict[str, int]:

@@ -26,6 +26,7 @@ from experthub.hub.recipes.method import Method
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.session import Session
 from experthub.hub.tasks.task import Chosen
+from experthub.merge import concatenate
 from experthub.routing import RoutedLinear, State, uniform
 from torch import Tensor
 
@@ -72,7 +73,11 @@ class PlanMaterials:
         """The reader of the base."""
         session = self.session
         return reader_for(
-            self.plan.base, session.device, lambda: self._model, report=session.report
+            self.plan.base,
+            session.device,
+            lambda: self._model,
+            report=session.report,
+            virtual_tokens=self.plan.virtual_tokens,
         )
 
     def place(self, tensor: Tensor) -> Tensor:
@@ -179,7 +184,10 @@ class PlanMaterials:
         """Compose the model of one expert alone, with the weight 1."""
         planned = self.plan.experts[expert]
         route = Method(kind="route", method=uniform.__name__)
-        update = {"route": route, "data": None, "router": None}
+        update: dict[str, Any] = {"route": route, "data": None, "router": None}
+        if self.plan.virtual_tokens:
+            merge = Method(kind="merge", method=concatenate.__name__)
+            update |= {"route": None, "merge": merge}
         alone = replace(
             self.plan,
             recipe=self.plan.recipe.model_copy(update=update),

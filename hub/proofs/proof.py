@@ -17,6 +17,8 @@ from experthub.hub.bases.loading import load_model
 from experthub.hub.bases.vocabulary import resize_model
 from experthub.hub.composition.compose import compose
 from experthub.hub.errors import HubError, IntegrityError
+from experthub.hub.kinds import kinds
+from experthub.hub.kinds.prompt import SOFT_PROMPT
 from experthub.hub.proofs.inputs import compare_outputs, compute_outputs, make_inputs
 from experthub.hub.proofs.local_base import (
     CannotProveError,
@@ -32,7 +34,7 @@ from experthub.hub.registry.expert import Expert
 from experthub.hub.registry.proof_record import Proof
 from experthub.hub.session import Session
 from experthub.hub.transfer.remotes.no_network import forbid_network
-from experthub.merge import linear
+from experthub.merge import concatenate, linear
 from torch import Tensor
 
 # The errors of transformers and of other libraries for what they cannot load or run.
@@ -159,7 +161,9 @@ def _run_both(plan: Plan, reference: SourceLibrary, session: Session) -> tuple[s
     if rows:
         resize_model(other, rows)
     other = reference.load(other)
-    found = _compare(ours, compute_outputs(other, inputs), seen)
+    theirs = compute_outputs(other, inputs)
+    theirs = {n: _cut_virtual(value, ours.get(n), plan) for n, value in theirs.items()}
+    found = _compare(ours, theirs, seen)
     if reference.merge is not None and not _is_equal(*found):
         try:
             merged = _compare(ours, compute_outputs(reference.merge(other), inputs), seen)
@@ -183,6 +187,14 @@ def _compare(ours: Outputs, theirs: Outputs, seen: int) -> tuple[float, float]:
 def _is_equal(difference: float, largest: float) -> bool:
     """Tell whether a difference is within the tolerance."""
     return difference <= TOLERANCE * max(1.0, largest)
+
+
+def _cut_virtual(theirs: Tensor, ours: Tensor | None, plan: Plan) -> Tensor:
+    """Cut the virtual tokens off the outputs of another library, which has outputs for them, too."""
+    count = plan.virtual_tokens
+    if ours is None or not count or theirs.ndim != ours.ndim or theirs.ndim < 2:
+        return theirs
+    return theirs[:, count:] if theirs.shape[1] == ours.shape[1] + count else theirs
 
 
 def _count_tokens(plan: Plan) -> tuple[int, int]:
@@ -217,11 +229,12 @@ def _find_local_base(expert: Expert, session: Session, requested: bool) -> Base:
 
 def _plan_alone(expert: Expert, base: Base, session: Session) -> Plan:
     """Plan the expert alone on its base."""
+    is_prompt = kinds[expert.kind] is SOFT_PROMPT
     recipe = Recipe.of(
         {
             "base": base.name,
             "experts": [expert.name],
-            "merge": {"method": linear.__name__},
+            "merge": {"method": (concatenate if is_prompt else linear).__name__},
             "dtype": DTYPE,
         }
     )

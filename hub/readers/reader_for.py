@@ -26,6 +26,7 @@ def reader_for(
     *,
     long: Long = "cut",
     report: Report = silent,
+    virtual_tokens: int = 0,
 ) -> Reader:
     """Choose the reader for a base.
 
@@ -36,6 +37,7 @@ def reader_for(
             needed: some readers make their heads from the text of the choices with it.
         long: The rule for texts with more tokens than the base can read.
         report: A callback for a note about texts that are cut.
+        virtual_tokens: The number of tokens that soft prompts put before each text.
 
     Returns:
         The reader of the base's kind.
@@ -56,7 +58,7 @@ def reader_for(
         architecture == "CLIPModel",
     )
     if base.is_causal or seq2seq or classifier or clip or base.is_encoder:
-        tokenizer, window = load_tokenizer(base), Window.of(base, long, report)
+        tokenizer, window = load_tokenizer(base), Window.of(base, long, report, virtual_tokens)
         if clip:
             side = int(config.get("vision_config", {}).get("image_size", 224))
             return ClipReader(Preparation.of(base.folder, side), tokenizer, load, window)

@@ -39,13 +39,16 @@ class Window:
     _noted: bool = field(default=False, repr=False)
 
     @classmethod
-    def of(cls, base: Base, long: Long = "cut", report: Report = silent) -> Window:
+    def of(
+        cls, base: Base, long: Long = "cut", report: Report = silent, virtual_tokens: int = 0
+    ) -> Window:
         """Find the window of a base.
 
         Args:
             base: The base.
             long: The rule for longer texts.
             report: A callback for the note.
+            virtual_tokens: The number of tokens that soft prompts put before each text.
 
         Returns:
             The window. A sentence encoder may state a smaller one than its positions allow.
@@ -60,6 +63,8 @@ class Window:
         stated = read_json(own).get("max_seq_length") if own.is_file() else None
         if base.is_encoder and isinstance(stated, int) and stated > 0:
             size = min(stated, size or stated)
+        if size is not None:
+            size -= virtual_tokens
         return cls(size, base.name, long, report)
 
     def fits(self, tokens: int, text: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from experthub.hub.bases.base import Base
 from experthub.hub.files.digests import digest_of
 from experthub.hub.recipes.examples import PlannedData
-from experthub.hub.recipes.planned_experts import Member, PlannedExpert
+from experthub.hub.recipes.planned_experts import Member, PlannedExpert, count_virtual_tokens
 from experthub.hub.recipes.recipe import Recipe
 from experthub.hub.recipes.vocabulary import Vocabulary
 from experthub.hub.registry.content import Content
@@ -74,6 +74,11 @@ class Plan:
     def skilled(self) -> bool:
         """True if a route mixes the skills of an inventory."""
         return any("skills" in method.strategy.needs for method in self.recipe.methods)
+
+    @property
+    def virtual_tokens(self) -> int:
+        """The number of tokens that soft prompts put before a text; 0 without them."""
+        return count_virtual_tokens(self.experts, self.recipe.route is not None)
 
     @property
     def folds(self) -> bool:

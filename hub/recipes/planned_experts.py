@@ -129,3 +129,20 @@ class PlannedExpert:
             return True
         dense = self.merge is not None and self.merge.strategy.traits.dense
         return not dense and all(kinds[m.kind].low_rank for m in self.members)
+
+
+def count_virtual_tokens(experts: Sequence[PlannedExpert], routed: bool) -> int:
+    """Count the virtual tokens that soft prompts or prefixes put before a text.
+
+    Args:
+        experts: The experts of a recipe.
+        routed: Whether each text gets one of them; otherwise it gets all.
+
+    Returns:
+        The largest number of one expert, or the sum; 0 without soft prompts.
+    """
+    counts = [
+        sum(m.footprint.prompt.tokens for m in expert.members if m.footprint.prompt)
+        for expert in experts
+    ]
+    return max(counts, default=0) if routed else sum(counts)

@@ -28,7 +28,10 @@ def check_quantised(
     Raises:
         HubError: The recipe merges, or the base cannot be loaded here.
     """
-    merges = any(m.kind == "merge" or "skills" in m.strategy.needs for m in recipe.methods)
+    merges = any(
+        "skills" in m.strategy.needs or (m.kind == "merge" and not m.strategy.traits.prompts)
+        for m in recipe.methods
+    )
     named = []
     for content, identity in zip(contents, pull(session, *contents), strict=True):
         if ADAPTER_CONFIG in identity.files:

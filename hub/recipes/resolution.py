@@ -21,6 +21,7 @@ from experthub.hub.recipes.member_cache import MemberCache
 from experthub.hub.recipes.memory import estimate_memory
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.recipes.planned_experts import Member, PlannedExpert, is_large
+from experthub.hub.recipes.prompt_checks import check_prompts
 from experthub.hub.recipes.quantised_checks import check_quantised
 from experthub.hub.recipes.recipe import Recipe
 from experthub.hub.recipes.targets import divide_parameters
@@ -79,6 +80,7 @@ def resolve(
         for entry in recipe.experts
     )
     check_dense_parts(recipe, experts, base)
+    check_prompts(recipe, experts, base)
     vocabulary = plan_vocabulary(base, [m for e in experts for m in e.members])
     added = None if vocabulary is None else vocabulary.added
     base = replace(base, completed=True, added=added)

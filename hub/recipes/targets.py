@@ -10,7 +10,7 @@ from experthub.hub.errors import HubError, UsageError
 from experthub.hub.files.patterns import limit_matching_time
 from experthub.hub.recipes.compatibility import check_disjoint, check_method
 from experthub.hub.recipes.dense_checks import check_equal_parts
-from experthub.hub.recipes.planned_experts import PlannedExpert
+from experthub.hub.recipes.planned_experts import PlannedExpert, count_virtual_tokens
 from experthub.hub.recipes.recipe import Recipe
 
 Names = tuple[str, ...]
@@ -34,6 +34,8 @@ def divide_parameters(
         UsageError: A parameter belongs to two parts, or the method does not go with the experts.
         HubError: The targets match nothing, or an expert lacks what a method needs.
     """
+    if count_virtual_tokens(experts, routed=False):
+        return [((), ()) for _ in recipes]
     targets = [_find_targets(one, experts) for one in recipes]
     check_disjoint(recipes, targets)
     places = [_separate_dense(one, experts, own) for one, own in zip(recipes, targets, strict=True)]

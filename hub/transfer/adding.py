@@ -14,6 +14,7 @@ from experthub.hub.files.json_files import read_json
 from experthub.hub.files.plain_files import open_plain
 from experthub.hub.formats.adapter import ADAPTER, ADAPTER_CONFIG
 from experthub.hub.formats.dense_parts import PREFIX
+from experthub.hub.formats.prompt import PROMPT_EMBEDDINGS
 from experthub.hub.formats.safetensors_header import read_header
 from experthub.hub.proofs.local_base import (
     CannotProveError,
@@ -114,7 +115,9 @@ def _compare(folder: Path, session: Session, requested: bool, expert: Expert) ->
     if not all((folder / name).is_file() for name in (ADAPTER_CONFIG, ADAPTER)):
         return None
     names, config = read_header(folder / ADAPTER), read_json(folder / ADAPTER_CONFIG)
-    if "peft_type" not in config or not all(n.startswith(PREFIX) for n in names):
+    if "peft_type" not in config or not all(
+        n.startswith(PREFIX) or n == PROMPT_EMBEDDINGS for n in names
+    ):
         return None
     if any(".default." in name for name in names) or config.get("megatron_config"):
         return None
