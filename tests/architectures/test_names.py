@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, Architecture, compute, make_adapters, measure_difference
+from architectures import BY_LABEL, ROWS, Architecture, compute, make_adapters, measure_difference
 from experthub import hub
 from experthub.hub.bases.base import read
 from experthub.hub.bases.names import Piece, join_pieces
@@ -17,7 +17,6 @@ from experthub.hub.errors import HubError
 from safetensors.torch import load_file, save_file
 
 EXACT = 1e-5  # of the largest output; float32 against float64
-BY_LABEL = {one.label: one for one in ARCHITECTURES}
 MIXTRAL, QWEN_MOE = BY_LABEL["Mixtral"], BY_LABEL["Qwen3-MoE, experts adapted"]
 DEEPSEEK = BY_LABEL["DeepSeek-V3"]
 
@@ -25,7 +24,7 @@ DEEPSEEK = BY_LABEL["DeepSeek-V3"]
 def every(fast: set[str]) -> list[Any]:
     return [
         pytest.param(one, id=one.label, marks=() if one.label in fast else pytest.mark.slow)
-        for one in ARCHITECTURES
+        for one in ROWS
     ]
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import peft
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from experthub import hub
 from experthub.hub.bases import base as bases
-from routed_architectures import ARCHITECTURES
 from torch import Tensor
 
 # The task type that peft needs, by architecture; None for models that it calls without one.

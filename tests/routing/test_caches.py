@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from conftest import tiny_llama
 from every_router import TASKS, make_recipe
 from experthub import hub
@@ -19,7 +20,6 @@ from experthub.hub.recipes.recipe import Recipe
 from experthub.hub.recipes.resolution import resolve
 from experthub.hub.session import Session
 from experthub.routing import State, routers
-from routed_architectures import ARCHITECTURES
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import StaticCache

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from conftest import run_hub
 from experthub.hub.errors import HubError, IntegrityError
 from experthub.hub.proofs import inputs, proof
@@ -15,7 +16,6 @@ from experthub.hub.registry.expert import Expert
 from experthub.hub.registry.registry import Registry
 from experthub.hub.session import Session
 from peft_models import MODELS, make_adapter, make_base
-from routed_architectures import ARCHITECTURES
 from safetensors.torch import load_file, save_file
 
 TARGETS = {

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from architectures import ARCHITECTURES, Architecture, compute, make_adapters, measure_difference
+from architectures import ROWS, Architecture, compute, make_adapters, measure_difference
 from experthub import hub
 from experthub.hub.errors import HubError
 from experthub.hub.tasks.task import Card, Example, example_id
@@ -194,14 +194,14 @@ def read_rows() -> dict[str, dict[str, str]]:
 def main() -> None:
     """Measure the rows that are named, or all, and write the page."""
     rows, chosen = read_rows(), sys.argv[1:]
-    for one in ARCHITECTURES:
+    for one in ROWS:
         if chosen and one.label not in chosen:
             continue
         with tempfile.TemporaryDirectory() as name:
             os.environ["HUB_HOME"] = f"{name}/home"
             rows[one.label] = measure(one, Path(name))
         print(one.label, rows[one.label], flush=True)
-        ordered = {a.label: rows[a.label] for a in ARCHITECTURES if a.label in rows}
+        ordered = {a.label: rows[a.label] for a in ROWS if a.label in rows}
         PAGE.write_text(write_rows(ordered), encoding="utf-8")
 
 

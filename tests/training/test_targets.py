@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from architectures import ARCHITECTURES, compute, measure_difference
+from architectures import BY_LABEL, compute, measure_difference
 from experthub import hub
 from experthub.hub.errors import UsageError
 from safetensors.torch import load_file
 
-BY_LABEL = {one.label: one for one in ARCHITECTURES}
 SHORT = hub.Settings(steps=2, batch_size=4, examples=8, lr=1e-2)
 
 
