@@ -179,7 +179,8 @@ def generate(
 ) -> None:
     """Compose a recipe, and continue a prompt with the model.
 
-    An encoder-decoder writes its answer to the prompt.
+    An encoder-decoder writes its answer to the prompt. The text is one beam, whatever the base's
+    settings of generation ask for.
 
     Examples: hub generate recipe.yaml --prompt "The capital of France is";
     hub generate recipe.yaml --prompt "Name three fruits." --chat

@@ -137,10 +137,10 @@ class Base:
 
     @property
     def peft_task_type(self) -> str | None:
-        """The task type that an adapter of this base has in PEFT's format; None if it has none.
+        """The task type of an adapter of factors alone in PEFT's format; None if it has none.
 
-        PEFT calls models of its types with texts alone. Its type of classifiers is not used: an
-        adapter of that type has to contain the classifier.
+        PEFT calls models of its types with texts alone. An adapter of its type of classifiers has
+        to contain the classifier.
         """
         if self.is_causal and not self.is_multimodal:
             return "CAUSAL_LM"

@@ -13,7 +13,7 @@ from experthub.hub.files.json_files import read_json
 from experthub.hub.files.path_checks import check_free
 from experthub.hub.formats.adapter import ADAPTER, ADAPTER_CONFIG, read_adapter
 from experthub.hub.formats.adapter_writer import fold_exactly, fold_scale, write_adapter
-from experthub.hub.formats.dense_parts import DENSE_KEYS, PREFIX, read_dense_parts
+from experthub.hub.formats.dense_parts import DENSE_KEYS, HEADS, PREFIX, read_dense_parts
 from experthub.hub.formats.safetensors_reader import Tensors
 from experthub.hub.kinds import kinds
 from experthub.hub.recipes.plan import Plan
@@ -21,6 +21,8 @@ from experthub.hub.registry.expert import Expert
 from experthub.hub.session import Session
 from experthub.merge import LowRank, TaskVector
 from torch import Tensor
+
+CLASSIFIES = "SEQ_CLS"  # PEFT's type of text classifiers.
 
 
 def save_model(
@@ -45,21 +47,21 @@ def save_model(
     check_free(folder)
     with create_folder(folder) as draft:
         if format == "peft":
-            _save_peft(plan, merged, draft)
+            _save_peft(model, plan, merged, draft)
         else:
             write_model(plan.base, model, draft)
         write_text(draft / "recipe.lock.yaml", yaml_files.dump(plan.lock))
     return folder
 
 
-def _save_peft(plan: Plan, merged: TaskVector, folder: Path) -> None:
-    """Write the merged change as one LoRA of one rank."""
-    names = plan.base.names
+def _save_peft(model: Any, plan: Plan, merged: TaskVector, folder: Path) -> None:
+    """Write the merged change as one LoRA of one rank, and the whole head of a classifier."""
+    names, head = plan.base.names, _find_head(model, plan)
     embeddings = {a.parameter for m in plan.members for a in m.adapted if a.embedding}
     nests: dict[str, list[str]] = {}
     factors: dict[str, LowRank] = {}
     order = {name: place for place, name in enumerate(names.shapes)}
-    for name in sorted(merged, key=order.__getitem__):
+    for name in sorted(merged.keys() - head.keys(), key=order.__getitem__):
         delta, (module, _, leaf) = merged[name], name.rpartition(".")
         if not isinstance(delta, LowRank) or name in embeddings:
             raise UsageError(
@@ -71,6 +73,8 @@ def _save_peft(plan: Plan, merged: TaskVector, folder: Path) -> None:
         turned = names.linear[module] if is_weight else module in names.transposed
         factors[name] = stored.transpose() if turned else stored
         nests.setdefault(module, []).append(name)
+    if not factors:
+        raise UsageError("the merge changes no linear module", "use the format hf")
     tensors: dict[str, Tensor] = {}
     for module, nest in nests.items():
         for level, name in enumerate(reversed(nest)):  # PEFT wraps the first parameter first.
@@ -81,12 +85,25 @@ def _save_peft(plan: Plan, merged: TaskVector, folder: Path) -> None:
         folder,
         tensors,
         base=plan.base.public_name,
-        task_type=plan.base.peft_task_type,
+        task_type=CLASSIFIES if head else plan.base.peft_task_type,
         model_class=plan.base.architecture,
         transposed=any(names.linear.get(module) for module in nests),
         pad=True,
+        dense={PREFIX + name: tensor for name, tensor in head.items()},
+        keys={"modules_to_save": sorted({n.partition(".")[0] for n in head})} if head else {},
         parameters={module: nest for module, nest in nests.items() if module not in names.linear},
     )
+
+
+def _find_head(model: Any, plan: Plan) -> dict[str, Tensor]:
+    """Find the parameters of a text classifier's head, which PEFT reads from every adapter of one."""
+    if not plan.base.architecture.endswith("ForSequenceClassification") or not plan.base.reads_text:
+        return {}
+    return {
+        name: parameter.detach().cpu().clone()
+        for name, parameter in model.named_parameters()
+        if name.partition(".")[0] in HEADS[CLASSIFIES]
+    }
 
 
 def export_portable(expert: Expert, folder: Path, session: Session) -> Path:

@@ -35,6 +35,8 @@ def generate_text(
 ) -> str:
     """Generate the continuation of a prompt, or the answer of an encoder-decoder to it.
 
+    The text is one beam, even if the base's `generation_config.json` asks for more: a note says so.
+
     Args:
         composition: A composed causal language model, or an encoder-decoder.
         prompt: The text before the continuation.
@@ -44,7 +46,7 @@ def generate_text(
         chat: Put the prompt into the chat template of the tokenizer.
         long: `cut` drops the first tokens of a prompt that does not fit with the generated tokens,
             `refuse` raises an error.
-        report: A callback for a note about a prompt that is cut.
+        report: A callback for notes: a prompt is cut, or the base asks for several beams.
 
     Returns:
         The generated text, without the prompt and without special tokens.
@@ -61,6 +63,14 @@ def generate_text(
     window = Window.of(base, long, report, composition.plan.virtual_tokens)
     tokenizer = load_tokenizer(base)
     ids = read_prompt(base, tokenizer, prompt, chat, window, max_new_tokens)
+    beams = getattr(composition.model.generation_config, "num_beams", None)
+    if isinstance(beams, int) and beams > 1:
+        report(
+            f"note: {base.name} asks for {beams} beams in its settings of generation; the hub "
+            "generates with one, and its text can differ from that of transformers",
+            0,
+            0,
+        )
     written = generate_ids(composition, tokenizer, ids, max_new_tokens, temperature)
     text: str = tokenizer.decode(written, skip_special_tokens=True)
     return text

@@ -23,8 +23,8 @@ from experthub.hub.tasks.task import Example, Task
 from experthub.hub.training.output_layer import OutputLayer
 from torch import Tensor, nn
 
-# Prefixes of modules that training does not change. The embedding of a bare encoder does not pass
-# through its pooler, and all experts share the base's classifier heads and CLIP's text encoder.
+# Prefixes of modules that training does not change. A bare encoder's embedding omits its pooler, and
+# all experts share the classifier heads of the base and the text encoder of CLIP.
 FROZEN = ("pooler.", "classifier", "score", "text_model.", "text_projection", "logit_scale")
 
 
@@ -43,10 +43,9 @@ def find_frozen(model: Any, base: Base) -> tuple[str, ...]:
         return FROZEN
     if not base.is_multimodal:
         return ()
-    text = {id(module) for module in model.get_decoder().modules()}
-    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    text, prefix = set(model.get_decoder().modules()), model.base_model_prefix
     parts = model.base_model.named_children()
-    return tuple(prefix + n + "." for n, m in parts if text.isdisjoint(map(id, m.modules())))
+    return tuple(f"{prefix}.{name}." for name, m in parts if text.isdisjoint(m.modules()))
 
 
 class Objective(Protocol):

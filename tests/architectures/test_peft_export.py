@@ -25,7 +25,7 @@ TYPES = {
     "whisper": None,
     "bert": "FEATURE_EXTRACTION",
     "bert_mlm": None,
-    "roberta": None,
+    "roberta": "SEQ_CLS",
     "modernbert": "FEATURE_EXTRACTION",
     "vit": None,
     "clip": None,
@@ -37,6 +37,7 @@ AUTO = {
     "CAUSAL_LM": peft.AutoPeftModelForCausalLM,
     "SEQ_2_SEQ_LM": peft.AutoPeftModelForSeq2SeqLM,
     "FEATURE_EXTRACTION": peft.AutoPeftModelForFeatureExtraction,
+    "SEQ_CLS": peft.AutoPeftModelForSequenceClassification,
     None: peft.AutoPeftModel,
 }
 TARGETS = r".*(q_proj|query|x_proj|SelfAttention\.q|Wqkv|in_proj)"

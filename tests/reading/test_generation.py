@@ -201,3 +201,24 @@ def test_training_computes_the_model_s_own_logits(name: str) -> None:
     found = OutputLayer().compute_logits(model, {"input_ids": ids}, chosen)
     torch.testing.assert_close(found, model(input_ids=ids).logits[chosen], rtol=1e-5, atol=1e-5)
     assert model.training
+
+
+def test_beams_that_the_base_asks_for_are_noted(tmp_path: Path) -> None:
+    base = tiny_llama(tmp_path / "base")
+    make_expert(tmp_path / "expert", base, 1)
+    recipe = {
+        "base": str(base),
+        "experts": [str(tmp_path / "expert")],
+        "merge": {"method": "linear"},
+    }
+    wanted = generate_text(hub.compose(recipe), "The sky", max_new_tokens=5)
+    (base / "generation_config.json").write_text('{"num_beams": 4, "eos_token_id": 257}')
+    notes: list[str] = []
+    found = generate_text(
+        hub.compose(recipe),
+        "The sky",
+        max_new_tokens=5,
+        report=lambda what, *_: notes.append(what),
+    )
+    assert found == wanted
+    assert len(notes) == 1 and "asks for 4 beams" in notes[0]
