@@ -57,12 +57,33 @@ class PromptedForward:
         model: The language model.
         virtual: The soft prompts or prefixes.
         choose: A function of the inputs and of a mask `[B, S]` that returns the expert `[B]` of each row.
+        called: Whether it was called yet.
     """
 
     forward: Callable[..., Any]
     model: Any
     virtual: VirtualTokens
     choose: Callable[[Tensor, Tensor], Tensor]
+    called: bool = False
+
+    def check_called(self, model: Any, args: Any, output: Any) -> None:
+        """Refuse outputs that a model computed past this function, and so without soft prompts.
+
+        It is a forward hook of the language model.
+
+        Args:
+            model: The language model.
+            args: Its arguments.
+            output: Its outputs.
+
+        Raises:
+            UsageError: The model computes its outputs in another way.
+        """
+        if not self.called:
+            raise UsageError(
+                f"a {type(model).__name__} calls its layers in a way that leaves soft prompts out",
+                "use another base, or train a LoRA with hub train lora",
+            )
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -82,6 +103,7 @@ class PromptedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward pass; its outputs have no virtual tokens."""
+        self.called = True
         names = [n for n, p in self.__signature__.parameters.items() if p.kind is not p.VAR_KEYWORD]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         given.pop("cache_position", None)  # The model counts the tokens in the cache itself.
