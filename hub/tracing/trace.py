@@ -203,6 +203,11 @@ def check_traceable(plan: Plan, modules: str | None = None) -> list[str]:
         UsageError: The plan is a merge, the base does not read text alone, or no module matches.
     """
     base, routed = plan.base, _select_routes(plan)
+    if plan.virtual_tokens:
+        raise UsageError(
+            "a route over soft prompts routes no module, so there is no routing of tokens to trace",
+            "use a route over LoRAs; for soft prompts, compare recipes with hub eval",
+        )
     if not routed:
         merges = " and ".join(method.method for method in plan.recipe.methods)
         raise UsageError(

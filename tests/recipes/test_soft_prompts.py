@@ -92,7 +92,9 @@ def test_is_what_peft_computes(
         with torch.no_grad():
             last = ours(input_ids=ids, logits_to_keep=1).logits
         torch.testing.assert_close(last[0, -1], right[-1], rtol=0, atol=1e-9)
-        written = ours.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings(ours))
+        written = ours.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), **settings(ours)
+        )
         wanted = theirs.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), **settings(ours)
         )

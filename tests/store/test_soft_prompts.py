@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import logits, make_expert, run_hub
+from conftest import logits, make_expert, run_hub, tiny_bert
 from experthub import hub
 from experthub.hub.errors import HubError, UsageError
+from experthub.hub.tasks.task import Card, Example, example_id
+from experthub.hub.tasks.task_files import read_task, write_task
 from safetensors.torch import load_file, save_file
 from soft_prompts import load_peft, write_adapter
 
@@ -87,14 +89,11 @@ def test_eval_is_the_score_of_peft(
         recipe = write_recipe(tmp_path, base_folder, [name], **MERGE)
         found = hub.evaluate([recipe], [tiny_task], limit=6, with_samples=True, cache=False)
         theirs = load_peft(load, base_folder, prompts[name]).float()
-        from experthub.hub.tasks.task_files import read_task
-
         task = read_task(tiny_task)
-        samples = found["samples"]
-        rows = samples[0]["examples"] if isinstance(samples, list) else samples
+        rows = [one for one in found["samples"] if one["method"] == "recipe"]
         for example, sample in zip(task.split("test", 6), rows, strict=True):
             prompt = tokenizer(task.format_prompt(example))["input_ids"]
-            for choice, score in zip(example.choices, sample["scores"]["recipe"], strict=True):
+            for choice, score in zip(example.choices, sample["scores"], strict=True):
                 own = tokenizer(" " + choice)["input_ids"]
                 ids = torch.tensor([prompt + own])
                 with torch.no_grad():
@@ -139,6 +138,66 @@ def test_route_by_task(prompts: dict[str, Path], base_folder: Path, tmp_path: Pa
     composition = hub.compose(mixing)
     with pytest.raises(UsageError, match="mixes several soft prompts"), composition.tasks("other"):
         logits(composition.model)
+
+
+def test_routes_by_example(base_folder: Path, tmp_path: Path, home: Path) -> None:
+    """The soft prompt of each row is that of the most similar examples, or of the best scores."""
+    from transformers import AutoTokenizer
+
+    tiny_bert(tmp_path / "encoder")
+    words = {"animals": ["cat", "dog", "cow", "hen"], "colours": ["RED", "BLUE", "GREEN", "PINK"]}
+    tasks = {name: made_task(name, own) for name, own in words.items()}
+    for seed, (name, task) in enumerate(tasks.items()):
+        folder = write_adapter(load, base_folder, tmp_path / name, tokens=3 + seed, seed=seed)
+        done = run_hub("add", folder, "--name", name, "--base", base_folder, "--task", task)
+        assert done.code == 0, done.err
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    texts = {"colours": "RED BLUE PINK RED 1", "animals": "cat dog"}
+    encoder = {"examples": 10, "embedder": str(tmp_path / "encoder")}
+    alone = {
+        name: hub.compose(write_recipe(tmp_path, base_folder, [name], **MERGE)).model
+        for name in tasks
+    }
+    rows = {name: tokenizer(text)["input_ids"] for name, text in texts.items()}
+    for side in ("right", "left"):
+        tokenizer.padding_side = side
+        batch = tokenizer(list(texts.values()), padding=True, return_tensors="pt")
+        for method in ({"method": "retrieval"}, {"method": "lora_retriever", "top_k": 1}):
+            recipe = write_recipe(tmp_path, base_folder, [*tasks], route={**method, **encoder})
+            model = hub.compose(recipe).model
+            with torch.no_grad():
+                found = model(**batch).logits
+            for own, mask, name in zip(found, batch["attention_mask"], texts, strict=True):
+                right = logits(alone[name], [rows[name]])[0]
+                torch.testing.assert_close(own[mask.bool()], right, rtol=1e-4, atol=1e-4)
+    data = {"tasks": [tasks["animals"]], "labels": True, "limit": 8, "split": "validation"}
+    recipe = write_recipe(
+        tmp_path, base_folder, [*tasks], route={"method": "best_individual"}, data=data
+    )
+    composition = hub.compose(recipe)
+    scores = {
+        name: hub.evaluate(
+            {"one": hub.Recipe.of({"base": str(base_folder), "experts": [name], **MERGE})},
+            [tasks["animals"]],
+            split="validation",
+            limit=8,
+        )["average"]["one"]["accuracy"]
+        for name in tasks
+    }
+    best = max(scores, key=lambda name: scores[name])
+    torch.testing.assert_close(logits(composition.model), logits(alone[best]), rtol=1e-4, atol=1e-4)
+
+
+def made_task(name: str, words: list[str]) -> str:
+    card = Card(name=name, source="made-up", template="{input}")
+    examples = []
+    for number in range(80):
+        text = " ".join(words[(number + k) % 4] for k in range(4)) + f" {number}"
+        choices = ["yes", "no"]
+        examples.append(
+            Example(id=example_id(text, choices), input=text, choices=choices, answer=number % 2)
+        )
+    return write_task("made", card, examples)
 
 
 @pytest.mark.parametrize(

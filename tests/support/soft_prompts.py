@@ -39,7 +39,9 @@ def write_adapter(
     torch.manual_seed(seed)
     more = {"encoder_hidden_size": 12} if kind == "p-tuning" else {}
     config = CONFIGS[kind](
-        task_type=task_type, num_virtual_tokens=tokens, **(more | settings)  # type: ignore[arg-type]
+        task_type=task_type,
+        num_virtual_tokens=tokens,
+        **(more | settings),  # type: ignore[arg-type]
     )
     model = get_peft_model(load(base), config)
     with torch.no_grad():
