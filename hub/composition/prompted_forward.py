@@ -43,7 +43,16 @@ class VirtualTokens:
     real_EN: Tensor
 
     def take(self, name: str, expert_B: Tensor, like: Tensor) -> Tensor:
-        """Return a tensor of the expert of each row, on the device and in the dtype of another."""
+        """Take a tensor of the expert of each row.
+
+        Args:
+            name: The name of the tensor.
+            expert_B: The expert of each row.
+            like: A tensor whose device and dtype the result gets.
+
+        Returns:
+            The tensors of the experts, stacked over the rows.
+        """
         whole = self.tensors[name]
         return whole[expert_B.to(whole.device)].to(like)
 
@@ -152,7 +161,7 @@ class PromptedForward:
             raise UsageError(
                 f"rows with padding on the left reach beyond the sliding window of {window} tokens, "
                 "where the padding would separate the prefix from the text",
-                "pad on the right, or pass rows of one length",
+                "use padding on the right, or pass rows of one length",
             )
 
     def _fill(self, cache: Any, expert_B: Tensor) -> Any:

@@ -459,7 +459,7 @@ def safetensors_header(folder: Path, patch: pytest.MonkeyPatch) -> Reader:
 def soft_prompt(folder: Path, patch: pytest.MonkeyPatch) -> Reader:
     """Headers of soft prompts and of prefixes, whose length is right."""
     path = folder / PROMPT
-    forms = [{"prompt": torch.ones(4, 6)}]
+    forms = [{"prompt": torch.ones(4, 24)}]
     forms.append({name: torch.ones(2, 2, 3, 4) for name in ("keys", "values")})
     whole = [save(form) for form in forms]
     start = [int.from_bytes(one[:8], "little") + 8 for one in whole]
