@@ -96,7 +96,9 @@ def _print_plan(plan: Plan) -> None:
             "base": f"{plan.base.name}  {plan.base.digest[:19]}",
             **_describe_unused(plan),
             **_describe_methods(plan),
-            "changes": f"{len(plan.parameters)} weights in {len(modules)} modules",
+            "changes": f"{len(plan.parameters)} weights in {len(modules)} modules"
+            if not plan.virtual_tokens
+            else f"no weights; {plan.virtual_tokens} virtual tokens before each text",
             **_describe_state(plan),
             "dtype": plan.dtype,
             "reads": format_megabytes(plan.reads),

@@ -43,6 +43,9 @@ A change of low rank becomes a LoRA of the same rank, which merges and routes ca
 becomes a [task vector](glossary.md#task-vector), unless `--rank` is given. Changes are computed in
 float64 and stored in float32.
 
+Soft prompts (`PROMPT_TUNING`, `P_TUNING`) and prefixes (`PREFIX_TUNING`) change no weights. They become
+experts of the kind `prompt`, see [soft prompts](recipes.md#soft-prompts).
+
 A pickle (`.bin`, `.pt`) is never read by `hub add` or `hub pull`. `hub convert` reads it with
 `torch.load(weights_only=True)` in a process without token, with limits of memory, time and file size.
 On Linux, it also has no network and cannot write anywhere else, where the kernel supports that.

@@ -16,6 +16,7 @@ from experthub.hub.formats.adapter_writer import fold_exactly, fold_scale, write
 from experthub.hub.formats.dense_parts import DENSE_KEYS, HEADS, PREFIX, read_dense_parts
 from experthub.hub.formats.safetensors_reader import Tensors
 from experthub.hub.kinds import kinds
+from experthub.hub.kinds.prompt import SOFT_PROMPT
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.registry.expert import Expert
 from experthub.hub.session import Session
@@ -131,7 +132,9 @@ def export_portable(expert: Expert, folder: Path, session: Session) -> Path:
     if not kind.peft:
         raise UsageError(
             f"{expert.reference} is {kind.label}, and only LoRAs can be exported as adapters",
-            "write the model with hub compose --out, or make a LoRA with hub diff --rank",
+            "list it in a recipe, and write that with hub compose --out FOLDER --format peft"
+            if kind is SOFT_PROMPT
+            else "write the model with hub compose --out, or make a LoRA with hub diff --rank",
         )
     check_free(folder)
     config = store.verify_file(expert.digest, ADAPTER_CONFIG)

@@ -43,7 +43,16 @@ class VirtualTokens:
     real_EN: Tensor
 
     def take(self, name: str, expert_B: Tensor, like: Tensor) -> Tensor:
-        """Return a tensor of the expert of each row, on the device and in the dtype of another."""
+        """Take a tensor of the expert of each row.
+
+        Args:
+            name: The name of the tensor.
+            expert_B: The expert of each row.
+            like: A tensor whose device and dtype the result gets.
+
+        Returns:
+            The tensors of the experts, stacked over the rows.
+        """
         whole = self.tensors[name]
         return whole[expert_B.to(whole.device)].to(like)
 
@@ -57,12 +66,33 @@ class PromptedForward:
         model: The language model.
         virtual: The soft prompts or prefixes.
         choose: A function of the inputs and of a mask `[B, S]` that returns the expert `[B]` of each row.
+        called: Whether it was called yet.
     """
 
     forward: Callable[..., Any]
     model: Any
     virtual: VirtualTokens
     choose: Callable[[Tensor, Tensor], Tensor]
+    called: bool = False
+
+    def check_called(self, model: Any, args: Any, output: Any) -> None:
+        """Refuse outputs that a model computed past this function, and so without soft prompts.
+
+        It is a forward hook of the language model.
+
+        Args:
+            model: The language model.
+            args: Its arguments.
+            output: Its outputs.
+
+        Raises:
+            UsageError: The model computes its outputs in another way.
+        """
+        if not self.called:
+            raise UsageError(
+                f"a {type(model).__name__} calls its layers in a way that leaves soft prompts out",
+                "use another base, or train a LoRA with hub train lora",
+            )
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -82,6 +112,7 @@ class PromptedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward pass; its outputs have no virtual tokens."""
+        self.called = True
         names = [n for n, p in self.__signature__.parameters.items() if p.kind is not p.VAR_KEYWORD]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         given.pop("cache_position", None)  # The model counts the tokens in the cache itself.
@@ -130,7 +161,7 @@ class PromptedForward:
             raise UsageError(
                 f"rows with padding on the left reach beyond the sliding window of {window} tokens, "
                 "where the padding would separate the prefix from the text",
-                "pad on the right, or pass rows of one length",
+                "use padding on the right, or pass rows of one length",
             )
 
     def _fill(self, cache: Any, expert_B: Tensor) -> Any:

@@ -47,10 +47,12 @@ class AttachedPrompts:
     Args:
         merged: The tensors of a merge; None for a route.
         before: The modules whose `forward` was replaced, each with an earlier replacement or None.
+        hooks: The handles of hooks.
     """
 
     merged: Prompt | None = None
     before: list[tuple[Any, Any]] = field(default_factory=list)
+    hooks: list[Any] = field(default_factory=list)
 
     def replace(self, module: Any, forward: Any) -> None:
         """Put a function in place of the `forward` of a module.
@@ -73,7 +75,10 @@ class AttachedPrompts:
             vars(module).pop("forward", None)
             if forward is not None:
                 module.forward = forward
+        for hook in self.hooks:
+            hook.remove()
         self.before.clear()
+        self.hooks.clear()
 
 
 def load_merged(plan: Plan, session: Session) -> Prompt:
@@ -118,7 +123,7 @@ def attach_prompts(
         attached.replace(encoder, PromptedEncoder(encoder.forward, model, prompt_NH))
         attached.replace(decoder, PromptedDecoder(decoder.forward, len(prompt_NH)))
         return attached
-    inner = model.base_model
+    inner = model.get_decoder()  # Some models with a head call it past their base model.
     if merged is not None:
         chosen = PromptChoice(1)
         virtual = _pad([merged])
@@ -131,7 +136,9 @@ def attach_prompts(
         chosen = PromptChoice(len(prompts), selection, plan.recipe.method.method, watch.name, texts)
         nothing = {name: tensor[..., :0, :] for name, tensor in prompts[0].items()}
         virtual = _pad([*prompts, nothing])
-    attached.replace(inner, PromptedForward(inner.forward, model, virtual, chosen))
+    prompted = PromptedForward(inner.forward, model, virtual, chosen)
+    attached.replace(inner, prompted)
+    attached.hooks.append(model.register_forward_hook(prompted.check_called))
     read_whole_prompts(model)
     return attached
 

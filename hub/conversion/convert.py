@@ -151,10 +151,8 @@ def convert_into(
             changes = read_changes(
                 foreign, stored, _read(start, None, opened, False) if start else None
             )
-            type_name, figures = (
-                _name_type(changes),
-                _write(changes, stored, folder, form, session),
-            )
+            type_name = _name_type(changes)
+            figures = _write(changes, stored, folder, form, session)
     if sha256_of(found.weights) != before:
         raise IntegrityError(
             f"{found.weights} was changed while it was read", "try again when nothing writes to it"

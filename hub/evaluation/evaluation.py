@@ -14,8 +14,9 @@ from experthub.hub.bases.base import Base
 from experthub.hub.bases.loading import load_model, load_tokenizer
 from experthub.hub.composition.compose import compose
 from experthub.hub.composition.composition import Composition
-from experthub.hub.errors import HubError, UsageError
+from experthub.hub.errors import UsageError
 from experthub.hub.evaluation.cache import split_into_units
+from experthub.hub.evaluation.chosen_tasks import read_chosen, refuse_trained
 from experthub.hub.evaluation.controls import MERGED, pick_best_experts, plan_controls
 from experthub.hub.evaluation.result import (
     BASE,
@@ -37,8 +38,7 @@ from experthub.hub.recipes.plan import Plan
 from experthub.hub.recipes.recipe import Recipe
 from experthub.hub.recipes.resolution import resolve
 from experthub.hub.session import Session
-from experthub.hub.tasks.task import Chosen, Split, Task
-from experthub.hub.tasks.task_files import read_task
+from experthub.hub.tasks.task import Chosen, Split
 
 SCORING = 2  # Raised whenever a score changes, so that kept scores of older versions are not used.
 
@@ -95,7 +95,7 @@ def evaluate(
         print(result["average"]["recipe"]["accuracy"])
     """
     session = session or Session()
-    chosen = _read_tasks(tasks, split, limit)
+    chosen = read_chosen(tasks, split, limit)
     paths: dict[str, str] = {}
     if isinstance(recipes, Mapping):
         if BASE in recipes:
@@ -107,7 +107,7 @@ def evaluate(
         plans = {name: plan_of(path, pins, session=session) for name, path in paths.items()}
     base = _find_common_base(plans)
     if split == "all":
-        _refuse_trained(plans, [one.task for one in chosen])
+        refuse_trained(plans, [one.task for one in chosen])
     dtype = next(iter(plans.values())).dtype
     planned = plan_controls(plans, session) if controls else None
     evaluator = _Evaluator(replace(base, added=None), dtype, session, cache, long)
@@ -233,37 +233,6 @@ def _record_state(plan: Plan) -> dict[str, Any]:
     return {"state": plan.found.digest} if plan.found else {}
 
 
-def check_tasks(
-    tasks: Sequence[str], plans: Mapping[str, Plan], split: Split, limit: int | None
-) -> None:
-    """Validate tasks early, with the same checks as `evaluate`.
-
-    Args:
-        tasks: References of tasks.
-        plans: The plans to evaluate, by name.
-        split: The split of the tasks.
-        limit: The largest number of examples per task.
-
-    Raises:
-        UsageError: A task has no choices to rank, or `split="all"` is used with a task on which an
-            expert was trained.
-        HubError: A task cannot be read, or the split has no examples.
-    """
-    chosen = _read_tasks(tasks, split, limit)
-    if split == "all":
-        _refuse_trained(plans, [one.task for one in chosen])
-
-
-def _read_tasks(references: Sequence[str], split: Split, limit: int | None) -> list[Chosen]:
-    """Read the tasks with the requested examples, and refuse tasks without choices."""
-    chosen = []
-    for task in (read_task(reference) for reference in references):
-        if not task.has_choices:
-            raise UsageError(f"task {task.reference} has no choices to rank", "choose another task")
-        chosen.append(Chosen(task, tuple(task.split(split, limit))))
-    return chosen
-
-
 def _name_columns(paths: Sequence[str | Path]) -> dict[str, str]:
     """Name the column of every recipe file by its stem, and refuse ambiguous names."""
     named = {Path(path).stem: str(path) for path in paths}
@@ -289,28 +258,3 @@ def _find_common_base(plans: Mapping[str, Plan]) -> Base:
             "run one evaluation for each base and dtype",
         )
     return next(iter(bases.values()))
-
-
-def _refuse_trained(plans: Mapping[str, Plan], tasks: Sequence[Task]) -> None:
-    """Refuse tasks, by content, on which an expert of a recipe was trained."""
-    unseen = {task.digest: task.reference for task in tasks}
-    for name, plan in plans.items():
-        for member in plan.members:
-            trained = _find_digest(member.task, tasks)
-            if trained in unseen:
-                raise UsageError(
-                    f"{member.reference}, an expert of {name}, was trained on {unseen[trained]}, "
-                    "and --split all includes its training examples",
-                    "use --split test, whose examples were not used in training",
-                )
-
-
-def _find_digest(reference: str | None, tasks: Sequence[Task]) -> str | None:
-    """Find the digest of the task that an expert was trained on; None if it is not imported."""
-    for task in tasks:
-        if task.reference == reference:
-            return task.digest
-    try:
-        return read_task(reference).digest if reference else None
-    except HubError:
-        return None

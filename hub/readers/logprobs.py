@@ -55,7 +55,7 @@ def shares_prompts(model: Any) -> bool:
     placed = "position_ids" in known or any("alibi" in n for n in dir(type(inner.base_model)))
     if inner._is_stateful or not placed or "past_key_values" not in known:
         return False
-    if getattr(inner.base_model.forward, "reads_right_padding_only", False):
+    if getattr(inner.get_decoder().forward, "reads_right_padding_only", False):
         return False
     layers = DynamicCache(config=inner.config.get_text_config(decoder=True)).layers
     if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):

@@ -10,7 +10,8 @@ from typing import Any
 from experthub.hub.bases.base_sources import find
 from experthub.hub.bases.loading import load_model
 from experthub.hub.errors import HubError, UsageError
-from experthub.hub.evaluation.evaluation import check_tasks, evaluate
+from experthub.hub.evaluation.chosen_tasks import check_tasks
+from experthub.hub.evaluation.evaluation import evaluate
 from experthub.hub.materials.sentence_encoder import SentenceEncoder
 from experthub.hub.readers.features import Features
 from experthub.hub.recipes.plan import Plan

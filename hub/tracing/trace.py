@@ -202,12 +202,12 @@ def check_traceable(plan: Plan, modules: str | None = None) -> list[str]:
     Raises:
         UsageError: The plan is a merge, the base does not read text alone, or no module matches.
     """
-    base, routed = plan.base, _select_routes(plan)
+    base, routed = plan.base, [] if plan.virtual_tokens else _select_routes(plan)
     if not routed:
         merges = " and ".join(method.method for method in plan.recipe.methods)
         raise UsageError(
-            f"{merges}: a merge has no routing to trace",
-            "use a recipe with route: instead of merge:",
+            f"{merges}: {'soft prompts have' if plan.virtual_tokens else 'a merge has'} no routing to trace",
+            "use a recipe with route: over LoRAs",
         )
     classifier = base.architecture.endswith("ForSequenceClassification")
     config = read_json(base.folder / "config.json")

@@ -228,8 +228,8 @@ def test_the_only_adapter_below_a_folder_is_found(llama: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("config", "error"),
     [
-        ({"peft_type": "PROMPT_TUNING"}, "trained tokens before the input"),
-        ({"peft_type": "PREFIX_TUNING"}, "trained keys and values"),
+        ({"peft_type": "MULTITASK_PROMPT_TUNING"}, "trained tokens before the input"),
+        ({"peft_type": "CARTRIDGE"}, "trained keys and values"),
         ({"peft_type": "XLORA"}, "routes between other adapters"),
         ({"peft_type": "NEW_THING"}, "which the hub cannot convert"),
         ({"peft_type": "LOHA", "future": 3}, "unknown key 'future' of LOHA"),

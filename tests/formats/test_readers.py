@@ -34,6 +34,7 @@ from experthub.hub.files.yaml_files import dump
 from experthub.hub.formats.adapter import read_adapter
 from experthub.hub.formats.coefficients import COEFFICIENTS, COEFFICIENTS_JSON, read_coefficients
 from experthub.hub.formats.oci_layout import OciLayout
+from experthub.hub.formats.prompt import PROMPT, read_prompt
 from experthub.hub.formats.safetensors_header import read_header
 from experthub.hub.formats.tar import list_members
 from experthub.hub.formats.task_vector import SHARD, SHARD_INDEX, find_files
@@ -452,6 +453,26 @@ def safetensors_header(folder: Path, patch: pytest.MonkeyPatch) -> Reader:
         return found
 
     return Reader(read, [ADAPTER], [header, header | {"__metadata__": {"format": "pt"}}])
+
+
+@reader
+def soft_prompt(folder: Path, patch: pytest.MonkeyPatch) -> Reader:
+    """Headers of soft prompts and of prefixes, whose length is right."""
+    path = folder / PROMPT
+    forms = [{"prompt": torch.ones(4, 24)}]
+    forms.append({name: torch.ones(2, 2, 3, 4) for name in ("keys", "values")})
+    whole = [save(form) for form in forms]
+    start = [int.from_bytes(one[:8], "little") + 8 for one in whole]
+    data = max((one[at:] for one, at in zip(whole, start, strict=True)), key=len)
+
+    def read(content: bytes) -> object:
+        if content[:1] in (b"{", b"["):
+            content = len(content).to_bytes(8, "little") + content + data
+        path.write_bytes(content)
+        return read_prompt(path)
+
+    headers = [json.loads(one[8:at]) for one, at in zip(whole, start, strict=True)]
+    return Reader(read, whole, headers)
 
 
 @reader

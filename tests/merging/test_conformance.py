@@ -40,7 +40,7 @@ def methods_of(name: str) -> list[Any]:
 def suite_name(strategy: Strategy[Any]) -> str:
     """The class of tests that a method must pass; every method has one."""
     if strategy.kind == "merge":
-        return "TestMerges"
+        return "TestMergesOfPrompts" if strategy.traits.prompts else "TestMerges"
     if "skills" in strategy.needs:
         return "TestRoutersOfSkills"
     by_module = strategy.traits.routing.depth == "module"
@@ -420,8 +420,36 @@ class TestRoutersOfSkills:
         assert bool((found.dense() == 0).all())
 
 
+@pytest.mark.parametrize("strategy", methods_of("TestMergesOfPrompts"))
+class TestMergesOfPrompts:
+    def test_one_prompt_is_itself(self, strategy: Strategy[Any]) -> None:
+        for shape in ((3, 8), (2, 2, 3, 4)):
+            prompt = drawn("prompt", *shape)
+            found = strategy.call([prompt], torch.ones(1), **strategy.bind({}))
+            assert torch.equal(found, prompt) and found.dtype == prompt.dtype
+
+    def test_inputs_stay_as_they_are(self, strategy: Strategy[Any]) -> None:
+        prompts = [drawn("a", 3, 8), drawn("b", 5, 8)]
+        before = [prompt.clone() for prompt in prompts]
+        found = strategy.call(prompts, torch.ones(2), **strategy.bind({}))
+        assert found.shape[1] == 8 and bool(found.isfinite().all())
+        assert all(torch.equal(a, b) for a, b in zip(prompts, before, strict=True))
+
+    def test_weights_and_widths_that_do_not_fit_are_refused(self, strategy: Strategy[Any]) -> None:
+        with pytest.raises(ValueError, match="weights of 1"):
+            strategy.call([drawn("a", 3, 8)], torch.tensor([0.5]), **strategy.bind({}))
+        with pytest.raises(ValueError, match="one width"):
+            strategy.call([drawn("a", 3, 8), drawn("b", 3, 6)], torch.ones(2), **strategy.bind({}))
+
+
 def test_every_method_is_in_a_suite() -> None:
-    suites = ("TestMerges", "TestRouters", "TestRoutersOfTheModel", "TestRoutersOfSkills")
+    suites = (
+        "TestMerges",
+        "TestMergesOfPrompts",
+        "TestRouters",
+        "TestRoutersOfTheModel",
+        "TestRoutersOfSkills",
+    )
     found = [param.id for suite in suites for param in methods_of(suite)]
     assert sorted(found) == sorted([*merges, *routers])
     for suite in suites:

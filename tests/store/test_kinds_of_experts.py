@@ -29,7 +29,7 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "extending.md"
-BUILT_IN = ["lora", "task_vector", "coefficients", "skills", "router"]
+BUILT_IN = ["lora", "task_vector", "coefficients", "skills", "router", "prompt"]
 SHIFT = "norm_shift.safetensors"
 NORM = "model.layers.1.input_layernorm.weight"
 LAST = "model.norm.weight"

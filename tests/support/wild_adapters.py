@@ -130,10 +130,12 @@ def write_diffusers(folder: Path, part: str = "unet.down_blocks.0") -> Path:
 
 
 def write_prompt(base: Path, folder: Path, kind: str) -> Path:
-    """Trained tokens before the input."""
+    """Trained tokens before the input, or trained keys and values of two layers."""
     folder.mkdir(parents=True)
-    save_file({"prompt_embeddings": torch.randn(4, 32)}, folder / "adapter_model.safetensors")
+    width = 32 * (4 if kind == "PREFIX_TUNING" else 1)
+    save_file({"prompt_embeddings": torch.randn(4, width)}, folder / "adapter_model.safetensors")
     config = {
+        **{"num_layers": 2, "num_attention_heads": 4, "token_dim": 32},
         "peft_type": kind,
         "task_type": "CAUSAL_LM",
         "num_virtual_tokens": 4,
