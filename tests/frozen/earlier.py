@@ -1,8 +1,8 @@
 """Write what the present version gives as version 1 of digests and locks wrote it.
 
 The goldens are of version 1, which of a base covered the weights only. Version 2 adds the base's
-digest and commit and the encoders to locks, and the weights that are not used to plans. Without them, and with the
-digests of version 1 in the place of those of version 2, everything is as it was.
+digest and commit and the encoders to locks, and the weights that are not used to plans. Without
+them, and with the digests of version 1 in the place of those of version 2, everything is as it was.
 """
 
 from __future__ import annotations
