@@ -1,4 +1,4 @@
-"""Whether the base of an expert is on this machine, which a proof needs; light to import."""
+"""Find out whether the base of an expert is on this machine, as a proof needs; light to import."""
 
 from __future__ import annotations
 

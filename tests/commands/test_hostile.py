@@ -255,7 +255,7 @@ def test_the_source_calls_nothing_that_reads_pickles_or_runs_code() -> None:
 
 
 def test_the_module_that_reads_pickles_is_no_part_of_the_hubs_process() -> None:
-    """Not even where all modules of the hub are imported."""
+    """Importing all modules of the hub does not import it either."""
     modules = [
         ".".join(("experthub", *path.relative_to(ROOT).with_suffix("").parts))
         for package in ("hub", "cli")
