@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 CAUSAL = ("ForCausalLM", "LMHeadModel")
+COMPARING = ("CLIPModel", "SiglipModel")  # Models that compare images with texts.
 # The parts of models that read images or sounds beside text.
 TOWERS = ("vision_config", "audio_config", "vq_config")
 ROW_INPUTS = ("input_ids", "pixel_values")  # The first inputs of models that a route can watch.
@@ -181,7 +182,7 @@ class Base:
     @property
     def _is_bare(self) -> bool:
         """True for a model without a head, whatever it reads."""
-        bare = self.architecture.endswith("Model") and self.architecture != "CLIPModel"
+        bare = self.architecture.endswith("Model") and self.architecture not in COMPARING
         return bare and not self.is_causal
 
 

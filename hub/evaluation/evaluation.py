@@ -62,7 +62,7 @@ def evaluate(
 
     Args:
         recipes: Paths, whose file stems name the columns, or a mapping from names to recipes. All
-            have one base: a language model, an encoder, a classifier or CLIP.
+            have one base: a language model, an encoder, a classifier, CLIP or SigLIP.
         tasks: References of tasks.
         split: `train`, `validation`, `test` or `all`. `all` is only for tasks on which no expert of
             a recipe was trained.

@@ -1,24 +1,17 @@
-"""Readers of images: classifiers with their own heads, CLIP with heads made from text.
-
-The input of an example is a PNG or JPEG in base64, with or without `data:image/...;base64,`.
+"""Readers of images: classifiers with their own heads, CLIP and SigLIP with heads made from text.
 
 Shapes: N inputs, H and W pixels, L labels of a classifier, D features.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
-import io
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from experthub.hub.errors import HubError, UsageError
-from experthub.hub.files.json_files import read_json
+from experthub.hub.readers.preparation import Preparation
 from experthub.hub.readers.reader import (
     HeadCache,
     ReadsInput,
@@ -33,7 +26,6 @@ from experthub.hub.readers.tokens import tokenise
 from experthub.hub.readers.window import Window
 from torch import Tensor
 
-MAX_PIXELS = 1 << 24
 # A variation moves an image by a share of its width, and adds noise by a share of its deviation.
 SHIFT, NOISE = 0.07, 0.05
 
@@ -63,72 +55,6 @@ class ImageRow:
         moved = torch.roll(self.pixels, moves, (-2, -1))
         noise = torch.randn(self.pixels.shape, generator=random)
         return replace(self, pixels=moved + NOISE * noise)
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """The normalisation of images: side length, mean and deviation of each channel."""
-
-    side: int
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    deviation: tuple[float, ...] = (0.5, 0.5, 0.5)
-
-    @classmethod
-    def of(cls, folder: Path, side: int) -> Preparation:
-        """Read the normalisation from preprocessor_config.json, if the base has one.
-
-        Args:
-            folder: The folder of the base.
-            side: The side length of the model's images, in pixels.
-
-        Returns:
-            The normalisation.
-        """
-        path = folder / "preprocessor_config.json"
-        stated = read_json(path) if path.is_file() else {}
-        mean, deviation = stated.get("image_mean", cls.mean), stated.get("image_std", cls.deviation)
-        return cls(side, tuple(map(float, mean)), tuple(map(float, deviation)))
-
-    def pixels(self, text: str) -> Tensor:
-        """Decode, resize and normalise an image.
-
-        Args:
-            text: A PNG or JPEG in base64.
-
-        Returns:
-            The pixels `[3, side, side]`, float32.
-
-        Raises:
-            UsageError: The text is not such an image, or the image is too large.
-            HubError: Pillow is not installed.
-        """
-        try:
-            from PIL import Image as pillow
-            from PIL import UnidentifiedImageError
-        except ImportError:
-            raise HubError(
-                "reading images needs Pillow", "run pip install 'experthub[vision]'"
-            ) from None
-        try:
-            content = base64.b64decode(text.rpartition(",")[2], validate=True)
-            with pillow.open(io.BytesIO(content), formats=("PNG", "JPEG")) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise UsageError(
-                        f"an image has {image.width} x {image.height} pixels, more than {MAX_PIXELS}",
-                        "shrink the image",
-                    )
-                resized = image.convert("RGB").resize(
-                    (self.side, self.side), pillow.Resampling.BICUBIC
-                )
-        except (binascii.Error, UnidentifiedImageError, OSError, ValueError) as error:
-            raise UsageError(
-                f"the input {text[:24]!r}... is not a PNG or JPEG in base64: {error}",
-                "use a task with images for this base",
-            ) from None
-        raw = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8)
-        pixels = raw.view(self.side, self.side, 3).permute(2, 0, 1).float() / 255
-        mean, deviation = torch.tensor(self.mean), torch.tensor(self.deviation)
-        return (pixels - mean[:, None, None]) / deviation[:, None, None]
 
 
 class ImageClassifier(ReadsInput):
@@ -174,6 +100,7 @@ class ClipReader(ReadsInput):
     """
 
     name = "clip-cosine"
+    template = "a photo of a {}."
     real: Tensor | None = None
 
     def __init__(
@@ -211,7 +138,7 @@ class ClipReader(ReadsInput):
         """Compute the logits of a batch.
 
         Args:
-            model: The CLIP model.
+            model: The model of both.
             rows: The prepared questions.
 
         Returns:
@@ -219,8 +146,7 @@ class ClipReader(ReadsInput):
         """
         device = next(model.parameters()).device
         pixels = torch.stack([row.pixels for row in rows]).to(device)
-        features = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
-        image_ND = torch.nn.functional.normalize(features.float(), dim=-1)
+        image_ND = torch.nn.functional.normalize(self._embed_images(model, pixels).float(), dim=-1)
         scale = model.logit_scale.detach().exp()
         return compare_with_heads(image_ND, [row.choices for row in rows], scale)
 
@@ -228,9 +154,37 @@ class ClipReader(ReadsInput):
     def _embed_choices(self, choices: Sequence[str]) -> Tensor:
         """Embed choices with the base; return the unit embeddings `[C, D]`."""
         model = self.base()
-        texts = [f"a photo of a {choice}." for choice in choices]
+        texts = [self.template.format(choice) for choice in choices]
         rows = [tokenise(self.tokenizer, text, self.window) for text in texts]
-        device, token = next(model.parameters()).device, find_pad_token(model)
-        ids, real = pad(rows, device, token=token)
+        found = self._embed_texts(model, rows, next(model.parameters()).device)
+        return torch.nn.functional.normalize(found.float(), dim=-1)
+
+    def _embed_images(self, model: Any, pixels: Tensor) -> Any:
+        """Embed images `[N, 3, H, W]`; return `[N, D]`."""
+        return model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
+
+    def _embed_texts(self, model: Any, rows: Sequence[Sequence[int]], device: Any) -> Any:
+        """Embed texts as token ids; return `[N, D]`."""
+        ids, real = pad(rows, device, token=find_pad_token(model))
         found = model.text_model(input_ids=ids, attention_mask=real.long()).pooler_output
-        return torch.nn.functional.normalize(model.text_projection(found).float(), dim=-1)
+        return model.text_projection(found)
+
+
+class SiglipReader(ClipReader):
+    """A reader for SigLIP: as for CLIP. Zhai et al., https://arxiv.org/abs/2303.15343.
+
+    The model adds a bias to all cosines, which changes no choice and is left out. It was trained
+    with texts that are padded to the end of its window, and reads the padding, too.
+    """
+
+    name = "siglip-cosine"
+    template = "This is a photo of {}."
+
+    def _embed_images(self, model: Any, pixels: Tensor) -> Any:
+        return model.vision_model(pixel_values=pixels).pooler_output
+
+    def _embed_texts(self, model: Any, rows: Sequence[Sequence[int]], device: Any) -> Any:
+        width, token = model.config.text_config.max_position_embeddings, self.tokenizer.pad_token_id
+        filler = find_pad_token(model) if token is None else token
+        filled = [[*row, *[max(0, filler or 0)] * (width - len(row))] for row in rows]
+        return model.text_model(input_ids=torch.tensor(filled, device=device)).pooler_output

@@ -143,7 +143,7 @@ def refuse_image(text: str) -> None:
         raise UsageError(
             f"the input {text[:24]!r}... is an image, and a language model is given text alone, "
             "even one that can read images",
-            "use a task of texts for this base, or CLIP or an image classifier for images",
+            "use a task of texts for this base, or CLIP, SigLIP or an image classifier for images",
         )
 
 

@@ -11,7 +11,8 @@ from experthub.hub.bases.loading import load_model, load_tokenizer
 from experthub.hub.errors import UsageError
 from experthub.hub.files.json_files import read_json
 from experthub.hub.progress import Report, silent
-from experthub.hub.readers.images import ClipReader, ImageClassifier, Preparation
+from experthub.hub.readers.images import ClipReader, ImageClassifier, SiglipReader
+from experthub.hub.readers.preparation import Preparation
 from experthub.hub.readers.reader import Reader
 from experthub.hub.readers.scorer import Long
 from experthub.hub.readers.similarity import Similarity
@@ -49,19 +50,17 @@ def reader_for(
     config = read_json(base.folder / "config.json")
     architecture = base.architecture
     if architecture.endswith("ForImageClassification"):
-        preparation = Preparation.of(base.folder, int(config.get("image_size", 224)))
+        preparation = Preparation.of(base, int(config.get("image_size", 224)))
         return ImageClassifier(preparation, _read_labels(config))
     seq2seq = architecture.endswith("ForConditionalGeneration") and base.reads_text
     seq2seq = seq2seq and bool(config.get("is_encoder_decoder"))
-    classifier, clip = (
-        architecture.endswith("ForSequenceClassification"),
-        architecture == "CLIPModel",
-    )
-    if base.is_causal or seq2seq or classifier or clip or base.is_encoder:
+    classifier = architecture.endswith("ForSequenceClassification")
+    comparing = {"CLIPModel": ClipReader, "SiglipModel": SiglipReader}.get(architecture)
+    if base.is_causal or seq2seq or classifier or comparing or base.is_encoder:
         tokenizer, window = load_tokenizer(base), Window.of(base, long, report, virtual_tokens)
-        if clip:
+        if comparing:
             side = int(config.get("vision_config", {}).get("image_size", 224))
-            return ClipReader(Preparation.of(base.folder, side), tokenizer, load, window)
+            return comparing(Preparation.of(base, side), tokenizer, load, window)
         if classifier:
             return TextClassifier(tokenizer, _read_labels(config), window)
         if base.is_causal or seq2seq:
@@ -76,7 +75,7 @@ def _explain_refusal(base: Base) -> UsageError:
     if main == "pixel_values":
         return UsageError(
             f"{what}, which reads images and has no labels to choose from",
-            "use an image classifier or CLIP for a task of images",
+            "use an image classifier, CLIP or SigLIP for a task of images",
         )
     if main != "input_ids":
         return UsageError(
@@ -85,12 +84,12 @@ def _explain_refusal(base: Base) -> UsageError:
         )
     if any(key in read_json(base.folder / "config.json") for key in TOWERS):
         return UsageError(
-            f"{what}, which reads images with texts, and of such models the hub reads CLIP alone",
-            "use CLIP for a task of images, or a language model for a task of texts",
+            f"{what}, which reads images with texts, and of such models the hub reads CLIP and SigLIP",
+            "use CLIP or SigLIP for a task of images, or a language model for a task of texts",
         )
     return UsageError(
         f"{what}, which cannot score choices",
-        "use a language model, an encoder of text, a classifier or CLIP",
+        "use a language model, an encoder of text, a classifier, CLIP or SigLIP",
     )
 
 

@@ -24,8 +24,8 @@ from experthub.hub.training.output_layer import OutputLayer
 from torch import Tensor, nn
 
 # Prefixes of modules that training does not change. A bare encoder's embedding omits its pooler, and
-# all experts share the classifier heads of the base and the text encoder of CLIP.
-FROZEN = ("pooler.", "classifier", "score", "text_model.", "text_projection", "logit_scale")
+# all experts share the classifier heads of the base and the text encoder of CLIP or SigLIP.
+FROZEN = ("pooler.", "classifier", "score", "text_model.", "text_projection", "logit_")
 
 
 def find_frozen(model: Any, base: Base) -> tuple[str, ...]:

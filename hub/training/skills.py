@@ -26,6 +26,7 @@ from experthub.hub.training.inventory import (
 )
 from experthub.hub.training.objectives import Objective, find_frozen, make_objective
 from experthub.hub.transfer.describe import create_checkpoint_folder, describe
+from experthub.merge import find_weight_reads
 from experthub.routing import BatchTasks
 from torch import Tensor, nn
 
@@ -165,7 +166,9 @@ def train_skills(
 
 
 def find_linears(model: Any, base: Base) -> list[str]:
-    """List the linear modules that get skills: all but the output layer and the frozen heads.
+    """List the linear modules that get skills: those that the model calls, without the output layer.
+
+    The frozen heads get none, either.
 
     Args:
         model: The model of the base.
@@ -181,14 +184,15 @@ def find_linears(model: Any, base: Base) -> list[str]:
     if model.config.is_encoder_decoder:
         raise HubError(
             f"{base.name} is an encoder-decoder model, which cannot get skills",
-            "use a causal language model, an encoder, a classifier or a CLIP model",
+            "use a causal language model, an encoder, a classifier, CLIP or SigLIP",
         )
     head = model.get_output_embeddings() if base.is_causal else None
-    never = find_frozen(model, base)
+    never, uncalled = find_frozen(model, base), find_weight_reads(model)
     found = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and not name.startswith(never)
+        if isinstance(module, nn.Linear) and module is not head and name not in uncalled
+        if not name.startswith(never)
     ]
     if not found:
         raise HubError(

@@ -244,7 +244,7 @@ class Architecture:
             file = folder / "model.safetensors"
             state = {n.removeprefix(self.strip): t for n, t in load_file(file).items()}
             save_file(state, file, metadata={"format": "pt"})
-        if self.task != "image" or self.model == "CLIPModel":
+        if self.task != "image" or self.model in ("CLIPModel", "SiglipModel"):
             write_tokenizer(folder)
         return folder
 
