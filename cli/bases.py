@@ -90,7 +90,7 @@ def print_bases(known: Registry, json: bool, quiet: bool) -> None:
     else:
         print_table(
             ["base", "licence", "source"],
-            [[n, e.license or "", e.sources[0]] for n, e in entries.items()],
+            [[n, e.license or "", e.sources[0].partition("#")[0]] for n, e in entries.items()],
         )
 
 

@@ -205,7 +205,7 @@ BITS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", BITS)
 def test_a_route_on_bitsandbytes(case: str, tmp_path: Path) -> None:
     """Each routed module adds its experts to what the packed module computes of the same input."""
-    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("bitsandbytes", reason="see test_bitsandbytes")
     plain = tiny_llama(tmp_path / "plain", hidden_size=64, intermediate_size=128)
     folders = [make_expert(tmp_path / f"expert-{e}", plain, e, size=0.3) for e in (1, 2)]
     settings = transformers.BitsAndBytesConfig(**BITS[case], bnb_4bit_compute_dtype=torch.float32)

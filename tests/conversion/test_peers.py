@@ -1,4 +1,4 @@
-"""Adapters against the programs that write and read them: mlx-lm, and llama.cpp."""
+"""Against other programs: mlx-lm and llama.cpp with adapters, bitsandbytes with bases."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,14 +23,20 @@ SUPPORT = ROOT / "tests" / "support"
 UNLOADED = ("version `GLIBC", "cannot open shared object file", "undefined symbol")
 
 
-def run_peer(name: str, script: str, *words: object) -> None:
-    """Run a script with a peer's interpreter; skip if the peer is absent or cannot run here."""
-    python = ROOT / "build" / "peers" / name / "bin" / "python"
-    if not (python.parent.parent / ".installed").is_file():
+def find_peer(name: str) -> Path:
+    """Return the environment of a peer; skip if it is absent."""
+    folder = ROOT / "build" / "peers" / name
+    if not (folder / ".installed").is_file():
         missing = f"{name} is not installed: make peers"
         if os.environ.get("HUB_PEERS") == "required":
             pytest.fail(missing)
         pytest.skip(missing)
+    return folder
+
+
+def run_peer(name: str, script: str, *words: object) -> None:
+    """Run a script with a peer's interpreter; skip if the peer is absent or cannot run here."""
+    python = find_peer(name) / "bin" / "python"
     done = subprocess.run(
         [python, SUPPORT / script, *map(str, words)], capture_output=True, text=True, check=False
     )
@@ -47,6 +54,21 @@ def compose(base: Path, expert: Path) -> torch.Tensor:
     with torch.no_grad():
         found: torch.Tensor = hub.compose(recipe).model(input_ids=torch.arange(4, 20)[None]).logits
     return found
+
+
+def test_bitsandbytes() -> None:
+    """The tests that need it run in a process that finds it beside the packages of this one."""
+    (place,) = find_peer("bitsandbytes").glob("lib/python*/site-packages")
+    words = ("-p", "no:cacheprovider", "-p", "no:xdist", "tests/bases/test_quantised.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *words, "-k", "on_bitsandbytes"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(place)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0 and "4 passed" in done.stdout, done.stdout[-2000:]
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "embedding"])
