@@ -15,7 +15,7 @@ import torch
 from experthub.hub.bases.config_types import check_rotations, check_stated_types
 from experthub.hub.bases.fingerprint import list_weight_files
 from experthub.hub.bases.model_size import limit_model_size
-from experthub.hub.errors import HubError, IntegrityError
+from experthub.hub.errors import LIBRARY_ERRORS, HubError, IntegrityError
 from experthub.hub.files.json_files import read_json
 from experthub.hub.formats.quantisation import Quantisation
 from experthub.hub.formats.safetensors_header import FLOATS, read_header
@@ -287,8 +287,7 @@ def list_loading_errors() -> tuple[type[Exception], ...]:
     Returns:
         The types of the errors.
     """
-    wrong = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError)
-    return (*wrong, OSError, RuntimeError, TypeError, ValueError, _find_strict_error())
+    return (*LIBRARY_ERRORS, _find_strict_error())
 
 
 def _find_strict_error() -> type[Exception]:

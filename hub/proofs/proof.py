@@ -16,7 +16,7 @@ from experthub.hub.bases.base_sources import find
 from experthub.hub.bases.loading import load_model
 from experthub.hub.bases.vocabulary import resize_model
 from experthub.hub.composition.compose import compose
-from experthub.hub.errors import HubError, IntegrityError
+from experthub.hub.errors import LIBRARY_ERRORS, HubError, IntegrityError
 from experthub.hub.kinds import kinds
 from experthub.hub.kinds.prompt import SOFT_PROMPT
 from experthub.hub.proofs.inputs import compare_outputs, compute_outputs, make_inputs
@@ -37,18 +37,6 @@ from experthub.hub.transfer.remotes.no_network import forbid_network
 from experthub.merge import concatenate, linear
 from torch import Tensor
 
-# The errors of transformers and of other libraries for what they cannot load or run.
-ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 Outputs = dict[str, Tensor]
 DTYPE = "float32"
 ADAPTER_NAME = "default"  # The name that peft gives to an adapter.
@@ -168,7 +156,7 @@ def _run_both(plan: Plan, reference: SourceLibrary, session: Session) -> tuple[s
     if reference.merge is not None and not _is_equal(*found):
         try:
             merged = _compare(ours, compute_outputs(reference.merge(other), inputs), seen)
-        except ERRORS:  # Not every adapter can be merged.
+        except LIBRARY_ERRORS:  # Not every adapter can be merged.
             return reference.against, *found
         if _is_equal(*merged):
             return f"{reference.against} (merged)", *merged
@@ -253,7 +241,7 @@ def _explain_errors(reference: SourceLibrary) -> Iterator[None]:
         with warnings.catch_warnings():  # They are about training and saving.
             warnings.simplefilter("ignore")
             yield
-    except ERRORS as error:
+    except LIBRARY_ERRORS as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise CannotProveError(
             f"{reference.against} cannot run it: {reason}", "pass --no-proof"

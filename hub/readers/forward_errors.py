@@ -7,20 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from experthub.hub.errors import HubError
-
-# The errors that transformers and torch raise for settings and inputs that they cannot use.
-FORWARD_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+from experthub.hub.errors import LIBRARY_ERRORS, HubError
 
 
 @contextmanager
@@ -39,7 +26,7 @@ def explain_forward_errors(model: Any, what: str = "run") -> Iterator[None]:
     """
     try:
         yield
-    except FORWARD_ERRORS as error:
+    except LIBRARY_ERRORS as error:
         folder = Path(str(model.config.name_or_path))
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         settings = folder / "generation_config.json"
