@@ -6,7 +6,7 @@ applied by the names of the modules. Their own files may have either names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -50,15 +50,30 @@ class Piece:
             stored: A tensor of the stored shape.
             into: A tensor of the parameter's shape, which is changed.
         """
+        for source, target in self._match(stored, into):
+            target.copy_(source)
+
+    def read(self, parameter: Tensor, into: Tensor) -> None:
+        """Write a part of a parameter into a stored tensor, as `write` does the other way round.
+
+        Args:
+            parameter: A tensor of the parameter's shape.
+            into: A tensor of the stored shape, which is changed.
+        """
+        for target, source in self._match(into, parameter):
+            target.copy_(source)
+
+    def _match(self, stored: Tensor, parameter: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """List the views of a stored tensor and of a parameter that have the same entries."""
         for axis, position in sorted(self.fixed, reverse=True):
-            into = into.select(axis, position)
+            parameter = parameter.select(axis, position)
         for number in reversed(range(len(self.axes))):
             if self.axes[number] is None:
                 stored = stored.select(number, 0)
         kept = [axis for axis in self.axes if axis is not None]
         places = sorted(axis for axis, _ in kept)
         order = [places.index(axis) for axis, _ in kept]
-        _copy(stored, into.permute(order), [runs for _, runs in kept])
+        yield from _match_runs(stored, parameter.permute(order), [runs for _, runs in kept])
 
     def record(self) -> list[Any]:
         """Return the fields as plain values, for a JSON file.
@@ -86,14 +101,16 @@ class Piece:
         return cls(parameter, tuple(shape), tuple((a, p) for a, p in fixed), tuple(parsed))
 
 
-def _copy(source: Tensor, target: Tensor, runs: list[tuple[Run, ...]], axis: int = 0) -> None:
-    """Copy the runs of all axes from `axis` on."""
+def _match_runs(
+    stored: Tensor, parameter: Tensor, runs: list[tuple[Run, ...]], axis: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """List the views for the runs of all axes from `axis` on."""
     if axis == len(runs):
-        target.copy_(source)
+        yield stored, parameter
         return
     for begin, start, length in runs[axis]:
-        part = source.narrow(axis, begin, length), target.narrow(axis, start, length)
-        _copy(*part, runs, axis + 1)
+        part = stored.narrow(axis, begin, length), parameter.narrow(axis, start, length)
+        yield from _match_runs(*part, runs, axis + 1)
 
 
 def join_pieces(parts: Iterable[tuple[Tensor, Piece | None]], shape: Shape) -> Tensor:

@@ -16,6 +16,7 @@ from experthub.hub.bases.building import (
     refuse_missing,
 )
 from experthub.hub.bases.fingerprint import list_weight_files
+from experthub.hub.bases.names import Piece, Place, join_pieces
 from experthub.hub.bases.writing import copy_companions
 from experthub.hub.composition.assembly import add_change, check_orientation, merge_experts
 from experthub.hub.composition.weights import Contents
@@ -25,7 +26,7 @@ from experthub.hub.files.atomic import create_folder, write_json, write_text
 from experthub.hub.files.path_checks import check_free
 from experthub.hub.formats.safetensors_header import TensorInfo, read_header
 from experthub.hub.formats.safetensors_reader import DTYPES, read_tensor
-from experthub.hub.formats.safetensors_writer import SafetensorsLayout, Writer, create_safetensors
+from experthub.hub.formats.safetensors_writer import SafetensorsLayout, create_safetensors
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.session import Session
 from experthub.hub.transfer.pull import pull
@@ -35,15 +36,15 @@ from torch import Tensor
 MAX_SHARD = 5 << 30  # bytes of one file of a written model
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Stored = dict[str, tuple[Path, TensorInfo]]
+Saved = dict[str, tuple[Tensor, str]]  # Tensors without storage, with their names in the files.
 
 
 def write_merge(plan: Plan, session: Session, state: Any, folder: Path) -> bool:
     """Write the merged model of a plan, reading and writing one tensor after the other.
 
-    The bytes of every tensor are those that `Composition.save` writes. This works if transformers
-    saves the model under the names in the base's files. It does not work for a route, for tied
-    embeddings that an expert changes, for weights and tokens that only the experts have, and for
-    layers that transformers fuses when it loads them.
+    The bytes of every tensor are those that `Composition.save` writes. This does not work for a
+    route, for tied embeddings that an expert changes, for weights and tokens that only the experts
+    have, and for a model that transformers saves in other tensors than its files have.
 
     Args:
         plan: The plan.
@@ -85,7 +86,7 @@ def write_merge(plan: Plan, session: Session, state: Any, folder: Path) -> bool:
         with create_folder(folder) as draft:
             with explain_loading_errors(plan.base, list_loading_errors(), "save"):
                 model.save_pretrained(draft, state_dict={})
-            _write_weights(draft, saved, stored, merged, plan, session)
+            _write_weights(draft, saved, _MergedTensors(plan, stored, merged), session)
             copy_companions(plan.base, draft)
             write_text(draft / "recipe.lock.yaml", yaml_files.dump(plan.lock))
     return True
@@ -110,70 +111,123 @@ def _build_empty(plan: Plan, stored: Stored) -> Any:
     return model.eval()
 
 
-def _list_saved(model: Any, plan: Plan, stored: Stored) -> dict[str, Tensor] | None:
-    """List the tensors to write, without storage; None if they are not those of the files."""
-    state = model.state_dict()
+def _list_saved(model: Any, plan: Plan, stored: Stored) -> Saved | None:
+    """List the tensors to write; None if they are not those of the files."""
+    names, state = plan.base.names, model.state_dict()
+    sources = names.find_sources(stored.keys() - set(plan.unused))
     shared: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         shared.setdefault(id(parameter), []).append(name)
     twins = [names for names in shared.values() if len(names) > 1]
     if any(name in plan.parameters for names in twins for name in names):
         return None
-    dropped = {name for names in twins for name in names if name not in stored}
-    saved = {name: tensor for name, tensor in state.items() if name not in dropped}
-    used = stored.keys() - set(plan.unused)
-    fits = saved.keys() == used and set(plan.parameters) <= used
-    fits = fits and all(stored[name][1].shape == tuple(t.shape) for name, t in saved.items())
-    return saved if fits and not getattr(model, "_weight_conversions", None) else None
+    if not set(plan.parameters) <= sources.keys():
+        return None
+    dropped = {name for names in twins for name in names if name not in sources}
+    kept = {name: tensor for name, tensor in state.items() if name not in dropped}
+    found: Saved = {}
+    for name, tensor in _revert_names(model, kept).items():
+        source = name if name in stored else _find_whole(names.locate(name), sources)
+        if source is None or stored[source][1].shape != tuple(tensor.shape):
+            return None
+        found[name] = tensor, source
+    used = [source for _, source in found.values()]
+    return found if sorted(used) == sorted(stored.keys() - set(plan.unused)) else None
 
 
-def _write_weights(
-    folder: Path,
-    saved: dict[str, Tensor],
-    stored: Stored,
-    merged: dict[str, Callable[[], Delta]],
-    plan: Plan,
-    session: Session,
-) -> None:
+def _revert_names(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename and divide the parameters as transformers does when it saves the model."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    reverted: dict[str, Tensor] = revert_weight_conversion(model, state)
+    return reverted
+
+
+def _find_whole(
+    place: Place | None, sources: dict[str, list[tuple[str, Piece | None]]]
+) -> str | None:
+    """Return the stored tensor that is a whole parameter; None if there is none."""
+    parts = sources.get(place, []) if isinstance(place, str) else []
+    return parts[0][0] if len(parts) == 1 and parts[0][1] is None else None
+
+
+class _MergedTensors:
+    """The tensors of the base's files with the changes of a merge, made one after the other.
+
+    Args:
+        plan: The plan.
+        stored: The file and the declaration of each stored tensor.
+        changes: For each changed parameter, a function that computes the change.
+    """
+
+    def __init__(self, plan: Plan, stored: Stored, changes: dict[str, Callable[[], Delta]]) -> None:
+        self.plan, self.stored, self.changes = plan, stored, changes
+        self.names = plan.base.names
+        self.sources = self.names.find_sources(stored.keys() - set(plan.unused))
+        # Merged parameters, and how many of their stored tensors are still to be made of them.
+        self.merged: dict[str, tuple[Tensor, int]] = {}
+
+    def make(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Make a stored tensor in a dtype."""
+        tensor = self._read(name, dtype)
+        place = self.names.moved.get(name, name)
+        if isinstance(place, str):
+            change = self.changes.get(place)
+            return tensor if change is None else self._add(tensor, change, place)
+        for piece in place:
+            if piece.parameter in self.changes:
+                piece.read(self._merge(piece.parameter, dtype), tensor)
+        return tensor
+
+    def _merge(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Join a parameter and add its change, or return it if it was made for another tensor."""
+        parts, shape = self.sources[name], self.names.shapes[name]
+        if name not in self.merged:
+            joined = join_pieces(((self._read(n, dtype), piece) for n, piece in parts), shape)
+            self.merged[name] = self._add(joined, self.changes[name], name), len(parts)
+        whole, left = self.merged.pop(name)
+        if left > 1:
+            self.merged[name] = whole, left - 1
+        return whole
+
+    def _read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Read a stored tensor."""
+        tensor = read_tensor(*self.stored[name])
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    def _add(self, tensor: Tensor, change: Callable[[], Delta], name: str) -> Tensor:
+        """Add a change."""
+        return add_change(tensor, change(), name, self.plan.dtype)
+
+
+def _write_weights(folder: Path, saved: Saved, tensors: _MergedTensors, session: Session) -> None:
     """Write the weights into one file, or into several with an index."""
+    sizes = {name: tensor.nbytes for name, (tensor, _) in saved.items()}
     shards: list[list[str]] = [[]]
     size = 0
     for name in sorted(saved):
-        if shards[-1] and size + saved[name].nbytes > MAX_SHARD:
+        if shards[-1] and size + sizes[name] > MAX_SHARD:
             shards.append([])
             size = 0
         shards[-1].append(name)
-        size += saved[name].nbytes
+        size += sizes[name]
     places: dict[str, str] = {}
     count, done = len(shards), 0
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors"
-        tensors = {n: (NAMES[saved[n].dtype], tuple(saved[n].shape)) for n in names}
-        layout = SafetensorsLayout(tensors, {"format": "pt"})
+        infos = {n: (NAMES[saved[n][0].dtype], tuple(saved[n][0].shape)) for n in names}
+        layout = SafetensorsLayout(infos, {"format": "pt"})
         with create_safetensors(folder / file, layout) as writer, torch.no_grad():
             for name in sorted(names, key=lambda name: layout.places[name]):
-                _write_tensor(writer, name, stored[name], saved[name].dtype, merged.get(name), plan)
+                empty, source = saved[name]
+                made = tensors.make(source, empty.dtype).contiguous()
+                writer.put(name, made.reshape(-1).view(torch.uint8).numpy().data)
                 done += 1
                 session.report("writing the model", done, len(saved))
         places |= dict.fromkeys(names, file)
     if count > 1:
-        total = sum(tensor.nbytes for tensor in saved.values())
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        index = {
+            "metadata": {"total_size": sum(sizes.values())},
+            "weight_map": dict(sorted(places.items())),
+        }
         write_json(folder / "model.safetensors.index.json", index)
-
-
-def _write_tensor(
-    writer: Writer,
-    name: str,
-    place: tuple[Path, TensorInfo],
-    dtype: torch.dtype,
-    change: Callable[[], Delta] | None,
-    plan: Plan,
-) -> None:
-    """Read a tensor, add its change, and write it."""
-    tensor = read_tensor(*place)
-    if tensor.is_floating_point():
-        tensor = tensor.to(dtype)
-    if change is not None:
-        tensor = add_change(tensor, change(), name, plan.dtype)
-    writer.put(name, tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

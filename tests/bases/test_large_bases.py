@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from architectures import ROWS, Architecture, make_adapters
 from conftest import make_expert, run_hub, tiny_bert, tiny_llama
 from experthub import hub
 from experthub.hub.bases import loading
@@ -108,6 +109,26 @@ def test_a_streamed_merge_has_the_bits_of_one_in_memory(
     recipe = {"base": str(base), "experts": experts, "dtype": dtype}
     plan = resolve(Recipe.of(recipe | {"merge": {"method": "linear"}}))
     compare(plan, tmp_path / "out")
+
+
+FAST = ("GPT-2, as published", "Mixtral, experts adapted", "Qwen2.5-VL")
+
+
+@pytest.mark.parametrize(
+    "one",
+    [
+        pytest.param(one, id=one.label, marks=() if one.label in FAST else pytest.mark.slow)
+        for one in ROWS
+    ],
+)
+def test_tensors_that_transformers_renames_and_fuses_have_the_bits_too(
+    one: Architecture, tmp_path: Path
+) -> None:
+    base = one.save(tmp_path / "base")
+    make_adapters(one, base, tmp_path)
+    experts = [str(tmp_path / "a"), str(tmp_path / "b")]
+    recipe = {"base": str(base), "experts": experts, "merge": {"method": "ties", "density": 0.5}}
+    compare(resolve(Recipe.of(recipe)), tmp_path / "out")
 
 
 @pytest.mark.parametrize("method", METHODS)
