@@ -7,7 +7,7 @@ labels, one for each axis, and the labels show where every row and column ends u
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from importlib.metadata import version
@@ -124,17 +124,31 @@ def _find_tied(model: Any, base: StoredModel, shapes: Mapping[str, Shape]) -> di
 
 def _list_older(model: Any, state: Mapping[str, Tensor]) -> dict[str, Shape]:
     """List the tensors that transformers would write for a model, with the names of older versions."""
-    from transformers.core_model_loading import revert_weight_conversion
-
     own = getattr(model, "_weight_conversions", None)
     try:
         model._weight_conversions = None  # The rules of the architecture, not those of the files.
-        written = revert_weight_conversion(model, dict(state))
+        written = revert_names(model, state)
     except list_loading_errors():
         return {}
     finally:
         model._weight_conversions = own
     return {name: tuple(tensor.shape) for name, tensor in written.items()}
+
+
+def revert_names(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename, divide and join parameters as transformers does when it saves a model.
+
+    Args:
+        model: The model.
+        state: Its parameters, which may be without storage.
+
+    Returns:
+        The tensors of the files.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    reverted: dict[str, Tensor] = revert_weight_conversion(model, dict(state))
+    return reverted
 
 
 class _Rules:
@@ -273,17 +287,3 @@ def _find_runs(pairs: Tensor) -> tuple[Run, ...]:
         else:
             runs.append([source, target, 1])
     return tuple((s, t, n) for s, t, n in runs)
-
-
-def is_covered(pieces: Iterable[Piece | None], shape: Shape) -> bool:
-    """Tell whether pieces cover every entry of a parameter.
-
-    Args:
-        pieces: The pieces of the parameter; None for the whole of it.
-        shape: Its shape.
-
-    Returns:
-        True if no entry is left out.
-    """
-    count = torch.Size(shape).numel()
-    return sum(count if piece is None else piece.count for piece in pieces) == count

@@ -6,6 +6,7 @@ applied by the names of the modules. Their own files may have either names.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -136,6 +137,20 @@ def join_pieces(parts: Iterable[tuple[Tensor, Piece | None]], shape: Shape) -> T
     if found is None:
         raise ValueError("expected at least one tensor, found none")
     return found
+
+
+def is_covered(pieces: Iterable[Piece | None], shape: Shape) -> bool:
+    """Tell whether pieces cover every entry of a parameter.
+
+    Args:
+        pieces: The pieces of the parameter; None for the whole of it.
+        shape: Its shape.
+
+    Returns:
+        True if no entry is left out.
+    """
+    count = math.prod(shape)
+    return sum(count if piece is None else piece.count for piece in pieces) == count
 
 
 # A parameter that a stored tensor is, or the pieces that it becomes.

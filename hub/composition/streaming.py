@@ -16,6 +16,7 @@ from experthub.hub.bases.building import (
     refuse_missing,
 )
 from experthub.hub.bases.fingerprint import list_weight_files
+from experthub.hub.bases.name_map import revert_names
 from experthub.hub.bases.names import Piece, Place, join_pieces
 from experthub.hub.bases.writing import copy_companions
 from experthub.hub.composition.assembly import add_change, check_orientation, merge_experts
@@ -126,21 +127,13 @@ def _list_saved(model: Any, plan: Plan, stored: Stored) -> Saved | None:
     dropped = {name for names in twins for name in names if name not in sources}
     kept = {name: tensor for name, tensor in state.items() if name not in dropped}
     found: Saved = {}
-    for name, tensor in _revert_names(model, kept).items():
+    for name, tensor in revert_names(model, kept).items():
         source = name if name in stored else _find_whole(names.locate(name), sources)
         if source is None or stored[source][1].shape != tuple(tensor.shape):
             return None
         found[name] = tensor, source
     used = [source for _, source in found.values()]
     return found if sorted(used) == sorted(stored.keys() - set(plan.unused)) else None
-
-
-def _revert_names(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename and divide the parameters as transformers does when it saves the model."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    reverted: dict[str, Tensor] = revert_weight_conversion(model, state)
-    return reverted
 
 
 def _find_whole(

@@ -11,8 +11,7 @@ import torch
 from experthub.hub.bases.base import Base
 from experthub.hub.bases.building import refuse_missing
 from experthub.hub.bases.fingerprint import list_weight_files
-from experthub.hub.bases.name_map import is_covered
-from experthub.hub.bases.names import join_pieces
+from experthub.hub.bases.names import is_covered, join_pieces
 from experthub.hub.errors import HubError, IntegrityError
 from experthub.hub.files.spelling import suggest_name
 from experthub.hub.formats.safetensors_header import FLOATS, TensorInfo, read_header

@@ -89,8 +89,9 @@ def load_with_peft(folder: Path) -> SourceLibrary:
 def _refuse_incomplete(name: str, left_out: Sequence[str]) -> None:
     """Refuse to compare with a library that leaves tensors of an adapter out."""
     # peft needs no copies of the base's weights, nor of modules that it has saved by their names.
-    copies = (".base_layer.", ".modules_to_save.")
-    left_out = [key for key in left_out if not any(copy in key for copy in copies)]
+    # It loads soft prompts apart from other tensors.
+    placed = (".base_layer.", ".modules_to_save.", "prompt_embeddings")
+    left_out = [key for key in left_out if not any(part in key for part in placed)]
     if left_out:
         count = "1 tensor" if len(left_out) == 1 else f"{len(left_out)} tensors"
         raise CannotProveError(

@@ -25,7 +25,7 @@ AGAIN = "get the file again from where the base was published"
 
 @dataclass(frozen=True)
 class Preparation:
-    """How an image becomes pixels: by transformers' own processor, or by a plain resize.
+    """A preparation of images: by transformers' own processor, or by a plain resize.
 
     Args:
         side: The side length of the model's images, in pixels.

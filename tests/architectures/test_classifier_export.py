@@ -9,11 +9,10 @@ import peft
 import pytest
 import torch
 import transformers
-from architectures import ARCHITECTURES, compute, text
+from architectures import BY_LABEL, compute, text
 from experthub import hub
 from safetensors.torch import load_file, save_file
 
-ROWS = {one.label: one for one in ARCHITECTURES}
 TARGETS = {
     "BERT classifier": ["query", "value"],
     "RoBERTa classifier": ["query", "value"],
@@ -26,7 +25,7 @@ def make_experts(label: str, base: Path, folder: Path, heads: bool) -> None:
     for seed, name in enumerate("ab"):
         torch.manual_seed(seed)
         config = peft.LoraConfig(r=2, target_modules=TARGETS[label], task_type="SEQ_CLS")
-        made = peft.get_peft_model(ROWS[label].load(base).float(), config)
+        made = peft.get_peft_model(BY_LABEL[label].load(base).float(), config)
         made.save_pretrained(folder / name)
         file = folder / name / "adapter_model.safetensors"
         stored = load_file(file)
@@ -39,7 +38,7 @@ def make_experts(label: str, base: Path, folder: Path, heads: bool) -> None:
 @pytest.mark.parametrize("heads", ["of the base", "averaged", "of one expert"])
 @pytest.mark.parametrize("label", TARGETS)
 def test_peft_computes_what_the_composition_does(label: str, heads: str, tmp_path: Path) -> None:
-    one = ROWS[label]
+    one = BY_LABEL[label]
     base = one.save(tmp_path / "base")
     make_experts(label, base, tmp_path, heads != "of the base")
     recipe = {

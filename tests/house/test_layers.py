@@ -14,8 +14,8 @@ from sources import PACKAGES, ROOT, each_source
 
 # Modules of hub that load, convert or train models.
 MODEL_MODULES = {
-    *("building", "fit", "gguf", "loading", "logprobs", "name_map", "proof", "prompted_forward"),
-    *("row_cache", "train"),
+    *("building", "fit", "gguf", "loading", "logprobs", "name_map", "preparation"),
+    *("proof", "prompted_forward", "row_cache", "train"),
 }
 WRITING = re.compile(
     r"\.(write_text|write_bytes|rename|touch|hardlink_to|symlink_to)$"

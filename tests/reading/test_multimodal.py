@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from architecture_table import make_task
-from architectures import ARCHITECTURES, VISION, Architecture
+from architectures import BY_LABEL, VISION, Architecture
 from conftest import make_expert, run_hub
 from experthub import hub
 from experthub.hub.bases import base as bases
@@ -22,11 +22,10 @@ from experthub.hub.readers.scorer import Question
 from experthub.hub.tasks.task import Card, Example, example_id
 from experthub.hub.tasks.task_files import write_task
 
-ROWS = {one.label: one for one in ARCHITECTURES}
-QWEN = ROWS["Qwen2.5-VL"]
+QWEN = BY_LABEL["Qwen2.5-VL"]
 SEEING = {
-    "llava": ROWS["LLaVA"],
-    "gemma3": ROWS["Gemma 3 (multimodal)"],
+    "llava": BY_LABEL["LLaVA"],
+    "gemma3": BY_LABEL["Gemma 3 (multimodal)"],
     "qwen2.5-vl": QWEN,
     "qwen2-vl": replace(
         QWEN,
@@ -218,7 +217,7 @@ def test_bases_that_need_other_inputs_are_refused_by_name(
 ) -> None:
     build, reason = UNREAD[name]
     base = tmp_path / "base"
-    build(ROWS.get(name)).save_pretrained(base)
+    build(BY_LABEL.get(name)).save_pretrained(base)
     ran = run_hub(
         "train", "lora", "--name", "made", "--base", base, "--task", tiny_task, "--steps", "1"
     )

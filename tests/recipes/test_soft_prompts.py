@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, Architecture
+from architectures import BY_LABEL, Architecture
 from experthub import hub
 from experthub.hub.errors import UsageError
 from soft_prompts import load_peft, write_adapter
 
 CAUSAL = ("Llama", "Qwen3", "GPT-2", "Gemma 3 (text)", "OPT", "GPT-NeoX", "BLOOM, as published")
 KINDS = ("prompt", "p-tuning", "prefix")
-BY_LABEL = {one.label: one for one in ARCHITECTURES}
 # A window that the rows of the tests exceed.
 SLIDING = replace(
     BY_LABEL["Gemma 3 (text)"],
