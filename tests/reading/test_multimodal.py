@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from architecture_table import make_task
-from architectures import BY_LABEL, VISION, Architecture
+from architectures import BY_LABEL, TEXT, VISION, Architecture
 from conftest import make_expert, run_hub
 from experthub import hub
 from experthub.hub.bases import base as bases
@@ -27,21 +27,7 @@ SEEING = {
     "llava": BY_LABEL["LLaVA"],
     "gemma3": BY_LABEL["Gemma 3 (multimodal)"],
     "qwen2.5-vl": QWEN,
-    "qwen2-vl": replace(
-        QWEN,
-        model="Qwen2VLForConditionalGeneration",
-        config="Qwen2VLConfig",
-        nested={
-            "text_config": QWEN.nested["text_config"],
-            "vision_config": {
-                "depth": 1,
-                "embed_dim": 32,
-                "hidden_size": 32,
-                "num_heads": 4,
-                "patch_size": 4,
-            },
-        },
-    ),
+    "qwen2-vl": BY_LABEL["Qwen2-VL"],
 }
 TEXT_MODELS = {"llava": "LlamaForCausalLM", "gemma3": "Gemma3ForCausalLM"}
 QUESTIONS = [
@@ -203,10 +189,18 @@ def build_blip() -> Any:
     return BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision))
 
 
+def build_siglip2() -> Any:
+    """A SigLIP whose images have any number of patches, and any shape."""
+    text = {k: v for k, v in TEXT.items() if k not in ("num_key_value_heads", "head_dim")}
+    vision = {**VISION, "num_patches": 16}
+    config = transformers.Siglip2Config(text_config=text, vision_config=vision)
+    return transformers.Siglip2Model(config)
+
+
 UNREAD: dict[str, tuple[Callable[[Architecture | None], Any], str]] = {
     "Whisper": (lambda one: one.build() if one else None, "reads input features"),
     "DINOv2": (lambda one: one.build() if one else None, "has no labels to choose from"),
-    "SigLIP": (lambda one: one.build() if one else None, "the hub reads CLIP alone"),
+    "SigLIP 2": (lambda one: build_siglip2(), "the hub reads CLIP and SigLIP"),
     "BLIP": (lambda one: build_blip(), "has no labels to choose from"),
 }
 

@@ -275,6 +275,14 @@ def write_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=made, **special).save_pretrained(folder)
 
 
+QWEN_VL = {
+    "text_config": {**TEXT, "rope_parameters": MULTIMODAL_ROPE},
+    "image_token_id": IMAGE,
+    "vision_start_token_id": 257,
+    "vision_end_token_id": 258,
+    "tie_word_embeddings": False,
+}
+
 ARCHITECTURES = {
     "llama": Architecture("LlamaForCausalLM", TEXT, label="Llama", slow=False),
     "qwen2": Architecture("Qwen2ForCausalLM", TEXT, label="Qwen2"),
@@ -524,16 +532,24 @@ ARCHITECTURES = {
         texts_with_images,
         label="LLaVA",
     ),
+    "qwen2_vl": Architecture(
+        "Qwen2VLForConditionalGeneration",
+        {
+            **QWEN_VL,
+            "vision_config": {
+                "depth": 1,
+                "embed_dim": 32,
+                "hidden_size": 32,
+                "num_heads": 4,
+                "patch_size": 4,
+            },
+        },
+        texts_with_patches,
+        label="Qwen2-VL",
+    ),
     "qwen2_5_vl": Architecture(
         "Qwen2_5_VLForConditionalGeneration",
-        {
-            "text_config": {**TEXT, "rope_parameters": MULTIMODAL_ROPE},
-            "vision_config": QWEN_VISION,
-            "image_token_id": IMAGE,
-            "vision_start_token_id": 257,
-            "vision_end_token_id": 258,
-            "tie_word_embeddings": False,
-        },
+        {**QWEN_VL, "vision_config": QWEN_VISION},
         texts_with_patches,
         label="Qwen2.5-VL",
         slow=False,
