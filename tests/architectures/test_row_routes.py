@@ -64,7 +64,7 @@ def test_each_row_gets_the_expert_of_its_task(name: str, tmp_path: Path) -> None
             torch.testing.assert_close(both, found, atol=1e-4, rtol=1e-4)
             base_model = routed.model.base_model(input_ids=ids).last_hidden_state
             by_head = routed.model.get_output_embeddings()(base_model)
-            if not name.startswith(("opt", "bloom")):  # These scale or project the hidden states.
+            if name not in ("opt", "gemma2"):  # Their heads do more than to multiply.
                 torch.testing.assert_close(by_head, found, atol=1e-4, rtol=1e-4)
     with routed.tasks(["b", "a"]):
         assert (read(routed.model, ids) - found).abs().max() > 1e-3

@@ -22,7 +22,7 @@ from experthub.hub.readers.scorer import Question
 from experthub.hub.tasks.task import Card, Example, example_id
 from experthub.hub.tasks.task_files import write_task
 
-ROWS = {one.label: one for one in ARCHITECTURES}
+ROWS = {one.label: one for one in ARCHITECTURES.values()}
 QWEN = ROWS["Qwen2.5-VL"]
 SEEING = {
     "llava": ROWS["LLaVA"],
