@@ -31,16 +31,16 @@ SEEING = {
     "qwen2-vl": replace(
         QWEN,
         model="Qwen2VLForConditionalGeneration",
-        config="Qwen2VLConfig",
-        nested={
-            "text_config": QWEN.nested["text_config"],
+        settings=QWEN.settings
+        | {
             "vision_config": {
                 "depth": 1,
                 "embed_dim": 32,
                 "hidden_size": 32,
                 "num_heads": 4,
                 "patch_size": 4,
-            },
+                "initializer_range": 0.2,
+            }
         },
     ),
 }
