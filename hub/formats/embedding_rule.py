@@ -69,7 +69,11 @@ class EmbeddingRule:
         return replace(self, tokens=limit) == EmbeddingRule()
 
     def describe(self) -> dict[str, Any]:
-        """Return the rule as plain values, for digests."""
+        """Describe the rule for digests.
+
+        Returns:
+            Its values by name.
+        """
         return asdict(self)
 
 

@@ -42,13 +42,14 @@ class SentenceEncoder:
             The encoder, on the CPU in float32.
 
         Raises:
-            UsageError: The base is not a sentence encoder.
+            UsageError: The base is not a sentence encoder, or its embeddings cannot be computed.
         """
         if not base.is_encoder:
             raise UsageError(
                 f"embedder {base.name} is not a sentence encoder",
                 "use the encoder all-minilm-l6-v2",
             )
+        find_rule(base)  # An encoder that cannot be used is refused before it is loaded.
         return cls(load_model(base, "float32", None), load_tokenizer(base), base)
 
     def check(self, fingerprint: str | None) -> None:
