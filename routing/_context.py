@@ -35,6 +35,7 @@ class ForwardPass:
             their whole cache in every forward pass.
         base: The key/value cache of the base alone, for routers that read its hidden states.
         outer: The forward pass of the same model inside which this one runs.
+        module: The module whose call it is. Calls of modules inside that one belong to it.
     """
 
     rows: int | None = None
@@ -45,6 +46,7 @@ class ForwardPass:
     off: bool = False
     base: Any = None
     outer: ForwardPass | None = None
+    module: Any = None
 
     def infer_shape(self, leading: Sequence[int]) -> tuple[int, int]:
         """Infer the number of rows and the tokens per row of a module's inputs.
@@ -126,13 +128,16 @@ class ForwardPasses:
     def __setstate__(self, state: dict[str, bool]) -> None:
         self.announced, self._thread = state["announced"], local()
 
-    def begin(self) -> ForwardPass:
+    def begin(self, module: Any = None) -> ForwardPass:
         """Begin a forward pass in this thread.
+
+        Args:
+            module: The module whose call it is.
 
         Returns:
             The forward pass, which is the current one until it ends.
         """
-        begun = ForwardPass(outer=self.find())
+        begun = ForwardPass(outer=self.find(), module=module)
         self._thread.current = begun
         return begun
 

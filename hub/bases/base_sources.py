@@ -14,11 +14,11 @@ from experthub.hub.bases.converted import (
 )
 from experthub.hub.bases.fingerprint import compute_fingerprint, hash_files
 from experthub.hub.bases.gguf_files import find_gguf_files
-from experthub.hub.bases.wheel import DIGESTS
 from experthub.hub.errors import HubError, IntegrityError, NotFoundError, UsageError
 from experthub.hub.files.atomic import hub_home
 from experthub.hub.files.checksummed_text import find_changed_files, read_manifest
 from experthub.hub.files.json_files import read_json
+from experthub.hub.formats.model_files import DIGESTS
 from experthub.hub.progress import Report
 from experthub.hub.registry.expert import Reference, make_source_absolute
 from experthub.hub.registry.registry import Registry

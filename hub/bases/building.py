@@ -12,7 +12,7 @@ from threading import Lock, get_ident
 from typing import Any, Protocol
 
 import torch
-from experthub.hub.bases.config_types import check_rotations, check_stated_types
+from experthub.hub.bases.config_types import check_files, find_unknown_value, prepare_config
 from experthub.hub.bases.fingerprint import list_weight_files
 from experthub.hub.bases.model_size import limit_model_size
 from experthub.hub.errors import LIBRARY_ERRORS, HubError, IntegrityError
@@ -240,10 +240,10 @@ def find_class(base: StoredModel) -> tuple[Any, Any]:
             f"name a class of transformers under architectures in {base.folder / 'config.json'}",
         )
     file = base.folder / "config.json"
-    check_stated_types(read_json(file), file)
+    check_files(base.folder)
     with explain_loading_errors(base, list_loading_errors()):
         config = transformers.AutoConfig.from_pretrained(base.folder, **LOCAL)
-    check_rotations(config, file)
+    prepare_config(config, file)
     if base.quantisation is not None and base.quantisation.dequantised:
         config.quantization_config["dequantize"] = True
     return kind, config
@@ -270,9 +270,11 @@ def explain_loading_errors(base: StoredModel, errors: Any, what: str = "load") -
             yield
     except errors as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        if isinstance(error, _find_strict_error()):  # It names a key of config.json.
+        unknown = find_unknown_value(error, base.folder / "config.json")
+        if unknown or isinstance(error, _find_strict_error()):  # It names a key of config.json.
             raise IntegrityError(
-                f"base {base.name}: {base.folder / 'config.json'} has a wrong value: {reason}",
+                f"base {base.name}: {base.folder / 'config.json'} has a wrong value: "
+                f"{unknown or reason}",
                 "correct the value, or fetch the base again",
             ) from None
         raise HubError(

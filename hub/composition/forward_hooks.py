@@ -46,17 +46,17 @@ class Watch:
         passes: The forward passes of the model.
         hooked: The routes that need hooks.
         name: The name under which tasks are named; copies of the model share it.
-        arguments: The names of the arguments of the model's base model, in order.
+        arguments: The names of the arguments of each hooked module, in order, by its class.
     """
 
     passes: ForwardPasses = field(default_factory=ForwardPasses)
     hooked: list[RouteHook] = field(default_factory=list)
     name: str = field(default_factory=lambda: uuid4().hex)
-    arguments: tuple[str, ...] = ()
+    arguments: dict[str, tuple[str, ...]] = field(default_factory=dict)
     _handles: list[Any] = field(default_factory=list)
 
     def attach(self, model: Any, route: RouteHook) -> None:
-        """Hook a transformers model, at its base model, which every model with a head calls.
+        """Hook a transformers model, at the modules that a model with a head may call.
 
         Args:
             model: The composed model.
@@ -65,12 +65,16 @@ class Watch:
         self.hooked.append(route)
         self.passes.announced = True
         read_whole_prompts(model)
-        inner: nn.Module = model.base_model
-        self.arguments = tuple(inspect.signature(inner.forward).parameters)
-        self._handles = self._handles or [
-            inner.register_forward_pre_hook(self._before, with_kwargs=True),
-            inner.register_forward_hook(self._after, with_kwargs=True, always_call=True),
-        ]
+        if self._handles:
+            return
+        for inner in list_entries(model):
+            self.arguments[type(inner).__name__] = tuple(
+                inspect.signature(inner.forward).parameters
+            )
+            self._handles += [
+                inner.register_forward_pre_hook(self._before, with_kwargs=True),
+                inner.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+            ]
 
     def remove(self) -> None:
         """Remove the hooks."""
@@ -97,16 +101,13 @@ class Watch:
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Begin a forward pass: find out which rows are read, and let routers decide for them."""
-        now = self.passes.find()
-        if now is not None and now.off and now.rows is None:
-            now.rows = 0  # `_read_hidden` began this one, and makes no decision about its rows.
-            return
-        now = self.passes.begin()
+        outer = self.passes.find()
+        if outer is not None and outer.module is not module:
+            return  # A module around this one, or `_read_hidden`, began the forward pass.
+        now = self.passes.begin(module)
         _refuse_checkpoints(module)
-        given = {
-            **dict(zip(self.arguments, args, strict=False)),
-            **kwargs,
-        }
+        names = self.arguments[type(module).__name__] if args else ()
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
         cache = find_cache(given)
         kept = find_row_cache(cache)
         read = next((given[name] for name in INPUTS if given.get(name) is not None), None)
@@ -161,7 +162,7 @@ class Watch:
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """End a forward pass: store what is known about the rows in the key/value cache."""
         now = self.passes.find()
-        if now is None or now.off:
+        if now is None or now.off or now.module is not module:
             return
         self.passes.end(now)
         if output is None:  # The forward pass raised an error.
@@ -181,6 +182,32 @@ class Watch:
             for route in passing:
                 kept.past[route] = (*now.past.get(route, ()), now.kept[route, VALUES])
             kept.base = now.base
+
+
+def list_entries(model: Any) -> list[nn.Module]:
+    """List the modules whose call may be the forward pass of a model without its head.
+
+    Most models with a head call their base model. Others, such as `OPTForCausalLM`, call the only
+    part of it that reads inputs.
+
+    Args:
+        model: A transformers model.
+
+    Returns:
+        The base model, and the parts inside each other that alone read its inputs.
+    """
+    found: list[nn.Module] = []
+    inside: list[nn.Module] = [model.base_model]
+    while len(inside) == 1:
+        found += inside
+        inside = [part for part in found[-1].children() if _has_layers(part)]
+    return found
+
+
+def _has_layers(module: nn.Module) -> bool:
+    """Tell whether a module reads the inputs of a model and has lists of layers."""
+    reads = not inspect.signature(module.forward).parameters.keys().isdisjoint(INPUTS)
+    return reads and any(isinstance(part, nn.ModuleList) for part in module.modules())
 
 
 def _refuse_checkpoints(module: Any) -> None:

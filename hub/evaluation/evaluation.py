@@ -31,7 +31,7 @@ from experthub.hub.readers.batching import ReaderScorer
 from experthub.hub.readers.likelihood import Likelihood
 from experthub.hub.readers.reader_for import reader_for
 from experthub.hub.readers.scorer import Long, Measure, Scorer, Scores
-from experthub.hub.readers.similarity import Similarity
+from experthub.hub.readers.similarity import Similarity, find_rule
 from experthub.hub.readers.window import Window
 from experthub.hub.recipes.lock import Pins, plan_of
 from experthub.hub.recipes.plan import Plan
@@ -157,7 +157,7 @@ class _Evaluator:
             tokenizer = load_tokenizer(self.base)
             if self.base.is_causal:
                 return Likelihood(tokenizer, window)
-            return Similarity(lambda: self.model, tokenizer, window)
+            return Similarity(lambda: self.model, tokenizer, window, find_rule(self.base))
         return ReaderScorer(
             reader_for(
                 self.base,

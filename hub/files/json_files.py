@@ -27,6 +27,36 @@ def read_json(path: Path) -> dict[str, Any]:
         IntegrityError: The file is too large or nested too deep, holds a text that is not Unicode,
             or is not a JSON object.
     """
+    value = _read_value(path)
+    if not isinstance(value, dict):
+        raise IntegrityError(
+            f"{path} is damaged: not a JSON object", "fetch it again from its source"
+        )
+    return value
+
+
+def read_json_list(path: Path) -> list[Any]:
+    """Read a JSON list from a file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The list.
+
+    Raises:
+        IntegrityError: The file cannot be read, see `read_json`, or is not a JSON list.
+    """
+    value = _read_value(path)
+    if not isinstance(value, list):
+        raise IntegrityError(
+            f"{path} is damaged: not a JSON list", "fetch it again from its source"
+        )
+    return value
+
+
+def _read_value(path: Path) -> Any:
+    """Read a JSON value from a file, and check that it could be written again."""
     try:
         text = read_small(path).decode()
         value = json.loads(text)
@@ -35,10 +65,6 @@ def read_json(path: Path) -> dict[str, Any]:
         raise IntegrityError(
             f"{path} is damaged: {error}", "fetch it again from its source"
         ) from None
-    if not isinstance(value, dict):
-        raise IntegrityError(
-            f"{path} is damaged: not a JSON object", "fetch it again from its source"
-        )
     return value
 
 

@@ -33,6 +33,8 @@ READ_BY_TRANSFORMERS = (
 MODULES = "modules.json"
 SENTENCE_FILES = (MODULES, "config_sentence_transformers.json", "sentence_*_config.json")
 MODULE_FOLDER = re.compile(r"\d{1,2}_[A-Za-z0-9_]{1,40}")
+PART_FILES = ("config.json", "model.safetensors")
+DIGESTS = "files.json"  # The hub writes a manifest of what it unpacked under this name.
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*", "*_TERMS*")
 
 
@@ -66,7 +68,8 @@ def list_companions(folder: Path) -> list[str]:
 
 def _list_part_files(folder: Path) -> list[Path]:
     """List the configuration and the weights of a part; refuse weights that are a pickle."""
-    weights = folder / "model.safetensors"
+    files = [folder / name for name in PART_FILES]
+    weights = files[-1]
     if weights.is_file():
         read_header(weights)
     elif any(folder.glob("*.bin")):
@@ -74,4 +77,4 @@ def _list_part_files(folder: Path) -> list[Path]:
             f"{folder} has its weights in a pickle, which is never read",
             "save the encoder again with sentence-transformers, as safetensors",
         )
-    return [path for path in (folder / "config.json", weights) if path.is_file()]
+    return [path for path in files if path.is_file()]

@@ -8,7 +8,7 @@ from typing import Any
 from experthub.hub.bases.base import Base
 from experthub.hub.bases.loading import load_model, load_tokenizer
 from experthub.hub.errors import IntegrityError, UsageError
-from experthub.hub.readers.similarity import embed
+from experthub.hub.readers.similarity import embed, find_rule
 from experthub.hub.readers.window import Window
 from torch import Tensor
 
@@ -24,7 +24,7 @@ class SentenceEncoder:
 
     def __init__(self, model: Any, tokenizer: Any, base: Base) -> None:
         self.model, self.tokenizer, self.base = model, tokenizer, base
-        self.window = Window.of(base)
+        self.window, self.rule = Window.of(base), find_rule(base)
 
     @property
     def fingerprint(self) -> str:
@@ -42,13 +42,14 @@ class SentenceEncoder:
             The encoder, on the CPU in float32.
 
         Raises:
-            UsageError: The base is not a sentence encoder.
+            UsageError: The base is not a sentence encoder, or its embeddings cannot be computed.
         """
         if not base.is_encoder:
             raise UsageError(
                 f"embedder {base.name} is not a sentence encoder",
                 "use the encoder all-minilm-l6-v2",
             )
+        find_rule(base)  # An encoder that cannot be used is refused before it is loaded.
         return cls(load_model(base, "float32", None), load_tokenizer(base), base)
 
     def check(self, fingerprint: str | None) -> None:
@@ -56,12 +57,13 @@ class SentenceEncoder:
 
         Args:
             fingerprint: The fingerprint of the encoder that made the index. Earlier versions stored
-                the fingerprint of its weights. None without an index.
+                the fingerprint of its weights, and averaged all tokens. None without an index.
 
         Raises:
             IntegrityError: The index was made by another encoder.
         """
-        if fingerprint not in (None, self.fingerprint, self.base.fingerprint):
+        earlier = (self.base.fingerprint,) if self.rule.is_plain else ()
+        if fingerprint not in (None, self.fingerprint, *earlier):
             raise IntegrityError(
                 f"the index was made by the sentence encoder {str(fingerprint)[:19]}, "
                 f"and embedder: names {self.fingerprint[:19]}",
@@ -70,4 +72,4 @@ class SentenceEncoder:
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Return the unit embeddings `[N, D]` of texts."""
-        return embed(self.model, self.tokenizer, texts, self.window)
+        return embed(self.model, self.tokenizer, texts, self.window, self.rule)

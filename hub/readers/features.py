@@ -18,7 +18,7 @@ from experthub.hub.progress import Report, silent
 from experthub.hub.readers.batching import read_all
 from experthub.hub.readers.reader import Reader, find_pad_token, pad
 from experthub.hub.readers.scorer import Question
-from experthub.hub.readers.similarity import pool
+from experthub.hub.readers.similarity import MEAN, find_rule, pool
 from experthub.hub.readers.text import TokenRow
 from experthub.hub.readers.tokens import tokenise, tokenise_prompt
 from experthub.hub.readers.window import Window
@@ -53,6 +53,7 @@ class Features:
             )
         self.causal, self.tokenizer = base.is_causal, load_tokenizer(base)
         self.window = Window.of(base, report=report)
+        self.rule = MEAN if self.causal else find_rule(base)
         self.real: Tensor | None = None
 
     def question(self, task: Task, example: Example) -> Question:
@@ -89,7 +90,7 @@ class Features:
             The token ids of the text.
         """
         read = tokenise_prompt if self.causal else tokenise
-        return TokenRow(read(self.tokenizer, question.text, self.window), ())
+        return TokenRow(read(self.tokenizer, self.rule.prepare(question.text), self.window), ())
 
     def read(self, model: Any, rows: Sequence[TokenRow]) -> Tensor:
         """Compute the features of a batch.
@@ -111,7 +112,7 @@ class Features:
                 torch.arange(len(rows), device=last_N.device), last_N
             ].float()
         else:
-            found = pool(model, batch)
+            found = pool(model, batch, self.rule)
         self.real = None
         return found
 

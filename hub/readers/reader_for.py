@@ -15,7 +15,7 @@ from experthub.hub.readers.images import ClipReader, ImageClassifier, SiglipRead
 from experthub.hub.readers.preparation import Preparation
 from experthub.hub.readers.reader import Reader
 from experthub.hub.readers.scorer import Long
-from experthub.hub.readers.similarity import Similarity
+from experthub.hub.readers.similarity import Similarity, find_rule
 from experthub.hub.readers.text import Encoder, LanguageModel, Seq2Seq, TextClassifier
 from experthub.hub.readers.window import Window
 
@@ -65,7 +65,7 @@ def reader_for(
             return TextClassifier(tokenizer, _read_labels(config), window)
         if base.is_causal or seq2seq:
             return (LanguageModel if base.is_causal else Seq2Seq)(tokenizer, window)
-        return Encoder(Similarity(load, tokenizer, window))
+        return Encoder(Similarity(load, tokenizer, window, find_rule(base)))
     raise _explain_refusal(base)
 
 

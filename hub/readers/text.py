@@ -24,7 +24,7 @@ from experthub.hub.readers.reader import (
     split_by_row,
 )
 from experthub.hub.readers.scorer import Question
-from experthub.hub.readers.similarity import SCALE, Similarity, pool
+from experthub.hub.readers.similarity import SCALE, Similarity
 from experthub.hub.readers.tokens import Encoded, encode, tokenise
 from experthub.hub.readers.window import Window
 from torch import Tensor
@@ -191,7 +191,7 @@ class Encoder(ReadsInput):
         Returns:
             The token ids of the input, and the embeddings of the choices.
         """
-        tokens = tokenise(self.similarity.tokenizer, question.text, self.similarity.window)
+        tokens = self.similarity.tokenise(question.text)
         return TokenRow(tokens, self.similarity.heads(question.choices))
 
     def read(self, model: Any, rows: Sequence[TokenRow]) -> Tensor:
@@ -206,7 +206,7 @@ class Encoder(ReadsInput):
         """
         device, token = next(model.parameters()).device, find_pad_token(model)
         ids_NT, self.real = pad([row.tokens for row in rows], device, token=token)
-        text_ND = pool(model, {"input_ids": ids_NT, "attention_mask": self.real.long()})
+        text_ND = self.similarity.pool(model, ids_NT, self.real)
         self.real = None
         return compare_with_heads(text_ND, [row.choices for row in rows], SCALE)
 

@@ -10,7 +10,7 @@ import torch
 from experthub.hub.bases.base import Base
 from experthub.hub.bases.building import find_class, limit_size
 from experthub.hub.errors import UsageError
-from experthub.hub.files.json_files import read_json
+from experthub.hub.formats.embedding_rule import read_embedding_rule
 from experthub.hub.progress import Report, silent
 from experthub.hub.readers.scorer import Long
 from experthub.hub.transfer.remotes.no_network import forbid_network
@@ -18,7 +18,6 @@ from experthub.hub.transfer.remotes.no_network import forbid_network
 # The names under which configurations state how many positions a model has.
 LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len")
 TABLE = "position_embeddings"
-SENTENCE_CONFIG = "sentence_bert_config.json"  # Written by sentence-transformers.
 
 
 @dataclass
@@ -59,9 +58,8 @@ class Window:
             with torch.device("meta"), forbid_network(), limit_size(base):
                 modules = kind(config).named_modules()
         size = find_limit(config, modules)
-        own = base.folder / SENTENCE_CONFIG
-        stated = read_json(own).get("max_seq_length") if own.is_file() else None
-        if base.is_encoder and isinstance(stated, int) and stated > 0:
+        stated = read_embedding_rule(base.folder).tokens if base.is_encoder else None
+        if stated is not None:
             size = min(stated, size or stated)
         if size is not None:
             size -= virtual_tokens

@@ -16,8 +16,8 @@ from experthub.hub.bases.loading import load_model, load_tokenizer
 from experthub.hub.readers.forward_errors import explain_forward_errors
 from experthub.hub.readers.reader import Reader, find_pad_token, pad, refuse_image
 from experthub.hub.readers.reader_for import reader_for
-from experthub.hub.readers.similarity import SCALE, Similarity, pool
-from experthub.hub.readers.tokens import encode, tokenise
+from experthub.hub.readers.similarity import SCALE, Similarity, find_rule
+from experthub.hub.readers.tokens import encode
 from experthub.hub.readers.window import Window
 from experthub.hub.tasks.task import Example, Task
 from experthub.hub.training.output_layer import OutputLayer
@@ -104,7 +104,8 @@ def make_objective(base: Base, device: str | None) -> Objective:
         return AnswerLoss(load_tokenizer(base), Window.of(base))
     if base.is_encoder:
         loaded = cache(lambda: load_model(base, "float32", device))
-        return SimilarityLoss(Similarity(loaded, load_tokenizer(base), Window.of(base)))
+        tokenizer, window = load_tokenizer(base), Window.of(base)
+        return SimilarityLoss(Similarity(loaded, tokenizer, window, find_rule(base)))
     return ChoiceLoss(reader_for(base, device))
 
 
@@ -169,9 +170,8 @@ class AnswerLoss:
         with explain_forward_errors(causal):
             logits = self.output.compute_logits(causal, read, chosen)
         losses = nn.functional.cross_entropy(logits.float(), targets[chosen], reduction="none")
-        row = chosen.nonzero()[:, 0]
-        sums = torch.zeros(len(targets), device=losses.device).index_add(0, row, losses)
-        return (sums / chosen.sum(1)).mean()
+        zeros = torch.zeros(len(targets), device=losses.device)
+        return (zeros.index_add(0, chosen.nonzero()[:, 0], losses) / chosen.sum(1)).mean()
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ class SimilarityLoss:
             UsageError: The example has no choices, or its answer is not among them.
         """
         answer, question = task.require_answer(example), self.similarity.question(task, example)
-        tokens = tokenise(self.similarity.tokenizer, question.text, self.similarity.window)
+        tokens = self.similarity.tokenise(question.text)
         return tokens, self.similarity.heads(question.choices), answer
 
     def collate(self, rows: Sequence[tuple[tuple[int, ...], Tensor, int]]) -> dict[str, Any]:
@@ -236,7 +236,7 @@ class SimilarityLoss:
         encoder, device = _unwrap(model), batch["heads"].device
         ids_BT, real_BT = pad(batch["texts"], device, token=find_pad_token(encoder))
         with explain_forward_errors(encoder):
-            text_BD = pool(encoder, {"input_ids": ids_BT, "attention_mask": real_BT.long()})
+            text_BD = self.similarity.pool(encoder, ids_BT, real_BT)
         logits_BC = SCALE * torch.einsum("bcd,bd->bc", batch["heads"], text_BD)
         logits_BC = logits_BC.masked_fill(~batch["choices"], float("-inf"))
         return nn.functional.cross_entropy(logits_BC, batch["answers"])

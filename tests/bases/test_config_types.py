@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import run_hub
+from architectures import ARCHITECTURES
+from conftest import run_hub, tiny_bert
 from experthub.hub.bases.base import read
 from experthub.hub.bases.building import find_class
+from experthub.hub.bases.loading import load_model
 from experthub.hub.errors import IntegrityError
+from experthub.hub.materials.sentence_encoder import SentenceEncoder
 
 ODD: list[tuple[str, Any]] = [
     ("sliding_window", "x"),
@@ -77,7 +80,15 @@ def test_an_odd_value_is_an_error_that_names_its_key(
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("sliding_window", "x"), ("rope_theta", "x"), ("attention_dropout", [])]
+    ("key", "value"),
+    [
+        ("sliding_window", "x"),
+        ("rope_theta", "x"),
+        ("attention_dropout", []),
+        ("hidden_act", "nope"),
+        ("cache_implementation", "x"),
+        ("cache_implementation", ["static"]),
+    ],
 )
 @pytest.mark.parametrize("command", ["eval", "trace", "compose", "generate"])
 def test_every_command_reports_it(
@@ -121,3 +132,69 @@ def test_settings_of_published_bases_are_taken(
 ) -> None:
     folder = write(**settings)
     find_class(read(folder, str(folder)))
+
+
+@pytest.mark.parametrize("command", ["eval", "generate"])
+def test_an_unknown_cache_of_generation_is_reported(
+    command: str, write: Callable[..., Path], tiny_task: str, expert_folder: Callable[..., Path]
+) -> None:
+    folder = write()
+    (folder / "generation_config.json").write_text('{"cache_implementation": "x"}')
+    content = {"base": str(folder), "experts": [str(expert_folder(0))]}
+    Path("recipe.yaml").write_text(json.dumps(content | {"route": {"method": "uniform"}}))
+    more = {"eval": ["--tasks", tiny_task], "generate": ["--prompt", "x"]}[command]
+    ran = run_hub(command, "recipe.yaml", *more)
+    assert ran.code == 3, ran
+    (error,) = ran.lines("error:")
+    assert "generation_config.json: cache_implementation is 'x'" in error
+
+
+@pytest.mark.parametrize("name", [None, "static", "dynamic", "hybrid", "offloaded"])
+def test_the_caches_of_published_bases_are_taken(name: str, write: Callable[..., Path]) -> None:
+    folder = write(cache_implementation=name)
+    (folder / "generation_config.json").write_text(json.dumps({"cache_implementation": name}))
+    find_class(read(folder, str(folder)))
+
+
+@pytest.mark.parametrize("command", ["eval", "trace", "generate"])
+def test_a_base_that_returns_tuples_is_read(
+    command: str, write: Callable[..., Path], tiny_task: str, expert_folder: Callable[..., Path]
+) -> None:
+    found = []
+    for stated in (True, False):
+        folder = write(return_dict=stated)
+        content = {"base": str(folder), "experts": [str(expert_folder(0))]}
+        Path("recipe.yaml").write_text(json.dumps(content | {"route": {"method": "uniform"}}))
+        more = {
+            "eval": ["--tasks", tiny_task, "--json"],
+            "trace": ["--prompt", "x", "--json"],
+            "generate": ["--prompt", "x"],
+        }[command]
+        ran = run_hub(command, "recipe.yaml", *more)
+        assert ran.code == 0, ran.err
+        found.append(ran.out)
+        shutil.rmtree(folder)
+    if command == "generate":
+        assert found[0] == found[1]
+
+
+def test_a_part_that_returns_tuples_is_read(tmp_path: Path) -> None:
+    folder = ARCHITECTURES["llava"].save(tmp_path / "llava")
+    path = folder / "config.json"
+    content = json.loads(path.read_text()) | {"return_dict": False}
+    for part in ("text_config", "vision_config"):
+        content[part]["return_dict"] = False
+    path.write_text(json.dumps(content))
+    model = load_model(read(folder, "llava"), "float32", None)
+    configs = [model.config, model.config.text_config, model.config.vision_config]
+    assert all(config.return_dict for config in configs)
+
+
+def test_an_encoder_that_returns_tuples_is_read(tmp_path: Path) -> None:
+    texts, found = ["a text", "another"], []
+    for stated in (True, False):
+        folder = tiny_bert(tmp_path / str(stated))
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"return_dict": stated}))
+        found.append(SentenceEncoder.load(read(folder, "encoder"))(texts))
+    assert found[0].equal(found[1])

@@ -172,6 +172,7 @@ class TestWindow:
         base = read(folder, "base")
         assert Window.of(base).size == 18
         (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 9}')
+        base = read(folder, "base")
         assert Window.of(base).size == 9
         assert Window.of(read(tiny_llama(tmp_path / "llama"), "l")).size == 512
         assert find_limit(T5Config(n_positions=512), []) == 512
