@@ -13,6 +13,7 @@ GRAPH_BYTES = 1 << 29
 LOGITS_BYTES = 1 << 25  # The logits of one forward pass, or a share of the model if that is more.
 LOGITS_SHARE = 16
 BATCH_POSITIONS = 2048  # The largest number of positions with logits in one forward pass.
+CACHED_POSITIONS = 4 * BATCH_POSITIONS  # The largest number of cached tokens that choices follow.
 WIDTH = 4  # Bytes of a float32 number; gradients in half precision lose too much.
 # Numbers that a layer keeps for each token, in hidden sizes and in sizes of its inner layer, and
 # copies of each logit: itself, its gradient, and the two parts of the gradient.
