@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from experthub.hub.composition.prompt_length import decide_by
-from experthub.hub.readers.graph_memory import CACHED_POSITIONS, count_logits_bytes
+from experthub.hub.readers.graph_memory import CACHED_POSITIONS, SUM_ENTRIES, count_logits_bytes
 from experthub.hub.readers.reader import find_pad_token, pad, repeat_rows
 from experthub.hub.readers.tokens import Encoded
 from experthub.hub.readers.window import has_reserved_positions
@@ -220,7 +220,7 @@ def _sum_exponentials(logits: Tensor) -> Tensor:
     Row by row, because copies of all logits would take twice their memory.
     """
     flat = logits.flatten(0, -2)
-    step = max(1, (1 << 22) // flat.shape[-1])
+    step = max(1, SUM_ENTRIES // flat.shape[-1])
     parts = [_widen(part).logsumexp(-1) for part in torch.split(flat, step)]
     return torch.cat(parts).view(logits.shape[:-1])
 
