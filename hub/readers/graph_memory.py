@@ -23,9 +23,9 @@ PER_HIDDEN, PER_INNER, PER_LOGIT = 8, 4, 3
 # input, queries, keys, values and output; two projections of the inner layer and their product.
 READ_HIDDEN, READ_INNER = 6, 3
 # Keys and values stay while other blocks are freed around them. The allocator wastes the gaps: up
-# to this share of the cache was measured.
-CACHE_GAPS = 0.6
-OTHER_BYTES = 1 << 24  # Masks, tokens, and buffers of the libraries.
+# to about this share of the cache was measured.
+CACHE_GAPS = 0.5
+OTHER_BYTES = 1 << 25  # Masks, tokens, and buffers of the libraries.
 NAMES = {
     "hidden": ("hidden_size", "n_embd", "d_model"),
     "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
