@@ -24,7 +24,7 @@ PER_HIDDEN, PER_INNER, PER_LOGIT = 8, 4, 3
 READ_HIDDEN, READ_INNER = 6, 3
 # Keys and values stay while other blocks are freed around them. The allocator wastes the gaps: up
 # to about this share of the cache was measured.
-CACHE_GAPS = 0.5
+CACHE_GAPS = 0.4
 OTHER_BYTES = 1 << 25  # Masks, tokens, and buffers of the libraries.
 NAMES = {
     "hidden": ("hidden_size", "n_embd", "d_model"),

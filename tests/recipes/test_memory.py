@@ -91,7 +91,7 @@ def test_a_plan_states_the_memory_that_is_taken(
     what: str, shape: str, method: dict[str, Any], tmp_path: Path
 ) -> None:
     stated, peak = measure(what, shape, method, tmp_path)
-    assert 1 - NOISE <= stated / peak <= 1 + ABOVE, (stated, peak)
+    assert 1 - NOISE <= stated / peak <= 1 + ABOVE + NOISE, (stated, peak)
 
 
 @pytest.mark.slow
