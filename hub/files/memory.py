@@ -18,6 +18,6 @@ def reuse_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, TypeError, AttributeError):
         return
-    mallopt(M_MMAP_THRESHOLD, 32 << 20)
+    mallopt(M_MMAP_THRESHOLD, 24 << 20)  # Logits go back at once: gaps of their size add up.
     mallopt(M_TRIM_THRESHOLD, (2 << 30) - 1)
     mallopt(M_TOP_PAD, 64 << 20)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from experthub.hub.composition.prompt_length import decide_by
-from experthub.hub.readers.graph_memory import count_logits_bytes
+from experthub.hub.readers.graph_memory import CACHED_POSITIONS, SUM_ENTRIES, count_logits_bytes
 from experthub.hub.readers.reader import find_pad_token, pad, repeat_rows
 from experthub.hub.readers.tokens import Encoded
 from experthub.hub.readers.window import has_reserved_positions
@@ -107,12 +107,12 @@ def _sum_after_prompts(model: Any, items: Sequence[Encoded], on_mask: OnMask) ->
         return sums
     cache, parts = read.past_key_values, []
     del read, first  # The logits of the prompts make room for those of the choices.
-    step = max(1, count_positions(model) // (max(map(len, choices)) - 1))
+    fitting = count_positions(model) // (max(map(len, choices)) - 1)
+    step = max(1, min(fitting, CACHED_POSITIONS // prompts.shape[1]))
     for at in range(0, len(longer), step):
         own = longer[at : at + step]
-        held = cache if step >= len(longer) else _copy_cache(cache)
         chosen = [choices[i] for i in own]
-        parts.append(_sum_remaining(model, held, chosen, rows[own], prompt_mask, on_mask))
+        parts.append(_sum_remaining(model, cache, chosen, rows[own], prompt_mask, on_mask))
     return sums.index_add(0, torch.tensor(longer, device=device), torch.cat(parts))
 
 
@@ -124,8 +124,7 @@ def _sum_remaining(
     prompt_mask: Tensor,
     on_mask: OnMask,
 ) -> Tensor:
-    """Sum the log-probabilities of every choice's tokens after the first."""
-    cache.batch_select_indices(rows)
+    """Sum the log-probabilities of every choice's tokens after the first; the cache stays as it is."""
     token = find_pad_token(model)
     inputs, real = pad([choice[:-1] for choice in choices], rows.device, token=token)
     targets, _ = pad([choice[1:] for choice in choices], rows.device)
@@ -136,7 +135,7 @@ def _sum_remaining(
         input_ids=inputs,
         attention_mask=torch.cat([prompt_mask[rows], real.long()], dim=1),
         position_ids=start[:, None] + steps,
-        past_key_values=cache,
+        past_key_values=_select_rows(cache, rows),
         use_cache=True,
     ).logits
     sums: Tensor = (_choose(logits, targets) * real).sum(1)
@@ -221,16 +220,36 @@ def _sum_exponentials(logits: Tensor) -> Tensor:
     Row by row, because copies of all logits would take twice their memory.
     """
     flat = logits.flatten(0, -2)
-    step = max(1, (1 << 22) // flat.shape[-1])
+    step = max(1, SUM_ENTRIES // flat.shape[-1])
     parts = [_widen(part).logsumexp(-1) for part in torch.split(flat, step)]
     return torch.cat(parts).view(logits.shape[:-1])
 
 
-def _copy_cache(cache: Any) -> Any:
-    """Copy a key/value cache, so that rows of the copy may be selected; tensors are shared."""
+def _select_rows(cache: Any, rows: Tensor) -> Any:
+    """Select rows of a key/value cache for one forward pass; the cache itself is not changed.
+
+    The keys and values of a layer are copied when the pass reaches the layer, and are freed behind
+    it. The copies of all layers would take much more memory than the prompts' cache.
+    """
     found = copy(cache)
-    found.layers = [copy(layer) for layer in cache.layers]
-    for layer in found.layers:
-        if getattr(layer, "base", None) is not None:
-            layer.base = _copy_cache(layer.base)
+    found.layers = [_select_layer_rows(layer, rows) for layer in cache.layers]
+    return found
+
+
+def _select_layer_rows(layer: Any, rows: Tensor) -> Any:
+    """Select rows of one layer of a key/value cache."""
+    found = copy(layer)
+    if not isinstance(layer, DynamicLayer):  # It holds the decisions of routers about rows.
+        found.base = None
+        found.batch_select_indices(rows)
+        found.base = None if layer.base is None else _select_rows(layer.base, rows)
+        return found
+
+    def update(*states: Any, **more: Any) -> tuple[Tensor, Tensor]:
+        selected = copy(layer)
+        selected.batch_select_indices(rows)
+        both: tuple[Tensor, Tensor] = selected.update(*states, **more)
+        return both
+
+    found.update = update
     return found

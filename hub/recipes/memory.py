@@ -9,13 +9,13 @@ from experthub.hub.bases.base import Base
 from experthub.hub.files.json_files import read_json
 from experthub.hub.readers.graph_memory import (
     GRAPH_BYTES,
+    OTHER_BYTES,
     count_graph_bytes,
-    count_logits_bytes,
     count_patches,
-    count_words,
+    count_reading_bytes,
 )
 from experthub.hub.recipes.examples import PlannedData, choose_examples
-from experthub.hub.recipes.planned_experts import PlannedExpert
+from experthub.hub.recipes.planned_experts import LARGE, PlannedExpert
 from experthub.hub.recipes.recipe import Recipe
 
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "F32": 4, "BF16": 2, "F16": 2}
@@ -50,14 +50,15 @@ def estimate_memory(
     weights = _count_weights(base, width)
     pairs = zip(recipes, places, strict=True)
     changed = [n for one, (own, rest) in pairs for n in (*(own if one.merge else ()), *rest)]
-    routed = own if any(one.route for one in recipes) else 0
+    # The files of the experts stay mapped, and a route packs them beside that, unless a bank holds them.
+    routed = own if any(one.route for one in recipes) and own < LARGE else 0
     # The merged weights lie beside those of the base, from which they are made.
     merged = width * sum(math.prod(base.shapes[name]) for name in changed if name in base.shapes)
-    using = weights + merged + routed + _count_logits(base, weights, width)
+    using = weights + merged + own + routed + _count_reading(base, weights, width)
     learns = any(one.method.strategy.needs_data for one in recipes)
     if data is None or not learns:
         return using
-    learning = _count_weights(base, 4) + own + _count_graph(base, data)
+    learning = _count_weights(base, 4) + 2 * own + _count_graph(base, data) + OTHER_BYTES
     return max(using, learning)
 
 
@@ -70,12 +71,11 @@ def _count_weights(base: Base, width: int) -> int:
     return width * sum(math.prod(s) for name, s in base.shapes.items() if name not in base.tied)
 
 
-def _count_logits(base: Base, weights: int, width: int) -> int:
-    """Count the bytes of the logits of one forward pass of a language model."""
+def _count_reading(base: Base, weights: int, width: int) -> int:
+    """Count the bytes that scoring a batch takes beside the weights, for a language model."""
     if not base.is_causal:
         return 0
-    words = count_words(read_json(base.folder / "config.json"))
-    return count_logits_bytes(weights, width * words)
+    return count_reading_bytes(read_json(base.folder / "config.json"), weights, width)
 
 
 def _count_graph(base: Base, data: PlannedData) -> int:
