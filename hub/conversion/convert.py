@@ -209,7 +209,8 @@ def _find_base(name: str, found: FoundAdapter, session: Session) -> Base:
             f"{found.folder} names no base, and the conversion needs the base's weights", way
         )
     known = session.registry.has_base(name)
-    if not known and not Path(name).is_dir() and not name.startswith(("hf:", "file:")):
+    remote = ("hf:", "file:", "ollama:", "pypi:")
+    if not known and not Path(name).exists() and not name.startswith(remote):
         raise NotFoundError(
             f"{found.folder} names the base {name[:200]!r}, which no registry knows, "
             "and the conversion needs the base's weights",
@@ -217,7 +218,8 @@ def _find_base(name: str, found: FoundAdapter, session: Session) -> Base:
         )
     if known and not is_available_locally(session.registry.find_base(name)[0], session.registry):
         session.report(f"fetching the base {name}", 0, 0)
-    reference = name if known or Reference.parse(name).remote else str(Path(name).resolve())
+    local = not known and not name.startswith(remote)
+    reference = str(Path(name).resolve()) if local else name
     return find(reference, session)
 
 
