@@ -48,6 +48,11 @@ class FoundAdapter:
     config: dict[str, Any]
 
     @property
+    def place(self) -> Path:
+        """The path that finds this adapter again: its folder, or its file without a configuration."""
+        return self.folder if self.config or self.format == "hub" else self.weights
+
+    @property
     def is_native(self) -> bool:
         """True if the hub can read the files as they are, or refuse them with their true reason."""
         if self.format == "hub":
