@@ -13,6 +13,7 @@ import torch
 from conftest import run_hub
 from experthub import hub
 from experthub.hub.bases.gguf import convert_gguf
+from experthub.hub.conversion.found_adapter import find_adapter
 from experthub.hub.errors import HubError, IntegrityError, NotFoundError
 from peft_kinds import load, make_adapter, make_base, read_deltas
 from safetensors.torch import load_file, save_file
@@ -56,6 +57,7 @@ def test_names_of_wrappers_are_brought_into_order(form: str, llama: Path, tmp_pa
     right = read_deltas(folder)
     before = load_file(folder / ADAPTER)
     save_file({RENAMED[form](n): t for n, t in before.items()}, folder / ADAPTER)
+    assert not find_adapter(folder).is_native
     made = hub.convert(folder, tmp_path / "out")
     assert made.kind == "lora" and far(read_deltas(tmp_path / "out"), right) == 0
     after = load_file(tmp_path / "out" / ADAPTER)
