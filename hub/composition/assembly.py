@@ -24,11 +24,10 @@ from experthub.hub.composition.weights import (
     load_task_vector,
 )
 from experthub.hub.errors import HubError, IntegrityError, UsageError, explain_errors
-from experthub.hub.formats.adapter import Adapted
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.session import Session
 from experthub.hub.transfer.pull import pull
-from experthub.merge import Delta, TaskVector, combine, find_uses, is_transposed
+from experthub.merge import Delta, TaskVector, combine, find_uses
 from torch import Tensor, nn
 
 
@@ -80,8 +79,6 @@ def assemble(
             target = load_model(plan.base, plan.dtype, session.device)
         else:
             target = _copy_model(model, plan.dtype, device)
-        if not packed:  # Packed experts were checked when they were packed.
-            check_orientation(target, plan)
         before = ModelState(target) if whole and plan.routed else None
         complete_base(target, plan, contents)
         session.report(f"composing {len(plan.experts)} experts", 0, 0)
@@ -196,37 +193,6 @@ def _copy_modules(module: Any, made: dict[int, Any] | None = None) -> Any:
         }
         vars(clone).update(own)
     return made[id(module)]
-
-
-def check_orientation(model: Any, plan: Plan) -> None:
-    """Refuse a fan_in_fan_out that does not fit its module.
-
-    The shape of a square weight does not show in which orientation it is stored.
-
-    Args:
-        model: The model, which may be without storage.
-        plan: The plan.
-
-    Raises:
-        HubError: An expert states another orientation than its module has.
-    """
-    modules, changed = dict(model.named_modules()), set(plan.parameters)
-    for member in plan.members:
-        for adapted in member.adapted:
-            if adapted.parameter not in changed or not _is_own_weight(adapted):
-                continue
-            module = modules[adapted.module]
-            if is_transposed(module) != adapted.transposed:
-                raise HubError(
-                    f"{member.reference}: fan_in_fan_out is {adapted.transposed}, "
-                    f"and {adapted.module} is a {type(module).__name__}",
-                    "correct it in adapter_config.json: true for a Conv1D, false for a Linear",
-                )
-
-
-def _is_own_weight(change: Adapted) -> bool:
-    """Tell whether a change is of the weight of a linear module, in the module's own orientation."""
-    return not change.embedding and not change.targeted and change.piece is None
 
 
 def _add(model: Any, merged: TaskVector, plan: Plan) -> None:

@@ -19,7 +19,7 @@ from experthub.hub.bases.fingerprint import list_weight_files
 from experthub.hub.bases.name_map import revert_names
 from experthub.hub.bases.names import Piece, Place, join_pieces
 from experthub.hub.bases.writing import copy_companions
-from experthub.hub.composition.assembly import add_change, check_orientation, merge_experts
+from experthub.hub.composition.assembly import add_change, merge_experts
 from experthub.hub.composition.weights import Contents
 from experthub.hub.errors import explain_errors
 from experthub.hub.files import yaml_files
@@ -77,7 +77,6 @@ def write_merge(plan: Plan, session: Session, state: Any, folder: Path) -> bool:
         return False
     pull(session, *(member.content for member in plan.members))
     with Contents(plan.members, session.store, gates=False) as contents:
-        check_orientation(model, plan)
         merged: dict[str, Callable[[], Delta]] = {}
         for unit in plan.units:
             method = unit.recipe.method.method

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from experthub.hub.bases.base import Base
+from experthub.hub.bases.tying import untie
 from experthub.hub.bases.vocabulary import resize_model
 from experthub.hub.kinds.dense_changes import fit_rows
 from experthub.hub.recipes.vocabulary import Vocabulary
@@ -31,11 +32,13 @@ class Embeddings:
         vocabulary: The vocabulary of the composition.
         load: A function that returns the dense changes of an expert, by its digest; None for an expert
             that is not composed.
+        separate: The parameters that an expert changes in one module only.
     """
 
     base: Base
     vocabulary: Vocabulary
     load: Callable[[str], DenseChanges | None]
+    separate: Set[str] = frozenset()
     _references: dict[str, Tensor] = field(default_factory=dict)
 
     def reference(self, name: str) -> Tensor:
@@ -130,3 +133,18 @@ class Embeddings:
             for name in names:
                 value = model.get_parameter(name)
                 value[new] = self.reference(name)[new].to(value)
+            for output, stored in self.base.tied.items():
+                if stored in names and self._keeps_output(output, stored):
+                    self._restore_output(model, stored)
+
+    def _keeps_output(self, output: str, stored: str) -> bool:
+        """Tell whether experts change the input embedding, and none the output tied to it."""
+        changed = [self.load(digest) or {} for digest in self.vocabulary.sources]
+        return stored in self.separate and not any(output in changes for changes in changed)
+
+    def _restore_output(self, model: Any, stored: str) -> None:
+        """Untie the output embedding, and give it the base's own rows where the base has some."""
+        untie(model, {stored}, {stored})
+        value = model.get_output_embeddings().weight
+        rows = [row for row in self.vocabulary.new if row < self.vocabulary.own]
+        value[rows] = self.base.read_weight(stored)[rows].to(value)

@@ -93,6 +93,7 @@ class Contents:
                 lambda digest: (
                     _load_dense_changes(members[digest], plan, self) if digest in members else None
                 ),
+                plan.separate,
             )
         return self._embeddings
 

@@ -23,7 +23,6 @@ from experthub.hub.files.digests import sha256_of
 from experthub.hub.finetunes.form import Form
 from experthub.hub.formats.lora_config import is_plain_init
 from experthub.hub.kinds import kinds
-from experthub.hub.registry.expert import Reference
 from experthub.hub.session import Session
 
 INITIAL = "pissa_init"  # The folder in which LLaMA-Factory keeps the adapter before its training.
@@ -186,7 +185,7 @@ def _read(
             raise IntegrityError(
                 f"{found.folder} holds {found.weights.name}, a pickle, and no safetensors: "
                 "reading a pickle can run code",
-                f"run hub convert {found.folder} OUT, which reads it in a process without network "
+                f"run hub convert {found.place} OUT, which reads it in a process without network "
                 "and files, then hub add OUT",
             )
         return read_pickle(found, adapter, opened)
@@ -203,21 +202,23 @@ def _read(
 
 def _find_base(name: str, found: FoundAdapter, session: Session) -> Base:
     """Find the base that a change depends on; refuse one that would have to be fetched."""
-    way = f"run hub convert {found.folder} OUT --base BASE with the base it was trained on"
+    way = f"run hub convert {found.place} OUT --base BASE with the base it was trained on"
     if not name:
         raise HubError(
-            f"{found.folder} names no base, and the conversion needs the base's weights", way
+            f"{found.place} names no base, and the conversion needs the base's weights", way
         )
     known = session.registry.has_base(name)
-    if not known and not Path(name).is_dir() and not name.startswith(("hf:", "file:")):
+    remote = ("hf:", "file:", "ollama:", "pypi:")
+    if not known and not Path(name).exists() and not name.startswith(remote):
         raise NotFoundError(
-            f"{found.folder} names the base {name[:200]!r}, which no registry knows, "
+            f"{found.place} names the base {name[:200]!r}, which no registry knows, "
             "and the conversion needs the base's weights",
             way,
         )
     if known and not is_available_locally(session.registry.find_base(name)[0], session.registry):
         session.report(f"fetching the base {name}", 0, 0)
-    reference = name if known or Reference.parse(name).remote else str(Path(name).resolve())
+    local = not known and not name.startswith(remote)
+    reference = str(Path(name).resolve()) if local else name
     return find(reference, session)
 
 

@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from experthub.hub.conversion.found_adapter import WRAPPERS
 from experthub.hub.errors import IntegrityError
 from experthub.hub.formats.dense_parts import PREFIX
 from torch import Tensor
 
-# Segments that wrappers of torch, FSDP and DeepSpeed leave in names.
-WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 FACTORS = r"(?:lora|vera|hada|lokr|ia3|oft|boft|hra|fourierft|vblora|c3a|randlora|shira|miss|delora|road|hira)"
 # A tensor of a module, with the name of the adapter that peft leaves out when it saves.
 NAMED = re.compile(

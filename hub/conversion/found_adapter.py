@@ -19,6 +19,8 @@ from experthub.hub.kinds.kind import PICKLES
 MLX_WEIGHTS = "adapters.safetensors"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 OWN = {ADAPTER, ADAPTER_CONFIG, GATES}
+# Segments that wrappers of torch, FSDP and DeepSpeed leave in names.
+WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 MAX_SUBFOLDERS = 1000  # Sub-folders that are searched.
 FORMATS = {
     "peft": "peft",
@@ -48,6 +50,11 @@ class FoundAdapter:
     config: dict[str, Any]
 
     @property
+    def place(self) -> Path:
+        """The path that finds this adapter again: its folder, or its file without a configuration."""
+        return self.folder if self.config or self.format == "hub" else self.weights
+
+    @property
     def is_native(self) -> bool:
         """True if the hub can read the files as they are, or refuse them with their true reason."""
         if self.format == "hub":
@@ -61,7 +68,10 @@ class FoundAdapter:
             return False
         if "peft_type" not in config or not is_plain_init(config.get("init_lora_weights")):
             return False
-        names = [name for name in read_header(self.weights) if "lora_" in name]
+        header = read_header(self.weights)
+        if any(not WRAPPERS.isdisjoint(name.split(".")) for name in header):
+            return False
+        names = [name for name in header if "lora_" in name]
         factors = [name for name in names if not name.endswith(".lora_B.bias")]
         return all(map(FACTOR.fullmatch, factors))  # Without any, its own error is the best.
 

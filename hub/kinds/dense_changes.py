@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from experthub.hub.errors import HubError
 from experthub.hub.formats.adapter import ADAPTER
-from experthub.hub.formats.dense_parts import DensePart, group_parts
+from experthub.hub.formats.dense_parts import HEADS, DensePart, group_parts
 from experthub.hub.formats.safetensors_header import read_header
 from experthub.hub.formats.safetensors_reader import read_tensor
 from experthub.merge import Dense
@@ -110,7 +110,8 @@ def count_rows(parts: Sequence[DensePart], own: tuple[int, ...]) -> tuple[int, .
 
 def _suggest(parameter: str, own: tuple[int, ...] | None) -> str:
     """Write the hint for a dense part that does not fit."""
-    if own is None and parameter.endswith(".bias"):
+    head = any(parameter.startswith(f"{name}.") for names in HEADS.values() for name in names)
+    if own is None and parameter.endswith(".bias") and not head:
         return "use the base that the expert was trained on; a new bias cannot be added to a module"
     return (
         "use the base that the expert was trained on, saved in the class of its task: for a "

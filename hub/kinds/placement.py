@@ -92,6 +92,7 @@ def _place_change(
         raise HubError(f"{name} adapts {change.module}, which {base_name} does not have", HINT)
     if isinstance(place, str):
         module, _, leaf = place.rpartition(".")
+        change = _orient(change, names.linear.get(module))
         own = tuple(names.shapes[place])
         if own == change.shape or not fits_vocabulary(place, change.shape):
             _check_shape(change, own, name, base_name)
@@ -99,6 +100,16 @@ def _place_change(
         return [change if module == change.module else replace(change, module=module, leaf=leaf)]
     _check_shape(change, place[0].shape, name, base_name)
     return [replace(change, module=p.parameter.rpartition(".")[0], piece=p) for p in place]
+
+
+def _orient(change: Adapted, transposed: bool | None) -> Adapted:
+    """Return a change in the orientation of its module, whatever the configuration states.
+
+    A configuration has one `fan_in_fan_out`, and PEFT corrects it for each module.
+    """
+    if transposed is None or change.embedding or change.transposed == transposed:
+        return change
+    return replace(change, transposed=transposed, shape=change.shape[::-1])
 
 
 def _place_targeted(

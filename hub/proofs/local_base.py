@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from experthub.hub.bases.base_sources import is_available_locally
+from experthub.hub.bases.gguf_files import find_gguf_files
 from experthub.hub.errors import HubError
 from experthub.hub.registry.registry import Registry
 from experthub.hub.session import Session
@@ -29,7 +30,9 @@ def check_base_is_local(name: str, registry: Registry) -> None:
     if known:
         here = is_available_locally(registry.find_base(name)[0], registry)
     else:
-        here = name.startswith(("/", "./", "../")) and (Path(name) / "config.json").is_file()
+        place = Path(name)
+        stored = (place / "config.json").is_file() or bool(find_gguf_files(name, Path.cwd()))
+        here = name.startswith(("/", "./", "../")) and stored
     if not here:
         raise CannotProveError(
             f"the base {name} is not on this machine",

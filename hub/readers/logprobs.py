@@ -14,6 +14,7 @@ import torch
 from experthub.hub.composition.prompt_length import decide_by
 from experthub.hub.readers.graph_memory import CACHED_POSITIONS, SUM_ENTRIES, count_logits_bytes
 from experthub.hub.readers.reader import find_pad_token, pad, repeat_rows
+from experthub.hub.readers.rotary import find_rotary_limit
 from experthub.hub.readers.tokens import Encoded
 from experthub.hub.readers.window import has_reserved_positions
 from torch import Tensor
@@ -78,9 +79,18 @@ def sum_logprobs(
     Returns:
         One sum for each choice, in nats, item after item.
     """
+    limit = find_rotary_limit(model.config)
+    if limit is not None and _measure_batch(items) > limit:
+        return _sum_without_padding(model, items, on_mask)
     read = _sum_after_prompts if shares_prompts(model) else _sum_whole_texts
     sums = read(model, items, on_mask)
     return _sum_without_padding(model, items, on_mask) if bool(sums.isnan().any()) else sums
+
+
+def _measure_batch(items: Sequence[Encoded]) -> int:
+    """Return an upper bound of the positions of a batch, those of padding included."""
+    longest = max(len(choice) for item in items for choice in item.choices)
+    return max(len(item.prompt) for item in items) + longest
 
 
 def _sum_after_prompts(model: Any, items: Sequence[Encoded], on_mask: OnMask) -> Tensor:
@@ -145,7 +155,7 @@ def _sum_remaining(
 def _sum_without_padding(model: Any, items: Sequence[Encoded], on_mask: OnMask) -> Tensor:
     """Sum the log-probabilities where only texts of the same length share a batch.
 
-    A token of padding may attend to no token at all. Some models then compute NaN for it, such as
+    The rotary positions of some models depend on the longest text of a batch. And a token of padding may attend to no token at all. Some models then compute NaN for it, such as
     models in float64 with eager attention: their mask, the lowest number of float64, is minus
     infinity in the float32 of the softmax. From the next layer on every token of the row is NaN,
     because zero times NaN is NaN.

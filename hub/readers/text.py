@@ -23,6 +23,7 @@ from experthub.hub.readers.reader import (
     select_columns,
     split_by_row,
 )
+from experthub.hub.readers.rotary import find_rotary_limit
 from experthub.hub.readers.scorer import Question
 from experthub.hub.readers.similarity import SCALE, Similarity
 from experthub.hub.readers.tokens import Encoded, encode, tokenise
@@ -262,15 +263,17 @@ def _group_texts(
 
     A decoder takes its decision at the last token that is not padding; without a padding token it
     reads one text at a time. An encoder-decoder takes it at the last EOS, and all texts of a batch
-    need the same number of them.
+    need the same number of them. Rotary positions may depend on the longest text.
     """
     if token is None:
         return [[i] for i in range(len(texts))]
+    limit = find_rotary_limit(config)
+    alone = limit is not None and max(map(len, texts)) > limit
     groups: dict[Any, list[int]] = {}
     for i, text in enumerate(texts):
         counted = config.is_encoder_decoder and config.eos_token_id
         key = text.count(counted) if counted else 0
-        groups.setdefault((key, len(text) if counted == token else 0), []).append(i)
+        groups.setdefault((key, len(text) if alone or counted == token else 0), []).append(i)
     return list(groups.values())
 
 

@@ -103,7 +103,10 @@ def _check_route(
         if not expert.low_rank:
             raise UsageError(
                 f"expert {expert.label} is dense, and a route needs low-rank experts",
-                "give its merge a rank, or use merge: instead of route:",
+                "give its merge a rank, or use merge: instead of route:"
+                if expert.merge is not None
+                else "make a LoRA of its source with hub convert --rank or hub diff --rank, "
+                "or use merge: instead of route:",
             )
         for member in expert.members:
             shape = id(member.changes), id(member.gated)

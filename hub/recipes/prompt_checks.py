@@ -144,11 +144,17 @@ def _check_base(first: Member, base: Base, routed: bool) -> None:
 
 
 def _check_shape(member: Member, base: Base) -> None:
-    """Refuse a soft prompt or a prefix that was trained on a base of other sizes."""
+    """Refuse a soft prompt or a prefix that was trained on a base of other sizes or attention."""
     shape = member.footprint.prompt
     if shape is None:
         return
     if shape.is_prefix:
+        if getattr(find_class(base)[1].get_text_config(), "kv_lora_rank", None):
+            raise UsageError(
+                f"{base.name} is a {base.architecture}, which compresses its keys and values, and "
+                f"{member.reference} is {shape.label}, which adds some that are not compressed",
+                "use a soft prompt, or train a LoRA with hub train lora",
+            )
         found = {"layers": shape.layers, "heads": shape.heads, "features per head": shape.width}
         own = _count_prefix(base)
     else:

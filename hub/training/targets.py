@@ -11,7 +11,7 @@ from experthub.hub.errors import UsageError
 from experthub.hub.files.patterns import check_pattern, limit_matching_time
 
 ALL_LINEAR = "all-linear"
-NAMES = re.compile(r"[\w.]+(,[\w.]+)*")
+NAMES = re.compile(r"\s*[\w.]+\s*(,\s*[\w.]+\s*)*")
 # Kinds of models whose fused kernels read the weight of `out_proj` without calling the module. PEFT
 # refuses LoRAs on it.
 STATE_SPACE = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
@@ -47,7 +47,7 @@ def choose_targets(text: str, base: Base, model_type: str, frozen: list[str]) ->
         The targets.
 
     Raises:
-        UsageError: The text is no regular expression, or it selects nothing.
+        UsageError: The text is no regular expression, or it or one of its names selects nothing.
     """
     names, never = base.names, set(frozen)
     if model_type in STATE_SPACE:
@@ -61,10 +61,13 @@ def choose_targets(text: str, base: Base, model_type: str, frozen: list[str]) ->
             stacks = sorted(n for n in _list_stacks(names) if pattern.fullmatch(n))
     except (ValueError, TimeoutError) as error:
         raise UsageError(f"--targets {text!r}: {error}", "simplify the pattern") from None
-    if not modules and not stacks:
+    chosen = [*modules, *stacks]
+    vain = [n for n in _split(text) if not any(f".{c}".endswith(f".{n}") for c in chosen)]
+    if vain or not chosen:
         leaves = sorted({n.rpartition(".")[2] for n in [*names.linear, *_list_stacks(names)]})
         raise UsageError(
-            f"--targets {text!r} matches no linear module of {base.name} that can be trained",
+            f"--targets {(vain[0] if vain else text)!r} matches no linear module of {base.name} "
+            "that can be trained",
             f"name some of {', '.join(leaves)}, or use --targets {ALL_LINEAR}",
         )
     return Targets(modules, stacks, [])
@@ -79,4 +82,9 @@ def _make_pattern(text: str) -> str:
     """Return the regular expression for the value of `--targets`."""
     if not NAMES.fullmatch(text):
         return check_pattern(text)
-    return rf"(.*\.)?({'|'.join(map(re.escape, text.split(',')))})"
+    return rf"(.*\.)?({'|'.join(re.escape(name) for name in _split(text))})"
+
+
+def _split(text: str) -> list[str]:
+    """Return the names in the value of `--targets`; none for a regular expression."""
+    return [name.strip() for name in text.split(",")] if NAMES.fullmatch(text) else []

@@ -10,10 +10,14 @@ from pathlib import Path
 from experthub.hub.errors import HubError
 from experthub.hub.files.atomic import hub_home, open_draft_folder
 from experthub.hub.formats.oci_layout import EXPERT_DIGEST, OciLayout, is_layout
+from experthub.hub.kinds.kind import PICKLES
 from experthub.hub.progress import Report, silent
 from experthub.hub.registry.expert import Reference
 from experthub.hub.registry.file_patterns import list_fetched_files
 from experthub.hub.transfer.remotes import hf
+
+# A file with one of these endings holds weights, and is no archive.
+WEIGHT_FILES = (".safetensors", ".gguf", *PICKLES)
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class OpenedSource:
     """The files of a source.
 
     Args:
-        folder: The folder that has them.
+        folder: The folder that has them, or the one file of an adapter of another program.
         hashed: The sha256 of the files by name, which were computed just now, if the folder belongs
             to the hub; otherwise empty.
         stated: The digest of the expert that the source states, or None.
@@ -75,7 +79,7 @@ def open_source(source: str, near: Path, report: Report = silent) -> Iterator[Op
     """Make an expert's files available as a folder during the block.
 
     Args:
-        source: A folder, `hf:org/name[@revision]`, or one expert of a shared folder or archive,
+        source: A folder, a file of weights, `hf:org/name[@revision]`, or one expert of a shared folder or archive,
             `file:PLACE#name@version`. The part after `#` may be omitted if there is one expert.
         near: The folder that a relative source starts from.
         report: A progress callback.
@@ -91,7 +95,7 @@ def open_source(source: str, near: Path, report: Report = silent) -> Iterator[Op
     place, hashed = _fetch(source, near, list_fetched_files(), report)
     if source.startswith("hf:") and not hashed:
         hashed = hf.verify_fetched(place)
-    if not is_layout(place):
+    if not is_layout(place) or place.suffix in WEIGHT_FILES:
         with _name_source_in_errors(source, place):
             yield OpenedSource(place, hashed)
         return

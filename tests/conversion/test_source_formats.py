@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import run_hub
 from experthub import hub
 from experthub.hub.bases.gguf import convert_gguf
+from experthub.hub.conversion.found_adapter import find_adapter
 from experthub.hub.errors import HubError, IntegrityError, NotFoundError
 from peft_kinds import load, make_adapter, make_base, read_deltas
 from safetensors.torch import load_file, save_file
@@ -55,6 +57,7 @@ def test_names_of_wrappers_are_brought_into_order(form: str, llama: Path, tmp_pa
     right = read_deltas(folder)
     before = load_file(folder / ADAPTER)
     save_file({RENAMED[form](n): t for n, t in before.items()}, folder / ADAPTER)
+    assert not find_adapter(folder).is_native
     made = hub.convert(folder, tmp_path / "out")
     assert made.kind == "lora" and far(read_deltas(tmp_path / "out"), right) == 0
     after = load_file(tmp_path / "out" / ADAPTER)
@@ -190,6 +193,28 @@ def test_gguf(kv_heads: int, tmp_path: Path) -> None:
     for name, change in got.items():
         right = (after[name] - before[name]).double()
         assert float((change - right).abs().max()) < 1e-5 * float(right.abs().max())
+
+
+def test_gguf_lora_of_a_gguf_base(tmp_path: Path) -> None:
+    base = write_gguf(tmp_path / "base.gguf", 2)
+    lora = write_gguf_lora(tmp_path / "lora.gguf", 2)
+    for name, stated in (("a", str(base)), ("b", f"file:{base}")):
+        assert hub.convert(lora, tmp_path / name, base=stated).kind == "lora"
+    merged = write_gguf(tmp_path / "merged.gguf", 2, read_changes(lora))
+    (tmp_path / "merged").mkdir()
+    convert_gguf(merged, tmp_path / "merged")
+    recipe = {"base": str(base), "merge": {"method": "linear"}}
+    ids = torch.arange(4, 20)[None]
+    with torch.no_grad():
+        right = load(tmp_path / "merged")(input_ids=ids).logits
+        got = hub.compose({**recipe, "experts": [str(tmp_path / "a")]}).model(input_ids=ids).logits
+    assert float((got - right).abs().max()) < 1e-5 * float(right.abs().max())
+    with pytest.raises(HubError, match="names no base") as caught:
+        hub.compose({**recipe, "experts": [str(lora)]})
+    assert f"hub convert {lora} OUT --base BASE" in caught.value.hint
+    added = run_hub("add", lora, "--name", "added", "--base", base)
+    assert added.code == 0, added.err
+    assert hub.compose({**recipe, "experts": ["added"]}).plan.members
 
 
 def test_gguf_of_unknown_order_is_refused(tmp_path: Path) -> None:

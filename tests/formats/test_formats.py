@@ -10,11 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft_kinds
 import pytest
 import torch
 from conftest import logits
 from experthub import hub
-from experthub.hub.errors import HubError, IntegrityError
+from experthub.hub.errors import IntegrityError
 from experthub.hub.files.digests import read_chunks
 from experthub.hub.files.spelling import MAX_LISTED, suggest_name
 from experthub.hub.formats.adapter import Adapted, read_adapter
@@ -176,15 +177,36 @@ def test_peft_adapter_is_read_exactly(name: str, tmp_path: Path, base_folder: Pa
 
 
 @pytest.mark.parametrize("way", ["merge", "route"])
-def test_wrong_fan_in_fan_out_is_not_applied_transposed(
+def test_fan_in_fan_out_is_that_of_the_module_as_in_peft(
     way: str, base_folder: Path, expert_folder: Callable[..., Path]
 ) -> None:
-    """peft ignores the flag on nn.Linear; a square weight would take the transposed change."""
-    folder = expert_folder(1, targets=("q_proj",), fan_in_fan_out=True)
+    """A square weight would take the transposed change."""
     method = {"method": "linear" if way == "merge" else "uniform"}
-    recipe = {"base": str(base_folder), "experts": [str(folder)], way: method}
-    with pytest.raises(HubError, match="fan_in_fan_out"):
-        hub.compose(recipe)
+    found = []
+    for stated in (False, True):
+        folder = expert_folder(1, targets=("q_proj",), fan_in_fan_out=stated)
+        recipe = {"base": str(base_folder), "experts": [str(folder)], way: method}
+        found.append(logits(hub.compose(recipe).model))
+    torch.testing.assert_close(found[1], found[0], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("way", ["merge", "route"])
+def test_an_adapter_of_conv1d_and_linear_modules_has_one_fan_in_fan_out(
+    way: str, tmp_path: Path
+) -> None:
+    """peft writes the value of the module that it adapted last."""
+    kind = peft_kinds.make_base("gpt2", tmp_path / "base")
+    more = {"target_modules": ["c_attn", "c_proj", "lm_head"]}
+    made = peft_kinds.make_adapter("LoRA", kind, tmp_path / "adapter", "gpt2", **more)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["fan_in_fan_out"] is False
+    method = {"method": "linear" if way == "merge" else "uniform"}
+    recipe = {"base": str(kind), "experts": [str(tmp_path / "adapter")], way: method}
+    ids = torch.arange(4, 20)[None]
+    with torch.no_grad():
+        right = made(input_ids=ids).logits
+        got = hub.compose(recipe).model(input_ids=ids).logits
+    assert float((got - right).abs().max()) < 1e-5 * float(right.abs().max())
 
 
 def test_bfloat16_adapter_is_widened_exactly(

@@ -399,8 +399,9 @@ def test_route_over_a_nested_merge_needs_its_rank(base_folder: Path, expert_fold
     routed = hub.compose({**common, "experts": [nested | {"rank": 48}], "route": route}).model
     torch.testing.assert_close(logits(routed), logits(merged), atol=1e-3, rtol=1e-3)
     hub.compose({**common, "experts": [nested | {"rank": 2}, folders[0]], "route": route})
-    with pytest.raises(HubError, match="is dense, and a route needs low-rank experts"):
+    with pytest.raises(HubError, match="is dense, and a route needs low-rank experts") as found:
         hub.resolve(hub.Recipe.of({**common, "experts": [nested], "route": route}))
+    assert "give its merge a rank" in (found.value.hint or "")
 
 
 def test_every_option_of_a_line_is_described() -> None:

@@ -149,6 +149,31 @@ def test_a_batch_is_what_transformers_computes_alone(
     assert sum_logprobs(model, ITEMS).tolist() == pytest.approx(wanted, abs=5e-6)
 
 
+LONG = {"original_max_position_embeddings": 9, "rope_theta": 10000.0}
+FACTORS = {"short_factor": [1.0] * 4, "long_factor": [4.0, 3.0, 2.0, 5.0]}
+BY_LENGTH: dict[str, Callable[[], Any]] = {
+    "Phi3ForCausalLM": lambda: T.Phi3Config(
+        rope_parameters={"rope_type": "longrope", **FACTORS, **LONG},
+        original_max_position_embeddings=9,
+        **LLAMA,
+    ),
+    "LlamaForCausalLM": lambda: T.LlamaConfig(
+        rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+        **(LLAMA | {"max_position_embeddings": 16}),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BY_LENGTH)
+@torch.no_grad()
+def test_positions_that_depend_on_the_longest_text_are_those_of_each_text_alone(name: str) -> None:
+    torch.manual_seed(0)
+    model = getattr(T, name)(BY_LENGTH[name]()).eval()
+    items = [*ITEMS, Encoded((1, 4), ((20,) * 13, (30,)))]
+    wanted = [score_alone(model, item.prompt, c) for item in items for c in item.choices]
+    assert sum_logprobs(model, items).tolist() == pytest.approx(wanted, abs=5e-5)
+
+
 WIDE = [Encoded(tuple(range(3, 43)), ((7, 8),)), Encoded((5, 9), ((20, 21, 22), (41,)))]
 # The grouped products of fused experts have no float64.
 EAGER = [name for name in CACHED if name != "MixtralForCausalLM"]

@@ -33,6 +33,20 @@ MADE: dict[str, tuple[str, Callable[[], Any]]] = {
     "llama, EOS as padding": ("Llama", lambda: T.LlamaConfig(**LLAMA, pad_token_id=2)),
     "qwen2": ("Qwen2", lambda: T.Qwen2Config(**LLAMA, pad_token_id=3)),
     "mistral": ("Mistral", lambda: T.MistralConfig(**LLAMA, pad_token_id=3)),
+    "phi3, long positions": (
+        "Phi3",
+        lambda: T.Phi3Config(
+            **LLAMA,
+            pad_token_id=3,
+            original_max_position_embeddings=6,
+            rope_parameters={
+                "rope_type": "longrope",
+                "short_factor": [1.0] * 4,
+                "long_factor": [4.0, 3.0, 2.0, 5.0],
+                "rope_theta": 10000.0,
+            },
+        ),
+    ),
     "gpt2": ("GPT2", lambda: T.GPT2Config(**GPT2, pad_token_id=2)),
     "gpt2, no padding token": ("GPT2", lambda: T.GPT2Config(**GPT2)),
     "bert": ("Bert", lambda: T.BertConfig(**BERT)),

@@ -309,8 +309,9 @@ def test_dense_task_vector_merges(tmp_path: Path, base_folder: Path, base_model:
     for n, d in change.items():
         expected = base_model.get_parameter(n) + 0.5 * d
         torch.testing.assert_close(composed.get_parameter(n), expected, atol=1e-6, rtol=1e-6)
-    with pytest.raises(UsageError, match="dense"):
+    with pytest.raises(UsageError, match="dense") as found:
         hub.compose({**common, "route": {"method": "uniform"}})
+    assert "hub diff --rank" in (found.value.hint or "")
 
 
 def test_another_base_is_refused_unless_allowed(

@@ -302,6 +302,17 @@ def test_dense_parts_that_do_not_fit_are_refused(case: str, tmp_path: Path) -> N
     assert found.value.hint
 
 
+def test_a_head_that_the_base_lacks_has_the_hint_for_heads(tmp_path: Path) -> None:
+    base, one = tmp_path / "base", tmp_path / "one"
+    make_adapter(make_base(base, "llama"), base, one, target_modules=["q_proj"])
+    file = one / "adapter_model.safetensors"
+    head = {f"base_model.model.classifier.{n}": torch.ones(3) for n in ("bias", "weight")}
+    save_file(load_file(file) | head, file)
+    with pytest.raises(HubError, match="no such parameter") as found:
+        compose(base, one)
+    assert "saved in the class of its task" in (found.value.hint or "")
+
+
 UNUSED = "base_model.model.model.layers.0.self_attn.q_proj"
 
 

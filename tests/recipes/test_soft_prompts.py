@@ -213,6 +213,16 @@ def test_encoder_decoders(label: str, kind: str, bases: Any, tmp_path: Path, hom
         assert ours.generate(**batch, **settings(ours), **more).tolist() == wanted.tolist()
 
 
+def test_a_prefix_of_compressed_attention_is_refused(
+    bases: Any, tmp_path: Path, home: Path
+) -> None:
+    """peft writes one, and cannot compute with it."""
+    one = BY_LABEL["DeepSeek-V3"]
+    folder = write_adapter(one.load, bases(one), tmp_path / "a", kind="prefix")
+    with pytest.raises(UsageError, match="compresses its keys and values"):
+        concatenated(bases(one), folder)
+
+
 def test_caches_and_masks_that_are_refused(bases: Any, tmp_path: Path, home: Path) -> None:
     one = BY_LABEL["Llama"]
     base = bases(one)

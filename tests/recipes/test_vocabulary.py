@@ -180,6 +180,25 @@ def test_a_token_in_the_place_of_a_reserved_one_gets_a_place_of_its_own(tmp_path
     torch.testing.assert_close(weight[3:V], saved[3:])
 
 
+@pytest.mark.parametrize("way", [{"merge": {"method": "linear"}}, {"route": {"method": "uniform"}}])
+def test_a_saved_input_embedding_leaves_the_tied_output_of_reserved_rows(
+    way: dict[str, Any], tmp_path: Path
+) -> None:
+    base, one = tmp_path / "base", tmp_path / "one"
+    kind = make_base(base, "llama-tied")
+    write_tokenizer(base, count=V - 2)
+    make_adapter(kind, base, one, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    right = run_peft("llama-tied", kind, base, one, rows=V)
+    write_tokenizer(one, "<a>", "<b>", count=V - 2)
+    composed = compose(base, one, **way)
+    found = run("llama-tied", composed.model)
+    torch.testing.assert_close(found, right, atol=1e-5, rtol=1e-5)
+    if "merge" in way:
+        composed.save(tmp_path / "out")
+        saved = run("llama-tied", kind.from_pretrained(tmp_path / "out"))
+        torch.testing.assert_close(saved, right, atol=1e-5, rtol=1e-5)
+
+
 def test_the_added_tokens_are_generated_evaluated_and_exported(
     two: tuple[Any, Path, Path, Path], tmp_path: Path, tiny_task: str
 ) -> None:

@@ -33,9 +33,10 @@ def train(base: Path, task: str, **options: Any) -> tuple[Path, set[str]]:
     ("targets", "wanted"),
     [
         ("q_proj,mlp.up_proj", {f"{n}.{i}" for n in ("q", "up") for i in (0, 1)}),
+        ("q_proj, up_proj ", {f"{n}.{i}" for n in ("q", "up") for i in (0, 1)}),
         (r".*\.1\.self_attn\.[qk]_proj", {"q.1", "k.1"}),
     ],
-    ids=["names", "expression"],
+    ids=["names", "names with spaces", "expression"],
 )
 def test_only_the_chosen_layers_are_trained(
     base: Path, targets: str, wanted: set[str], tiny_task: str
@@ -75,6 +76,7 @@ def test_layers_that_peft_refuses_are_left_out(base: Path, tiny_task: str) -> No
     ("targets", "error"),
     [
         ("query", "'query' matches no linear module"),
+        ("q_proj,qk_proj", "'qk_proj' matches no linear module"),
         ("(", r"'\(' is not a regular expression"),
         ("embed_tokens", "'embed_tokens' matches no linear module"),
     ],
