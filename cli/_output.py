@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from experthub.hub.recipes.lock import Pins
 
 SECONDS_BETWEEN_LINES = 10.0
+WHOLE_NAMES = 40  # characters; longer names in the first column of a table may be cut
 
 
 def choose_pins(locked: bool, frozen: bool) -> Pins | None:
@@ -106,9 +107,12 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
+    for place, column in enumerate(columns):
         right = column.startswith(">")
-        table.add_column(escape(column.removeprefix(">")), justify="right" if right else "left")
+        # Names stand in the first column. They are copied into commands, so they stay whole.
+        whole = place == 0 and all(len(row[0]) <= WHOLE_NAMES for row in rows)
+        header = escape(column.removeprefix(">"))
+        table.add_column(header, justify="right" if right else "left", no_wrap=whole)
     for row in rows:
         table.add_row(*map(escape, row))
     width = None if sys.stdout.isatty() else 1000  # Lines in a pipe are never wrapped.

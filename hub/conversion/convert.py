@@ -20,6 +20,7 @@ from experthub.hub.conversion.prompts import is_prompt, write_prompt
 from experthub.hub.errors import HubError, IntegrityError, NotFoundError, UsageError
 from experthub.hub.files.atomic import create_folder
 from experthub.hub.files.digests import sha256_of
+from experthub.hub.files.path_checks import check_free
 from experthub.hub.finetunes.form import Form
 from experthub.hub.formats.lora_config import is_plain_init
 from experthub.hub.kinds import kinds
@@ -77,6 +78,7 @@ def convert(
 
     Raises:
         UsageError: The folder holds an expert of the hub already.
+        ConflictError: The new folder is in use.
         HubError: The adapter cannot be converted; the message gives the reason.
 
     Example:
@@ -90,6 +92,7 @@ def convert(
         raise UsageError(
             f"{found.folder} is an expert already", f"run hub add {found.folder} --name NAME"
         )
+    check_free(Path(out))
     with create_folder(Path(out)) as draft:
         kind, made_from, notes = convert_into(
             found,

@@ -68,7 +68,9 @@ def open_native(
     with open_draft_folder(hub_home() / "drafts" / "converted") as draft:
         kind, made_from, notes = convert_into(found, draft, session, base=base)
         what = f"{made_from['type']} of {made_from['format']}"
-        session.report(f"note: converted {found.folder}, {what}, into a {kind}", 0, 0)
+        session.report(
+            f"note: converted {found.folder}, {what}, into a {kind.replace('_', ' ')}", 0, 0
+        )
         for text in notes:
             session.report(f"note: {text}", 0, 0)
         named = str(base or made_from.pop("base", None) or "") or None

@@ -255,6 +255,8 @@ def convert_error(error: ValidationError, document: Document, guide: str) -> Usa
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "missing":
         message = f"the key {str(first['loc'][-1])!r} is missing"
+    elif first["type"] == "too_short" and not first["input"]:
+        message = "the list is empty, and needs at least 1 item"
     return UsageError(
         f"{place}: {key}: {message}" if key else f"{place}: {message}",
         f"see {guide} for the format",

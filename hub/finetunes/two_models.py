@@ -125,7 +125,8 @@ def pair_parameters(
             more = f" and {len(alone) - 1} more" if len(alone) > 1 else ""
             raise HubError(
                 f"{one.name} has {alone[0]}{more}, which {other.name} does not have",
-                suggest_name(alone[0], other.shapes) or "name two models of one architecture",
+                (suggest_name(alone[0], other.shapes) if len(alone) == 1 else "")
+                or "name two models of one architecture",
             )
     for pair in pairs:
         here, there = base.shapes[pair.base], tuned.shapes[pair.tuned]

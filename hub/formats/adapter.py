@@ -158,7 +158,7 @@ def _pair_factors(config: dict[str, Any], header: Header) -> list[Adapted]:
     for module, pair in sorted(pairs.items()):
         if set(pair) not in ({"A", "B"}, {"embedding_A", "embedding_B"}):
             raise IntegrityError(
-                f"module {module} has {sorted(pair)} and no partner",
+                f"module {module} has {_name_factors(pair)} alone, and a LoRA has two factors",
                 "check that the file is complete",
             )
         path, depth = nested.get(module, (module, 0))
@@ -172,6 +172,11 @@ def _pair_factors(config: dict[str, Any], header: Header) -> list[Adapted]:
     if not adapted:
         raise IntegrityError("the file holds no LoRA weights", "check that the file is complete")
     return adapted
+
+
+def _name_factors(pair: Iterable[str]) -> str:
+    """Name the tensors of a module, such as `lora_A`."""
+    return ", ".join(f"lora_{key}" for key in sorted(pair))
 
 
 def _measure_nests(modules: Iterable[str]) -> dict[str, tuple[str, int]]:

@@ -35,7 +35,8 @@ def check_gguf(path: Path) -> set[int]:
             return scanner.types
     except ValueError as fact:
         raise IntegrityError(
-            f"{path.name} is not a whole GGUF file: {fact}", "use another package, or another index"
+            f"{path.name} is not a whole GGUF file: {fact}",
+            "fetch or copy the file again, or name another one",
         ) from None
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from experthub.hub.bases.base_sources import is_available_locally
 from experthub.hub.bases.gguf_files import find_gguf_files
 from experthub.hub.errors import HubError
+from experthub.hub.files.spelling import find_similar
 from experthub.hub.registry.registry import Registry
 from experthub.hub.session import Session
 
@@ -35,9 +36,16 @@ def check_base_is_local(name: str, registry: Registry) -> None:
         here = name.startswith(("/", "./", "../")) and stored
     if not here:
         raise CannotProveError(
-            f"the base {name} is not on this machine",
+            f"the base {name} is not on this machine{_suggest(name, registry)}",
             f"run hub pull {name}, then hub add" if known else "pass --base with its folder",
         )
+
+
+def _suggest(name: str, registry: Registry) -> str:
+    """Ask about a similar name, if a plain name is that of no base."""
+    plain = not registry.has_base(name) and "/" not in name and ":" not in name
+    near = find_similar(name, registry.list_bases()) if plain else None
+    return f"; did you mean {near!r}?" if near else ""
 
 
 def name_peft() -> str:

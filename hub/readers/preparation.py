@@ -151,8 +151,10 @@ def _open_image(text: str) -> Any:
             return image.convert("RGB")
     # Of Pillow's own errors, UnidentifiedImageError is an OSError.
     except (binascii.Error, OSError, ValueError) as error:
+        # The text of UnidentifiedImageError is the address of a buffer.
+        why = "" if isinstance(error, pillow.UnidentifiedImageError) else f": {error}"
         raise UsageError(
-            f"the input {text[:24]!r}... is not a PNG or JPEG in base64: {error}",
+            f"the input {text[:24]!r}... is not a PNG or JPEG in base64{why}",
             "use a task with images for this base",
         ) from None
 

@@ -65,10 +65,16 @@ def remove_base(name: str, registry: Registry) -> BaseEntry:
     """
     mine = registry.user.content.bases
     if name not in mine:
-        known = name in registry.list_bases()
-        where = "is a base of another registry" if known else "is no base that a registry knows"
-        hint = "remove it from that registry.yaml" if known else suggest_name(name, mine)
-        raise NotFoundError(f"{name} {where}", hint or "run hub base list")
+        files = [layer.path for layer in registry.layers if name in layer.content.bases]
+        if files:
+            raise NotFoundError(
+                f"{name} is a base of {files[0]}, not of your own registry",
+                f"remove its entry from {files[0]}",
+            )
+        raise NotFoundError(
+            f"no registry has a base named {name!r}",
+            suggest_name(name, mine) or "run hub base list",
+        )
     with hold_lock(hub_home() / "locks" / "registry"):
         (user_folder() / name / BASE_ENTRY).unlink(missing_ok=True)
     return mine[name]

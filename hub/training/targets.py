@@ -54,23 +54,28 @@ def choose_targets(text: str, base: Base, model_type: str, frozen: list[str]) ->
         never |= {n for n in names.linear if n.endswith((".out_proj", ".conv1d"))}
     if text == ALL_LINEAR:
         return Targets(text, [], sorted(never))
+    linear, stacks = set(names.linear) - never, _list_stacks(names)
+    words = [word.strip() for word in text.split(",")] if NAMES.fullmatch(text) else [text]
     try:
         with limit_matching_time():
-            pattern = re.compile(_make_pattern(text))
-            modules = sorted(n for n in names.linear if pattern.fullmatch(n) and n not in never)
-            stacks = sorted(n for n in _list_stacks(names) if pattern.fullmatch(n))
+            found = {word: _match(word, [*linear, *stacks]) for word in words}
     except (ValueError, TimeoutError) as error:
         raise UsageError(f"--targets {text!r}: {error}", "simplify the pattern") from None
-    chosen = [*modules, *stacks]
-    vain = [n for n in _split(text) if not any(f".{c}".endswith(f".{n}") for c in chosen)]
-    if vain or not chosen:
-        leaves = sorted({n.rpartition(".")[2] for n in [*names.linear, *_list_stacks(names)]})
-        raise UsageError(
-            f"--targets {(vain[0] if vain else text)!r} matches no linear module of {base.name} "
-            "that can be trained",
-            f"name some of {', '.join(leaves)}, or use --targets {ALL_LINEAR}",
-        )
-    return Targets(modules, stacks, [])
+    for word in words:  # A misspelt name must not leave its layers untrained without a word.
+        if not found[word]:
+            leaves = sorted({n.rpartition(".")[2] for n in [*linear, *stacks]})
+            raise UsageError(
+                f"--targets {word!r} matches no linear module of {base.name} that can be trained",
+                f"name some of {', '.join(leaves)}, or use --targets {ALL_LINEAR}",
+            )
+    chosen = set().union(*found.values())
+    return Targets(sorted(chosen & linear), sorted(chosen - linear), [])
+
+
+def _match(word: str, names: list[str]) -> set[str]:
+    """Return the names that a name of modules or a regular expression matches."""
+    pattern = re.compile(_make_pattern(word))
+    return {name for name in names if pattern.fullmatch(name)}
 
 
 def _list_stacks(names: ModelNames) -> list[str]:
@@ -79,12 +84,7 @@ def _list_stacks(names: ModelNames) -> list[str]:
 
 
 def _make_pattern(text: str) -> str:
-    """Return the regular expression for the value of `--targets`."""
+    """Return the regular expression for one name, or for the expression, of `--targets`."""
     if not NAMES.fullmatch(text):
         return check_pattern(text)
-    return rf"(.*\.)?({'|'.join(re.escape(name) for name in _split(text))})"
-
-
-def _split(text: str) -> list[str]:
-    """Return the names in the value of `--targets`; none for a regular expression."""
-    return [name.strip() for name in text.split(",")] if NAMES.fullmatch(text) else []
+    return rf"(.*\.)?{re.escape(text)}"

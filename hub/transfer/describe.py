@@ -205,12 +205,12 @@ def add_folder(
             check_conflict(expert, session.registry.list_experts())
             check_writable(expert)
         session.store.take(draft, identity, hashed=own)
-    if same is not None:
-        return same
-    if (proof := prove(expert)) is not None:
+    expert = same or expert
+    if expert.proof is None and (proof := prove(expert)) is not None:
         expert = expert.model_copy(update={"proof": proof})
-    register(expert, file)
-    session.refresh()
+    if expert is not same:
+        register(expert, file)
+        session.refresh()
     return expert
 
 

@@ -92,7 +92,7 @@ def test_a_name_is_not_taken_from_another_base(tmp_path: Path) -> None:
     ran = run_hub("base", "rm", "mien")
     assert ran.code == 4 and "did you mean 'mine'?" in ran.err
     ran = run_hub("base", "rm", "smollm2-135m-instruct")
-    assert ran.code == 4 and "is a base of another registry" in ran.err
+    assert ran.code == 4 and "not of your own registry" in ran.err
 
 
 def test_a_base_with_experts_is_not_removed(tmp_path: Path) -> None:
@@ -139,6 +139,19 @@ def test_a_gguf_file_is_a_base(tmp_path: Path, home: Path) -> None:
     assert run_hub("compose", recipe).code == 0
     assert run_hub("base", "rm", "tiny").code == 0
     assert not made.exists()
+
+
+def test_a_gguf_file_is_converted_once_and_removed_with_its_name(
+    tmp_path: Path, home: Path
+) -> None:
+    write_gguf(tmp_path / "Weights.gguf")
+    ran = run_hub("base", "add", "mine", tmp_path / "Weights.gguf")
+    assert ran.code == 0 and "converting" in ran.err
+    assert "not stored here" not in run_hub("base", "show", "mine").out
+    assert "converting" not in run_hub("pull", "mine").err
+    assert [folder.name[:5] for folder in (home / "bases").iterdir()] == ["mine-"]
+    assert run_hub("base", "rm", "mine").code == 0
+    assert not any((home / "bases").iterdir())
 
 
 def test_a_changed_gguf_file_is_another_base(tmp_path: Path) -> None:

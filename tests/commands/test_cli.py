@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import torch
 import typer.main
 from conftest import logits, run_hub, snapshot
 from experthub import hub
+from experthub.cli._output import print_table
 from experthub.cli.main import app
 from experthub.hub.registry.registry import Registry
 from safetensors.torch import load_file, save_file
@@ -160,6 +162,26 @@ def test_show(two: list[Path]) -> None:
     digest = record["expert"]["digest"]
     assert run_hub("show", f"one@{digest[:15]}", "--json").json == record
     assert fields["digest"] == digest
+
+
+def test_show_a_name_of_a_base_and_an_expert(two: list[Path], base_folder: Path) -> None:
+    assert run_hub("base", "add", "one", base_folder).code == 0
+    ran = run_hub("show", "one")
+    assert "architecture" in ran.out
+    assert ran.lines("note:") == ["note: one is also an expert; run hub show one@1"]
+
+
+def test_names_are_not_cut_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setenv("COLUMNS", "60")
+    rows = [["question-types-minilm@1", "lora", "x" * 90, "a description of many words " * 3]]
+    print_table(["expert", "kind", "trained on", "description"], rows)
+    assert isinstance(sys.stdout, Terminal)
+    assert "question-types-minilm@1" in sys.stdout.getvalue()
 
 
 def test_show_with_scores() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from experthub import hub
 from experthub.cli.main import app
-from experthub.hub.errors import HubError, IntegrityError
+from experthub.hub.errors import ConflictError, HubError, IntegrityError
 from experthub.hub.files.digests import sha256_of
 from experthub.hub.formats.lora_config import REFUSED, check_config
 from experthub.hub.session import Session
@@ -179,6 +179,15 @@ def test_the_command_prints_the_error(
     record = json.loads(found[: found.rindex("}") + 1])["converted"]
     assert record["kind"] == "lora" and 0.1 < record["relative_error"] < 1
     assert "task_vector" in found and f"hub add {out}" in found
+
+
+def test_a_folder_in_use_is_refused_before_the_conversion(llama: Path, tmp_path: Path) -> None:
+    folder, out = write_peft(llama, tmp_path / "a"), tmp_path / "out"
+    assert hub.convert(folder, out).kind == "lora"
+    (folder / ADAPTER).write_bytes(b"damaged")
+    with pytest.raises(ConflictError, match="is in use") as caught:
+        hub.convert(folder, out)
+    assert caught.value.hint == "name a new folder"
 
 
 def test_nothing_is_left_after_a_failure(llama: Path, tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_parts_are_planned_locked_and_told(recipe: dict[str, Any], home: Path) -
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"parts": []}, "at least 1"),
+        ({"parts": []}, "the list is empty, and needs at least 1 item"),
         ({"parts": [{"targets": MLP}]}, "exactly one of merge, route and parts"),
         ({"parts": [{"merge": {"method": "linear"}}]}, "targets"),
         (

@@ -85,8 +85,27 @@ def test_a_large_base_is_compared_on_request_only(
     assert found.code == 0
     assert "pass --proof" in found.err
     assert find_mine().proof is None
-    asked = run_hub("add", one, "--name", "other", "--base", base, "--proof")
+    asked = run_hub("add", one, "--name", "mine", "--base", base, "--proof")
     assert asked.lines("equal to peft")
+    assert asked.out == "mine@1\n" and find_mine().proof is not None
+
+
+def test_a_registered_expert_that_fails_a_later_proof_stays_without_one(tmp_path: Path) -> None:
+    _, one = write(tmp_path, "llama")
+    (tmp_path / "bert").mkdir()
+    other, _ = write(tmp_path / "bert", "bert")
+    options = ("--name", "mine", "--base", other)
+    assert run_hub("add", one, *options, "--no-proof").code == 0
+    asked = run_hub("add", one, *options, "--proof")
+    assert asked.code == 1 and "does not have" in asked.err
+    assert find_mine().proof is None
+
+
+def test_a_misspelt_base_is_named_in_the_note(tmp_path: Path) -> None:
+    base, one = write(tmp_path, "llama")
+    assert run_hub("base", "add", "my-llama", base).code == 0
+    found = run_hub("add", one, "--name", "mine", "--base", "my-lama")
+    assert found.code == 0 and "did you mean 'my-llama'?" in found.err
 
 
 def test_an_expert_that_differs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,7 +76,7 @@ def test_layers_that_peft_refuses_are_left_out(base: Path, tiny_task: str) -> No
     ("targets", "error"),
     [
         ("query", "'query' matches no linear module"),
-        ("q_proj,qk_proj", "'qk_proj' matches no linear module"),
+        ("q_proj,v_prj", "'v_prj' matches no linear module"),
         ("(", r"'\(' is not a regular expression"),
         ("embed_tokens", "'embed_tokens' matches no linear module"),
     ],

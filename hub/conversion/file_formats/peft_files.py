@@ -74,7 +74,7 @@ def make_adapter(
     normal = normalise_names(readers, adapter, name)
     notes = []
     if any(plain != stored for plain, stored in normal.items()):
-        notes.append("renamed the tensors as peft saves them")
+        notes.append("renamed its tensors to the names that peft saves")
     return ForeignAdapter(
         name, config, LazyTensors({plain: readers[at] for plain, at in normal.items()}), notes
     )
