@@ -31,9 +31,9 @@ def check_base_is_local(name: str, registry: Registry) -> None:
     if known:
         here = is_available_locally(registry.find_base(name)[0], registry)
     else:
-        place = Path(name)
-        stored = (place / "config.json").is_file() or bool(find_gguf_files(name, Path.cwd()))
-        here = name.startswith(("/", "./", "../")) and stored
+        here = name.startswith(("/", "./", "../")) and (
+            (Path(name) / "config.json").is_file() or bool(find_gguf_files(name, Path.cwd()))
+        )
     if not here:
         raise CannotProveError(
             f"the base {name} is not on this machine{_suggest(name, registry)}",
