@@ -103,7 +103,10 @@ class Watch:
         """Begin a forward pass: find out which rows are read, and let routers decide for them."""
         outer = self.passes.find()
         if outer is not None and outer.module is not module:
-            return  # A module around this one, or `_read_hidden`, began the forward pass.
+            return  # A module around this one began the forward pass.
+        if outer is not None and outer.off and outer.rows is None:
+            outer.rows = 0  # `_read_hidden` began this one, and makes no decision about its rows.
+            return
         now = self.passes.begin(module)
         _refuse_checkpoints(module)
         names = self.arguments[type(module).__name__] if args else ()
@@ -148,7 +151,7 @@ class Watch:
         own = {k: v for k, v in kwargs.items() if not k.startswith("output_")}
         holder = next((name for name in CACHES if name in own), CACHES[0])
         own[holder] = kept.base if kept else None
-        plain = self.passes.begin()
+        plain = self.passes.begin(module)
         plain.off = True
         try:
             with torch.no_grad():
