@@ -39,8 +39,7 @@ def check_files(folder: Path) -> None:
     check_stated_types(read_json(folder / "config.json"), folder / "config.json")
     for file in (folder / "config.json", folder / "generation_config.json"):
         stated = read_json(file).get(CACHE) if file.is_file() else None
-        known = _list_caches()
-        if stated is not None and stated not in known:
+        if stated is not None and stated not in (known := _list_caches()):
             raise IntegrityError(
                 f"{file}: {CACHE} is {short(stated)}, and transformers knows {', '.join(known)}",
                 f"correct {CACHE}, or remove it",

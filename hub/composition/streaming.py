@@ -17,7 +17,7 @@ from experthub.hub.bases.building import (
 )
 from experthub.hub.bases.fingerprint import list_weight_files
 from experthub.hub.bases.name_map import revert_names
-from experthub.hub.bases.names import Piece, Place, join_pieces
+from experthub.hub.bases.names import Piece, Place, is_covered, join_pieces
 from experthub.hub.bases.writing import copy_companions
 from experthub.hub.composition.assembly import add_change, merge_experts
 from experthub.hub.composition.weights import Contents
@@ -161,14 +161,16 @@ class _MergedTensors:
 
     def make(self, name: str, dtype: torch.dtype) -> Tensor:
         """Make a stored tensor in a dtype."""
-        tensor = self._read(name, dtype)
-        place = self.names.moved.get(name, name)
+        place, shape = self.names.moved.get(name, name), self.stored[name][1].shape
         if isinstance(place, str):
-            change = self.changes.get(place)
+            tensor, change = self._read(name, dtype), self.changes.get(place)
             return tensor if change is None else self._add(tensor, change, place)
-        for piece in place:
-            if piece.parameter in self.changes:
-                piece.read(self._merge(piece.parameter, dtype), tensor)
+        changed = [piece for piece in place if piece.parameter in self.changes]
+        # Pieces that cover the tensor write all of its entries.
+        whole = is_covered(changed, shape)
+        tensor = torch.empty(shape, dtype=dtype) if whole else self._read(name, dtype)
+        for piece in changed:
+            piece.read(self._merge(piece.parameter, dtype), tensor)
         return tensor
 
     def _merge(self, name: str, dtype: torch.dtype) -> Tensor:

@@ -27,12 +27,8 @@ def read_json(path: Path) -> dict[str, Any]:
         IntegrityError: The file is too large or nested too deep, holds a text that is not Unicode,
             or is not a JSON object.
     """
-    value = _read_value(path)
-    if not isinstance(value, dict):
-        raise IntegrityError(
-            f"{path} is damaged: not a JSON object", "fetch it again from its source"
-        )
-    return value
+    found: dict[str, Any] = _read_value(path, dict, "object")
+    return found
 
 
 def read_json_list(path: Path) -> list[Any]:
@@ -47,16 +43,12 @@ def read_json_list(path: Path) -> list[Any]:
     Raises:
         IntegrityError: The file cannot be read, see `read_json`, or is not a JSON list.
     """
-    value = _read_value(path)
-    if not isinstance(value, list):
-        raise IntegrityError(
-            f"{path} is damaged: not a JSON list", "fetch it again from its source"
-        )
-    return value
+    found: list[Any] = _read_value(path, list, "list")
+    return found
 
 
-def _read_value(path: Path) -> Any:
-    """Read a JSON value from a file, and check that it could be written again."""
+def _read_value(path: Path, kind: type, name: str) -> Any:
+    """Read a JSON value of a kind from a file, and check that it could be written again."""
     try:
         text = read_small(path).decode()
         value = json.loads(text)
@@ -65,6 +57,10 @@ def _read_value(path: Path) -> Any:
         raise IntegrityError(
             f"{path} is damaged: {error}", "fetch it again from its source"
         ) from None
+    if not isinstance(value, kind):
+        raise IntegrityError(
+            f"{path} is damaged: not a JSON {name}", "fetch it again from its source"
+        )
     return value
 
 

@@ -36,14 +36,14 @@ def check_base_is_local(name: str, registry: Registry) -> None:
         )
     if not here:
         raise CannotProveError(
-            f"the base {name} is not on this machine{_suggest(name, registry)}",
+            f"the base {name} is not on this machine{'' if known else _suggest(name, registry)}",
             f"run hub pull {name}, then hub add" if known else "pass --base with its folder",
         )
 
 
 def _suggest(name: str, registry: Registry) -> str:
-    """Ask about a similar name, if a plain name is that of no base."""
-    plain = not registry.has_base(name) and "/" not in name and ":" not in name
+    """Ask about a similar name, if a plain name of a base is not known."""
+    plain = "/" not in name and ":" not in name
     near = find_similar(name, registry.list_bases()) if plain else None
     return f"; did you mean {near!r}?" if near else ""
 

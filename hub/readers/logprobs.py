@@ -155,8 +155,9 @@ def _sum_remaining(
 def _sum_without_padding(model: Any, items: Sequence[Encoded], on_mask: OnMask) -> Tensor:
     """Sum the log-probabilities where only texts of the same length share a batch.
 
-    The rotary positions of some models depend on the longest text of a batch. And a token of padding may attend to no token at all. Some models then compute NaN for it, such as
-    models in float64 with eager attention: their mask, the lowest number of float64, is minus
+    The rotary positions of some models depend on the longest text of a batch. And a token of
+    padding may attend to no token at all. Some models then compute NaN for it, such as models in
+    float64 with eager attention: their mask, the lowest number of float64, is minus
     infinity in the float32 of the softmax. From the next layer on every token of the row is NaN,
     because zero times NaN is NaN.
     """

@@ -130,7 +130,7 @@ def _process(processor: Any, image: Any) -> Tensor:
         )
     if not pixels.isfinite().all():
         raise IntegrityError(
-            f"{type(processor).__name__} makes pixels that are no numbers, as {CONFIG} states it",
+            f"{type(processor).__name__} makes pixels that are not finite, by the values in {CONFIG}",
             AGAIN,
         )
     found: Tensor = pixels.float()

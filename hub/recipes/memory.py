@@ -50,7 +50,7 @@ def estimate_memory(
     weights = _count_weights(base, width)
     pairs = zip(recipes, places, strict=True)
     changed = [n for one, (own, rest) in pairs for n in (*(own if one.merge else ()), *rest)]
-    # The files of the experts stay mapped, and a route packs them beside that, unless a bank holds them.
+    # The files of the experts stay mapped. A route packs them beside that, unless a bank holds them.
     routed = own if any(one.route for one in recipes) and own < LARGE else 0
     # The merged weights lie beside those of the base, from which they are made.
     merged = width * sum(math.prod(base.shapes[name]) for name in changed if name in base.shapes)

@@ -47,7 +47,7 @@ def choose_targets(text: str, base: Base, model_type: str, frozen: list[str]) ->
         The targets.
 
     Raises:
-        UsageError: The text is no regular expression, or it or one of its names selects nothing.
+        UsageError: The text is not a regular expression, or a name in it selects no layer.
     """
     names, never = base.names, set(frozen)
     if model_type in STATE_SPACE:

@@ -16,7 +16,7 @@ from experthub.hub.registry.expert import Reference
 from experthub.hub.registry.file_patterns import list_fetched_files
 from experthub.hub.transfer.remotes import hf
 
-# A file with one of these endings holds weights, and is no archive.
+# A file with one of these endings holds weights, and is not an archive.
 WEIGHT_FILES = (".safetensors", ".gguf", *PICKLES)
 
 
