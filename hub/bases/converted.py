@@ -145,7 +145,7 @@ def _make_folder(
                 )
             if own or weights.suffix == ".gguf":
                 report("converting GGUF to safetensors, once", 0, 0)
-                convert_gguf(weights, draft)
+                convert_gguf(weights, draft, report)
                 if weights.parent == draft:
                     weights.unlink()
             _check_folder(draft, entry, source)

@@ -5,23 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from experthub.hub.errors import HubError, IntegrityError
 from experthub.hub.formats.gguf_header import check_gguf
 from experthub.hub.formats.model_config import check_configs
+from experthub.hub.progress import Report, silent
 from experthub.hub.transfer.remotes.no_network import forbid_network
 
 # What `gguf.dequantize` reads; the numbers are those of ggml.
 READABLE = {*range(4), *range(6, 9), *range(10, 15), *range(16, 24), *range(29, 31), 34, 35, 39, 40}
+_one_reader = Lock()
 
 
-def convert_gguf(weights: Path, target: Path) -> None:
+def convert_gguf(weights: Path, target: Path, report: Report = silent) -> None:
     """Convert a GGUF file into a model folder: configuration, tokenizer and float32 safetensors.
 
     Args:
         weights: The GGUF file. Nothing beside it is read, unless it lies in `target`.
         target: The folder that the files are written into; it must exist.
+        report: A progress callback.
 
     Raises:
         IntegrityError: The file is damaged, or transformers cannot read it.
@@ -45,7 +49,7 @@ def convert_gguf(weights: Path, target: Path) -> None:
     entries = 8 * weights.stat().st_size  # Every entry has at least one bit.
     limit = limit_model_size(target.name, min(tensors, 100_000), entries)
     damage = _explain_damage(weights.name, (Exception,))
-    with hide_progress_bars(), forbid_network(), damage, limit:
+    with hide_progress_bars(), _replace_bar(report), forbid_network(), damage, limit:
         model = AutoModelForCausalLM.from_pretrained(**place, dtype="float32")
         AutoTokenizer.from_pretrained(**place).save_pretrained(target)
     model.config.architectures = [type(model).__name__]
@@ -59,6 +63,25 @@ def convert_gguf(weights: Path, target: Path) -> None:
         if not (keep and name in tied)
     }
     save_file(state, target / "model.safetensors", metadata={"format": "pt"})
+
+
+@contextmanager
+def _replace_bar(report: Report) -> Iterator[None]:
+    """Replace the progress bar of transformers' reader, which its settings do not hide."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    def count(tensors: Sequence[Any], **options: Any) -> Iterator[Any]:
+        for i, tensor in enumerate(tensors):
+            yield tensor
+            report("converting GGUF tensors", i + 1, len(tensors))
+
+    with _one_reader:  # The name belongs to the process.
+        shown = getattr(reader, "tqdm", None)
+        reader.tqdm = count
+        try:
+            yield
+        finally:
+            reader.tqdm = shown
 
 
 def join_gguf(parts: Sequence[Path], target: Path) -> None:

@@ -37,6 +37,7 @@ from torch import Tensor
 MAX_SHARD = 5 << 30  # bytes of one file of a written model
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Stored = dict[str, tuple[Path, TensorInfo]]
+Sources = dict[str, list[tuple[str, Piece | None]]]  # The stored tensors of each parameter.
 Saved = dict[str, tuple[Tensor, str]]  # Tensors without storage, with their names in the files.
 
 
@@ -72,7 +73,8 @@ def write_merge(plan: Plan, session: Session, state: Any, folder: Path) -> bool:
         for name, info in read_header(file).items()
     }
     model = _build_empty(plan, stored)
-    saved = _list_saved(model, plan, stored)
+    sources = plan.base.names.find_sources(stored.keys() - set(plan.unused))
+    saved = _list_saved(model, plan, stored, sources)
     if saved is None:
         return False
     pull(session, *(member.content for member in plan.members))
@@ -86,7 +88,8 @@ def write_merge(plan: Plan, session: Session, state: Any, folder: Path) -> bool:
         with create_folder(folder) as draft:
             with explain_loading_errors(plan.base, list_loading_errors(), "save"):
                 model.save_pretrained(draft, state_dict={})
-            _write_weights(draft, saved, _MergedTensors(plan, stored, merged), session)
+            tensors = _MergedTensors(plan, stored, sources, merged)
+            _write_weights(draft, saved, tensors, session)
             copy_companions(plan.base, draft)
             write_text(draft / "recipe.lock.yaml", yaml_files.dump(plan.lock))
     return True
@@ -111,10 +114,9 @@ def _build_empty(plan: Plan, stored: Stored) -> Any:
     return model.eval()
 
 
-def _list_saved(model: Any, plan: Plan, stored: Stored) -> Saved | None:
+def _list_saved(model: Any, plan: Plan, stored: Stored, sources: Sources) -> Saved | None:
     """List the tensors to write; None if they are not those of the files."""
     names, state = plan.base.names, model.state_dict()
-    sources = names.find_sources(stored.keys() - set(plan.unused))
     shared: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         shared.setdefault(id(parameter), []).append(name)
@@ -135,9 +137,7 @@ def _list_saved(model: Any, plan: Plan, stored: Stored) -> Saved | None:
     return found if sorted(used) == sorted(stored.keys() - set(plan.unused)) else None
 
 
-def _find_whole(
-    place: Place | None, sources: dict[str, list[tuple[str, Piece | None]]]
-) -> str | None:
+def _find_whole(place: Place | None, sources: Sources) -> str | None:
     """Return the stored tensor that is a whole parameter; None if there is none."""
     parts = sources.get(place, []) if isinstance(place, str) else []
     return parts[0][0] if len(parts) == 1 and parts[0][1] is None else None
@@ -149,13 +149,19 @@ class _MergedTensors:
     Args:
         plan: The plan.
         stored: The file and the declaration of each stored tensor.
+        sources: The stored tensors of each parameter.
         changes: For each changed parameter, a function that computes the change.
     """
 
-    def __init__(self, plan: Plan, stored: Stored, changes: dict[str, Callable[[], Delta]]) -> None:
-        self.plan, self.stored, self.changes = plan, stored, changes
+    def __init__(
+        self,
+        plan: Plan,
+        stored: Stored,
+        sources: Sources,
+        changes: dict[str, Callable[[], Delta]],
+    ) -> None:
+        self.plan, self.stored, self.sources, self.changes = plan, stored, sources, changes
         self.names = plan.base.names
-        self.sources = self.names.find_sources(stored.keys() - set(plan.unused))
         # Merged parameters, and how many of their stored tensors are still to be made of them.
         self.merged: dict[str, tuple[Tensor, int]] = {}
 

@@ -39,6 +39,7 @@ class EmbeddingRule:
         lower: Whether texts are read in lower case.
         tokens: The largest number of tokens of a text; None if the files state none.
         unknown: What the rule has beyond these parts; an empty text if it has nothing.
+        missing: The file of the rule that the folder lacks; an empty text if it has all.
     """
 
     modes: tuple[str, ...] = ("mean",)
@@ -46,6 +47,7 @@ class EmbeddingRule:
     lower: bool = False
     tokens: int | None = None
     unknown: str = ""
+    missing: str = ""
 
     def prepare(self, text: str) -> str:
         """Put the prompt in front of a text, and write it in lower case if the rule asks for that.
@@ -95,7 +97,7 @@ def read_embedding_rule(folder: Path) -> EmbeddingRule:
     tokens = limit if type(limit) is int and limit > 0 else None
     if not (folder / MODULES).is_file():
         return EmbeddingRule(tokens=tokens)
-    modes, excluding, unknown = _read_modules(folder)
+    modes, excluding, unknown, missing = _read_modules(folder)
     prompt = _read_prompt(folder)
     task = stated.get("transformer_task", "feature-extraction")
     if task != "feature-extraction":
@@ -104,32 +106,33 @@ def read_embedding_rule(folder: Path) -> EmbeddingRule:
         unknown = unknown or "a default_prompt_name that names no prompt"
     if prompt and excluding:
         unknown = unknown or "include_prompt: false"
-    return EmbeddingRule(modes, prompt or "", bool(stated.get("do_lower_case")), tokens, unknown)
+    lower = bool(stated.get("do_lower_case"))
+    return EmbeddingRule(modes, prompt or "", lower, tokens, unknown, missing)
 
 
-def _read_modules(folder: Path) -> tuple[tuple[str, ...], bool, str]:
-    """Read the ways to pool, whether they leave the prompt out, and what is unknown."""
+def _read_modules(folder: Path) -> tuple[tuple[str, ...], bool, str, str]:
+    """Read the ways to pool, whether they leave the prompt out, what is unknown and what is missing."""
     modules = read_json_list(folder / MODULES)
     kinds = [str(m.get("type")) if isinstance(m, dict) else "an unnamed module" for m in modules]
     names = [kind.rpartition(".")[2] if kind.startswith(LIBRARY) else kind for kind in kinds]
     for name, expected in zip(names, ("Transformer", "Pooling"), strict=False):
         if name != expected:
-            return (), False, name
+            return (), False, name, ""
     if len(names) < 2:
-        return (), False, "no Pooling"
+        return (), False, "no Pooling", ""
     others = [name for name in names[2:] if name not in NEUTRAL]
-    modes, excluding, unknown = _read_pooling(folder, str(modules[1].get("path")))
-    return modes, excluding, others[0] if others else unknown
+    modes, excluding, unknown, missing = _read_pooling(folder, str(modules[1].get("path")))
+    return modes, excluding, others[0] if others else unknown, missing
 
 
-def _read_pooling(folder: Path, part: str) -> tuple[tuple[str, ...], bool, str]:
+def _read_pooling(folder: Path, part: str) -> tuple[tuple[str, ...], bool, str, str]:
     """Read the configuration of the pooling."""
     # Earlier versions unpacked only the top folder of a package.
     place = folder / part / "config.json"
     inside = part and ".." not in Path(part).parts and not Path(part).is_absolute()
     if not inside or not place.is_file():
         unpacked = (folder / DIGESTS).is_file()
-        return EmbeddingRule.modes, False, "" if unpacked else f"no {part}/config.json"
+        return EmbeddingRule.modes, False, "", "" if unpacked else f"{part}/config.json"
     config = read_json(place)
     stated = config.get("pooling_mode")
     if stated is None:
@@ -137,7 +140,7 @@ def _read_pooling(folder: Path, part: str) -> tuple[tuple[str, ...], bool, str]:
     modes = tuple(map(str, stated if isinstance(stated, list) else [stated]))
     other = [mode for mode in modes if mode not in FLAGS.values()]
     unknown = f"pooling_mode {other[0]!r}" if other else "" if modes else "no pooling_mode"
-    return modes, config.get("include_prompt") is False, unknown
+    return modes, config.get("include_prompt") is False, unknown, ""
 
 
 def _read_prompt(folder: Path) -> str | None:

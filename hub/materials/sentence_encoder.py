@@ -8,6 +8,7 @@ from typing import Any
 from experthub.hub.bases.base import Base
 from experthub.hub.bases.loading import load_model, load_tokenizer
 from experthub.hub.errors import IntegrityError, UsageError
+from experthub.hub.formats.embedding_rule import EmbeddingRule
 from experthub.hub.readers.similarity import embed, find_rule
 from experthub.hub.readers.window import Window
 from torch import Tensor
@@ -20,11 +21,12 @@ class SentenceEncoder:
         model: The encoder.
         tokenizer: Its tokenizer.
         base: The base that it was loaded from.
+        rule: The rule of the base, see `find_rule`.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, base: Base) -> None:
-        self.model, self.tokenizer, self.base = model, tokenizer, base
-        self.window, self.rule = Window.of(base), find_rule(base)
+    def __init__(self, model: Any, tokenizer: Any, base: Base, rule: EmbeddingRule) -> None:
+        self.model, self.tokenizer, self.base, self.rule = model, tokenizer, base, rule
+        self.window = Window.of(base)
 
     @property
     def fingerprint(self) -> str:
@@ -49,8 +51,8 @@ class SentenceEncoder:
                 f"embedder {base.name} is not a sentence encoder",
                 "use the encoder all-minilm-l6-v2",
             )
-        find_rule(base)  # An encoder that cannot be used is refused before it is loaded.
-        return cls(load_model(base, "float32", None), load_tokenizer(base), base)
+        rule = find_rule(base)  # An encoder that cannot be used is refused before it is loaded.
+        return cls(load_model(base, "float32", None), load_tokenizer(base), base, rule)
 
     def check(self, fingerprint: str | None) -> None:
         """Check that an index was made by this encoder.

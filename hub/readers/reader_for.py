@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from experthub.hub.bases.base import TOWERS, Base
+from experthub.hub.bases.base import COMPARING, TOWERS, Base
 from experthub.hub.bases.loading import load_model, load_tokenizer
 from experthub.hub.errors import UsageError
 from experthub.hub.files.json_files import read_json
@@ -55,7 +55,7 @@ def reader_for(
     seq2seq = architecture.endswith("ForConditionalGeneration") and base.reads_text
     seq2seq = seq2seq and bool(config.get("is_encoder_decoder"))
     classifier = architecture.endswith("ForSequenceClassification")
-    comparing = {"CLIPModel": ClipReader, "SiglipModel": SiglipReader}.get(architecture)
+    comparing = dict(zip(COMPARING, (ClipReader, SiglipReader), strict=True)).get(architecture)
     if base.is_causal or seq2seq or classifier or comparing or base.is_encoder:
         tokenizer, window = load_tokenizer(base), Window.of(base, long, report, virtual_tokens)
         if comparing:

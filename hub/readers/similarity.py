@@ -147,9 +147,9 @@ def find_rule(base: Base) -> EmbeddingRule:
         IntegrityError: A file that states the rule is damaged.
     """
     rule = read_embedding_rule(base.folder)
-    if rule.unknown.startswith("no ") and rule.unknown.endswith(".json"):
+    if rule.missing:
         raise UsageError(
-            f"base {base.name}: modules.json names a pooling, and {base.folder} has {rule.unknown}",
+            f"base {base.name}: modules.json names a pooling, and {base.folder} has no {rule.missing}",
             "copy the file from the source of the encoder, or remove the folder to fetch it again",
         )
     if rule.unknown:

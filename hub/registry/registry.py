@@ -10,7 +10,7 @@ from experthub.hub.errors import HubError, NotFoundError
 from experthub.hub.files.ownership import is_safe
 from experthub.hub.files.spelling import suggest_name
 from experthub.hub.formats.quantisation import find_original_name
-from experthub.hub.registry.expert import Expert, Reference
+from experthub.hub.registry.expert import Expert, Reference, find_origin, make_source_absolute
 from experthub.hub.registry.layers import Layer, read_layer, read_user_layer, user_folder
 from experthub.hub.registry.registry_file import BaseEntry
 
@@ -190,6 +190,28 @@ class Registry:
             suggest_name(name, self.list_bases())
             or "name a folder, hf:org/name, or a base that hub list --bases shows",
         )
+
+    def find_base_of_folder(self, name: str) -> str | None:
+        """Find the base whose source is a model folder.
+
+        Args:
+            name: The path of the folder: absolute, or with `./` or `../` in front.
+
+        Returns:
+            The name of the nearest base that has the folder as a source; None if there is none.
+        """
+        if not name.startswith(("/", "./", "../")):
+            return None
+        folder = find_origin(f"file:{name}")
+        for base, entry in self.list_bases().items():
+            near = self.find_base_folder(base)
+            for source in entry.sources:
+                if (
+                    source.startswith("file:")
+                    and find_origin(make_source_absolute(source, near)) == folder
+                ):
+                    return base
+        return None
 
     def find_original_base(self, name: str) -> str | None:
         """Find the base that a quantised copy was made from, by the copy's name.

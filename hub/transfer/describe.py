@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from experthub.hub.bases.base import Base
-from experthub.hub.errors import ConflictError, IntegrityError, NotFoundError
+from experthub.hub.errors import ConflictError, IntegrityError
 from experthub.hub.files.atomic import hub_home, write_json, write_text
 from experthub.hub.files.digests import digest_of, format_json
 from experthub.hub.formats.records import validate_record
@@ -291,10 +291,10 @@ def _find_base_name(folder: Path, identity: Identity, session: Session) -> str:
     named = kinds[identity.kind].base_name(folder)
     if not named:
         return "unknown"
-    try:
-        return session.registry.find_base(named)[0]
-    except NotFoundError:
-        original = session.registry.find_original_base(named)
-    if original is not None:
+    registry = session.registry
+    if registry.has_base(named):
+        return registry.find_base(named)[0]
+    known, original = registry.find_base_of_folder(named), registry.find_original_base(named)
+    if known is None and original is not None:
         session.report(f"note: {named} is taken for a quantised copy of {original}", 0, 0)
-    return original or named
+    return known or original or named

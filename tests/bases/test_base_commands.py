@@ -19,6 +19,7 @@ from experthub.hub.errors import HubError
 from experthub.hub.files import yaml_files
 from experthub.hub.formats.gguf_header import check_gguf
 from experthub.hub.session import Session
+from peft_kinds import make_adapter
 from safetensors.torch import load_file
 from tiny_gguf import write_gguf
 
@@ -119,6 +120,7 @@ def test_a_gguf_file_is_a_base(tmp_path: Path, home: Path) -> None:
     assert ran.code == 0, ran.err
     assert ran.json["plan"]["base"]["sha256"] == sha256(file.read_bytes()).hexdigest()
     assert ran.json["plan"]["base"]["fingerprint"] == bases.read(expected, "x").fingerprint
+    assert "converting GGUF" in ran.err and "de-quantizing" not in ran.err
     again = run_hub("compose", recipe, "--json")
     assert "converting" not in again.err
     ran = run_hub("base", "add", "tiny", "tiny.gguf", "--json")
@@ -139,6 +141,25 @@ def test_a_gguf_file_is_a_base(tmp_path: Path, home: Path) -> None:
     assert run_hub("compose", recipe).code == 0
     assert run_hub("base", "rm", "tiny").code == 0
     assert not made.exists()
+
+
+def test_an_expert_of_a_gguf_file_is_compared_with_peft(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "tiny.gguf")
+    expert = make_expert(tmp_path / "expert", find(str(file), Session()).folder, 1)
+    ran = run_hub("add", expert, "--name", "one", "--base", file, "--proof", "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["expert"]["proof"]["against"].startswith("peft")
+
+
+def test_an_adapter_that_names_the_folder_of_a_base_gets_its_name(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "model")
+    assert run_hub("base", "add", "mine", folder).code == 0
+    expert = make_expert(tmp_path / "expert", folder, 1, base_model_name_or_path=str(folder))
+    assert run_hub("add", expert, "--name", "one").code == 0
+    assert run_hub("show", "one", "--json").json["expert"]["base"] == "mine"
+    other = make_expert(tmp_path / "other", folder, 2, base_model_name_or_path=f"{folder}-2")
+    assert run_hub("add", other, "--name", "two").code == 0
+    assert run_hub("show", "two", "--json").json["expert"]["base"] == f"{folder}-2"
 
 
 def test_a_gguf_file_is_converted_once_and_removed_with_its_name(
@@ -225,6 +246,20 @@ def test_models_of_ollama_are_bases(ollama: Path) -> None:
     assert blob.name == f"sha256-{ran.json['base']['sha256']}"
     for name in ("ollama:alice/tiny", str(blob)):
         assert find(name, Session()).fingerprint == ran.json["base"]["fingerprint"]
+
+
+def test_an_adapter_is_converted_for_a_model_of_ollama(ollama: Path, tmp_path: Path) -> None:
+    adapter, made = tmp_path / "adapter", {}
+    make_adapter("IA3", find("ollama:tiny:1b", Session()).folder, adapter, "llama")
+    for name in ("ollama:tiny:1b", str(find("ollama:tiny:1b", Session()).folder)):
+        out = tmp_path / f"out{len(made)}"
+        ran = run_hub("convert", adapter, out, "--base", name)
+        assert ran.code == 0, ran.err
+        (file,) = out.glob("*.safetensors")
+        made[name] = load_file(file)
+    one, other = made.values()
+    assert one and one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.mark.parametrize(
