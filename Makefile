@@ -120,7 +120,7 @@ test: .venv/.installed
 	$(BIN)/pytest $(PARALLEL) -m "not slow"
 
 test-all: test
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest $(PARALLEL) -m slow
 
 # Run every attack among the tests against the built wheel, in an environment without the checkout,
 # and print how many there were.

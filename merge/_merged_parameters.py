@@ -182,23 +182,28 @@ class LowRankBranch:
         self.a_RI = torch.cat([d.a for d in fitted])
         self.b_OR = torch.cat([d.b * d.scale for d in fitted], 1)
         self.owner_R = torch.tensor([i for i, d in enumerate(fitted) for _ in range(d.rank)])
-        self.factors = torch.zeros(len(here))
+        self.values: Tensor | None = None
         self._hook = module.register_forward_hook(self._forward)
 
     def set(self, values: Tensor) -> None:
         """Use some coefficients from the next forward pass on; autograd gives them gradients.
 
+        Each pass selects its own, so that each has a graph of its own for its backward pass.
+
         Args:
             values: The coefficients of all experts and blocks, `[E, B]`.
         """
-        self.factors = values[self.here, self.block].to(self.a_RI)
+        self.values = values
 
     def _forward(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """Add the experts' outputs to the output of the module."""
+        if self.values is None:
+            return output
+        factors = self.values[self.here, self.block].to(self.a_RI)
         if self.combine == "parameters":
-            mixed = mix_factors(self.low, self.factors)
+            mixed = mix_factors(self.low, factors)
             return output + nn.functional.linear(nn.functional.linear(inputs[0], mixed.a), mixed.b)
-        hidden_R = nn.functional.linear(inputs[0], self.a_RI) * self.factors[self.owner_R]
+        hidden_R = nn.functional.linear(inputs[0], self.a_RI) * factors[self.owner_R]
         # Adding in place is safe: nobody else holds the module's output, and no gradient needs it.
         return output.add_(nn.functional.linear(hidden_R, self.b_OR))
 

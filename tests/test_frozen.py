@@ -87,6 +87,7 @@ def gives_same_bits(name: str) -> bool:
     return bool(surroundings() == FROZEN["surroundings"]) and not SCORED.search(name)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_is_composed_as_it_was(
     name: str, placed: Path, observer: Observer, outputs: dict[str, torch.Tensor]
@@ -149,6 +150,7 @@ def without_seal(lock: str) -> str:
     return "".join(line for line in lock.splitlines(keepends=True) if not line.startswith("#"))
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_a_command_says_what_it_said(name: str, project: Path, tmp_path: Path) -> None:
     own = unpack(tmp_path / "project") if name.startswith(ALONE) else project

@@ -5,20 +5,18 @@ Shapes: N inputs, C choices.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from experthub.hub.readers.forward_errors import explain_forward_errors
-from experthub.hub.readers.graph_memory import GRAPH_BYTES, count_graph_bytes, count_patches
+from experthub.hub.readers.graph_memory import group_rows
 from experthub.hub.readers.reader import Reader, Row
 from experthub.hub.readers.scorer import Question, Scores
 from experthub.hub.tasks.task import Example, Task
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-
-BATCH_TOKENS = 4096  # Tokens of a batch, with padding; an image counts as one token.
 
 
 class ReaderScorer:
@@ -72,12 +70,13 @@ def read_all(reader: Reader, model: Any, rows: Sequence[Row], width: int | None 
         Logits `[N, width]` in the order of the rows, on the device of the model. With gradients,
         inputs that would keep much memory are read again in the backward pass.
     """
-    order = sorted(range(len(rows)), key=lambda i: rows[i].size)
-    batches, whole = _batches(order, rows), reader.read
-    if torch.is_grad_enabled():
-        batches = _batches_with_gradients(order, rows, model.config.to_dict())
-        if len(batches) > 1:
-            whole = partial(checkpoint, reader.read, use_reentrant=False)
+    learns, whole = torch.is_grad_enabled(), reader.read
+    answers = [row.answers for row in rows] if learns else None
+    config = model.config.to_dict() if learns else {}
+    batches = group_rows([row.size for row in rows], answers, config)
+    if learns and len(batches) > 1:
+        whole = partial(_read_twice, reader)
+    order = [index for batch in batches for index in batch]
     parts = []
     for batch in batches:
         with explain_forward_errors(model):
@@ -92,43 +91,17 @@ def read_all(reader: Reader, model: Any, rows: Sequence[Row], width: int | None 
     return torch.cat(parts)[back]
 
 
+def _read_twice(reader: Reader, model: Any, rows: Sequence[Row]) -> Tensor:
+    """Compute logits that keep nothing, and compute them again in the backward pass.
+
+    The first time there is no graph: its nodes would stay between the blocks that each batch
+    frees, and the allocator could not use these for the next batch.
+    """
+    wanted = torch.zeros((), requires_grad=True)  # The gradients of the model are set beside it.
+    again: Tensor = checkpoint(lambda _: reader.read(model, rows), wanted, use_reentrant=True)
+    return again
+
+
 def _widen(logits_NC: Tensor, width: int) -> Tensor:
     """Pad logits with minus infinity to a number of choices."""
     return torch.nn.functional.pad(logits_NC, (0, width - logits_NC.shape[1]), value=float("-inf"))
-
-
-def _batches(order: Sequence[int], rows: Sequence[Row]) -> list[list[int]]:
-    """Group inputs by size into batches of at most `BATCH_TOKENS` tokens with padding."""
-    batches: list[list[int]] = [[]]
-    for index in order:
-        if batches[-1] and rows[index].size * (len(batches[-1]) + 1) > BATCH_TOKENS:
-            batches.append([])
-        batches[-1].append(index)
-    return batches
-
-
-def _batches_with_gradients(
-    order: Sequence[int], rows: Sequence[Row], config: Mapping[str, Any]
-) -> list[list[int]]:
-    """Group inputs by size into batches that keep at most `GRAPH_BYTES` for the backward pass.
-
-    If all batches together keep no more, the model reads them as without gradients.
-    """
-
-    def count(chosen: Sequence[int]) -> int:
-        answers = sum(rows[i].answers for i in chosen)
-        tokens = sum(rows[i].size if rows[i].size > 1 else patches for i in chosen)
-        return count_graph_bytes(config, tokens + answers, answers)
-
-    patches = count_patches(config)
-    batches = _batches(order, rows)
-    if count(order) <= GRAPH_BYTES:
-        return batches
-    found: list[list[int]] = []
-    for batch in batches:
-        found.append([])
-        for index in batch:
-            if found[-1] and count([*found[-1], index]) > GRAPH_BYTES:
-                found.append([])
-            found[-1].append(index)
-    return found

@@ -6,9 +6,10 @@ than `GRAPH_BYTES` together keep nothing instead, and run a second time in the b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+BATCH_TOKENS = 4096  # Tokens of a batch, with padding; an image counts as one token.
 GRAPH_BYTES = 1 << 29
 LOGITS_BYTES = 1 << 25  # The logits of one forward pass, or a share of the model if that is more.
 LOGITS_SHARE = 16
@@ -17,8 +18,8 @@ CACHED_POSITIONS = 4 * BATCH_POSITIONS  # The largest number of cached tokens th
 SUM_ENTRIES = 1 << 20  # The largest number of logits of which exponentials are summed at once.
 WIDTH = 4  # Bytes of a float32 number; gradients in half precision lose too much.
 # Numbers that a layer keeps for each token, in hidden sizes and in sizes of its inner layer, and
-# copies of each logit: itself, its gradient, and the two parts of the gradient.
-PER_HIDDEN, PER_INNER, PER_LOGIT = 8, 4, 3
+# copies of each logit: itself and its gradient. Its gradient has two parts, one after the other.
+PER_HIDDEN, PER_INNER, PER_LOGIT = 8, 4, 2
 # The same of the one layer that is computed, without gradients: the residual stream, the normalised
 # input, queries, keys, values and output; two projections of the inner layer and their product.
 READ_HIDDEN, READ_INNER = 6, 3
@@ -52,6 +53,59 @@ def count_graph_bytes(config: Mapping[str, Any], tokens: int, answers: int) -> i
     by_token = PER_HIDDEN * hidden + PER_INNER * _find(config, "inner", 4 * hidden)
     numbers = tokens * _find(config, "layers", 1) * by_token
     return WIDTH * (numbers + PER_LOGIT * answers * count_words(config))
+
+
+def group_rows(
+    sizes: Sequence[int], answers: Sequence[int] | None, config: Mapping[str, Any]
+) -> list[list[int]]:
+    """Group inputs of similar size into batches.
+
+    Args:
+        sizes: The number of tokens of each input; 1 for an image.
+        answers: For batches with gradients, the number of tokens of each input's answers. They keep
+            at most `GRAPH_BYTES` each, unless they are one input or keep no more all together.
+            None for batches without gradients.
+        config: The configuration of the model as plain values.
+
+    Returns:
+        The positions of the inputs in each batch. It has at most `BATCH_TOKENS` tokens with padding.
+    """
+    order = sorted(range(len(sizes)), key=lambda i: sizes[i])
+    batches: list[list[int]] = [[]]
+    for i in order:
+        if batches[-1] and sizes[i] * (len(batches[-1]) + 1) > BATCH_TOKENS:
+            batches.append([])
+        batches[-1].append(i)
+    if answers is None or count_group_bytes(order, sizes, answers, config) <= GRAPH_BYTES:
+        return batches
+    found: list[list[int]] = []
+    for batch in batches:
+        found.append([])
+        for i in batch:
+            more = [*found[-1], i]
+            if found[-1] and count_group_bytes(more, sizes, answers, config) > GRAPH_BYTES:
+                found.append([])
+            found[-1].append(i)
+    return found
+
+
+def count_group_bytes(
+    group: Sequence[int], sizes: Sequence[int], answers: Sequence[int], config: Mapping[str, Any]
+) -> int:
+    """Estimate the bytes that some inputs keep for their backward pass.
+
+    Args:
+        group: The positions of the inputs.
+        sizes: The number of tokens of each input; 1 for an image.
+        answers: The number of tokens of each input's answers.
+        config: The configuration of the model as plain values.
+
+    Returns:
+        The number of bytes.
+    """
+    patches, own = count_patches(config), sum(answers[i] for i in group)
+    tokens = sum(sizes[i] if sizes[i] > 1 else patches for i in group)
+    return count_graph_bytes(config, tokens + own, own)
 
 
 def count_reading_bytes(config: Mapping[str, Any], model: int, width: int) -> int:

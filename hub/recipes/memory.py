@@ -8,19 +8,18 @@ from collections.abc import Sequence
 from experthub.hub.bases.base import Base
 from experthub.hub.files.json_files import read_json
 from experthub.hub.readers.graph_memory import (
-    GRAPH_BYTES,
     OTHER_BYTES,
-    count_graph_bytes,
-    count_patches,
+    count_group_bytes,
     count_reading_bytes,
+    group_rows,
 )
 from experthub.hub.recipes.examples import PlannedData, choose_examples
 from experthub.hub.recipes.planned_experts import LARGE, PlannedExpert
 from experthub.hub.recipes.recipe import Recipe
+from experthub.hub.recipes.token_counts import count_tokens
 
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "F32": 4, "BF16": 2, "F16": 2}
 WIDTH |= {"F8_E4M3": 1, "F8_E5M2": 1}
-CHARACTERS = 3  # Characters of a token, in English text with a usual vocabulary.
 
 
 def estimate_memory(
@@ -58,7 +57,10 @@ def estimate_memory(
     learns = any(one.method.strategy.needs_data for one in recipes)
     if data is None or not learns:
         return using
-    learning = _count_weights(base, 4) + 2 * own + _count_graph(base, data) + OTHER_BYTES
+    # A method without this option may read all examples at once.
+    sizes = [one.method.options.get("batch_size") for one in recipes]
+    kept = _count_graph(base, data, next((size for size in sizes if size), None))
+    learning = _count_weights(base, 4) + 2 * own + kept + OTHER_BYTES
     return max(using, learning)
 
 
@@ -78,17 +80,21 @@ def _count_reading(base: Base, weights: int, width: int) -> int:
     return count_reading_bytes(read_json(base.folder / "config.json"), weights, width)
 
 
-def _count_graph(base: Base, data: PlannedData) -> int:
-    """Count the bytes that a step of learning keeps for its backward pass, at most."""
+def _count_graph(base: Base, data: PlannedData, batch_size: int | None) -> int:
+    """Count the bytes that a step of learning keeps for its backward pass at once, at most."""
     config = read_json(base.folder / "config.json")
     reads_choices = base.is_causal or bool(config.get("is_encoder_decoder"))
     sees = not base.is_causal and ("vision_config" in config or "image_size" in config)
-    characters, answers = 0, 0
+    sizes: list[int] = []
+    answers: list[int] = []
     for one in choose_examples(data.use):
-        for example in one.examples:
-            choices = sum(map(len, one.task.list_choices(example))) if reads_choices else 0
-            text = one.task.format_prompt(example) if reads_choices else example.input
-            answers += choices
-            characters += choices + (CHARACTERS * count_patches(config) if sees else len(text))
-    read = count_graph_bytes(config, characters // CHARACTERS, answers // CHARACTERS)
-    return min(GRAPH_BYTES, read)
+        texts = [one.task.format_prompt(e) if reads_choices else e.input for e in one.examples]
+        read = [1] * len(texts) if sees else count_tokens(base.folder, texts)
+        choices = [one.task.list_choices(e) if reads_choices else () for e in one.examples]
+        spoken = iter(count_tokens(base.folder, [text for own in choices for text in own]))
+        own = [sum(next(spoken) for _ in texts) for texts in choices]
+        largest = sorted(zip(read, own, strict=True), reverse=True)[:batch_size]
+        sizes += [size for size, _ in largest]
+        answers += [count for _, count in largest]
+    groups = group_rows(sizes, answers, config)
+    return max(count_group_bytes(group, sizes, answers, config) for group in groups)

@@ -228,8 +228,8 @@ class _ExpertReader:
         footprint = kind.footprint(stored)
         if footprint.copies:
             self.session.report(
-                f"note: {reference}: {len(footprint.copies)} tensors repeat weights of the base and "
-                f"are not used: {', '.join(footprint.copies[:3])}",
+                f"note: {reference}: not used, because they repeat weights of the base: "
+                f"{', '.join(footprint.copies[:3])}{' ...' * (len(footprint.copies) > 3)}",
                 0,
                 0,
             )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from experthub.hub.errors import IntegrityError, UsageError, explain_errors
 from experthub.hub.files.atomic import create_folder
+from experthub.hub.files.memory import release_memory
 from experthub.hub.materials.materials import open_materials
 from experthub.hub.recipes.plan import Plan
 from experthub.hub.registry.content import Content
@@ -125,7 +126,9 @@ def _make(plan: Plan, session: Session) -> Any:
         state = prepare(materials, method.options)
         if plan.routed or method.strategy.keeps_state:
             format_of(plan).check(plan, state)
-        return state
+    del materials  # It holds the model that was trained or read.
+    release_memory()
+    return state
 
 
 def _keep(plan: Plan, state: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -120,7 +121,8 @@ def _adapt(model: Any, chosen: Targets, rank: int, alpha: float, base: Base) -> 
         exclude_modules=chosen.excluded or None,
     )
     try:
-        with forbid_network():
+        with forbid_network(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # They are about settings that peft corrects itself.
             adapted = get_peft_model(model, config)
     except ValueError as error:
         reason = " ".join(str(error).split())[:200]

@@ -82,6 +82,7 @@ def test_an_unknown_kind_is_named(recipe: Path) -> None:
     assert caught.value.hint == "install the package that adds this kind"
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("group", ["merges", "routers", "kinds"])
 def test_a_package_that_fails_to_import_is_one_warning(
     group: str, recipe: Path, tmp_path: Path

@@ -36,6 +36,7 @@ TEMPLATES = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("what", TEMPLATES)
 def test_templates_end(what: str, base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_template, "RENDER_SECONDS", 1)

@@ -137,6 +137,7 @@ def test_a_truncated_map(kind: str, tmp_path: Path, base_folder: Path, home: Pat
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("which", ["base", "tuned"])
 def test_a_model_that_is_cut_during_a_difference(
     which: str, tmp_path: Path, base_folder: Path, home: Path

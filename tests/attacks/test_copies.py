@@ -53,6 +53,7 @@ def save_and_load(value: Any) -> Any:
     return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
 
 
+@pytest.mark.sampled(5)
 def test_a_copy_is_equal_and_independent(composition: Any) -> None:
     alone = read(composition)
     found = copy.deepcopy(composition.model)
@@ -72,6 +73,7 @@ def test_a_copy_is_equal_and_independent(composition: Any) -> None:
     assert torch.equal(read(again), alone)
 
 
+@pytest.mark.sampled(5)
 def test_a_cache_goes_on_in_a_copy(composition: Any) -> None:
     found = pickle.loads(pickle.dumps(composition.model))
     with torch.no_grad(), composition.tasks(TASKS):
@@ -82,6 +84,7 @@ def test_a_cache_goes_on_in_a_copy(composition: Any) -> None:
     assert torch.equal(here, there)
 
 
+@pytest.mark.sampled(5)
 def test_a_copy_made_inside_a_forward_pass(composition: Any) -> None:
     alone, made = read(composition), []
 
@@ -96,6 +99,7 @@ def test_a_copy_made_inside_a_forward_pass(composition: Any) -> None:
     assert torch.equal(read(composition, made[0]), alone)
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_a_cast_model_is_the_same_within_rounding(composition: Any, dtype: torch.dtype) -> None:
     exact = read(composition)
@@ -125,6 +129,7 @@ def test_a_cast_that_replaces_parameters(composition: Any) -> None:
     assert found.dtype == torch.bfloat16 and bool(found.isfinite().all())
 
 
+@pytest.mark.sampled(5)
 def test_nothing_saves_the_base_in_place_of_a_routed_model(
     composition: Any, tmp_path: Path
 ) -> None:
@@ -168,6 +173,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("composition", [routers["retrieval"], routers["task"]], indirect=True)
 def test_a_spawned_process_gets_the_same(composition: Any, tmp_path: Path) -> None:
     (tmp_path / "spawn.py").write_text(SPAWN)

@@ -157,6 +157,7 @@ def find_readers(names: str) -> list[str]:
     return [*([single] if single in LINES else single.split()), *double]
 
 
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("number", range(2))
 @pytest.mark.parametrize("pattern", FILES)
 def test_a_damaged_file(pattern: str, number: int, world: World) -> None:
@@ -178,6 +179,7 @@ def damage(path: Path, change: Callable[[bytes], bytes]) -> None:
     path.write_bytes(change(path.read_bytes()))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("pattern", ["base/*.json", "a/*", "work/*.yaml", "home/registry/*/*"])
 def test_a_folder_in_place_of_each_file(pattern: str, world: World) -> None:
     for path in list(world.root.glob(pattern)):
@@ -186,6 +188,7 @@ def test_a_folder_in_place_of_each_file(pattern: str, world: World) -> None:
     run_all(world)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", ["home/registry", "home/tasks", "home/objects", "home/locks"])
 def test_a_file_in_place_of_a_folder(name: str, world: World) -> None:
     shutil.rmtree(world.root / name, ignore_errors=True)

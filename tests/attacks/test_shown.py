@@ -150,6 +150,7 @@ def test_a_text_of_a_model_is_escaped_on_a_terminal_only(monkeypatch: pytest.Mon
     assert escape_block("a\r\nb") == "a\\r\nb"
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("text", ["$\\frac{", "$x$", "$", *EVIL])
 def test_plots_show_texts_as_they_are(text: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")

@@ -82,6 +82,7 @@ def count_wrong(jobs: list[Callable[[], Tensor]], times: int) -> int:
     return sum(not torch.equal(one, alone[n]) for one, n in zip(found, order, strict=True))
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize(("strategy", "combine"), EVERY)
 def test_threads_get_what_each_gets_alone(
     composed: Callable[..., Any], strategy: Strategy[Any], combine: str

@@ -184,6 +184,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_base(
     name: str, sound: Path, home: Path, expert_folder: Make, tiny_task: str

@@ -75,6 +75,7 @@ def in_zsh(line: str) -> set[str]:
     return {value.replace("\\\\:", ":") for value in values}
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("offered", [in_bash, in_zsh])
 @pytest.mark.parametrize(
     ("line", "expected"),

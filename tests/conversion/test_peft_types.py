@@ -36,6 +36,7 @@ def base_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     logging.disable(logging.NOTSET)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize(
     "architecture",

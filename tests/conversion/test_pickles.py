@@ -58,6 +58,7 @@ ATTACKS: dict[str, tuple[Callable[[Path, Attack], object], str]] = {
 }
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.attack
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attacks_do_not_get_in(name: str, base_folder: Path, tmp_path: Path) -> None:

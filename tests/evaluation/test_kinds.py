@@ -174,6 +174,7 @@ def task(kind: str) -> str:
     return write_task("local", card, examples)
 
 
+@pytest.mark.sampled(3)
 def test_an_expert_is_trained_merged_and_scored(folder: Path, task: str, kind: str) -> None:
     settings = Settings(steps=40, batch_size=16, lr=3e-3, examples=60)
     full = hub.train_full(str(folder), task, "full", settings).expert

@@ -691,6 +691,7 @@ def hub_answers(folder: Path, patch: pytest.MonkeyPatch) -> Reader:
     return Reader(read, [link], [tree_rows(), tree_rows(), tree_rows(), revision])
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", READERS)
 def test_a_value_or_an_error(
     name: str, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch

@@ -19,6 +19,7 @@ from experthub.hub.files import yaml_files
 from experthub.hub.materials import merge_materials
 from experthub.hub.materials.cma_es import minimize
 from experthub.hub.materials.task_data import TaskData
+from experthub.hub.readers import batching, graph_memory
 from experthub.hub.readers.likelihood import encode, score_choices
 from experthub.hub.readers.reader_for import reader_for
 from experthub.hub.readers.similarity import Similarity
@@ -115,6 +116,7 @@ def test_a_state_that_another_process_stored_first_is_used(
     assert not list(run_folder(plan).glob(".*"))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", LEARNED)
 def test_every_method_composes_and_composes_the_same_again(
     method: str, values: dict[str, Any]
@@ -130,6 +132,7 @@ def test_every_method_composes_and_composes_the_same_again(
         assert changed | {"pooler.dense.weight"} >= set(first.plan.parameters) >= changed
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("method", LEARNED)
 def test_what_learns_does_so_without_gradients_around_it(
     method: str, values: dict[str, Any]
@@ -139,6 +142,45 @@ def test_what_learns_does_so_without_gradients_around_it(
     with torch.no_grad():
         again = hub.compose(recipe(values, method))
     assert same(weights(whole), weights(again))
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("adamerging", {}),
+        ("adamerging", {"plus_plus": True}),
+        ("adamerging", {"objective": "marginal_entropy", "granularity": "task"}),
+        ("atlas", {"granularity": "partition", "groups": 3}),
+    ],
+)
+def test_examples_in_groups_give_the_gradients_of_all_together(
+    method: str,
+    options: dict[str, Any],
+    values: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = hub.compose(recipe(values, method, **options))
+    shutil.rmtree(run_folder(whole.plan), ignore_errors=True)
+    groups: list[int] = []
+    monkeypatch.setattr(graph_memory, "GRAPH_BYTES", 60_000)
+    monkeypatch.setattr(batching, "group_rows", counted(groups))
+    again = hub.compose(recipe(values, method, **options))
+    assert min(groups) > 1, "the examples of a step were read all together"
+    one, other = weights(whole), weights(again)
+    for name, weight in one.items():
+        torch.testing.assert_close(weight, other[name], rtol=1e-5, atol=1e-6)
+
+
+def counted(groups: list[int]) -> Callable[..., list[list[int]]]:
+    """The grouping of inputs that also keeps the number of groups."""
+
+    def group(sizes: Any, answers: Any, config: Any) -> list[list[int]]:
+        found = graph_memory.group_rows(sizes, answers, config)
+        if answers is not None:
+            groups.append(len(found))
+        return found
+
+    return group
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -169,6 +211,7 @@ def test_what_was_learned_is_not_learned_again(
     assert same(weights(first), weights(hub.compose(path)))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("method", "after"), [("adamerging", 20), ("atlas", 20), ("lorahub", 31)])
 def test_an_interrupted_run_goes_on(values: dict[str, Any], method: str, after: int) -> None:
     more = {"patience": 0} if method == "atlas" else {}

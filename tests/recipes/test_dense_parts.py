@@ -76,6 +76,7 @@ def compose(base: Path, *experts: Path | dict[str, Any], **keys: Any) -> hub.Com
     return hub.compose({"base": str(base), "experts": uses, **way, **keys})
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("case", CASES)
 def test_an_expert_alone_computes_what_peft_computes(case: str, tmp_path: Path) -> None:
     name, config = CASES[case]

@@ -84,7 +84,7 @@ def measure(what: str, shape: str, method: dict[str, Any], folder: Path) -> tupl
         pytest.param("compose", "wide", LEARNED, id="wide-adamerging"),
         pytest.param("eval", "deep", LINEAR, id="deep-linear"),
         pytest.param("eval", "deep", ROUTE, id="deep-route"),
-        pytest.param("compose", "deep", LEARNED, id="deep-adamerging"),
+        pytest.param("eval", "deep", LEARNED, id="deep-adamerging"),
     ],
 )
 def test_a_plan_states_the_memory_that_is_taken(

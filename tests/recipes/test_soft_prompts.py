@@ -78,6 +78,7 @@ def settings(model: Any) -> dict[str, Any]:
     return {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("label", MODELS)
 def test_is_what_peft_computes(
@@ -107,6 +108,7 @@ def test_is_what_peft_computes(
         assert written.tolist() == wanted.tolist()
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
 @pytest.mark.parametrize("label", MODELS)
 def test_a_row_depends_on_that_row_only(

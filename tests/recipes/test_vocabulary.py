@@ -59,6 +59,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("way", [{"merge": {"method": "linear"}}, {"route": {"method": "uniform"}}])
 @pytest.mark.parametrize("case", CASES)
 def test_a_resized_expert_alone_computes_what_peft_computes(

@@ -109,6 +109,7 @@ def make_rows() -> tuple[list[Tensor], list[str]]:
     return rows, [TASKS[i % 2] for i in range(len(rows))]
 
 
+@pytest.mark.sampled(5)
 def test_padding_and_caches_change_nothing(by_row: Any, other_base: Path) -> None:
     rows, tasks = make_rows()
     alone = [
@@ -127,6 +128,7 @@ def test_padding_and_caches_change_nothing(by_row: Any, other_base: Path) -> Non
             torch.testing.assert_close(found.logits[i], one.logits[0], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.sampled(5)
 def test_beams_keep_the_choice_of_their_row(by_row: Any) -> None:
     rows, tasks = make_rows()
     found = generate(by_row, *pad_left(rows[:2]), tasks[:2], num_beams=2)
@@ -136,6 +138,7 @@ def test_beams_keep_the_choice_of_their_row(by_row: Any) -> None:
         assert torch.equal(found.ids[i], alone.ids[0])
 
 
+@pytest.mark.sampled(5)
 @torch.no_grad()
 def test_every_form_of_mask_shows_padding(by_row: Any, other_base: Path) -> None:
     if not any(name in str(other_base) for name in ("llama", "deepseek")):
@@ -158,6 +161,7 @@ def test_every_form_of_mask_shows_padding(by_row: Any, other_base: Path) -> None
         assert torch.equal(find_real_tokens(form, None, None, *ids.shape), mask.bool())
 
 
+@pytest.mark.sampled(7)
 def test_packed_rows_are_refused(by_row: Any, other_base: Path) -> None:
     if "mamba" in str(other_base):
         pytest.skip("this architecture reads no positions")
@@ -201,6 +205,7 @@ def test_weights_by_token_serve_modules_that_expand_the_whole_cache(
         torch.testing.assert_close(torch.cat(found, 1), whole, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.slow
 @torch.no_grad()
 def test_one_graph_follows_texts_and_tasks(by_row: Any, other_base: Path) -> None:

@@ -29,6 +29,7 @@ def composition(recipe: dict[str, Any]) -> Iterator[Any]:
         yield made
 
 
+@pytest.mark.sampled(5)
 @torch.no_grad()
 def test_in_chunks_with_a_cache(composition: Any) -> None:
     model, tokens = composition.model, ids(2, 16)
@@ -47,6 +48,7 @@ def test_in_chunks_with_a_cache(composition: Any) -> None:
             torch.testing.assert_close(found[0], first, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("left", [True, False])
 @torch.no_grad()
 def test_padded_on_either_side(composition: Any, left: bool) -> None:
@@ -63,6 +65,7 @@ def test_padded_on_either_side(composition: Any, left: bool) -> None:
         torch.testing.assert_close(logits[i, here], alone[i], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.sampled(5)
 @torch.no_grad()
 def test_a_row_has_no_neighbours(composition: Any) -> None:
     model, tokens = composition.model, ids(4, 12)
@@ -72,6 +75,7 @@ def test_a_row_has_no_neighbours(composition: Any) -> None:
         torch.testing.assert_close(alone[0], whole[i], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.sampled(5)
 @torch.no_grad()
 def test_detaching_gives_the_base_bit_for_bit(composition: Any) -> None:
     from transformers import AutoModelForCausalLM

@@ -83,6 +83,7 @@ def padded_batch() -> dict[str, torch.Tensor]:
 CASES = [(n, k) for n in (1, 2, 3, 5, 8, 16) for k in sorted({1, 2, 3, n - 1, n}) if 1 <= k <= n]
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(("n", "k"), CASES)
 def test_equals_the_closed_form(
     n: int, k: int, base_folder: Path, base: Any, expert_folder: Make

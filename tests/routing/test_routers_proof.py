@@ -79,6 +79,7 @@ def proof(tmp_path: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_a_run_holds_every_column_and_goes_on_where_it_stopped(
     proof: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,6 +124,7 @@ def entry(reference: str) -> hub.Expert:
     return hub.Registry.read().find_expert(Reference.parse(reference))
 
 
+@pytest.mark.slow
 def test_experts_that_are_there_are_taken_as_they_are(proof: dict[str, Any]) -> None:
     trained = run.Run(proof, 0).experts
     given = {key: proof[key] for key in proof if key not in ("train", "gate")}

@@ -274,6 +274,7 @@ def test_an_interrupted_run_goes_on(base_folder: Path, tasks: list[str], home: P
     assert run("parts") == whole
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -323,6 +324,7 @@ def test_a_base_without_linear_modules_gets_no_skills(tmp_path: Path, tasks: lis
         find_linears(model, read(tmp_path / "gpt2", "gpt2"))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("damage", "words"),
     [

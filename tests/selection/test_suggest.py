@@ -280,6 +280,7 @@ def test_the_same_again(pool: dict[str, Any]) -> None:
     assert once == again
 
 
+@pytest.mark.slow
 def test_the_expert_of_the_task_comes_first(base_folder: Path, tmp_path: Path) -> None:
     """Trained experts with trained gates: by gates, by embeddings, and by what they do."""
     tiny_bert(tmp_path / "encoder")

@@ -75,6 +75,7 @@ def check(case: Case, words: Words, home: Path, temporary: Path) -> None:
     assert verify(Session()).whole
 
 
+@pytest.mark.sampled(5)
 def test_killed_at_some_moment(case: Case, home: Path, temporary: Path) -> None:
     """Every other kill is within the time from the first step on, the others within all the time."""
     whole = [killing.run(*case.prepare(turn)) for turn in range(10, 13)]
@@ -92,6 +93,7 @@ def test_killed_at_some_moment(case: Case, home: Path, temporary: Path) -> None:
     assert killed or KILLS < 20, "none was killed in time"
 
 
+@pytest.mark.sampled(5)
 def test_killed_before_every_step(case: Case, home: Path, temporary: Path) -> None:
     total = max(killing.run(*case.prepare(turn)).steps for turn in (10, 11))
     chosen = sorted({1 + number * total // KILLS for number in range(KILLS)})
@@ -112,6 +114,7 @@ def one_error(ran: Ran, code: int) -> None:
     assert "Traceback" not in ran.err
 
 
+@pytest.mark.sampled(5)
 def test_a_full_disk(case: Case, home: Path, tmp_path: Path, temporary: Path) -> None:
     """The disk is full from some step on: there is one error, and nothing half-written."""
     total = killing.run(*case.prepare(10)).steps

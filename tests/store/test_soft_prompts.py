@@ -200,6 +200,7 @@ def made_task(name: str, words: list[str]) -> str:
     return write_task("made", card, examples)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     ("experts", "more", "what"),
     [

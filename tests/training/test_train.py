@@ -148,6 +148,7 @@ def test_the_digest_is_the_same_in_every_process(base_folder: Path, letters: str
     assert found[0] == found[1] and found[0].count("sha256:") == 2
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", ["lora", "full", "gate"])
 def test_an_interrupted_run_goes_on_to_the_same_weights(
     kind: str, base_folder: Path, letters: str

@@ -60,6 +60,7 @@ FAULTS: dict[str, tuple[dict[str, Any], Any, list[int]]] = {
 }
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_of_a_download(client: Client, hub: HfServer, name: str) -> None:
     filled(hub)
@@ -132,6 +133,7 @@ PUSHES: dict[str, tuple[dict[str, Any], int, Any, int]] = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", PUSHES)
 def test_faults_of_a_push(client: Client, hub: HfServer, name: str) -> None:
     how, count, outcome, commits = PUSHES[name]

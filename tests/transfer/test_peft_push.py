@@ -68,6 +68,7 @@ def at_the_hub(home: Path, pushed: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("HF_ENDPOINT", (pushed / "url").read_text())
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", [name for name in LORAS if name != "activated"])
 def test_the_same_logits(name: str, pushed: Path, base_folder: Path, base_model: Any) -> None:
     ran = run_hub("pull", f"hf:alice/{name}", "--json")

@@ -182,6 +182,7 @@ FAULTS: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", [WEIGHTS, "adapter_config.json"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults(
