@@ -97,7 +97,9 @@ def _read_twice(reader: Reader, model: Any, rows: Sequence[Row]) -> Tensor:
     The first time there is no graph: its nodes would stay between the blocks that each batch
     frees, and the allocator could not use these for the next batch.
     """
-    wanted = torch.zeros((), requires_grad=True)  # The gradients of the model are set beside it.
+    device = next(model.parameters()).device
+    # The only input with a gradient; those of the model's parameters are set beside it.
+    wanted = torch.zeros((), device=device, requires_grad=True)
     again: Tensor = checkpoint(lambda _: reader.read(model, rows), wanted, use_reentrant=True)
     return again
 

@@ -81,10 +81,10 @@ def measure(what: str, shape: str, method: dict[str, Any], folder: Path) -> tupl
         pytest.param("eval", "wide", LINEAR, id="wide-linear"),
         pytest.param("eval", "wide", TIES, id="wide-ties"),
         pytest.param("eval", "wide", ROUTE, id="wide-route"),
-        pytest.param("compose", "wide", LEARNED, id="wide-adamerging"),
+        pytest.param("learn", "wide", LEARNED, id="wide-adamerging"),
         pytest.param("eval", "deep", LINEAR, id="deep-linear"),
         pytest.param("eval", "deep", ROUTE, id="deep-route"),
-        pytest.param("eval", "deep", LEARNED, id="deep-adamerging"),
+        pytest.param("learn", "deep", LEARNED, id="deep-adamerging"),
     ],
 )
 def test_a_plan_states_the_memory_that_is_taken(

@@ -32,7 +32,9 @@ def read_status(name: str) -> int:
 
 def run(what: str, recipe: str, task: str) -> object:
     """Do what a command does; the result is kept by the caller."""
-    if what == "eval":
+    if what == "learn":  # Before the base is loaded: pages of its file count for each mapping.
+        hub.compose(recipe)
+    if what in ("eval", "learn"):
         return hub.evaluate([recipe], [task], limit=24, cache=False)
     if what == "compose":
         return hub.compose(recipe)
