@@ -27,6 +27,7 @@ from experthub.merge._merges import MergeTraits, merges
 from experthub.merge._options import (
     EncoderName,
     ExamplesPerTask,
+    InputsPerStep,
     LateOption,
     Option,
     Range,
@@ -70,6 +71,7 @@ __all__ = [
     "ExamplesPerTask",
     "ExpertOutline",
     "Fit",
+    "InputsPerStep",
     "LateOption",
     "LowRank",
     "MergeMaterials",

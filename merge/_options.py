@@ -58,6 +58,7 @@ ShapesState = Role("the prepared state is valid for one value of the option only
 ShapesExperts = Role("the option changes the experts' weights before they are routed")
 RecipeSeed = Role("the recipe's seed is the default")
 ExamplesPerTask = Role("the option limits how many examples of each task the method sees")
+InputsPerStep = Role("the option is the number of inputs of each task that one step reads")
 TaskName = Role("the option fixes the task, so that every input gets the same weights")
 EncoderName = Role("the option names a base that embeds texts, on which the result depends")
 LateOption = Role(

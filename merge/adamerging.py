@@ -15,7 +15,7 @@ from experthub.merge._fit_settings import Constraint, Fit
 from experthub.merge._fitting import learn_coefficients
 from experthub.merge._materials import MergeMaterials
 from experthub.merge._merges import merges
-from experthub.merge._options import Range, RecipeSeed, ShapesState
+from experthub.merge._options import InputsPerStep, Range, RecipeSeed, ShapesState
 from experthub.merge._task_vector import TaskVector, scale_vectors
 from experthub.merge.ties import keep_agreeing, trim
 from torch import Tensor
@@ -69,7 +69,7 @@ def adamerging(
     init: Annotated[float, Range(0, 1)] = 0.3,
     steps: Annotated[int, Range(1)] = 500,
     lr: Annotated[float, Range(1e-8, 10)] = 1e-3,
-    batch_size: Annotated[int, Range(1)] = 16,
+    batch_size: Annotated[int, Range(1), InputsPerStep] = 16,
     views: Annotated[int, Range(2)] = 4,
     halves: bool = False,
     seed: Annotated[int, RecipeSeed] = 0,

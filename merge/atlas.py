@@ -17,7 +17,7 @@ from experthub.merge._fit_settings import Fit, Objective
 from experthub.merge._fitting import learn_coefficients
 from experthub.merge._materials import MergeMaterials
 from experthub.merge._merges import merges
-from experthub.merge._options import Range, RecipeSeed, ShapesState
+from experthub.merge._options import InputsPerStep, Range, RecipeSeed, ShapesState
 from experthub.merge._task_vector import TaskVector, scale_vectors
 from torch import Tensor
 
@@ -91,7 +91,7 @@ def atlas(
     steps: Annotated[int | None, Range(1)] = None,
     lr: Annotated[float | None, Range(1e-8, 10)] = None,
     weight_decay: Annotated[float, Range(0, 10)] = 0.1,
-    batch_size: Annotated[int, Range(1)] = 128,
+    batch_size: Annotated[int, Range(1), InputsPerStep] = 128,
     patience: Annotated[int, Range(0)] = 5,
     confidence: Annotated[float, Range(0, 1)] = 0.99,
     keep: Annotated[float, Range(0, 1)] = 0.95,

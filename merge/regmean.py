@@ -21,7 +21,7 @@ from experthub.merge._delta import Dense
 from experthub.merge._linear_modules import is_plain_linear, is_transposed
 from experthub.merge._materials import Data, MergeMaterials, compute_logits
 from experthub.merge._merges import merges
-from experthub.merge._options import Range
+from experthub.merge._options import InputsPerStep, Range
 from experthub.merge._task_vector import TaskVector, combine, normalize_weights
 from torch import Tensor, nn
 
@@ -69,7 +69,7 @@ def regmean(
     inputs: InputStatistics,
     *,
     off_diagonal: Annotated[float, Range(0, 1)] = 0.9,
-    batch_size: Annotated[int, Range(1)] = 16,
+    batch_size: Annotated[int, Range(1), InputsPerStep] = 16,
 ) -> TaskVector:
     """Regress every linear weight onto all experts' outputs in closed form, and average the rest.
 

@@ -14,7 +14,7 @@ from experthub.merge._catalogue import Options
 from experthub.merge._coefficients import Coefficients, assign_blocks
 from experthub.merge._materials import MergeMaterials
 from experthub.merge._merges import merges
-from experthub.merge._options import Range
+from experthub.merge._options import InputsPerStep, Range
 from experthub.merge._task_vector import TaskVector
 from experthub.merge.regmean import (
     Grams,
@@ -73,7 +73,7 @@ def regmean_plusplus(
     inputs: InputStatistics,
     *,
     off_diagonal: Annotated[float, Range(0, 1)] = 0.95,
-    batch_size: Annotated[int, Range(1)] = 16,
+    batch_size: Annotated[int, Range(1), InputsPerStep] = 16,
 ) -> TaskVector:
     """Run RegMean layer by layer: a layer reads the outputs of the merged layers before it.
 

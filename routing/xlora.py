@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import torch
-from experthub.merge import MethodFailure, Options, Range, RecipeSeed, ShapesState
+from experthub.merge import InputsPerStep, MethodFailure, Options, Range, RecipeSeed, ShapesState
 from experthub.routing._pool import Batch, Pool, RouterMaterials, Select, State
 from experthub.routing._router import Weights
 from experthub.routing._routers import Routing, routers
@@ -97,7 +97,7 @@ def xlora(
     top_k: Annotated[int | None, Range(1)] = None,
     steps: Annotated[int, Range(1)] = 100,
     lr: Annotated[float, Range(0)] = 1e-3,
-    batch_size: Annotated[int, Range(1)] = 8,
+    batch_size: Annotated[int, Range(1), InputsPerStep] = 8,
     seed: Annotated[int, RecipeSeed] = 0,
 ) -> Select:
     """Weight all experts per token, by a classifier of the base's last hidden state.

@@ -57,8 +57,7 @@ def estimate_memory(
     learns = any(one.method.strategy.needs_data for one in recipes)
     if data is None or not learns:
         return using
-    # A method without this option may read all examples at once.
-    sizes = [one.method.options.get("batch_size") for one in recipes]
+    sizes = [one.method.inputs_per_step for one in recipes]
     kept = _count_graph(base, data, next((size for size in sizes if size), None))
     learning = _count_weights(base, 4) + 2 * own + kept + OTHER_BYTES
     return max(using, learning)

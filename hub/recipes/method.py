@@ -59,6 +59,13 @@ class Method(Closed):
 
         return next(iter(self.find_options(ExamplesPerTask).values()), None)
 
+    @property
+    def inputs_per_step(self) -> int | None:
+        """The number of inputs of each task that one step of learning reads; None means all."""
+        from experthub.merge import InputsPerStep
+
+        return next(iter(self.find_options(InputsPerStep).values()), None)
+
     def set_seed(self, seed: int) -> None:
         """Set the options that take the recipe's seed, unless the recipe sets them.
 
