@@ -111,6 +111,9 @@ build/peers/%/.installed: tests/peers/%.txt | .venv/.installed
 	$(BIN)/python -m pip --python $(@D) install --quiet --disable-pip-version-check --no-deps -r $<
 	touch $@
 
+# One thread of torch in each process: more of them would compete for the same cores.
+test test-all attack: export OMP_NUM_THREADS = 1
+
 # If a peer cannot be installed, its tests are skipped. With HUB_PEERS=required, this is an error.
 test: .venv/.installed
 	$(MAKE) peers || test "$$HUB_PEERS" != required
