@@ -94,8 +94,8 @@ def read_all(reader: Reader, model: Any, rows: Sequence[Row], width: int | None 
 def _read_twice(reader: Reader, model: Any, rows: Sequence[Row]) -> Tensor:
     """Compute logits that keep nothing, and compute them again in the backward pass.
 
-    The first time there is no graph: its nodes would stay between the blocks that each batch
-    frees, and the allocator could not use these for the next batch.
+    The first pass builds no graph. The nodes of a graph would stay in memory between blocks that are
+    freed, and the allocator could not join these blocks for the next batch.
     """
     device = next(model.parameters()).device
     # The only input with a gradient; those of the model's parameters are set beside it.
